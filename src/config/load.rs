@@ -1,0 +1,311 @@
+//! Reads a [`Config`]: the TOML file, `--set key=value` on top, then the checks that types cannot do.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::{BaseSource, Config, Duration, GroupConfig, Method, RouterConfig, Validation};
+
+/// Reads `path`, applies `overrides` (each `dotted.key=value`) in order and validates the result.
+///
+/// Relative paths in the file are relative to the process's working folder; they are made absolute,
+/// so that a run's resolved config works from anywhere.
+///
+/// # Errors
+/// Unknown or mistyped keys with line and caret; a bad override by its text; all faults of
+/// [`validate`] at once.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
+    let text = fs_err::read_to_string(path).map_err(|error| {
+        anyhow!("cannot read the config: {error}\nhint: `configs/` has one for each kind of run")
+    })?;
+    let name = path.display().to_string();
+    let mut config = parse(&text, overrides).with_context(|| format!("in `{name}`"))?;
+    validate(&config).with_context(|| format!("in `{name}`"))?;
+    make_absolute(&mut config)?;
+    Ok(config)
+}
+
+/// Parses `text` and applies `overrides`, without validation.
+pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
+    let mut parsed = toml::from_str::<Config>(text);
+    if overrides.is_empty() {
+        return Ok(parsed?);
+    }
+    // a fault of the file is shown with its line, unless it is a missing key that --set may supply
+    if let Err(error) = &parsed
+        && !error.message().starts_with("missing field")
+    {
+        bail!("{error}");
+    }
+    let mut table: toml::Table = text.parse()?;
+    for item in overrides {
+        set(&mut table, item)?;
+        let next = table.clone().try_into::<Config>();
+        if let (Ok(_), Err(error)) = (&parsed, &next) {
+            bail!("in `--set {item}`: {}", error.to_string().trim_end());
+        }
+        parsed = next;
+    }
+    Ok(parsed?)
+}
+
+/// Puts one `dotted.key=value` into `table`. The value is TOML; what is no TOML is a string.
+fn set(table: &mut toml::Table, item: &str) -> Result<()> {
+    let Some((key, value)) = item.split_once('=') else {
+        bail!("`--set {item}` has no `=`; write `--set lora.rank=16`");
+    };
+    let value = match format!("value = {value}").parse::<toml::Table>() {
+        Ok(mut parsed) => parsed.remove("value").expect("the key was just written"),
+        Err(_) => toml::Value::String(value.trim().to_owned()),
+    };
+    let parts: Vec<&str> = key.trim().split('.').collect();
+    let (last, sections) = parts.split_last().expect("split yields at least one part");
+    let mut at = table;
+    for (depth, section) in sections.iter().enumerate() {
+        let entry = at
+            .entry(section.to_string())
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        let kind = entry.type_str();
+        at = entry.as_table_mut().ok_or_else(|| {
+            let path = parts[..=depth].join(".");
+            anyhow!("in `--set {item}`: `{path}` is a TOML {kind}, not a section")
+        })?;
+    }
+    at.insert(last.to_string(), value);
+    Ok(())
+}
+
+/// The config as TOML with every default filled in.
+pub fn to_toml(config: &Config) -> String {
+    toml::to_string(config).expect("every config value has a TOML form")
+}
+
+/// Checks what types cannot and reports every fault at once, by dotted path.
+pub fn validate(config: &Config) -> Result<()> {
+    let mut faults = Faults::default();
+    check_data(config, &mut faults);
+    check_lora(config, &mut faults);
+    check_router(&config.router, config.lora.num_experts, &mut faults);
+    check_train(config, &mut faults);
+    check_optimizer(config, &mut faults);
+    if let BaseSource::Random(shape) = &config.base.source {
+        faults.at_least_one("base.source.random.n_layer", shape.n_layer);
+        faults.at_least_one("base.source.random.n_head", shape.n_head);
+        faults.at_least_one("base.source.random.n_embd", shape.n_embd);
+        faults.at_least_one("base.source.random.n_positions", shape.n_positions);
+        if shape.n_head > 0 && shape.n_embd % shape.n_head != 0 {
+            faults.add(
+                "base.source.random.n_embd",
+                format!("must be a multiple of `n_head` {}, got {}", shape.n_head, shape.n_embd),
+            );
+        }
+        if config.method == Method::RoutedLora {
+            faults.add("base.source", "random weights are for `method = \"full\"` only".into());
+        }
+        if config.base.tokenizer.is_none() {
+            faults.add("base.tokenizer", "is needed with random weights".into());
+        }
+    }
+    faults.into_result()
+}
+
+/// The faults found so far, one line each.
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn add(&mut self, key: &str, fault: String) {
+        self.0.push(format!("`{key}` {fault}"));
+    }
+
+    fn at_least_one(&mut self, key: &str, value: i64) {
+        if value < 1 {
+            self.add(key, format!("must be at least 1, got {value}"));
+        }
+    }
+
+    fn in_range(&mut self, key: &str, value: f64, ok: bool, what: &str) {
+        if !ok {
+            self.add(key, format!("must be {what}, got {value}"));
+        }
+    }
+
+    fn into_result(self) -> Result<()> {
+        if self.0.is_empty() { Ok(()) } else { Err(anyhow!(self.0.join("\n"))) }
+    }
+}
+
+fn check_data(config: &Config, faults: &mut Faults) {
+    let data = &config.data;
+    if data.seq_len < 2 {
+        faults.add("data.seq_len", format!("must be at least 2, got {}", data.seq_len));
+    }
+    if data.domains.is_empty() {
+        faults.add("data.domains", "must have at least one domain, got none".into());
+    }
+    for (i, domain) in data.domains.iter().enumerate() {
+        let key = |field: &str| format!("data.domains[{i}].{field}");
+        if domain.name.is_empty() || domain.name.contains(['/', '=']) {
+            faults.add(
+                &key("name"),
+                format!("must be a name without `/` and `=`, got `{}`", domain.name),
+            );
+        }
+        if data.domains[..i].iter().any(|other| other.name == domain.name) {
+            faults.add(&key("name"), format!("`{}` is already taken", domain.name));
+        }
+        if domain.train.is_empty() {
+            faults.add(&key("train"), "must name at least one file, got none".into());
+        }
+        let weight = domain.weight;
+        let ok = weight.is_finite() && weight > 0.0;
+        faults.in_range(&key("weight"), weight, ok, "a number above 0");
+        match &domain.validation {
+            Some(Validation::Fraction(fraction)) => {
+                let ok = *fraction > 0.0 && *fraction < 1.0;
+                faults.in_range(&key("validation.fraction"), *fraction, ok, "between 0 and 1");
+            }
+            Some(Validation::Files(files)) if files.is_empty() => {
+                faults.add(&key("validation.files"), "must name at least one file".into());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn check_lora(config: &Config, faults: &mut Faults) {
+    let lora = &config.lora;
+    faults.at_least_one("lora.num_experts", lora.num_experts);
+    faults.at_least_one("lora.rank", lora.rank);
+    let ok = lora.alpha.is_finite() && lora.alpha > 0.0;
+    faults.in_range("lora.alpha", lora.alpha, ok, "a number above 0");
+    faults.in_range(
+        "lora.dropout",
+        lora.dropout,
+        (0.0..1.0).contains(&lora.dropout),
+        "at least 0 and below 1",
+    );
+    if lora.target_modules.is_empty() {
+        faults.add("lora.target_modules", "must name at least one module, got none".into());
+    }
+    for (i, module) in lora.target_modules.iter().enumerate() {
+        if lora.target_modules[..i].contains(module) {
+            faults.add("lora.target_modules", format!("names `{}` twice", module.name()));
+        }
+    }
+}
+
+fn check_router(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
+    let ok = router.temperature.is_finite() && router.temperature > 0.0;
+    faults.in_range("router.temperature", router.temperature, ok, "a number above 0");
+    let coef = router.load_balancing_coef;
+    let ok = coef.is_finite() && coef >= 0.0;
+    faults.in_range("router.load_balancing_coef", coef, ok, "a number of at least 0");
+    if let Some(top_k) = router.top_k
+        && !(1..=num_experts).contains(&top_k)
+    {
+        faults.add(
+            "router.top_k",
+            format!("must be from 1 to `lora.num_experts` {num_experts}, got {top_k}"),
+        );
+    }
+}
+
+fn check_train(config: &Config, faults: &mut Faults) {
+    let train = &config.train;
+    let (unit, value) = match train.duration {
+        Duration::Steps(value) => ("steps", value),
+        Duration::Epochs(value) => ("epochs", value),
+        Duration::Tokens(value) => ("tokens", value),
+    };
+    if value == 0 {
+        faults.add(&format!("train.duration.{unit}"), "must be at least 1, got 0".into());
+    }
+    faults.at_least_one("train.micro_batch_size", train.micro_batch_size as i64);
+    faults.at_least_one("train.grad_accum_steps", train.grad_accum_steps as i64);
+    faults.at_least_one("train.loss_chunk_tokens", train.loss_chunk_tokens);
+    faults.at_least_one("train.keep_last", train.keep_last as i64);
+    faults.in_range(
+        "train.label_smoothing",
+        train.label_smoothing,
+        (0.0..1.0).contains(&train.label_smoothing),
+        "at least 0 and below 1",
+    );
+    for (key, every) in [
+        ("train.eval_every_steps", train.eval_every_steps),
+        ("train.checkpoint_every_steps", train.checkpoint_every_steps),
+    ] {
+        if every == Some(0) {
+            faults.add(key, "must be at least 1, got 0; leave it out for `only at the end`".into());
+        }
+    }
+    if let Some(stopping) = train.early_stopping {
+        if stopping.patience == 0 {
+            faults.add("train.early_stopping.patience", "must be at least 1, got 0".into());
+        }
+        let ok = stopping.min_delta.is_finite() && stopping.min_delta >= 0.0;
+        let key = "train.early_stopping.min_delta";
+        faults.in_range(key, stopping.min_delta, ok, "a number of at least 0");
+        if train.eval_every_steps.is_none() {
+            faults.add("train.early_stopping", "needs `train.eval_every_steps`".into());
+        }
+        if config.data.domains.iter().all(|domain| domain.validation.is_none()) {
+            faults.add("train.early_stopping", "needs a domain with `validation`".into());
+        }
+    }
+}
+
+fn check_optimizer(config: &Config, faults: &mut Faults) {
+    let optimizer = &config.optimizer;
+    let mut group = |name: &str, group: &GroupConfig| {
+        let key = |field: &str| format!("optimizer.{name}.{field}");
+        let rate = group.learning_rate;
+        let ok = rate.is_finite() && rate > 0.0;
+        faults.in_range(&key("learning_rate"), rate, ok, "a number above 0");
+        let decay = group.weight_decay;
+        let ok = decay.is_finite() && decay >= 0.0;
+        faults.in_range(&key("weight_decay"), decay, ok, "a number of at least 0");
+    };
+    group("adapters", &optimizer.adapters);
+    group("router", &optimizer.router);
+    group("base", &optimizer.base);
+    for (i, beta) in optimizer.betas.iter().enumerate() {
+        let key = format!("optimizer.betas[{i}]");
+        faults.in_range(&key, *beta, (0.0..1.0).contains(beta), "at least 0 and below 1");
+    }
+    let ok = optimizer.eps.is_finite() && optimizer.eps > 0.0;
+    faults.in_range("optimizer.eps", optimizer.eps, ok, "a number above 0");
+    if let Some(norm) = optimizer.max_grad_norm {
+        let ok = norm.is_finite() && norm > 0.0;
+        faults.in_range("optimizer.max_grad_norm", norm, ok, "a number above 0");
+    }
+    let ratio = config.schedule.min_ratio;
+    faults.in_range("schedule.min_ratio", ratio, (0.0..=1.0).contains(&ratio), "from 0 to 1");
+}
+
+/// Makes every path absolute, against the working folder.
+fn make_absolute(config: &mut Config) -> Result<()> {
+    let absolute = |path: &Path| -> Result<PathBuf> {
+        std::path::absolute(path).with_context(|| format!("no absolute form of `{}`", path.display()))
+    };
+    config.run.dir = absolute(&config.run.dir)?;
+    if let BaseSource::Path(path) = &mut config.base.source {
+        *path = absolute(path)?;
+    }
+    if let Some(path) = &mut config.base.tokenizer {
+        *path = absolute(path)?;
+    }
+    for domain in &mut config.data.domains {
+        let files = match &mut domain.validation {
+            Some(Validation::Files(files)) => files.iter_mut(),
+            _ => [].iter_mut(),
+        };
+        for file in domain.train.iter_mut().chain(files) {
+            *file = absolute(Path::new(file.as_str()))?
+                .into_os_string()
+                .into_string()
+                .map_err(|path| anyhow!("`{}` is not valid UTF-8", path.display()))?;
+        }
+    }
+    Ok(())
+}

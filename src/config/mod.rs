@@ -1,0 +1,521 @@
+//! The configuration of a run: one TOML file, typed, with every default written here.
+//!
+//! Each section of the file is one struct, each choice one enum, and every struct denies unknown
+//! keys, so that a typo is answered with its line and the right keys. [`load`] reads the file, puts
+//! `--set key=value` on top and checks what types cannot.
+
+pub mod load;
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::bail;
+use serde::{Deserialize, Serialize};
+
+/// A whole run. `method` comes first in the file; the rest are sections.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// What is trained.
+    #[serde(default)]
+    pub method: Method,
+    /// `[run]`: where the run's files go, its seed and its device.
+    #[serde(default)]
+    pub run: RunConfig,
+    /// `[base]`: the pretrained GPT-2.
+    pub base: BaseConfig,
+    /// `[data]`: the domains and how they become blocks.
+    pub data: DataConfig,
+    /// `[lora]`: the experts.
+    #[serde(default)]
+    pub lora: LoraConfig,
+    /// `[router]`: what mixes the experts.
+    #[serde(default)]
+    pub router: RouterConfig,
+    /// `[train]`: how long and in what portions.
+    #[serde(default)]
+    pub train: TrainConfig,
+    /// `[optimizer]`: AdamW, by parameter group.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// `[schedule]`: the learning rate over the steps.
+    #[serde(default)]
+    pub schedule: ScheduleConfig,
+}
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Method {
+    /// LoRA experts and their router on a frozen base; with `lora.num_experts = 1`, plain LoRA.
+    #[default]
+    RoutedLora,
+    /// The base itself, all of its parameters; the result is a Hugging Face folder.
+    Full,
+}
+
+/// `[run]`: where the run's files go, its seed and its device.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Folder for the resolved config, metrics, TensorBoard events and checkpoints.
+    pub dir: PathBuf,
+    /// Seeds the initial weights, the dropout masks, the data's order and its validation split.
+    pub seed: u64,
+    /// Where to compute; `--device` goes first.
+    pub device: DeviceChoice,
+    /// Whether to write TensorBoard event files beside `metrics.jsonl`.
+    pub tensorboard: bool,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { dir: "runs/dylora".into(), seed: 0, device: DeviceChoice::Auto, tensorboard: true }
+    }
+}
+
+/// `auto` (CUDA if there is any), `cpu`, `cuda` or `cuda:1`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceChoice {
+    /// The first CUDA device, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The CUDA device of this index.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => match text.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
+                Some(index) => Ok(Self::Cuda(index)),
+                None => bail!("`{text}` is no device; use `auto`, `cpu`, `cuda` or `cuda:N`"),
+            },
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceChoice {
+    type Error = anyhow::Error;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl From<DeviceChoice> for String {
+    fn from(device: DeviceChoice) -> Self {
+        device.to_string()
+    }
+}
+
+/// `[base]`: the pretrained GPT-2.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BaseConfig {
+    /// Where its files are.
+    pub source: BaseSource,
+    /// A `tokenizer.json`, if it is not the one beside the weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+    /// What the base computes in. Adapters, router softmax, loss and optimizer state stay in f32;
+    /// with `method = "full"`, the trained parameters do too.
+    #[serde(default)]
+    pub dtype: Dtype,
+}
+
+/// Where the base comes from: `{ path = "DIR" }`, `{ hub = { repo = "NAME" } }` or
+/// `{ random = { .. } }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum BaseSource {
+    /// A folder with `config.json`, `*.safetensors` and, as a rule, `tokenizer.json`.
+    Path(PathBuf),
+    /// A repository of the Hugging Face Hub.
+    Hub(HubSource),
+    /// Random weights of a given shape, for `method = "full"`.
+    Random(RandomBase),
+}
+
+/// A model repository of the Hugging Face Hub at one revision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HubSource {
+    /// Such as `openai-community/gpt2`.
+    pub repo: String,
+    /// A branch, a tag or a commit.
+    #[serde(default = "default_revision")]
+    pub revision: String,
+}
+
+fn default_revision() -> String {
+    "main".into()
+}
+
+/// The shape of a base that starts from random weights (GPT-2's initialisation). Its vocabulary is
+/// the tokenizer's, its head is tied and its activation is `gelu_new`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RandomBase {
+    /// Blocks.
+    pub n_layer: i64,
+    /// Attention heads; must divide `n_embd`.
+    pub n_head: i64,
+    /// Width of the hidden states.
+    pub n_embd: i64,
+    /// Longest sequence.
+    pub n_positions: i64,
+}
+
+/// What the base computes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// 32-bit floats.
+    #[default]
+    F32,
+    /// Brain floats: 8 bits of exponent, 7 of mantissa.
+    Bf16,
+}
+
+/// `[data]`: the domains and how they become blocks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Tokens of a block; documents are packed into blocks, and longer ones are split.
+    pub seq_len: usize,
+    /// Which tokens are learned.
+    #[serde(default)]
+    pub loss_on: LossOn,
+    /// What a malformed record does.
+    #[serde(default)]
+    pub on_bad_record: OnBadRecord,
+    /// `[[data.domains]]`: at least one.
+    pub domains: Vec<DomainConfig>,
+}
+
+/// Which tokens are learned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossOn {
+    /// A record's `completion` and its end-of-text token, not its `prompt`; all of a `text`.
+    #[default]
+    Completion,
+    /// Every token but a document's first, which nothing predicts.
+    All,
+}
+
+/// What a malformed record does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnBadRecord {
+    /// Ends the run with the record's file, line and fault.
+    #[default]
+    Fail,
+    /// Is left out and counted.
+    Skip,
+}
+
+/// `[[data.domains]]`: one kind of text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DomainConfig {
+    /// Its name in tables and metrics.
+    pub name: String,
+    /// Files or globs: `.jsonl` or plain text, each also as `.zst` or `.gz`.
+    pub train: Vec<String>,
+    /// What is held out for evaluation; absent, the domain has no validation set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Validation>,
+    /// How often an epoch passes over the domain: 2 shows each block twice, 0.5 every other one.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// If given, only records whose `domain` field is this belong to the domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record_domain: Option<String>,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+/// What is held out for evaluation: `{ files = [..] }` or `{ fraction = 0.1 }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Validation {
+    /// Files or globs of their own.
+    Files(Vec<String>),
+    /// This share of the training files' documents, chosen by `run.seed` and a document's content,
+    /// so that equal documents are never on both sides.
+    Fraction(f64),
+}
+
+/// `[lora]`: the low-rank update that each expert adds to a target module.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraConfig {
+    /// Experts `E`; with 1 there is no router and the result is plain LoRA.
+    pub num_experts: i64,
+    /// Rank `r`; an expert has `r * (in + out)` parameters per target module.
+    pub rank: i64,
+    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1).
+    pub alpha: f64,
+    /// The linear layers that get experts.
+    pub target_modules: Vec<TargetModule>,
+    /// Probability with which an element of an expert's input is dropped in training.
+    pub dropout: f64,
+    /// Whether the experts of a layer share one dropout mask.
+    pub dropout_masks: DropoutMasks,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            num_experts: 4,
+            rank: 8,
+            alpha: 16.0,
+            target_modules: vec![TargetModule::AttnCAttn],
+            dropout: 0.0,
+            dropout_masks: DropoutMasks::Shared,
+        }
+    }
+}
+
+/// A linear layer of a GPT-2 block, by its Hugging Face name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum TargetModule {
+    /// Queries, keys and values in one, `[d, 3d]`.
+    #[serde(rename = "attn.c_attn")]
+    AttnCAttn,
+    /// The attention's output, `[d, d]`.
+    #[serde(rename = "attn.c_proj")]
+    AttnCProj,
+    /// The feed-forward layer's way up, `[d, n_inner]`.
+    #[serde(rename = "mlp.c_fc")]
+    MlpCFc,
+    /// The feed-forward layer's way down, `[n_inner, d]`.
+    #[serde(rename = "mlp.c_proj")]
+    MlpCProj,
+}
+
+impl TargetModule {
+    /// All of them, in the order in which a block applies them.
+    pub const ALL: [Self; 4] = [Self::AttnCAttn, Self::AttnCProj, Self::MlpCFc, Self::MlpCProj];
+
+    /// The name within a block, as in `attn.c_attn`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AttnCAttn => "attn.c_attn",
+            Self::AttnCProj => "attn.c_proj",
+            Self::MlpCFc => "mlp.c_fc",
+            Self::MlpCProj => "mlp.c_proj",
+        }
+    }
+}
+
+/// Whether the experts of a layer share one dropout mask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DropoutMasks {
+    /// One mask for all, which lets one pair of matrix products apply every expert.
+    #[default]
+    Shared,
+    /// One mask each, as in PEFT: a loop over the experts, slower with each of them.
+    PerExpert,
+}
+
+/// `[router]`: the linear layer that scores the experts for each token.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterConfig {
+    /// What it reads.
+    pub input: RouterInput,
+    /// Divides the scores before the softmax; below 1 sharpens.
+    pub temperature: f64,
+    /// Keep the k best experts of a token and renormalise; absent = all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<i64>,
+    /// Factor of the load-balancing loss (arXiv:2101.03961, eqs. 4-6).
+    pub load_balancing_coef: f64,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        Self {
+            input: RouterInput::Embeddings,
+            temperature: 1.0,
+            top_k: None,
+            load_balancing_coef: 0.0,
+        }
+    }
+}
+
+/// What the router reads. A layer's own input (`layer_input`) and the last hidden state of a pass
+/// of the base alone (`base_hidden`) take their place here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterInput {
+    /// Token plus position embeddings: one router, whose weights every layer shares.
+    #[default]
+    Embeddings,
+}
+
+/// `[train]`: how long and in what portions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// How long to train.
+    pub duration: Duration,
+    /// Sequences of a forward.
+    pub micro_batch_size: usize,
+    /// Forwards of a step.
+    pub grad_accum_steps: usize,
+    /// Share of the target's probability that is spread evenly over the vocabulary.
+    pub label_smoothing: f64,
+    /// Keep only each block's input and compute its inside again in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Positions whose logits are in memory at once.
+    pub loss_chunk_tokens: i64,
+    /// Evaluate each so many steps, beside the end; absent = only at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every_steps: Option<u64>,
+    /// Save a checkpoint each so many steps, beside each evaluation and the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every_steps: Option<u64>,
+    /// Checkpoints kept beside the best.
+    pub keep_last: usize,
+    /// When to stop before `duration`; absent = never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            duration: Duration::Epochs(1),
+            micro_batch_size: 8,
+            grad_accum_steps: 1,
+            label_smoothing: 0.0,
+            gradient_checkpointing: false,
+            loss_chunk_tokens: 1024,
+            eval_every_steps: None,
+            checkpoint_every_steps: None,
+            keep_last: 2,
+            early_stopping: None,
+        }
+    }
+}
+
+/// How long to train, as in `duration = { epochs = 3 }`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Duration {
+    /// Optimizer updates.
+    Steps(u64),
+    /// Passes over the training set.
+    Epochs(u64),
+    /// Target tokens; the step that reaches the number is the last.
+    Tokens(u64),
+}
+
+/// Stops when the mean of the domains' validation losses no longer falls.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EarlyStopping {
+    /// Evaluations in a row without improvement.
+    pub patience: u64,
+    /// Smallest fall that counts as improvement, nats.
+    #[serde(default)]
+    pub min_delta: f64,
+}
+
+/// `[optimizer]`: AdamW (arXiv:1711.05101), by parameter group.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// The experts' matrices.
+    pub adapters: GroupConfig,
+    /// The router.
+    pub router: GroupConfig,
+    /// The base, with `method = "full"`. Biases, LayerNorms and embeddings do not decay.
+    pub base: GroupConfig,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest norm of all gradients together; absent = no clipping.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_grad_norm: Option<f64>,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            adapters: GroupConfig { learning_rate: 1e-3, weight_decay: 0.0 },
+            router: GroupConfig { learning_rate: 1e-3, weight_decay: 0.0 },
+            base: GroupConfig { learning_rate: 6e-4, weight_decay: 0.1 },
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            max_grad_norm: None,
+        }
+    }
+}
+
+/// The settings of one parameter group.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// The schedule's peak.
+    pub learning_rate: f64,
+    /// Decoupled weight decay; each step takes `learning_rate * weight_decay` off a parameter.
+    #[serde(default)]
+    pub weight_decay: f64,
+}
+
+/// `[schedule]`: the learning rate over the steps, as a factor of each group's own.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScheduleConfig {
+    /// The shape after the warm-up.
+    pub kind: ScheduleKind,
+    /// Steps over which the factor rises in even parts; the step after them is at 1.
+    pub warmup_steps: u64,
+    /// The factor at the end (`linear` and `cosine`).
+    pub min_ratio: f64,
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        Self { kind: ScheduleKind::Constant, warmup_steps: 0, min_ratio: 0.0 }
+    }
+}
+
+/// The shape of the schedule after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Stays at 1.
+    Constant,
+    /// Falls in a straight line to `min_ratio`.
+    Linear,
+    /// Falls as half a cosine wave to `min_ratio`.
+    Cosine,
+}

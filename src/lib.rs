@@ -1,0 +1,2 @@
+//! dylora.
+pub mod config;
