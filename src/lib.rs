@@ -1,2 +1,4 @@
 //! dylora.
 pub mod config;
+pub mod ffi;
+pub mod model;

@@ -1,0 +1,199 @@
+// A C ABI over the parts of libtorch 2.11.0 that tch does not reach. Declared to Rust in src/ffi.rs.
+//
+// Every function that can fail returns -1 or nullptr and leaves a message for dylora_take_error.
+// Tensors are borrowed by pointer; a returned tensor is owned by the caller.
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/DeviceAccelerator.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
+#include <torch/version.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+static thread_local char *last_error = nullptr;
+static void set_error(const char *message) {
+  free(last_error);
+  last_error = strdup(message);
+}
+#define TRY(fail, ...)                  \
+  try {                                 \
+    __VA_ARGS__                         \
+  } catch (const c10::Error &e) {       \
+    set_error(e.what_without_backtrace()); \
+    return fail;                        \
+  } catch (const std::exception &e) {   \
+    set_error(e.what());                \
+    return fail;                        \
+  } catch (...) {                       \
+    set_error("unknown C++ exception"); \
+    return fail;                        \
+  }
+
+static std::vector<Tensor> list(Tensor *const *tensors, size_t n) {
+  std::vector<Tensor> v;
+  v.reserve(n);
+  for (size_t i = 0; i < n; ++i) v.push_back(*tensors[i]);
+  return v;
+}
+
+static at::Generator generator(int device) {
+  return at::globalContext().defaultGenerator(device < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, device));
+}
+
+// Gradient checkpointing (arXiv:1604.06174): the segment runs without a graph; the backward pass runs it again, with
+// one, and differentiates that.
+extern "C" {
+// Computes the segment's output from its activations; nullptr after an error.
+typedef Tensor *(*segment_run)(void *data, Tensor *const *activations, size_t n);
+typedef void (*segment_drop)(void *data);
+}
+struct Segment : torch::CustomClassHolder {
+  segment_run run;
+  segment_drop drop;
+  void *data;
+  Segment(segment_run run, segment_drop drop, void *data) : run(run), drop(drop), data(data) {}
+  ~Segment() override { drop(data); }
+  Tensor operator()(const std::vector<Tensor> &activations) const {
+    std::vector<Tensor *> pointers;
+    for (auto &t : activations) pointers.push_back(const_cast<Tensor *>(&t));
+    Tensor *out = run(data, pointers.data(), pointers.size());
+    TORCH_CHECK(out, "a checkpointed segment failed");
+    Tensor result = *out;
+    delete out;
+    return result;
+  }
+};
+struct Checkpoint : torch::autograd::Function<Checkpoint> {
+  // inputs: the activations, then the parameters that the segment uses by itself
+  static Tensor forward(AutogradContext *ctx, c10::intrusive_ptr<Segment> segment, int64_t num_activations,
+                        variable_list inputs) {
+    ctx->saved_data["segment"] = c10::IValue::make_capsule(segment);
+    ctx->saved_data["num_activations"] = num_activations;
+    ctx->save_for_backward(inputs);
+    return (*segment)({inputs.begin(), inputs.begin() + num_activations});
+  }
+  static variable_list backward(AutogradContext *ctx, variable_list grad_outputs) {
+    auto segment = c10::static_intrusive_pointer_cast<Segment>(ctx->saved_data["segment"].toCapsule());
+    const size_t num_activations = ctx->saved_data["num_activations"].toInt();
+    auto saved = ctx->get_saved_variables();
+    std::vector<Tensor> activations, wanted;
+    std::vector<size_t> wanted_at;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      Tensor t = saved[i];
+      const bool needs_grad = t.requires_grad();
+      if (i < num_activations) {
+        t = t.detach().set_requires_grad(needs_grad);
+        activations.push_back(t);
+      }
+      if (needs_grad) {
+        wanted.push_back(t);
+        wanted_at.push_back(i);
+      }
+    }
+    Tensor out;
+    {
+      at::AutoGradMode graph(true);
+      out = (*segment)(activations);
+    }
+    auto grads = torch::autograd::grad({out}, wanted, {grad_outputs[0]}, /*retain_graph=*/std::nullopt,
+                                       /*create_graph=*/false, /*allow_unused=*/true);
+    variable_list result(2 + saved.size());  // none for `segment` and `num_activations`
+    for (size_t i = 0; i < wanted.size(); ++i) result[2 + wanted_at[i]] = grads[i];
+    return result;
+  }
+};
+
+extern "C" {
+char *dylora_take_error() {
+  char *e = last_error;
+  last_error = nullptr;
+  return e;
+}
+
+const char *dylora_torch_version() { return TORCH_VERSION; }
+
+// The file of libtorch_cpu.so, through a function that lives in it.
+int dylora_libtorch_path(char *out, size_t capacity) {
+  Dl_info info;
+  if (!dladdr((void *)&at::globalContext, &info) || !info.dli_fname || strlen(info.dli_fname) >= capacity) return -1;
+  strcpy(out, info.dli_fname);
+  return 0;
+}
+
+// One AdamW update of n tensors. `step` is a 0-dim f32 tensor with the number of this update, from 1.
+int dylora_adamw(Tensor *const *params, Tensor *const *grads, Tensor *const *exp_avgs, Tensor *const *exp_avg_sqs,
+                 size_t n, Tensor *step, double lr, double beta1, double beta2, double weight_decay, double eps) {
+  TRY(-1, {
+    at::NoGradGuard no_grad;
+    auto p = list(params, n), g = list(grads, n), m = list(exp_avgs, n), v = list(exp_avg_sqs, n);
+    std::vector<Tensor> steps(n, *step);
+    at::_fused_adamw_(p, g, m, v, /*max_exp_avg_sqs=*/{}, steps, lr, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false);
+    return 0;
+  })
+}
+
+// The 2-norm of all gradients together, a 0-dim tensor; with max_norm > 0 they are scaled to it where they exceed it
+// (torch.nn.utils.clip_grad_norm_). No host synchronisation.
+Tensor *dylora_clip_grad_norm(Tensor *const *grads, size_t n, double max_norm) {
+  TRY(nullptr, {
+    at::NoGradGuard no_grad;
+    auto g = list(grads, n);
+    auto total = at::stack(at::_foreach_norm(g, 2)).norm(2);
+    if (max_norm > 0) at::_foreach_mul_(g, (max_norm / (total + 1e-6)).clamp_max(1.0));
+    return new Tensor(total);
+  })
+}
+
+// device: -1 is the CPU, i is CUDA i
+Tensor *dylora_rng_state(int device) {
+  TRY(nullptr, {
+    auto g = generator(device);
+    std::lock_guard<std::mutex> lock(g.mutex());
+    return new Tensor(g.get_state());
+  })
+}
+int dylora_set_rng_state(int device, Tensor *state) {
+  TRY(-1, {
+    auto g = generator(device);
+    std::lock_guard<std::mutex> lock(g.mutex());
+    g.set_state(*state);
+    return 0;
+  })
+}
+
+// CUDA memory of a device, bytes: [allocated, peak allocated, free, total]
+int dylora_memory_stats(int device, int64_t *out) {
+  TRY(-1, {
+    auto stats = at::accelerator::getDeviceStats(device);
+    auto info = at::accelerator::getMemoryInfo(device);
+    out[0] = stats.allocated_bytes[0].current;
+    out[1] = stats.allocated_bytes[0].peak;
+    out[2] = info.first;
+    out[3] = info.second;
+    return 0;
+  })
+}
+int dylora_synchronize(int device) {
+  TRY(-1, {
+    at::accelerator::synchronizeDevice(device);
+    return 0;
+  })
+}
+
+Tensor *dylora_checkpoint(segment_run run, segment_drop drop, void *data, size_t num_activations, Tensor *const *inputs,
+                          size_t n) {
+  auto segment = c10::make_intrusive<Segment>(run, drop, data);  // from here on it owns `data`
+  TRY(nullptr, { return new Tensor(Checkpoint::apply(segment, (int64_t)num_activations, list(inputs, n))); })
+}
+}

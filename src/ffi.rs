@@ -1,0 +1,288 @@
+//! The parts of libtorch that tch does not reach, through the C++ shim in `csrc/shim.cpp`, and the
+//! loading of libtorch's CUDA part at run time. The one place of `unsafe`.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use anyhow::{Result, anyhow, bail};
+use tch::{Device, Tensor};
+use torch_sys::C_tensor;
+
+type TensorPtr = *const C_tensor;
+type SegmentRun = extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mut C_tensor;
+
+unsafe extern "C" {
+    fn dylora_take_error() -> *mut c_char;
+    fn dylora_torch_version() -> *const c_char;
+    fn dylora_libtorch_path(out: *mut c_char, capacity: usize) -> c_int;
+    fn dylora_adamw(
+        params: *const TensorPtr,
+        grads: *const TensorPtr,
+        exp_avgs: *const TensorPtr,
+        exp_avg_sqs: *const TensorPtr,
+        n: usize,
+        step: TensorPtr,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> c_int;
+    fn dylora_clip_grad_norm(grads: *const TensorPtr, n: usize, max_norm: f64) -> *mut C_tensor;
+    fn dylora_rng_state(device: c_int) -> *mut C_tensor;
+    fn dylora_set_rng_state(device: c_int, state: TensorPtr) -> c_int;
+    fn dylora_memory_stats(device: c_int, out: *mut i64) -> c_int;
+    fn dylora_synchronize(device: c_int) -> c_int;
+    fn dylora_checkpoint(
+        run: SegmentRun,
+        drop: extern "C" fn(*mut c_void),
+        data: *mut c_void,
+        num_activations: usize,
+        inputs: *const TensorPtr,
+        n: usize,
+    ) -> *mut C_tensor;
+}
+
+fn last_error() -> anyhow::Error {
+    // SAFETY: the shim returns null or a string from strdup, and gives up its ownership
+    let message = unsafe {
+        let pointer = dylora_take_error();
+        if pointer.is_null() {
+            return anyhow!("libtorch failed without a message");
+        }
+        let message = CStr::from_ptr(pointer).to_string_lossy().into_owned();
+        libc::free(pointer.cast());
+        message
+    };
+    anyhow!("libtorch: {}", message.trim())
+}
+
+fn check(status: c_int) -> Result<()> {
+    if status < 0 { Err(last_error()) } else { Ok(()) }
+}
+
+fn owned(pointer: *mut C_tensor) -> Result<Tensor> {
+    if pointer.is_null() {
+        return Err(last_error());
+    }
+    // SAFETY: the shim returned a tensor allocated with `new` and gave up its ownership
+    Ok(unsafe { Tensor::from_ptr(pointer) })
+}
+
+fn pointers(tensors: &[Tensor]) -> Vec<TensorPtr> {
+    tensors.iter().map(|tensor| tensor.as_ptr()).collect()
+}
+
+fn index(device: Device) -> c_int {
+    match device {
+        Device::Cuda(index) => index as c_int,
+        _ => -1,
+    }
+}
+
+/// The version of the libtorch headers that this binary was compiled with, as in `2.11.0`.
+pub fn torch_version() -> &'static str {
+    // SAFETY: a string literal of the shim
+    unsafe { CStr::from_ptr(dylora_torch_version()) }.to_str().expect("a version is ASCII")
+}
+
+/// The hyperparameters of one AdamW update of one group of tensors.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    /// Learning rate of this update.
+    pub lr: f64,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+}
+
+/// One AdamW update in place (`at::_fused_adamw_`, arXiv:1711.05101, algorithm 2).
+///
+/// - `exp_avgs`, `exp_avg_sqs`: the moments, shaped, typed and laid out like `params` and `grads`
+/// - `step`: 0-dim f32 tensor on the same device, the number of this update, from 1
+pub fn adamw(
+    params: &[Tensor],
+    grads: &[Tensor],
+    exp_avgs: &[Tensor],
+    exp_avg_sqs: &[Tensor],
+    step: &Tensor,
+    settings: AdamW,
+) -> Result<()> {
+    let n = params.len();
+    assert!(grads.len() == n && exp_avgs.len() == n && exp_avg_sqs.len() == n);
+    // SAFETY: four arrays of `n` live tensors; the shim keeps none of them
+    check(unsafe {
+        dylora_adamw(
+            pointers(params).as_ptr(),
+            pointers(grads).as_ptr(),
+            pointers(exp_avgs).as_ptr(),
+            pointers(exp_avg_sqs).as_ptr(),
+            n,
+            step.as_ptr(),
+            settings.lr,
+            settings.betas[0],
+            settings.betas[1],
+            settings.weight_decay,
+            settings.eps,
+        )
+    })
+}
+
+/// The 2-norm of all `grads` together, as a 0-dim tensor (no host synchronisation). With `max_norm`,
+/// gradients beyond it are scaled to it in place.
+pub fn clip_grad_norm(grads: &[Tensor], max_norm: Option<f64>) -> Result<Tensor> {
+    // SAFETY: an array of live tensors; the shim keeps none of them
+    owned(unsafe {
+        dylora_clip_grad_norm(pointers(grads).as_ptr(), grads.len(), max_norm.unwrap_or(0.0))
+    })
+}
+
+/// The state of a device's random number generator, a `u8` tensor on the CPU.
+pub fn rng_state(device: Device) -> Result<Tensor> {
+    // SAFETY: no pointers go in
+    owned(unsafe { dylora_rng_state(index(device)) })
+}
+
+/// Sets what [`rng_state`] returned.
+pub fn set_rng_state(device: Device, state: &Tensor) -> Result<()> {
+    // SAFETY: `state` lives through the call
+    check(unsafe { dylora_set_rng_state(index(device), state.as_ptr()) })
+}
+
+/// The most memory in use so far, bytes: of the process on the CPU (resident), of the allocator on
+/// CUDA.
+pub fn peak_memory_bytes(device: Device) -> Result<u64> {
+    if let Device::Cuda(index) = device {
+        let mut stats = [0i64; 4];
+        // SAFETY: the shim writes four numbers
+        check(unsafe { dylora_memory_stats(index as c_int, stats.as_mut_ptr()) })?;
+        return Ok(stats[1] as u64);
+    }
+    let status = fs_err::read_to_string("/proc/self/status")?;
+    let kib = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.map(|kib| kib * 1024).ok_or_else(|| anyhow!("`/proc/self/status` has no `VmHWM`"))
+}
+
+/// Waits until a CUDA device has done all its work; nothing to wait for on the CPU.
+pub fn synchronize(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: no pointers go in
+        Device::Cuda(index) => check(unsafe { dylora_synchronize(index as c_int) }),
+        _ => Ok(()),
+    }
+}
+
+/// A part of the forward pass that can be run twice: from its activations to one output.
+pub type Segment = Box<dyn Fn(&[Tensor]) -> Tensor + Send>;
+
+/// Runs `segment` without keeping its inside for the backward pass, which runs it again instead
+/// (gradient checkpointing, arXiv:1604.06174).
+///
+/// - `activations`: the segment's arguments
+/// - `parameters`: the leaf tensors that it uses by itself and that receive gradients
+///
+/// A panic of the segment becomes an error here, or a panic of the backward pass.
+pub fn checkpoint(segment: Segment, activations: &[Tensor], parameters: &[Tensor]) -> Result<Tensor> {
+    let data: *mut Segment = Box::into_raw(Box::new(segment));
+    let mut inputs = pointers(activations);
+    inputs.extend(pointers(parameters));
+    // SAFETY: the shim owns `data` from here on and hands it back to `drop_segment` once, whatever
+    // happens; inputs are live tensors, of which it keeps references of its own
+    owned(unsafe {
+        dylora_checkpoint(
+            run_segment,
+            drop_segment,
+            data.cast(),
+            activations.len(),
+            inputs.as_ptr(),
+            inputs.len(),
+        )
+    })
+}
+
+extern "C" fn run_segment(
+    data: *mut c_void,
+    activations: *const *mut C_tensor,
+    n: usize,
+) -> *mut C_tensor {
+    let run = || {
+        // SAFETY: `data` is the `Segment` of `checkpoint`, alive until `drop_segment`; the shim
+        // passes `n` live tensors, of which `clone_from_ptr` takes references
+        let (segment, activations) = unsafe {
+            let pointers = std::slice::from_raw_parts(activations, n);
+            let tensors: Vec<_> = pointers.iter().map(|&at| Tensor::clone_from_ptr(at)).collect();
+            (&*data.cast::<Segment>(), tensors)
+        };
+        let output = segment(&activations).shallow_clone();
+        let pointer = output.as_ptr().cast_mut();
+        std::mem::forget(output);
+        pointer
+    };
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or(std::ptr::null_mut())
+}
+
+extern "C" fn drop_segment(data: *mut c_void) {
+    // SAFETY: called once, with the pointer that `checkpoint` made with `Box::into_raw`
+    drop(unsafe { Box::from_raw(data.cast::<Segment>()) });
+}
+
+/// Maps a file into memory, read-only. The file must not be changed while it is mapped; dylora
+/// replaces files by renaming, which leaves a map whole.
+pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
+    let file = fs_err::File::open(path)?;
+    // SAFETY: read-only; a writer that shrinks the file could end the process, not corrupt it
+    let map = unsafe { memmap2::Mmap::map(file.file()) };
+    map.map_err(|error| anyhow!("cannot map `{}`: {error}", path.display()))
+}
+
+static CUDA: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+
+/// Loads libtorch's CUDA part if it lies beside its CPU part, and says why if there is no CUDA.
+/// Must run before any other call of libtorch, which looks for CUDA once and remembers.
+pub fn load_cuda() -> std::result::Result<(), &'static str> {
+    CUDA.get_or_init(|| try_load_cuda().map_err(|error| error.to_string()))
+        .as_ref()
+        .map(|()| ())
+        .map_err(String::as_str)
+}
+
+fn try_load_cuda() -> Result<()> {
+    let library = libtorch_path()?.with_file_name("libtorch_cuda.so");
+    if !library.exists() {
+        bail!("this libtorch is a CPU build: `{}` is absent", library.display());
+    }
+    open_globally(&library)?;
+    if !tch::Cuda::is_available() {
+        bail!("libtorch's CUDA part is loaded, but finds no usable GPU and driver");
+    }
+    Ok(())
+}
+
+/// The file of `libtorch_cpu.so` that this process uses.
+pub fn libtorch_path() -> Result<PathBuf> {
+    let mut buffer = vec![0u8; 4096];
+    // SAFETY: the shim writes a C string within the capacity
+    check(unsafe { dylora_libtorch_path(buffer.as_mut_ptr().cast(), buffer.len()) })?;
+    let path = CStr::from_bytes_until_nul(&buffer)?.to_str()?;
+    Ok(PathBuf::from(path))
+}
+
+fn open_globally(library: &Path) -> Result<()> {
+    let name = CString::new(library.as_os_str().as_encoded_bytes())?;
+    // SAFETY: a C string; the library's constructors register CUDA with libtorch, as in Python
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if handle.is_null() {
+        // SAFETY: dlopen just failed, so dlerror returns a C string
+        let message = unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned();
+        bail!("cannot load libtorch's CUDA part: {message}");
+    }
+    Ok(())
+}

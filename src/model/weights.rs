@@ -1,0 +1,177 @@
+//! Tensors in safetensors files: what the Hub holds of GPT-2, read and written. Nothing is unpickled.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+use super::gpt2::Gpt2;
+use super::gpt2_config::Gpt2Config;
+
+/// Reads the base from one safetensors file or several shards, in `kind`, on the CPU.
+///
+/// Names with and without the `transformer.` prefix are read, the causal-mask buffers `attn.bias` and
+/// `attn.masked_bias` that old files carry are left out, and a tied head may be stored if it equals
+/// the token embedding.
+///
+/// # Errors
+/// Missing, extra, doubled or misshapen tensors and dtypes other than f32, f16, bf16 and f64, by name.
+pub fn read_gpt2(config: &Gpt2Config, files: &[PathBuf], kind: Kind) -> Result<Gpt2> {
+    let expected: BTreeMap<String, Vec<i64>> = config.parameter_shapes().into_iter().collect();
+    let mut tensors = BTreeMap::new();
+    let mut stored_head = None;
+    for file in files {
+        let add = |name: String, tensor: Tensor| -> Result<()> {
+            let Some(name) = canonical_name(&name) else { return Ok(()) };
+            if config.tied_head && name == "lm_head.weight" {
+                stored_head = Some(tensor);
+                return Ok(());
+            }
+            let Some(shape) = expected.get(&name) else {
+                bail!("tensor `{name}` belongs to no GPT-2 of {} layers", config.n_layer);
+            };
+            if tensor.size() != *shape {
+                bail!("tensor `{name}` must be {shape:?}, got {:?}", tensor.size());
+            }
+            if tensors.insert(name.clone(), tensor.to_kind(kind)).is_some() {
+                bail!("tensor `{name}` is there twice");
+            }
+            Ok(())
+        };
+        for_each_tensor(file, add).with_context(|| format!("in `{}`", file.display()))?;
+    }
+    let missing: Vec<_> = expected.keys().filter(|name| !tensors.contains_key(*name)).collect();
+    if let [first, rest @ ..] = missing.as_slice() {
+        let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+        bail!("`{}` lacks tensor `{first}`{more}", files[0].display());
+    }
+    if let Some(head) = stored_head
+        && !head.to_kind(kind).equal(&tensors["transformer.wte.weight"])
+    {
+        bail!(
+            "`lm_head.weight` differs from `transformer.wte.weight`, but the config says that the \
+             head is tied\nhint: set `\"tie_word_embeddings\": false` in `config.json`"
+        );
+    }
+    Ok(Gpt2::new(config.clone(), tensors))
+}
+
+/// The parameter's name as transformers writes it, or none for a mask buffer.
+fn canonical_name(name: &str) -> Option<String> {
+    if name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") {
+        return None;
+    }
+    if name.starts_with("transformer.") || name.starts_with("lm_head.") {
+        return Some(name.to_owned());
+    }
+    Some(format!("transformer.{name}"))
+}
+
+/// Hands each tensor of a safetensors file to `take`, in the file's order.
+fn for_each_tensor(file: &Path, mut take: impl FnMut(String, Tensor) -> Result<()>) -> Result<()> {
+    let bytes = crate::ffi::map_file(file)?;
+    let parsed = SafeTensors::deserialize(&bytes)
+        .with_context(|| format!("`{}` is no whole safetensors file", file.display()))?;
+    for (name, view) in parsed.iter() {
+        take(name.to_owned(), to_tensor(&view).with_context(|| format!("tensor `{name}`"))?)?;
+    }
+    Ok(())
+}
+
+/// Reads every tensor of a safetensors file, as stored, on the CPU.
+pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for_each_tensor(file, |name, tensor| {
+        tensors.insert(name, tensor);
+        Ok(())
+    })?;
+    Ok(tensors)
+}
+
+fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F64 => Kind::Double,
+        Dtype::I64 => Kind::Int64,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        other => bail!("has dtype `{other:?}`; use f32, f16 or bf16"),
+    };
+    let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+    Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+}
+
+/// A tensor on its way into a file.
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl safetensors::View for &Stored {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        (&self.bytes).into()
+    }
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes `tensors` as a safetensors file with the metadata `format: pt`, which transformers and PEFT
+/// ask for, and waits until it is on disk.
+pub fn write_tensors<'a>(
+    file: &Path,
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<()> {
+    let stored: Vec<(&str, Stored)> = tensors
+        .into_iter()
+        .map(|(name, tensor)| Ok((name, store(tensor)?)))
+        .collect::<Result<_>>()?;
+    let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let views = stored.iter().map(|(name, stored)| (*name, stored));
+    let bytes = safetensors::serialize(views, Some(metadata)).context("cannot pack the tensors")?;
+    write_durably(file, &bytes)
+}
+
+/// Writes a file and waits until its bytes are on disk.
+pub fn write_durably(file: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write;
+    let mut handle = fs_err::File::create(file)?;
+    handle.write_all(bytes)?;
+    handle.sync_all()?;
+    Ok(())
+}
+
+fn store(tensor: &Tensor) -> Result<Stored> {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let dtype = match tensor.kind() {
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Double => Dtype::F64,
+        Kind::Int64 => Dtype::I64,
+        Kind::Uint8 => Dtype::U8,
+        Kind::Bool => Dtype::BOOL,
+        other => bail!("no safetensors dtype for {other:?}"),
+    };
+    let shape = tensor.size().iter().map(|&n| n as usize).collect();
+    Ok(Stored { dtype, shape, bytes: tensor_bytes(&tensor)? })
+}
+
+/// The bytes of a contiguous CPU tensor.
+pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+    Ok(bytes)
+}
