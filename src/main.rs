@@ -1,1 +1,30 @@
-fn main() {}
+//! The `dylora` binary: parse, log to stderr, run, print the error, exit.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use clap::Parser;
+use dylora::cli::{Cli, UsageError, describe};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default = ["dylora=warn", "dylora=info", "dylora=debug", "debug"];
+    let default = default[usize::from(cli.verbosity()).min(default.len() - 1)];
+    let filter = EnvFilter::try_from_env("DYLORA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+    // libtorch reports through tch's panics what it cannot do, such as allocate
+    std::panic::set_hook(Box::new(|panic| tracing::debug!("{panic}")));
+    let error = match catch_unwind(AssertUnwindSafe(|| cli.run())) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => error,
+        Err(panic) => dylora::cli::from_panic(panic.as_ref()),
+    };
+    eprintln!("error: {}", describe(&error));
+    ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
+}

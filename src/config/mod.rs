@@ -402,6 +402,8 @@ pub struct TrainConfig {
     pub checkpoint_every_steps: Option<u64>,
     /// Checkpoints kept beside the best.
     pub keep_last: usize,
+    /// Of the Hugging Face folder that `method = "full"` writes at the end.
+    pub save_dtype: SaveDtype,
     /// When to stop before `duration`; absent = never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<EarlyStopping>,
@@ -419,9 +421,22 @@ impl Default for TrainConfig {
             eval_every_steps: None,
             checkpoint_every_steps: None,
             keep_last: 2,
+            save_dtype: SaveDtype::F32,
             early_stopping: None,
         }
     }
+}
+
+/// The dtype of saved weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveDtype {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// Brain floats.
+    Bf16,
 }
 
 /// How long to train, as in `duration = { epochs = 3 }`.

@@ -91,6 +91,8 @@ pub struct RoutingTotals {
     pub entropy: Tensor,
     /// Experts per token that `assignments` counts.
     assignments_per_token: i64,
+    /// Whether every expert is chosen for every token.
+    dense: bool,
 }
 
 impl RoutingTotals {
@@ -121,6 +123,7 @@ impl RoutingTotals {
             probs,
             assignments,
             assignments_per_token,
+            dense: routing.selected.is_none(),
         }
     }
 
@@ -147,9 +150,9 @@ impl RoutingTotals {
     /// `d load_balancing_loss / d probs`, the same for each token, `[e]`: the loss depends on a
     /// token's probs through `P` (and, without top-k, through `f = P`). Its product with a batch's
     /// probs has the gradient of the loss over all batches of the totals.
-    pub fn balance_gradient(&self, dense: bool) -> Tensor {
+    pub fn balance_gradient(&self) -> Tensor {
         let e = self.probs.size()[0] as f64;
-        let factor = if dense { 2.0 } else { 1.0 };
+        let factor = if self.dense { 2.0 } else { 1.0 };
         self.expert_load() * (factor * e / self.num_tokens as f64)
     }
 

@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::gpt2::Gpt2;
 use super::gpt2_config::Gpt2Config;
+use crate::durable;
 
 /// Reads the base from one safetensors file or several shards, in `kind`, on the CPU.
 ///
@@ -141,16 +142,7 @@ pub fn write_tensors<'a>(
     let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let views = stored.iter().map(|(name, stored)| (*name, stored));
     let bytes = safetensors::serialize(views, Some(metadata)).context("cannot pack the tensors")?;
-    write_durably(file, &bytes)
-}
-
-/// Writes a file and waits until its bytes are on disk.
-pub fn write_durably(file: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write;
-    let mut handle = fs_err::File::create(file)?;
-    handle.write_all(bytes)?;
-    handle.sync_all()?;
-    Ok(())
+    durable::write(file, &bytes)
 }
 
 fn store(tensor: &Tensor) -> Result<Stored> {

@@ -1,0 +1,19 @@
+//! The domain `verse`: short scenes of a play in an old-fashioned register.
+//!
+//! A scene is one `text`. Its world is fixed: each of the ten characters has a rank, a home, an
+//! oath of their own and a set way to address the others.
+
+use rand_chacha::ChaCha8Rng;
+
+use crate::grammar::{Bindings, Grammar};
+use crate::record::Body;
+
+/// The grammar of a scene.
+pub fn grammar() -> Grammar {
+    Grammar::parse(include_str!("grammars/verse.txt"))
+}
+
+/// One scene of three to five speeches between two characters.
+pub fn generate(grammar: &Grammar, rng: &mut ChaCha8Rng) -> Body {
+    Body::Text { text: grammar.expand("<scene>", &mut Bindings::new(), rng) }
+}

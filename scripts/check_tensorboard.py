@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Checks that TensorBoard shows exactly what a run wrote to metrics.jsonl.
+
+    python scripts/check_tensorboard.py RUN_DIR
+
+Reads RUN_DIR/tensorboard with TensorBoard's own EventAccumulator and compares every scalar with
+RUN_DIR/metrics.jsonl: the same tags, the same steps, the same values in float32. A `null` in the
+metrics stands for NaN or an infinity. Orphaned steps of a run that was resumed must be gone.
+Needs the Python package `tensorboard` (checked with 2.21.0).
+"""
+
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+
+def scalars_of(line):
+    """The tags and values that a line of metrics.jsonl has in TensorBoard (src/train/metrics.rs)."""
+    kind = line["kind"]
+    router = {"train": "router", "validation": "validation/router"}[kind]
+    yield f"{kind}/loss", line["loss"]
+    for domain, loss in line["domain_losses"].items():
+        yield f"{kind}/loss/{domain}", loss
+    if kind == "train":
+        yield "train/grad_norm", line["grad_norm"]
+        yield "train/tokens_per_sec", line["tokens_per_sec"]
+        yield "train/peak_memory_gib", line["peak_memory_bytes"] / 2**30
+        for group, learning_rate in line["learning_rates"].items():
+            yield f"train/learning_rate/{group}", learning_rate
+    else:
+        yield "validation/token_loss", line["token_loss"]
+    if "load_balancing_loss" in line:
+        yield f"{router}/load_balancing_loss", line["load_balancing_loss"]
+    if "routing_entropy" in line:
+        yield f"{router}/entropy", line["routing_entropy"]
+    for expert, load in enumerate(line.get("expert_load", [])):
+        yield f"{router}/load/expert_{expert}", load
+
+
+def read_metrics(path):
+    """{tag: [(step, value)]} in the order of the file."""
+    series = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        for tag, value in scalars_of(line):
+            series.setdefault(tag, []).append((line["step"], value))
+    return series
+
+
+def read_tensorboard(path):
+    """{tag: [(step, value)]} as TensorBoard sees it, without its sampling."""
+    events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()[SCALARS]
+    }
+
+
+def as_float32(value):
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def agree(expected, shown):
+    if expected is None:
+        return not math.isfinite(shown)
+    return as_float32(expected) == shown
+
+
+def main():
+    if len(sys.argv) != 2:
+        sys.exit("usage: check_tensorboard.py RUN_DIR")
+    run_dir = Path(sys.argv[1])
+    expected = read_metrics(run_dir / "metrics.jsonl")
+    shown = read_tensorboard(run_dir / "tensorboard")
+
+    faults = [f"`{tag}` is not in TensorBoard" for tag in expected if tag not in shown]
+    faults += [f"`{tag}` is not in the metrics" for tag in shown if tag not in expected]
+    num_values = 0
+    for tag in expected.keys() & shown.keys():
+        steps, shown_steps = ([step for step, _ in s[tag]] for s in (expected, shown))
+        if steps != shown_steps:
+            faults.append(f"`{tag}` has steps {steps}, TensorBoard has {shown_steps}")
+            continue
+        for (step, value), (_, shown_value) in zip(expected[tag], shown[tag]):
+            num_values += 1
+            if not agree(value, shown_value):
+                faults.append(f"`{tag}` is {value} at step {step}, TensorBoard has {shown_value}")
+    if not num_values:
+        faults.append("there is nothing to compare")
+    if faults:
+        sys.exit("\n".join(["TensorBoard differs from the metrics:", *sorted(faults)]))
+    print(f"TensorBoard agrees with the metrics: {len(expected)} tags, {num_values} values")
+
+
+if __name__ == "__main__":
+    main()

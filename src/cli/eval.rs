@@ -1,0 +1,128 @@
+//! `dylora eval`: loss, perplexity and routing by domain.
+
+use anyhow::{Result, anyhow};
+use clap::Args;
+use serde_json::json;
+
+use super::open::{ModelArgs, OpenModel, device_name};
+use super::progress::{CountBar, LoadBar};
+use super::{Shared, table, token_cache, usage};
+use crate::config::{LossOn, OnBadRecord};
+use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
+use crate::eval::{EvalSettings, evaluate};
+use crate::model::RoutingSource;
+
+/// Arguments of `dylora eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Data to score, repeatable; without it, the validation data of the checkpoint's config. Without
+    /// a domain, records are grouped by their `domain`, else by file.
+    #[arg(long, value_name = "[DOMAIN=]FILE")]
+    data: Vec<String>,
+    /// Longest window, tokens [default: the config's, or the base's positions up to 1024].
+    #[arg(long, value_name = "N")]
+    seq_len: Option<usize>,
+    /// Score completions only, or every token [default: the config's, or completion].
+    #[arg(long, value_name = "completion|all", value_parser = parse_loss_on)]
+    loss_on: Option<LossOn>,
+    /// Sequences of a forward pass.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    batch_size: usize,
+    /// What routes the tokens: router, uniform, expert:N or none.
+    #[arg(long, default_value = "router", value_parser = super::trace::parse_routing)]
+    routing: RoutingSource,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+fn parse_loss_on(text: &str) -> Result<LossOn> {
+    match text {
+        "completion" => Ok(LossOn::Completion),
+        "all" => Ok(LossOn::All),
+        _ => Err(anyhow!("must be `completion` or `all`")),
+    }
+}
+
+/// Runs the command.
+pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
+    if args.batch_size == 0 {
+        return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
+    }
+    let open = args.model.open(shared)?;
+    super::trace::check_routing(args.routing, &open.model)?;
+    let dataset = dataset(&args, &open, shared)?;
+    let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
+    let settings = EvalSettings {
+        batch_size: args.batch_size,
+        loss_chunk_tokens: 1024,
+        source: args.routing,
+    };
+    let report = evaluate(&open.model, &dataset, settings, &|done, _| bar.set(done))?;
+    bar.finish();
+    if args.json {
+        let mut json = serde_json::to_value(&report)?;
+        json["base"] = json!(open.base.label);
+        json["checkpoint"] = json!(open.checkpoint);
+        json["device"] = json!(device_name(open.model.device()));
+        println!("{}", serde_json::to_string_pretty(&json)?);
+    } else {
+        println!("{}", table::report(&report));
+    }
+    Ok(())
+}
+
+/// The data that is scored.
+fn dataset(args: &EvalArgs, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
+    let config = open.config.as_ref().map(|config| &config.data);
+    let longest = (open.base.config.n_positions as usize).min(1024);
+    let seq_len = args.seq_len.or(config.map(|data| data.seq_len)).unwrap_or(longest);
+    if seq_len < 2 {
+        return Err(usage(anyhow!("`--seq-len` must be at least 2, got {seq_len}")));
+    }
+    open.base.check_seq_len(seq_len).map_err(usage)?;
+    let tokenizer = open.base.tokenizer()?;
+    let options = DataOptions {
+        seq_len,
+        loss_on: args.loss_on.or(config.map(|data| data.loss_on)).unwrap_or_default(),
+        on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
+        seed: open.config.as_ref().map_or(0, |config| config.run.seed),
+        eos_token_id: open.base.config.eos_token_id,
+        cache_dir: Some(token_cache()),
+    };
+    let bar = LoadBar::new(shared.show_progress);
+    let progress = |progress| bar.update(&progress);
+    if args.data.is_empty() {
+        let Some(config) = config else {
+            return Err(usage(anyhow!("a bare base needs `--data [DOMAIN=]FILE`")));
+        };
+        let datasets = load_datasets(&config.domains, &options, tokenizer, &progress)?;
+        if datasets.validation.num_blocks() == 0 {
+            let hint = "hint: name some with `--data [DOMAIN=]FILE`";
+            return Err(usage(anyhow!("the run's config has no validation data\n{hint}")));
+        }
+        return Ok(datasets.validation);
+    }
+    load_files(&domain_files(&args.data), &options, tokenizer, &progress)
+}
+
+/// `[DOMAIN=]FILE` arguments, those of one domain together.
+fn domain_files(arguments: &[String]) -> Vec<DomainFiles> {
+    let mut sources: Vec<DomainFiles> = vec![];
+    for argument in arguments {
+        let (name, file) = match argument.split_once('=') {
+            Some((name, file)) if !name.contains('/') => (Some(name.to_owned()), file),
+            _ => (None, argument.as_str()),
+        };
+        match sources.iter_mut().find(|source| source.name == name) {
+            Some(source) => source.files.push(file.to_owned()),
+            None => {
+                let files = vec![file.to_owned()];
+                sources.push(DomainFiles { name, files, record_domain: None });
+            }
+        }
+    }
+    sources
+}

@@ -1,0 +1,68 @@
+//! `dylora export-adapters`: a PEFT adapter for each expert, and the router.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+
+use super::open::ModelArgs;
+use super::{Shared, table};
+use crate::export::peft;
+
+/// Arguments of `dylora export-adapters`.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The folder to make.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace the folder if it is there.
+    #[arg(long)]
+    overwrite: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
+    if args.model.checkpoint.is_none() {
+        let error = anyhow::anyhow!("`export-adapters` needs `--checkpoint DIR`");
+        return Err(super::usage(error));
+    }
+    let open = args.model.open(shared)?;
+    let config = open.config.expect("a checkpoint has a config");
+    peft::export(&args.out, &open.model, &config, &open.base.label, args.overwrite)?;
+    let files = files(&args.out)?;
+    if args.json {
+        let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();
+        let json = json!({ "out": args.out, "experts": open.model.num_experts(), "files": files });
+        println!("{}", serde_json::to_string_pretty(&json)?);
+        return Ok(());
+    }
+    let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
+    println!("{}", table::table(&["file", "bytes"], rows.collect()));
+    println!("each file was read back and compared; wrote `{}`", args.out.display());
+    Ok(())
+}
+
+/// The files below a folder with their sizes, sorted.
+fn files(dir: &Path) -> Result<Vec<(String, u64)>> {
+    let mut files = vec![];
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs_err::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(dir).expect("the walk began at `dir`");
+                files.push((name.display().to_string(), fs_err::metadata(&path)?.len()));
+            }
+        }
+    }
+    files.sort();
+    Ok(files)
+}

@@ -1,0 +1,124 @@
+//! Progress bars on stderr. Without a terminal, indicatif draws nothing.
+
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::data::LoadProgress;
+use crate::hub::DownloadProgress;
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("the template is a literal").progress_chars("━╸─")
+}
+
+fn bar(show: bool, len: u64, template: &str) -> ProgressBar {
+    let target = if show { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+    ProgressBar::with_draw_target(Some(len), target).with_style(style(template))
+}
+
+/// Blocks that are evaluated.
+pub struct CountBar(ProgressBar);
+
+impl CountBar {
+    /// A bar of `len` things.
+    pub fn new(show: bool, what: &'static str, len: u64) -> Self {
+        Self(bar(show, len, "{msg} {bar:30} {pos}/{len} [{eta} left]").with_message(what))
+    }
+
+    /// So many are done.
+    pub fn set(&self, done: u64) {
+        self.0.set_position(done);
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// Source files that are read and tokenized.
+pub struct LoadBar(ProgressBar);
+
+impl LoadBar {
+    /// A bar that appears with the first file.
+    pub fn new(show: bool) -> Self {
+        Self(bar(show, 0, "reading data {bar:30} {bytes}/{total_bytes} [{eta} left]"))
+    }
+
+    /// Draws where the loading stands.
+    pub fn update(&self, progress: &LoadProgress) {
+        self.0.set_length(progress.num_bytes);
+        self.0.set_position(progress.bytes_done);
+        if progress.files_done == progress.num_files {
+            self.0.finish_and_clear();
+        }
+    }
+}
+
+/// A download from the Hub.
+pub struct DownloadBar(ProgressBar);
+
+impl DownloadBar {
+    /// A bar that appears with the first download.
+    pub fn new(show: bool) -> Self {
+        Self(bar(show, 0, "{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} [{eta} left]"))
+    }
+}
+
+impl DownloadProgress for DownloadBar {
+    fn start(&self, file: &str, total_bytes: u64) {
+        self.0.reset();
+        self.0.set_length(total_bytes);
+        self.0.set_message(file.to_owned());
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.0.inc(bytes);
+    }
+
+    fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
+/// The training steps, with the latest loss and speed.
+pub struct TrainBar {
+    bar: ProgressBar,
+    /// Without a bar, every so many steps are told in a line.
+    every: u64,
+}
+
+impl TrainBar {
+    /// A bar of `num_steps`, of which `done` were done in an earlier session.
+    pub fn new(show: bool, num_steps: u64, done: u64) -> Self {
+        let template = "step {pos}/{len} {bar:24} {msg} [{eta} left]";
+        let bar = bar(show, num_steps, template).with_position(done);
+        bar.reset_eta();
+        bar.enable_steady_tick(Duration::from_millis(500));
+        Self { bar, every: num_steps.div_ceil(20).max(1) }
+    }
+
+    /// A step is done.
+    pub fn step(&self, step: u64, loss: f64, tokens_per_sec: f64) {
+        self.bar.set_position(step);
+        let message = format!("loss {loss:.4}  {tokens_per_sec:.0} tokens/s");
+        if self.bar.is_hidden() && (step == 1 || step.is_multiple_of(self.every)) {
+            tracing::info!("step {step}: {message}");
+        }
+        self.bar.set_message(message);
+    }
+
+    /// A line above the bar, or in the log.
+    pub fn line(&self, text: String) {
+        if self.bar.is_hidden() {
+            tracing::info!("{text}");
+        } else {
+            self.bar.println(text);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,299 @@
+//! `dylora train`: a run from its config, or from where it stopped.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use serde_json::json;
+use tch::Device;
+
+use super::open::{device_name, open_base};
+use super::progress::{LoadBar, TrainBar};
+use super::{Shared, device, table, token_cache, usage};
+use crate::base::Base;
+use crate::config::{self, Config, DeviceChoice, Method};
+use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
+use crate::export::hugging_face;
+use crate::train::checkpoint::{self, Preferred};
+use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
+use crate::train::{Ending, Event, Summary, Trainer, load_model};
+
+/// Arguments of `dylora train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The run's TOML file.
+    #[arg(long, value_name = "FILE", required_unless_present = "resume")]
+    config: Option<PathBuf>,
+    /// Override a key, as `lora.rank=16`; repeatable.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// `auto`, `cpu` or `cuda[:N]`; goes before `run.device`.
+    #[arg(long)]
+    device: Option<DeviceChoice>,
+    /// Go on from the last checkpoint of the config's run, or of the run in DIR.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "")]
+    resume: Option<PathBuf>,
+    /// Print the resolved config, parameters, memory and data, and stop.
+    #[arg(long)]
+    dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
+    let (config, resume_from) = configure(&args)?;
+    let device = device(args.device.unwrap_or(config.run.device))?;
+    let base = open_base(&config.base, shared)?;
+    base.check_seq_len(config.data.seq_len).map_err(usage)?;
+    let data = load_data(&config, &base, shared)?;
+    if args.dry_run {
+        return dry_run(&config, &base, &data, args.json);
+    }
+    tell(&config, &base, &data, device);
+    let mut trainer = match &resume_from {
+        Some(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
+        None => Trainer::new(config.clone(), &base, data, device)?,
+    };
+    let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
+    let interrupt = interrupt_flag()?;
+    let summary = trainer.run(&interrupt, &mut |event| observe(&bar, &event));
+    bar.finish();
+    let summary = summary?;
+    drop(trainer);
+    let model_dir = match (config.method, summary.ending) {
+        (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
+            Some(save_base(&config, &base)?)
+        }
+        _ => None,
+    };
+    print_summary(&config, &summary, model_dir.as_deref(), args.json)?;
+    if summary.ending == Ending::Interrupted {
+        let dir = config.run.dir.display();
+        tracing::warn!("interrupted; go on with `dylora train --resume {dir}`");
+    }
+    Ok(())
+}
+
+/// The resolved config and, to resume, the checkpoint.
+fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
+    let resume_dir = args.resume.as_ref().filter(|dir| !dir.as_os_str().is_empty());
+    let file = match (&args.config, resume_dir) {
+        (Some(file), _) => file.clone(),
+        (None, Some(dir)) => checkpoint::find(dir, Preferred::Last)?.join("config.toml"),
+        (None, None) => {
+            return Err(usage(anyhow!("`--resume` needs a run's folder or `--config FILE`")));
+        }
+    };
+    let mut config = config::load::load(&file, &args.set).map_err(usage)?;
+    if let (None, Some(dir)) = (&args.config, resume_dir) {
+        // the run's folder may have moved since its config was written
+        let dir = checkpoint::find(dir, Preferred::Last)?;
+        let dir = fs_err::canonicalize(dir)?;
+        let run_dir = dir.parent().and_then(Path::parent);
+        config.run.dir = run_dir.context("a checkpoint lies in `RUN/checkpoints`")?.to_owned();
+    }
+    let resume_from = match &args.resume {
+        None => None,
+        Some(_) => {
+            let dir = resume_dir.unwrap_or(&config.run.dir);
+            Some(checkpoint::find(dir, Preferred::Last)?)
+        }
+    };
+    Ok((config, resume_from))
+}
+
+fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
+    let eos = base.config.eos_token_id;
+    let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
+    let bar = LoadBar::new(shared.show_progress);
+    let progress = |progress| bar.update(&progress);
+    load_datasets(&config.data.domains, &options, base.tokenizer()?, &progress)
+}
+
+/// What is about to happen, in the log.
+fn tell(config: &Config, base: &Base, data: &Datasets, device: Device) {
+    let counts = ParameterCounts::new(config, &base.config);
+    tracing::info!(
+        "base `{}`, {} parameters; {} trained ({:.2} %) on {}",
+        base.label,
+        table::count(counts.base),
+        table::count(counts.trained),
+        100.0 * counts.trainable_share(),
+        device_name(device),
+    );
+    for (split, dataset) in [("training", &data.train), ("validation", &data.validation)] {
+        for domain in &dataset.domains {
+            let c = &domain.counts;
+            let mut notes = String::new();
+            for (count, what) in [
+                (c.split_documents, "documents split"),
+                (c.skipped_bad, "bad records skipped"),
+                (c.skipped_empty, "without a label skipped"),
+                (c.skipped_held_out, "held out, as they are in validation"),
+            ] {
+                if count > 0 {
+                    notes += &format!("; {} {what}", table::count(count));
+                }
+            }
+            tracing::info!(
+                "{split} `{}`: {} documents, {} label tokens, {} blocks{notes}",
+                domain.name,
+                table::count(c.documents),
+                table::count(c.label_tokens),
+                table::count(c.blocks),
+            );
+        }
+    }
+}
+
+/// Set by the first Ctrl-C or SIGTERM; the second ends the process.
+fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))?;
+        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+    }
+    Ok(flag)
+}
+
+fn observe(bar: &TrainBar, event: &Event<'_>) {
+    match event {
+        Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
+        Event::Evaluating(..) => {}
+        Event::Validation(metrics) => {
+            let domains: Vec<String> = metrics
+                .domain_losses
+                .iter()
+                .map(|(name, loss)| format!("{name} {loss:.4}"))
+                .collect();
+            let (step, loss) = (metrics.step, metrics.loss);
+            bar.line(format!("step {step}: validation loss {loss:.4} ({})", domains.join(", ")));
+        }
+        Event::Checkpoint(path) => tracing::debug!("wrote `{}`", path.display()),
+    }
+}
+
+/// The best checkpoint of a full training as a Hugging Face folder.
+fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
+    let dir = checkpoint::find(&config.run.dir, Preferred::Best)?;
+    let model = load_model(&dir, config, base, Device::Cpu)?;
+    let out = config.run.dir.join("model");
+    let tokenizer = base.tokenizer_file.as_deref();
+    hugging_face::export(&out, model.base(), config.train.save_dtype, tokenizer, true)?;
+    Ok(out)
+}
+
+fn print_summary(
+    config: &Config,
+    summary: &Summary,
+    model_dir: Option<&Path>,
+    json: bool,
+) -> Result<()> {
+    let state = &summary.state;
+    let ending = match summary.ending {
+        Ending::Completed => "completed",
+        Ending::StoppedEarly => "stopped_early",
+        Ending::Interrupted => "interrupted",
+    };
+    if json {
+        let json = json!({
+            "ending": ending,
+            "step": state.step,
+            "tokens_seen": state.tokens_seen,
+            "best": state.best,
+            "run_dir": config.run.dir,
+            "checkpoint": summary.checkpoint,
+            "model_dir": model_dir,
+            "base_blake3": state.base_hash,
+        });
+        println!("{}", serde_json::to_string_pretty(&json)?);
+        return Ok(());
+    }
+    println!("{ending} after step {}, {} target tokens", state.step, table::count(state.tokens_seen));
+    if let Some(best) = state.best {
+        println!("best validation loss {:.4} at step {}", best.loss, best.step);
+    }
+    if let Some(hash) = &state.base_hash {
+        println!("the base is unchanged: BLAKE3 {}.. before and after", &hash[..16]);
+    }
+    println!("checkpoint: {}", summary.checkpoint.display());
+    if let Some(dir) = model_dir {
+        println!("Hugging Face folder: {}", dir.display());
+    }
+    Ok(())
+}
+
+fn dry_run(config: &Config, base: &Base, data: &Datasets, json: bool) -> Result<()> {
+    let counts = ParameterCounts::new(config, &base.config);
+    let memory = MemoryEstimate::new(config, &base.config, &counts);
+    let steps = num_steps(config, &data.train);
+    let domains = |dataset: &TokenDataset| -> Vec<_> {
+        let domains = dataset.domains.iter();
+        domains.map(|d| json!({ "name": d.name, "weight": d.weight, "counts": d.counts })).collect()
+    };
+    if json {
+        let json = json!({
+            "config": config,
+            "parameters": counts,
+            "trainable_share": counts.trainable_share(),
+            "memory_bytes": memory,
+            "steps": steps,
+            "train": domains(&data.train),
+            "validation": domains(&data.validation),
+        });
+        println!("{}", serde_json::to_string_pretty(&json)?);
+        return Ok(());
+    }
+    println!("{}", config::load::to_toml(config));
+    let row = |name: &str, number: i64| vec![name.to_owned(), table::count(number)];
+    let rows = vec![
+        row("base", counts.base),
+        row("lora_a", counts.lora_a),
+        row("lora_b", counts.lora_b),
+        row("router", counts.router),
+        row("trained", counts.trained),
+        vec!["trainable share".into(), format!("{:.3} %", 100.0 * counts.trainable_share())],
+    ];
+    println!("{}\n", table::table(&["parameters", "number"], rows));
+    let rows = [
+        ("base", memory.base),
+        ("trained parameters, gradients, moments", memory.training),
+        ("activations of a micro-batch", memory.activations),
+        ("logits of a chunk", memory.logits),
+        ("sum", memory.total()),
+    ];
+    let rows = rows.into_iter().map(|(name, n)| vec![name.to_owned(), table::bytes(n)]).collect();
+    println!("{}\n", table::table(&["memory (estimate, without libtorch itself)", "size"], rows));
+    println!("{}\n", data_table(data));
+    println!("{} steps", table::count(steps));
+    Ok(())
+}
+
+fn data_table(data: &Datasets) -> comfy_table::Table {
+    let header =
+        ["domain", "split", "records", "documents", "tokens", "label tokens", "blocks", "split docs", "skipped"];
+    let mut rows = vec![];
+    for (split, dataset) in [("train", &data.train), ("validation", &data.validation)] {
+        for domain in &dataset.domains {
+            let c = &domain.counts;
+            let skipped =
+                c.skipped_bad + c.skipped_empty + c.skipped_other_domain + c.skipped_held_out;
+            let numbers = [
+                c.records,
+                c.documents,
+                c.tokens,
+                c.label_tokens,
+                c.blocks,
+                c.split_documents,
+                skipped,
+            ];
+            let names = [domain.name.clone(), split.to_owned()];
+            rows.push(names.into_iter().chain(numbers.map(table::count)).collect());
+        }
+    }
+    table::table(&header, rows)
+}

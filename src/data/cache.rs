@@ -1,0 +1,388 @@
+//! [`TokenFile`]s on disk, so that a file is tokenized once.
+//!
+//! A cache file is named by BLAKE3 of all that determines it: the source file's content, whether its
+//! lines are records or text, the tokenizer, the end token and the format's version. It is written
+//! under another name and renamed, so processes that start together do not disturb each other.
+//!
+//! Everything is little-endian: magic (8 bytes), BLAKE3 of all that follows (32), key (32), then
+//! the numbers of malformed records, domains, documents and tokens (`u64` each); per domain its
+//! length (`u32`) and its name; per document `num_tokens`, `prompt_len`, `record_domain` (`u32`
+//! each) and `content` (16); the tokens (`u32` each). A file that does not match its checksum is
+//! made again.
+
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use fs_err::File;
+
+use super::source::{Format, SourceFile};
+use super::token_file::{Document, NO_DOMAIN, TOKEN_BYTES, TokenFile, Tokens};
+use super::tokenize::Tokenizer;
+
+const MAGIC: [u8; 8] = *b"dylotok\x01";
+/// Goes up when the same input gives other bytes, be it by this code or by `tokenizers`.
+const VERSION: u32 = 1;
+const CHECKED_FROM: u64 = 40;
+const DOCUMENT_BYTES: u64 = 28;
+/// Files with fewer bytes of tokens are read whole, the larger ones stay on disk.
+const IN_MEMORY_BYTES: u64 = 1 << 22;
+
+/// A folder of cache files.
+#[derive(Debug, Clone)]
+pub(super) struct Cache {
+    dir: PathBuf,
+}
+
+impl Cache {
+    /// The cache in `dir`, or `None` with a warning if the folder cannot be made.
+    pub fn open(dir: &Path) -> Option<Self> {
+        match fs_err::create_dir_all(dir) {
+            Ok(()) => Some(Self { dir: dir.to_owned() }),
+            Err(error) => {
+                tracing::warn!("tokens are not cached: {error}");
+                None
+            }
+        }
+    }
+
+    fn path(&self, key: &blake3::Hash) -> PathBuf {
+        self.dir.join(format!("{key}.tokens"))
+    }
+
+    /// What is stored under `key`, if it is there and sound.
+    pub fn get(&self, key: &blake3::Hash) -> Option<TokenFile> {
+        let path = self.path(key);
+        if !path.exists() {
+            return None;
+        }
+        match read(&path, key) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                tracing::warn!("`{}` is made again: {error:#}", path.display());
+                None
+            }
+        }
+    }
+
+    /// Stores `file` under `key`, and returns it as it is on disk, which frees its memory. If it
+    /// cannot be stored, there is a warning and `file` stays as it is.
+    pub fn put(&self, key: &blake3::Hash, file: TokenFile) -> TokenFile {
+        let Tokens::Memory(tokens) = &file.tokens else { return file };
+        match self.write(key, &file, tokens) {
+            Ok(tokens) => TokenFile { tokens, ..file },
+            Err(error) => {
+                tracing::warn!("tokens are not cached in `{}`: {error:#}", self.dir.display());
+                file
+            }
+        }
+    }
+
+    fn write(&self, key: &blake3::Hash, file: &TokenFile, tokens: &[u32]) -> Result<Tokens> {
+        // others may read what this user wrote, as far as the umask lets them
+        let permissions = std::fs::Permissions::from_mode(0o666);
+        let mut temporary = tempfile::Builder::new()
+            .prefix(".writing-")
+            .permissions(permissions)
+            .tempfile_in(&self.dir)?;
+        let mut writer = HashingWriter {
+            inner: BufWriter::with_capacity(1 << 16, temporary.as_file_mut()),
+            hasher: blake3::Hasher::new(),
+        };
+        writer.inner.write_all(&MAGIC)?;
+        writer.inner.write_all(&[0; 32])?;
+        write_index(&mut writer, key, file, tokens.len() as u64)?;
+        let mut bytes = Vec::new();
+        for chunk in tokens.chunks(1 << 14) {
+            bytes.clear();
+            chunk.iter().for_each(|token| bytes.extend(token.to_le_bytes()));
+            writer.write(&bytes)?;
+        }
+        let checksum = writer.hasher.finalize();
+        writer.inner.seek(SeekFrom::Start(MAGIC.len() as u64))?;
+        writer.inner.write_all(checksum.as_bytes())?;
+        writer.inner.flush()?;
+        drop(writer);
+        let path = self.path(key);
+        temporary.persist(&path)?;
+        if tokens.len() as u64 * TOKEN_BYTES < IN_MEMORY_BYTES {
+            return Ok(Tokens::Memory(tokens.to_vec()));
+        }
+        Ok(read(&path, key)?.tokens)
+    }
+}
+
+/// The key of what `source` becomes.
+pub(super) fn key(
+    source: &SourceFile,
+    tokenizer: &Tokenizer,
+    eos_token_id: Option<u32>,
+) -> Result<blake3::Hash> {
+    let mut content = blake3::Hasher::new();
+    content
+        .update_reader(File::open(&source.path)?)
+        .with_context(|| format!("cannot read `{}`", source.path.display()))?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&VERSION.to_le_bytes());
+    hasher.update(content.finalize().as_bytes());
+    hasher.update(&[match source.format {
+        Format::JsonLines => 0,
+        Format::Text => 1,
+    }]);
+    hasher.update(&[source.packing as u8]);
+    hasher.update(tokenizer.hash().as_bytes());
+    hasher.update(&eos_token_id.map_or(-1, i64::from).to_le_bytes());
+    Ok(hasher.finalize())
+}
+
+/// Writes through to `inner` and hashes what it writes.
+struct HashingWriter<W> {
+    inner: W,
+    hasher: blake3::Hasher,
+}
+
+impl<W: Write> HashingWriter<W> {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hasher.update(bytes);
+        self.inner.write_all(bytes)?;
+        Ok(())
+    }
+}
+
+fn write_index<W: Write>(
+    writer: &mut HashingWriter<W>,
+    key: &blake3::Hash,
+    file: &TokenFile,
+    num_tokens: u64,
+) -> Result<()> {
+    writer.write(key.as_bytes())?;
+    let num_domains = file.record_domains.len() as u64;
+    for count in [file.num_bad, num_domains, file.documents.len() as u64, num_tokens] {
+        writer.write(&count.to_le_bytes())?;
+    }
+    for name in &file.record_domains {
+        writer.write(&u32::try_from(name.len())?.to_le_bytes())?;
+        writer.write(name.as_bytes())?;
+    }
+    for document in &file.documents {
+        for number in [document.num_tokens, document.prompt_len, document.record_domain] {
+            writer.write(&number.to_le_bytes())?;
+        }
+        writer.write(&document.content)?;
+    }
+    Ok(())
+}
+
+/// Reads a cache file. Nothing in it is trusted before its checksum has been found right, and
+/// nothing after that leads to a panic.
+fn read(path: &Path, key: &blake3::Hash) -> Result<TokenFile> {
+    let mut file = File::open(path)?;
+    let mut head = [0; CHECKED_FROM as usize];
+    file.read_exact(&mut head)?;
+    ensure!(head.starts_with(&MAGIC), "it is no cache of tokens");
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(&mut file)?;
+    ensure!(hasher.finalize().as_bytes() == &head[MAGIC.len()..], "its checksum is wrong");
+    file.seek(SeekFrom::Start(CHECKED_FROM))?;
+    let file_bytes = file.metadata()?.len();
+    let mut reader = IndexReader { inner: std::io::BufReader::new(file), at: CHECKED_FROM };
+    ensure!(reader.array::<32>()? == *key.as_bytes(), "it belongs to another source");
+    let mut index = read_index(&mut reader, file_bytes)?;
+    let offset = reader.at;
+    let num_tokens =
+        index.documents.last().map_or(0, |last| last.start + u64::from(last.num_tokens));
+    ensure!(
+        num_tokens.checked_mul(TOKEN_BYTES).and_then(|bytes| bytes.checked_add(offset))
+            == Some(file_bytes),
+        "its length is wrong"
+    );
+    let file = reader.inner.into_inner().into_parts().0;
+    index.tokens = Tokens::File { path: path.to_owned(), file, offset };
+    if num_tokens * TOKEN_BYTES < IN_MEMORY_BYTES {
+        let mut tokens = Vec::new();
+        index.tokens.read(0, num_tokens as usize, &mut tokens)?;
+        index.tokens = Tokens::Memory(tokens);
+    }
+    Ok(index)
+}
+
+/// Reads numbers and keeps the place.
+struct IndexReader<R> {
+    inner: R,
+    at: u64,
+}
+
+impl<R: Read> IndexReader<R> {
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let mut bytes = [0; N];
+        self.inner.read_exact(&mut bytes)?;
+        self.at += N as u64;
+        Ok(bytes)
+    }
+
+    fn u32(&mut self) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn string(&mut self) -> Result<String> {
+        let num_bytes = u64::from(self.u32()?);
+        let mut bytes = Vec::new();
+        (&mut self.inner).take(num_bytes).read_to_end(&mut bytes)?;
+        ensure!(bytes.len() as u64 == num_bytes, "it ends early");
+        self.at += num_bytes;
+        String::from_utf8(bytes).map_err(|_| anyhow!("a domain's name is not UTF-8"))
+    }
+}
+
+fn read_index<R: Read>(reader: &mut IndexReader<R>, file_bytes: u64) -> Result<TokenFile> {
+    let num_bad = reader.u64()?;
+    let [num_domains, num_documents, num_tokens] = [reader.u64()?, reader.u64()?, reader.u64()?];
+    ensure!(
+        num_documents <= file_bytes / DOCUMENT_BYTES,
+        "it has too many documents for its length"
+    );
+    ensure!(num_tokens <= file_bytes / TOKEN_BYTES, "it has too many tokens for its length");
+    let mut file = TokenFile { num_bad, ..TokenFile::default() };
+    for _ in 0..num_domains {
+        file.record_domains.push(reader.string()?);
+    }
+    file.documents.reserve_exact(num_documents as usize);
+    let mut start = 0_u64;
+    for _ in 0..num_documents {
+        let document = Document {
+            start,
+            num_tokens: reader.u32()?,
+            prompt_len: reader.u32()?,
+            record_domain: reader.u32()?,
+            content: reader.array()?,
+        };
+        let known = (document.record_domain as usize) < file.record_domains.len();
+        ensure!(known || document.record_domain == NO_DOMAIN, "a document's domain is unknown");
+        ensure!(document.prompt_len <= document.num_tokens, "a prompt is longer than its document");
+        start += u64::from(document.num_tokens);
+        file.documents.push(document);
+    }
+    ensure!(start == num_tokens, "its documents do not cover its tokens");
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn token_file(lens: &[(u32, u32, bool)], num_bad: u64) -> TokenFile {
+        let mut file =
+            TokenFile { num_bad, record_domains: vec!["ä".into()], ..Default::default() };
+        let mut tokens = Vec::new();
+        for (i, (prompt_len, more, has_domain)) in lens.iter().enumerate() {
+            let num_tokens = prompt_len + more;
+            file.documents.push(Document {
+                start: tokens.len() as u64,
+                num_tokens,
+                prompt_len: *prompt_len,
+                record_domain: if *has_domain { 0 } else { NO_DOMAIN },
+                content: [i as u8; 16],
+            });
+            tokens.extend((0..num_tokens).map(|token| token ^ (i as u32) << 20));
+        }
+        file.tokens = Tokens::Memory(tokens);
+        file
+    }
+
+    fn all_tokens(file: &TokenFile) -> Vec<u32> {
+        let mut tokens = Vec::new();
+        for document in &file.documents {
+            file.tokens.read(document.start, document.num_tokens as usize, &mut tokens).unwrap();
+        }
+        tokens
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_put_is_got(
+            lens in prop::collection::vec((0..9_u32, 0..9_u32, any::<bool>()), 0..9),
+            num_bad in 0..3_u64,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let cache = Cache::open(dir.path()).unwrap();
+            let key = blake3::hash(b"key");
+            let file = token_file(&lens, num_bad);
+            let tokens = all_tokens(&file);
+            let documents = file.documents.clone();
+            prop_assert_eq!(&all_tokens(&cache.put(&key, file)), &tokens);
+            let got = cache.get(&key).expect("it was put");
+            prop_assert_eq!(all_tokens(&got), tokens);
+            prop_assert_eq!((got.documents, got.num_bad), (documents, num_bad));
+        }
+
+        #[test]
+        fn any_damage_is_noticed(at in any::<prop::sample::Index>(), flip in 1..=255_u8) {
+            let dir = tempfile::tempdir().unwrap();
+            let cache = Cache::open(dir.path()).unwrap();
+            let key = blake3::hash(b"key");
+            cache.put(&key, token_file(&[(2, 3, true), (0, 4, false)], 1));
+            let path = cache.path(&key);
+            let sound = fs_err::read(&path).unwrap();
+            let at = at.index(sound.len());
+            fs_err::write(&path, &sound[..at]).unwrap();
+            prop_assert!(cache.get(&key).is_none(), "cut at {}", at);
+            let mut flipped = sound.clone();
+            flipped[at] ^= flip;
+            fs_err::write(&path, flipped).unwrap();
+            prop_assert!(cache.get(&key).is_none(), "flipped at {}", at);
+            fs_err::write(&path, &sound).unwrap();
+            prop_assert!(cache.get(&key).is_some());
+        }
+    }
+
+    #[test]
+    fn a_file_under_anothers_key_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let [key, other] = [blake3::hash(b"key"), blake3::hash(b"other")];
+        cache.put(&key, token_file(&[(0, 4, false)], 0));
+        fs_err::rename(cache.path(&key), cache.path(&other)).unwrap();
+        assert!(cache.get(&other).is_none());
+    }
+
+    #[test]
+    fn large_files_stay_on_disk_and_outlive_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let key = blake3::hash(b"key");
+        let file = token_file(&[(0, 1 << 20, false), (3, 1 << 10, true)], 0);
+        let tokens = all_tokens(&file);
+        let file = cache.put(&key, file);
+        assert!(matches!(file.tokens, Tokens::File { .. }));
+        fs_err::remove_file(cache.path(&key)).unwrap();
+        assert_eq!(all_tokens(&file), tokens);
+    }
+
+    #[test]
+    fn writers_of_the_same_key_do_not_disturb_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let key = blake3::hash(b"key");
+        let file = || token_file(&[(2, 5_000, true), (0, 4, false)], 1);
+        let tokens = all_tokens(&file());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        cache.put(&key, file());
+                        let got = cache.get(&key).expect("a whole file is always there");
+                        assert_eq!(all_tokens(&got), tokens);
+                    }
+                });
+            }
+        });
+        assert_eq!(fs_err::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    }
+}

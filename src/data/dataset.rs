@@ -1,0 +1,348 @@
+//! The blocks of all domains, and batches of them.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::order::{self, BlockId};
+use super::pack::{self, Blocks, Piece};
+use super::token_file::{Document, NO_DOMAIN, TokenFile, Tokens};
+use crate::config::LossOn;
+
+/// The label of a position without loss.
+pub const IGNORED_LABEL: i64 = -100;
+
+/// The document id of padding.
+pub const PADDING_DOCUMENT: i64 = -1;
+
+/// Packed blocks of documents, by domain.
+#[derive(Debug)]
+pub struct TokenDataset {
+    /// Positions of a block.
+    pub seq_len: usize,
+    /// The domains; a [`BlockId`] counts in this order.
+    pub domains: Vec<Domain>,
+    files: Vec<Arc<TokenFile>>,
+    encoding: blake3::Hash,
+}
+
+/// One kind of text. A block holds documents of one domain only.
+#[derive(Debug)]
+pub struct Domain {
+    /// Its name in tables and metrics.
+    pub name: String,
+    /// How often an epoch passes over it.
+    pub weight: f64,
+    /// What its files hold.
+    pub counts: DomainCounts,
+    blocks: Blocks,
+    fingerprint: blake3::Hash,
+}
+
+/// What a domain's files hold. Each record is in `documents` or in one of `skipped_*`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainCounts {
+    /// Records read, plain text files included.
+    pub records: u64,
+    /// Documents that are learned from.
+    pub documents: u64,
+    /// Tokens of the documents, end tokens included.
+    pub tokens: u64,
+    /// Learned targets.
+    pub label_tokens: u64,
+    /// Positions of the blocks that are not padding.
+    pub positions: u64,
+    /// Blocks.
+    pub blocks: u64,
+    /// Documents with more than `seq_len` positions, which are split.
+    pub split_documents: u64,
+    /// Left out: fewer than two tokens, or nothing to learn.
+    pub skipped_empty: u64,
+    /// Left out: malformed.
+    pub skipped_bad: u64,
+    /// Left out: its `domain` field is not the domain's `record_domain`.
+    pub skipped_other_domain: u64,
+    /// Left out of training: the text is in a validation set.
+    pub skipped_held_out: u64,
+}
+
+impl DomainCounts {
+    /// Share of the blocks' positions that is padding; 0 without blocks.
+    pub fn padding_share(&self, seq_len: usize) -> f64 {
+        let total = self.blocks * seq_len as u64;
+        if total == 0 { 0.0 } else { 1.0 - self.positions as f64 / total as f64 }
+    }
+}
+
+/// A domain's documents before they are packed.
+#[derive(Debug, Default)]
+pub(super) struct Selection {
+    pub name: String,
+    pub weight: f64,
+    pub documents: Vec<DocumentRef>,
+    pub counts: DomainCounts,
+}
+
+impl Selection {
+    /// Adds the documents of `other`, which is counted likewise.
+    pub fn append(&mut self, other: Self) {
+        self.documents.extend(other.documents);
+        self.counts.records += other.counts.records;
+        self.counts.skipped_empty += other.counts.skipped_empty;
+        self.counts.skipped_bad += other.counts.skipped_bad;
+        self.counts.skipped_other_domain += other.counts.skipped_other_domain;
+    }
+}
+
+/// A document by its file in the dataset and its index in the file.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DocumentRef {
+    pub file: u32,
+    pub document: u32,
+}
+
+impl DocumentRef {
+    pub fn of(self, files: &[Arc<TokenFile>]) -> &Document {
+        &files[self.file as usize].documents[self.document as usize]
+    }
+}
+
+/// Rows of equal length for the model, row by row. Padding has input 0, position 0, label
+/// [`IGNORED_LABEL`] and document [`PADDING_DOCUMENT`]; it follows a row's documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Rows `b`, one block each.
+    pub num_rows: usize,
+    /// Positions `t` of a row.
+    pub seq_len: usize,
+    /// Tokens that are read, `[b, t]`.
+    pub input_ids: Vec<i64>,
+    /// What each position is to predict, `[b, t]`: the document's next token, so they are not to be
+    /// shifted again. The last token of a document is a target only, never an input.
+    pub labels: Vec<i64>,
+    /// Positions within the piece of a document, from 0, `[b, t]`.
+    pub position_ids: Vec<i64>,
+    /// Index of the piece within its row, `[b, t]`: attention stays within equal ids.
+    pub document_ids: Vec<i64>,
+    /// The domain of each row, `[b]`, as an index in [`TokenDataset::domains`].
+    pub domains: Vec<u32>,
+}
+
+impl Batch {
+    /// Positions with loss.
+    pub fn label_tokens(&self) -> u64 {
+        self.labels.iter().filter(|label| **label != IGNORED_LABEL).count() as u64
+    }
+}
+
+/// A document that is already tokenized, for [`TokenDataset::in_memory`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryDocument {
+    /// Its tokens, with the end token if it is to have one.
+    pub tokens: Vec<u32>,
+    /// How many of them are a prompt.
+    pub prompt_len: u32,
+}
+
+/// A domain of such documents.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MemoryDomain {
+    /// Its name.
+    pub name: String,
+    /// How often an epoch passes over it.
+    pub weight: f64,
+    /// Its documents.
+    pub documents: Vec<MemoryDocument>,
+}
+
+impl TokenDataset {
+    /// Packs the selected documents of `files`; `encoding` stands for how they became tokens.
+    pub(super) fn new(
+        selections: Vec<Selection>,
+        files: Vec<Arc<TokenFile>>,
+        seq_len: usize,
+        loss_on: LossOn,
+        encoding: blake3::Hash,
+    ) -> Self {
+        let pack = |selection| Domain::new(selection, &files, seq_len, loss_on);
+        let domains = selections.into_iter().map(pack).collect();
+        Self { seq_len, domains, files, encoding }
+    }
+
+    /// A dataset of documents that are in memory, for tests, benchmarks and generated data.
+    ///
+    /// # Panics
+    /// If `seq_len` is 0 or a prompt is longer than its document.
+    pub fn in_memory(seq_len: usize, loss_on: LossOn, domains: Vec<MemoryDomain>) -> Self {
+        assert!(seq_len > 0, "a block has at least one position");
+        let mut files = Vec::new();
+        let mut selections = Vec::new();
+        for (file, domain) in (0..).zip(domains) {
+            let num_documents = domain.documents.len() as u32;
+            let documents = (0..num_documents).map(|document| DocumentRef { file, document });
+            selections.push(Selection {
+                name: domain.name,
+                weight: domain.weight,
+                documents: documents.collect(),
+                counts: DomainCounts { records: num_documents.into(), ..DomainCounts::default() },
+            });
+            files.push(Arc::new(memory_file(&domain.documents)));
+        }
+        Self::new(selections, files, seq_len, loss_on, blake3::hash(b"in memory"))
+    }
+
+    /// Blocks of all domains.
+    pub fn num_blocks(&self) -> usize {
+        self.domains.iter().map(|domain| domain.blocks.num_blocks()).sum()
+    }
+
+    /// The blocks of an epoch (from 0) in training order: a function of `seed` and `epoch` alone.
+    ///
+    /// A domain of weight w has each block `floor(w)` or `floor(w) + 1` times, and over the epochs
+    /// each equally often.
+    pub fn epoch_order(&self, seed: u64, epoch: u64) -> Vec<BlockId> {
+        let domains = self.domains.iter().map(|domain| (domain.blocks.num_blocks(), domain.weight));
+        order::epoch_order(&domains.collect::<Vec<_>>(), seed, epoch)
+    }
+
+    /// The length of [`epoch_order`](Self::epoch_order), which weights make differ between epochs.
+    pub fn epoch_blocks(&self, epoch: u64) -> u64 {
+        let domains = self.domains.iter().map(|domain| (domain.blocks.num_blocks(), domain.weight));
+        domains
+            .map(|(num_blocks, weight)| order::places(num_blocks, weight, epoch))
+            .map(|places| places.end - places.start)
+            .sum()
+    }
+
+    /// All blocks once, domain by domain.
+    pub fn eval_order(&self) -> Vec<BlockId> {
+        let domains = (0..).zip(&self.domains);
+        domains
+            .flat_map(|(domain, of)| {
+                (0..of.blocks.num_blocks() as u32).map(move |block| BlockId { domain, block })
+            })
+            .collect()
+    }
+
+    /// Learned targets of a block.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn label_tokens(&self, id: BlockId) -> u64 {
+        self.pieces(id).iter().map(Piece::label_tokens).sum()
+    }
+
+    /// The blocks as rows.
+    ///
+    /// # Errors
+    /// A cache file cannot be read.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn batch(&self, ids: &[BlockId]) -> Result<Batch> {
+        let len = ids.len() * self.seq_len;
+        let mut batch = Batch {
+            num_rows: ids.len(),
+            seq_len: self.seq_len,
+            input_ids: vec![0; len],
+            labels: vec![IGNORED_LABEL; len],
+            position_ids: vec![0; len],
+            document_ids: vec![PADDING_DOCUMENT; len],
+            domains: ids.iter().map(|id| id.domain).collect(),
+        };
+        let mut tokens = Vec::with_capacity(self.seq_len + 1);
+        for (row, id) in ids.iter().enumerate() {
+            let mut at = row * self.seq_len;
+            for (piece_index, piece) in (0..).zip(self.pieces(*id)) {
+                let num_tokens = piece.len as usize + 1;
+                tokens.clear();
+                self.files[piece.file as usize].tokens.read(
+                    piece.start,
+                    num_tokens,
+                    &mut tokens,
+                )?;
+                for (position, pair) in (0..).zip(tokens.windows(2)) {
+                    batch.input_ids[at] = i64::from(pair[0]);
+                    if position >= i64::from(piece.first_label) {
+                        batch.labels[at] = i64::from(pair[1]);
+                    }
+                    batch.position_ids[at] = position;
+                    batch.document_ids[at] = piece_index;
+                    at += 1;
+                }
+            }
+        }
+        Ok(batch)
+    }
+
+    /// A hash over the tokenizer, the domains, their documents' texts and how they are cut: datasets
+    /// with equal fingerprints have the same blocks, wherever their files are.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.encoding.as_bytes());
+        hasher.update(&(self.seq_len as u64).to_le_bytes());
+        for domain in &self.domains {
+            hasher.update(&(domain.name.len() as u64).to_le_bytes());
+            hasher.update(domain.name.as_bytes());
+            hasher.update(&domain.weight.to_le_bytes());
+            hasher.update(domain.fingerprint.as_bytes());
+        }
+        hasher.finalize().to_string()
+    }
+
+    fn pieces(&self, id: BlockId) -> &[Piece] {
+        self.domains[id.domain as usize].blocks.get(id.block as usize)
+    }
+}
+
+impl Domain {
+    fn new(
+        selection: Selection,
+        files: &[Arc<TokenFile>],
+        seq_len: usize,
+        loss_on: LossOn,
+    ) -> Self {
+        let Selection { name, weight, documents, mut counts } = selection;
+        let seq_len = u32::try_from(seq_len).expect("checked where the options enter");
+        let mut pieces = Vec::new();
+        let mut hasher = blake3::Hasher::new();
+        for reference in documents {
+            let document = reference.of(files);
+            pack::split(document, reference.file, loss_on, seq_len, &mut pieces, &mut counts);
+            hasher.update(&document.content);
+            hasher.update(&document.num_tokens.to_le_bytes());
+            hasher.update(&document.prompt_len.to_le_bytes());
+        }
+        hasher.update(&[loss_on as u8]);
+        let blocks = pack::pack(pieces, seq_len);
+        counts.blocks = blocks.num_blocks() as u64;
+        Self { name, weight, counts, blocks, fingerprint: hasher.finalize() }
+    }
+
+    /// Blocks of this domain.
+    pub fn num_blocks(&self) -> usize {
+        self.blocks.num_blocks()
+    }
+}
+
+fn memory_file(documents: &[MemoryDocument]) -> TokenFile {
+    let mut file = TokenFile::default();
+    let mut tokens: Vec<u32> = Vec::new();
+    for document in documents {
+        assert!(document.prompt_len as usize <= document.tokens.len(), "a prompt is a prefix");
+        let bytes: Vec<u8> = document.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        let mut content = [0; 16];
+        content.copy_from_slice(&blake3::hash(&bytes).as_bytes()[..16]);
+        file.documents.push(Document {
+            start: tokens.len() as u64,
+            num_tokens: document.tokens.len() as u32,
+            prompt_len: document.prompt_len,
+            record_domain: NO_DOMAIN,
+            content,
+        });
+        tokens.extend(&document.tokens);
+    }
+    file.tokens = Tokens::Memory(tokens);
+    file
+}

@@ -1,0 +1,277 @@
+//! A file of records to a [`TokenFile`]: the tokens of its documents, one after another.
+//!
+//! A document's tokens are those of its text, or those of its prompt followed by those of its
+//! completion, then the end token. Prompt and completion are encoded each on its own, so that no
+//! token lies across their border and the prompt's tokens are the same whatever follows.
+//!
+//! The file is read once, in batches of a few MiB: beyond its tokens, only a batch is in memory.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result, anyhow, bail};
+
+use crate::config::OnBadRecord;
+
+use super::record;
+use super::source::{Format, Lines, SourceFile};
+use super::token_file::{Document, NO_DOMAIN, TokenFile, Tokens};
+use super::tokenize::Tokenizer;
+
+/// Text that is encoded at once, for each thread.
+const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
+
+/// How a file becomes tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Reading<'a> {
+    pub tokenizer: &'a Tokenizer,
+    /// Ends each document, if there is one.
+    pub eos_token_id: Option<u32>,
+    pub on_bad_record: OnBadRecord,
+    pub num_threads: usize,
+}
+
+/// What a line of the file contributes to the document under construction.
+enum Step {
+    Prompt(String),
+    Completion(String),
+    /// The document is complete; its record's `domain`.
+    End(Option<String>),
+    /// The record is malformed; what there is of its document goes.
+    Bad,
+}
+
+impl Step {
+    fn text(&self) -> Option<&str> {
+        match self {
+            Self::Prompt(text) | Self::Completion(text) => Some(text),
+            Self::End(_) | Self::Bad => None,
+        }
+    }
+}
+
+/// Reads all documents of `source`, whose unpacked content is `lines`.
+///
+/// `on_progress` is called after each batch.
+pub(super) fn read_documents(
+    source: &SourceFile,
+    lines: Lines,
+    reading: Reading,
+    on_progress: &dyn Fn(),
+) -> Result<TokenFile> {
+    let mut steps =
+        Steps { source, lines, reading, text: String::new(), num_bad: 0, batch: vec![] };
+    let mut builder = Builder::new(reading.eos_token_id);
+    let batch_bytes = BATCH_BYTES_PER_THREAD * reading.num_threads.clamp(1, 16);
+    loop {
+        let is_last = !steps.fill(batch_bytes)?;
+        let texts: Vec<&str> = steps.batch.iter().filter_map(|(_, step)| step.text()).collect();
+        let encoded = reading.tokenizer.encode_all(&texts, reading.num_threads);
+        let encoded = encoded.map_err(|(index, error)| {
+            let lines = steps.batch.iter().filter(|(_, step)| step.text().is_some());
+            let line = lines.map(|(line, _)| *line).nth(index).unwrap_or_default();
+            error.context(format!("in `{}:{line}`", source.path.display()))
+        })?;
+        let mut encoded = encoded.into_iter();
+        for (line, step) in steps.batch.drain(..) {
+            let ids =
+                if step.text().is_some() { encoded.next().unwrap_or_default() } else { vec![] };
+            let place = || format!("in `{}:{line}`", source.path.display());
+            builder.apply(step, &ids).with_context(place)?;
+        }
+        on_progress();
+        if is_last {
+            break;
+        }
+    }
+    builder.file.num_bad = steps.num_bad;
+    Ok(builder.finish())
+}
+
+/// The steps of a file, each with its line.
+struct Steps<'a> {
+    source: &'a SourceFile,
+    lines: Lines,
+    reading: Reading<'a>,
+    /// What is read but not yet handed out of a plain text.
+    text: String,
+    num_bad: u64,
+    batch: Vec<(u64, Step)>,
+}
+
+impl Steps<'_> {
+    /// Fills `batch` with about `num_bytes` of text; false at the end of the file.
+    fn fill(&mut self, num_bytes: usize) -> Result<bool> {
+        let mut line = Vec::new();
+        let mut filled = 0;
+        while filled < num_bytes {
+            let more = self.lines.read(&mut line).with_context(|| {
+                let path = self.source.path.display();
+                format!("cannot read `{path}` after line {}", self.lines.number)
+            })?;
+            filled += line.len();
+            match self.source.format {
+                Format::JsonLines if !more => return Ok(false),
+                Format::JsonLines => self.add_record(&line)?,
+                Format::Text => {
+                    if !self.add_text(&line, more)? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn push(&mut self, step: Step) {
+        self.batch.push((self.lines.number, step));
+    }
+
+    fn add_record(&mut self, line: &[u8]) -> Result<()> {
+        if line.trim_ascii().is_empty() {
+            return Ok(());
+        }
+        match record::parse(line) {
+            Err(fault) => self.add_bad(&fault),
+            Ok(record) => {
+                for prompt in self.reading.tokenizer.cut(record.prompt) {
+                    self.push(Step::Prompt(prompt));
+                }
+                for completion in self.reading.tokenizer.cut(record.completion) {
+                    self.push(Step::Completion(completion));
+                }
+                self.push(Step::End(record.domain));
+                Ok(())
+            }
+        }
+    }
+
+    /// Adds a line of a plain text, or its end; false when the file is done.
+    fn add_text(&mut self, line: &[u8], more: bool) -> Result<bool> {
+        match std::str::from_utf8(line) {
+            Ok(line) => self.text.push_str(line),
+            Err(error) => {
+                self.add_bad(&format!("invalid UTF-8 at byte {}", error.valid_up_to() + 1))?;
+                return Ok(false);
+            }
+        }
+        if !more {
+            let text = std::mem::take(&mut self.text);
+            self.push(Step::Completion(text));
+            self.push(Step::End(None));
+            return Ok(false);
+        }
+        let place =
+            self.text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text));
+        if let Some(place) = place.map(str::len)
+            && self.reading.tokenizer.may_cut(&self.text, place)
+        {
+            let rest = self.text.split_off(place);
+            let text = std::mem::replace(&mut self.text, rest);
+            self.push(Step::Completion(text));
+        }
+        Ok(true)
+    }
+
+    fn add_bad(&mut self, fault: &str) -> Result<()> {
+        let place = format!("{}:{}", self.source.path.display(), self.lines.number);
+        if self.reading.on_bad_record == OnBadRecord::Fail {
+            bail!(
+                "`{place}`: {fault}\nhint: `data.on_bad_record = \"skip\"` leaves such records out"
+            );
+        }
+        if self.num_bad == 0 {
+            tracing::warn!("malformed records are left out, such as `{place}`: {fault}");
+        }
+        self.num_bad += 1;
+        self.push(Step::Bad);
+        Ok(())
+    }
+}
+
+/// Puts documents together, step by step.
+struct Builder {
+    eos_token_id: Option<u32>,
+    file: TokenFile,
+    tokens: Vec<u32>,
+    /// Where the document under construction starts.
+    start: usize,
+    prompt_len: usize,
+    content: blake3::Hasher,
+    domains: HashMap<String, u32>,
+}
+
+impl Builder {
+    fn new(eos_token_id: Option<u32>) -> Self {
+        Self {
+            eos_token_id,
+            file: TokenFile::default(),
+            tokens: Vec::new(),
+            start: 0,
+            prompt_len: 0,
+            content: blake3::Hasher::new(),
+            domains: HashMap::new(),
+        }
+    }
+
+    /// Applies a step, whose text has the tokens `ids`.
+    fn apply(&mut self, step: Step, ids: &[u32]) -> Result<()> {
+        self.tokens.extend_from_slice(ids);
+        match step {
+            Step::Prompt(text) => {
+                self.prompt_len += ids.len();
+                self.content.update(text.as_bytes());
+            }
+            Step::Completion(text) => {
+                self.content.update(text.as_bytes());
+            }
+            Step::Bad => {
+                self.tokens.truncate(self.start);
+                self.begin_document();
+            }
+            Step::End(domain) => {
+                self.tokens.extend(self.eos_token_id);
+                let document = self.document(domain)?;
+                self.file.documents.push(document);
+                self.begin_document();
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_document(&mut self) {
+        self.start = self.tokens.len();
+        self.prompt_len = 0;
+        self.content.reset();
+    }
+
+    /// The document that is now complete.
+    fn document(&mut self, domain: Option<String>) -> Result<Document> {
+        let narrow = |count: usize| {
+            u32::try_from(count)
+                .map_err(|_| anyhow!("a document has {count} tokens, more than 2^32"))
+        };
+        let mut content = [0; 16];
+        self.content.finalize_xof().fill(&mut content);
+        Ok(Document {
+            start: self.start as u64,
+            num_tokens: narrow(self.tokens.len() - self.start)?,
+            prompt_len: narrow(self.prompt_len)?,
+            record_domain: domain.map_or(NO_DOMAIN, |name| self.domain_index(name)),
+            content,
+        })
+    }
+
+    fn domain_index(&mut self, name: String) -> u32 {
+        let names = &mut self.file.record_domains;
+        *self.domains.entry(name).or_insert_with_key(|name| {
+            names.push(name.clone());
+            (names.len() - 1) as u32
+        })
+    }
+
+    fn finish(mut self) -> TokenFile {
+        self.tokens.shrink_to_fit();
+        self.file.tokens = Tokens::Memory(self.tokens);
+        self.file
+    }
+}

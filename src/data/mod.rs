@@ -1,0 +1,211 @@
+//! Files of text to batches: source -> tokens -> documents of a domain -> blocks -> batches.
+//!
+//! 1. `source`, `record`: patterns become files, a file's lines become records. A `.jsonl` file has
+//!    one JSON object a line, with `text` or with `prompt` and `completion`; any other file is one
+//!    plain text. `.zst` and `.gz` are unpacked on the way.
+//! 2. `tokenize`, `documents`, `read`: records become documents, which are tokens with an end token
+//!    and the length of their prompt. `cache` keeps them, named by the content of their file.
+//! 3. `select`: documents go to domains; some are held out for validation, and what is in a
+//!    validation set is left out of training.
+//! 4. `pack`: documents are cut into pieces of at most `seq_len` positions and packed into blocks of
+//!    one domain each. Inputs and targets of a document of n tokens are `tokens[..n - 1]` and
+//!    `tokens[1..]`; positions start at 0 in each piece, and no piece attends to another.
+//! 5. `order`, `dataset`: an epoch is an order of blocks, a function of the seed and the epoch; a
+//!    batch is some of them as rows.
+//!
+//! All of it is deterministic: the same files and options give the same batches on any machine.
+
+mod cache;
+mod dataset;
+mod documents;
+mod order;
+mod pack;
+mod read;
+mod record;
+mod select;
+mod source;
+mod token_file;
+mod tokenize;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+pub use self::dataset::{
+    Batch, Domain, DomainCounts, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT,
+    TokenDataset,
+};
+pub use self::order::BlockId;
+pub use self::read::LoadProgress;
+pub use self::tokenize::Tokenizer;
+
+use self::select::Selector;
+use self::source::SourceFiles;
+use crate::config::{DataConfig, DomainConfig, LossOn, OnBadRecord, Validation};
+
+/// Longest block; far above any GPT-2, it only keeps a slip of the pen from filling the memory.
+const MAX_SEQ_LEN: usize = 1 << 20;
+
+/// How files become blocks.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DataOptions {
+    /// Positions of a block, at least 1.
+    pub seq_len: usize,
+    /// Which targets are learned.
+    pub loss_on: LossOn,
+    /// What a malformed record does.
+    pub on_bad_record: OnBadRecord,
+    /// Chooses the documents that a `validation.fraction` holds out.
+    pub seed: u64,
+    /// The token that ends each document; `None` = documents get none.
+    pub eos_token_id: Option<u32>,
+    /// Where to keep tokens for the next time; `None` = nowhere. Any number of runs and processes
+    /// can share it, and it can be deleted at any time.
+    pub cache_dir: Option<PathBuf>,
+}
+
+impl DataOptions {
+    /// The options of a config's `[data]`.
+    pub fn new(
+        config: &DataConfig,
+        seed: u64,
+        eos_token_id: Option<u32>,
+        cache_dir: Option<PathBuf>,
+    ) -> Self {
+        let DataConfig { seq_len, loss_on, on_bad_record, .. } = *config;
+        Self { seq_len, loss_on, on_bad_record, seed, eos_token_id, cache_dir }
+    }
+
+    /// A hash of what turns text into tokens.
+    fn encoding(&self, tokenizer: &Tokenizer) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(tokenizer.hash().as_bytes());
+        hasher.update(&self.eos_token_id.map_or(-1, i64::from).to_le_bytes());
+        hasher.finalize()
+    }
+}
+
+/// The two sides of a run's data.
+#[derive(Debug)]
+pub struct Datasets {
+    /// All domains, in the config's order.
+    pub train: TokenDataset,
+    /// The domains that have a `validation`, in the config's order; perhaps none.
+    pub validation: TokenDataset,
+}
+
+/// Files to evaluate on.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DomainFiles {
+    /// The domain they belong to. `None` = each record's `domain` field says, and where there is
+    /// none, the file's name without folder and suffixes.
+    pub name: Option<String>,
+    /// Paths or globs.
+    pub files: Vec<String>,
+    /// If given, only records whose `domain` field is this are used.
+    pub record_domain: Option<String>,
+}
+
+/// Loads the domains of a config.
+///
+/// `progress` is called on this thread while files are read.
+///
+/// # Errors
+/// A pattern that matches nothing; a malformed record, by file and line; a domain with nothing to
+/// train or validate on; a `validation.fraction` that leaves one side empty.
+pub fn load_datasets(
+    domains: &[DomainConfig],
+    options: &DataOptions,
+    tokenizer: &Tokenizer,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<Datasets> {
+    check(options)?;
+    let mut sources = SourceFiles::default();
+    let mut listed = Vec::new();
+    for domain in domains {
+        let mut add = |patterns: &[String]| {
+            sources.add(patterns).with_context(|| format!("in domain `{}`", domain.name))
+        };
+        let validation = match &domain.validation {
+            Some(Validation::Files(patterns)) => add(patterns)?,
+            _ => Vec::new(),
+        };
+        listed.push((add(&domain.train)?, validation));
+    }
+    let files = read::read_files(&sources.files, options, tokenizer, progress)?;
+    let selector = Selector { files: &files, loss_on: options.loss_on };
+    let (mut train, mut validation) = (Vec::new(), Vec::new());
+    for (domain, (train_files, validation_files)) in domains.iter().zip(&listed) {
+        let select = |files: &[usize]| {
+            selector.select(&domain.name, domain.weight, files, domain.record_domain.as_deref())
+        };
+        let mut selection = select(train_files);
+        match domain.validation {
+            None => {}
+            Some(Validation::Files(_)) => validation.push(select(validation_files)),
+            Some(Validation::Fraction(fraction)) => {
+                validation.push(selector.hold_out(&mut selection, fraction, options.seed)?);
+            }
+        }
+        train.push(selection);
+    }
+    selector.leave_out(&mut train, &validation);
+    let encoding = options.encoding(tokenizer);
+    let pack = |selections, purpose: &str| {
+        let dataset = TokenDataset::new(
+            selections,
+            files.clone(),
+            options.seq_len,
+            options.loss_on,
+            encoding,
+        );
+        let mut domains = dataset.domains.iter();
+        domains.try_for_each(|domain| select::check_not_empty(domain, purpose, &files))?;
+        anyhow::Ok(dataset)
+    };
+    Ok(Datasets { train: pack(train, "train on")?, validation: pack(validation, "validate on")? })
+}
+
+/// Loads files to evaluate on; all of their documents are used and every weight is 1.
+///
+/// # Errors
+/// As for [`load_datasets`].
+pub fn load_files(
+    sources: &[DomainFiles],
+    options: &DataOptions,
+    tokenizer: &Tokenizer,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<TokenDataset> {
+    check(options)?;
+    let mut source_files = SourceFiles::default();
+    let listed = sources.iter().map(|source| source_files.add(&source.files));
+    let listed = listed.collect::<Result<Vec<_>>>()?;
+    let files = read::read_files(&source_files.files, options, tokenizer, progress)?;
+    let selector = Selector { files: &files, loss_on: options.loss_on };
+    let mut selections = Vec::new();
+    for (source, indices) in sources.iter().zip(listed) {
+        let record_domain = source.record_domain.as_deref();
+        if let Some(name) = &source.name {
+            let at = select::position_of(&mut selections, name);
+            selections[at].append(selector.select(name, 1.0, &indices, record_domain));
+            continue;
+        }
+        for index in indices {
+            let stem = source_files.files[index].stem();
+            selector.group(&mut selections, index, &stem, record_domain);
+        }
+    }
+    let encoding = options.encoding(tokenizer);
+    let dataset =
+        TokenDataset::new(selections, files.clone(), options.seq_len, options.loss_on, encoding);
+    let mut domains = dataset.domains.iter();
+    domains.try_for_each(|domain| select::check_not_empty(domain, "evaluate on", &files))?;
+    Ok(dataset)
+}
+
+fn check(options: &DataOptions) -> Result<()> {
+    if !(1..=MAX_SEQ_LEN).contains(&options.seq_len) {
+        bail!("`data.seq_len` must be from 1 to {MAX_SEQ_LEN}, got {}", options.seq_len);
+    }
+    Ok(())
+}

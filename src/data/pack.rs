@@ -1,0 +1,163 @@
+//! Documents to blocks of `seq_len` positions.
+//!
+//! A document of n tokens has n - 1 positions: position p reads token p and has token p + 1 as its
+//! target. It becomes one piece, or several of `seq_len` positions and a rest, one behind another,
+//! so that each target is in exactly one piece. Pieces without a learned target are dropped: they
+//! would cost time and teach nothing.
+//!
+//! The pieces are packed best fit, longest first (Ding et al., "Fewer Truncations Improve Language
+//! Modeling", arXiv:2404.10830): each goes to the block whose room it leaves least of, and to a new
+//! one if it fits nowhere. Equal pieces keep their documents' order, and of equal blocks the one
+//! filled last is taken, so the result depends on nothing else.
+
+use super::dataset::DomainCounts;
+use super::token_file::Document;
+use crate::config::LossOn;
+
+/// A stretch of a document, at most `seq_len` positions long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Piece {
+    /// Index of its file in the dataset.
+    pub file: u32,
+    /// Positions; one less than the tokens it reads.
+    pub len: u32,
+    /// First position with a learned target; all from there on are learned.
+    pub first_label: u32,
+    /// Index of its first token in its file.
+    pub start: u64,
+}
+
+impl Piece {
+    /// Learned targets.
+    pub fn label_tokens(&self) -> u64 {
+        u64::from(self.len - self.first_label)
+    }
+}
+
+/// The first position of `document` whose target is learned, and its number of positions; `None`
+/// if nothing can be learned from it.
+pub(super) fn learned(document: &Document, loss_on: LossOn) -> Option<(u32, u32)> {
+    let len = document.num_tokens.checked_sub(1)?;
+    let first_label = match loss_on {
+        LossOn::Completion => document.prompt_len.saturating_sub(1),
+        LossOn::All => 0,
+    };
+    (first_label < len).then_some((first_label, len))
+}
+
+/// Adds `document`'s pieces to `pieces` and what it has to `counts`.
+pub(super) fn split(
+    document: &Document,
+    file: u32,
+    loss_on: LossOn,
+    seq_len: u32,
+    pieces: &mut Vec<Piece>,
+    counts: &mut DomainCounts,
+) {
+    let Some((first_label, num_positions)) = learned(document, loss_on) else {
+        counts.skipped_empty += 1;
+        return;
+    };
+    counts.documents += 1;
+    counts.tokens += u64::from(document.num_tokens);
+    counts.label_tokens += u64::from(num_positions - first_label);
+    counts.split_documents += u64::from(num_positions > seq_len);
+    let mut at = 0;
+    while at < num_positions {
+        let len = seq_len.min(num_positions - at);
+        let first_label = first_label.saturating_sub(at);
+        if first_label < len {
+            pieces.push(Piece { file, len, first_label, start: document.start + u64::from(at) });
+            counts.positions += u64::from(len);
+        }
+        at += len;
+    }
+}
+
+/// The pieces of each block, one block after another.
+#[derive(Debug, Default)]
+pub(super) struct Blocks {
+    pieces: Vec<Piece>,
+    /// Where each block's pieces end.
+    ends: Vec<u32>,
+}
+
+impl Blocks {
+    pub fn num_blocks(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The pieces of block `index`.
+    pub fn get(&self, index: usize) -> &[Piece] {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] as usize };
+        &self.pieces[start..self.ends[index] as usize]
+    }
+}
+
+/// Packs `pieces`, each of 1 to `seq_len` positions.
+pub(super) fn pack(mut pieces: Vec<Piece>, seq_len: u32) -> Blocks {
+    pieces.sort_by_key(|piece| std::cmp::Reverse(piece.len));
+    let mut rooms = Rooms::new(seq_len);
+    let mut block_of = Vec::with_capacity(pieces.len());
+    let mut num_pieces: Vec<u32> = Vec::new();
+    for piece in &pieces {
+        let (block, room) = rooms.take(piece.len).unwrap_or_else(|| {
+            num_pieces.push(0);
+            (num_pieces.len() as u32 - 1, seq_len)
+        });
+        num_pieces[block as usize] += 1;
+        rooms.put(block, room - piece.len);
+        block_of.push(block);
+    }
+    // a counting sort by block
+    let mut ends = num_pieces;
+    let mut total = 0;
+    for end in &mut ends {
+        total += std::mem::replace(end, total);
+    }
+    let mut sorted = pieces.clone();
+    for (piece, block) in pieces.iter().zip(block_of) {
+        let next = &mut ends[block as usize];
+        sorted[*next as usize] = *piece;
+        *next += 1;
+    }
+    Blocks { pieces: sorted, ends }
+}
+
+/// The blocks that are not full, by the room they have left.
+struct Rooms {
+    /// Blocks with exactly this room.
+    blocks: Vec<Vec<u32>>,
+    /// One bit per entry of `blocks`, set if it is not empty.
+    filled: Vec<u64>,
+}
+
+impl Rooms {
+    fn new(seq_len: u32) -> Self {
+        let count = seq_len as usize;
+        Self { blocks: vec![Vec::new(); count], filled: vec![0; count.div_ceil(64)] }
+    }
+
+    /// Takes the block with the least room of at least `len`, and its room.
+    fn take(&mut self, len: u32) -> Option<(u32, u32)> {
+        let mut word = len as usize / 64;
+        let mut bits = self.filled.get(word)? & (u64::MAX << (len % 64));
+        while bits == 0 {
+            word += 1;
+            bits = *self.filled.get(word)?;
+        }
+        let room = word * 64 + bits.trailing_zeros() as usize;
+        let block = self.blocks[room].pop().expect("its bit is set");
+        if self.blocks[room].is_empty() {
+            self.filled[word] &= !(1 << (room % 64));
+        }
+        Some((block, room as u32))
+    }
+
+    fn put(&mut self, block: u32, room: u32) {
+        if room > 0 {
+            self.blocks[room as usize].push(block);
+            self.filled[room as usize / 64] |= 1 << (room % 64);
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! Which documents belong to a domain, and which of them are held out.
+//!
+//! A document is held out if `BLAKE3(seed, content)`, as a number from 0 to 1, is below the
+//! fraction. That depends on its text alone, so equal documents are always on the same side, and
+//! more data moves none of them to the other.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use anyhow::{Result, bail};
+
+use super::dataset::{DocumentRef, Domain, DomainCounts, Selection};
+use super::pack;
+use super::token_file::{Document, TokenFile};
+use crate::config::LossOn;
+
+/// Chooses documents from files.
+pub(super) struct Selector<'a> {
+    pub files: &'a [Arc<TokenFile>],
+    pub loss_on: LossOn,
+}
+
+impl Selector<'_> {
+    /// The documents of the files `indices`, as domain `name`; if `record_domain` is given, only
+    /// those whose record names it.
+    pub fn select(
+        &self,
+        name: &str,
+        weight: f64,
+        indices: &[usize],
+        record_domain: Option<&str>,
+    ) -> Selection {
+        let mut selection = Selection { name: name.into(), weight, ..Selection::default() };
+        for index in indices {
+            let file = &self.files[*index];
+            selection.counts.skipped_bad += file.num_bad;
+            selection.counts.records += file.num_bad;
+            for (reference, document) in self.documents(*index) {
+                if record_domain.is_none() || record_domain == file.record_domain(document) {
+                    self.add(&mut selection, reference, document);
+                } else {
+                    selection.counts.records += 1;
+                    selection.counts.skipped_other_domain += 1;
+                }
+            }
+        }
+        selection
+    }
+
+    /// The documents of the file `index`, each added to the domain that its record names, or else
+    /// to `default_domain`; new domains go to the end. Malformed records count for the first.
+    pub fn group(
+        &self,
+        selections: &mut Vec<Selection>,
+        index: usize,
+        default_domain: &str,
+        record_domain: Option<&str>,
+    ) {
+        let file = &self.files[index];
+        let mut first = None;
+        let mut known: HashMap<u32, usize> = HashMap::new();
+        for (reference, document) in self.documents(index) {
+            let name = file.record_domain(document);
+            if record_domain.is_some() && record_domain != name {
+                continue;
+            }
+            let name = name.unwrap_or(default_domain);
+            let at = *known
+                .entry(document.record_domain)
+                .or_insert_with(|| position_of(selections, name));
+            first.get_or_insert(at);
+            self.add(&mut selections[at], reference, document);
+        }
+        let first = first.unwrap_or_else(|| position_of(selections, default_domain));
+        selections[first].counts.records += file.num_bad;
+        selections[first].counts.skipped_bad += file.num_bad;
+    }
+
+    fn documents(&self, file: usize) -> impl Iterator<Item = (DocumentRef, &Document)> {
+        (0..)
+            .zip(&self.files[file].documents)
+            .map(move |(document, of)| (DocumentRef { file: file as u32, document }, of))
+    }
+
+    fn add(&self, selection: &mut Selection, reference: DocumentRef, document: &Document) {
+        selection.counts.records += 1;
+        if pack::learned(document, self.loss_on).is_some() {
+            selection.documents.push(reference);
+        } else {
+            selection.counts.skipped_empty += 1;
+        }
+    }
+
+    /// Moves the share `fraction` of the documents to a validation set of the same name.
+    ///
+    /// # Errors
+    /// It is none of the documents or all of them.
+    pub fn hold_out(&self, train: &mut Selection, fraction: f64, seed: u64) -> Result<Selection> {
+        let num_documents = train.documents.len();
+        let held_out = train
+            .documents
+            .extract_if(.., |reference| is_held_out(reference.of(self.files), fraction, seed))
+            .collect::<Vec<_>>();
+        let how_many = match held_out.len() {
+            0 => "none",
+            count if count == num_documents => "all",
+            count => {
+                train.counts.records -= count as u64;
+                let counts = DomainCounts { records: count as u64, ..DomainCounts::default() };
+                let (name, weight) = (train.name.clone(), train.weight);
+                return Ok(Selection { name, weight, documents: held_out, counts });
+            }
+        };
+        bail!(
+            "`validation.fraction` {fraction} of domain `{}` holds out {how_many} of its \
+             {num_documents} documents\nhint: choose another fraction, or name `validation.files`",
+            train.name
+        );
+    }
+
+    /// Leaves the documents that are in `validation` out of `train`.
+    pub fn leave_out(&self, train: &mut [Selection], validation: &[Selection]) {
+        let held_out: HashSet<[u8; 16]> = validation
+            .iter()
+            .flat_map(|selection| &selection.documents)
+            .map(|reference| reference.of(self.files).content)
+            .collect();
+        for selection in train {
+            let before = selection.documents.len();
+            selection
+                .documents
+                .retain(|reference| !held_out.contains(&reference.of(self.files).content));
+            selection.counts.skipped_held_out += (before - selection.documents.len()) as u64;
+        }
+    }
+}
+
+/// The index of the domain `name`, which is added if there is none.
+pub(super) fn position_of(selections: &mut Vec<Selection>, name: &str) -> usize {
+    selections.iter().position(|selection| selection.name == name).unwrap_or_else(|| {
+        selections.push(Selection { name: name.into(), weight: 1.0, ..Selection::default() });
+        selections.len() - 1
+    })
+}
+
+fn is_held_out(document: &Document, fraction: f64, seed: u64) -> bool {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    hasher.update(&document.content);
+    let mut draw = [0; 8];
+    hasher.finalize_xof().fill(&mut draw);
+    // 2^64, exactly
+    (u64::from_le_bytes(draw) as f64) / 18_446_744_073_709_551_616.0 < fraction
+}
+
+/// Refuses a domain without blocks and says where its records went.
+///
+/// `files` are all files of the run; their `domain` fields make the hint.
+pub(super) fn check_not_empty(
+    domain: &Domain,
+    purpose: &str,
+    files: &[Arc<TokenFile>],
+) -> Result<()> {
+    if domain.num_blocks() > 0 {
+        return Ok(());
+    }
+    let counts = &domain.counts;
+    let mut message = format!("domain `{}` has nothing to {purpose}", domain.name);
+    message += &format!(": of {} records", counts.records);
+    for (count, what) in [
+        (counts.skipped_empty, "have nothing to learn"),
+        (counts.skipped_bad, "are malformed"),
+        (counts.skipped_other_domain, "have another `domain` than `record_domain`"),
+        (counts.skipped_held_out, "are in a validation set"),
+    ] {
+        if count > 0 {
+            message += &format!(", {count} {what}");
+        }
+    }
+    if counts.skipped_other_domain > 0 {
+        let names: BTreeSet<&String> = files.iter().flat_map(|file| &file.record_domains).collect();
+        let names: Vec<_> = names.iter().take(20).map(|name| format!("`{name}`")).collect();
+        let names = if names.is_empty() { "no `domain`".into() } else { names.join(", ") };
+        message += &format!("\nhint: their records name {names}");
+    }
+    bail!("{message}");
+}

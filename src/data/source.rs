@@ -1,0 +1,251 @@
+//! Patterns to files, and files to lines.
+//!
+//! A name's suffixes say what a file holds: `.jsonl` (or `.ndjson`) is one JSON object a line,
+//! everything else is one plain text; `.zst` or `.gz` behind either is unpacked while reading.
+
+use std::collections::HashMap;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context, Result, bail};
+use fs_err::File;
+
+/// What the lines of a file are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    /// One JSON object a line.
+    JsonLines,
+    /// One document.
+    Text,
+}
+
+/// How a file is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
+    Plain,
+    Zstd,
+    Gzip,
+}
+
+/// A file of documents.
+#[derive(Debug, Clone)]
+pub(super) struct SourceFile {
+    pub path: PathBuf,
+    pub format: Format,
+    pub packing: Packing,
+    /// Size on disk.
+    pub num_bytes: u64,
+}
+
+impl SourceFile {
+    fn new(path: PathBuf) -> Result<Self> {
+        let metadata = fs_err::metadata(&path)?;
+        if metadata.is_dir() {
+            bail!("`{0}` is a folder\nhint: name its files, as in `{0}/*.jsonl`", path.display());
+        }
+        if !metadata.is_file() {
+            // it is read more than once: for its hash, then for its records
+            bail!("`{}` is no regular file\nhint: write its content to one", path.display());
+        }
+        let (stem, packing) = unpacked_name(&path);
+        let format = match extension(&stem).as_deref() {
+            Some("jsonl" | "ndjson") => Format::JsonLines,
+            Some("json") => bail!(
+                "`{}` is a `.json` file, which would be read as one plain text\n\
+                 hint: write one JSON object a line and call it `.jsonl`",
+                path.display()
+            ),
+            _ => Format::Text,
+        };
+        Ok(Self { path, format, packing, num_bytes: metadata.len() })
+    }
+
+    /// The name without its folder and the suffixes that were understood: `a/b.jsonl.zst` is `b`.
+    pub fn stem(&self) -> String {
+        let (name, _) = unpacked_name(&self.path);
+        let stem = Path::new(&name).file_stem().unwrap_or_default();
+        stem.to_string_lossy().into_owned()
+    }
+
+    /// The unpacked content; `bytes_read` grows by what is read from disk.
+    pub fn open(&self, bytes_read: Arc<AtomicU64>) -> Result<Box<dyn BufRead>> {
+        let file = CountingReader { inner: File::open(&self.path)?, bytes_read };
+        let file = BufReader::with_capacity(1 << 16, file);
+        Ok(match self.packing {
+            Packing::Plain => Box::new(file),
+            Packing::Gzip => Box::new(BufReader::new(flate2::bufread::MultiGzDecoder::new(file))),
+            Packing::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(file)
+                    .with_context(|| format!("cannot unpack `{}`", self.path.display()))?;
+                // files packed with `zstd --long=31` need it
+                decoder.window_log_max(31).context("cannot set up the unpacking")?;
+                Box::new(BufReader::new(decoder))
+            }
+        })
+    }
+}
+
+/// The lower-case extension of a file name.
+fn extension(name: &str) -> Option<String> {
+    Path::new(name).extension().map(|extension| extension.to_string_lossy().to_lowercase())
+}
+
+/// The file name without its packing's suffix, and the packing.
+fn unpacked_name(path: &Path) -> (String, Packing) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let packing = match extension(&name).as_deref() {
+        Some("zst") => Packing::Zstd,
+        Some("gz") => Packing::Gzip,
+        _ => return (name, Packing::Plain),
+    };
+    let stem = Path::new(&name).file_stem().unwrap_or_default();
+    (stem.to_string_lossy().into_owned(), packing)
+}
+
+/// Counts what is read, so that a bar can move within a file.
+struct CountingReader {
+    inner: File,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl Read for CountingReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.bytes_read.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+}
+
+/// The lines of a file, as bytes: without the byte order mark, with their line feeds.
+pub(super) struct Lines {
+    reader: Box<dyn BufRead>,
+    /// The line that was read last, from 1.
+    pub number: u64,
+}
+
+impl Lines {
+    pub fn new(reader: Box<dyn BufRead>) -> Self {
+        Self { reader, number: 0 }
+    }
+
+    /// Reads the next line into `line`; false at the end.
+    pub fn read(&mut self, line: &mut Vec<u8>) -> io::Result<bool> {
+        line.clear();
+        if self.reader.read_until(b'\n', line)? == 0 {
+            return Ok(false);
+        }
+        if self.number == 0 && line.starts_with(b"\xef\xbb\xbf") {
+            line.drain(..3);
+        }
+        self.number += 1;
+        Ok(true)
+    }
+}
+
+/// The distinct files of a run; several domains may share one.
+#[derive(Debug, Default)]
+pub(super) struct SourceFiles {
+    pub files: Vec<SourceFile>,
+    indices: HashMap<PathBuf, usize>,
+}
+
+impl SourceFiles {
+    /// The indices in `files` of what `patterns` name, a pattern's files sorted by name.
+    ///
+    /// # Errors
+    /// A pattern that matches nothing; a file that two patterns of the list match.
+    pub fn add(&mut self, patterns: &[String]) -> Result<Vec<usize>> {
+        let mut found = Vec::new();
+        let mut found_by: HashMap<usize, &str> = HashMap::new();
+        for pattern in patterns {
+            for path in expand(pattern)? {
+                let index = self.index(path)?;
+                if let Some(first) = found_by.insert(index, pattern) {
+                    bail!(
+                        "`{}` is listed twice, by `{first}` and `{pattern}`\n\
+                         hint: to see a domain more often, raise its `weight`",
+                        self.files[index].path.display()
+                    );
+                }
+                found.push(index);
+            }
+        }
+        Ok(found)
+    }
+
+    fn index(&mut self, path: PathBuf) -> Result<usize> {
+        let canonical = fs_err::canonicalize(&path)?;
+        if let Some(index) = self.indices.get(&canonical) {
+            return Ok(*index);
+        }
+        self.files.push(SourceFile::new(path)?);
+        self.indices.insert(canonical, self.files.len() - 1);
+        Ok(self.files.len() - 1)
+    }
+}
+
+/// The files of a path or glob, sorted. A file that exists under the very name is no glob.
+fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
+    if Path::new(pattern).exists() {
+        return Ok(vec![pattern.into()]);
+    }
+    let is_glob = pattern.contains(['*', '?', '[']);
+    // `*` leaves hidden files alone, as in a shell
+    let options = glob::MatchOptions { require_literal_leading_dot: true, ..Default::default() };
+    let mut paths = Vec::new();
+    let entries = glob::glob_with(pattern, options)
+        .with_context(|| format!("`{pattern}` is neither a file nor a valid glob"))?;
+    for entry in entries {
+        let path = entry.with_context(|| format!("cannot list the files of `{pattern}`"))?;
+        if path.is_file() {
+            paths.push(path);
+        }
+    }
+    if paths.is_empty() {
+        if is_glob {
+            bail!("`{pattern}` matches no file");
+        }
+        bail!("there is no file `{pattern}`");
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_that_name_nothing_or_twice_the_same_are_refused() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        for name in ["a.jsonl", "a[1].txt", "b.txt", ".hidden.txt", "c.json"] {
+            fs_err::write(dir.path().join(name), "").expect("a temporary file");
+        }
+        let pattern = |name: &str| dir.path().join(name).display().to_string();
+        let add = |names: &[&str]| {
+            let patterns: Vec<_> = names.iter().map(|name| pattern(name)).collect();
+            SourceFiles::default().add(&patterns).map(|files| files.len())
+        };
+        let fault = |names: &[&str]| format!("{:#}", add(names).expect_err("a faulty pattern"));
+        assert!(fault(&["*.zst"]).ends_with("*.zst` matches no file"));
+        assert!(fault(&["b.jsonl"]).starts_with("there is no file"));
+        assert!(fault(&[""]).contains("is a folder\nhint: name its files"));
+        assert!(fault(&["c.json"]).contains("hint: write one JSON object a line"));
+        assert!(fault(&["a.jsonl", "*.jsonl"]).contains("a.jsonl` is listed twice, by"));
+        // a name that could be a glob is taken as it is, and `*` leaves hidden files alone
+        assert_eq!(add(&["a[1].txt"]).expect("a file"), 1);
+        assert_eq!(add(&["*.txt", "a.jsonl"]).expect("files"), 3);
+    }
+
+    #[test]
+    fn a_stem_has_no_known_suffixes() {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        for (name, stem) in [("a.b.jsonl.zst", "a.b"), ("c.TXT.GZ", "c"), ("d", "d")] {
+            let path = dir.path().join(name);
+            fs_err::write(&path, "").expect("a temporary file");
+            assert_eq!(SourceFile::new(path).expect("a file").stem(), stem);
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Loss, perplexity and routing statistics of a model on a dataset.
+//!
+//! Protocol: each document is cut into windows of at most `seq_len` tokens that do not overlap (the
+//! stride is `seq_len`), a token sees what precedes it within its window, and each target is scored
+//! once. A domain's loss is the mean over its label tokens, `loss` the mean over the domains,
+//! `token_loss` the mean over all label tokens; perplexity is `exp` of a loss. Routing statistics are
+//! means over the same tokens.
+
+use anyhow::{Result, bail};
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::data::{Batch, BlockId, TokenDataset};
+use crate::model::loss::LossSettings;
+use crate::model::router::RoutingTotals;
+use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Serialize)]
+pub struct EvalReport {
+    /// Longest window, tokens.
+    pub seq_len: usize,
+    /// Distance of windows, tokens; equal to `seq_len`.
+    pub stride: usize,
+    /// Mean of the domains' losses, nats.
+    pub loss: f64,
+    /// Mean over all label tokens, nats.
+    pub token_loss: f64,
+    /// `exp(token_loss)`.
+    pub perplexity: f64,
+    /// Label tokens of all domains.
+    pub label_tokens: u64,
+    /// Each domain's figures.
+    pub domains: Vec<DomainReport>,
+    /// Routing over all domains; none without a router.
+    pub routing: Option<RoutingReport>,
+}
+
+/// One domain's figures.
+#[derive(Debug, Clone, Serialize)]
+pub struct DomainReport {
+    /// Its name.
+    pub name: String,
+    /// Documents that were scored.
+    pub documents: u64,
+    /// Label tokens.
+    pub label_tokens: u64,
+    /// Mean over label tokens, nats.
+    pub loss: f64,
+    /// `exp(loss)`.
+    pub perplexity: f64,
+    /// Routing of this domain's tokens: its row in the router x domain table.
+    pub routing: Option<RoutingReport>,
+}
+
+/// How tokens were routed.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoutingReport {
+    /// Mean routing weight of each expert.
+    pub mean_routing_weights: Vec<f64>,
+    /// Share of assignments of each expert, sums to 1.
+    pub expert_load: Vec<f64>,
+    /// Mean entropy of routing_probs, nats.
+    pub routing_entropy: f64,
+}
+
+impl RoutingReport {
+    /// The means of `totals`.
+    pub fn new(totals: &RoutingTotals) -> Result<Self> {
+        let weights = &totals.weights / totals.num_tokens as f64;
+        Ok(Self {
+            mean_routing_weights: Vec::try_from(weights)?,
+            expert_load: Vec::try_from(totals.expert_load())?,
+            routing_entropy: totals.routing_entropy(),
+        })
+    }
+}
+
+/// Batches and chunks of an evaluation.
+#[derive(Debug, Clone, Copy)]
+pub struct EvalSettings {
+    /// Sequences of a forward pass.
+    pub batch_size: usize,
+    /// Positions whose logits are in memory at once.
+    pub loss_chunk_tokens: i64,
+    /// What routes the tokens.
+    pub source: RoutingSource,
+}
+
+/// Evaluates `model` on every block of `dataset`; `progress` hears `(blocks done, blocks)`.
+pub fn evaluate(
+    model: &RoutedGpt2,
+    dataset: &TokenDataset,
+    settings: EvalSettings,
+    progress: &dyn Fn(u64, u64),
+) -> Result<EvalReport> {
+    if dataset.num_blocks() == 0 {
+        bail!("there is nothing to evaluate: the data holds no label token");
+    }
+    let _no_grad = tch::no_grad_guard();
+    let mut domains = vec![];
+    let mut all_totals: Option<RoutingTotals> = None;
+    let (mut done, num_blocks) = (0, dataset.num_blocks() as u64);
+    let order = dataset.eval_order();
+    for (index, domain) in dataset.domains.iter().enumerate() {
+        let of_domain = |block: &&BlockId| block.domain as usize == index;
+        let blocks: Vec<BlockId> = order.iter().filter(of_domain).copied().collect();
+        if blocks.is_empty() {
+            continue;
+        }
+        let (mut loss_sum, mut label_tokens) = (0.0, 0);
+        let mut totals: Option<RoutingTotals> = None;
+        for chunk in blocks.chunks(settings.batch_size) {
+            let batch = dataset.batch(chunk)?;
+            let (loss, batch_totals) = score(model, &batch, settings);
+            loss_sum += loss;
+            label_tokens += batch.label_tokens();
+            add_totals(&mut totals, batch_totals);
+            done += chunk.len() as u64;
+            progress(done, num_blocks);
+        }
+        let loss = loss_sum / label_tokens as f64;
+        domains.push(DomainReport {
+            name: domain.name.clone(),
+            documents: domain.counts.documents,
+            label_tokens,
+            loss,
+            perplexity: loss.exp(),
+            routing: totals.as_ref().map(RoutingReport::new).transpose()?,
+        });
+        add_totals(&mut all_totals, totals);
+    }
+    let label_tokens: u64 = domains.iter().map(|domain| domain.label_tokens).sum();
+    let loss_sum: f64 = domains.iter().map(|d| d.loss * d.label_tokens as f64).sum();
+    let token_loss = loss_sum / label_tokens as f64;
+    Ok(EvalReport {
+        seq_len: dataset.seq_len,
+        stride: dataset.seq_len,
+        loss: domains.iter().map(|domain| domain.loss).sum::<f64>() / domains.len() as f64,
+        token_loss,
+        perplexity: token_loss.exp(),
+        label_tokens,
+        domains,
+        routing: all_totals.as_ref().map(RoutingReport::new).transpose()?,
+    })
+}
+
+/// The summed loss of a batch, nats, and its routing totals.
+fn score(model: &RoutedGpt2, batch: &Batch, settings: EvalSettings) -> (f64, Option<RoutingTotals>) {
+    let inputs = inputs(batch, model.device());
+    let loss_settings = LossSettings {
+        chunk_tokens: settings.loss_chunk_tokens,
+        label_smoothing: 0.0,
+        scale: 1.0,
+        with_grad: false,
+    };
+    let (loss, routing) = model.loss(&inputs, settings.source, ForwardMode::EVAL, loss_settings);
+    let totals = routing.map(|routing| RoutingTotals::new(&routing, &inputs.labelled));
+    (loss.token_losses.sum(Kind::Double).double_value(&[]), totals)
+}
+
+fn add_totals(sum: &mut Option<RoutingTotals>, totals: Option<RoutingTotals>) {
+    match (sum.as_mut(), totals) {
+        (Some(sum), Some(totals)) => sum.add(&totals),
+        (None, totals @ Some(_)) => *sum = totals,
+        (_, None) => {}
+    }
+}
+
+/// A batch of the data room as the model takes it.
+pub fn inputs(batch: &Batch, device: Device) -> Inputs {
+    let rows = Rows {
+        num_rows: batch.num_rows,
+        seq_len: batch.seq_len,
+        input_ids: &batch.input_ids,
+        labels: &batch.labels,
+        position_ids: &batch.position_ids,
+        document_ids: &batch.document_ids,
+    };
+    Inputs::new(rows, device)
+}
+
+/// The domain of each labelled position of a batch, in the order of [`Inputs::labelled`], `[n]`.
+pub fn label_domains(batch: &Batch, device: Device) -> Tensor {
+    let rows = batch.labels.chunks(batch.seq_len).zip(&batch.domains);
+    let domains: Vec<i64> = rows
+        .flat_map(|(labels, &domain)| {
+            labels.iter().filter(|&&label| label >= 0).map(move |_| i64::from(domain))
+        })
+        .collect();
+    Tensor::from_slice(&domains).to_device(device)
+}

@@ -1,0 +1,261 @@
+//! Checkpoints: all that resuming, evaluating and exporting need.
+//!
+//! ```text
+//! RUN/checkpoints/step-00000200/   config.toml            the resolved config
+//!                                  state.json             counters, data position, best metric, hashes
+//!                                  model.safetensors      the trained parameters, by dylora's names
+//!                                  optimizer.safetensors  moments and generator states
+//! RUN/checkpoints/last, best       symbolic links
+//! ```
+//!
+//! A checkpoint is written into a temporary folder, forced to disk and renamed, so that a folder named
+//! `step-*` is always whole.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::config::{Config, load};
+use crate::durable;
+use crate::model::weights::{read_tensors, write_tensors};
+
+/// The version of the format, raised when old checkpoints can no longer be read.
+pub const FORMAT: u32 = 1;
+
+const CONFIG: &str = "config.toml";
+const STATE: &str = "state.json";
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// The counters of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainState {
+    /// Version of the format.
+    pub format: u32,
+    /// Updates so far.
+    pub step: u64,
+    /// Target tokens trained on.
+    pub tokens_seen: u64,
+    /// Where the data goes on.
+    pub position: Position,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// Evaluations since then, for early stopping.
+    pub evals_without_improvement: u64,
+    /// Whether early stopping has ended the run.
+    pub stopped_early: bool,
+    /// BLAKE3 of the frozen base's parameters; none if the base itself is trained.
+    pub base_hash: Option<String>,
+    /// Fingerprint of the training data.
+    pub data_fingerprint: String,
+}
+
+/// A place in the endless sequence of epochs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// From 0.
+    pub epoch: u64,
+    /// Blocks of the epoch that are done.
+    pub offset: u64,
+}
+
+/// The best evaluation so far.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// Its step.
+    pub step: u64,
+    /// Mean of the domains' validation losses, nats.
+    pub loss: f64,
+}
+
+/// A checkpoint in memory.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The run's resolved config.
+    pub config: Config,
+    /// Counters.
+    pub state: TrainState,
+    /// The trained parameters.
+    pub model: BTreeMap<String, Tensor>,
+    /// Moments and generator states.
+    pub optimizer: BTreeMap<String, Tensor>,
+}
+
+/// Which of a run's checkpoints is meant when a run folder is named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preferred {
+    /// The best, else the last: to evaluate and export.
+    Best,
+    /// The last: to resume.
+    Last,
+}
+
+/// The checkpoint folder that `dir` names: itself, or one of the run's whose folder it is.
+pub fn find(dir: &Path, preferred: Preferred) -> Result<PathBuf> {
+    if dir.join(STATE).is_file() {
+        return Ok(dir.to_owned());
+    }
+    let names: &[&str] = match preferred {
+        Preferred::Best => &["best", "last"],
+        Preferred::Last => &["last"],
+    };
+    for name in names {
+        let path = folder(dir).join(name);
+        if path.join(STATE).is_file() {
+            return Ok(path);
+        }
+    }
+    if !dir.exists() {
+        bail!("there is no folder `{}`", dir.display());
+    }
+    bail!(
+        "`{}` holds no checkpoint\nhint: name a run's folder or one of its `checkpoints/step-*`",
+        dir.display()
+    );
+}
+
+/// Where a run's checkpoints are.
+pub fn folder(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
+/// The run's config as a checkpoint holds it, without its tensors.
+pub fn read_config(dir: &Path) -> Result<Config> {
+    load::load(&dir.join(CONFIG), &[])
+}
+
+/// The counters as a checkpoint holds them.
+pub fn read_state(dir: &Path) -> Result<TrainState> {
+    let path = dir.join(STATE);
+    let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
+    let state: TrainState = serde_json::from_str(&text)
+        .with_context(|| format!("`{}` is no state of this version", path.display()))?;
+    if state.format != FORMAT {
+        bail!("`{}` has format {}, this version reads {FORMAT}", path.display(), state.format);
+    }
+    Ok(state)
+}
+
+/// The trained parameters that a checkpoint holds.
+pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+    read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
+}
+
+/// Reads a whole checkpoint.
+pub fn read(dir: &Path) -> Result<Checkpoint> {
+    Ok(Checkpoint {
+        config: read_config(dir)?,
+        state: read_state(dir)?,
+        model: read_model(dir)?,
+        optimizer: read_tensors(&dir.join(OPTIMIZER)).context("cannot read the checkpoint")?,
+    })
+}
+
+/// Writes a checkpoint of `run_dir`, points `last` (and with `is_best`, `best`) at it and removes all
+/// but the last `keep_last` and the best. Returns its folder.
+pub fn write(
+    run_dir: &Path,
+    checkpoint: &Checkpoint,
+    is_best: bool,
+    keep_last: usize,
+) -> Result<PathBuf> {
+    let parent = folder(run_dir);
+    let name = step_name(checkpoint.state.step);
+    let write = || -> Result<PathBuf> {
+        fs_err::create_dir_all(&parent)?;
+        let temporary =
+            tempfile::Builder::new().prefix(".writing-").tempdir_in(&parent).context("no folder")?;
+        write_files(temporary.path(), checkpoint)?;
+        durable::sync_folder(temporary.path())?;
+        let target = parent.join(&name);
+        if target.exists() {
+            // a resumed run has come to the same step again
+            let old = tempfile::Builder::new().prefix(".replaced-").tempdir_in(&parent)?;
+            fs_err::rename(&target, old.path().join("old"))?;
+        }
+        fs_err::rename(temporary.keep(), &target)?;
+        point(&parent, "last", &name)?;
+        if is_best {
+            point(&parent, "best", &name)?;
+        }
+        durable::sync_folder(&parent)?;
+        Ok(target)
+    };
+    let target = write().with_context(|| format!("cannot write checkpoint `{name}`"))?;
+    prune(&parent, checkpoint.state.best.map(|best| best.step), keep_last)?;
+    Ok(target)
+}
+
+fn step_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
+    let named = |tensors: &BTreeMap<String, Tensor>, file: &str| {
+        write_tensors(&dir.join(file), tensors.iter().map(|(name, t)| (name.as_str(), t)))
+    };
+    named(&checkpoint.model, MODEL)?;
+    named(&checkpoint.optimizer, OPTIMIZER)?;
+    durable::write(&dir.join(CONFIG), load::to_toml(&checkpoint.config).as_bytes())?;
+    let state = serde_json::to_string_pretty(&checkpoint.state)? + "\n";
+    durable::write(&dir.join(STATE), state.as_bytes())
+}
+
+/// Replaces the symbolic link `name` in one step.
+fn point(parent: &Path, name: &str, target: &str) -> Result<()> {
+    let temporary = parent.join(format!(".{name}-{}", std::process::id()));
+    if temporary.symlink_metadata().is_ok() {
+        fs_err::remove_file(&temporary)?;
+    }
+    fs_err::os::unix::fs::symlink(target, &temporary)?;
+    Ok(fs_err::rename(&temporary, parent.join(name))?)
+}
+
+/// The steps of a run's checkpoints, ascending.
+pub fn steps(run_dir: &Path) -> Result<Vec<u64>> {
+    let parent = folder(run_dir);
+    if !parent.exists() {
+        return Ok(vec![]);
+    }
+    let mut steps = vec![];
+    for entry in fs_err::read_dir(&parent)? {
+        let name = entry?.file_name();
+        steps.extend(name.to_str().and_then(|name| name.strip_prefix("step-")?.parse::<u64>().ok()));
+    }
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+fn prune(parent: &Path, best_step: Option<u64>, keep_last: usize) -> Result<()> {
+    let run_dir = parent.parent().ok_or_else(|| anyhow!("`{}` has no parent", parent.display()))?;
+    let steps = steps(run_dir)?;
+    let old = &steps[..steps.len().saturating_sub(keep_last)];
+    for &step in old.iter().filter(|&&step| Some(step) != best_step) {
+        fs_err::remove_dir_all(parent.join(step_name(step)))
+            .context("cannot remove an old checkpoint")?;
+    }
+    Ok(())
+}
+
+/// Removes what an interrupted write left behind.
+pub fn clean(run_dir: &Path) -> Result<()> {
+    let parent = folder(run_dir);
+    if !parent.exists() {
+        return Ok(());
+    }
+    for entry in fs_err::read_dir(&parent)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(".writing-") || name.starts_with(".replaced-") {
+            fs_err::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}

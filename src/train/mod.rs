@@ -1,0 +1,426 @@
+//! Training: [`Trainer`] holds a run's model, optimizer, data and counters; [`Trainer::run`] is the
+//! loop. One step is in [`step`], what is saved in [`checkpoint`], what is reported in [`metrics`].
+//!
+//! ```text
+//! blocks -> step (forwards, gradients, clip, AdamW) -> metrics -> evaluation -> checkpoint
+//! ```
+
+pub mod checkpoint;
+pub mod metrics;
+pub mod optim;
+pub mod plan;
+pub mod schedule;
+pub mod step;
+pub mod tensorboard;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use tch::{Device, Kind};
+
+use crate::base::Base;
+use crate::config::{Config, Dtype, Method};
+use crate::data::{Datasets, TokenDataset};
+use crate::eval::{EvalReport, EvalSettings, RoutingReport, evaluate};
+use crate::model::gpt2::Gpt2;
+use crate::model::{RoutedGpt2, RoutingSource, TrainedParameter};
+use crate::{config, durable, ffi};
+use checkpoint::{Best, Checkpoint, Position, TrainState};
+use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics};
+use optim::Optimizer;
+use plan::BlockStream;
+
+/// What the loop tells while it runs.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A step is done.
+    Step(&'a StepMetrics),
+    /// An evaluation has scored so many blocks of so many.
+    Evaluating(u64, u64),
+    /// An evaluation is done.
+    Validation(&'a ValidationMetrics),
+    /// A checkpoint is on disk.
+    Checkpoint(&'a Path),
+}
+
+/// Why the loop ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The duration is reached.
+    Completed,
+    /// Validation losses no longer fall.
+    StoppedEarly,
+    /// Somebody asked; `train --resume` goes on.
+    Interrupted,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Summary {
+    /// Why it ended.
+    pub ending: Ending,
+    /// Counters at the end.
+    pub state: TrainState,
+    /// The last checkpoint.
+    pub checkpoint: PathBuf,
+}
+
+/// A run.
+#[derive(Debug)]
+pub struct Trainer {
+    config: Config,
+    model: RoutedGpt2,
+    parameters: Vec<TrainedParameter>,
+    optimizer: Optimizer,
+    data: Datasets,
+    state: TrainState,
+    stream: BlockStream,
+    num_steps: u64,
+}
+
+/// The model that a config describes on a base, with fresh experts and router from `run.seed`.
+pub fn build_model(config: &Config, base: &Gpt2, device: Device) -> RoutedGpt2 {
+    let kind = match config.base.dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
+    };
+    match config.method {
+        Method::Full => RoutedGpt2::plain(base, device, kind, true),
+        Method::RoutedLora => {
+            tch::manual_seed(config.run.seed as i64);
+            RoutedGpt2::with_experts(base, &config.lora, &config.router, device, kind)
+        }
+    }
+}
+
+/// The model of a checkpoint: its config's model with its trained parameters.
+///
+/// # Errors
+/// A base other than the one that the checkpoint was trained on.
+pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
+    let weights = base.weights()?;
+    let model = build_model(config, &weights, device);
+    let state = checkpoint::read_state(dir)?;
+    check_base(&state, &model, &base.label)?;
+    let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
+    model.load_trained(&checkpoint::read_model(dir)?).with_context(in_dir)?;
+    Ok(model)
+}
+
+fn check_base(state: &TrainState, model: &RoutedGpt2, label: &str) -> Result<()> {
+    let Some(expected) = &state.base_hash else { return Ok(()) };
+    let found = model.base().hash()?;
+    if found != *expected {
+        bail!(
+            "the base `{label}` is not the one that the checkpoint was trained on: BLAKE3 \
+             `{}..`, trained on `{}..`\nhint: the dtype `base.dtype` counts too",
+            &found[..12],
+            &expected[..12]
+        );
+    }
+    Ok(())
+}
+
+impl Trainer {
+    /// A new run. Its folder must not hold checkpoints.
+    pub fn new(config: Config, base: &Base, data: Datasets, device: Device) -> Result<Self> {
+        if !checkpoint::steps(&config.run.dir)?.is_empty() {
+            bail!(
+                "`{}` holds checkpoints of an earlier run\nhint: go on with `--resume`, or set \
+                 another `run.dir`",
+                config.run.dir.display()
+            );
+        }
+        tch::manual_seed(config.run.seed as i64);
+        let model = build_model(&config, &base.weights()?, device);
+        let state = TrainState {
+            format: checkpoint::FORMAT,
+            step: 0,
+            tokens_seen: 0,
+            position: Position::default(),
+            best: None,
+            evals_without_improvement: 0,
+            stopped_early: false,
+            base_hash: match config.method {
+                Method::RoutedLora => Some(model.base().hash()?),
+                Method::Full => None,
+            },
+            data_fingerprint: data.train.fingerprint(),
+        };
+        Self::assemble(config, model, data, state)
+    }
+
+    /// Goes on from the checkpoint in `dir`, to the bit on the CPU: parameters, moments, schedule,
+    /// generators, data position, best metric and early-stopping counter.
+    ///
+    /// # Errors
+    /// A config, base or data other than the checkpoint's.
+    pub fn resume(
+        config: Config,
+        base: &Base,
+        data: Datasets,
+        device: Device,
+        dir: &Path,
+    ) -> Result<Self> {
+        let saved = checkpoint::read(dir)?;
+        check_same_run(&config, &saved.config)?;
+        if saved.state.data_fingerprint != data.train.fingerprint() {
+            bail!(
+                "the training data has changed since the checkpoint `{}`\nhint: a resumed run \
+                 needs the same files, tokenizer and `[data]`",
+                dir.display()
+            );
+        }
+        let model = build_model(&config, &base.weights()?, device);
+        check_base(&saved.state, &model, &base.label)?;
+        let in_dir = || format!("cannot resume from `{}`", dir.display());
+        model.load_trained(&saved.model).with_context(in_dir)?;
+        let step = saved.state.step;
+        let mut trainer = Self::assemble(config, model, data, saved.state)?;
+        trainer.optimizer.load_state(&saved.optimizer, step).with_context(in_dir)?;
+        optim::load_rng_states(&saved.optimizer, device)?;
+        Ok(trainer)
+    }
+
+    fn assemble(
+        config: Config,
+        model: RoutedGpt2,
+        data: Datasets,
+        state: TrainState,
+    ) -> Result<Self> {
+        if data.train.num_blocks() == 0 {
+            bail!("there is nothing to train on: the training files hold no label token");
+        }
+        let parameters = model.trained_parameters();
+        let optimizer = Optimizer::new(&config.optimizer, &parameters);
+        let num_steps = plan::num_steps(&config, &data.train);
+        let stream = BlockStream::new(&data.train, &config, state.position);
+        Ok(Self { config, model, parameters, optimizer, data, state, stream, num_steps })
+    }
+
+    /// Steps of the whole run.
+    pub fn num_steps(&self) -> u64 {
+        self.num_steps
+    }
+
+    /// Counters.
+    pub fn state(&self) -> &TrainState {
+        &self.state
+    }
+
+    /// The model as it stands.
+    pub fn model(&self) -> &RoutedGpt2 {
+        &self.model
+    }
+
+    /// Trains to the end, or until `interrupt` is set; `observe` hears of every step.
+    ///
+    /// # Errors
+    /// A loss or gradient that is NaN or infinite, a frozen base that has changed, and what the disk
+    /// refuses; the last checkpoint is then whole and in place.
+    pub fn run(
+        &mut self,
+        interrupt: &AtomicBool,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Summary> {
+        let run_dir = self.config.run.dir.clone();
+        fs_err::create_dir_all(&run_dir)?;
+        checkpoint::clean(&run_dir)?;
+        let resolved = config::load::to_toml(&self.config);
+        durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
+        let mut writer =
+            MetricsWriter::open(&run_dir, self.config.run.tensorboard, self.state.step)?;
+        let mut saved = None;
+        while self.state.step < self.num_steps && !self.state.stopped_early {
+            let metrics = self.step().with_context(|| {
+                format!("training stopped in step {}; the last checkpoint stays", self.state.step + 1)
+            })?;
+            observe(Event::Step(&metrics));
+            writer.write(&Metrics::Train(metrics))?;
+            let stop = interrupt.load(Ordering::Relaxed);
+            let is_best = self.evaluates_now() && self.validate(&mut writer, observe)?;
+            if stop || self.saves_now() {
+                let path = self.save(is_best)?;
+                observe(Event::Checkpoint(&path));
+                saved = Some(path);
+            }
+            if stop && self.state.step < self.num_steps {
+                return self.finish(Ending::Interrupted, saved);
+            }
+        }
+        let ending =
+            if self.state.stopped_early { Ending::StoppedEarly } else { Ending::Completed };
+        self.finish(ending, saved)
+    }
+
+    fn finish(&self, ending: Ending, saved: Option<PathBuf>) -> Result<Summary> {
+        if let Some(before) = &self.state.base_hash {
+            let after = self.model.base().hash()?;
+            if after != *before {
+                bail!("the frozen base has changed: BLAKE3 `{before}` before, `{after}` after");
+            }
+        }
+        let checkpoint = match saved {
+            Some(path) => path,
+            None => checkpoint::find(&self.config.run.dir, checkpoint::Preferred::Last)?,
+        };
+        Ok(Summary { ending, state: self.state.clone(), checkpoint })
+    }
+
+    /// Whether the step just done is followed by an evaluation.
+    fn evaluates_now(&self) -> bool {
+        let due = self.config.train.eval_every_steps.is_some_and(|n| self.state.step % n == 0);
+        self.data.validation.num_blocks() > 0 && (due || self.state.step == self.num_steps)
+    }
+
+    /// Whether the step just done is followed by a checkpoint.
+    fn saves_now(&self) -> bool {
+        let every = self.config.train.checkpoint_every_steps;
+        let due = every.is_some_and(|n| self.state.step % n == 0);
+        due || self.evaluates_now() || self.state.step == self.num_steps
+    }
+
+    fn step(&mut self) -> Result<StepMetrics> {
+        let started = Instant::now();
+        let per_step = self.config.train.micro_batch_size * self.config.train.grad_accum_steps;
+        let blocks = self.stream.take(&self.data.train, per_step);
+        let step = self.state.step + 1;
+        let factor = schedule::factor(self.config.schedule, step, self.num_steps);
+        let result = step::step(
+            &self.model,
+            &self.parameters,
+            &mut self.optimizer,
+            &self.config,
+            &self.data.train,
+            &blocks,
+            factor,
+        )?;
+        self.state.step = step;
+        self.state.tokens_seen += result.label_tokens;
+        self.state.position = self.stream.position();
+        let routing = result.routing.as_ref().map(RoutingReport::new).transpose()?;
+        let balance = result.routing.map(|totals| totals.load_balancing_loss().double_value(&[]));
+        let step_secs = started.elapsed().as_secs_f64();
+        let tokens = (blocks.len() * self.data.train.seq_len) as f64;
+        Ok(StepMetrics {
+            step,
+            epoch: self.stream.epoch(),
+            tokens_seen: self.state.tokens_seen,
+            loss: result.loss,
+            domain_losses: result.domain_losses,
+            load_balancing_loss: balance,
+            routing_entropy: routing.as_ref().map(|routing| routing.routing_entropy),
+            expert_load: routing.map(|routing| routing.expert_load),
+            grad_norm: result.grad_norm,
+            learning_rates: self.optimizer.learning_rates(factor),
+            label_tokens: result.label_tokens,
+            step_secs,
+            tokens_per_sec: tokens / step_secs,
+            peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
+        })
+    }
+
+    /// Evaluates, keeps the early-stopping counters and says whether this is the best so far.
+    fn validate(
+        &mut self,
+        writer: &mut MetricsWriter,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<bool> {
+        let started = Instant::now();
+        let report = {
+            let observe = std::cell::RefCell::new(&mut *observe);
+            let progress = |done, all| (observe.borrow_mut())(Event::Evaluating(done, all));
+            self.evaluate(&self.data.validation, &progress)?
+        };
+        let metrics = self.validation_metrics(&report, started.elapsed().as_secs_f64());
+        observe(Event::Validation(&metrics));
+        writer.write(&Metrics::Validation(metrics))?;
+        let stopping = self.config.train.early_stopping;
+        let min_delta = stopping.map_or(0.0, |stopping| stopping.min_delta);
+        let is_best = self.state.best.is_none_or(|best| report.loss < best.loss - min_delta);
+        if is_best {
+            self.state.best = Some(Best { step: self.state.step, loss: report.loss });
+            self.state.evals_without_improvement = 0;
+        } else {
+            self.state.evals_without_improvement += 1;
+            self.state.stopped_early = stopping
+                .is_some_and(|stopping| self.state.evals_without_improvement >= stopping.patience);
+        }
+        Ok(is_best)
+    }
+
+    /// Evaluates the model as it stands.
+    pub fn evaluate(
+        &self,
+        dataset: &TokenDataset,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<EvalReport> {
+        let settings = EvalSettings {
+            batch_size: self.config.train.micro_batch_size,
+            loss_chunk_tokens: self.config.train.loss_chunk_tokens,
+            source: RoutingSource::Router,
+        };
+        evaluate(&self.model, dataset, settings, progress)
+    }
+
+    fn validation_metrics(&self, report: &EvalReport, eval_secs: f64) -> ValidationMetrics {
+        let losses = report.domains.iter().map(|domain| (domain.name.clone(), domain.loss));
+        let routing = report.routing.as_ref();
+        ValidationMetrics {
+            step: self.state.step,
+            tokens_seen: self.state.tokens_seen,
+            loss: report.loss,
+            token_loss: report.token_loss,
+            domain_losses: losses.collect(),
+            routing_entropy: routing.map(|routing| routing.routing_entropy),
+            expert_load: routing.map(|routing| routing.expert_load.clone()),
+            eval_secs,
+        }
+    }
+
+    fn save(&self, is_best: bool) -> Result<PathBuf> {
+        let model: BTreeMap<_, _> =
+            self.parameters.iter().map(|p| (p.name.clone(), p.tensor.shallow_clone())).collect();
+        let mut optimizer = self.optimizer.state();
+        optimizer.extend(optim::rng_states(self.model.device())?);
+        let (config, state) = (self.config.clone(), self.state.clone());
+        let checkpoint = Checkpoint { config, state, model, optimizer };
+        let train = &self.config.train;
+        checkpoint::write(&self.config.run.dir, &checkpoint, is_best, train.keep_last)
+    }
+}
+
+/// Checks that `config` continues the run of `saved`. What decides only when to stop, what to write
+/// and where to compute may differ.
+fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
+    let comparable = |config: &Config| {
+        let mut config = config.clone();
+        config.run.dir = PathBuf::new();
+        config.run.device = config::DeviceChoice::Auto;
+        config.run.tensorboard = true;
+        config.train.duration = saved.train.duration;
+        config.train.eval_every_steps = None;
+        config.train.checkpoint_every_steps = None;
+        config.train.keep_last = 1;
+        config.train.early_stopping = None;
+        config::load::to_toml(&config)
+    };
+    let (new, old) = (comparable(config), comparable(saved));
+    if new == old {
+        return Ok(());
+    }
+    let differing: Vec<String> = new
+        .lines()
+        .zip(old.lines())
+        .filter(|(new, old)| new != old)
+        .map(|(new, old)| format!("now `{new}`, was `{old}`"))
+        .collect();
+    bail!(
+        "the config differs from the run that is resumed: {}\nhint: a resumed run may change its \
+         duration, its device and how often it evaluates and saves, nothing else",
+        differing.first().map_or("it has other keys", String::as_str)
+    );
+}

@@ -1,0 +1,180 @@
+//! AdamW (arXiv:1711.05101, algorithm 2) over parameter groups; its state is ours, so that a
+//! checkpoint can hold it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::OptimizerConfig;
+use crate::ffi::{self, AdamW};
+use crate::model::{ParameterGroup, TrainedParameter};
+
+/// The optimizer of a run.
+#[derive(Debug)]
+pub struct Optimizer {
+    groups: Vec<Group>,
+    betas: [f64; 2],
+    eps: f64,
+    max_grad_norm: Option<f64>,
+    /// Updates so far.
+    step: u64,
+}
+
+/// Parameters that share a learning rate and a weight decay, with their moments.
+#[derive(Debug)]
+struct Group {
+    name: &'static str,
+    learning_rate: f64,
+    weight_decay: f64,
+    /// Indices into the model's list of trained parameters.
+    indices: Vec<usize>,
+    names: Vec<String>,
+    params: Vec<Tensor>,
+    exp_avgs: Vec<Tensor>,
+    exp_avg_sqs: Vec<Tensor>,
+}
+
+impl Optimizer {
+    /// An optimizer of `parameters` with moments of zero.
+    pub fn new(config: &OptimizerConfig, parameters: &[TrainedParameter]) -> Self {
+        let kinds = [
+            (ParameterGroup::Adapters, "adapters", config.adapters),
+            (ParameterGroup::Router, "router", config.router),
+            (ParameterGroup::Base, "base", config.base),
+            (ParameterGroup::BaseNoDecay, "base_no_decay", config.base),
+        ];
+        let groups = kinds.into_iter().filter_map(|(kind, name, settings)| {
+            let members: Vec<_> =
+                parameters.iter().enumerate().filter(|(_, p)| p.group == kind).collect();
+            let params: Vec<_> = members.iter().map(|(_, p)| p.tensor.shallow_clone()).collect();
+            let zeros = || -> Vec<_> { params.iter().map(|p| p.zeros_like().detach()).collect() };
+            let (exp_avgs, exp_avg_sqs) = (zeros(), zeros());
+            let decays = kind != ParameterGroup::BaseNoDecay;
+            (!params.is_empty()).then_some(Group {
+                name,
+                learning_rate: settings.learning_rate,
+                weight_decay: if decays { settings.weight_decay } else { 0.0 },
+                indices: members.iter().map(|(index, _)| *index).collect(),
+                names: members.iter().map(|(_, p)| p.name.clone()).collect(),
+                exp_avgs,
+                exp_avg_sqs,
+                params,
+            })
+        });
+        Self {
+            groups: groups.collect(),
+            betas: config.betas,
+            eps: config.eps,
+            max_grad_norm: config.max_grad_norm,
+            step: 0,
+        }
+    }
+
+    /// Clips `grads`, one for each trained parameter in the model's order, and returns their norm
+    /// before clipping, 0-dim.
+    pub fn clip(&self, grads: &[Tensor]) -> Result<Tensor> {
+        ffi::clip_grad_norm(grads, self.max_grad_norm)
+    }
+
+    /// One update with learning rates scaled by `factor`.
+    pub fn update(&mut self, grads: &[Tensor], factor: f64) -> Result<()> {
+        self.step += 1;
+        for group in &self.groups {
+            let device = group.params[0].device();
+            let step = Tensor::full([0i64; 0], self.step as f64, (Kind::Float, device));
+            let settings = AdamW {
+                lr: group.learning_rate * factor,
+                betas: self.betas,
+                weight_decay: group.weight_decay,
+                eps: self.eps,
+            };
+            let grads: Vec<_> = group.indices.iter().map(|&i| grads[i].shallow_clone()).collect();
+            let (m, v) = (&group.exp_avgs, &group.exp_avg_sqs);
+            ffi::adamw(&group.params, &grads, m, v, &step, settings)?;
+        }
+        Ok(())
+    }
+
+    /// Each group's learning rate under `factor`.
+    pub fn learning_rates(&self, factor: f64) -> BTreeMap<String, f64> {
+        self.groups.iter().map(|g| (g.name.to_owned(), g.learning_rate * factor)).collect()
+    }
+
+    /// The moments as `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`.
+    pub fn state(&self) -> BTreeMap<String, Tensor> {
+        let mut state = BTreeMap::new();
+        for group in &self.groups {
+            for (i, name) in group.names.iter().enumerate() {
+                state.insert(format!("exp_avg.{name}"), group.exp_avgs[i].shallow_clone());
+                state.insert(format!("exp_avg_sq.{name}"), group.exp_avg_sqs[i].shallow_clone());
+            }
+        }
+        state
+    }
+
+    /// Sets what [`Optimizer::state`] returned after `step` updates.
+    pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>, step: u64) -> Result<()> {
+        for (name, target) in self.state() {
+            match state.get(&name) {
+                Some(source) if source.size() == target.size() => {
+                    tch::no_grad(|| target.shallow_clone().copy_(source));
+                }
+                Some(source) => {
+                    bail!("tensor `{name}` must be {:?}, got {:?}", target.size(), source.size())
+                }
+                None => bail!("tensor `{name}` is missing"),
+            }
+        }
+        self.step = step;
+        Ok(())
+    }
+}
+
+/// Sums gradients over the forwards of a step.
+#[derive(Debug, Default)]
+pub struct GradientSum(Vec<Tensor>);
+
+impl GradientSum {
+    /// Differentiates `loss` with respect to `parameters` and adds the result.
+    pub fn add(&mut self, loss: &Tensor, parameters: &[TrainedParameter]) {
+        let inputs: Vec<&Tensor> = parameters.iter().map(|p| &p.tensor).collect();
+        let grads = Tensor::run_backward(&[loss], &inputs, false, false);
+        // the fused optimizer wants the parameters' own layout
+        let grads = grads.into_iter().map(|grad| grad.contiguous());
+        if self.0.is_empty() {
+            self.0 = grads.collect();
+        } else {
+            for (sum, grad) in self.0.iter_mut().zip(grads) {
+                *sum += grad;
+            }
+        }
+    }
+
+    /// The sums, one for each parameter.
+    pub fn into_inner(self) -> Vec<Tensor> {
+        self.0
+    }
+}
+
+/// The generator states that a checkpoint holds: the CPU's, and the device's if it is another.
+pub fn rng_states(device: Device) -> Result<BTreeMap<String, Tensor>> {
+    let mut states = BTreeMap::from([("rng.cpu".to_owned(), ffi::rng_state(Device::Cpu)?)]);
+    if device != Device::Cpu {
+        states.insert("rng.cuda".to_owned(), ffi::rng_state(device)?);
+    }
+    Ok(states)
+}
+
+/// Sets what [`rng_states`] returned; a run that moved to another kind of device starts that
+/// device's generator afresh.
+pub fn load_rng_states(states: &BTreeMap<String, Tensor>, device: Device) -> Result<()> {
+    for (name, device) in [("rng.cpu", Device::Cpu), ("rng.cuda", device)] {
+        if let Some(state) = states.get(name)
+            && (name == "rng.cpu" || device != Device::Cpu)
+        {
+            ffi::set_rng_state(device, state)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! What a run will do, known before any weight is read: its parameters, its steps, its memory.
+
+use serde::Serialize;
+
+use super::checkpoint::Position;
+use crate::config::{Config, Dtype, Duration, Method};
+use crate::data::{BlockId, TokenDataset};
+use crate::model::gpt2_config::Gpt2Config;
+
+/// Parameters of the model by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ParameterCounts {
+    /// The base; a tied head counts once.
+    pub base: i64,
+    /// All experts' down-projections.
+    pub lora_a: i64,
+    /// All experts' up-projections.
+    pub lora_b: i64,
+    /// The router; 0 with one expert.
+    pub router: i64,
+    /// Those that are trained.
+    pub trained: i64,
+}
+
+impl ParameterCounts {
+    /// The counts that a config leads to on a base.
+    pub fn new(config: &Config, base: &Gpt2Config) -> Self {
+        let num_base = base.num_parameters();
+        if config.method == Method::Full {
+            return Self { base: num_base, lora_a: 0, lora_b: 0, router: 0, trained: num_base };
+        }
+        let lora = &config.lora;
+        let shapes = lora.target_modules.iter().map(|&module| base.linear_shape(module));
+        let per_width = base.n_layer * lora.num_experts * lora.rank;
+        let (inputs, outputs) = shapes.fold((0, 0), |(a, b), (i, o)| (a + i, b + o));
+        let (lora_a, lora_b) = (per_width * inputs, per_width * outputs);
+        let router = if lora.num_experts > 1 { lora.num_experts * (base.n_embd + 1) } else { 0 };
+        Self { base: num_base, lora_a, lora_b, router, trained: lora_a + lora_b + router }
+    }
+
+    /// Trained parameters as a share of all.
+    pub fn trainable_share(&self) -> f64 {
+        self.trained as f64 / (self.base + self.lora_a + self.lora_b + self.router) as f64
+    }
+}
+
+/// An estimate of a step's memory, bytes. It counts tensors, not libtorch itself (some hundred MB) nor
+/// the allocator's slack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct MemoryEstimate {
+    /// The base's parameters.
+    pub base: i64,
+    /// Trained parameters beside the base, gradients and two moments, f32.
+    pub training: i64,
+    /// What the forward pass keeps for the backward pass.
+    pub activations: i64,
+    /// Logits of one chunk and their gradient.
+    pub logits: i64,
+}
+
+impl MemoryEstimate {
+    /// The estimate for one micro-batch of a config on a base.
+    pub fn new(config: &Config, base: &Gpt2Config, counts: &ParameterCounts) -> Self {
+        let element = match config.base.dtype {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        };
+        let full = config.method == Method::Full;
+        let tokens = (config.train.micro_batch_size * config.data.seq_len) as i64;
+        let (d, inner, layers) = (base.n_embd, base.n_inner, base.n_layer);
+        // two residual sums, two LayerNorms, q k v, attention's output, before and after the GELU
+        let lora = if full { 0 } else { &config.lora.target_modules.len() * 2 } as i64;
+        let rank_space = lora * config.lora.num_experts * config.lora.rank;
+        let block = 8 * d + 2 * inner + rank_space;
+        let kept = match config.train.gradient_checkpointing {
+            true => layers * d + block,
+            false => layers * block,
+        };
+        let chunk = config.train.loss_chunk_tokens.min(tokens);
+        Self {
+            base: counts.base * if full { 4 } else { element },
+            training: counts.trained * if full { 12 } else { 16 },
+            activations: tokens * kept * element,
+            logits: chunk * base.vocab_size * (8 + element),
+        }
+    }
+
+    /// All of it.
+    pub fn total(&self) -> i64 {
+        self.base + self.training + self.activations + self.logits
+    }
+}
+
+/// The endless sequence of blocks, epoch after epoch, read from a position on.
+#[derive(Debug)]
+pub struct BlockStream {
+    seed: u64,
+    position: Position,
+    order: Vec<BlockId>,
+    /// Ends before this epoch, if given.
+    end_epoch: Option<u64>,
+}
+
+impl BlockStream {
+    /// The stream from `position` on, to the end of the run's epochs if it has a number of them.
+    pub fn new(dataset: &TokenDataset, config: &Config, position: Position) -> Self {
+        let end_epoch = match config.train.duration {
+            Duration::Epochs(epochs) => Some(epochs),
+            Duration::Steps(_) | Duration::Tokens(_) => None,
+        };
+        let seed = config.run.seed;
+        let order = dataset.epoch_order(seed, position.epoch);
+        Self { seed, position, order, end_epoch }
+    }
+
+    /// Where the stream stands.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// The epochs done, as a number with a fraction.
+    pub fn epoch(&self) -> f64 {
+        self.position.epoch as f64 + self.position.offset as f64 / self.order.len().max(1) as f64
+    }
+
+    /// The next `n` blocks of `dataset`; fewer at the end.
+    pub fn take(&mut self, dataset: &TokenDataset, n: usize) -> Vec<BlockId> {
+        let mut blocks = Vec::with_capacity(n);
+        while blocks.len() < n && Some(self.position.epoch) != self.end_epoch {
+            let rest = &self.order[self.position.offset as usize..];
+            let count = rest.len().min(n - blocks.len());
+            blocks.extend_from_slice(&rest[..count]);
+            self.position.offset += count as u64;
+            if self.position.offset as usize == self.order.len() {
+                self.position = Position { epoch: self.position.epoch + 1, offset: 0 };
+                self.order = dataset.epoch_order(self.seed, self.position.epoch);
+            }
+        }
+        blocks
+    }
+}
+
+/// The number of steps of a run, for every kind of duration.
+pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
+    let per_step = config.train.micro_batch_size * config.train.grad_accum_steps;
+    match config.train.duration {
+        Duration::Steps(steps) => steps,
+        Duration::Epochs(epochs) => {
+            let blocks: u64 = (0..epochs).map(|epoch| dataset.epoch_blocks(epoch)).sum();
+            blocks.div_ceil(per_step as u64)
+        }
+        Duration::Tokens(tokens) => {
+            let mut stream = BlockStream::new(dataset, config, Position::default());
+            let (mut seen, mut steps) = (0, 0);
+            while seen < tokens {
+                let blocks = stream.take(dataset, per_step);
+                seen += blocks.iter().map(|&block| dataset.label_tokens(block)).sum::<u64>();
+                steps += 1;
+            }
+            steps
+        }
+    }
+}

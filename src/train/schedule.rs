@@ -1,0 +1,61 @@
+//! The learning rate over the steps, as a factor of each group's own.
+//!
+//! With `w` warm-up steps and `n` steps in all, step `s` (from 1) has
+//!
+//!     s / (w + 1)                                          while s <= w
+//!     1                                                    constant
+//!     m + (1 - m) (1 - p)                                  linear
+//!     m + (1 - m) (1 + cos(pi p)) / 2                      cosine
+//!
+//! where `p = (s - 1 - w) / (n - w)` and `m` is `min_ratio` (transformers' schedules, without their
+//! first step at 0).
+
+use std::f64::consts::PI;
+
+use crate::config::{ScheduleConfig, ScheduleKind};
+
+/// The factor of step `step`, from 1, of `num_steps`.
+pub fn factor(schedule: ScheduleConfig, step: u64, num_steps: u64) -> f64 {
+    let warmup = schedule.warmup_steps;
+    if step <= warmup {
+        return step as f64 / (warmup + 1) as f64;
+    }
+    let progress = (step - 1 - warmup) as f64 / num_steps.saturating_sub(warmup).max(1) as f64;
+    let min = schedule.min_ratio;
+    match schedule.kind {
+        ScheduleKind::Constant => 1.0,
+        ScheduleKind::Linear => min + (1.0 - min) * (1.0 - progress),
+        ScheduleKind::Cosine => min + (1.0 - min) * (1.0 + (PI * progress).cos()) / 2.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn schedule(kind: ScheduleKind, warmup_steps: u64, min_ratio: f64) -> ScheduleConfig {
+        ScheduleConfig { kind, warmup_steps, min_ratio }
+    }
+
+    #[test]
+    fn warm_up_rises_in_even_parts_to_one() {
+        let s = schedule(ScheduleKind::Constant, 4, 0.0);
+        let factors: Vec<f64> = (1..=6).map(|step| factor(s, step, 10)).collect();
+        assert_eq!(factors, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]);
+    }
+
+    #[test]
+    fn linear_falls_in_even_parts_towards_the_minimum() {
+        let s = schedule(ScheduleKind::Linear, 0, 0.5);
+        let factors: Vec<f64> = (1..=4).map(|step| factor(s, step, 4)).collect();
+        assert_eq!(factors, [1.0, 0.875, 0.75, 0.625]);
+    }
+
+    #[test]
+    fn cosine_is_half_way_in_the_middle() {
+        let s = schedule(ScheduleKind::Cosine, 2, 0.1);
+        assert_eq!(factor(s, 3, 12), 1.0);
+        assert!((factor(s, 8, 12) - 0.55).abs() < 1e-15);
+        assert!(factor(s, 12, 12) > 0.1 && factor(s, 12, 12) < 0.13);
+    }
+}

@@ -1,0 +1,242 @@
+//! TensorBoard event files: scalars over steps, in the format of TensorFlow's summaries.
+//!
+//! A file is a series of TFRecords (`tensorflow/core/lib/io/record_writer.cc`), little-endian:
+//!
+//! ```text
+//! u64 length | u32 masked_crc(length) | length bytes | u32 masked_crc(bytes)
+//! masked_crc(bytes) = rotate_right(crc32c(bytes), 15) + 0xa282ead8
+//! ```
+//!
+//! Each record is an `Event` (`tensorflow/core/util/event.proto`, and `summary.proto` of
+//! `tensorflow/core/framework`); the structs below hold the part of these messages that scalars
+//! need, by the same names and field numbers. The first event of a file names the format's
+//! version, the second is a session's start: TensorBoard drops what earlier files hold of its step
+//! and later ones, which is what a broken run wrote after the checkpoint that a run resumes from
+//! (`_CheckForRestartAndMaybePurge` in TensorBoard's `event_accumulator.py`). TensorBoard's faster
+//! data server (`--load_fast`) does not heed the start; it drops a tag's later steps when the tag
+//! comes back with an earlier or equal one, so it shows the same once each tag has been written.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result};
+use prost::Message;
+
+/// What the names of event files begin with, before the seconds since 1970.
+const FILE_PREFIX: &str = "events.out.tfevents.";
+/// The version from which on a session's start drops later steps of earlier files.
+const FILE_VERSION: &str = "brain.Event:2";
+/// `SessionLog.SessionStatus.START`.
+const SESSION_START: i32 = 1;
+
+/// The event file of one process. There is no buffer: an event is in the file once written.
+#[derive(Debug)]
+pub struct EventWriter {
+    file: fs_err::File,
+}
+
+impl EventWriter {
+    /// Starts a new file in `dir`, which is made if need be, and a session at `first_step`.
+    ///
+    /// The name is `events.out.tfevents.<seconds since 1970>.dylora.<process id>.0`, where
+    /// TensorFlow has the host's name and a count of writers. TensorBoard reads files by the order
+    /// of their names, so the seconds are always more than those of the files that are there.
+    pub fn create(dir: &Path, first_step: u64) -> Result<Self> {
+        fs_err::create_dir_all(dir).context("cannot create the folder of TensorBoard events")?;
+        let after_last = last_file_secs(dir)?.map_or(0, |secs| secs + 1);
+        let secs = since_1970().as_secs().max(after_last);
+        let name = format!("{FILE_PREFIX}{secs:010}.dylora.{}.0", std::process::id());
+        let file = fs_err::File::create_new(dir.join(name))
+            .context("cannot create a file of TensorBoard events")?;
+        let mut writer = Self { file };
+        writer.write(0, What::FileVersion(FILE_VERSION.into()))?;
+        writer.write(first_step, What::SessionLog(SessionLog { status: SESSION_START }))?;
+        Ok(writer)
+    }
+
+    /// Writes the scalars of a step, each a tag and its value, as one event.
+    pub fn write_scalars(&mut self, step: u64, scalars: Vec<(String, f32)>) -> Result<()> {
+        let value = |(tag, value)| Value { tag, simple_value: Some(value) };
+        let summary = Summary { value: scalars.into_iter().map(value).collect() };
+        self.write(step, What::Summary(summary))
+    }
+
+    fn write(&mut self, step: u64, what: What) -> Result<()> {
+        let wall_time = since_1970().as_secs_f64();
+        let event = Event { wall_time, step: step as i64, what: Some(what) };
+        self.file
+            .write_all(&record(&event.encode_to_vec()))
+            .context("cannot write a TensorBoard event")
+    }
+}
+
+/// The time since 1970-01-01 UTC; none if the clock is set before it.
+fn since_1970() -> Duration {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The seconds in the name of the last event file in `dir`, if there is one.
+fn last_file_secs(dir: &Path) -> Result<Option<u64>> {
+    let mut last = None;
+    for entry in fs_err::read_dir(dir).context("cannot list the TensorBoard events")? {
+        let name = entry.context("cannot list the TensorBoard events")?.file_name();
+        let rest = name.to_str().and_then(|name| name.strip_prefix(FILE_PREFIX));
+        let secs = rest.and_then(|rest| rest.split('.').next()?.parse().ok());
+        last = last.max(secs);
+    }
+    Ok(last)
+}
+
+/// One TFRecord around `data`.
+fn record(data: &[u8]) -> Vec<u8> {
+    let length = (data.len() as u64).to_le_bytes();
+    [&length, &masked_crc(&length).to_le_bytes()[..], data, &masked_crc(data).to_le_bytes()]
+        .concat()
+}
+
+/// CRC-32C, masked so that the checksum of data that holds checksums stays a good one
+/// (`tensorflow/core/lib/hash/crc32c.h`).
+fn masked_crc(data: &[u8]) -> u32 {
+    crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Event {
+    /// Seconds since 1970.
+    #[prost(double, tag = "1")]
+    wall_time: f64,
+    #[prost(int64, tag = "2")]
+    step: i64,
+    #[prost(oneof = "What", tags = "3, 5, 7")]
+    what: Option<What>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+enum What {
+    #[prost(string, tag = "3")]
+    FileVersion(String),
+    #[prost(message, tag = "5")]
+    Summary(Summary),
+    #[prost(message, tag = "7")]
+    SessionLog(SessionLog),
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Summary {
+    #[prost(message, repeated, tag = "1")]
+    value: Vec<Value>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Value {
+    #[prost(string, tag = "1")]
+    tag: String,
+    /// Part of a `oneof` in the original, so that a zero is written out; hence the `optional`.
+    #[prost(float, optional, tag = "2")]
+    simple_value: Option<f32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+struct SessionLog {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The events of all files in `dir`, in the order in which TensorBoard reads them.
+    fn read_events(dir: &Path) -> Result<Vec<Event>> {
+        let mut paths =
+            fs_err::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        paths.sort();
+        let mut events = Vec::new();
+        for path in paths {
+            let bytes = fs_err::read(path)?;
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let length = u64::from_le_bytes(rest[..8].try_into()?) as usize;
+                let (head, tail) = rest.split_at(12 + length + 4);
+                let data = &head[12..12 + length];
+                assert_eq!(head, record(data));
+                events.push(Event::decode(data)?);
+                rest = tail;
+            }
+        }
+        Ok(events)
+    }
+
+    /// Reference: the check values of CRC-32C (RFC 3720, B.4, and the catalogue's
+    /// `crc32c("123456789") = 0xe3069283`), masked by TensorBoard 2.21.0's `masked_crc32c`.
+    #[test]
+    fn masked_crc_has_the_known_values() {
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+        assert_eq!(masked_crc(b"123456789"), 0xc78a_b0e5);
+        assert_eq!(crc32c::crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(masked_crc(&[0; 32]), 0x0fd7_fffa);
+    }
+
+    /// Reference: TensorBoard 2.21.0's `RecordWriter` and `event_pb2`. The scalar is a zero, which
+    /// must not be left out.
+    #[test]
+    fn records_equal_those_of_tensorboard_to_the_byte() {
+        let value = Value { tag: "train/loss".into(), simple_value: Some(0.0) };
+        let cases = [
+            (
+                0,
+                What::FileVersion(FILE_VERSION.into()),
+                "1800000000000000a37f4b2209000000000000f83f\
+                 1a0d627261696e2e4576656e743a322a28646c",
+            ),
+            (
+                7,
+                What::Summary(Summary { value: vec![value] }),
+                "200000000000000029eda95009000000000000f83f1007\
+                 2a130a110a0a747261696e2f6c6f73731500000000844b8711",
+            ),
+            (
+                7,
+                What::SessionLog(SessionLog { status: SESSION_START }),
+                "0f000000000000006d532b0909000000000000f83f10073a020801774771c7",
+            ),
+        ];
+        for (step, what, expected) in cases {
+            let event = Event { wall_time: 1.5, step, what: Some(what) };
+            let bytes = record(&event.encode_to_vec());
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex, expected);
+        }
+    }
+
+    #[test]
+    fn a_file_holds_its_version_the_sessions_start_and_the_scalars() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let mut writer = EventWriter::create(dir.path(), 5)?;
+        writer.write_scalars(5, vec![("a".into(), 0.0), ("b".into(), -2.5)])?;
+
+        let events = read_events(dir.path())?;
+        assert_eq!(events.iter().map(|event| event.step).collect::<Vec<_>>(), [0, 5, 5]);
+        let what: Vec<_> = events.into_iter().filter_map(|event| event.what).collect();
+        let value = |tag: &str, value| Value { tag: tag.into(), simple_value: Some(value) };
+        let expected = [
+            What::FileVersion(FILE_VERSION.into()),
+            What::SessionLog(SessionLog { status: SESSION_START }),
+            What::Summary(Summary { value: vec![value("a", 0.0), value("b", -2.5)] }),
+        ];
+        assert_eq!(what, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn a_later_file_sorts_after_earlier_ones_even_within_a_second() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        for step in 0..3 {
+            EventWriter::create(dir.path(), step)?;
+        }
+        let steps: Vec<_> = read_events(dir.path())?.iter().map(|event| event.step).collect();
+        assert_eq!(steps, [0, 0, 0, 1, 0, 2]);
+        Ok(())
+    }
+}

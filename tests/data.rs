@@ -1,0 +1,497 @@
+//! Files to batches, through the public interface.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use dylora::config::{DomainConfig, LossOn, OnBadRecord, Validation};
+use dylora::data::{
+    Batch, DataOptions, Datasets, DomainFiles, IGNORED_LABEL, LoadProgress, MemoryDocument,
+    MemoryDomain, PADDING_DOCUMENT, TokenDataset, Tokenizer, load_datasets, load_files,
+};
+use proptest::prelude::*;
+
+const EOS: u32 = 258;
+
+/// A byte-level BPE as small as can be: the bytes in the order of their characters, the merges
+/// `a b` (256) and `Ġ a` (257), and `<|endoftext|>` (258).
+fn tokenizer() -> Tokenizer {
+    let printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let other = (0..256).filter(|byte| !printable(byte)).zip(256..).map(|(_, code)| code);
+    let characters = (0..256).filter(printable).chain(other).filter_map(char::from_u32);
+    let mut vocab: BTreeMap<String, u32> = characters.map(String::from).zip(0..).collect();
+    vocab.insert("ab".into(), 256);
+    vocab.insert("Ġa".into(), 257);
+    let byte_level = serde_json::json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+    });
+    let eos = serde_json::json!({
+        "id": EOS, "content": "<|endoftext|>", "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true
+    });
+    let file = serde_json::json!({
+        "version": "1.0", "added_tokens": [eos], "normalizer": null, "pre_tokenizer": byte_level,
+        "post_processor": null, "decoder": byte_level, "padding": null,
+        "truncation": {"max_length": 3, "strategy": "LongestFirst", "stride": 0,
+                       "direction": "Right"},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "fuse_unk": false,
+                  "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                  "byte_fallback": false, "vocab": vocab, "merges": ["a b", "Ġ a"]}
+    });
+    Tokenizer::from_bytes(file.to_string().as_bytes()).expect("a valid tokenizer")
+}
+
+fn options(seq_len: usize) -> DataOptions {
+    DataOptions {
+        seq_len,
+        loss_on: LossOn::Completion,
+        on_bad_record: OnBadRecord::Fail,
+        seed: 0,
+        eos_token_id: Some(EOS),
+        cache_dir: None,
+    }
+}
+
+/// A folder with the given files.
+struct Files(tempfile::TempDir);
+
+impl Files {
+    fn new(files: &[(&str, &[u8])]) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        for (name, content) in files {
+            fs_err::write(dir.path().join(name), content).expect("a temporary file");
+        }
+        Self(dir)
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).display().to_string()
+    }
+
+    fn eval(&self, patterns: &[&str], options: &DataOptions) -> Result<TokenDataset> {
+        let files = patterns.iter().map(|pattern| self.path(pattern)).collect();
+        let source = DomainFiles { name: Some("x".into()), files, record_domain: None };
+        load_files(&[source], options, &tokenizer(), &|_| ())
+    }
+
+    fn domain(&self, name: &str, train: &str, validation: Option<Validation>) -> DomainConfig {
+        let train = vec![self.path(train)];
+        DomainConfig { name: name.into(), train, validation, weight: 1.0, record_domain: None }
+    }
+
+    fn validation(&self, pattern: &str) -> Option<Validation> {
+        Some(Validation::Files(vec![self.path(pattern)]))
+    }
+}
+
+fn load(domains: &[DomainConfig], options: &DataOptions) -> Result<Datasets> {
+    load_datasets(domains, options, &tokenizer(), &|_| ())
+}
+
+fn message<T>(result: Result<T>) -> String {
+    format!("{:#}", result.err().expect("an error"))
+}
+
+fn all_blocks(dataset: &TokenDataset) -> Batch {
+    dataset.batch(&dataset.eval_order()).expect("its files are there")
+}
+
+/// The pieces of a batch, each as its `(input, label)` pairs, after checks of what holds for each.
+fn pieces(batch: &Batch) -> Vec<Vec<(i64, i64)>> {
+    let mut pieces = Vec::new();
+    for row in 0..batch.num_rows {
+        let mut last = None;
+        for at in row * batch.seq_len..(row + 1) * batch.seq_len {
+            let document = batch.document_ids[at];
+            let pair = (batch.input_ids[at], batch.labels[at]);
+            if document == PADDING_DOCUMENT {
+                assert_eq!((pair, batch.position_ids[at]), ((0, IGNORED_LABEL), 0));
+            } else if last == Some(document) {
+                let piece: &mut Vec<_> = pieces.last_mut().expect("the piece has begun");
+                assert_eq!(batch.position_ids[at], piece.len() as i64);
+                piece.push(pair);
+            } else {
+                assert_eq!(document, last.map_or(0, |last| last + 1), "documents count up");
+                assert_eq!(batch.position_ids[at], 0);
+                pieces.push(vec![pair]);
+            }
+            last = Some(document);
+        }
+        assert_ne!(last, None);
+    }
+    pieces
+}
+
+/// The texts of a dataset whose documents all fit into a block, sorted.
+fn texts(dataset: &TokenDataset) -> Vec<String> {
+    let tokenizer = tokenizer();
+    let mut texts: Vec<String> = pieces(&all_blocks(dataset))
+        .iter()
+        .map(|piece| piece.iter().map(|(input, _)| *input as u32).collect::<Vec<_>>())
+        .map(|ids| tokenizer.decode(&ids).expect("ids of the vocabulary"))
+        .collect();
+    texts.sort();
+    texts
+}
+
+#[test]
+fn a_tokenizers_own_truncation_and_special_tokens_do_not_apply() -> Result<()> {
+    let tokenizer = tokenizer();
+    assert_eq!(tokenizer.vocab_size(), 259);
+    assert_eq!(tokenizer.token_to_id("<|endoftext|>"), Some(EOS));
+    let text = "abc ab ü\r\n";
+    let ids = tokenizer.encode(text)?;
+    assert_eq!(ids.len(), 9);
+    assert_eq!(tokenizer.decode(&ids)?, text);
+    assert_eq!(tokenizer.encode("ab<|endoftext|>")?, [256, EOS]);
+    Ok(())
+}
+
+#[test]
+fn prompt_and_completion_are_encoded_apart_and_only_the_latter_is_learned() -> Result<()> {
+    let files = Files::new(&[("a.jsonl", br#"{"prompt": "xa", "completion": "ba"}"#)]);
+    let [a, b, x] = [b'a', b'b', b'x'].map(|byte| i64::from(byte) - 33);
+    let eos = i64::from(EOS);
+    let batch = all_blocks(&files.eval(&["a.jsonl"], &options(6))?);
+    assert_eq!(batch.input_ids, [x, a, b, a, 0, 0]);
+    let ignored = IGNORED_LABEL;
+    assert_eq!(batch.labels, [ignored, b, a, eos, ignored, ignored]);
+    assert_eq!(batch.position_ids, [0, 1, 2, 3, 0, 0]);
+    assert_eq!(batch.document_ids, [0, 0, 0, 0, -1, -1]);
+    assert_eq!((batch.num_rows, batch.label_tokens()), (1, 3));
+
+    let all = DataOptions { loss_on: LossOn::All, eos_token_id: None, ..options(6) };
+    let batch = all_blocks(&files.eval(&["a.jsonl"], &all)?);
+    assert_eq!(batch.input_ids, [x, a, b, 0, 0, 0]);
+    assert_eq!(batch.labels, [a, b, a, ignored, ignored, ignored]);
+    Ok(())
+}
+
+#[test]
+fn long_documents_are_split_and_pieces_without_a_target_are_dropped() -> Result<()> {
+    let files = Files::new(&[("a.jsonl", br#"{"prompt": "12345678", "completion": "90"}"#)]);
+    let dataset = files.eval(&["a.jsonl"], &options(4))?;
+    let id = |byte: u8| i64::from(byte) - 33;
+    let batch = all_blocks(&dataset);
+    let expected = [
+        vec![(id(b'5'), -100), (id(b'6'), -100), (id(b'7'), -100), (id(b'8'), id(b'9'))],
+        vec![(id(b'9'), id(b'0')), (id(b'0'), i64::from(EOS))],
+    ];
+    assert_eq!(pieces(&batch), expected);
+    let counts = dataset.domains[0].counts;
+    assert_eq!((counts.documents, counts.split_documents, counts.blocks), (1, 1, 2));
+    assert_eq!((counts.tokens, counts.label_tokens, counts.positions), (11, 3, 6));
+    assert_eq!(counts.padding_share(4), 0.25);
+    Ok(())
+}
+
+#[test]
+fn packing_suffixes_line_ends_and_byte_order_marks_change_nothing() -> Result<()> {
+    let plain = "{\"text\": \"one\"}\n\n{\"text\": \"two\"}\n";
+    let gz = |content: &str| -> Result<Vec<u8>> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(content.as_bytes())?;
+        Ok(encoder.finish()?)
+    };
+    // packed files may be packed parts, one behind another
+    let (first, second) = plain.split_at(20);
+    let files = Files::new(&[
+        ("a.jsonl", plain.as_bytes()),
+        ("crlf.jsonl", plain.replace('\n', "\r\n").as_bytes()),
+        ("open.jsonl", plain.trim_end().as_bytes()),
+        ("bom.NDJSON", format!("\u{feff}{plain}").as_bytes()),
+        ("a.jsonl.gz", &[gz(first)?, gz(second)?].concat()),
+        ("a.jsonl.zst", &zstd::encode_all(plain.as_bytes(), 3)?),
+        ("one.txt", b"one"),
+        ("two.txt.zst", &zstd::encode_all("\u{feff}two".as_bytes(), 3)?),
+    ]);
+    let fingerprint = files.eval(&["a.jsonl"], &options(8))?.fingerprint();
+    for name in ["crlf.jsonl", "open.jsonl", "bom.NDJSON", "a.jsonl.gz", "a.jsonl.zst"] {
+        assert_eq!(files.eval(&[name], &options(8))?.fingerprint(), fingerprint, "{name}");
+    }
+    assert_eq!(files.eval(&["*.txt*"], &options(8))?.fingerprint(), fingerprint);
+    Ok(())
+}
+
+#[test]
+fn plain_texts_keep_their_lines_as_they_are() -> Result<()> {
+    let files = Files::new(&[("a.txt", b"a\r\nb \n\n"), ("empty.txt", b"")]);
+    let dataset = files.eval(&["*.txt"], &options(16))?;
+    assert_eq!(texts(&dataset), ["a\r\nb \n\n"]);
+    assert_eq!(
+        (dataset.domains[0].counts.records, dataset.domains[0].counts.skipped_empty),
+        (2, 1)
+    );
+    Ok(())
+}
+
+#[test]
+fn long_texts_have_the_tokens_that_they_have_in_one_piece() -> Result<()> {
+    let lines = ["ab ab  \n", "  ab\r\n", "\n", "it's ab 12 \u{a0}\n\n \n", "<|endoftext|>\n"];
+    let text: String = (0..60_000_usize).map(|i| lines[i * i % 31 % lines.len()]).collect();
+    let record = serde_json::json!({"text": text}).to_string();
+    let files = Files::new(&[("a.txt", text.as_bytes()), ("a.jsonl", record.as_bytes())]);
+    let whole = tokenizer().encode(&text)?;
+    for name in ["a.txt", "a.jsonl"] {
+        let dataset = files.eval(&[name], &options(1 << 20))?;
+        let batch = dataset.batch(&dataset.eval_order())?;
+        assert_eq!(dataset.domains[0].counts.tokens as usize, whole.len() + 1);
+        let pieces = pieces(&batch).concat();
+        let tokens: Vec<u32> = pieces.iter().map(|(input, _)| *input as u32).collect();
+        assert!(tokens == whole, "the tokens of {name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn faults_name_their_file_and_line_or_are_skipped_and_counted() -> Result<()> {
+    let content = b"{\"text\": \"good\"}\n\n{\"text\": 1}\n{\"text\": \"\xff\"}\n{\"text\"\n";
+    let files = Files::new(&[("a.jsonl", content), ("b.txt", b"ok\nno: \xff\n")]);
+    let error = message(files.eval(&["a.jsonl"], &options(8)));
+    let start =
+        format!("`{}:3`: `text` must be a string, got a number\nhint:", files.path("a.jsonl"));
+    assert!(error.starts_with(&start), "{error}");
+    let error = message(files.eval(&["b.txt"], &options(8)));
+    assert!(error.contains("b.txt:2`: invalid UTF-8 at byte 5"), "{error}");
+
+    let cache_dir = Some(PathBuf::from(files.path("cache")));
+    let skip = DataOptions { on_bad_record: OnBadRecord::Skip, cache_dir, ..options(8) };
+    for _ in 0..2 {
+        let dataset = files.eval(&["a.jsonl", "b.txt"], &skip)?;
+        let counts = dataset.domains[0].counts;
+        assert_eq!((counts.records, counts.documents, counts.skipped_bad), (5, 1, 4));
+        assert_eq!(texts(&dataset), ["good"]);
+    }
+    // what was skipped and cached is still a fault for who does not skip
+    let fail = DataOptions { on_bad_record: OnBadRecord::Fail, ..skip };
+    assert!(message(files.eval(&["a.jsonl"], &fail)).contains("a.jsonl:3"));
+    Ok(())
+}
+
+#[test]
+fn broken_archives_are_named() {
+    let packed = zstd::encode_all(&b"{\"text\": \"a\"}\n"[..], 3).expect("packs");
+    let files = Files::new(&[("a.jsonl.zst", &packed[..packed.len() - 3]), ("b.txt.gz", b"no")]);
+    for name in ["a.jsonl.zst", "b.txt.gz"] {
+        let error = message(files.eval(&[name], &options(8)));
+        assert!(
+            error.contains(&format!("cannot read `{}` after line", files.path(name))),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_second_load_comes_from_the_cache_and_damage_is_healed() -> Result<()> {
+    let many: String = (0..500).map(|i| format!("{{\"text\": \"text {i}\"}}\n")).collect();
+    let files = Files::new(&[("a.jsonl", many.as_bytes()), ("b.txt", b"some more")]);
+    let cache_dir = PathBuf::from(files.path("deep/cache"));
+    let options = DataOptions { cache_dir: Some(cache_dir.clone()), ..options(32) };
+    let load = |options: &DataOptions| -> Result<(usize, String, Batch)> {
+        let names = ["a.jsonl", "b.txt"].map(|name| files.path(name)).to_vec();
+        let source = DomainFiles { files: names, ..DomainFiles::default() };
+        let last = Cell::new(LoadProgress::default());
+        let dataset = load_files(&[source], options, &tokenizer(), &|now| last.set(now))?;
+        let now = last.get();
+        assert_eq!((now.num_files, now.files_done, now.bytes_done), (2, 2, now.num_bytes));
+        Ok((now.files_cached, dataset.fingerprint(), all_blocks(&dataset)))
+    };
+    let (cached, fingerprint, batch) = load(&options)?;
+    assert_eq!(cached, 0);
+    assert_eq!(load(&options)?, (2, fingerprint.clone(), batch.clone()));
+    // seq_len and loss_on act later
+    assert_eq!(load(&DataOptions { seq_len: 9, loss_on: LossOn::All, ..options.clone() })?.0, 2);
+    assert_eq!(load(&DataOptions { eos_token_id: None, ..options.clone() })?.0, 0);
+
+    let damage = |path: &Path| -> Result<()> {
+        let content = fs_err::read(path)?;
+        Ok(fs_err::write(path, &content[..content.len() - 1])?)
+    };
+    for entry in fs_err::read_dir(&cache_dir)? {
+        damage(&entry?.path())?;
+    }
+    assert_eq!(load(&options)?, (0, fingerprint.clone(), batch.clone()));
+    assert_eq!(load(&options)?, (2, fingerprint.clone(), batch.clone()));
+    fs_err::write(files.path("b.txt"), "something else")?;
+    assert_eq!(load(&options)?.0, 1);
+    Ok(())
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_does_not_matter() -> Result<()> {
+    let files = Files::new(&[("a.txt", b"text"), ("file", b"")]);
+    let cache_dir = Some(PathBuf::from(files.path("file/cache")));
+    assert_eq!(texts(&files.eval(&["a.txt"], &DataOptions { cache_dir, ..options(8) })?), ["text"]);
+    Ok(())
+}
+
+#[test]
+fn many_small_files_keep_their_order_and_the_first_fault_is_shown() -> Result<()> {
+    let names: Vec<String> = (0..60).map(|i| format!("{i:02}.txt")).collect();
+    let content: Vec<_> = names.iter().map(|name| (name.as_str(), name.as_bytes())).collect();
+    let files = Files::new(&content);
+    let dataset = files.eval(&["*.txt"], &options(7))?;
+    let ids = pieces(&all_blocks(&dataset));
+    let first = ids.iter().map(|piece| (piece[0].0, piece[1].0)).collect::<Vec<_>>();
+    assert!(first.is_sorted() && first.len() == 60);
+    for bad in ["20.txt", "21.txt", "50.txt"] {
+        fs_err::write(files.path(bad), b"\xff")?;
+    }
+    assert!(message(files.eval(&["*.txt"], &options(7))).contains("20.txt:1"));
+    Ok(())
+}
+
+/// `count` texts, each twice.
+fn doubled(count: usize) -> String {
+    (0..2 * count).map(|i| format!("{{\"text\": \"t{}\"}}\n", i / 2)).collect()
+}
+
+#[test]
+fn a_fraction_holds_out_by_content() -> Result<()> {
+    let files = Files::new(&[("a.jsonl", doubled(200).as_bytes()), ("one.txt", b"one")]);
+    let domain = files.domain("a", "a.jsonl", Some(Validation::Fraction(0.25)));
+    let sets = load(std::slice::from_ref(&domain), &options(8))?;
+    let (train, held_out) = (texts(&sets.train), texts(&sets.validation));
+    assert!((60..140).contains(&held_out.len()), "{}", held_out.len());
+    assert_eq!(train.len() + held_out.len(), 400);
+    assert!(held_out.chunks(2).all(|pair| pair[0] == pair[1] && !train.contains(&pair[0])));
+    let records = |set: &TokenDataset| set.domains[0].counts.records as usize;
+    assert_eq!((records(&sets.train), records(&sets.validation)), (train.len(), held_out.len()));
+    let again = load(std::slice::from_ref(&domain), &options(8))?;
+    assert_eq!(again.validation.fingerprint(), sets.validation.fingerprint());
+    let other = load(&[domain], &DataOptions { seed: 1, ..options(8) })?;
+    assert_ne!(other.validation.fingerprint(), sets.validation.fingerprint());
+
+    for (fraction, what) in [(1e-9, "none of its 1 documents"), (0.999_999, "all of its 1 doc")] {
+        let domain = files.domain("b", "one.txt", Some(Validation::Fraction(fraction)));
+        let error = message(load(&[domain], &options(8)));
+        assert!(error.contains("of domain `b` holds out") && error.contains(what), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_validated_on_is_in_no_domains_training_set() -> Result<()> {
+    let files = Files::new(&[
+        ("a.jsonl", br#"{"text": "one"}"#),
+        ("b.jsonl", b"{\"text\": \"two\"}\n{\"text\": \"six\"}\n{\"prompt\": \"o\", \"completion\": \"ne\"}"),
+        ("held.jsonl", b"{\"text\": \"one\"}\n{\"text\": \"two\"}"),
+    ]);
+    let a = files.domain("a", "a.jsonl", None);
+    let b = files.domain("b", "b.jsonl", files.validation("held.jsonl"));
+    let sets = load(std::slice::from_ref(&b), &options(8))?;
+    assert_eq!(texts(&sets.train), ["six"]);
+    assert_eq!(sets.train.domains[0].counts.skipped_held_out, 2);
+    assert_eq!(sets.validation.domains[0].counts.documents, 2);
+    let error = message(load(&[a.clone(), b], &options(8)));
+    let expected = "domain `a` has nothing to train on: of 1 records, 1 are in a validation set";
+    assert_eq!(error, expected);
+    let sets = load(&[a], &options(8))?;
+    assert_eq!((sets.validation.domains.len(), sets.validation.num_blocks()), (0, 0));
+    Ok(())
+}
+
+#[test]
+fn records_go_to_the_domains_that_they_name() -> Result<()> {
+    let mixed = b"{\"text\": \"1\", \"domain\": \"p\"}\n{\"text\": \"2\", \"domain\": \"q\"}\n{\"text\": \"3\"}";
+    let files = Files::new(&[("mixed.eval.jsonl", mixed), ("p.txt", b"4")]);
+    let mut p = files.domain("first", "mixed.*", None);
+    p.record_domain = Some("p".into());
+    let sets = load(
+        &[p.clone(), DomainConfig { name: "all".into(), ..files.domain("", "*", None) }],
+        &options(8),
+    )?;
+    assert_eq!(sets.train.domains[0].counts.documents, 1);
+    assert_eq!(sets.train.domains[0].counts.skipped_other_domain, 2);
+    assert_eq!(sets.train.domains[1].counts.documents, 4);
+    p.record_domain = Some("r".into());
+    let error = message(load(&[p], &options(8)));
+    assert!(error.contains("3 have another `domain`"), "{error}");
+    assert!(error.contains("hint: their records name `p`, `q`"), "{error}");
+
+    let unnamed = DomainFiles { files: vec![files.path("*")], ..DomainFiles::default() };
+    let named = DomainFiles {
+        name: Some("q".into()),
+        files: vec![files.path("p.txt")],
+        record_domain: None,
+    };
+    let dataset = load_files(&[unnamed, named], &options(8), &tokenizer(), &|_| ())?;
+    let counts: Vec<_> =
+        dataset.domains.iter().map(|d| (d.name.as_str(), d.counts.documents, d.weight)).collect();
+    assert_eq!(counts, [("p", 2, 1.0), ("q", 2, 1.0), ("mixed.eval", 1, 1.0)]);
+    let batch = all_blocks(&dataset);
+    assert_eq!(batch.domains.len(), batch.num_rows);
+    Ok(())
+}
+
+/// A document of `len` tokens that are all different from any other document's.
+fn document(index: usize, len: u32, prompt_share: f64) -> MemoryDocument {
+    let tokens = (0..len).map(|token| index as u32 * 1_000 + token).collect();
+    MemoryDocument { tokens, prompt_len: (f64::from(len) * prompt_share) as u32 }
+}
+
+proptest! {
+    #[test]
+    fn every_target_is_in_exactly_one_block(
+        lens in prop::collection::vec((0..60_u32, 0.0..=1.0_f64), 0..60),
+        seq_len in 1..40_usize,
+        only_completions in any::<bool>(),
+    ) {
+        let documents: Vec<_> =
+            lens.iter().enumerate().map(|(i, (len, share))| document(i, *len, *share)).collect();
+        let loss_on = if only_completions { LossOn::Completion } else { LossOn::All };
+        let domain = MemoryDomain { name: "x".into(), weight: 1.0, documents: documents.clone() };
+        let dataset = TokenDataset::in_memory(seq_len, loss_on, vec![domain]);
+        let batch = all_blocks(&dataset);
+        prop_assert_eq!(batch.labels.len(), dataset.num_blocks() * seq_len);
+
+        let mut found: Vec<(i64, i64)> = Vec::new();
+        for piece in pieces(&batch) {
+            prop_assert!(piece.len() <= seq_len);
+            prop_assert!(piece.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1));
+            let learned = piece.iter().filter(|(_, label)| *label != IGNORED_LABEL);
+            prop_assert!(learned.clone().count() > 0, "a piece that teaches nothing");
+            found.extend(learned);
+        }
+        let mut expected = Vec::new();
+        for document in &documents {
+            let first = if only_completions { document.prompt_len.max(1) } else { 1 };
+            let targets = document.tokens.iter().skip(first as usize);
+            expected.extend(targets.map(|target| (i64::from(*target) - 1, i64::from(*target))));
+        }
+        found.sort();
+        prop_assert_eq!(&found, &expected);
+
+        let counts = dataset.domains[0].counts;
+        let by_block: u64 = dataset.eval_order().iter().map(|id| dataset.label_tokens(*id)).sum();
+        prop_assert_eq!((counts.label_tokens, by_block), (found.len() as u64, found.len() as u64));
+        prop_assert_eq!(counts.documents + counts.skipped_empty, lens.len() as u64);
+        let filled = batch.document_ids.iter().filter(|id| **id != PADDING_DOCUMENT).count();
+        prop_assert_eq!(counts.positions, filled as u64);
+        // no two blocks would fit into one
+        let rows = batch.document_ids.chunks(seq_len);
+        let mut filled: Vec<_> =
+            rows.map(|row| row.iter().filter(|id| **id != PADDING_DOCUMENT).count()).collect();
+        filled.sort();
+        prop_assert!(filled.windows(2).all(|pair| pair[0] + pair[1] > seq_len));
+    }
+
+    #[test]
+    fn an_epoch_mixes_whole_domains(sizes in prop::collection::vec(1..30_usize, 1..4)) {
+        let domains = sizes.iter().enumerate().map(|(i, size)| MemoryDomain {
+            name: i.to_string(),
+            weight: 1.0 + i as f64,
+            documents: (0..*size).map(|d| document(i * 100 + d, 5, 0.0)).collect(),
+        });
+        let dataset = TokenDataset::in_memory(4, LossOn::All, domains.collect());
+        let mut order = dataset.epoch_order(1, 2);
+        prop_assert_eq!(order.len() as u64, dataset.epoch_blocks(2));
+        prop_assert_eq!(&order, &dataset.epoch_order(1, 2));
+        order.sort();
+        let expected = dataset.eval_order();
+        let copies = expected.iter().flat_map(|id| vec![*id; 1 + id.domain as usize]);
+        prop_assert_eq!(order, copies.collect::<Vec<_>>());
+    }
+}
