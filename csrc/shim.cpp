@@ -74,12 +74,13 @@ struct Segment : torch::CustomClassHolder {
   }
 };
 struct Checkpoint : torch::autograd::Function<Checkpoint> {
-  // inputs: the activations, then the parameters that the segment uses by itself
+  // inputs: the activations, then the parameters that the segment uses by itself; autograd sees the tensors of a
+  // TensorList, but not those of a std::vector
   static Tensor forward(AutogradContext *ctx, c10::intrusive_ptr<Segment> segment, int64_t num_activations,
-                        variable_list inputs) {
+                        at::TensorList inputs) {
     ctx->saved_data["segment"] = c10::IValue::make_capsule(segment);
     ctx->saved_data["num_activations"] = num_activations;
-    ctx->save_for_backward(inputs);
+    ctx->save_for_backward(inputs.vec());
     return (*segment)({inputs.begin(), inputs.begin() + num_activations});
   }
   static variable_list backward(AutogradContext *ctx, variable_list grad_outputs) {
@@ -194,6 +195,9 @@ int dylora_synchronize(int device) {
 Tensor *dylora_checkpoint(segment_run run, segment_drop drop, void *data, size_t num_activations, Tensor *const *inputs,
                           size_t n) {
   auto segment = c10::make_intrusive<Segment>(run, drop, data);  // from here on it owns `data`
-  TRY(nullptr, { return new Tensor(Checkpoint::apply(segment, (int64_t)num_activations, list(inputs, n))); })
+  TRY(nullptr, {
+    auto tensors = list(inputs, n);
+    return new Tensor(Checkpoint::apply(segment, (int64_t)num_activations, at::TensorList(tensors)));
+  })
 }
 }

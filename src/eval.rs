@@ -111,7 +111,7 @@ pub fn evaluate(
         let (mut loss_sum, mut label_tokens) = (0.0, 0);
         let mut totals: Option<RoutingTotals> = None;
         for chunk in blocks.chunks(settings.batch_size) {
-            let batch = dataset.batch(chunk)?;
+            let batch = dataset.batch(chunk);
             let (loss, batch_totals) = score(model, &batch, settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();

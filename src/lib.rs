@@ -1,12 +1,61 @@
-//! dylora.
+//! dylora trains a Mixture of LoRA Experts ("routed LoRA") on a frozen GPT-2, and the whole run reads
+//! from left to right:
+//!
+//! ```text
+//! config -> hub -> data  \
+//!               -> model -> base -> eval -> train -> export        (cli -> main)
+//! ```
+//!
+//! A module uses only what stands to its left. For a target linear layer with frozen weight W and
+//! experts e = 1..E of rank r,
+//!
+//! ```text
+//! y = x W + b + sum_e g_e * s * drop(x) A_e^T B_e^T          s = alpha / r
+//! ```
+//!
+//! with routing weights `g = softmax(router_logits / temperature)`, `[b, t, e]`, that a learned router
+//! gives each token. One forward pass computes all experts; the loss is backpropagated into the
+//! adapters and through the routing weights into the router.
+//!
+//! # Glossary
+//!
+//! | term | meaning | shape |
+//! |---|---|---|
+//! | base | the pretrained GPT-2, never trained (except by `method = "full"`) | |
+//! | target module | a linear layer of the base that gets experts: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj` | |
+//! | expert | one LoRA pair on each target module; expert e over all modules is one PEFT adapter | |
+//! | rank, alpha, scaling | r; alpha; alpha / r | |
+//! | lora_a, lora_b | down- and up-projection; B is 0 at the start | `[e, r, i]`, `[e, o, r]` |
+//! | router, router_logits | the linear layer that scores experts; its raw scores | `[b, t, e]` |
+//! | routing_probs | softmax over all experts | `[b, t, e]` |
+//! | routing_weights | what mixes the experts: probs, or the top k renormalised | `[b, t, e]` |
+//! | selected_experts, top_k | the k chosen; absent = all | `[b, t, k]` |
+//! | expert_load | share of assignments per expert, sums to 1 | `[e]` |
+//! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::router`]) | scalar |
+//! | routing_entropy | mean entropy of routing_probs, nats | scalar |
+//! | document, block | a text; `seq_len` tokens of packed documents | `[t]` |
+//! | labels | targets, already shifted; -100 = no loss | `[b, t]` |
+//! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
+//! | tokens_seen | target tokens trained on | |
+//! | checkpoint, export | all that resuming needs; what others load (PEFT) | |
+
+#![warn(missing_docs)]
+
 pub mod config;
 pub mod durable;
 pub mod ffi;
+
 pub mod hub;
+
 pub mod data;
 pub mod model;
+
 pub mod base;
+
 pub mod eval;
+
 pub mod train;
+
 pub mod export;
+
 pub mod cli;

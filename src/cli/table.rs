@@ -7,7 +7,7 @@ use crate::eval::EvalReport;
 /// A table whose first column is text and whose others are numbers.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    table.load_preset(presets::ASCII_MARKDOWN).set_header(header.to_vec());
     table.add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);

@@ -20,14 +20,13 @@ use fs_err::File;
 use super::source::{Format, SourceFile};
 use super::token_file::{Document, NO_DOMAIN, TOKEN_BYTES, TokenFile, Tokens};
 use super::tokenize::Tokenizer;
+use crate::ffi;
 
 const MAGIC: [u8; 8] = *b"dylotok\x01";
 /// Goes up when the same input gives other bytes, be it by this code or by `tokenizers`.
 const VERSION: u32 = 1;
 const CHECKED_FROM: u64 = 40;
 const DOCUMENT_BYTES: u64 = 28;
-/// Files with fewer bytes of tokens are read whole, the larger ones stay on disk.
-const IN_MEMORY_BYTES: u64 = 1 << 22;
 
 /// A folder of cache files.
 #[derive(Debug, Clone)]
@@ -106,9 +105,6 @@ impl Cache {
         drop(writer);
         let path = self.path(key);
         temporary.persist(&path)?;
-        if tokens.len() as u64 * TOKEN_BYTES < IN_MEMORY_BYTES {
-            return Ok(Tokens::Memory(tokens.to_vec()));
-        }
         Ok(read(&path, key)?.tokens)
     }
 }
@@ -197,13 +193,9 @@ fn read(path: &Path, key: &blake3::Hash) -> Result<TokenFile> {
             == Some(file_bytes),
         "its length is wrong"
     );
-    let file = reader.inner.into_inner().into_parts().0;
-    index.tokens = Tokens::File { path: path.to_owned(), file, offset };
-    if num_tokens * TOKEN_BYTES < IN_MEMORY_BYTES {
-        let mut tokens = Vec::new();
-        index.tokens.read(0, num_tokens as usize, &mut tokens)?;
-        index.tokens = Tokens::Memory(tokens);
-    }
+    let map = ffi::map_file(path)?;
+    ensure!(map.len() as u64 == file_bytes, "it has changed meanwhile");
+    index.tokens = Tokens::Mapped { map, offset: usize::try_from(offset)? };
     Ok(index)
 }
 
@@ -299,7 +291,7 @@ mod tests {
     fn all_tokens(file: &TokenFile) -> Vec<u32> {
         let mut tokens = Vec::new();
         for document in &file.documents {
-            file.tokens.read(document.start, document.num_tokens as usize, &mut tokens).unwrap();
+            file.tokens.read(document.start, document.num_tokens as usize, &mut tokens);
         }
         tokens
     }
@@ -353,14 +345,14 @@ mod tests {
     }
 
     #[test]
-    fn large_files_stay_on_disk_and_outlive_their_names() {
+    fn cached_files_are_mapped_and_outlive_their_names() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(dir.path()).unwrap();
         let key = blake3::hash(b"key");
         let file = token_file(&[(0, 1 << 20, false), (3, 1 << 10, true)], 0);
         let tokens = all_tokens(&file);
         let file = cache.put(&key, file);
-        assert!(matches!(file.tokens, Tokens::File { .. }));
+        assert!(matches!(file.tokens, Tokens::Mapped { .. }));
         fs_err::remove_file(cache.path(&key)).unwrap();
         assert_eq!(all_tokens(&file), tokens);
     }

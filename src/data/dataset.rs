@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::order::{self, BlockId};
@@ -240,7 +239,7 @@ impl TokenDataset {
     ///
     /// # Panics
     /// If there is no such block.
-    pub fn batch(&self, ids: &[BlockId]) -> Result<Batch> {
+    pub fn batch(&self, ids: &[BlockId]) -> Batch {
         let len = ids.len() * self.seq_len;
         let mut batch = Batch {
             num_rows: ids.len(),
@@ -257,11 +256,8 @@ impl TokenDataset {
             for (piece_index, piece) in (0..).zip(self.pieces(*id)) {
                 let num_tokens = piece.len as usize + 1;
                 tokens.clear();
-                self.files[piece.file as usize].tokens.read(
-                    piece.start,
-                    num_tokens,
-                    &mut tokens,
-                )?;
+                let file = &self.files[piece.file as usize];
+                file.tokens.read(piece.start, num_tokens, &mut tokens);
                 for (position, pair) in (0..).zip(tokens.windows(2)) {
                     batch.input_ids[at] = i64::from(pair[0]);
                     if position >= i64::from(piece.first_label) {
@@ -273,7 +269,7 @@ impl TokenDataset {
                 }
             }
         }
-        Ok(batch)
+        batch
     }
 
     /// A hash over the tokenizer, the domains, their documents' texts and how they are cut: datasets

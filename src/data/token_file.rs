@@ -1,10 +1,5 @@
 //! The tokens of one source file, in memory or on disk.
 
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
-
-use anyhow::{Context, Result};
-
 /// [`Document::record_domain`] of a record that names none.
 pub(super) const NO_DOMAIN: u32 = u32::MAX;
 
@@ -46,16 +41,15 @@ pub(super) struct Document {
     pub content: [u8; 16],
 }
 
-/// Tokens in memory, or in a file that is read where needed.
+/// Tokens in memory, or in a file that is mapped into it.
 #[derive(Debug)]
 pub(super) enum Tokens {
     Memory(Vec<u32>),
-    /// The page cache holds what is in use, and several processes share it. The file stays open:
-    /// it may be deleted or replaced meanwhile.
-    File {
-        path: PathBuf,
-        file: std::fs::File,
-        offset: u64,
+    /// A cache file, from `offset` on: the page cache holds what is in use, several processes share
+    /// it, and the file may be deleted or replaced meanwhile.
+    Mapped {
+        map: memmap2::Mmap,
+        offset: usize,
     },
 }
 
@@ -67,22 +61,17 @@ impl Default for Tokens {
 
 impl Tokens {
     /// Appends the `count` tokens from `start` on to `out`.
-    pub fn read(&self, start: u64, count: usize, out: &mut Vec<u32>) -> Result<()> {
+    pub fn read(&self, start: u64, count: usize, out: &mut Vec<u32>) {
+        let start = usize::try_from(start).expect("an index into what is in memory");
         match self {
-            Self::Memory(tokens) => {
-                let start = usize::try_from(start).expect("an index into a vector");
-                out.extend_from_slice(&tokens[start..start + count]);
-            }
-            Self::File { path, file, offset } => {
-                let mut bytes = vec![0; count * TOKEN_BYTES as usize];
-                file.read_exact_at(&mut bytes, offset + start * TOKEN_BYTES)
-                    .with_context(|| format!("cannot read tokens from `{}`", path.display()))?;
-                let chunks = bytes.chunks_exact(TOKEN_BYTES as usize);
+            Self::Memory(tokens) => out.extend_from_slice(&tokens[start..start + count]),
+            Self::Mapped { map, offset } => {
+                let bytes = &map[offset + start * TOKEN_BYTES as usize..];
+                let chunks = bytes[..count * TOKEN_BYTES as usize].chunks_exact(TOKEN_BYTES as usize);
                 out.extend(chunks.map(|chunk| {
                     u32::from_le_bytes(chunk.try_into().expect("chunks have this length"))
                 }));
             }
         }
-        Ok(())
     }
 }

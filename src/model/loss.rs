@@ -84,7 +84,8 @@ fn chunk_sums(
         d_head: (settings.with_grad && head.requires_grad()).then(|| head.zeros_like().to_kind(wide)),
     };
     let (n, v, smoothing) = (hidden.size()[0], head.size()[0], settings.label_smoothing);
-    for start in (0..n).step_by(settings.chunk_tokens as usize) {
+    // without labels: one empty chunk, whose sums are zero
+    for start in (0..n.max(1)).step_by(settings.chunk_tokens as usize) {
         let len = settings.chunk_tokens.min(n - start);
         let h_cd = hidden.detach().narrow(0, start, len);
         let y_c1 = labels.narrow(0, start, len).unsqueeze(-1);

@@ -37,6 +37,9 @@ pub fn read_gpt2(config: &Gpt2Config, files: &[PathBuf], kind: Kind) -> Result<G
             if tensor.size() != *shape {
                 bail!("tensor `{name}` must be {shape:?}, got {:?}", tensor.size());
             }
+            if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+                bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
+            }
             if tensors.insert(name.clone(), tensor.to_kind(kind)).is_some() {
                 bail!("tensor `{name}` is there twice");
             }

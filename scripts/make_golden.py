@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Writes tests/golden/*.safetensors: what transformers and PEFT compute in float64 on tiny random GPT-2s.
+
+    "$(scripts/reference_env)" scripts/make_golden.py [FOLDER]
+
+For each base in BASES, a folder as the Hub holds it (`NAME.config.json`, `NAME.safetensors` or shards) and
+`NAME.expected.safetensors`:
+
+    input_ids        [b, t]
+    hidden_states.i  [b, t, d], what enters block i; the last is what enters ln_f
+    logits           [b, t, v]
+
+For each set of experts in EXPERTS, `NAME.safetensors` over the base `gpt2_tied`:
+
+    input_ids, labels  [b, t]; labels are already shifted, -100 = no loss
+    h.{layer}.{module}.lora_a [e, r, i], .lora_b [e, o, r]; router.weight [e, d], router.bias [e]
+    logits.expert_i    PEFT with adapter i alone
+    given.weights, given.logits              routing weights that are given
+    {dense,top_2}.probs, .weights, .logits   those of the router: all experts, the best two
+    {dense,top_2}.loss, .smoothed_loss       cross entropy; with label smoothing
+    {dense,top_2}.grad.NAME                  gradient of .loss
+    {dense,top_2}.smoothed_grad.NAME         gradient of .smoothed_loss
+    top_2.load_balancing_loss                transformers' Mixtral over the labelled positions (float32 inside)
+
+Weights are stored in float32 and used in float64, without loss. Each file's metadata names the versions
+(`torch`, `transformers`, `peft`) and the settings that its numbers depend on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import peft
+import safetensors.torch
+import torch
+import transformers
+from peft.tuners.lora import LoraLayer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+BASES = {
+    "gpt2_tied": {},
+    "gpt2_untied_exact_gelu": {"activation_function": "gelu", "tie_word_embeddings": False},
+    "gpt2_inverse_layer_idx": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3, "n_head": 2},
+    "gpt2_unscaled_attention": {"scale_attn_weights": False, "layer_norm_epsilon": 1e-3},
+    "gpt2_narrow_inner": {"n_inner": 24, "vocab_size": 50},
+}
+EXPERTS = {
+    "experts_c_attn": {"target_modules": ["attn.c_attn"], "rank": 4, "alpha": 8, "temperature": 0.5},
+    "experts_all_linears": {
+        "target_modules": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+        "rank": 2,
+        "alpha": 3,
+        "temperature": 1.7,
+    },
+}
+NUM_EXPERTS = 3
+LABEL_SMOOTHING = 0.1
+VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+
+def randn(generator, *shape, std=1.0):
+    """Random numbers in float64 that float32 holds exactly."""
+    return (torch.randn(*shape, generator=generator) * std).double()
+
+
+def make_base(seed, settings):
+    """A GPT-2 in float64, every parameter of it random: biases and LayerNorms too."""
+    config = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_positions": 32, "vocab_size": 61, **settings}
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, attn_implementation="eager"))
+    model = model.double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            norm = ".ln_" in name and name.endswith("weight")
+            parameter.copy_(randn(generator, *parameter.shape, std=0.3) + (1.0 if norm else 0.0))
+            parameter.copy_(parameter.float().double())
+    return model, torch.randint(config["vocab_size"], (2, 11), generator=generator)
+
+
+def save(folder, name, tensors, **metadata):
+    tensors = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    data = safetensors.torch.save(tensors, {"format": "pt", **VERSIONS, **metadata})
+    # safetensors writes metadata in random order: sorted, the same numbers give the same file
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+def save_base(folder, name, model):
+    """Writes the base in one of the ways in which GPT-2s lie on the Hub."""
+    weights = {key: tensor.float() for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings and name != "gpt2_unscaled_attention":  # that one stores a tied head
+        del weights["lm_head.weight"]
+    if name == "gpt2_inverse_layer_idx":  # OpenAI's own: no prefix, mask buffers
+        weights = {key.removeprefix("transformer."): tensor for key, tensor in weights.items()}
+        for layer in range(model.config.n_layer):
+            weights[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
+            weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    if name == "gpt2_narrow_inner":  # shards
+        keys = sorted(weights)
+        for i, part in enumerate([keys[::2], keys[1::2]], 1):
+            save(folder, f"{name}-{i:05}-of-00002", {key: weights[key] for key in part})
+    else:
+        save(folder, name, weights)
+    keep = {"model_type", "n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size"}
+    keep |= {"layer_norm_epsilon", "activation_function", "tie_word_embeddings", "scale_attn_weights"}
+    keep |= {"scale_attn_by_inverse_layer_idx", "eos_token_id"}
+    config = {key: value for key, value in model.config.to_dict().items() if key in keep}
+    (folder / f"{name}.config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def base_case(folder, seed, name, settings):
+    model, input_ids = make_base(seed, settings)
+    hidden = []
+    for module in [*model.transformer.h, model.transformer.ln_f]:
+        module.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    save_base(folder, name, model)
+    expected = {f"hidden_states.{i}": tensor for i, tensor in enumerate(hidden)}
+    save(folder, f"{name}.expected", {"input_ids": input_ids, "logits": logits, **expected})
+
+
+def route(model, router, input_ids, temperature, top_k):
+    """Probs and weights of the router over token plus position embeddings, and its scores / temperature."""
+    positions = torch.arange(input_ids.shape[1])
+    embeddings = model.transformer.wte(input_ids) + model.transformer.wpe(positions)
+    logits = (embeddings @ router["router.weight"].T + router["router.bias"]) / temperature
+    probs = logits.softmax(-1)
+    if top_k is None:
+        return logits, probs, probs
+    kept = torch.zeros_like(probs).scatter(-1, probs.topk(top_k, -1).indices, 1.0)
+    return logits, probs, probs * kept / (probs * kept).sum(-1, keepdim=True)
+
+
+def mix(model, weights):
+    """Makes each LoRA layer add its adapters' parts, multiplied with `weights` [b, t, e], token by token."""
+
+    def forward(layer, x):
+        y = layer.base_layer(x)
+        for e, name in enumerate(layer.lora_A):
+            y = y + weights[..., e : e + 1] * layer.scaling[name] * layer.lora_B[name](layer.lora_A[name](x))
+        return y
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.forward = forward.__get__(layer)
+
+
+def stacked(model, pick):
+    """`pick` of each LoRA matrix, stacked over adapters under dylora's names."""
+    tensors = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            name = path.split("transformer.")[-1]
+            for key, matrices in [("lora_a", layer.lora_A), ("lora_b", layer.lora_B)]:
+                tensors[f"{name}.{key}"] = torch.stack([pick(matrix.weight) for matrix in matrices.values()])
+    return tensors
+
+
+def make_experts(generator, model, settings):
+    """The base with random adapters, B not zero, and a random router."""
+    lora = {"r": settings["rank"], "lora_alpha": settings["alpha"], "fan_in_fan_out": True}
+    lora = peft.LoraConfig(target_modules=settings["target_modules"], **lora)
+    model = peft.get_peft_model(model, lora, adapter_name="expert_0")
+    for e in range(1, NUM_EXPERTS):
+        model.add_adapter(f"expert_{e}", lora)
+    model = model.double().eval()
+    trained = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    for parameter in trained:
+        parameter.data.copy_(randn(generator, *parameter.shape, std=0.3).float())
+    router = {
+        "router.weight": randn(generator, NUM_EXPERTS, model.config.n_embd).float().double().requires_grad_(True),
+        "router.bias": randn(generator, NUM_EXPERTS).float().double().requires_grad_(True),
+    }
+    return model, trained, router
+
+
+def routed_case(model, trained, router, input_ids, labels, temperature, top_k):
+    scores, probs, weights = route(model.base_model.model, router, input_ids, temperature, top_k)
+    mix(model, weights)
+    for parameter in trained:  # set_adapter left all but the last one's without
+        parameter.requires_grad_(True)
+    logits = model(input_ids).logits
+    case = {"probs": probs, "weights": weights, "logits": logits}
+    for prefix, smoothing in [("", 0.0), ("smoothed_", LABEL_SMOOTHING)]:
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, label_smoothing=smoothing
+        )
+        leaves = [*trained, *router.values()]
+        grads = dict(zip(leaves, torch.autograd.grad(loss, leaves, retain_graph=True)))
+        case[f"{prefix}loss"] = loss
+        named = stacked(model, grads.get) | {name: grads[leaf] for name, leaf in router.items()}
+        case |= {f"{prefix}grad.{name}": grad for name, grad in named.items()}
+    if top_k:
+        scores = scores.detach().flatten(0, 1)
+        loss = load_balancing_loss_func((scores,), NUM_EXPERTS, top_k, attention_mask=(labels >= 0).long())
+        case["load_balancing_loss"] = loss / top_k  # Mixtral's load sums to k, ours to 1
+    return case
+
+
+def experts_case(folder, seed, name, settings):
+    model, input_ids = make_base(0, BASES["gpt2_tied"])
+    generator = torch.Generator().manual_seed(seed)
+    model, trained, router = make_experts(generator, model, settings)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, :-1] = input_ids[:, 1:]
+    labels[0, :3] = -100
+    tensors = {"input_ids": input_ids, "labels": labels}
+    tensors |= {key: tensor.float() for key, tensor in (stacked(model, lambda weight: weight) | router).items()}
+    for e in range(NUM_EXPERTS):
+        model.set_adapter(f"expert_{e}")
+        tensors[f"logits.expert_{e}"] = model(input_ids).logits
+    mix(model, torch.eye(NUM_EXPERTS).double()[1].expand(2, 11, -1))  # the mixture below is PEFT's own sum
+    torch.testing.assert_close(model(input_ids).logits, tensors["logits.expert_1"], rtol=0, atol=1e-13)
+    tensors["given.weights"] = randn(generator, *input_ids.shape, NUM_EXPERTS)
+    mix(model, tensors["given.weights"])
+    tensors["given.logits"] = model(input_ids).logits
+    for prefix, top_k in [("dense", None), ("top_2", 2)]:
+        case = routed_case(model, trained, router, input_ids, labels, settings["temperature"], top_k)
+        tensors |= {f"{prefix}.{key}": tensor for key, tensor in case.items()}
+    save(folder, name, tensors, **settings, label_smoothing=LABEL_SMOOTHING)
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / "tests/golden")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    for seed, (name, settings) in enumerate(BASES.items()):
+        base_case(folder, seed, name, settings)
+    for seed, (name, settings) in enumerate(EXPERTS.items(), 100):
+        experts_case(folder, seed, name, settings)
+
+
+if __name__ == "__main__":
+    main()

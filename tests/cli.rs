@@ -1,0 +1,125 @@
+//! What a person sees: config errors with line and key, `--set`, the order of the rooms.
+
+use std::path::{Path, PathBuf};
+
+use dylora::config::load;
+
+const MINIMAL: &str = r#"[base]
+source = { path = "base" }
+
+[data]
+seq_len = 128
+
+[[data.domains]]
+name = "math"
+train = ["math.jsonl"]
+"#;
+
+fn error(text: &str, overrides: &[&str]) -> String {
+    let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+    let result = load::parse(text, &overrides).and_then(|config| load::validate(&config));
+    dylora::cli::describe(&result.unwrap_err())
+}
+
+#[test]
+fn an_unknown_key_is_shown_with_its_line_and_the_right_keys() {
+    insta::assert_snapshot!(error(&format!("{MINIMAL}\n[lora]\nrnak = 8\n"), &[]), @"");
+}
+
+#[test]
+fn a_mistyped_value_is_shown_with_its_line() {
+    insta::assert_snapshot!(error(&format!("{MINIMAL}\n[lora]\nrank = \"8\"\n"), &[]), @"");
+}
+
+#[test]
+fn an_unknown_target_module_is_answered_with_the_four_names() {
+    let text = format!("{MINIMAL}\n[lora]\ntarget_modules = [\"c_attn\"]\n");
+    insta::assert_snapshot!(error(&text, &[]), @"");
+}
+
+#[test]
+fn every_fault_is_told_at_once_by_its_path() {
+    let text = format!(
+        "{MINIMAL}\n[lora]\nrank = 0\ndropout = 1.5\n[router]\ntop_k = 9\n[train]\nduration = {{ steps = 0 }}\n"
+    );
+    insta::assert_snapshot!(error(&text, &["optimizer.betas=[0.9, 1.0]"]), @"");
+}
+
+#[test]
+fn a_bad_override_names_itself() {
+    insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @"");
+    insta::assert_snapshot!(error(MINIMAL, &["lora.rank"]), @"");
+    insta::assert_snapshot!(error(MINIMAL, &["lora.rank.x=8"]), @"");
+}
+
+#[test]
+fn overrides_win_and_take_bare_words() {
+    let overrides = ["lora.rank=16", "base.dtype=bf16", "train.duration={epochs=2}"].map(String::from);
+    let config = load::parse(MINIMAL, &overrides).unwrap();
+    assert_eq!(config.lora.rank, 16);
+    assert_eq!(config.base.dtype, dylora::config::Dtype::Bf16);
+    assert_eq!(config.train.duration, dylora::config::Duration::Epochs(2));
+}
+
+#[test]
+fn a_resolved_config_reads_back_as_itself() {
+    let config = load::parse(MINIMAL, &[]).unwrap();
+    let resolved = load::to_toml(&config);
+    assert_eq!(load::parse(&resolved, &[]).unwrap(), config);
+}
+
+#[test]
+fn every_shipped_config_is_valid_and_opens_with_its_command() {
+    let configs = fs_err::read_dir("configs").unwrap().map(|entry| entry.unwrap().path());
+    let configs: Vec<PathBuf> = configs.filter(|path| path.extension().is_some()).collect();
+    assert!(configs.len() >= 6, "{configs:?}");
+    for path in configs {
+        let text = fs_err::read_to_string(&path).unwrap();
+        load::load(&path, &[]).unwrap();
+        assert!(text.starts_with("# "), "{}", path.display());
+        assert!(text.contains("#     dylora train --config") || text.contains("#     scripts/"));
+    }
+}
+
+/// The rooms in the order of a run; a room uses only those before it.
+const ROOMS: [&str; 10] =
+    ["config", "durable", "ffi", "hub", "data", "model", "base", "eval", "train", "export"];
+
+#[test]
+fn a_room_uses_only_the_rooms_to_its_left() {
+    let mut files: Vec<(usize, PathBuf)> = vec![];
+    for (index, room) in ROOMS.iter().enumerate() {
+        let folder = Path::new("src").join(room);
+        files.push((index, folder.with_extension("rs")));
+        if folder.is_dir() {
+            files.extend(fs_err::read_dir(&folder).unwrap().map(|e| (index, e.unwrap().path())));
+        }
+    }
+    for (index, path) in files.into_iter().filter(|(_, path)| path.exists()) {
+        let text = fs_err::read_to_string(&path).unwrap();
+        for later in ROOMS.iter().skip(index + 1).chain(&["cli"]) {
+            assert!(!text.contains(&format!("crate::{later}")), "{} uses {later}", path.display());
+        }
+        let pair = [("hub", "data"), ("data", "hub"), ("data", "model"), ("model", "data"), ("model", "hub")];
+        for (room, other) in pair {
+            let uses = ROOMS[index] == room && text.contains(&format!("crate::{other}"));
+            assert!(!uses, "{} uses {other}", path.display());
+        }
+    }
+}
+
+#[test]
+fn unsafe_code_lives_in_ffi_alone() {
+    let mut folders = vec![PathBuf::from("src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs_err::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path != Path::new("src/ffi.rs") {
+                let text = fs_err::read_to_string(&path).unwrap();
+                assert!(!text.contains("unsafe {") && !text.contains("extern \"C\""), "{}", path.display());
+            }
+        }
+    }
+}

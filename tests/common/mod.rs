@@ -1,0 +1,173 @@
+//! What several test files need: golden files, tiny models, comparisons.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::Result;
+use dylora::config::{LoraConfig, RouterConfig, TargetModule};
+use dylora::model::gpt2::Gpt2;
+use dylora::model::gpt2_config::{Activation, Gpt2Config};
+use dylora::model::loss::LossSettings;
+use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use tch::{Device, Kind, Tensor};
+
+/// Everything in f64 on the CPU.
+pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+
+/// A file of `tests/golden`.
+pub fn golden_path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+/// The largest absolute difference of two tensors of one shape; NaN if there is a NaN in either.
+pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    if a.numel() == 0 {
+        return 0.0;
+    }
+    (a.detach().to_kind(Kind::Double) - b.detach().to_kind(Kind::Double))
+        .abs()
+        .max()
+        .double_value(&[])
+}
+
+/// Checks that two tensors differ by at most `tolerance` anywhere.
+#[track_caller]
+pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
+    let difference = max_difference(a, b);
+    assert!(difference <= tolerance, "{what}: {difference:e} is more than {tolerance:e}");
+}
+
+/// Checks that two sets of gradients have the same names, that none is zero, and that each differs by
+/// at most `tolerance` times the largest element of its second.
+#[track_caller]
+pub fn assert_same_gradients(
+    a: &BTreeMap<String, Tensor>,
+    b: &BTreeMap<String, Tensor>,
+    tolerance: f64,
+) {
+    assert!(a.keys().eq(b.keys()), "{:?} are not {:?}", a.keys(), b.keys());
+    for (name, a) in a {
+        let scale = b[name].abs().max().double_value(&[]);
+        assert!(scale > 0.0, "the gradient of `{name}` is zero");
+        assert_close(&format!("gradient of `{name}`"), a, &b[name], tolerance * scale);
+    }
+}
+
+static GENERATOR: Mutex<()> = Mutex::new(());
+
+/// Seeds libtorch's default generator, which all threads share, and keeps other tests from it while
+/// the guard lives. Such a test computes in one thread: its tensors are tiny, and a team of threads
+/// waits for itself ten times as long as it computes.
+pub fn seed(seed: i64) -> MutexGuard<'static, ()> {
+    let guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::set_num_threads(1);
+    tch::manual_seed(seed);
+    guard
+}
+
+/// A GPT-2 of 2 layers, width 16 and 61 tokens.
+pub fn tiny_config() -> Gpt2Config {
+    Gpt2Config {
+        n_layer: 2,
+        n_head: 4,
+        n_embd: 16,
+        n_inner: 64,
+        n_positions: 32,
+        vocab_size: 61,
+        layer_norm_epsilon: 1e-5,
+        activation: Activation::GeluNew,
+        tied_head: true,
+        scale_attn_weights: true,
+        scale_attn_by_inverse_layer_idx: false,
+        eos_token_id: Some(0),
+    }
+}
+
+/// A base of [`tiny_config`]'s shape, every parameter of it random: biases and LayerNorms too.
+pub fn tiny_base(config: Gpt2Config) -> Gpt2 {
+    let tensors = config.parameter_shapes().into_iter().map(|(name, shape)| {
+        let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
+        (name, Tensor::randn(&shape, DOUBLE) * 0.3 + mean)
+    });
+    let tensors = tensors.collect();
+    Gpt2::new(config, tensors)
+}
+
+/// Three experts of scaling 1.5 on every linear layer.
+pub fn tiny_lora() -> LoraConfig {
+    LoraConfig {
+        num_experts: 3,
+        rank: 4,
+        alpha: 6.0,
+        target_modules: TargetModule::ALL.to_vec(),
+        ..LoraConfig::default()
+    }
+}
+
+/// [`tiny_base`] with experts, none of whose parameters is zero.
+pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Result<RoutedGpt2> {
+    let base = tiny_base(tiny_config());
+    let model = RoutedGpt2::with_experts(&base, lora, router, Device::Cpu, kind);
+    let trained = model.trained_parameters().into_iter();
+    let random = trained.map(|p| (p.name, Tensor::randn(p.tensor.size(), DOUBLE) * 0.3));
+    model.load_trained(&random.collect())?;
+    Ok(model)
+}
+
+/// Rows of whole documents, each with labels everywhere but at its end.
+pub fn rows(rows: &[&[i64]]) -> Inputs {
+    let labels: Vec<i64> = rows.iter().flat_map(|row| [&row[1..], &[-100]].concat()).collect();
+    labelled_rows(rows, &labels)
+}
+
+/// Rows of whole documents with labels of the caller's.
+pub fn labelled_rows(rows: &[&[i64]], labels: &[i64]) -> Inputs {
+    let seq_len = rows[0].len();
+    let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.len() as i64).collect();
+    let rows = Rows {
+        num_rows: rows.len(),
+        seq_len,
+        input_ids: &rows.concat(),
+        labels,
+        position_ids: &positions,
+        document_ids: &vec![0; rows.len() * seq_len],
+    };
+    Inputs::new(rows, Device::Cpu)
+}
+
+/// Two rows of seven tokens.
+pub fn two_rows() -> Inputs {
+    rows(&[&[3, 14, 15, 9, 26, 5, 35], &[27, 18, 28, 18, 28, 45, 9]])
+}
+
+/// The mean loss over `num_labels` with gradients, in chunks that do not divide it.
+pub fn mean_loss(num_labels: i64) -> LossSettings {
+    LossSettings {
+        chunk_tokens: 5,
+        label_smoothing: 0.0,
+        scale: 1.0 / num_labels as f64,
+        with_grad: true,
+    }
+}
+
+/// The logits `[b, t, v]` of a forward pass for evaluation.
+pub fn logits(model: &RoutedGpt2, inputs: &Inputs, source: RoutingSource) -> Tensor {
+    let (hidden, ..) = model.forward(inputs, source, ForwardMode::EVAL, None);
+    model.logits(&hidden)
+}
+
+/// The gradients of `loss` by every trained parameter, and nothing left behind in them.
+pub fn gradients(model: &RoutedGpt2, loss: &Tensor) -> BTreeMap<String, Tensor> {
+    loss.backward();
+    let trained = model.trained_parameters().into_iter();
+    let take = |mut tensor: Tensor| {
+        let grad = tensor.grad();
+        let copy = if grad.defined() { grad.copy() } else { tensor.zeros_like() };
+        tensor.zero_grad();
+        copy
+    };
+    trained.map(|p| (p.name, take(p.tensor))).collect()
+}

@@ -1,0 +1,431 @@
+//! Agreement with transformers and PEFT, and what is read from a base's files or refused.
+//!
+//! Reference: transformers 5.17.0 and PEFT 0.21.2 in float64, by `scripts/make_golden.py`.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use common::{assert_close, assert_same_gradients, golden_path, gradients, max_difference, seed};
+use dylora::config::{LoraConfig, RouterConfig, TargetModule};
+use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::lora::RoutingWeights;
+use dylora::model::loss::LossSettings;
+use dylora::model::router::RoutingTotals;
+use dylora::model::weights::{read_gpt2, read_tensors, write_tensors};
+use dylora::model::{ForwardMode, Inputs, Recorder, RoutedGpt2, RoutingSource, Rows};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+/// Largest differences allowed in each dtype.
+const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
+
+/// A base of `tests/golden`, as the Hub would hold it.
+fn base_files(name: &str) -> (Gpt2Config, Vec<PathBuf>) {
+    let config =
+        Gpt2Config::read(&golden_path(&format!("{name}.config.json"))).expect("it is valid");
+    let whole = golden_path(&format!("{name}.safetensors"));
+    let shard = |i| golden_path(&format!("{name}-{i:05}-of-00002.safetensors"));
+    let files = if whole.exists() { vec![whole] } else { vec![shard(1), shard(2)] };
+    (config, files)
+}
+
+fn inputs(tensors: &BTreeMap<String, Tensor>) -> Result<Inputs> {
+    let (b, t) = tensors["input_ids"].size2()?;
+    let host = |tensor: &Tensor| Vec::<i64>::try_from(tensor.view([-1]));
+    let labels = match tensors.get("labels") {
+        Some(labels) => host(labels)?,
+        None => vec![-100; (b * t) as usize],
+    };
+    let rows = Rows {
+        num_rows: b as usize,
+        seq_len: t as usize,
+        input_ids: &host(&tensors["input_ids"])?,
+        labels: &labels,
+        position_ids: &(0..b).flat_map(|_| 0..t).collect::<Vec<_>>(),
+        document_ids: &vec![0; (b * t) as usize],
+    };
+    Ok(Inputs::new(rows, Device::Cpu))
+}
+
+fn base_matches_transformers(name: &str) -> Result<()> {
+    let (config, files) = base_files(name);
+    let golden = read_tensors(&golden_path(&format!("{name}.expected.safetensors")))?;
+    let inputs = inputs(&golden)?;
+    for (kind, tolerance) in TOLERANCES {
+        let base = read_gpt2(&config, &files, kind)?;
+        let model = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
+        let mut recorder = Recorder::default();
+        let (hidden, ..) =
+            model.forward(&inputs, RoutingSource::Router, ForwardMode::EVAL, Some(&mut recorder));
+        let logits = model.logits(&hidden);
+        assert_eq!(logits.kind(), kind);
+        assert_close(&format!("logits of `{name}`"), &logits, &golden["logits"], tolerance);
+        assert_eq!(recorder.hidden_states.len() as i64, config.n_layer + 1);
+        for (i, hidden) in recorder.hidden_states.iter().enumerate() {
+            let what = format!("hidden_states.{i}");
+            assert_close(&what, hidden, &golden[&what], tolerance);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn tied_gpt2_matches_transformers() -> Result<()> {
+    base_matches_transformers("gpt2_tied")
+}
+
+#[test]
+fn untied_head_and_exact_gelu_match_transformers() -> Result<()> {
+    base_matches_transformers("gpt2_untied_exact_gelu")
+}
+
+/// Its file is like OpenAI's: no `transformer.` prefix, and mask buffers.
+#[test]
+fn attention_scaled_by_layer_matches_transformers() -> Result<()> {
+    base_matches_transformers("gpt2_inverse_layer_idx")
+}
+
+/// Its file stores the tied head.
+#[test]
+fn unscaled_attention_matches_transformers() -> Result<()> {
+    base_matches_transformers("gpt2_unscaled_attention")
+}
+
+/// Its file is two shards.
+#[test]
+fn narrow_feed_forward_layer_matches_transformers() -> Result<()> {
+    base_matches_transformers("gpt2_narrow_inner")
+}
+
+/// Experts of `tests/golden` over `gpt2_tied`.
+struct Experts {
+    lora: LoraConfig,
+    router: RouterConfig,
+    label_smoothing: f64,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Experts {
+    fn read(name: &str) -> Result<Self> {
+        let path = golden_path(&format!("{name}.safetensors"));
+        let bytes = fs_err::read(&path)?;
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)?;
+        let settings = header.metadata().clone().expect("the script writes metadata");
+        let setting = |key: &str| serde_json::from_str::<Value>(&settings[key]);
+        let number = |key: &str| anyhow::Ok(setting(key)?.as_f64().expect("it is a number"));
+        let lora = LoraConfig {
+            num_experts: 3,
+            rank: number("rank")? as i64,
+            alpha: number("alpha")?,
+            target_modules: serde_json::from_value(setting("target_modules")?)?,
+            ..LoraConfig::default()
+        };
+        let router = RouterConfig { temperature: number("temperature")?, ..Default::default() };
+        let label_smoothing = number("label_smoothing")?;
+        Ok(Self { lora, router, label_smoothing, tensors: read_tensors(&path)? })
+    }
+
+    fn model(&self, top_k: Option<i64>, kind: Kind) -> Result<RoutedGpt2> {
+        let (config, files) = base_files("gpt2_tied");
+        let base = read_gpt2(&config, &files, kind)?;
+        let router = RouterConfig { top_k, ..self.router.clone() };
+        let model = {
+            let _generator = seed(0);
+            RoutedGpt2::with_experts(&base, &self.lora, &router, Device::Cpu, kind)
+        };
+        let trained = |name: &str| name.starts_with("h.") || name.starts_with("router.");
+        let parameters = self.tensors.iter().filter(|(name, _)| trained(name));
+        model.load_trained(&parameters.map(|(n, t)| (n.clone(), t.shallow_clone())).collect())?;
+        Ok(model)
+    }
+
+    /// What the file holds under `prefix`, by the rest of the names.
+    fn under(&self, prefix: &str) -> BTreeMap<String, Tensor> {
+        let strip = |name: &str| name.strip_prefix(prefix).map(str::to_owned);
+        let tensors = self.tensors.iter();
+        tensors.filter_map(|(name, t)| Some((strip(name)?, t.shallow_clone()))).collect()
+    }
+}
+
+const EXPERTS: [&str; 2] = ["experts_c_attn", "experts_all_linears"];
+
+#[test]
+fn each_expert_alone_matches_its_peft_adapter() -> Result<()> {
+    for name in EXPERTS {
+        let golden = Experts::read(name)?;
+        let inputs = inputs(&golden.tensors)?;
+        for (kind, tolerance) in TOLERANCES {
+            let model = golden.model(None, kind)?;
+            for expert in 0..3 {
+                let logits = common::logits(&model, &inputs, RoutingSource::Expert(expert));
+                let expected = &golden.tensors[&format!("logits.expert_{expert}")];
+                assert_close(&format!("{name}, expert {expert}"), &logits, expected, tolerance);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn given_routing_weights_mix_peft_adapters_per_token() -> Result<()> {
+    for name in EXPERTS {
+        let golden = Experts::read(name)?;
+        let inputs = inputs(&golden.tensors)?;
+        for (kind, tolerance) in TOLERANCES {
+            let model = golden.model(None, kind)?;
+            let weights = golden.tensors["given.weights"].to_kind(kind);
+            let weights = RoutingWeights::PerToken(weights);
+            let hidden = model.forward_with(&inputs, &weights, ForwardMode::EVAL);
+            let expected = &golden.tensors["given.logits"];
+            assert_close(name, &model.logits(&hidden), expected, tolerance);
+        }
+    }
+    Ok(())
+}
+
+/// Logits, loss and every gradient, dense and top-2, with and without label smoothing.
+#[test]
+fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
+    for name in EXPERTS {
+        let golden = Experts::read(name)?;
+        let inputs = inputs(&golden.tensors)?;
+        for (kind, tolerance) in TOLERANCES {
+            for (prefix, top_k) in [("dense", None), ("top_2", Some(2))] {
+                let what = |part: &str| format!("{part} of `{name}`, {prefix}, {kind:?}");
+                let expected = golden.under(&format!("{prefix}."));
+                let model = golden.model(top_k, kind)?;
+                let routing = model.route(&inputs).expect("three experts have a router");
+                assert_close(&what("probs"), &routing.probs, &expected["probs"], tolerance);
+                assert_close(&what("weights"), &routing.weights, &expected["weights"], tolerance);
+                let logits = common::logits(&model, &inputs, RoutingSource::Router);
+                assert_close(&what("logits"), &logits, &expected["logits"], tolerance);
+                for (smoothed, label_smoothing) in
+                    [("", 0.0), ("smoothed_", golden.label_smoothing)]
+                {
+                    let settings = LossSettings {
+                        label_smoothing,
+                        ..common::mean_loss(inputs.labels.size()[0])
+                    };
+                    let router = RoutingSource::Router;
+                    let (loss, _) = model.loss(&inputs, router, ForwardMode::EVAL, settings);
+                    let expected_loss = &expected[&format!("{smoothed}loss")];
+                    assert_close(&what("loss"), &loss.loss, expected_loss, tolerance);
+                    let expected = golden.under(&format!("{prefix}.{smoothed}grad."));
+                    assert_same_gradients(&gradients(&model, &loss.loss), &expected, tolerance);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// transformers computes it in float32.
+#[test]
+fn load_balancing_loss_matches_mixtrals() -> Result<()> {
+    for name in EXPERTS {
+        let golden = Experts::read(name)?;
+        let inputs = inputs(&golden.tensors)?;
+        let routing = golden.model(Some(2), Kind::Double)?.route(&inputs).expect("it has a router");
+        let loss = RoutingTotals::new(&routing, &inputs.labelled).load_balancing_loss();
+        assert_close(name, &loss, &golden.tensors["top_2.load_balancing_loss"], 1e-6);
+    }
+    Ok(())
+}
+
+/// A copy of `gpt2_tied`'s tensors for a test to spoil, and a folder for it.
+struct Spoiled {
+    folder: tempfile::TempDir,
+    config: Gpt2Config,
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl Spoiled {
+    fn new() -> Result<Self> {
+        let (config, files) = base_files("gpt2_tied");
+        Ok(Self { folder: tempfile::tempdir()?, config, tensors: read_tensors(&files[0])? })
+    }
+
+    fn write(&self, file: &str, keep: impl Fn(&str) -> bool) -> Result<PathBuf> {
+        let path = self.folder.path().join(file);
+        let kept = self.tensors.iter().filter(|(name, _)| keep(name));
+        write_tensors(&path, kept.map(|(name, tensor)| (name.as_str(), tensor)))?;
+        Ok(path)
+    }
+
+    /// The message of the refusal, less the folder's path.
+    fn refusal(&self) -> Result<String> {
+        let file = self.write("model.safetensors", |_| true)?;
+        Ok(refusal(&self.config, &[file], self.folder.path()))
+    }
+}
+
+fn refusal(config: &Gpt2Config, files: &[PathBuf], folder: &Path) -> String {
+    let error = read_gpt2(config, files, Kind::Float).expect_err("the files are spoiled");
+    format!("{error:#}").replace(&format!("{}/", folder.display()), "")
+}
+
+#[test]
+fn half_precision_files_are_read_into_the_kind_asked_for() -> Result<()> {
+    for kind in [Kind::Half, Kind::BFloat16, Kind::Float, Kind::Double] {
+        let mut spoiled = Spoiled::new()?;
+        for tensor in spoiled.tensors.values_mut() {
+            *tensor = tensor.to_kind(kind);
+        }
+        let file = spoiled.write("model.safetensors", |_| true)?;
+        let base = read_gpt2(&spoiled.config, &[file], Kind::Float)?;
+        for (name, tensor) in base.named_parameters() {
+            assert_eq!(tensor.kind(), Kind::Float);
+            assert_eq!(max_difference(&tensor, &spoiled.tensors[&name]), 0.0, "{kind:?} `{name}`");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn names_with_and_without_prefix_are_the_same_base() -> Result<()> {
+    let mut bare = Spoiled::new()?;
+    let hash = |spoiled: &Spoiled, file| read_gpt2(&spoiled.config, &[file], Kind::Float)?.hash();
+    let with_prefix = hash(&bare, bare.write("with_prefix.safetensors", |_| true)?)?;
+    let strip = |name: String| name.strip_prefix("transformer.").expect("all have it").to_owned();
+    bare.tensors =
+        std::mem::take(&mut bare.tensors).into_iter().map(|(n, t)| (strip(n), t)).collect();
+    bare.tensors
+        .insert("h.0.attn.bias".into(), Tensor::ones([1, 1, 32, 32], (Kind::Bool, Device::Cpu)));
+    bare.tensors.insert("h.1.attn.masked_bias".into(), Tensor::from(-1e4f32));
+    assert_eq!(hash(&bare, bare.write("bare.safetensors", |_| true)?)?, with_prefix);
+    Ok(())
+}
+
+#[test]
+fn missing_extra_misshapen_and_doubled_tensors_are_named() -> Result<()> {
+    let mut spoiled = Spoiled::new()?;
+    spoiled.tensors.remove("transformer.h.1.mlp.c_fc.bias");
+    insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `transformer.h.1.mlp.c_fc.bias`");
+    spoiled.tensors.retain(|name, _| !name.contains(".ln_"));
+    insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `transformer.h.0.ln_1.bias` and 10 more");
+
+    let mut spoiled = Spoiled::new()?;
+    let spare = spoiled.tensors["transformer.h.1.ln_1.weight"].shallow_clone();
+    spoiled.tensors.insert("transformer.h.2.ln_1.weight".into(), spare);
+    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.h.2.ln_1.weight` belongs to no GPT-2 of 2 layers");
+
+    let mut spoiled = Spoiled::new()?;
+    let name = "transformer.h.0.attn.c_attn.weight";
+    let linear_layout = spoiled.tensors[name].tr().contiguous();
+    spoiled.tensors.insert(name.into(), linear_layout);
+    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.h.0.attn.c_attn.weight` must be [16, 48], got [48, 16]");
+
+    let mut spoiled = Spoiled::new()?;
+    let twin = spoiled.tensors["transformer.wpe.weight"].shallow_clone();
+    spoiled.tensors.insert("wpe.weight".into(), twin);
+    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.wpe.weight` is there twice");
+
+    let spoiled = Spoiled::new()?;
+    let first = spoiled.write("a.safetensors", |name| !name.contains(".wpe."))?;
+    let second = spoiled
+        .write("b.safetensors", |name| name.contains(".wpe.") || name.contains("h.1.ln_2.bias"))?;
+    let refusal = refusal(&spoiled.config, &[first, second], spoiled.folder.path());
+    insta::assert_snapshot!(refusal, @"in `b.safetensors`: tensor `transformer.h.1.ln_2.bias` is there twice");
+    Ok(())
+}
+
+#[test]
+fn integer_weights_are_refused() -> Result<()> {
+    let mut spoiled = Spoiled::new()?;
+    let name = "transformer.h.0.mlp.c_fc.bias";
+    let integers = spoiled.tensors[name].to_kind(Kind::Int64);
+    spoiled.tensors.insert(name.into(), integers);
+    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.h.0.mlp.c_fc.bias` has dtype `Int64`; use f32, f16 or bf16");
+    Ok(())
+}
+
+#[test]
+fn a_stored_head_must_equal_the_embedding_it_is_tied_to() -> Result<()> {
+    let mut spoiled = Spoiled::new()?;
+    let head = &spoiled.tensors["transformer.wte.weight"] * 2.0;
+    spoiled.tensors.insert("lm_head.weight".into(), head);
+    insta::assert_snapshot!(spoiled.refusal()?, @r#"
+    `lm_head.weight` differs from `transformer.wte.weight`, but the config says that the head is tied
+    hint: set `"tie_word_embeddings": false` in `config.json`
+    "#);
+    spoiled.config.tied_head = false;
+    let file = spoiled.write("untied.safetensors", |_| true)?;
+    let base = read_gpt2(&spoiled.config, &[file], Kind::Float)?;
+    assert_eq!(max_difference(&base.lm_head, &spoiled.tensors["lm_head.weight"]), 0.0);
+    spoiled.tensors.remove("lm_head.weight");
+    insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `lm_head.weight`");
+    Ok(())
+}
+
+#[test]
+fn a_cut_file_is_refused() -> Result<()> {
+    let spoiled = Spoiled::new()?;
+    let file = spoiled.write("model.safetensors", |_| true)?;
+    let bytes = fs_err::read(&file)?;
+    fs_err::write(&file, &bytes[..bytes.len() - 1])?;
+    insta::assert_snapshot!(refusal(&spoiled.config, &[file], spoiled.folder.path()), @"in `model.safetensors`: `model.safetensors` is no whole safetensors file: incomplete metadata, file not fully covered");
+    Ok(())
+}
+
+#[test]
+fn configs_of_other_architectures_are_refused_by_key() {
+    let refusal = |changed: Value| {
+        let mut json = json!({"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 16});
+        let changed = changed.as_object().expect("the cases are objects").clone();
+        json.as_object_mut().expect("it is an object").extend(changed);
+        format!("{:#}", Gpt2Config::from_json(&json).expect_err("it is none of ours"))
+    };
+    insta::assert_snapshot!(refusal(json!({"model_type": "gpt_neox"})), @r"
+    `model_type` must be `gpt2`, got `gpt_neox`
+    hint: dylora trains GPT-2 only
+    ");
+    insta::assert_snapshot!(refusal(json!({"activation_function": "relu"})), @"`activation_function` must be `gelu_new` or `gelu`, got `relu`");
+    insta::assert_snapshot!(refusal(json!({"add_cross_attention": true})), @"`add_cross_attention` must be false: a decoder alone is supported");
+    insta::assert_snapshot!(refusal(json!({"n_head": 3})), @"`n_embd` must be a multiple of `n_head` 3, got 16");
+    insta::assert_snapshot!(refusal(json!({"n_layer": 0})), @"`n_layer` must be a whole number of at least 1, got 0");
+    insta::assert_snapshot!(refusal(json!({"tie_word_embeddings": "yes"})), @r#"`tie_word_embeddings` must be true or false, got "yes""#);
+}
+
+#[test]
+fn a_config_without_keys_is_gpt2_small() -> Result<()> {
+    let config = Gpt2Config::from_json(&json!({"model_type": "gpt2"}))?;
+    assert_eq!(config.num_parameters(), 124_439_808);
+    assert_eq!(config.linear_shape(TargetModule::MlpCFc), (768, 3072));
+    assert!(config.tied_head);
+    Ok(())
+}
+
+#[test]
+fn a_config_survives_writing_and_reading() -> Result<()> {
+    for name in ["gpt2_untied_exact_gelu", "gpt2_inverse_layer_idx", "gpt2_narrow_inner"] {
+        let (config, _) = base_files(name);
+        assert_eq!(Gpt2Config::from_json(&config.to_json("float32"))?, config);
+    }
+    Ok(())
+}
+
+#[test]
+fn trained_parameters_must_fit_the_model() -> Result<()> {
+    let golden = Experts::read("experts_c_attn")?;
+    let model = golden.model(None, Kind::Float)?;
+    let named: HashMap<_, _> =
+        model.trained_parameters().into_iter().map(|p| (p.name, p.tensor)).collect();
+    let all =
+        || named.iter().map(|(n, t)| (n.clone(), t.detach().copy())).collect::<BTreeMap<_, _>>();
+    let refusal =
+        |tensors| format!("{:#}", model.load_trained(&tensors).expect_err("it is spoiled"));
+
+    let mut tensors = all();
+    tensors.remove("router.bias");
+    insta::assert_snapshot!(refusal(tensors), @"tensor `router.bias` is missing");
+    let mut tensors = all();
+    tensors.insert("h.0.attn.c_attn.lora_a".into(), Tensor::zeros([3, 2, 16], common::DOUBLE));
+    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.attn.c_attn.lora_a` must be [3, 4, 16], got [3, 2, 16]");
+    let mut tensors = all();
+    tensors.insert("h.0.mlp.c_fc.lora_a".into(), Tensor::zeros([1], common::DOUBLE));
+    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.mlp.c_fc.lora_a` belongs to no parameter of this model");
+    Ok(())
+}

@@ -1,0 +1,92 @@
+//! Gradient checkpointing changes memory and time, and nothing else.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use dylora::config::{DropoutMasks, LoraConfig, RouterConfig};
+use dylora::ffi;
+use dylora::model::lora::LoraDropout;
+use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{
+    assert_close, assert_same_gradients, gradients, max_difference, mean_loss, seed, tiny_base,
+    tiny_config, tiny_lora, tiny_model, two_rows,
+};
+
+/// What a forward and a backward pass from a fixed generator state leave behind.
+struct Pass {
+    loss: Tensor,
+    gradients: BTreeMap<String, Tensor>,
+    generator: Tensor,
+}
+
+fn pass(model: &RoutedGpt2, dropout: LoraDropout, gradient_checkpointing: bool) -> Result<Pass> {
+    tch::manual_seed(20);
+    let mode = ForwardMode { dropout, gradient_checkpointing };
+    let (loss, _) = model.loss(&two_rows(), RoutingSource::Router, mode, mean_loss(12));
+    let gradients = gradients(model, &loss.loss);
+    Ok(Pass { loss: loss.loss.detach(), gradients, generator: ffi::rng_state(Device::Cpu)? })
+}
+
+fn checkpointing_changes_nothing(model: &RoutedGpt2, dropout: LoraDropout) -> Result<Pass> {
+    let plain = pass(model, dropout, false)?;
+    let checkpointed = pass(model, dropout, true)?;
+    assert_close("loss", &checkpointed.loss, &plain.loss, 0.0);
+    assert_same_gradients(&checkpointed.gradients, &plain.gradients, 1e-12);
+    assert!(checkpointed.generator.equal(&plain.generator), "the generator is elsewhere");
+    Ok(plain)
+}
+
+#[test]
+fn checkpointing_keeps_the_gradients_of_experts_and_router() -> Result<()> {
+    let _generator = seed(21);
+    for top_k in [None, Some(2)] {
+        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn checkpointing_keeps_the_gradients_of_a_single_expert() -> Result<()> {
+    let _generator = seed(22);
+    let lora = LoraConfig { num_experts: 1, ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
+    Ok(())
+}
+
+#[test]
+fn the_second_run_draws_the_dropout_masks_of_the_first() -> Result<()> {
+    let _generator = seed(23);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let without = pass(&model, LoraDropout::NONE, false)?;
+    for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
+        let dropped =
+            checkpointing_changes_nothing(&model, LoraDropout { probability: 0.3, masks })?;
+        assert!(max_difference(&dropped.loss, &without.loss) > 1e-3, "{masks:?} drops nothing");
+    }
+    Ok(())
+}
+
+#[test]
+fn checkpointing_keeps_the_gradients_of_a_trained_base() -> Result<()> {
+    let _generator = seed(24);
+    for tied_head in [true, false] {
+        let mut config = tiny_config();
+        config.tied_head = tied_head;
+        let model = RoutedGpt2::plain(&tiny_base(config), Device::Cpu, Kind::Double, true);
+        checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_panic_within_a_checkpointed_segment_is_an_error() {
+    let _generator = seed(25);
+    let segment: ffi::Segment = Box::new(|_| panic!("as a test wants it"));
+    let x = Tensor::zeros([2], (Kind::Float, Device::Cpu));
+    assert!(ffi::checkpoint(segment, &[x], &[]).is_err());
+}

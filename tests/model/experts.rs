@@ -1,0 +1,235 @@
+//! What experts add to the base, and what they leave alone.
+
+use anyhow::Result;
+use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModule};
+use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights};
+use dylora::model::{ForwardMode, ParameterGroup, Recorder, RoutedGpt2, RoutingSource};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{
+    DOUBLE, assert_close, assert_same_gradients, gradients, logits, max_difference, mean_loss,
+    seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
+};
+
+fn with_dropout(probability: f64, masks: DropoutMasks) -> ForwardMode {
+    ForwardMode { dropout: LoraDropout { probability, masks }, gradient_checkpointing: false }
+}
+
+#[test]
+fn fresh_experts_leave_the_bases_logits_unchanged() {
+    let _generator = seed(1);
+    let base = tiny_base(tiny_config());
+    let inputs = two_rows();
+    for kind in [Kind::Float, Kind::Double] {
+        let plain = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
+        let expected = logits(&plain, &inputs, RoutingSource::Base);
+        for num_experts in [1, 3] {
+            let lora = LoraConfig { num_experts, ..tiny_lora() };
+            let router = RouterConfig::default();
+            let model = RoutedGpt2::with_experts(&base, &lora, &router, Device::Cpu, kind);
+            let fresh = logits(&model, &inputs, RoutingSource::Router);
+            assert_eq!(max_difference(&fresh, &expected), 0.0, "{num_experts} experts, {kind:?}");
+        }
+    }
+}
+
+#[test]
+fn zero_routing_weights_leave_the_base() -> Result<()> {
+    let _generator = seed(2);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let inputs = two_rows();
+    let base = logits(&model, &inputs, RoutingSource::Base);
+    let zeros = RoutingWeights::PerToken(Tensor::zeros([2, 7, 3], DOUBLE));
+    for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
+        let hidden = model.forward_with(&inputs, &zeros, with_dropout(0.0, masks));
+        assert_eq!(max_difference(&model.logits(&hidden), &base), 0.0, "{masks:?}");
+    }
+    assert!(max_difference(&logits(&model, &inputs, RoutingSource::Router), &base) > 0.1);
+    Ok(())
+}
+
+/// `y + scaling * x A^T B^T` (LoRA, arXiv:2106.09685, eq. 3), written out: the loop to the bit; the
+/// fused pair scales before its second product and adds `y` inside of it, which rounds otherwise.
+#[test]
+fn one_expert_is_plain_lora() -> Result<()> {
+    let _generator = seed(3);
+    let lora = LoraConfig { num_experts: 1, ..tiny_lora() };
+    let inputs = two_rows();
+    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-13)] {
+        let model = tiny_model(&lora, &RouterConfig::default(), kind)?;
+        assert!(model.router().is_none());
+        let mut x = model.base().embed(&inputs.input_ids, &inputs.position_ids, kind);
+        for (layer, block) in model.base().blocks.iter().enumerate() {
+            x = block.forward(&x, &inputs.mask, &mut |module, x| {
+                let experts = model.experts(layer, module).expect("every module is a target");
+                let (a, b) = (experts.lora_a.get(0), experts.lora_b.get(0));
+                block.linears[&module].forward(x) + x.matmul(&a.tr()).matmul(&b.tr()) * 6.0 / 4.0
+            });
+        }
+        let expected = model.logits(&model.base().ln_f.forward(&x));
+        let hidden =
+            |masks| model.forward(&inputs, RoutingSource::Router, with_dropout(0.0, masks), None).0;
+        let looped = model.logits(&hidden(DropoutMasks::PerExpert));
+        assert_close("the loop", &looped, &expected, 0.0);
+        let fused = model.logits(&hidden(DropoutMasks::Shared));
+        assert_close("the fused pair", &fused, &expected, tolerance);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_one_hot_weight_is_that_expert_alone() -> Result<()> {
+    let _generator = seed(4);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let alone = LoraConfig { num_experts: 1, ..tiny_lora() };
+    let inputs = two_rows();
+    for expert in 0..3 {
+        let router = RouterConfig::default();
+        let alone =
+            RoutedGpt2::with_experts(model.base(), &alone, &router, Device::Cpu, Kind::Double);
+        let trained = model.trained_parameters().into_iter();
+        let slices = trained.filter(|p| p.group == ParameterGroup::Adapters);
+        alone.load_trained(&slices.map(|p| (p.name, p.tensor.narrow(0, expert, 1))).collect())?;
+        let expected = logits(&alone, &inputs, RoutingSource::Router);
+        let one_hot = logits(&model, &inputs, RoutingSource::Expert(expert));
+        assert_close(&format!("expert {expert}"), &one_hot, &expected, 1e-13);
+    }
+    Ok(())
+}
+
+#[test]
+fn uniform_routing_is_an_even_weight_on_each_expert() -> Result<()> {
+    let _generator = seed(5);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let inputs = two_rows();
+    let even = RoutingWeights::PerToken(Tensor::full([2, 7, 3], 1.0 / 3.0, DOUBLE));
+    let expected = model.logits(&model.forward_with(&inputs, &even, ForwardMode::EVAL));
+    assert_eq!(max_difference(&logits(&model, &inputs, RoutingSource::Uniform), &expected), 0.0);
+    Ok(())
+}
+
+#[test]
+fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
+    let _generator = seed(6);
+    let inputs = two_rows();
+    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12)] {
+        for top_k in [None, Some(2)] {
+            let router = RouterConfig { top_k, temperature: 0.7, ..RouterConfig::default() };
+            let model = tiny_model(&tiny_lora(), &router, kind)?;
+            let run = |masks| {
+                let mode = with_dropout(0.0, masks);
+                let (loss, _) = model.loss(&inputs, RoutingSource::Router, mode, mean_loss(12));
+                (loss.loss.detach(), gradients(&model, &loss.loss))
+            };
+            let (fused, fused_grads) = run(DropoutMasks::Shared);
+            let (looped, looped_grads) = run(DropoutMasks::PerExpert);
+            assert_close("loss", &fused, &looped, tolerance * looped.double_value(&[]));
+            assert_same_gradients(&fused_grads, &looped_grads, tolerance);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
+    let _generator = seed(7);
+    let options = (Kind::Double, Device::Cpu);
+    let (a, b) = (Tensor::randn([1, 4, 16], options), Tensor::randn([1, 8, 4], options));
+    let one = LoraExperts { lora_a: a, lora_b: b, scaling: 1.5 };
+    let twins = LoraExperts {
+        lora_a: one.lora_a.repeat([2, 1, 1]),
+        lora_b: one.lora_b.repeat([2, 1, 1]),
+        scaling: 1.5,
+    };
+    let (x, y) = (Tensor::randn([2, 7, 16], options), Tensor::zeros([2, 7, 8], options));
+    let halves = RoutingWeights::PerToken(Tensor::full([2, 7, 2], 0.5, options));
+    let difference = |masks| {
+        let dropout = LoraDropout { probability: 0.5, masks };
+        tch::manual_seed(8);
+        let alone = one.add(y.shallow_clone(), &x, &RoutingWeights::Ones, dropout);
+        tch::manual_seed(8);
+        max_difference(&twins.add(y.shallow_clone(), &x, &halves, dropout), &alone)
+    };
+    assert!(difference(DropoutMasks::Shared) < 1e-13);
+    assert!(difference(DropoutMasks::PerExpert) > 0.1);
+}
+
+#[test]
+fn dropout_reaches_experts_in_training_only_and_the_base_never() -> Result<()> {
+    let _generator = seed(9);
+    let lora = LoraConfig { dropout: 0.5, ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let inputs = two_rows();
+    let run = |source, mode| model.forward(&inputs, source, mode, None).0;
+    let evaluated = run(RoutingSource::Router, ForwardMode::EVAL);
+    assert_eq!(max_difference(&run(RoutingSource::Router, ForwardMode::EVAL), &evaluated), 0.0);
+    let training = with_dropout(0.5, DropoutMasks::Shared);
+    assert!(max_difference(&run(RoutingSource::Router, training), &evaluated) > 0.01);
+    let base = run(RoutingSource::Base, ForwardMode::EVAL);
+    assert_eq!(max_difference(&run(RoutingSource::Base, training), &base), 0.0);
+    Ok(())
+}
+
+#[test]
+fn only_experts_and_router_are_trained() -> Result<()> {
+    let _generator = seed(10);
+    let lora = LoraConfig { target_modules: vec![TargetModule::AttnCProj], ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
+    let names: Vec<_> = model.trained_parameters().into_iter().map(|p| p.name).collect();
+    let expected = [
+        "h.0.attn.c_proj.lora_a",
+        "h.0.attn.c_proj.lora_b",
+        "h.1.attn.c_proj.lora_a",
+        "h.1.attn.c_proj.lora_b",
+        "router.weight",
+        "router.bias",
+    ];
+    assert_eq!(names, expected);
+    assert!(model.base().named_parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
+    Ok(())
+}
+
+#[test]
+fn every_target_module_receives_the_routing_weights() -> Result<()> {
+    let _generator = seed(11);
+    let target_modules = vec![TargetModule::MlpCProj, TargetModule::AttnCAttn];
+    let lora = LoraConfig { target_modules, ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
+    let routed = |source| {
+        let mut recorder = Recorder::default();
+        let _ = model.forward(&two_rows(), source, ForwardMode::EVAL, Some(&mut recorder));
+        recorder.routed_modules
+    };
+    let all = ["h.0.attn.c_attn", "h.0.mlp.c_proj", "h.1.attn.c_attn", "h.1.mlp.c_proj"];
+    assert_eq!(routed(RoutingSource::Router), all);
+    assert_eq!(routed(RoutingSource::Uniform), all);
+    assert!(routed(RoutingSource::Base).is_empty());
+    Ok(())
+}
+
+#[test]
+fn experts_and_their_gradients_stay_in_f32_beside_a_bf16_base() -> Result<()> {
+    let _generator = seed(12);
+    let run = |kind| -> Result<_> {
+        tch::manual_seed(12);
+        let model = tiny_model(&tiny_lora(), &RouterConfig::default(), kind)?;
+        let mode = ForwardMode::EVAL;
+        let (loss, routing) = model.loss(&two_rows(), RoutingSource::Router, mode, mean_loss(12));
+        let routing = routing.expect("three experts have a router");
+        assert_eq!(routing.probs.kind(), Kind::Float);
+        assert_eq!(loss.loss.kind(), Kind::Float);
+        Ok((loss.loss.double_value(&[]), gradients(&model, &loss.loss)))
+    };
+    let (exact, exact_grads) = run(Kind::Float)?;
+    let (rough, rough_grads) = run(Kind::BFloat16)?;
+    assert!((exact - rough).abs() < 0.02 * exact, "{rough} is far from {exact}");
+    assert!(rough_grads.values().all(|grad| grad.kind() == Kind::Float));
+    // bf16 has 8 bits: a gradient points the same way, but is not the same
+    for (name, exact) in exact_grads {
+        let rough = &rough_grads[&name];
+        let norms = (exact.norm() * rough.norm()).double_value(&[]);
+        let cosine = (exact * rough).sum(Kind::Float).double_value(&[]) / norms;
+        assert!(cosine > 0.95, "`{name}`: cosine {cosine}");
+    }
+    Ok(())
+}

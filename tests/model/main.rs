@@ -1,0 +1,10 @@
+//! Facts about the model that hold without any reference: identities, invariances, closed forms.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod checkpointing;
+mod experts;
+mod loss;
+mod packing;
+mod routing;

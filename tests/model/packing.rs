@@ -1,0 +1,114 @@
+//! No token sees the future or another document.
+
+use anyhow::Result;
+use dylora::config::RouterConfig;
+use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{
+    assert_close, assert_same_gradients, gradients, logits, max_difference, mean_loss, rows, seed,
+    tiny_lora, tiny_model,
+};
+
+const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
+
+/// The documents in two rows of eight, the second with a position of padding.
+fn packed() -> Inputs {
+    let [a, b, c, d] = DOCUMENTS;
+    let rows = Rows {
+        num_rows: 2,
+        seq_len: 8,
+        input_ids: &[a, b, &[0], c, d, &[0]].concat(),
+        labels: &[
+            14, 15, 9, -100, 5, 35, -100, -100, //
+            18, 28, 18, 28, -100, 9, -100, -100,
+        ],
+        position_ids: &[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1, 0],
+        document_ids: &[0, 0, 0, 0, 1, 1, 1, -1, 0, 0, 0, 0, 0, 1, 1, -1],
+    };
+    Inputs::new(rows, Device::Cpu)
+}
+
+fn token_losses(model: &RoutedGpt2, inputs: &Inputs) -> (Tensor, Tensor) {
+    let (loss, _) = model.loss(inputs, RoutingSource::Router, ForwardMode::EVAL, mean_loss(10));
+    (loss.loss, loss.token_losses)
+}
+
+#[test]
+fn packed_documents_have_the_losses_and_gradients_of_separate_ones() -> Result<()> {
+    let _generator = seed(40);
+    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12)] {
+        let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, kind)?;
+        let (packed_loss, packed) = token_losses(&model, &packed());
+        let separate = DOCUMENTS.map(|document| token_losses(&model, &rows(&[document])));
+        let losses: Vec<_> = separate.iter().map(|(_, losses)| losses).collect();
+        assert_close("token losses", &packed, &Tensor::cat(&losses, 0), tolerance * 10.0);
+        let sum: Tensor = separate.iter().map(|(loss, _)| loss).sum();
+        assert_close("loss", &packed_loss, &sum, tolerance);
+        let expected = gradients(&model, &sum);
+        assert_same_gradients(&gradients(&model, &packed_loss), &expected, tolerance);
+    }
+    Ok(())
+}
+
+#[test]
+fn padding_behind_a_document_changes_nothing() -> Result<()> {
+    let _generator = seed(41);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let padded = Rows {
+        num_rows: 1,
+        seq_len: 6,
+        input_ids: &[3, 14, 15, 9, 0, 0],
+        labels: &[14, 15, 9, -100, -100, -100],
+        position_ids: &[0, 1, 2, 3, 0, 1],
+        document_ids: &[0, 0, 0, 0, -1, -1],
+    };
+    let (_, padded) = token_losses(&model, &Inputs::new(padded, Device::Cpu));
+    let (_, alone) = token_losses(&model, &rows(&[DOCUMENTS[0]]));
+    assert_close("token losses", &padded, &alone, 1e-12);
+    Ok(())
+}
+
+#[test]
+fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
+    let _generator = seed(42);
+    let tokens = [3, 14, 15, 9, 26, 5, 35];
+    for top_k in [None, Some(1), Some(2)] {
+        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let run = |tokens: &[i64]| {
+            let inputs = rows(&[tokens]);
+            let weights = model.route(&inputs).expect("three experts have a router").weights;
+            (weights, logits(&model, &inputs, RoutingSource::Router))
+        };
+        let (weights, all_logits) = run(&tokens);
+        for t in 0..tokens.len() {
+            let mut changed = tokens;
+            changed[t] = 57;
+            let (changed_weights, changed_logits) = run(&changed);
+            let before = |x: &Tensor| x.narrow(1, 0, t as i64);
+            assert_close("weights", &before(&changed_weights), &before(&weights), 0.0);
+            assert_close("logits", &before(&changed_logits), &before(&all_logits), 1e-12);
+            let from = |x: &Tensor| x.narrow(1, t as i64, 1);
+            assert!(max_difference(&from(&changed_logits), &from(&all_logits)) > 1e-3);
+        }
+    }
+    Ok(())
+}
+
+/// `Inputs::document` is what `trace` shows.
+#[test]
+fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
+    let _generator = seed(43);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let document = Inputs::document(DOCUMENTS[2], Device::Cpu);
+    let row = rows(&[DOCUMENTS[2]]);
+    let source = RoutingSource::Router;
+    assert_eq!(
+        max_difference(&logits(&model, &document, source), &logits(&model, &row, source)),
+        0.0
+    );
+    assert_eq!(document.labelled.size(), [0]);
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! The router's weights, and the statistics and losses over them.
+
+use dylora::model::router::{Router, Routing, RoutingTotals};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{DOUBLE, assert_close, max_difference, seed};
+
+fn random_router(top_k: Option<i64>) -> Router {
+    Router {
+        weight: Tensor::randn([3, 16], DOUBLE).set_requires_grad(true),
+        bias: Tensor::randn([3], DOUBLE).set_requires_grad(true),
+        temperature: 1.3,
+        top_k,
+    }
+}
+
+fn indices(rows: &[i64]) -> Tensor {
+    Tensor::from_slice(rows)
+}
+
+/// `E sum_e f_e P_e`, with a graph: the two means written out (arXiv:2101.03961, eqs. 4-6; dense:
+/// `f = P`).
+fn balance_loss(routing: &Routing, rows: &Tensor) -> Tensor {
+    let probs_ne = routing.probs.view([-1, 3]).index_select(0, rows);
+    let mean_probs = probs_ne.mean_dim(0, false, Kind::Double);
+    let load = match &routing.selected {
+        None => mean_probs.shallow_clone(),
+        Some(_) => {
+            let chosen_ne = routing.weights.view([-1, 3]).index_select(0, rows).gt(0.0);
+            let counts = chosen_ne.to_kind(Kind::Double).sum_dim_intlist(0, false, Kind::Double);
+            &counts / counts.sum(Kind::Double)
+        }
+    };
+    (load * mean_probs).sum(Kind::Double) * 3.0
+}
+
+/// The totals of tokens whose probs are `probs`, `[n, e]`, all labelled.
+fn totals(probs: &[[f64; 3]], selected: Option<&[i64]>) -> RoutingTotals {
+    let n = probs.len() as i64;
+    let probs = Tensor::from_slice(probs.as_flattened()).view([1, n, 3]);
+    let selected = selected.map(|selected| Tensor::from_slice(selected).view([1, n, -1]));
+    let routing = Routing { weights: probs.shallow_clone(), probs, selected };
+    RoutingTotals::new(&routing, &Tensor::arange(n, (Kind::Int64, Device::Cpu)))
+}
+
+#[test]
+fn routing_weights_sum_to_one_and_top_k_keeps_the_k_best() {
+    let _generator = seed(50);
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    for top_k in [None, Some(1), Some(2), Some(3)] {
+        let Routing { probs, weights, selected } = random_router(top_k).forward(&x);
+        let sums = weights.sum_dim_intlist(-1, false, Kind::Double);
+        assert_close("sum", &sums, &sums.ones_like(), 1e-14);
+        let k = top_k.unwrap_or(3);
+        let kept = weights.gt(0.0);
+        assert_eq!(kept.sum(Kind::Int64).int64_value(&[]), 14 * k);
+        assert_eq!(selected.is_some(), k < 3);
+        let smallest_kept = probs.where_self(&kept, &Tensor::from(2.0)).amin(-1, false);
+        let largest_left =
+            probs.where_self(&kept.logical_not(), &Tensor::from(-1.0)).amax(-1, false);
+        assert!(bool::try_from(smallest_kept.gt_tensor(&largest_left).all()).expect("one element"));
+    }
+}
+
+#[test]
+fn a_temperature_divides_the_scores() {
+    let _generator = seed(51);
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let warm = random_router(None);
+    let probs = warm.forward(&x).probs;
+    let scores = (x.matmul(&warm.weight.tr()) + &warm.bias) / 1.3;
+    assert_close("probs", &probs, &scores.softmax(-1, Kind::Double), 1e-14);
+}
+
+#[test]
+fn load_balancing_loss_is_one_when_even() {
+    let third = 1.0 / 3.0;
+    let even = [[third; 3], [third; 3], [third; 3]];
+    let loss = |totals: RoutingTotals| totals.load_balancing_loss().double_value(&[]);
+    assert!((loss(totals(&even, None)) - 1.0).abs() < 1e-15);
+    assert!((loss(totals(&even, Some(&[0, 1, 2]))) - 1.0).abs() < 1e-15);
+    assert!((loss(totals(&even, Some(&[0, 1, 1, 2, 2, 0]))) - 1.0).abs() < 1e-15);
+    // tokens that are sure, but differ, are as even
+    let sure = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
+    assert!((loss(totals(&sure, None)) - 1.0).abs() < 1e-15);
+    assert!((loss(totals(&sure, Some(&[0, 1, 2]))) - 1.0).abs() < 1e-15);
+}
+
+#[test]
+fn load_balancing_loss_has_its_closed_forms() {
+    let probs = [[0.5, 0.3, 0.2], [0.7, 0.1, 0.2]];
+    let loss = |totals: RoutingTotals| totals.load_balancing_loss().double_value(&[]);
+    let dense = 3.0 * (0.6 * 0.6 + 0.2 * 0.2 + 0.2 * 0.2);
+    assert!((loss(totals(&probs, None)) - dense).abs() < 1e-15);
+    let top_1 = 3.0 * 0.6;
+    assert!((loss(totals(&probs, Some(&[0, 0]))) - top_1).abs() < 1e-15);
+    let top_2 = 3.0 * (0.5 * 0.6 + 0.25 * 0.2 + 0.25 * 0.2);
+    assert!((loss(totals(&probs, Some(&[0, 1, 0, 2]))) - top_2).abs() < 1e-15);
+    let collapsed = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]];
+    assert!((loss(totals(&collapsed, None)) - 3.0).abs() < 1e-15);
+}
+
+/// Two batches of uneven size, summed, against autograd of the formula over both at once.
+#[test]
+fn balance_gradients_of_uneven_batches_are_those_of_the_formula_over_all() {
+    let _generator = seed(52);
+    let (x, rows) = (Tensor::randn([3, 7, 16], DOUBLE), [0, 1, 2, 5, 9, 15, 16, 20]);
+    for top_k in [None, Some(1), Some(2)] {
+        let router = random_router(top_k);
+        let leaves = [&router.weight, &router.bias];
+        let grads = |loss: &Tensor| Tensor::run_backward(&[loss], &leaves, false, false);
+
+        let loss = balance_loss(&router.forward(&x), &indices(&rows));
+        let value = loss.double_value(&[]);
+        let expected = grads(&loss);
+
+        let batches =
+            [(x.narrow(0, 0, 1), vec![0, 1, 2, 5]), (x.narrow(0, 1, 2), vec![2, 8, 9, 13])];
+        let batch_totals =
+            |(x, rows): &(Tensor, Vec<i64>)| RoutingTotals::new(&router.forward(x), &indices(rows));
+        let mut totals = batch_totals(&batches[0]);
+        totals.add(&batch_totals(&batches[1]));
+        assert!((totals.load_balancing_loss().double_value(&[]) - value).abs() < 1e-14);
+
+        let factors = totals.balance_gradient();
+        let surrogate = |(x, rows): &(Tensor, Vec<i64>)| {
+            let probs_ne = router.forward(x).probs.view([-1, 3]).index_select(0, &indices(rows));
+            grads(&(probs_ne * &factors).sum(Kind::Double))
+        };
+        let (first, second) = (surrogate(&batches[0]), surrogate(&batches[1]));
+        for ((first, second), expected) in first.iter().zip(&second).zip(&expected) {
+            assert!(max_difference(expected, &expected.zeros_like()) > 1e-3);
+            assert_close(&format!("top_k {top_k:?}"), &(first + second), expected, 1e-14);
+        }
+    }
+}
+
+#[test]
+fn expert_load_is_the_share_of_assignments() {
+    let _generator = seed(53);
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let rows = indices(&[0, 3, 4, 8, 13]);
+    for top_k in [None, Some(1), Some(2)] {
+        let routing = random_router(top_k).forward(&x);
+        let load = RoutingTotals::new(&routing, &rows).expert_load();
+        assert!((load.sum(Kind::Double).double_value(&[]) - 1.0).abs() < 1e-14);
+    }
+    let probs = [[0.5, 0.3, 0.2], [0.7, 0.1, 0.2]];
+    let load = totals(&probs, Some(&[0, 1, 0, 2])).expert_load();
+    assert_close("load", &load, &Tensor::from_slice(&[0.5, 0.25, 0.25]), 1e-15);
+}
+
+#[test]
+fn routing_statistics_ignore_unlabelled_positions() {
+    let _generator = seed(54);
+    let x = Tensor::randn([2, 4, 16], DOUBLE);
+    let labelled = indices(&[0, 1, 4, 6]);
+    let changed = x.copy();
+    for row in [2, 3, 5, 7] {
+        changed.get(row / 4).get(row % 4).copy_(&Tensor::randn([16], DOUBLE));
+    }
+    for top_k in [None, Some(2)] {
+        let router = random_router(top_k);
+        let a = RoutingTotals::new(&router.forward(&x), &labelled);
+        let b = RoutingTotals::new(&router.forward(&changed), &labelled);
+        assert_eq!(a.num_tokens, 4);
+        let sums = |totals: &RoutingTotals| {
+            let entropy = totals.entropy.view([1]);
+            Tensor::cat(&[&totals.probs, &totals.weights, &totals.assignments, &entropy], 0)
+        };
+        assert_eq!(max_difference(&sums(&a), &sums(&b)), 0.0);
+        assert!(max_difference(&router.forward(&x).probs, &router.forward(&changed).probs) > 0.01);
+    }
+}
+
+#[test]
+fn routing_entropy_is_between_zero_and_ln_e() {
+    let third = 1.0 / 3.0;
+    assert!((totals(&[[third; 3]], None).routing_entropy() - 3f64.ln()).abs() < 1e-15);
+    assert_eq!(totals(&[[1.0, 0.0, 0.0]], None).routing_entropy(), 0.0);
+    let both = totals(&[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], None).routing_entropy();
+    assert!((both - 2f64.ln() / 2.0).abs() < 1e-15);
+}

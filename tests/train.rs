@@ -1,0 +1,381 @@
+//! Runs of a tiny model: the curve, exact resumption, exact accumulation, what stays on disk.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::Result;
+use dylora::base::Base;
+use dylora::config::{Config, SaveDtype, load};
+use dylora::data::{DataOptions, Datasets, load_datasets};
+use dylora::export::{hugging_face, peft};
+use dylora::hub::HubSettings;
+use dylora::model::gpt2::Gpt2;
+use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::weights::read_tensors;
+use dylora::train::checkpoint::{self, Preferred};
+use dylora::train::{Ending, Event, Summary, Trainer, load_model};
+use tch::{Device, Tensor};
+
+/// libtorch has one CPU generator: runs that draw from it must not overlap.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A folder with a random base of two blocks, a tokenizer of 32 words and two domains.
+struct World {
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Result<Self> {
+        let world = Self { dir: tempfile::tempdir()? };
+        let words: BTreeMap<String, u32> = (0..31)
+            .map(|i| (format!("w{i}"), i))
+            .chain([("<|endoftext|>".to_owned(), 31)])
+            .collect();
+        let tokenizer = serde_json::json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
+            "decoder": null, "truncation": null, "padding": null,
+            "pre_tokenizer": { "type": "WhitespaceSplit" },
+            "model": { "type": "WordLevel", "vocab": words, "unk_token": "w0" },
+        });
+        fs_err::write(world.path("tokenizer.json"), tokenizer.to_string())?;
+        let shape = serde_json::json!({
+            "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24,
+            "vocab_size": 32, "eos_token_id": 31,
+        });
+        tch::manual_seed(7);
+        let base = Gpt2::random(Gpt2Config::from_json(&shape)?);
+        let tokenizer = world.path("tokenizer.json");
+        let dir = world.path("base");
+        hugging_face::export(&dir, &base, SaveDtype::F32, Some(&tokenizer), false)?;
+        for (name, step) in [("up", 1), ("down", 29)] {
+            for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
+                let lines: Vec<String> =
+                    (first..first + records).map(|n| record(n, step).to_string()).collect();
+                fs_err::write(world.path(&format!("{name}.{split}.jsonl")), lines.join("\n"))?;
+            }
+        }
+        Ok(world)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn config(&self, run: &str, overrides: &[&str]) -> Result<Config> {
+        let dir = self.dir.path().display();
+        let text = format!(
+            r#"
+            [run]
+            dir = "{dir}/{run}"
+            tensorboard = false
+            [base]
+            source = {{ path = "{dir}/base" }}
+            [data]
+            seq_len = 16
+            [[data.domains]]
+            name = "up"
+            train = ["{dir}/up.train.jsonl"]
+            validation = {{ files = ["{dir}/up.validation.jsonl"] }}
+            [[data.domains]]
+            name = "down"
+            train = ["{dir}/down.train.jsonl"]
+            validation = {{ files = ["{dir}/down.validation.jsonl"] }}
+            [lora]
+            num_experts = 3
+            rank = 4
+            target_modules = ["attn.c_attn", "mlp.c_fc"]
+            dropout = 0.1
+            [router]
+            load_balancing_coef = 0.05
+            [train]
+            duration = {{ steps = 12 }}
+            micro_batch_size = 3
+            grad_accum_steps = 2
+            eval_every_steps = 4
+            [optimizer]
+            adapters = {{ learning_rate = 2e-2, weight_decay = 0.01 }}
+            router = {{ learning_rate = 5e-2 }}
+            max_grad_norm = 1.0
+            [schedule]
+            kind = "cosine"
+            warmup_steps = 3
+            "#
+        );
+        let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+        let config = load::parse(&text, &overrides)?;
+        load::validate(&config)?;
+        Ok(config)
+    }
+}
+
+/// A prompt of three words and the continuation of their pattern, of uneven length.
+fn record(n: i64, step: i64) -> serde_json::Value {
+    let word = |i: i64| format!("w{}", (n * 7 + i * step).rem_euclid(31));
+    let words = |range: std::ops::Range<i64>| range.map(word).collect::<Vec<_>>().join(" ");
+    serde_json::json!({ "prompt": words(0..3), "completion": words(3..5 + n % 7) })
+}
+
+fn open_base(config: &Config) -> Result<Base> {
+    let hub = HubSettings {
+        endpoint: String::new(),
+        cache_dir: PathBuf::new(),
+        token: None,
+        offline: true,
+    };
+    Base::open(&config.base, &hub, &())
+}
+
+fn data(config: &Config, base: &Base) -> Result<Datasets> {
+    let eos = base.config.eos_token_id;
+    let options = DataOptions::new(&config.data, config.run.seed, eos, None);
+    load_datasets(&config.data.domains, &options, base.tokenizer()?, &|_| ())
+}
+
+/// Trains from the start or from a checkpoint; returns the losses of the steps made.
+fn train(config: &Config, resume: Option<&Path>) -> Result<(Vec<f64>, Summary)> {
+    let base = open_base(config)?;
+    let data = data(config, &base)?;
+    let mut trainer = match resume {
+        None => Trainer::new(config.clone(), &base, data, Device::Cpu)?,
+        Some(dir) => Trainer::resume(config.clone(), &base, data, Device::Cpu, dir)?,
+    };
+    let mut losses = vec![];
+    let summary = trainer.run(&AtomicBool::new(false), &mut |event| {
+        if let Event::Step(metrics) = event {
+            losses.push(metrics.loss);
+        }
+    })?;
+    Ok((losses, summary))
+}
+
+fn tensors(checkpoint: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = read_tensors(&checkpoint.join("model.safetensors"))?;
+    tensors.extend(read_tensors(&checkpoint.join("optimizer.safetensors"))?);
+    Ok(tensors)
+}
+
+#[test]
+fn a_tiny_run_hits_the_listed_curve() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let (losses, summary) = train(&world.config("run", &["lora.dropout=0.0"])?, None)?;
+    let listed: [f64; 12] = LISTED;
+    for (step, (loss, listed)) in losses.iter().zip(listed).enumerate() {
+        assert!((loss - listed).abs() < 2e-4, "step {}: {loss} is not {listed}", step + 1);
+    }
+    assert_eq!((losses.len(), summary.ending), (12, Ending::Completed));
+    Ok(())
+}
+
+const LISTED: [f64; 12] = [0.0; 12];
+
+#[test]
+fn a_resumed_run_equals_an_unbroken_one_to_the_bit() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let every = ["train.checkpoint_every_steps=5", "train.keep_last=9"];
+    let config = world.config("unbroken", &every)?;
+    let (losses, unbroken) = train(&config, None)?;
+    let from = world.path("unbroken/checkpoints/step-00000005");
+    let (rest, resumed) = train(&world.config("resumed", &every)?, Some(&from))?;
+    assert_eq!(rest, losses[5..]);
+    assert_eq!(resumed.state, unbroken.state);
+    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
+    assert_eq!(left.len(), right.len());
+    for (name, tensor) in &left {
+        assert!(tensor.equal(&right[name]), "`{name}` differs");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_last_checkpoints_and_the_best_are_kept() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let overrides = ["train.checkpoint_every_steps=1", "train.keep_last=2"];
+    let config = world.config("run", &overrides)?;
+    let (_, summary) = train(&config, None)?;
+    let best = summary.state.best.unwrap().step;
+    let expected: std::collections::BTreeSet<u64> = [best, 11, 12].into();
+    assert_eq!(checkpoint::steps(&config.run.dir)?, expected.into_iter().collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
+fn uneven_micro_batches_equal_one_batch() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let common = ["lora.dropout=0.0", "train.duration={steps=5}", "router.top_k=2"];
+    let run = |name: &str, micro: usize, accum: usize| -> Result<BTreeMap<String, Tensor>> {
+        let sizes =
+            [format!("train.micro_batch_size={micro}"), format!("train.grad_accum_steps={accum}")];
+        let overrides: Vec<&str> =
+            common.iter().copied().chain(sizes.iter().map(String::as_str)).collect();
+        let (_, summary) = train(&world.config(name, &overrides)?, None)?;
+        read_tensors(&summary.checkpoint.join("model.safetensors"))
+    };
+    let (one, many) = (run("one", 6, 1)?, run("many", 1, 6)?);
+    for (name, tensor) in &one {
+        let difference = (tensor - &many[name]).abs().max().double_value(&[]);
+        assert!(difference < 1e-5, "`{name}` differs by {difference:e}");
+    }
+    Ok(())
+}
+
+#[test]
+fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let config = world.config("run", &["train.duration={epochs=12}"])?;
+    let base = open_base(&config)?;
+    let data_before = data(&config, &base)?;
+    let trainer = Trainer::new(config.clone(), &base, data_before, Device::Cpu)?;
+    let validation = data(&config, &base)?.validation;
+    let before = trainer.evaluate(&validation, &|_, _| ())?;
+    let hash = trainer.model().base().hash()?;
+    let (_, summary) = train(&config, None)?;
+    assert_eq!(summary.state.base_hash.as_deref(), Some(hash.as_str()));
+    let last = checkpoint::find(&config.run.dir, Preferred::Best)?;
+    let model = load_model(&last, &config, &base, Device::Cpu)?;
+    assert_eq!(model.base().hash()?, hash);
+    let settings = dylora::eval::EvalSettings {
+        batch_size: 4,
+        loss_chunk_tokens: 64,
+        source: dylora::model::RoutingSource::Router,
+    };
+    let after = dylora::eval::evaluate(&model, &validation, settings, &|_, _| ())?;
+    for (before, after) in before.domains.iter().zip(&after.domains) {
+        assert!(after.loss < before.loss - 0.3, "{}: {} to {}", after.name, before.loss, after.loss);
+    }
+    assert!((after.loss - summary.state.best.unwrap().loss).abs() < 1e-6);
+    Ok(())
+}
+
+#[test]
+fn a_nan_stops_the_run_and_leaves_the_last_checkpoint() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let blow_up = ["optimizer.adapters.learning_rate=1e38", "train.checkpoint_every_steps=1"];
+    let config = world.config("run", &blow_up)?;
+    let error = format!("{:#}", train(&config, None).unwrap_err());
+    assert!(error.contains("the last checkpoint stays: the loss is"), "{error}");
+    assert!(error.contains("hint: try a smaller `optimizer.*.learning_rate`"), "{error}");
+    let last = checkpoint::read(&checkpoint::find(&config.run.dir, Preferred::Last)?)?;
+    assert!(last.state.step >= 1);
+    Ok(())
+}
+
+#[test]
+fn early_stopping_counts_evaluations_without_improvement() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let overrides = [
+        "train.early_stopping={patience=2, min_delta=100.0}",
+        "train.eval_every_steps=2",
+        "train.duration={steps=40}",
+    ];
+    let config = world.config("run", &overrides)?;
+    let (losses, summary) = train(&config, None)?;
+    // the first evaluation is the best by definition, the next two are no improvement of 100 nats
+    assert_eq!((losses.len(), summary.ending), (6, Ending::StoppedEarly));
+    assert_eq!(summary.state.best.unwrap().step, 2);
+    let best = checkpoint::find(&config.run.dir, Preferred::Best)?;
+    assert_eq!(checkpoint::read_state(&best)?.step, 2);
+    Ok(())
+}
+
+#[test]
+fn durations_agree_with_their_units() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let blocks = {
+        let config = world.config("x", &[])?;
+        data(&config, &open_base(&config)?)?.train.num_blocks()
+    };
+    let (losses, summary) = train(&world.config("epochs", &["train.duration={epochs=2}"])?, None)?;
+    assert_eq!(losses.len(), (2 * blocks).div_ceil(6));
+    assert_eq!((summary.state.position.epoch, summary.state.position.offset), (2, 0));
+    let (_, summary) = train(&world.config("tokens", &["train.duration={tokens=100}"])?, None)?;
+    let seen = summary.state.tokens_seen;
+    assert!((100..100 + 6 * 16).contains(&seen), "{seen}");
+    Ok(())
+}
+
+#[test]
+fn resuming_refuses_another_config_another_base_and_other_data() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let config = world.config("run", &["train.duration={steps=2}"])?;
+    let (_, summary) = train(&config, None)?;
+    let refused = |config: &Config| format!("{:#}", train(config, Some(&summary.checkpoint)).unwrap_err());
+    let error = refused(&world.config("run", &["lora.rank=8"])?);
+    assert!(error.contains("now `rank = 8`, was `rank = 4`"), "{error}");
+    let error = format!("{:#}", train(&config, None).unwrap_err());
+    assert!(error.contains("holds checkpoints of an earlier run"), "{error}");
+    let file = world.path("up.train.jsonl");
+    let text = fs_err::read_to_string(&file)?;
+    fs_err::write(&file, text.replace("w1 ", "w2 "))?;
+    assert!(refused(&config).contains("the training data has changed"));
+    fs_err::write(&file, text)?;
+    let weights = world.path("base/model.safetensors");
+    let mut bytes = fs_err::read(&weights)?;
+    *bytes.last_mut().unwrap() ^= 1;
+    fs_err::write(&weights, bytes)?;
+    assert!(refused(&config).contains("is not the one that the checkpoint was trained on"));
+    Ok(())
+}
+
+#[test]
+fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let full = ["method=full", "optimizer.base.learning_rate=1e-2", "train.keep_last=9"];
+    let config = world.config("full", &full)?;
+    let (losses, unbroken) = train(&config, None)?;
+    let from = world.path("full/checkpoints/step-00000004");
+    let mut resumed = config.clone();
+    resumed.run.dir = world.path("full-resumed");
+    let (rest, summary) = train(&resumed, Some(&from))?;
+    assert_eq!(rest, losses[4..]);
+    assert_eq!(unbroken.state, summary.state);
+    assert!(losses[11] < losses[0] - 0.3, "{losses:?}");
+    let base = open_base(&config)?;
+    let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
+    let out = world.path("hf");
+    hugging_face::export(&out, model.base(), SaveDtype::F32, None, false)?;
+    let shape = Gpt2Config::read(&out.join("config.json"))?;
+    let file = out.join("model.safetensors");
+    let read = dylora::model::weights::read_gpt2(&shape, &[file], tch::Kind::Float)?;
+    assert_eq!(read.hash()?, model.base().hash()?);
+    Ok(())
+}
+
+#[test]
+fn an_export_holds_each_expert_and_the_router() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let config = world.config("run", &["train.duration={steps=3}"])?;
+    let (_, summary) = train(&config, None)?;
+    let base = open_base(&config)?;
+    let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
+    let out = world.path("export");
+    peft::export(&out, &model, &config, "base", false)?;
+    let trained = checkpoint::read_model(&summary.checkpoint)?;
+    for expert in 0..3 {
+        let file = out.join(format!("expert_{expert}/adapter_model.safetensors"));
+        let tensors = read_tensors(&file)?;
+        assert_eq!(tensors.len(), 2 * 2 * 2);
+        let name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight";
+        assert!(tensors[name].equal(&trained["h.1.mlp.c_fc.lora_b"].get(expert)));
+    }
+    let router = read_tensors(&out.join("router.safetensors"))?;
+    assert!(router["weight"].equal(&trained["router.weight"]));
+    let error = peft::export(&out, &model, &config, "base", false).unwrap_err();
+    assert!(format!("{error:#}").contains("is there already"), "{error:#}");
+    Ok(())
+}
