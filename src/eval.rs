@@ -146,7 +146,11 @@ pub fn evaluate(
 }
 
 /// The summed loss of a batch, nats, and its routing totals.
-fn score(model: &RoutedGpt2, batch: &Batch, settings: EvalSettings) -> (f64, Option<RoutingTotals>) {
+fn score(
+    model: &RoutedGpt2,
+    batch: &Batch,
+    settings: EvalSettings,
+) -> (f64, Option<RoutingTotals>) {
     let inputs = inputs(batch, model.device());
     let loss_settings = LossSettings {
         chunk_tokens: settings.loss_chunk_tokens,

@@ -190,7 +190,11 @@ pub type Segment = Box<dyn Fn(&[Tensor]) -> Tensor + Send>;
 /// - `parameters`: the leaf tensors that it uses by itself and that receive gradients
 ///
 /// A panic of the segment becomes an error here, or a panic of the backward pass.
-pub fn checkpoint(segment: Segment, activations: &[Tensor], parameters: &[Tensor]) -> Result<Tensor> {
+pub fn checkpoint(
+    segment: Segment,
+    activations: &[Tensor],
+    parameters: &[Tensor],
+) -> Result<Tensor> {
     let data: *mut Segment = Box::into_raw(Box::new(segment));
     let mut inputs = pointers(activations);
     inputs.extend(pointers(parameters));

@@ -48,7 +48,11 @@ impl World {
             "vocab_size": 32, "eos_token_id": 31,
         });
         tch::manual_seed(7);
-        let base = Gpt2::random(Gpt2Config::from_json(&shape)?);
+        let shape = Gpt2Config::from_json(&shape)?;
+        // ten times GPT-2's initial matrices, so that the frozen head can tell tokens apart
+        let random = Gpt2::random(shape.clone()).named_parameters().into_iter();
+        let scaled = random.map(|(name, t)| (name, if t.dim() == 2 { t * 10.0 } else { t }));
+        let base = Gpt2::new(shape, scaled.collect());
         let tokenizer = world.path("tokenizer.json");
         let dir = world.path("base");
         hugging_face::export(&dir, &base, SaveDtype::F32, Some(&tokenizer), false)?;
@@ -164,15 +168,18 @@ fn a_tiny_run_hits_the_listed_curve() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
     let (losses, summary) = train(&world.config("run", &["lora.dropout=0.0"])?, None)?;
-    let listed: [f64; 12] = LISTED;
-    for (step, (loss, listed)) in losses.iter().zip(listed).enumerate() {
+    for (step, (loss, listed)) in losses.iter().zip(LISTED).enumerate() {
         assert!((loss - listed).abs() < 2e-4, "step {}: {loss} is not {listed}", step + 1);
     }
     assert_eq!((losses.len(), summary.ending), (12, Ending::Completed));
     Ok(())
 }
 
-const LISTED: [f64; 12] = [0.0; 12];
+/// As the first version trained; a refactor leaves them alone.
+const LISTED: [f64; 12] = [
+    3.78053, 3.63395, 3.78431, 3.57733, 3.51833, 3.35888, 3.43919, 3.41739, 3.37003, 3.29925,
+    3.35662, 3.32112,
+];
 
 #[test]
 fn a_resumed_run_equals_an_unbroken_one_to_the_bit() -> Result<()> {
@@ -250,7 +257,13 @@ fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
     };
     let after = dylora::eval::evaluate(&model, &validation, settings, &|_, _| ())?;
     for (before, after) in before.domains.iter().zip(&after.domains) {
-        assert!(after.loss < before.loss - 0.3, "{}: {} to {}", after.name, before.loss, after.loss);
+        assert!(
+            after.loss < before.loss - 0.3,
+            "{}: {} to {}",
+            after.name,
+            before.loss,
+            after.loss
+        );
     }
     assert!((after.loss - summary.state.best.unwrap().loss).abs() < 1e-6);
     Ok(())
@@ -312,7 +325,8 @@ fn resuming_refuses_another_config_another_base_and_other_data() -> Result<()> {
     let world = World::new()?;
     let config = world.config("run", &["train.duration={steps=2}"])?;
     let (_, summary) = train(&config, None)?;
-    let refused = |config: &Config| format!("{:#}", train(config, Some(&summary.checkpoint)).unwrap_err());
+    let refused =
+        |config: &Config| format!("{:#}", train(config, Some(&summary.checkpoint)).unwrap_err());
     let error = refused(&world.config("run", &["lora.rank=8"])?);
     assert!(error.contains("now `rank = 8`, was `rank = 4`"), "{error}");
     let error = format!("{:#}", train(&config, None).unwrap_err());

@@ -55,11 +55,8 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     super::trace::check_routing(args.routing, &open.model)?;
     let dataset = dataset(&args, &open, shared)?;
     let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-    let settings = EvalSettings {
-        batch_size: args.batch_size,
-        loss_chunk_tokens: 1024,
-        source: args.routing,
-    };
+    let settings =
+        EvalSettings { batch_size: args.batch_size, loss_chunk_tokens: 1024, source: args.routing };
     let report = evaluate(&open.model, &dataset, settings, &|done, _| bar.set(done))?;
     bar.finish();
     if args.json {

@@ -156,13 +156,16 @@ fn user_cache() -> PathBuf {
 
 /// Where token caches go: `DYLORA_CACHE`, else `dylora` in the user's cache.
 fn token_cache() -> PathBuf {
-    variable("DYLORA_CACHE").map_or_else(|| user_cache().join("dylora"), PathBuf::from).join("tokens")
+    variable("DYLORA_CACHE")
+        .map_or_else(|| user_cache().join("dylora"), PathBuf::from)
+        .join("tokens")
 }
 
 /// How to reach the Hub, by huggingface_hub's variables: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
 /// `HF_TOKEN` (else the token that `hf auth login` saved), `HF_HUB_OFFLINE`.
 fn hub_settings() -> HubSettings {
-    let hf_home = variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from);
+    let hf_home =
+        variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from);
     let saved_token = || std::fs::read_to_string(hf_home.join("token")).ok();
     let token = variable("HF_TOKEN").or_else(saved_token).map(|token| token.trim().to_owned());
     let offline = variable("HF_HUB_OFFLINE")

@@ -61,7 +61,11 @@ pub struct DownloadBar(ProgressBar);
 impl DownloadBar {
     /// A bar that appears with the first download.
     pub fn new(show: bool) -> Self {
-        Self(bar(show, 0, "{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} [{eta} left]"))
+        Self(bar(
+            show,
+            0,
+            "{msg} {bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} [{eta} left]",
+        ))
     }
 }
 

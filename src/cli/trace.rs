@@ -138,7 +138,11 @@ fn print(
     let texts: Vec<String> = tokens.iter().map(|&id| text_of(id)).collect();
     let num_targets: usize = open.config.as_ref().map_or(0, |config| {
         let per_block = config.lora.target_modules.len();
-        if open.model.num_experts() == 0 { 0 } else { per_block * open.base.config.n_layer as usize }
+        if open.model.num_experts() == 0 {
+            0
+        } else {
+            per_block * open.base.config.n_layer as usize
+        }
     });
     if args.json {
         let json = json!({
@@ -160,11 +164,12 @@ fn print(
     let experts: Vec<String> = (0..num_experts).map(|e| format!("expert_{e}")).collect();
     let mut header = vec!["position", "id", "token"];
     header.extend(experts.iter().map(String::as_str));
-    let lines = tokens.iter().zip(&texts).zip(rows).enumerate().map(|(t, ((id, text), weights))| {
-        let mut line = vec![t.to_string(), id.to_string(), format!("{text:?}")];
-        line.extend(weights.iter().map(|weight| format!("{weight:.4}")));
-        line
-    });
+    let lines =
+        tokens.iter().zip(&texts).zip(rows).enumerate().map(|(t, ((id, text), weights))| {
+            let mut line = vec![t.to_string(), id.to_string(), format!("{text:?}")];
+            line.extend(weights.iter().map(|weight| format!("{weight:.4}")));
+            line
+        });
     println!("{}", table::table(&header, lines.collect()));
     if let Some(file) = &args.out {
         println!("wrote `{}`", file.display());

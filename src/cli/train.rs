@@ -213,7 +213,11 @@ fn print_summary(
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
-    println!("{ending} after step {}, {} target tokens", state.step, table::count(state.tokens_seen));
+    println!(
+        "{ending} after step {}, {} target tokens",
+        state.step,
+        table::count(state.tokens_seen)
+    );
     if let Some(best) = state.best {
         println!("best validation loss {:.4} at step {}", best.loss, best.step);
     }
@@ -274,8 +278,17 @@ fn dry_run(config: &Config, base: &Base, data: &Datasets, json: bool) -> Result<
 }
 
 fn data_table(data: &Datasets) -> comfy_table::Table {
-    let header =
-        ["domain", "split", "records", "documents", "tokens", "label tokens", "blocks", "split docs", "skipped"];
+    let header = [
+        "domain",
+        "split",
+        "records",
+        "documents",
+        "tokens",
+        "label tokens",
+        "blocks",
+        "split docs",
+        "skipped",
+    ];
     let mut rows = vec![];
     for (split, dataset) in [("train", &data.train), ("validation", &data.validation)] {
         for domain in &dataset.domains {

@@ -62,9 +62,8 @@ fn set(table: &mut toml::Table, item: &str) -> Result<()> {
     let (last, sections) = parts.split_last().expect("split yields at least one part");
     let mut at = table;
     for (depth, section) in sections.iter().enumerate() {
-        let entry = at
-            .entry(section.to_string())
-            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        let entry =
+            at.entry(section.to_string()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
         let kind = entry.type_str();
         at = entry.as_table_mut().ok_or_else(|| {
             let path = parts[..=depth].join(".");
@@ -286,7 +285,8 @@ fn check_optimizer(config: &Config, faults: &mut Faults) {
 /// Makes every path absolute, against the working folder.
 fn make_absolute(config: &mut Config) -> Result<()> {
     let absolute = |path: &Path| -> Result<PathBuf> {
-        std::path::absolute(path).with_context(|| format!("no absolute form of `{}`", path.display()))
+        std::path::absolute(path)
+            .with_context(|| format!("no absolute form of `{}`", path.display()))
     };
     config.run.dir = absolute(&config.run.dir)?;
     if let BaseSource::Path(path) = &mut config.base.source {

@@ -67,7 +67,8 @@ impl Tokens {
             Self::Memory(tokens) => out.extend_from_slice(&tokens[start..start + count]),
             Self::Mapped { map, offset } => {
                 let bytes = &map[offset + start * TOKEN_BYTES as usize..];
-                let chunks = bytes[..count * TOKEN_BYTES as usize].chunks_exact(TOKEN_BYTES as usize);
+                let chunks =
+                    bytes[..count * TOKEN_BYTES as usize].chunks_exact(TOKEN_BYTES as usize);
                 out.extend(chunks.map(|chunk| {
                     u32::from_le_bytes(chunk.try_into().expect("chunks have this length"))
                 }));

@@ -226,7 +226,10 @@ fn mixture_card(model: &RoutedGpt2, config: &Config, label: &str) -> String {
              {})` over the experts, where `x` is the token plus position embedding{}. The weights of a \
              token are the same in every layer.",
             router.temperature,
-            router.top_k.map(|k| format!("; the {k} largest are kept and renormalised")).unwrap_or_default(),
+            router
+                .top_k
+                .map(|k| format!("; the {k} largest are kept and renormalised"))
+                .unwrap_or_default(),
         ),
     };
     format!(

@@ -1,10 +1,12 @@
 //! The base: GPT-2's forward pass (transformers 5.17, `models/gpt2/modeling_gpt2.py`), without any
 //! LoRA. Dropout of the base is never active, in training neither.
 //!
-//!     x_0 = wte[input_ids] + wpe[position_ids]
-//!     x   = x + attn.c_proj(attention(attn.c_attn(ln_1(x))))
-//!     x   = x + mlp.c_proj(gelu(mlp.c_fc(ln_2(x))))          n_layer times
-//!     logits = ln_f(x) lm_head^T
+//! ```text
+//! x_0 = wte[input_ids] + wpe[position_ids]
+//! x   = x + attn.c_proj(attention(attn.c_attn(ln_1(x))))
+//! x   = x + mlp.c_proj(gelu(mlp.c_fc(ln_2(x))))          n_layer times
+//! logits = ln_f(x) lm_head^T
+//! ```
 //!
 //! Letters of shapes: `b` batch, `t` position, `d` width, `h` head, `i` in, `o` out, `v` vocabulary.
 
@@ -125,13 +127,15 @@ impl Block {
             AttentionMask::Documents(mask) => (Some(mask), false),
         };
         let scale = Some(self.attention_scale);
-        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, is_causal, scale, false);
+        let y =
+            Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, is_causal, scale, false);
         y.transpose(1, 2).reshape([b, t, d3 / 3])
     }
 
     /// Handles to all parameters of the block.
     pub fn parameters(&self) -> Vec<Tensor> {
-        let norms = [&self.ln_1, &self.ln_2].into_iter().flat_map(|norm| [&norm.weight, &norm.bias]);
+        let norms =
+            [&self.ln_1, &self.ln_2].into_iter().flat_map(|norm| [&norm.weight, &norm.bias]);
         let linears = self.linears.values().flat_map(|linear| [&linear.weight, &linear.bias]);
         norms.chain(linears).map(Tensor::shallow_clone).collect()
     }

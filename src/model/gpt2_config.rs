@@ -64,13 +64,18 @@ impl Gpt2Config {
     pub fn from_json(json: &Value) -> Result<Self> {
         let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("absent");
         if model_type != "gpt2" {
-            bail!("`model_type` must be `gpt2`, got `{model_type}`\nhint: dylora trains GPT-2 only");
+            bail!(
+                "`model_type` must be `gpt2`, got `{model_type}`\nhint: dylora trains GPT-2 only"
+            );
         }
         if flag(json, "add_cross_attention", false)? {
             bail!("`add_cross_attention` must be false: a decoder alone is supported");
         }
         let n_embd = size(json, "n_embd", Some(768))?;
-        let name = json.get("activation_function").and_then(Value::as_str).unwrap_or("gelu_new");
+        let name = match json.get("activation_function") {
+            None | Some(Value::Null) => "gelu_new",
+            Some(name) => name.as_str().context("`activation_function` is not a string")?,
+        };
         let activation = match name {
             "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluNew,
             "gelu" => Activation::Gelu,

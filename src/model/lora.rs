@@ -1,6 +1,8 @@
 //! The LoRA experts of one frozen linear layer (LoRA, arXiv:2106.09685, eq. 3, weighted per token):
 //!
-//!     y = x W + b + sum_e g_e * s * drop(x) A_e^T B_e^T          s = alpha / r
+//! ```text
+//! y = x W + b + sum_e g_e * s * drop(x) A_e^T B_e^T          s = alpha / r
+//! ```
 //!
 //! [`LoraExperts::add_fused`] is one pair of matrix products, whatever E is: A is stacked into
 //! `[e r, i]` and B into `[e r, o]`, and the routing weights act in rank space. Its twin,
@@ -79,6 +81,8 @@ impl LoraExperts {
     pub fn add(&self, y: Tensor, x: &Tensor, g: &RoutingWeights, dropout: LoraDropout) -> Tensor {
         match (g, dropout.masks) {
             (RoutingWeights::Off, _) => y,
+            // one expert, which is plain LoRA to the bit in its own order of operations
+            (RoutingWeights::Ones, _) => self.add_looped(y, x, g, dropout),
             (_, DropoutMasks::Shared) => self.add_fused(y, x, g, dropout),
             (_, DropoutMasks::PerExpert) => self.add_looped(y, x, g, dropout),
         }

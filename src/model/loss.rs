@@ -4,8 +4,10 @@
 //! positions, so that at most `chunk_tokens x v` logits are in memory. For a position with hidden
 //! state h, label y and label smoothing s (arXiv:1512.00567, section 7):
 //!
-//!     z = h W^T,   loss = logsumexp(z) - (1 - s) z_y - s mean(z)
-//!     dloss/dz = softmax(z) - (1 - s) onehot(y) - s / v,   dloss/dh = dloss/dz W
+//! ```text
+//! z = h W^T,   loss = logsumexp(z) - (1 - s) z_y - s mean(z)
+//! dloss/dz = softmax(z) - (1 - s) onehot(y) - s / v,   dloss/dh = dloss/dz W
+//! ```
 //!
 //! Letters of shapes: `n` labelled positions, `c` positions of a chunk, `d` width, `v` vocabulary.
 
@@ -81,7 +83,8 @@ fn chunk_sums(
         loss: Tensor::zeros([], (wide, hidden.device())),
         token_losses: vec![],
         d_hidden: vec![],
-        d_head: (settings.with_grad && head.requires_grad()).then(|| head.zeros_like().to_kind(wide)),
+        d_head: (settings.with_grad && head.requires_grad())
+            .then(|| head.zeros_like().to_kind(wide)),
     };
     let (n, v, smoothing) = (hidden.size()[0], head.size()[0], settings.label_smoothing);
     // without labels: one empty chunk, whose sums are zero
@@ -106,7 +109,8 @@ fn chunk_sums(
             d_logits_cv -= smoothing / v as f64;
         }
         let on_label = Tensor::full([len, 1], smoothing - 1.0, (wide, hidden.device()));
-        let d_logits_cv = (d_logits_cv.scatter_add_(-1, &y_c1, &on_label) * settings.scale).to_kind(kind);
+        let d_logits_cv =
+            (d_logits_cv.scatter_add_(-1, &y_c1, &on_label) * settings.scale).to_kind(kind);
         sums.d_hidden.push(d_logits_cv.matmul(&head_compute));
         if let Some(d_head) = &mut sums.d_head {
             *d_head += d_logits_cv.tr().matmul(&h_cd).to_kind(wide);

@@ -72,7 +72,8 @@ impl Inputs {
         let labelled: Vec<i64> =
             (0..rows.labels.len()).filter(|&i| rows.labels[i] >= 0).map(|i| i as i64).collect();
         let labels: Vec<i64> = rows.labels.iter().copied().filter(|&label| label >= 0).collect();
-        let single = rows.document_ids.chunks(rows.seq_len).all(|row| row.iter().all(|&id| id <= 0));
+        let single =
+            rows.document_ids.chunks(rows.seq_len).all(|row| row.iter().all(|&id| id <= 0));
         let mask = if single {
             // padding follows the document, so that causality alone keeps it out
             AttentionMask::Causal
@@ -315,18 +316,23 @@ impl RoutedGpt2 {
 
     /// Overwrites the trained parameters with `tensors` of the same names and shapes.
     pub fn load_trained(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
-        let parameters = self.trained_parameters();
-        for TrainedParameter { name, tensor, .. } in &parameters {
+        let mut parameters: BTreeMap<String, Tensor> =
+            self.trained_parameters().into_iter().map(|p| (p.name, p.tensor)).collect();
+        for (name, tensor) in &parameters {
             let Some(source) = tensors.get(name) else { bail!("tensor `{name}` is missing") };
             if source.size() != tensor.size() {
                 bail!("tensor `{name}` must be {:?}, got {:?}", tensor.size(), source.size());
             }
-            tch::no_grad(|| tensor.shallow_clone().copy_(source));
         }
-        match tensors.keys().find(|name| !parameters.iter().any(|p| p.name == **name)) {
-            Some(extra) => bail!("tensor `{extra}` belongs to no parameter of this model"),
-            None => Ok(()),
+        if let Some(extra) = tensors.keys().find(|name| !parameters.contains_key(*name)) {
+            bail!("tensor `{extra}` belongs to no parameter of this model");
         }
+        tch::no_grad(|| {
+            for (name, tensor) in &mut parameters {
+                tensor.copy_(&tensors[name]);
+            }
+        });
+        Ok(())
     }
 
     /// Token plus position embeddings, `[b, t, d]`.
@@ -356,7 +362,9 @@ impl RoutedGpt2 {
         match (source, &self.router) {
             _ if e == 0 => (RoutingWeights::Off, None),
             (RoutingSource::Base, _) => (RoutingWeights::Off, None),
-            (RoutingSource::Uniform, _) => (fixed(Tensor::full([e], 1.0 / e as f64, options)), None),
+            (RoutingSource::Uniform, _) => {
+                (fixed(Tensor::full([e], 1.0 / e as f64, options)), None)
+            }
             (RoutingSource::Expert(expert), _) => {
                 let one_hot = Tensor::from(expert).one_hot(e).to_kind(options.0);
                 (fixed(one_hot), None)

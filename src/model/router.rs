@@ -1,8 +1,10 @@
 //! The router: a linear layer that scores the experts for each token, and what is told about it.
 //!
-//!     router_logits = x R^T + c                                    [b, t, e]
-//!     routing_probs = softmax(router_logits / temperature)         in f32
-//!     routing_weights = routing_probs, or the k largest of them divided by their sum
+//! ```text
+//! router_logits = x R^T + c                                    [b, t, e]
+//! routing_probs = softmax(router_logits / temperature)         in f32
+//! routing_weights = routing_probs, or the k largest of them divided by their sum
+//! ```
 //!
 //! The load-balancing loss is Switch Transformer's (arXiv:2101.03961, eqs. 4-6), `E sum_e f_e P_e`,
 //! 1 when even, with `P` the mean routing_probs and `f` the expert load. With top-k routing, `f_e` is

@@ -47,9 +47,11 @@ pub fn read_gpt2(config: &Gpt2Config, files: &[PathBuf], kind: Kind) -> Result<G
         };
         for_each_tensor(file, add).with_context(|| format!("in `{}`", file.display()))?;
     }
+    assert!(!files.is_empty(), "the hub room finds at least one file");
     let missing: Vec<_> = expected.keys().filter(|name| !tensors.contains_key(*name)).collect();
     if let [first, rest @ ..] = missing.as_slice() {
-        let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+        let more =
+            if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
         bail!("`{}` lacks tensor `{first}`{more}", files[0].display());
     }
     if let Some(head) = stored_head
@@ -74,12 +76,14 @@ fn canonical_name(name: &str) -> Option<String> {
     Some(format!("transformer.{name}"))
 }
 
-/// Hands each tensor of a safetensors file to `take`, in the file's order.
+/// Hands each tensor of a safetensors file to `take`, in the order of names.
 fn for_each_tensor(file: &Path, mut take: impl FnMut(String, Tensor) -> Result<()>) -> Result<()> {
     let bytes = crate::ffi::map_file(file)?;
     let parsed = SafeTensors::deserialize(&bytes)
         .with_context(|| format!("`{}` is no whole safetensors file", file.display()))?;
-    for (name, view) in parsed.iter() {
+    let mut views: Vec<_> = parsed.iter().collect();
+    views.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    for (name, view) in views {
         take(name.to_owned(), to_tensor(&view).with_context(|| format!("tensor `{name}`"))?)?;
     }
     Ok(())

@@ -169,8 +169,10 @@ pub fn write(
     let name = step_name(checkpoint.state.step);
     let write = || -> Result<PathBuf> {
         fs_err::create_dir_all(&parent)?;
-        let temporary =
-            tempfile::Builder::new().prefix(".writing-").tempdir_in(&parent).context("no folder")?;
+        let temporary = tempfile::Builder::new()
+            .prefix(".writing-")
+            .tempdir_in(&parent)
+            .context("no folder")?;
         write_files(temporary.path(), checkpoint)?;
         durable::sync_folder(temporary.path())?;
         let target = parent.join(&name);
@@ -226,7 +228,8 @@ pub fn steps(run_dir: &Path) -> Result<Vec<u64>> {
     let mut steps = vec![];
     for entry in fs_err::read_dir(&parent)? {
         let name = entry?.file_name();
-        steps.extend(name.to_str().and_then(|name| name.strip_prefix("step-")?.parse::<u64>().ok()));
+        steps
+            .extend(name.to_str().and_then(|name| name.strip_prefix("step-")?.parse::<u64>().ok()));
     }
     steps.sort_unstable();
     Ok(steps)

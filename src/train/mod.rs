@@ -236,7 +236,10 @@ impl Trainer {
         let mut saved = None;
         while self.state.step < self.num_steps && !self.state.stopped_early {
             let metrics = self.step().with_context(|| {
-                format!("training stopped in step {}; the last checkpoint stays", self.state.step + 1)
+                format!(
+                    "training stopped in step {}; the last checkpoint stays",
+                    self.state.step + 1
+                )
             })?;
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;

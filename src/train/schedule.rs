@@ -2,10 +2,12 @@
 //!
 //! With `w` warm-up steps and `n` steps in all, step `s` (from 1) has
 //!
-//!     s / (w + 1)                                          while s <= w
-//!     1                                                    constant
-//!     m + (1 - m) (1 - p)                                  linear
-//!     m + (1 - m) (1 + cos(pi p)) / 2                      cosine
+//! ```text
+//! s / (w + 1)                                          while s <= w
+//! 1                                                    constant
+//! m + (1 - m) (1 - p)                                  linear
+//! m + (1 - m) (1 + cos(pi p)) / 2                      cosine
+//! ```
 //!
 //! where `p = (s - 1 - w) / (n - w)` and `m` is `min_ratio` (transformers' schedules, without their
 //! first step at 0).

@@ -67,9 +67,10 @@ pub fn step(
         })
         .collect();
     let routing = routing_totals(model, &micro_batches);
-    let balance = routing.as_ref().filter(|_| config.router.load_balancing_coef > 0.0).map(|totals| {
-        totals.balance_gradient().to_kind(Kind::Float) * config.router.load_balancing_coef
-    });
+    let balance =
+        routing.as_ref().filter(|_| config.router.load_balancing_coef > 0.0).map(|totals| {
+            totals.balance_gradient().to_kind(Kind::Float) * config.router.load_balancing_coef
+        });
     let mut grads = GradientSum::default();
     let mut domain_sums = Tensor::zeros([dataset.domains.len() as i64], (Kind::Double, device));
     for micro_batch in &micro_batches {
@@ -91,7 +92,13 @@ pub fn step(
         .zip(domain_sums.iter().zip(&counts))
         .filter(|(_, (_, count))| **count > 0)
         .map(|(domain, (sum, count))| (domain.name.clone(), sum / *count as f64));
-    Ok(StepResult { loss, domain_losses: domain_losses.collect(), label_tokens, grad_norm, routing })
+    Ok(StepResult {
+        loss,
+        domain_losses: domain_losses.collect(),
+        label_tokens,
+        grad_norm,
+        routing,
+    })
 }
 
 /// The loss of one micro-batch to differentiate, and the losses of its label tokens.
@@ -103,10 +110,7 @@ fn forward(
     balance: Option<&Tensor>,
 ) -> (Tensor, Tensor) {
     let mode = ForwardMode {
-        dropout: LoraDropout {
-            probability: config.lora.dropout,
-            masks: config.lora.dropout_masks,
-        },
+        dropout: LoraDropout { probability: config.lora.dropout, masks: config.lora.dropout_masks },
         gradient_checkpointing: config.train.gradient_checkpointing,
     };
     let settings = LossSettings {

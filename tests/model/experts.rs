@@ -7,8 +7,8 @@ use dylora::model::{ForwardMode, ParameterGroup, Recorder, RoutedGpt2, RoutingSo
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, assert_same_gradients, gradients, logits, max_difference, mean_loss,
-    seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
+    DOUBLE, assert_close, gradients, logits, max_difference, mean_loss, seed, tiny_base,
+    tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 fn with_dropout(probability: f64, masks: DropoutMasks) -> ForwardMode {
@@ -48,14 +48,13 @@ fn zero_routing_weights_leave_the_base() -> Result<()> {
     Ok(())
 }
 
-/// `y + scaling * x A^T B^T` (LoRA, arXiv:2106.09685, eq. 3), written out: the loop to the bit; the
-/// fused pair scales before its second product and adds `y` inside of it, which rounds otherwise.
+/// `y + scaling * x A^T B^T` (LoRA, arXiv:2106.09685, eq. 3), written out.
 #[test]
-fn one_expert_is_plain_lora() -> Result<()> {
+fn one_expert_is_plain_lora_to_the_bit() -> Result<()> {
     let _generator = seed(3);
     let lora = LoraConfig { num_experts: 1, ..tiny_lora() };
     let inputs = two_rows();
-    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-13)] {
+    for kind in [Kind::Float, Kind::Double] {
         let model = tiny_model(&lora, &RouterConfig::default(), kind)?;
         assert!(model.router().is_none());
         let mut x = model.base().embed(&inputs.input_ids, &inputs.position_ids, kind);
@@ -69,10 +68,9 @@ fn one_expert_is_plain_lora() -> Result<()> {
         let expected = model.logits(&model.base().ln_f.forward(&x));
         let hidden =
             |masks| model.forward(&inputs, RoutingSource::Router, with_dropout(0.0, masks), None).0;
-        let looped = model.logits(&hidden(DropoutMasks::PerExpert));
-        assert_close("the loop", &looped, &expected, 0.0);
-        let fused = model.logits(&hidden(DropoutMasks::Shared));
-        assert_close("the fused pair", &fused, &expected, tolerance);
+        for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
+            assert_close(&format!("{masks:?}"), &model.logits(&hidden(masks)), &expected, 0.0);
+        }
     }
     Ok(())
 }
@@ -112,7 +110,7 @@ fn uniform_routing_is_an_even_weight_on_each_expert() -> Result<()> {
 fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
     let _generator = seed(6);
     let inputs = two_rows();
-    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12)] {
+    for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::Double, 1e-12)] {
         for top_k in [None, Some(2)] {
             let router = RouterConfig { top_k, temperature: 0.7, ..RouterConfig::default() };
             let model = tiny_model(&tiny_lora(), &router, kind)?;
@@ -124,7 +122,12 @@ fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
             let (fused, fused_grads) = run(DropoutMasks::Shared);
             let (looped, looped_grads) = run(DropoutMasks::PerExpert);
             assert_close("loss", &fused, &looped, tolerance * looped.double_value(&[]));
-            assert_same_gradients(&fused_grads, &looped_grads, tolerance);
+            for (name, looped) in &looped_grads {
+                // relative where a gradient has elements above 1, else absolute
+                let scale = looped.abs().max().double_value(&[]);
+                assert!(scale > 0.0, "the gradient of `{name}` is zero");
+                assert_close(name, &fused_grads[name], looped, tolerance * scale.max(1.0));
+            }
         }
     }
     Ok(())
