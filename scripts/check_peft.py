@@ -40,7 +40,7 @@ class Collect(logging.Handler):
 def trace(dylora, checkpoint, text, routing, folder):
     out = Path(folder) / f"{routing.replace(':', '_')}.safetensors"
     command = [dylora, "trace", "--checkpoint", checkpoint, "--text", text, "--routing", routing]
-    subprocess.run(command + ["--out", out, "--device", "cpu"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command + ["--out", out, "--device", "cpu", "--dtype", "f32"], check=True, stdout=subprocess.DEVNULL)
     return load_file(out)
 
 

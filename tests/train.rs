@@ -247,6 +247,7 @@ fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
     let hash = trainer.model().base().hash()?;
     let (_, summary) = train(&config, None)?;
     assert_eq!(summary.state.base_hash.as_deref(), Some(hash.as_str()));
+    assert_eq!(summary.frozen_hash.as_deref(), Some(hash.as_str()));
     let last = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&last, &config, &base, Device::Cpu)?;
     assert_eq!(model.base().hash()?, hash);

@@ -26,8 +26,8 @@ pub struct ModelArgs {
     /// A `tokenizer.json`, if it is not the one beside the base's weights.
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
-    /// What a bare base computes in [default: f32].
-    #[arg(long, value_name = "f32|bf16", value_parser = parse_dtype, conflicts_with = "checkpoint")]
+    /// What the base computes in [default: the config's, or f32].
+    #[arg(long, value_name = "f32|bf16", value_parser = parse_dtype)]
     pub dtype: Option<Dtype>,
     /// `auto`, `cpu` or `cuda[:N]`.
     #[arg(long)]
@@ -79,6 +79,7 @@ impl ModelArgs {
         if let Some(tokenizer) = &self.tokenizer {
             config.base.tokenizer = Some(tokenizer.clone());
         }
+        config.base.dtype = self.dtype.unwrap_or(config.base.dtype);
         let device = device(self.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
         let model = train::load_model(&dir, &config, &base, device)?;

@@ -208,7 +208,7 @@ fn print_summary(
             "run_dir": config.run.dir,
             "checkpoint": summary.checkpoint,
             "model_dir": model_dir,
-            "base_blake3": state.base_hash,
+            "base_blake3": summary.frozen_hash,
         });
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
@@ -221,7 +221,7 @@ fn print_summary(
     if let Some(best) = state.best {
         println!("best validation loss {:.4} at step {}", best.loss, best.step);
     }
-    if let Some(hash) = &state.base_hash {
+    if let Some(hash) = &summary.frozen_hash {
         println!("the base is unchanged: BLAKE3 {}.. before and after", &hash[..16]);
     }
     println!("checkpoint: {}", summary.checkpoint.display());

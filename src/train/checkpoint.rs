@@ -48,7 +48,8 @@ pub struct TrainState {
     pub evals_without_improvement: u64,
     /// Whether early stopping has ended the run.
     pub stopped_early: bool,
-    /// BLAKE3 of the frozen base's parameters; none if the base itself is trained.
+    /// BLAKE3 of the frozen base's parameters in f32, as they were read; none if the base itself is
+    /// trained.
     pub base_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,

@@ -66,6 +66,9 @@ pub struct Summary {
     pub state: TrainState,
     /// The last checkpoint.
     pub checkpoint: PathBuf,
+    /// BLAKE3 of the frozen base in the dtype it computed in, the same before and after the run; none
+    /// if the base itself was trained.
+    pub frozen_hash: Option<String>,
 }
 
 /// A run.
@@ -79,6 +82,8 @@ pub struct Trainer {
     state: TrainState,
     stream: BlockStream,
     num_steps: u64,
+    /// BLAKE3 of the frozen base as it lies on the device.
+    frozen_hash: Option<String>,
 }
 
 /// The model that a config describes on a base, with fresh experts and router from `run.seed`.
@@ -103,20 +108,19 @@ pub fn build_model(config: &Config, base: &Gpt2, device: Device) -> RoutedGpt2 {
 pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
     let weights = base.weights()?;
     let model = build_model(config, &weights, device);
-    let state = checkpoint::read_state(dir)?;
-    check_base(&state, &model, &base.label)?;
+    check_base(&checkpoint::read_state(dir)?, &weights, &base.label)?;
     let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
     model.load_trained(&checkpoint::read_model(dir)?).with_context(in_dir)?;
     Ok(model)
 }
 
-fn check_base(state: &TrainState, model: &RoutedGpt2, label: &str) -> Result<()> {
+fn check_base(state: &TrainState, base: &Gpt2, label: &str) -> Result<()> {
     let Some(expected) = &state.base_hash else { return Ok(()) };
-    let found = model.base().hash()?;
+    let found = base.hash()?;
     if found != *expected {
         bail!(
             "the base `{label}` is not the one that the checkpoint was trained on: BLAKE3 \
-             `{}..`, trained on `{}..`\nhint: the dtype `base.dtype` counts too",
+             `{}..`, trained on `{}..`",
             &found[..12],
             &expected[..12]
         );
@@ -135,7 +139,8 @@ impl Trainer {
             );
         }
         tch::manual_seed(config.run.seed as i64);
-        let model = build_model(&config, &base.weights()?, device);
+        let weights = base.weights()?;
+        let model = build_model(&config, &weights, device);
         let state = TrainState {
             format: checkpoint::FORMAT,
             step: 0,
@@ -145,7 +150,7 @@ impl Trainer {
             evals_without_improvement: 0,
             stopped_early: false,
             base_hash: match config.method {
-                Method::RoutedLora => Some(model.base().hash()?),
+                Method::RoutedLora => Some(weights.hash()?),
                 Method::Full => None,
             },
             data_fingerprint: data.train.fingerprint(),
@@ -174,8 +179,9 @@ impl Trainer {
                 dir.display()
             );
         }
-        let model = build_model(&config, &base.weights()?, device);
-        check_base(&saved.state, &model, &base.label)?;
+        let weights = base.weights()?;
+        check_base(&saved.state, &weights, &base.label)?;
+        let model = build_model(&config, &weights, device);
         let in_dir = || format!("cannot resume from `{}`", dir.display());
         model.load_trained(&saved.model).with_context(in_dir)?;
         let step = saved.state.step;
@@ -198,7 +204,21 @@ impl Trainer {
         let optimizer = Optimizer::new(&config.optimizer, &parameters);
         let num_steps = plan::num_steps(&config, &data.train);
         let stream = BlockStream::new(&data.train, &config, state.position);
-        Ok(Self { config, model, parameters, optimizer, data, state, stream, num_steps })
+        let frozen_hash = match config.method {
+            Method::RoutedLora => Some(model.base().hash()?),
+            Method::Full => None,
+        };
+        Ok(Self {
+            config,
+            model,
+            parameters,
+            optimizer,
+            data,
+            state,
+            stream,
+            num_steps,
+            frozen_hash,
+        })
     }
 
     /// Steps of the whole run.
@@ -260,7 +280,7 @@ impl Trainer {
     }
 
     fn finish(&self, ending: Ending, saved: Option<PathBuf>) -> Result<Summary> {
-        if let Some(before) = &self.state.base_hash {
+        if let Some(before) = &self.frozen_hash {
             let after = self.model.base().hash()?;
             if after != *before {
                 bail!("the frozen base has changed: BLAKE3 `{before}` before, `{after}` after");
@@ -270,7 +290,8 @@ impl Trainer {
             Some(path) => path,
             None => checkpoint::find(&self.config.run.dir, checkpoint::Preferred::Last)?,
         };
-        Ok(Summary { ending, state: self.state.clone(), checkpoint })
+        let frozen_hash = self.frozen_hash.clone();
+        Ok(Summary { ending, state: self.state.clone(), checkpoint, frozen_hash })
     }
 
     /// Whether the step just done is followed by an evaluation.
