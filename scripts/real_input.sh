@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The real-input study: a base from random weights, then mixtures and single LoRAs of the same trainable
-# size on four domains, evaluated on the validation files.
+# The real-input study: a base from random weights, then a mixture and single LoRAs of the same trainable
+# size (at the mixture's learning rate and at half of it) on four domains, evaluated on the validation
+# files; the mixture is exported and, with PYTHON set, compared with real PEFT.
 #
-#     scripts/real_input.sh DYLORA [SEED..]
+#     [PYTHON=python3] scripts/real_input.sh DYLORA [SEED..]
 #
 # Wants data/{math,code_alpaca,data2text,shakespeare,wiki,instruct_small}.{train,validation}.jsonl and
 # GPT-2's data/tokenizer.json in the working folder. Writes runs/real-input/*.
@@ -10,22 +11,37 @@ set -euo pipefail
 dylora=$1
 shift
 seeds=("${@:-0}")
-configs=$(dirname "$0")/../benchmarks/real-input
+here=$(dirname "$0")
+configs=$here/../benchmarks/real-input
 out=runs/real-input
 data=()
 for domain in math code_alpaca data2text shakespeare; do
   data+=(--data "$domain=data/$domain.validation.jsonl")
 done
+evaluate() { # evaluate NAME ARGUMENT..: on completions, and on all tokens
+  local name=$1
+  shift
+  "$dylora" eval "$@" "${data[@]}" --seq-len 256 --json >"$out/$name.json"
+  "$dylora" eval "$@" "${data[@]}" --seq-len 256 --loss-on all --json >"$out/$name.all-tokens.json"
+}
 if [ ! -e $out/base/model/config.json ]; then
   "$dylora" train --config "$configs/base.toml"
 fi
-"$dylora" eval --base $out/base/model --dtype bf16 --seq-len 256 "${data[@]}" --json >$out/base.json
+evaluate base --base $out/base/model --dtype bf16
+single=(--set lora.num_experts=1 --set lora.rank=32 --set lora.alpha=64)
 for seed in ${seeds[@]}; do
-  "$dylora" train --config "$configs/mixture.toml" --set run.seed="$seed" --set run.dir="$out/mixture-$seed"
-  "$dylora" train --config "$configs/mixture.toml" --set run.seed="$seed" --set run.dir="$out/single-$seed" \
-    --set lora.num_experts=1 --set lora.rank=32 --set lora.alpha=64
-  for run in mixture single; do
-    "$dylora" eval --checkpoint "$out/$run-$seed" --json >"$out/$run-$seed.json"
-  done
+  train() { # train NAME ARGUMENT..
+    local name=$1-$seed
+    shift
+    "$dylora" train --config "$configs/mixture.toml" --set run.seed="$seed" --set run.dir="$out/$name" "$@"
+    evaluate "$name" --checkpoint "$out/$name"
+  }
+  train mixture
+  train single "${single[@]}"
+  train single-half-lr "${single[@]}" --set optimizer.adapters.learning_rate=3e-3
 done
 "$dylora" eval --checkpoint "$out/mixture-${seeds[0]}"
+"$dylora" export-adapters --checkpoint "$out/mixture-${seeds[0]}" --out "$out/export" --overwrite
+if [ -n "${PYTHON:-}" ]; then
+  "$PYTHON" "$here/check_peft.py" "$dylora" "$out/mixture-${seeds[0]}" "$out/export" "$out/base/model"
+fi
