@@ -254,7 +254,7 @@ static CUDA: OnceLock<std::result::Result<(), String>> = OnceLock::new();
 pub fn load_cuda() -> std::result::Result<(), &'static str> {
     CUDA.get_or_init(|| try_load_cuda().map_err(|error| error.to_string()))
         .as_ref()
-        .map(|()| ())
+        .copied()
         .map_err(String::as_str)
 }
 

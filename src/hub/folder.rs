@@ -48,7 +48,7 @@ pub(super) fn layout(dir: &Path) -> Result<Layout> {
     let existing = |file: &str| Some(dir.join(file)).filter(|path| path.is_file());
 
     let Some(config) = existing(CONFIG) else {
-        bail!("{place} has no `{CONFIG}`");
+        return Err(no_config(&place, &file_names(dir)?));
     };
     let weights = if let Some(path) = existing(WEIGHTS) {
         vec![path]
@@ -98,32 +98,38 @@ pub(super) fn shards(path: &Path) -> Result<Vec<String>> {
     Ok(shards.into_iter().collect())
 }
 
-/// The error for a `place` (quoted) that has none of the weights dylora reads; `files` is all it
+/// The error for a `place` (quoted) that has no `config.json`; `files` is all it has.
+pub(super) fn no_config(place: &str, files: &[String]) -> Error {
+    anyhow!("{place} has no `{CONFIG}`{}", adapter_hint(files))
+}
+
+/// The error for a `place` (quoted) that has none of the weights that are read; `files` is all it
 /// has.
 pub(super) fn no_weights(place: &str, files: &[String]) -> Error {
     let ending_in = |endings: &[&str]| {
-        let mut found = files.iter().filter(|file| {
-            !file.contains('/') && endings.iter().any(|ending| file.ends_with(ending))
-        });
-        found.next().map(|file| format!("`{file}`"))
+        let mut top = files.iter().filter(|file| !file.contains('/'));
+        top.find(|file| endings.iter().any(|ending| file.ends_with(ending)))
     };
     let missing = format!("{place} has neither `{WEIGHTS}` nor `{WEIGHTS_INDEX}`");
-    if let Some(file) = ending_in(&["adapter_model.safetensors"]) {
-        return anyhow!(
-            "{missing}; {file} is an adapter\nhint: name the base that it was trained on"
-        );
-    }
     if let Some(file) = ending_in(&[".safetensors"]) {
-        return anyhow!("{missing}, only {file}\nhint: rename it if it holds the model");
+        return anyhow!("{missing}, only `{file}`{}", adapter_hint(files));
     }
     if let Some(file) = ending_in(&[".bin", ".pt", ".pth", ".ckpt", ".pkl"]) {
         return anyhow!(
-            "{missing}, only pickled weights, {file}, which are not read\n\
+            "{missing}, only pickled weights, `{file}`, which are not read\n\
              hint: convert them with transformers: `AutoModelForCausalLM.from_pretrained(SOURCE)\
              .save_pretrained(DIR, safe_serialization=True)`"
         );
     }
     anyhow!("{missing}")
+}
+
+fn adapter_hint(files: &[String]) -> &'static str {
+    if files.iter().any(|file| file == "adapter_config.json") {
+        "\nhint: this is an adapter; name the base that it was trained on"
+    } else {
+        ""
+    }
 }
 
 #[cfg(test)]

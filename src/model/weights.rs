@@ -82,7 +82,7 @@ fn for_each_tensor(file: &Path, mut take: impl FnMut(String, Tensor) -> Result<(
     let parsed = SafeTensors::deserialize(&bytes)
         .with_context(|| format!("`{}` is no whole safetensors file", file.display()))?;
     let mut views: Vec<_> = parsed.iter().collect();
-    views.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    views.sort_unstable_by_key(|(name, _)| *name);
     for (name, view) in views {
         take(name.to_owned(), to_tensor(&view).with_context(|| format!("tensor `{name}`"))?)?;
     }

@@ -296,14 +296,15 @@ impl Trainer {
 
     /// Whether the step just done is followed by an evaluation.
     fn evaluates_now(&self) -> bool {
-        let due = self.config.train.eval_every_steps.is_some_and(|n| self.state.step % n == 0);
+        let due =
+            self.config.train.eval_every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
         self.data.validation.num_blocks() > 0 && (due || self.state.step == self.num_steps)
     }
 
     /// Whether the step just done is followed by a checkpoint.
     fn saves_now(&self) -> bool {
         let every = self.config.train.checkpoint_every_steps;
-        let due = every.is_some_and(|n| self.state.step % n == 0);
+        let due = every.is_some_and(|n| self.state.step.is_multiple_of(n));
         due || self.evaluates_now() || self.state.step == self.num_steps
     }
 

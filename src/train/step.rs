@@ -125,7 +125,7 @@ fn forward(
     if let (Some(balance_e), Some(routing)) = (balance, routing) {
         let probs_ne = routing.probs.view([-1, balance_e.size()[0]]);
         let probs_ne = probs_ne.index_select(0, &inputs.labelled);
-        loss = loss + (probs_ne * balance_e).sum(Kind::Float);
+        loss += (probs_ne * balance_e).sum(Kind::Float);
     }
     (loss, output.token_losses)
 }

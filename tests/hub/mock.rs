@@ -1,0 +1,251 @@
+//! A small Hub on 127.0.0.1: one repository, whose `.safetensors` files come from a second server,
+//! the way the Hub's come from its content network.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+
+use dylora::hub::HubSettings;
+
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A request as the server saw it.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Such as `GET hub/api/models/..`; the second server's paths start with `cdn/`.
+    pub line: String,
+    pub headers: BTreeMap<String, String>,
+}
+
+/// What the second server does with its next requests for content (not for its size alone), one
+/// each; then it behaves.
+#[derive(Debug, Clone, Copy)]
+pub enum Fault {
+    /// Closes the connection after so many bytes of the body.
+    CutAfter(usize),
+    /// Sends all of the content, whatever `Range` says.
+    IgnoreRange,
+    /// Answers with this status.
+    Status(u16),
+    /// Sends so many bytes more than it should, and says so.
+    Append(usize),
+}
+
+impl Request {
+    pub fn range(&self) -> Option<&str> {
+        self.headers.get("range").map(String::as_str)
+    }
+}
+
+#[derive(Default)]
+struct State {
+    commit: String,
+    files: BTreeMap<String, Vec<u8>>,
+    requests: Vec<Request>,
+    faults: VecDeque<Fault>,
+    /// Answers to requests whose path contains the key: status and `X-Error-Code`.
+    refusals: BTreeMap<String, (u16, String)>,
+    cdn: String,
+}
+
+#[derive(Clone)]
+pub struct MockHub {
+    pub endpoint: String,
+    state: Arc<Mutex<State>>,
+}
+
+impl MockHub {
+    /// A repository with `files`.
+    pub fn new(files: &[(&str, &[u8])]) -> Self {
+        let state = Arc::new(Mutex::new(State { commit: COMMIT.into(), ..State::default() }));
+        let endpoint = serve("hub", &state);
+        let cdn = serve("cdn", &state);
+        let hub = Self { endpoint, state };
+        hub.lock().cdn = cdn;
+        hub.set_files(COMMIT, files);
+        hub
+    }
+
+    /// Lets the revision stand at `commit`, with `files`.
+    pub fn set_files(&self, commit: &str, files: &[(&str, &[u8])]) {
+        let mut state = self.lock();
+        state.commit = commit.into();
+        state.files = files.iter().map(|(name, data)| (name.to_string(), data.to_vec())).collect();
+    }
+
+    pub fn set_faults(&self, faults: &[Fault]) {
+        self.lock().faults = faults.iter().copied().collect();
+    }
+
+    /// Refuses requests whose path contains `path`.
+    pub fn refuse(&self, path: &str, status: u16, code: &str) {
+        self.lock().refusals.insert(path.into(), (status, code.into()));
+    }
+
+    /// The requests since the last call.
+    pub fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut self.lock().requests)
+    }
+
+    /// The first lines of the requests since the last call.
+    pub fn take_lines(&self) -> Vec<String> {
+        self.take_requests().into_iter().map(|request| request.line).collect()
+    }
+
+    pub fn settings(&self, cache_dir: &Path) -> HubSettings {
+        HubSettings {
+            endpoint: self.endpoint.clone(),
+            cache_dir: cache_dir.into(),
+            token: None,
+            offline: false,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("no server thread panics")
+    }
+}
+
+/// The name of a content; the Hub's own is a SHA-256.
+pub fn etag(data: &[u8]) -> String {
+    blake3::hash(data).to_hex().to_string()
+}
+
+/// Serves as `name` for the rest of the process; returns the address.
+fn serve(name: &'static str, state: &Arc<Mutex<State>>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("it is bound");
+    let state = state.clone();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let state = state.clone();
+            // a client that hangs up early is part of the tests
+            thread::spawn(move || answer(name, stream, &state).ok());
+        }
+    });
+    format!("http://{address}")
+}
+
+fn read_request(name: &str, stream: &TcpStream) -> std::io::Result<Request> {
+    let mut lines = BufReader::new(stream).lines();
+    let first = lines.next().unwrap_or(Ok(String::new()))?;
+    let line = first.replacen(" /", &format!(" {name}/"), 1).replace(" HTTP/1.1", "");
+    let mut headers = BTreeMap::new();
+    for line in lines {
+        let line = line?;
+        let Some((key, value)) = line.split_once(": ") else { break };
+        headers.insert(key.to_lowercase(), value.to_string());
+    }
+    Ok(Request { line, headers })
+}
+
+fn answer(name: &str, mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
+    let request = read_request(name, &stream)?;
+    let reply = {
+        let mut state = state.lock().expect("no server thread panics");
+        state.requests.push(request.clone());
+        reply_to(&request, &mut state)
+    };
+    let mut head = format!("HTTP/1.1 {} Mock\r\nConnection: close\r\n", reply.status);
+    for (key, value) in &reply.headers {
+        head.push_str(&format!("{key}: {value}\r\n"));
+    }
+    if !reply.headers.iter().any(|(key, _)| *key == "Content-Length") {
+        head.push_str(&format!("Content-Length: {}\r\n", reply.body.len()));
+    }
+    stream.write_all(format!("{head}\r\n").as_bytes())?;
+    if !request.line.starts_with("HEAD") {
+        stream.write_all(&reply.body)?;
+    }
+    Ok(())
+}
+
+struct Reply {
+    status: u16,
+    headers: Vec<(&'static str, String)>,
+    body: Vec<u8>,
+}
+
+impl Reply {
+    fn new(status: u16, headers: Vec<(&'static str, String)>) -> Self {
+        Self { status, headers, body: Vec::new() }
+    }
+}
+
+fn reply_to(request: &Request, state: &mut State) -> Reply {
+    let path = request.line.split_once(' ').map_or("", |(_, path)| path);
+    if let Some((_, (status, code))) =
+        state.refusals.iter().find(|(key, _)| path.contains(key.as_str()))
+    {
+        return Reply::new(
+            *status,
+            vec![
+                ("X-Error-Code", code.clone()),
+                ("X-Error-Message", "Sorry, you can't come in.".into()),
+            ],
+        );
+    }
+    if path.starts_with("hub/api/models/") {
+        let names: Vec<String> =
+            state.files.keys().map(|name| format!(r#"{{"rfilename": "{name}"}}"#)).collect();
+        let body = format!(r#"{{"sha": "{}", "siblings": [{}]}}"#, state.commit, names.join(","));
+        return Reply { status: 200, headers: Vec::new(), body: body.into_bytes() };
+    }
+    if let Some(hash) = path.strip_prefix("cdn/") {
+        let is_probe = request.range() == Some("bytes=0-0");
+        let fault = if is_probe { None } else { state.faults.pop_front() };
+        let data = state.files.values().find(|data| etag(data) == hash);
+        return content(request, data.expect("a known content"), fault);
+    }
+    let Some((_, data)) = state.files.iter().find(|(name, _)| path.ends_with(name.as_str())) else {
+        return Reply::new(404, vec![("X-Error-Code", "EntryNotFound".into())]);
+    };
+    let commit = ("X-Repo-Commit", state.commit.clone());
+    if path.ends_with(".safetensors") {
+        let etag = etag(data);
+        let location = ("Location", format!("{}/{etag}", state.cdn));
+        let headers = vec![location, ("X-Linked-Etag", format!("\"{etag}\"")), commit];
+        return Reply::new(302, headers);
+    }
+    // the Hub sends small files by way of a path of its own
+    if !path.starts_with("hub/cache/") {
+        return Reply::new(307, vec![("Location", path.replace("hub/", "/cache/"))]);
+    }
+    let mut reply = content(request, data, None);
+    reply.headers.extend([("ETag", format!("\"{}\"", &etag(data)[..40])), commit]);
+    reply
+}
+
+/// The part of `data` that `request` asks for: from some byte on, or the first byte alone.
+fn content(request: &Request, data: &[u8], fault: Option<Fault>) -> Reply {
+    if let Some(Fault::Status(status)) = fault {
+        return Reply::new(status, Vec::new());
+    }
+    let size = data.len();
+    let range = request.range().and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
+    let (start, end) = match range {
+        Some((start, end)) if !matches!(fault, Some(Fault::IgnoreRange)) => {
+            (start.parse().unwrap_or(0), end.parse().map_or(size, |last: usize| last + 1))
+        }
+        _ => (0, size),
+    };
+    if start >= size {
+        return Reply::new(416, vec![("Content-Range", format!("bytes */{size}"))]);
+    }
+    let mut body = data[start..end].to_vec();
+    if let Some(Fault::Append(count)) = fault {
+        body.extend(vec![7; count]);
+    }
+    let mut headers = vec![("Content-Length", body.len().to_string())];
+    if let Some(Fault::CutAfter(count)) = fault {
+        body.truncate(count);
+    }
+    if range.is_none() || matches!(fault, Some(Fault::IgnoreRange)) {
+        return Reply { status: 200, headers, body };
+    }
+    headers.push(("Content-Range", format!("bytes {start}-{}/{size}", end - 1)));
+    Reply { status: 206, headers, body }
+}
