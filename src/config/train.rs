@@ -1,0 +1,160 @@
+//! `[train]`, `[optimizer]` and `[schedule]`: how long, in what portions and at what rates to train.
+
+use serde::{Deserialize, Serialize};
+
+/// `[train]`: how long and in what portions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// How long to train.
+    pub duration: Duration,
+    /// Sequences of a forward.
+    pub micro_batch_size: usize,
+    /// Forwards of a step.
+    pub grad_accum_steps: usize,
+    /// Share of the target's probability that is spread evenly over the vocabulary.
+    pub label_smoothing: f64,
+    /// Keep only each block's input and compute its inside again in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Positions whose logits are in memory at once.
+    pub loss_chunk_tokens: i64,
+    /// Evaluate each so many steps, beside the end; absent = only at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every_steps: Option<u64>,
+    /// Save a checkpoint each so many steps, beside each evaluation and the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every_steps: Option<u64>,
+    /// Checkpoints kept beside the best.
+    pub keep_last: usize,
+    /// Of the Hugging Face folder that `method = "full"` writes at the end.
+    pub save_dtype: SaveDtype,
+    /// When to stop before `duration`; absent = never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<EarlyStopping>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            duration: Duration::Epochs(1),
+            micro_batch_size: 8,
+            grad_accum_steps: 1,
+            label_smoothing: 0.0,
+            gradient_checkpointing: false,
+            loss_chunk_tokens: 1024,
+            eval_every_steps: None,
+            checkpoint_every_steps: None,
+            keep_last: 2,
+            save_dtype: SaveDtype::F32,
+            early_stopping: None,
+        }
+    }
+}
+
+/// The dtype of saved weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SaveDtype {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// Brain floats.
+    Bf16,
+}
+
+/// How long to train, as in `duration = { epochs = 3 }`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Duration {
+    /// Optimizer updates.
+    Steps(u64),
+    /// Passes over the training set.
+    Epochs(u64),
+    /// Target tokens; the step that reaches the number is the last.
+    Tokens(u64),
+}
+
+/// Stops when the mean of the domains' validation losses no longer falls.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EarlyStopping {
+    /// Evaluations in a row without improvement.
+    pub patience: u64,
+    /// Smallest fall that counts as improvement, nats.
+    #[serde(default)]
+    pub min_delta: f64,
+}
+
+/// `[optimizer]`: AdamW (arXiv:1711.05101), by parameter group.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// The experts' matrices.
+    pub adapters: GroupConfig,
+    /// The router.
+    pub router: GroupConfig,
+    /// The base, with `method = "full"`. Biases, LayerNorms and embeddings do not decay.
+    pub base: GroupConfig,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest norm of all gradients together; absent = no clipping.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_grad_norm: Option<f64>,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            adapters: GroupConfig { learning_rate: 1e-3, weight_decay: 0.0 },
+            router: GroupConfig { learning_rate: 1e-3, weight_decay: 0.0 },
+            base: GroupConfig { learning_rate: 6e-4, weight_decay: 0.1 },
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            max_grad_norm: None,
+        }
+    }
+}
+
+/// The settings of one parameter group.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// The schedule's peak.
+    pub learning_rate: f64,
+    /// Decoupled weight decay; each step takes `learning_rate * weight_decay` off a parameter.
+    #[serde(default)]
+    pub weight_decay: f64,
+}
+
+/// `[schedule]`: the learning rate over the steps, as a factor of each group's own.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScheduleConfig {
+    /// The shape after the warm-up.
+    pub kind: ScheduleKind,
+    /// Steps over which the factor rises in even parts; the step after them is at 1.
+    pub warmup_steps: u64,
+    /// The factor at the end (`linear` and `cosine`).
+    pub min_ratio: f64,
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        Self { kind: ScheduleKind::Constant, warmup_steps: 0, min_ratio: 0.0 }
+    }
+}
+
+/// The shape of the schedule after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Stays at 1.
+    Constant,
+    /// Falls in a straight line to `min_ratio`.
+    Linear,
+    /// Falls as half a cosine wave to `min_ratio`.
+    Cosine,
+}

@@ -1,0 +1,132 @@
+//! The binary as a person calls it: exit codes, messages, and the figures that commands print.
+
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+/// Runs the binary on the CPU with a token cache of its own.
+fn dylora(cache: &tempfile::TempDir, arguments: &[&str]) -> Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+    Ok(command.args(arguments).env("DYLORA_CACHE", cache.path()).output()?)
+}
+
+fn json(output: &Output) -> Result<Value> {
+    let text = String::from_utf8(output.stdout.clone())?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_version_names_libtorch_and_says_whether_there_is_cuda() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let output = dylora(&cache, &["--version"])?;
+    let text = String::from_utf8(output.stdout)?;
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], concat!("dylora ", env!("CARGO_PKG_VERSION")));
+    assert_eq!(lines[1], "libtorch 2.11.0");
+    assert!(lines[2].starts_with("CUDA no: ") || lines[2].starts_with("CUDA yes, "), "{text}");
+    Ok(())
+}
+
+#[test]
+fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let code = |arguments: &[&str]| -> Result<(Option<i32>, String)> {
+        let output = dylora(&cache, arguments)?;
+        Ok((output.status.code(), stderr(&output)))
+    };
+    let (exit, message) = code(&["train", "--config", "no.toml"])?;
+    assert_eq!(exit, Some(2), "{message}");
+    assert!(message.starts_with("error: cannot read the config: "), "{message}");
+    let set = ["--set", "lora.rank=0", "--set", "train.micro_batch_size=0"];
+    let (exit, message) = code(&[&["train", "--config", "configs/moe.toml"], &set[..]].concat())?;
+    assert_eq!(exit, Some(2), "{message}");
+    assert!(message.contains("`lora.rank` must be at least 1, got 0\n`train.micro_batch_size`"));
+    let long = ["train", "--config", "configs/moe.toml", "--set", "data.seq_len=512"];
+    let (exit, message) = code(&long)?;
+    assert_eq!(exit, Some(2), "{message}");
+    assert!(message.contains("at most the base's 256 positions, got 512"), "{message}");
+    assert_eq!(code(&["trace", "--base", "demo/base", "--tokens", "99999"])?.0, Some(2));
+    let bad = cache.path().join("bad.jsonl");
+    fs_err::write(&bad, "{\"text\": \"fine\"}\n{\"prompt\": \"no completion\"}\n")?;
+    let data = format!("verse={}", bad.display());
+    let (exit, message) = code(&["eval", "--base", "demo/base", "--data", &data])?;
+    assert_eq!(exit, Some(1), "{message}");
+    assert!(message.contains("bad.jsonl:2"), "{message}");
+    let (exit, message) = code(&["eval", "--checkpoint", "demo"])?;
+    assert_eq!(exit, Some(1));
+    assert!(message.contains("`demo` holds no checkpoint"), "{message}");
+    Ok(())
+}
+
+/// Closed forms: 4 blocks, d = 128, all four linear layers, E = 4, r = 8.
+#[test]
+fn a_dry_run_counts_parameters_and_data_and_writes_nothing() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let run = cache.path().join("run");
+    let dir = format!("run.dir={}", run.display());
+    let arguments =
+        ["train", "--config", "configs/moe.toml", "--dry-run", "--json", "--set", dir.as_str()];
+    let json = json(&dylora(&cache, &arguments)?)?;
+    let d = 128;
+    let base = 2048 * d + 256 * d + 4 * (12 * d * d + 13 * d) + 2 * d;
+    let parameters = &json["parameters"];
+    assert_eq!(parameters["base"], base);
+    assert_eq!(parameters["lora_a"], 4 * 4 * 8 * (3 * d + 4 * d));
+    assert_eq!(parameters["lora_b"], 4 * 4 * 8 * (3 * d + d + 4 * d + d));
+    assert_eq!(parameters["router"], 4 * (d + 1));
+    let domains = json["train"].as_array().context("a list")?;
+    let names: Vec<&str> = domains.iter().filter_map(|domain| domain["name"].as_str()).collect();
+    assert_eq!(names, ["arithmetic", "code", "data2text", "verse"]);
+    for domain in domains {
+        let counts = &domain["counts"];
+        assert_eq!(counts["records"], 500);
+        assert_eq!(counts["documents"], 500);
+        assert!(counts["label_tokens"].as_u64() > Some(10_000), "{counts}");
+    }
+    assert_eq!(json["config"]["optimizer"]["betas"], serde_json::json!([0.9, 0.999]));
+    assert!(!run.exists());
+    Ok(())
+}
+
+#[test]
+fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let run = cache.path().join("run");
+    let (run, export) = (run.to_str().context("UTF-8")?, cache.path().join("export"));
+    let dir = format!("run.dir={run}");
+    let steps = ["--set", "train.duration={steps=2}", "--set", "run.device=cpu"];
+    let train = [&["train", "--config", "configs/moe.toml", "--json", "--set", &dir], &steps[..]];
+    let trained = json(&dylora(&cache, &train.concat())?)?;
+    assert_eq!((&trained["ending"], &trained["step"]), (&"completed".into(), &2.into()));
+
+    let report = json(&dylora(&cache, &["eval", "--checkpoint", run, "--json"])?)?;
+    let overall = report["loss"].as_f64().context("a number")?;
+    assert!((overall - trained["best"]["loss"].as_f64().context("a number")?).abs() < 1e-6);
+    for domain in report["domains"].as_array().context("a list")? {
+        let weights = domain["routing"]["mean_routing_weights"].as_array().context("a list")?;
+        let sum: f64 = weights.iter().filter_map(Value::as_f64).sum();
+        assert!((sum - 1.0).abs() < 1e-6, "{domain}");
+    }
+
+    let trace =
+        json(&dylora(&cache, &["trace", "--checkpoint", run, "--text", "fn main", "--json"])?)?;
+    assert_eq!(trace["num_target_modules"], 16);
+    assert_eq!(trace["routed_modules"].as_array().map(Vec::len), Some(16));
+    let base = ["trace", "--base", "demo/base", "--text", "fn main", "--json"];
+    assert_eq!(json(&dylora(&cache, &base)?)?["routed_modules"], serde_json::json!([]));
+
+    let out = export.to_str().context("UTF-8")?;
+    let arguments = ["export-adapters", "--checkpoint", run, "--out", out];
+    assert!(dylora(&cache, &arguments)?.status.success());
+    assert!(export.join("expert_3/adapter_model.safetensors").exists());
+    let again = dylora(&cache, &arguments)?;
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("is there already"), "{}", stderr(&again));
+    Ok(())
+}
