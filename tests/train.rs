@@ -214,6 +214,22 @@ fn the_last_checkpoints_and_the_best_are_kept() -> Result<()> {
 }
 
 #[test]
+fn a_run_that_goes_on_from_further_back_replaces_what_came_after() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let config = world.config("run", &["train.keep_last=9"])?;
+    let (losses, first) = train(&config, None)?;
+    let from = config.run.dir.join("checkpoints/step-00000004");
+    let (rest, second) = train(&world.config("run", &["train.keep_last=1"])?, Some(&from))?;
+    assert_eq!((&rest[..], &second.state), (&losses[4..], &first.state));
+    let last = checkpoint::find(&config.run.dir, Preferred::Last)?;
+    assert_eq!(checkpoint::read_state(&last)?.step, 12);
+    let expected: std::collections::BTreeSet<u64> = [second.state.best.unwrap().step, 12].into();
+    assert_eq!(checkpoint::steps(&config.run.dir)?, expected.into_iter().collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
 fn uneven_micro_batches_equal_one_batch() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
@@ -295,11 +311,18 @@ fn early_stopping_counts_evaluations_without_improvement() -> Result<()> {
     ];
     let config = world.config("run", &overrides)?;
     let (losses, summary) = train(&config, None)?;
-    // the first evaluation is the best by definition, the next two are no improvement of 100 nats
+    // the first evaluation is an improvement by definition, the next two do not fall by 100 nats
     assert_eq!((losses.len(), summary.ending), (6, Ending::StoppedEarly));
-    assert_eq!(summary.state.best.unwrap().step, 2);
-    let best = checkpoint::find(&config.run.dir, Preferred::Best)?;
-    assert_eq!(checkpoint::read_state(&best)?.step, 2);
+    assert_eq!(summary.state.evals_without_improvement, 2);
+    let validation: Vec<(u64, f64)> = fs_err::read_to_string(config.run.dir.join("metrics.jsonl"))?
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
+        .filter(|line| line["kind"] == "validation")
+        .map(|line| (line["step"].as_u64().unwrap(), line["loss"].as_f64().unwrap()))
+        .collect();
+    let lowest = validation.iter().min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    let best = checkpoint::read_state(&checkpoint::find(&config.run.dir, Preferred::Best)?)?;
+    assert_eq!((best.step, best.best.unwrap().loss), *lowest);
     Ok(())
 }
 

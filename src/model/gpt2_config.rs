@@ -223,3 +223,27 @@ fn flag(json: &Value, key: &str, default: bool) -> Result<bool> {
         Some(other) => bail!("`{key}` must be true or false, got {other}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The Hub's four GPT-2s; transformers 5.17 counts the same (`num_parameters`, tied head once).
+    #[test]
+    fn the_four_sizes_have_their_known_numbers_of_parameters() -> Result<()> {
+        for (n_layer, n_head, n_embd, parameters) in [
+            (12, 12, 768, 124_439_808),
+            (24, 16, 1024, 354_823_168),
+            (36, 20, 1280, 774_030_080),
+            (48, 25, 1600, 1_557_611_200),
+        ] {
+            let json = json!({
+                "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
+            });
+            let config = Gpt2Config::from_json(&json)?;
+            assert_eq!(config.num_parameters(), parameters);
+            assert_eq!(Gpt2Config::from_json(&config.to_json("float32"))?, config);
+        }
+        Ok(())
+    }
+}

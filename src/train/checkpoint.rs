@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
@@ -46,8 +46,6 @@ pub struct TrainState {
     pub best: Option<Best>,
     /// Evaluations since then, for early stopping.
     pub evals_without_improvement: u64,
-    /// Whether early stopping has ended the run.
-    pub stopped_early: bool,
     /// BLAKE3 of the frozen base's parameters in f32, as they were read; none if the base itself is
     /// trained.
     pub base_hash: Option<String>,
@@ -158,14 +156,9 @@ pub fn read(dir: &Path) -> Result<Checkpoint> {
     })
 }
 
-/// Writes a checkpoint of `run_dir`, points `last` (and with `is_best`, `best`) at it and removes all
-/// but the last `keep_last` and the best. Returns its folder.
-pub fn write(
-    run_dir: &Path,
-    checkpoint: &Checkpoint,
-    is_best: bool,
-    keep_last: usize,
-) -> Result<PathBuf> {
+/// Writes a checkpoint of `run_dir`, points `last` at it and `best` at the best so far, and removes
+/// the earlier ones but for the last `keep_last` and the best. Returns its folder.
+pub fn write(run_dir: &Path, checkpoint: &Checkpoint, keep_last: usize) -> Result<PathBuf> {
     let parent = folder(run_dir);
     let name = step_name(checkpoint.state.step);
     let write = || -> Result<PathBuf> {
@@ -184,14 +177,16 @@ pub fn write(
         }
         fs_err::rename(temporary.keep(), &target)?;
         point(&parent, "last", &name)?;
-        if is_best {
-            point(&parent, "best", &name)?;
+        if let Some(best) = checkpoint.state.best
+            && parent.join(step_name(best.step)).exists()
+        {
+            point(&parent, "best", &step_name(best.step))?;
         }
         durable::sync_folder(&parent)?;
         Ok(target)
     };
     let target = write().with_context(|| format!("cannot write checkpoint `{name}`"))?;
-    prune(&parent, checkpoint.state.best.map(|best| best.step), keep_last)?;
+    prune(run_dir, &checkpoint.state, keep_last)?;
     Ok(target)
 }
 
@@ -236,12 +231,14 @@ pub fn steps(run_dir: &Path) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
-fn prune(parent: &Path, best_step: Option<u64>, keep_last: usize) -> Result<()> {
-    let run_dir = parent.parent().ok_or_else(|| anyhow!("`{}` has no parent", parent.display()))?;
-    let steps = steps(run_dir)?;
+/// Removes old checkpoints. Those of later steps, which a run that was resumed from further back will
+/// come to again, do not count.
+fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
+    let mut steps = steps(run_dir)?;
+    steps.retain(|&step| step <= state.step);
     let old = &steps[..steps.len().saturating_sub(keep_last)];
-    for &step in old.iter().filter(|&&step| Some(step) != best_step) {
-        fs_err::remove_dir_all(parent.join(step_name(step)))
+    for &step in old.iter().filter(|&&step| Some(step) != state.best.map(|best| best.step)) {
+        fs_err::remove_dir_all(folder(run_dir).join(step_name(step)))
             .context("cannot remove an old checkpoint")?;
     }
     Ok(())

@@ -86,7 +86,7 @@ pub struct StepMetrics {
     /// Wall-clock time of the step.
     #[serde(deserialize_with = "number")]
     pub step_secs: f64,
-    /// Tokens of the step per second of it.
+    /// Positions of the step, padding included, per second of it.
     #[serde(deserialize_with = "number")]
     pub tokens_per_sec: f64,
     /// The most memory that was in use on the device; 0 if unknown.

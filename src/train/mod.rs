@@ -148,7 +148,6 @@ impl Trainer {
             position: Position::default(),
             best: None,
             evals_without_improvement: 0,
-            stopped_early: false,
             base_hash: match config.method {
                 Method::RoutedLora => Some(weights.hash()?),
                 Method::Full => None,
@@ -254,7 +253,7 @@ impl Trainer {
         let mut writer =
             MetricsWriter::open(&run_dir, self.config.run.tensorboard, self.state.step)?;
         let mut saved = None;
-        while self.state.step < self.num_steps && !self.state.stopped_early {
+        while self.state.step < self.num_steps && !self.stops_early() {
             let metrics = self.step().with_context(|| {
                 format!(
                     "training stopped in step {}; the last checkpoint stays",
@@ -264,9 +263,11 @@ impl Trainer {
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;
             let stop = interrupt.load(Ordering::Relaxed);
-            let is_best = self.evaluates_now() && self.validate(&mut writer, observe)?;
+            if self.evaluates_now() {
+                self.validate(&mut writer, observe)?;
+            }
             if stop || self.saves_now() {
-                let path = self.save(is_best)?;
+                let path = self.save()?;
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
             }
@@ -274,8 +275,7 @@ impl Trainer {
                 return self.finish(Ending::Interrupted, saved);
             }
         }
-        let ending =
-            if self.state.stopped_early { Ending::StoppedEarly } else { Ending::Completed };
+        let ending = if self.stops_early() { Ending::StoppedEarly } else { Ending::Completed };
         self.finish(ending, saved)
     }
 
@@ -292,6 +292,12 @@ impl Trainer {
         };
         let frozen_hash = self.frozen_hash.clone();
         Ok(Summary { ending, state: self.state.clone(), checkpoint, frozen_hash })
+    }
+
+    /// Whether enough evaluations in a row have brought no improvement.
+    fn stops_early(&self) -> bool {
+        let stopping = self.config.train.early_stopping;
+        stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience)
     }
 
     /// Whether the step just done is followed by an evaluation.
@@ -348,33 +354,34 @@ impl Trainer {
         })
     }
 
-    /// Evaluates, keeps the early-stopping counters and says whether this is the best so far.
+    /// Evaluates and keeps the best and the early-stopping counter.
     fn validate(
         &mut self,
         writer: &mut MetricsWriter,
         observe: &mut dyn FnMut(Event<'_>),
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let started = Instant::now();
         let report = {
             let observe = std::cell::RefCell::new(&mut *observe);
             let progress = |done, all| (observe.borrow_mut())(Event::Evaluating(done, all));
             self.evaluate(&self.data.validation, &progress)?
         };
+        if !report.loss.is_finite() {
+            bail!("the validation loss of step {} is {}", self.state.step, report.loss);
+        }
         let metrics = self.validation_metrics(&report, started.elapsed().as_secs_f64());
         observe(Event::Validation(&metrics));
         writer.write(&Metrics::Validation(metrics))?;
-        let stopping = self.config.train.early_stopping;
-        let min_delta = stopping.map_or(0.0, |stopping| stopping.min_delta);
-        let is_best = self.state.best.is_none_or(|best| report.loss < best.loss - min_delta);
+        // as transformers' EarlyStoppingCallback: a smaller fall is a new best, but no improvement
+        let min_delta = self.config.train.early_stopping.map_or(0.0, |s| s.min_delta);
+        let falls_by = |delta| self.state.best.is_none_or(|best| report.loss < best.loss - delta);
+        let (is_best, improves) = (falls_by(0.0), falls_by(min_delta));
         if is_best {
             self.state.best = Some(Best { step: self.state.step, loss: report.loss });
-            self.state.evals_without_improvement = 0;
-        } else {
-            self.state.evals_without_improvement += 1;
-            self.state.stopped_early = stopping
-                .is_some_and(|stopping| self.state.evals_without_improvement >= stopping.patience);
         }
-        Ok(is_best)
+        self.state.evals_without_improvement =
+            if improves { 0 } else { self.state.evals_without_improvement + 1 };
+        Ok(())
     }
 
     /// Evaluates the model as it stands.
@@ -406,7 +413,7 @@ impl Trainer {
         }
     }
 
-    fn save(&self, is_best: bool) -> Result<PathBuf> {
+    fn save(&self) -> Result<PathBuf> {
         let model: BTreeMap<_, _> =
             self.parameters.iter().map(|p| (p.name.clone(), p.tensor.shallow_clone())).collect();
         let mut optimizer = self.optimizer.state();
@@ -414,7 +421,7 @@ impl Trainer {
         let (config, state) = (self.config.clone(), self.state.clone());
         let checkpoint = Checkpoint { config, state, model, optimizer };
         let train = &self.config.train;
-        checkpoint::write(&self.config.run.dir, &checkpoint, is_best, train.keep_last)
+        checkpoint::write(&self.config.run.dir, &checkpoint, train.keep_last)
     }
 }
 
