@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
-use dylora::cli::{Cli, UsageError, describe};
+use dylora::cli::{Cli, UsageError, describe, from_panic};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -22,11 +22,9 @@ fn main() -> ExitCode {
         .init();
     // libtorch reports through tch's panics what it cannot do, such as allocate
     std::panic::set_hook(Box::new(|panic| tracing::debug!("{panic}")));
-    let error = match catch_unwind(AssertUnwindSafe(|| cli.run())) {
-        Ok(Ok(())) => return ExitCode::SUCCESS,
-        Ok(Err(error)) => error,
-        Err(panic) => dylora::cli::from_panic(panic.as_ref()),
-    };
+    let result = catch_unwind(AssertUnwindSafe(|| cli.run()))
+        .unwrap_or_else(|panic| from_panic(panic.as_ref()));
+    let Err(error) = result else { return ExitCode::SUCCESS };
     eprintln!("error: {}", describe(&error));
     ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
 }

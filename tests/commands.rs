@@ -104,6 +104,9 @@ fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
     let train = [&["train", "--config", "configs/moe.toml", "--json", "--set", &dir], &steps[..]];
     let trained = json(&dylora(&cache, &train.concat())?)?;
     assert_eq!((&trained["ending"], &trained["step"]), (&"completed".into(), &2.into()));
+    let longer = ["--resume", "--set", "train.duration={steps=3}"];
+    let trained = json(&dylora(&cache, &[&train.concat()[..], &longer[..]].concat())?)?;
+    assert_eq!((&trained["ending"], &trained["step"]), (&"completed".into(), &3.into()));
 
     let report = json(&dylora(&cache, &["eval", "--checkpoint", run, "--json"])?)?;
     let overall = report["loss"].as_f64().context("a number")?;

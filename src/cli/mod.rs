@@ -12,7 +12,7 @@ use std::env;
 use std::fmt;
 use std::path::PathBuf;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clap::{ArgAction, Parser, Subcommand};
 use tch::Device;
 
@@ -178,20 +178,24 @@ fn hub_settings() -> HubSettings {
     }
 }
 
-/// What a panic says to people: out of memory is theirs to mend, anything else is a bug.
-pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
+/// What a panic says to people: out of memory is theirs to mend, a reader of stdout that has gone, as
+/// `| head` does, is nobody's fault and no error; anything else is a bug.
+pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
     let text = panic
         .downcast_ref::<String>()
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("no message");
     let lower = text.to_lowercase();
+    if lower.contains("failed printing to stdout") && lower.contains("broken pipe") {
+        return Ok(());
+    }
     if lower.contains("out of memory") || lower.contains("can't allocate memory") {
-        return anyhow!(
+        bail!(
             "out of memory\nhint: a smaller `train.micro_batch_size` (with more \
              `train.grad_accum_steps`), `train.gradient_checkpointing = true` or a smaller \
              `train.loss_chunk_tokens`"
         );
     }
-    anyhow!("this is a bug in dylora, please report it: {text}\nhint: `-v` shows where")
+    bail!("this is a bug in dylora, please report it: {text}\nhint: `-vv` shows where")
 }

@@ -33,8 +33,8 @@ pub struct TrainArgs {
     #[arg(long)]
     device: Option<DeviceChoice>,
     /// Go on from the last checkpoint of the config's run, or of the run in DIR.
-    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = "")]
-    resume: Option<PathBuf>,
+    #[arg(long, value_name = "DIR", num_args = 0..=1)]
+    resume: Option<Option<PathBuf>>,
     /// Print the resolved config, parameters, memory and data, and stop.
     #[arg(long)]
     dry_run: bool,
@@ -80,7 +80,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
 
 /// The resolved config and, to resume, the checkpoint.
 fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
-    let resume_dir = args.resume.as_ref().filter(|dir| !dir.as_os_str().is_empty());
+    let resume_dir = args.resume.as_ref().and_then(Option::as_ref);
     let file = match (&args.config, resume_dir) {
         (Some(file), _) => file.clone(),
         (None, Some(dir)) => checkpoint::find(dir, Preferred::Last)?.join("config.toml"),
