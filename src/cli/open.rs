@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use tch::{Device, Kind};
+use tch::Device;
 
 use super::progress::DownloadBar;
 use super::{Shared, device, hub_settings, usage};
 use crate::base::Base;
 use crate::config::{BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource};
-use crate::model::RoutedGpt2;
+use crate::model::{RoutedGpt2, kind_of};
 use crate::train::{self, checkpoint};
 
 /// Which model: a checkpoint, or a bare base.
@@ -64,11 +64,7 @@ impl ModelArgs {
             let config = BaseConfig { source, tokenizer: self.tokenizer.clone(), dtype };
             let device = device(self.device.unwrap_or(DeviceChoice::Auto))?;
             let base = open_base(&config, shared)?;
-            let kind = match dtype {
-                Dtype::F32 => Kind::Float,
-                Dtype::Bf16 => Kind::BFloat16,
-            };
-            let model = RoutedGpt2::plain(&base.weights()?, device, kind, false);
+            let model = RoutedGpt2::plain(&base.weights()?, device, kind_of(dtype), false);
             return Ok(OpenModel { base, config: None, checkpoint: None, model });
         };
         let dir = checkpoint::find(dir, checkpoint::Preferred::Best)?;

@@ -80,30 +80,26 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
 
 /// The resolved config and, to resume, the checkpoint.
 fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
-    let resume_dir = args.resume.as_ref().and_then(Option::as_ref);
-    let file = match (&args.config, resume_dir) {
-        (Some(file), _) => file.clone(),
-        (None, Some(dir)) => checkpoint::find(dir, Preferred::Last)?.join("config.toml"),
-        (None, None) => {
-            return Err(usage(anyhow!("`--resume` needs a run's folder or `--config FILE`")));
-        }
-    };
-    let mut config = config::load::load(&file, &args.set).map_err(usage)?;
-    if let (None, Some(dir)) = (&args.config, resume_dir) {
-        // the run's folder may have moved since its config was written
-        let dir = checkpoint::find(dir, Preferred::Last)?;
-        let dir = fs_err::canonicalize(dir)?;
-        let run_dir = dir.parent().and_then(Path::parent);
-        config.run.dir = run_dir.context("a checkpoint lies in `RUN/checkpoints`")?.to_owned();
+    let last = |dir: &Path| checkpoint::find(dir, Preferred::Last);
+    let named = args.resume.as_ref().and_then(Option::as_ref).map(|dir| last(dir)).transpose()?;
+    if let Some(file) = &args.config {
+        let config = config::load::load(file, &args.set).map_err(usage)?;
+        let resume_from = match (&args.resume, named) {
+            (None, _) => None,
+            (Some(_), Some(dir)) => Some(dir),
+            (Some(_), None) => Some(last(&config.run.dir)?),
+        };
+        return Ok((config, resume_from));
     }
-    let resume_from = match &args.resume {
-        None => None,
-        Some(_) => {
-            let dir = resume_dir.unwrap_or(&config.run.dir);
-            Some(checkpoint::find(dir, Preferred::Last)?)
-        }
+    let Some(dir) = named else {
+        return Err(usage(anyhow!("`--resume` needs a run's folder or `--config FILE`")));
     };
-    Ok((config, resume_from))
+    let mut config = config::load::load(&dir.join("config.toml"), &args.set).map_err(usage)?;
+    // the run's folder may have moved since its config was written
+    let real = fs_err::canonicalize(&dir)?;
+    let run_dir = real.parent().and_then(Path::parent);
+    config.run.dir = run_dir.context("a checkpoint lies in `RUN/checkpoints`")?.to_owned();
+    Ok((config, Some(dir)))
 }
 
 fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {

@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{LoraConfig, RouterConfig, TargetModule};
+use crate::config::{Dtype, LoraConfig, RouterConfig, TargetModule};
 use crate::ffi;
 use gpt2::{AttentionMask, Block, Gpt2};
 pub use inputs::{Inputs, Rows};
@@ -420,6 +420,14 @@ impl RoutedGpt2 {
         let hidden_nd = hidden_btd.view([-1, d]).index_select(0, &inputs.labelled);
         let loss = chunked_cross_entropy(&hidden_nd, &self.base.lm_head, &inputs.labels, settings);
         (loss, routing)
+    }
+}
+
+/// libtorch's name of a config's dtype.
+pub fn kind_of(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
     }
 }
 

@@ -146,14 +146,9 @@ pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
 }
 
-/// Reads a whole checkpoint.
-pub fn read(dir: &Path) -> Result<Checkpoint> {
-    Ok(Checkpoint {
-        config: read_config(dir)?,
-        state: read_state(dir)?,
-        model: read_model(dir)?,
-        optimizer: read_tensors(&dir.join(OPTIMIZER)).context("cannot read the checkpoint")?,
-    })
+/// The moments and generator states that a checkpoint holds.
+pub fn read_optimizer(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+    read_tensors(&dir.join(OPTIMIZER)).context("cannot read the checkpoint")
 }
 
 /// Writes a checkpoint of `run_dir`, points `last` at it and `best` at the best so far, and removes
@@ -161,31 +156,19 @@ pub fn read(dir: &Path) -> Result<Checkpoint> {
 pub fn write(run_dir: &Path, checkpoint: &Checkpoint, keep_last: usize) -> Result<PathBuf> {
     let parent = folder(run_dir);
     let name = step_name(checkpoint.state.step);
-    let write = || -> Result<PathBuf> {
-        fs_err::create_dir_all(&parent)?;
-        let temporary = tempfile::Builder::new()
-            .prefix(".writing-")
-            .tempdir_in(&parent)
-            .context("no folder")?;
-        write_files(temporary.path(), checkpoint)?;
-        durable::sync_folder(temporary.path())?;
-        let target = parent.join(&name);
-        if target.exists() {
-            // a resumed run has come to the same step again
-            let old = tempfile::Builder::new().prefix(".replaced-").tempdir_in(&parent)?;
-            fs_err::rename(&target, old.path().join("old"))?;
-        }
-        fs_err::rename(temporary.keep(), &target)?;
+    let target = parent.join(&name);
+    let write = || -> Result<()> {
+        // a resumed run comes to the same step again
+        durable::folder(&target, true, |dir| write_files(dir, checkpoint))?;
         point(&parent, "last", &name)?;
         if let Some(best) = checkpoint.state.best
             && parent.join(step_name(best.step)).exists()
         {
             point(&parent, "best", &step_name(best.step))?;
         }
-        durable::sync_folder(&parent)?;
-        Ok(target)
+        durable::sync_folder(&parent)
     };
-    let target = write().with_context(|| format!("cannot write checkpoint `{name}`"))?;
+    write().with_context(|| format!("cannot write checkpoint `{name}`"))?;
     prune(run_dir, &checkpoint.state, keep_last)?;
     Ok(target)
 }

@@ -19,14 +19,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::base::Base;
-use crate::config::{Config, Dtype, Method};
+use crate::config::{Config, Method};
 use crate::data::{Datasets, TokenDataset};
 use crate::eval::{EvalReport, EvalSettings, RoutingReport, evaluate};
 use crate::model::gpt2::Gpt2;
-use crate::model::{RoutedGpt2, RoutingSource, TrainedParameter};
+use crate::model::{RoutedGpt2, RoutingSource, TrainedParameter, kind_of};
 use crate::{config, durable, ffi};
 use checkpoint::{Best, Checkpoint, Position, TrainState};
 use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics};
@@ -88,10 +88,7 @@ pub struct Trainer {
 
 /// The model that a config describes on a base, with fresh experts and router from `run.seed`.
 pub fn build_model(config: &Config, base: &Gpt2, device: Device) -> RoutedGpt2 {
-    let kind = match config.base.dtype {
-        Dtype::F32 => Kind::Float,
-        Dtype::Bf16 => Kind::BFloat16,
-    };
+    let kind = kind_of(config.base.dtype);
     match config.method {
         Method::Full => RoutedGpt2::plain(base, device, kind, true),
         Method::RoutedLora => {
@@ -107,8 +104,8 @@ pub fn build_model(config: &Config, base: &Gpt2, device: Device) -> RoutedGpt2 {
 /// A base other than the one that the checkpoint was trained on.
 pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
     let weights = base.weights()?;
-    let model = build_model(config, &weights, device);
     check_base(&checkpoint::read_state(dir)?, &weights, &base.label)?;
+    let model = build_model(config, &weights, device);
     let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
     model.load_trained(&checkpoint::read_model(dir)?).with_context(in_dir)?;
     Ok(model)
@@ -169,24 +166,21 @@ impl Trainer {
         device: Device,
         dir: &Path,
     ) -> Result<Self> {
-        let saved = checkpoint::read(dir)?;
-        check_same_run(&config, &saved.config)?;
-        if saved.state.data_fingerprint != data.train.fingerprint() {
+        check_same_run(&config, &checkpoint::read_config(dir)?)?;
+        let state = checkpoint::read_state(dir)?;
+        if state.data_fingerprint != data.train.fingerprint() {
             bail!(
                 "the training data has changed since the checkpoint `{}`\nhint: a resumed run \
                  needs the same files, tokenizer and `[data]`",
                 dir.display()
             );
         }
-        let weights = base.weights()?;
-        check_base(&saved.state, &weights, &base.label)?;
-        let model = build_model(&config, &weights, device);
+        let model = load_model(dir, &config, base, device)?;
+        let mut trainer = Self::assemble(config, model, data, state)?;
+        let saved = checkpoint::read_optimizer(dir)?;
         let in_dir = || format!("cannot resume from `{}`", dir.display());
-        model.load_trained(&saved.model).with_context(in_dir)?;
-        let step = saved.state.step;
-        let mut trainer = Self::assemble(config, model, data, saved.state)?;
-        trainer.optimizer.load_state(&saved.optimizer, step).with_context(in_dir)?;
-        optim::load_rng_states(&saved.optimizer, device)?;
+        trainer.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
+        optim::load_rng_states(&saved, device)?;
         Ok(trainer)
     }
 

@@ -3,9 +3,10 @@
 use serde::Serialize;
 
 use super::checkpoint::Position;
-use crate::config::{Config, Dtype, Duration, Method};
+use crate::config::{Config, Duration, Method};
 use crate::data::{BlockId, TokenDataset};
 use crate::model::gpt2_config::Gpt2Config;
+use crate::model::kind_of;
 
 /// Parameters of the model by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -61,10 +62,7 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     /// The estimate for one micro-batch of a config on a base.
     pub fn new(config: &Config, base: &Gpt2Config, counts: &ParameterCounts) -> Self {
-        let element = match config.base.dtype {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        };
+        let element = kind_of(config.base.dtype).elt_size_in_bytes() as i64;
         let full = config.method == Method::Full;
         let tokens = (config.train.micro_batch_size * config.data.seq_len) as i64;
         let (d, inner, layers) = (base.n_embd, base.n_inner, base.n_layer);
