@@ -22,6 +22,8 @@ For each set of experts in EXPERTS, `NAME.safetensors` over the base `gpt2_tied`
     {dense,top_2}.smoothed_grad.NAME         gradient of .smoothed_loss
     top_2.load_balancing_loss                transformers' Mixtral over the labelled positions (float32 inside)
 
+Under `peft`, adapters as PEFT saves them and what it computes with them: see make_golden_adapters.py.
+
 Weights are stored in float32 and used in float64, without loss. Each file's metadata names the versions
 (`torch`, `transformers`, `peft`) and the settings that its numbers depend on.
 """
@@ -234,6 +236,9 @@ def main():
         base_case(folder, seed, name, settings)
     for seed, (name, settings) in enumerate(EXPERTS.items(), 100):
         experts_case(folder, seed, name, settings)
+    import make_golden_adapters  # which imports this
+
+    make_golden_adapters.write(folder / "peft")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ const END_OF_TEXT: &str = "<|endoftext|>";
 pub struct Base {
     /// How it is named to people and in exports: a folder, `repo@revision` or `random`.
     pub label: String,
+    /// Where it comes from.
+    pub source: BaseSource,
     /// Its shape.
     pub config: Gpt2Config,
     /// The tokenizer, if there is a `tokenizer.json`.
@@ -68,7 +70,8 @@ impl Base {
             );
         }
         let label = files.as_ref().map_or("random".into(), |files| files.label.clone());
-        Ok(Self { label, config: shape, tokenizer, tokenizer_file, files })
+        let source = config.source.clone();
+        Ok(Self { label, source, config: shape, tokenizer, tokenizer_file, files })
     }
 
     /// Reads the weights, or draws them from libtorch's default generator; f32 on the CPU.
@@ -78,6 +81,20 @@ impl Base {
             Some(files) => weights::read_gpt2(&self.config, &files.weights, Kind::Float)
                 .with_context(|| format!("cannot load the base `{}`", self.label)),
         }
+    }
+
+    /// Checks that `weights`, in f32, are those that `expected` is the BLAKE3 of; `of` ends "that ..".
+    pub fn check_hash(&self, weights: &Gpt2, expected: &str, of: &str) -> Result<()> {
+        let found = weights.hash()?;
+        if found != expected {
+            bail!(
+                "the base `{}` is not the one that {of}: BLAKE3 `{}..`, not `{}..`",
+                self.label,
+                &found[..12],
+                &expected[..expected.len().min(12)]
+            );
+        }
+        Ok(())
     }
 
     /// The tokenizer, which most work needs.

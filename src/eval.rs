@@ -10,9 +10,10 @@ use anyhow::{Result, bail};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+use crate::config::RoutingChoice;
 use crate::data::{Batch, BlockId, TokenDataset};
 use crate::model::loss::LossSettings;
-use crate::model::router::RoutingTotals;
+use crate::model::router::{Routing, RoutingTotals, add_totals};
 use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 
 /// What an evaluation found.
@@ -65,14 +66,21 @@ pub struct RoutingReport {
 }
 
 impl RoutingReport {
-    /// The means of `totals`.
-    pub fn new(totals: &RoutingTotals) -> Result<Self> {
-        let weights = &totals.weights / totals.num_tokens as f64;
-        Ok(Self {
-            mean_routing_weights: Vec::try_from(weights)?,
-            expert_load: Vec::try_from(totals.expert_load())?,
-            routing_entropy: totals.routing_entropy(),
-        })
+    /// The means of each router's totals, and then over the routers; none without a router.
+    pub fn new(totals: &[RoutingTotals]) -> Result<Option<Self>> {
+        let count = totals.len() as f64;
+        if totals.is_empty() {
+            return Ok(None);
+        }
+        let mean = |of: &dyn Fn(&RoutingTotals) -> Tensor| {
+            let sum: Tensor = totals.iter().map(of).sum();
+            Vec::<f64>::try_from(sum / count)
+        };
+        Ok(Some(Self {
+            mean_routing_weights: mean(&|t| &t.weights / t.num_tokens as f64)?,
+            expert_load: mean(&RoutingTotals::expert_load)?,
+            routing_entropy: totals.iter().map(RoutingTotals::routing_entropy).sum::<f64>() / count,
+        }))
     }
 }
 
@@ -83,14 +91,14 @@ pub struct EvalSettings {
     pub batch_size: usize,
     /// Positions whose logits are in memory at once.
     pub loss_chunk_tokens: i64,
-    /// What routes the tokens.
-    pub source: RoutingSource,
 }
 
-/// Evaluates `model` on every block of `dataset`; `progress` hears `(blocks done, blocks)`.
+/// Evaluates `model` on every block of `dataset`, routed by `source`; `progress` hears `(blocks done,
+/// blocks)`.
 pub fn evaluate(
     model: &RoutedGpt2,
     dataset: &TokenDataset,
+    source: &RoutingSource,
     settings: EvalSettings,
     progress: &dyn Fn(u64, u64),
 ) -> Result<EvalReport> {
@@ -99,7 +107,7 @@ pub fn evaluate(
     }
     let _no_grad = tch::no_grad_guard();
     let mut domains = vec![];
-    let mut all_totals: Option<RoutingTotals> = None;
+    let mut all_totals: Vec<RoutingTotals> = vec![];
     let (mut done, num_blocks) = (0, dataset.num_blocks() as u64);
     let order = dataset.eval_order();
     for (index, domain) in dataset.domains.iter().enumerate() {
@@ -109,13 +117,15 @@ pub fn evaluate(
             continue;
         }
         let (mut loss_sum, mut label_tokens) = (0.0, 0);
-        let mut totals: Option<RoutingTotals> = None;
+        let mut totals: Vec<RoutingTotals> = vec![];
         for chunk in blocks.chunks(settings.batch_size) {
             let batch = dataset.batch(chunk);
-            let (loss, batch_totals) = score(model, &batch, settings);
+            let inputs = inputs(&batch, model.device());
+            let (loss, routing) = score(model, &inputs, source, settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();
-            add_totals(&mut totals, batch_totals);
+            add_totals(&mut totals, &routing, &inputs.labelled);
+            add_totals(&mut all_totals, &routing, &inputs.labelled);
             done += chunk.len() as u64;
             progress(done, num_blocks);
         }
@@ -126,9 +136,8 @@ pub fn evaluate(
             label_tokens,
             loss,
             perplexity: loss.exp(),
-            routing: totals.as_ref().map(RoutingReport::new).transpose()?,
+            routing: RoutingReport::new(&totals)?,
         });
-        add_totals(&mut all_totals, totals);
     }
     let label_tokens: u64 = domains.iter().map(|domain| domain.label_tokens).sum();
     let loss_sum: f64 = domains.iter().map(|d| d.loss * d.label_tokens as f64).sum();
@@ -141,33 +150,50 @@ pub fn evaluate(
         perplexity: token_loss.exp(),
         label_tokens,
         domains,
-        routing: all_totals.as_ref().map(RoutingReport::new).transpose()?,
+        routing: RoutingReport::new(&all_totals)?,
     })
 }
 
-/// The summed loss of a batch, nats, and its routing totals.
+/// The summed loss of a batch, nats, and what the routers did.
 fn score(
     model: &RoutedGpt2,
-    batch: &Batch,
+    inputs: &Inputs,
+    source: &RoutingSource,
     settings: EvalSettings,
-) -> (f64, Option<RoutingTotals>) {
-    let inputs = inputs(batch, model.device());
+) -> (f64, Vec<Routing>) {
     let loss_settings = LossSettings {
         chunk_tokens: settings.loss_chunk_tokens,
         label_smoothing: 0.0,
         scale: 1.0,
         with_grad: false,
     };
-    let (loss, routing) = model.loss(&inputs, settings.source, ForwardMode::EVAL, loss_settings);
-    let totals = routing.map(|routing| RoutingTotals::new(&routing, &inputs.labelled));
-    (loss.token_losses.sum(Kind::Double).double_value(&[]), totals)
+    let (loss, routing) = model.loss(inputs, source, ForwardMode::EVAL, loss_settings);
+    (loss.token_losses.sum(Kind::Double).double_value(&[]), routing)
 }
 
-fn add_totals(sum: &mut Option<RoutingTotals>, totals: Option<RoutingTotals>) {
-    match (sum.as_mut(), totals) {
-        (Some(sum), Some(totals)) => sum.add(&totals),
-        (None, totals @ Some(_)) => *sum = totals,
-        (_, None) => {}
+/// Checks that a dataset can be routed by `routing` over `num_experts` experts: by `record`, each of
+/// its documents must name one of them.
+pub fn check_records(
+    dataset: &TokenDataset,
+    routing: RoutingChoice,
+    num_experts: i64,
+) -> Result<()> {
+    if routing != RoutingChoice::Record {
+        return Ok(());
+    }
+    let records = dataset.record_experts();
+    if records.documents_without > 0 {
+        bail!(
+            "routing by `record` needs an `expert` in each record, {} have none\nhint: a number \
+             from 0, or `\"__base__\"` for no expert",
+            records.documents_without
+        );
+    }
+    match records.largest {
+        Some(largest) if largest >= num_experts => {
+            bail!("a record names `expert` {largest}, the model has {num_experts} from 0")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -180,6 +206,7 @@ pub fn inputs(batch: &Batch, device: Device) -> Inputs {
         labels: &batch.labels,
         position_ids: &batch.position_ids,
         document_ids: &batch.document_ids,
+        expert_ids: Some(&batch.expert_ids),
     };
     Inputs::new(rows, device)
 }

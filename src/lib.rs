@@ -3,14 +3,14 @@
 //!
 //! ```text
 //! config -> hub -> data  \
-//!               -> model -> base -> eval -> train -> export        (cli -> main)
+//!               -> model -> base -> mixture -> eval -> train -> export        (cli -> main)
 //! ```
 //!
 //! A module uses only what stands to its left. For a target linear layer with frozen weight W and
-//! experts e = 1..E of rank r,
+//! experts e = 1..E of rank r_e,
 //!
 //! ```text
-//! y = x W + b + sum_e g_e * s * drop(x) A_e^T B_e^T          s = alpha / r
+//! y = x W + b + sum_e g_e * s_e * drop(x) A_e^T B_e^T          s_e = alpha_e / r_e
 //! ```
 //!
 //! with routing weights `g = softmax(router_logits / temperature)`, `[b, t, e]`, that a learned router
@@ -25,10 +25,10 @@
 //! | target module | a linear layer of the base that gets experts: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj` | |
 //! | expert | one LoRA pair on each target module; expert e over all modules is one PEFT adapter | |
 //! | rank, alpha, scaling | r; alpha; alpha / r | |
-//! | lora_a, lora_b | down- and up-projection; B is 0 at the start | `[e, r, i]`, `[e, o, r]` |
+//! | lora_a, lora_b | an expert's down- and up-projection; B is 0 at the start | `[r, i]`, `[o, r]` |
 //! | router, router_logits | the linear layer that scores experts; its raw scores | `[b, t, e]` |
 //! | routing_probs | softmax over all experts | `[b, t, e]` |
-//! | routing_weights | what mixes the experts: probs, or the top k renormalised | `[b, t, e]` |
+//! | routing_weights | what mixes the experts: probs, the top k renormalised, or given ([`model::routing`]) | `[b, t, e]` |
 //! | selected_experts, top_k | the k chosen; absent = all | `[b, t, k]` |
 //! | expert_load | share of assignments per expert, sums to 1 | `[e]` |
 //! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::router`]) | scalar |
@@ -51,6 +51,7 @@ pub mod data;
 pub mod model;
 
 pub mod base;
+pub mod mixture;
 
 pub mod eval;
 

@@ -28,7 +28,7 @@ fn an_unknown_key_is_shown_with_its_line_and_the_right_keys() {
        |
     12 | rnak = 8
        | ^^^^
-    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `dropout`, `dropout_masks`
+    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts`
     "#);
 }
 
@@ -61,8 +61,8 @@ fn every_fault_is_told_at_once_by_its_path() {
         "{MINIMAL}\n[lora]\nrank = 0\ndropout = 1.5\n[router]\ntop_k = 9\n[train]\nduration = {{ steps = 0 }}\n"
     );
     insta::assert_snapshot!(error(&text, &["optimizer.betas=[0.9, 1.0]"]), @r#"
-    `lora.rank` must be at least 1, got 0
     `lora.dropout` must be at least 0 and below 1, got 1.5
+    `lora.rank` must be at least 1, got 0
     `router.top_k` must be from 1 to `lora.num_experts` 4, got 9
     `train.duration.steps` must be at least 1, got 0
     `optimizer.betas[1]` must be at least 0 and below 1, got 1
@@ -72,7 +72,7 @@ fn every_fault_is_told_at_once_by_its_path() {
 #[test]
 fn a_bad_override_names_itself() {
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @r#"
-    in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `dropout`, `dropout_masks`
+    in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts`
     in `lora`
     "#);
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank"]), @"`--set lora.rank` has no `=`; write `--set lora.rank=16`");
@@ -113,8 +113,10 @@ fn every_shipped_config_is_valid_and_opens_with_its_command() {
 }
 
 /// The rooms in the order of a run; a room uses only those before it.
-const ROOMS: [&str; 10] =
-    ["config", "durable", "ffi", "hub", "data", "model", "base", "eval", "train", "export"];
+const ROOMS: [&str; 11] = [
+    "config", "durable", "ffi", "hub", "data", "model", "base", "mixture", "eval", "train",
+    "export",
+];
 
 #[test]
 fn a_room_uses_only_the_rooms_to_its_left() {

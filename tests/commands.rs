@@ -120,9 +120,11 @@ fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
     let trace =
         json(&dylora(&cache, &["trace", "--checkpoint", run, "--text", "fn main", "--json"])?)?;
     assert_eq!(trace["num_target_modules"], 16);
-    assert_eq!(trace["routed_modules"].as_array().map(Vec::len), Some(16));
+    let modules = trace["modules"].as_array().context("a list")?;
+    assert_eq!(modules.len(), 16);
+    assert!(modules.iter().all(|module| module["update_share"].as_f64() > Some(0.0)), "{trace}");
     let base = ["trace", "--base", "demo/base", "--text", "fn main", "--json"];
-    assert_eq!(json(&dylora(&cache, &base)?)?["routed_modules"], serde_json::json!([]));
+    assert_eq!(json(&dylora(&cache, &base)?)?["modules"], serde_json::json!([]));
 
     let out = export.to_str().context("UTF-8")?;
     let arguments = ["export-adapters", "--checkpoint", run, "--out", out];

@@ -1,7 +1,7 @@
 //! Files to batches, through the public interface.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,8 @@ use anyhow::Result;
 use dylora::config::{DomainConfig, LossOn, OnBadRecord, Validation};
 use dylora::data::{
     Batch, DataOptions, Datasets, DomainFiles, IGNORED_LABEL, LoadProgress, MemoryDocument,
-    MemoryDomain, PADDING_DOCUMENT, TokenDataset, Tokenizer, load_datasets, load_files,
+    MemoryDomain, PADDING_DOCUMENT, RecordExperts, TokenDataset, Tokenizer, load_datasets,
+    load_files,
 };
 use proptest::prelude::*;
 
@@ -108,6 +109,7 @@ fn pieces(batch: &Batch) -> Vec<Vec<(i64, i64)>> {
             let pair = (batch.input_ids[at], batch.labels[at]);
             if document == PADDING_DOCUMENT {
                 assert_eq!((pair, batch.position_ids[at]), ((0, IGNORED_LABEL), 0));
+                assert_eq!(batch.expert_ids[at], -1);
             } else if last == Some(document) {
                 let piece: &mut Vec<_> = pieces.last_mut().expect("the piece has begun");
                 assert_eq!(batch.position_ids[at], piece.len() as i64);
@@ -426,10 +428,107 @@ fn records_go_to_the_domains_that_they_name() -> Result<()> {
     Ok(())
 }
 
+/// Texts with and without experts; a `seq_len` of 8 splits the last one.
+const EXPERTS: &str = r#"{"text": "uu"}
+{"text": "vvv", "expert": null}
+{"text": "ww", "expert": "expert_3"}
+{"text": "xxx", "expert": "__base__"}
+{"prompt": "yyyyyy", "completion": "zzzzzz", "expert": 0}
+"#;
+
+/// The experts that each letter's positions have.
+fn experts_of_letters(batch: &Batch) -> BTreeMap<char, Vec<i64>> {
+    let mut experts: BTreeMap<char, Vec<i64>> = BTreeMap::new();
+    for (at, document) in batch.document_ids.iter().enumerate() {
+        if *document != PADDING_DOCUMENT {
+            let letter = char::from(batch.input_ids[at] as u8 + 33);
+            experts.entry(letter).or_default().push(batch.expert_ids[at]);
+        }
+    }
+    experts
+}
+
+#[test]
+fn each_position_has_the_expert_of_its_record() -> Result<()> {
+    let files = Files::new(&[("a.jsonl", EXPERTS.as_bytes())]);
+    let options = DataOptions { cache_dir: Some(PathBuf::from(files.path("cache"))), ..options(8) };
+    let expected = [
+        ('u', vec![-1; 2]),
+        ('v', vec![-1; 3]),
+        ('w', vec![3; 2]),
+        ('x', vec![-1; 3]),
+        ('y', vec![0; 6]),
+        ('z', vec![0; 6]),
+    ];
+    // the second load comes from the cache
+    for _ in 0..2 {
+        let dataset = files.eval(&["a.jsonl"], &options)?;
+        let batch = all_blocks(&dataset);
+        assert_eq!(pieces(&batch).len(), 6);
+        assert_eq!(experts_of_letters(&batch), BTreeMap::from(expected.clone()));
+        let rows = batch.expert_ids.chunks(8);
+        assert!(rows.clone().any(|row| row.contains(&3) && row.contains(&-1)), "a mixed row");
+        let expected = RecordExperts { documents_without: 2, largest: Some(3) };
+        assert_eq!(dataset.record_experts(), expected);
+    }
+    Ok(())
+}
+
+#[test]
+fn only_documents_in_blocks_count_for_the_experts_of_the_records() -> Result<()> {
+    let empty = r#"{"text": "", "expert": 9}
+{"text": ""}"#;
+    let only_base = r#"{"text": "a", "expert": "__base__"}"#;
+    let files = Files::new(&[
+        ("a.jsonl", EXPERTS.as_bytes()),
+        ("empty.jsonl", format!("{empty}\n{only_base}").as_bytes()),
+        ("b.txt", b"text"),
+    ]);
+    let experts = |pattern: &str| anyhow::Ok(files.eval(&[pattern], &options(8))?.record_experts());
+    let counts = |documents_without, largest| RecordExperts { documents_without, largest };
+    assert_eq!(experts("empty.jsonl")?, counts(0, Some(-1)));
+    assert_eq!(experts("b.txt")?, counts(1, None));
+    // of all domains; what is held out of one side is on the other
+    let domains = [
+        files.domain("a", "a.jsonl", files.validation("empty.jsonl")),
+        files.domain("b", "b.txt", None),
+    ];
+    let sets = load(&domains, &options(8))?;
+    assert_eq!(sets.train.record_experts(), counts(3, Some(3)));
+    assert_eq!(sets.validation.record_experts(), counts(0, Some(-1)));
+    Ok(())
+}
+
+/// Checkpoints hold the literal: data in which no record names an expert keeps it.
+#[test]
+fn the_fingerprint_changes_with_an_expert_and_not_without_any() {
+    let fingerprint = |experts: [Option<i64>; 3]| {
+        let documents = experts.into_iter().enumerate();
+        let documents =
+            documents.map(|(i, expert)| MemoryDocument { expert, ..document(i, 5, 0.4) }).collect();
+        let domain = MemoryDomain { name: "x".into(), weight: 1.0, documents };
+        TokenDataset::in_memory(8, LossOn::Completion, vec![domain]).fingerprint()
+    };
+    assert_eq!(
+        fingerprint([None; 3]),
+        "1e41d3e85fd74f31f77d46bca6fb2ea755e368a68d4567757390fd57df7197bd"
+    );
+    let different = [
+        [None; 3],
+        [Some(0), None, None],
+        [None, Some(0), None],
+        [None, Some(1), None],
+        [Some(-1), None, None],
+        [Some(-1); 3],
+    ];
+    let fingerprints: BTreeSet<String> = different.into_iter().map(fingerprint).collect();
+    assert_eq!(fingerprints.len(), different.len());
+}
+
 /// A document of `len` tokens that are all different from any other document's.
 fn document(index: usize, len: u32, prompt_share: f64) -> MemoryDocument {
     let tokens = (0..len).map(|token| index as u32 * 1_000 + token).collect();
-    MemoryDocument { tokens, prompt_len: (f64::from(len) * prompt_share) as u32 }
+    MemoryDocument { tokens, prompt_len: (f64::from(len) * prompt_share) as u32, expert: None }
 }
 
 proptest! {

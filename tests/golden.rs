@@ -4,14 +4,16 @@
 
 mod common;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use common::{assert_close, assert_same_gradients, golden_path, gradients, max_difference, seed};
+use common::{
+    assert_close, assert_same_gradients, golden_path, gradients, max_difference, unstack,
+};
 use dylora::config::{LoraConfig, RouterConfig, TargetModule};
+use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::lora::RoutingWeights;
 use dylora::model::loss::LossSettings;
 use dylora::model::router::RoutingTotals;
 use dylora::model::weights::{read_gpt2, read_tensors, write_tensors};
@@ -46,6 +48,7 @@ fn inputs(tensors: &BTreeMap<String, Tensor>) -> Result<Inputs> {
         labels: &labels,
         position_ids: &(0..b).flat_map(|_| 0..t).collect::<Vec<_>>(),
         document_ids: &vec![0; (b * t) as usize],
+        expert_ids: None,
     };
     Ok(Inputs::new(rows, Device::Cpu))
 }
@@ -58,9 +61,9 @@ fn base_matches_transformers(name: &str) -> Result<()> {
         let base = read_gpt2(&config, &files, kind)?;
         let model = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
         let mut recorder = Recorder::default();
-        let (hidden, ..) =
-            model.forward(&inputs, RoutingSource::Router, ForwardMode::EVAL, Some(&mut recorder));
-        let logits = model.logits(&hidden);
+        let output =
+            model.forward(&inputs, &RoutingSource::Router, ForwardMode::EVAL, Some(&mut recorder));
+        let logits = model.logits(&output.hidden);
         assert_eq!(logits.kind(), kind);
         assert_close(&format!("logits of `{name}`"), &logits, &golden["logits"], tolerance);
         assert_eq!(recorder.hidden_states.len() as i64, config.n_layer + 1);
@@ -132,14 +135,11 @@ impl Experts {
         let (config, files) = base_files("gpt2_tied");
         let base = read_gpt2(&config, &files, kind)?;
         let router = RouterConfig { top_k, ..self.router.clone() };
-        let model = {
-            let _generator = seed(0);
-            RoutedGpt2::with_experts(&base, &self.lora, &router, Device::Cpu, kind)
-        };
+        let specs = ExpertSpec::all(&self.lora, &config)?;
         let trained = |name: &str| name.starts_with("h.") || name.starts_with("router.");
         let parameters = self.tensors.iter().filter(|(name, _)| trained(name));
-        model.load_trained(&parameters.map(|(n, t)| (n.clone(), t.shallow_clone())).collect())?;
-        Ok(model)
+        let stacks = parameters.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
+        RoutedGpt2::from_tensors(&base, &specs, &router, &unstack(&stacks), Device::Cpu, kind)
     }
 
     /// What the file holds under `prefix`, by the rest of the names.
@@ -160,7 +160,7 @@ fn each_expert_alone_matches_its_peft_adapter() -> Result<()> {
         for (kind, tolerance) in TOLERANCES {
             let model = golden.model(None, kind)?;
             for expert in 0..3 {
-                let logits = common::logits(&model, &inputs, RoutingSource::Expert(expert));
+                let logits = common::logits(&model, &inputs, &RoutingSource::Expert(expert));
                 let expected = &golden.tensors[&format!("logits.expert_{expert}")];
                 assert_close(&format!("{name}, expert {expert}"), &logits, expected, tolerance);
             }
@@ -176,11 +176,9 @@ fn given_routing_weights_mix_peft_adapters_per_token() -> Result<()> {
         let inputs = inputs(&golden.tensors)?;
         for (kind, tolerance) in TOLERANCES {
             let model = golden.model(None, kind)?;
-            let weights = golden.tensors["given.weights"].to_kind(kind);
-            let weights = RoutingWeights::PerToken(weights);
-            let hidden = model.forward_with(&inputs, &weights, ForwardMode::EVAL);
-            let expected = &golden.tensors["given.logits"];
-            assert_close(name, &model.logits(&hidden), expected, tolerance);
+            let given = RoutingSource::Given(golden.tensors["given.weights"].shallow_clone());
+            let logits = common::logits(&model, &inputs, &given);
+            assert_close(name, &logits, &golden.tensors["given.logits"], tolerance);
         }
     }
     Ok(())
@@ -197,10 +195,12 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
                 let what = |part: &str| format!("{part} of `{name}`, {prefix}, {kind:?}");
                 let expected = golden.under(&format!("{prefix}."));
                 let model = golden.model(top_k, kind)?;
-                let routing = model.route(&inputs).expect("three experts have a router");
+                let [routing] = &model.routing(&inputs, ForwardMode::EVAL)[..] else {
+                    panic!("one router for all layers")
+                };
                 assert_close(&what("probs"), &routing.probs, &expected["probs"], tolerance);
                 assert_close(&what("weights"), &routing.weights, &expected["weights"], tolerance);
-                let logits = common::logits(&model, &inputs, RoutingSource::Router);
+                let logits = common::logits(&model, &inputs, &RoutingSource::Router);
                 assert_close(&what("logits"), &logits, &expected["logits"], tolerance);
                 for (smoothed, label_smoothing) in
                     [("", 0.0), ("smoothed_", golden.label_smoothing)]
@@ -209,11 +209,12 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
                         label_smoothing,
                         ..common::mean_loss(inputs.labels.size()[0])
                     };
-                    let router = RoutingSource::Router;
+                    let router = &RoutingSource::Router;
                     let (loss, _) = model.loss(&inputs, router, ForwardMode::EVAL, settings);
                     let expected_loss = &expected[&format!("{smoothed}loss")];
                     assert_close(&what("loss"), &loss.loss, expected_loss, tolerance);
                     let expected = golden.under(&format!("{prefix}.{smoothed}grad."));
+                    let expected = unstack(&expected);
                     assert_same_gradients(&gradients(&model, &loss.loss), &expected, tolerance);
                 }
             }
@@ -228,8 +229,8 @@ fn load_balancing_loss_matches_mixtrals() -> Result<()> {
     for name in EXPERTS {
         let golden = Experts::read(name)?;
         let inputs = inputs(&golden.tensors)?;
-        let routing = golden.model(Some(2), Kind::Double)?.route(&inputs).expect("it has a router");
-        let loss = RoutingTotals::new(&routing, &inputs.labelled).load_balancing_loss();
+        let routing = golden.model(Some(2), Kind::Double)?.routing(&inputs, ForwardMode::EVAL);
+        let loss = RoutingTotals::new(&routing[0], &inputs.labelled).load_balancing_loss();
         assert_close(name, &loss, &golden.tensors["top_2.load_balancing_loss"], 1e-6);
     }
     Ok(())
@@ -408,24 +409,22 @@ fn a_config_survives_writing_and_reading() -> Result<()> {
 }
 
 #[test]
-fn trained_parameters_must_fit_the_model() -> Result<()> {
+fn tensors_must_fit_the_model() -> Result<()> {
     let golden = Experts::read("experts_c_attn")?;
     let model = golden.model(None, Kind::Float)?;
-    let named: HashMap<_, _> =
-        model.trained_parameters().into_iter().map(|p| (p.name, p.tensor)).collect();
-    let all =
-        || named.iter().map(|(n, t)| (n.clone(), t.detach().copy())).collect::<BTreeMap<_, _>>();
-    let refusal =
-        |tensors| format!("{:#}", model.load_trained(&tensors).expect_err("it is spoiled"));
+    let all = || model.tensors();
+    let refusal = |tensors| format!("{:#}", model.load(&tensors).expect_err("it is spoiled"));
 
     let mut tensors = all();
     tensors.remove("router.bias");
     insta::assert_snapshot!(refusal(tensors), @"tensor `router.bias` is missing");
     let mut tensors = all();
-    tensors.insert("h.0.attn.c_attn.lora_a".into(), Tensor::zeros([3, 2, 16], common::DOUBLE));
-    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.attn.c_attn.lora_a` must be [3, 4, 16], got [3, 2, 16]");
+    let name = "h.0.attn.c_attn.expert_1.lora_a";
+    tensors.insert(name.into(), Tensor::zeros([2, 16], common::DOUBLE));
+    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.attn.c_attn.expert_1.lora_a` must be [4, 16], got [2, 16]");
     let mut tensors = all();
-    tensors.insert("h.0.mlp.c_fc.lora_a".into(), Tensor::zeros([1], common::DOUBLE));
-    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.mlp.c_fc.lora_a` belongs to no parameter of this model");
+    let name = "h.0.mlp.c_fc.expert_0.lora_a";
+    tensors.insert(name.into(), Tensor::zeros([1], common::DOUBLE));
+    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.mlp.c_fc.expert_0.lora_a` belongs to no parameter of this model");
     Ok(())
 }

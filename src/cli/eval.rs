@@ -7,16 +7,14 @@ use serde_json::json;
 use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
-use crate::config::{LossOn, OnBadRecord};
+use crate::config::{LossOn, OnBadRecord, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
-use crate::eval::{EvalSettings, evaluate};
+use crate::eval::{EvalSettings, check_records, evaluate};
 use crate::model::RoutingSource;
 
-/// Arguments of `dylora eval`.
+/// Which data.
 #[derive(Debug, Args)]
-pub struct EvalArgs {
-    #[command(flatten)]
-    model: ModelArgs,
+pub struct DataArgs {
     /// Data to score, repeatable; without it, the validation data of the checkpoint's config. Without
     /// a domain, records are grouped by their `domain`, else by file.
     #[arg(long, value_name = "[DOMAIN=]FILE")]
@@ -27,12 +25,22 @@ pub struct EvalArgs {
     /// Score completions only, or every token [default: the config's, or completion].
     #[arg(long, value_name = "completion|all", value_parser = parse_loss_on)]
     loss_on: Option<LossOn>,
+}
+
+/// Arguments of `dylora eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    data: DataArgs,
     /// Sequences of a forward pass.
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch_size: usize,
-    /// What routes the tokens: router, uniform, expert:N or none.
-    #[arg(long, default_value = "router", value_parser = super::trace::parse_routing)]
-    routing: RoutingSource,
+    /// What routes the tokens: router, uniform, all, expert:N, record (each record's `expert`) or
+    /// none [default: the run's, or router].
+    #[arg(long, value_name = "ROUTING")]
+    routing: Option<RoutingChoice>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -52,16 +60,18 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
         return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
     }
     let open = args.model.open(shared)?;
-    super::trace::check_routing(args.routing, &open.model)?;
-    let dataset = dataset(&args, &open, shared)?;
+    let routing = open.routing(args.routing)?;
+    let dataset = args.data.load(&open, shared)?;
+    check_records(&dataset, routing, open.model.num_experts())?;
     let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-    let settings =
-        EvalSettings { batch_size: args.batch_size, loss_chunk_tokens: 1024, source: args.routing };
-    let report = evaluate(&open.model, &dataset, settings, &|done, _| bar.set(done))?;
+    let settings = EvalSettings { batch_size: args.batch_size, loss_chunk_tokens: 1024 };
+    let source = RoutingSource::from(routing);
+    let report = evaluate(&open.model, &dataset, &source, settings, &|done, _| bar.set(done))?;
     bar.finish();
     if args.json {
         let mut json = serde_json::to_value(&report)?;
         json["base"] = json!(open.base.label);
+        json["routing_source"] = json!(routing);
         json["checkpoint"] = json!(open.checkpoint);
         json["device"] = json!(device_name(open.model.device()));
         println!("{}", serde_json::to_string_pretty(&json)?);
@@ -71,38 +81,47 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-/// The data that is scored.
-fn dataset(args: &EvalArgs, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
-    let config = open.config.as_ref().map(|config| &config.data);
-    let longest = (open.base.config.n_positions as usize).min(1024);
-    let seq_len = args.seq_len.or(config.map(|data| data.seq_len)).unwrap_or(longest);
-    if seq_len < 2 {
-        return Err(usage(anyhow!("`--seq-len` must be at least 2, got {seq_len}")));
+impl DataArgs {
+    /// Whether no data is named.
+    pub fn is_empty(&self) -> bool {
+        self.data.is_empty()
     }
-    open.base.check_seq_len(seq_len).map_err(usage)?;
-    let tokenizer = open.base.tokenizer()?;
-    let options = DataOptions {
-        seq_len,
-        loss_on: args.loss_on.or(config.map(|data| data.loss_on)).unwrap_or_default(),
-        on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
-        seed: open.config.as_ref().map_or(0, |config| config.run.seed),
-        eos_token_id: open.base.config.eos_token_id,
-        cache_dir: Some(token_cache()),
-    };
-    let bar = LoadBar::new(shared.show_progress);
-    let progress = |progress| bar.update(&progress);
-    if args.data.is_empty() {
-        let Some(config) = config else {
-            return Err(usage(anyhow!("a bare base needs `--data [DOMAIN=]FILE`")));
-        };
-        let datasets = load_datasets(&config.domains, &options, tokenizer, &progress)?;
-        if datasets.validation.num_blocks() == 0 {
-            let hint = "hint: name some with `--data [DOMAIN=]FILE`";
-            return Err(usage(anyhow!("the run's config has no validation data\n{hint}")));
+
+    /// The data that is named, or the validation data of the model's run.
+    pub fn load(&self, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
+        let config = open.config.as_ref().map(|config| &config.data);
+        let longest = (open.base.config.n_positions as usize).min(1024);
+        let seq_len = self.seq_len.or(config.map(|data| data.seq_len)).unwrap_or(longest);
+        if seq_len < 2 {
+            return Err(usage(anyhow!("`--seq-len` must be at least 2, got {seq_len}")));
         }
-        return Ok(datasets.validation);
+        open.base.check_seq_len(seq_len).map_err(usage)?;
+        let tokenizer = open.base.tokenizer()?;
+        let options = DataOptions {
+            seq_len,
+            loss_on: self.loss_on.or(config.map(|data| data.loss_on)).unwrap_or_default(),
+            on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
+            seed: open.config.as_ref().map_or(0, |config| config.run.seed),
+            eos_token_id: open.base.config.eos_token_id,
+            cache_dir: Some(token_cache()),
+        };
+        let bar = LoadBar::new(shared.show_progress);
+        let progress = |progress| bar.update(&progress);
+        if self.data.is_empty() {
+            let Some(config) = config else {
+                return Err(usage(anyhow!(
+                    "there is no run whose data to take: name `--data [DOMAIN=]FILE`"
+                )));
+            };
+            let datasets = load_datasets(&config.domains, &options, tokenizer, &progress)?;
+            if datasets.validation.num_blocks() == 0 {
+                let hint = "hint: name some with `--data [DOMAIN=]FILE`";
+                return Err(usage(anyhow!("the run's config has no validation data\n{hint}")));
+            }
+            return Ok(datasets.validation);
+        }
+        load_files(&domain_files(&self.data), &options, tokenizer, &progress)
     }
-    load_files(&domain_files(&args.data), &options, tokenizer, &progress)
 }
 
 /// `[DOMAIN=]FILE` arguments, those of one domain together.

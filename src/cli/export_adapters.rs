@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::Args;
 use serde_json::json;
 
 use super::open::ModelArgs;
 use super::{Shared, table};
-use crate::export::peft;
+use crate::export::peft::{self, Layout};
 
 /// Arguments of `dylora export-adapters`.
 #[derive(Debug, Args)]
@@ -18,6 +18,10 @@ pub struct ExportArgs {
     /// The folder to make.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// How the experts are joined: `dylora` (`dylora.json` and the router) or `xlora` (an X-LoRA
+    /// folder, for a router on the base's last hidden state).
+    #[arg(long, value_name = "dylora|xlora", default_value = "dylora", value_parser = parse_layout)]
+    format: Layout,
     /// Replace the folder if it is there.
     #[arg(long)]
     overwrite: bool,
@@ -26,15 +30,19 @@ pub struct ExportArgs {
     json: bool,
 }
 
+fn parse_layout(text: &str) -> Result<Layout> {
+    match text {
+        "dylora" => Ok(Layout::Dylora),
+        "xlora" => Ok(Layout::Xlora),
+        _ => bail!("must be `dylora` or `xlora`"),
+    }
+}
+
 /// Runs the command.
 pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
-    if args.model.checkpoint.is_none() {
-        let error = anyhow::anyhow!("`export-adapters` needs `--checkpoint DIR`");
-        return Err(super::usage(error));
-    }
     let open = args.model.open(shared)?;
-    let config = open.config.expect("a checkpoint has a config");
-    peft::export(&args.out, &open.model, &config, &open.base.label, args.overwrite)?;
+    let provenance = open.provenance()?;
+    peft::export(&args.out, &open.model, &provenance, args.format, args.overwrite)?;
     let files = files(&args.out)?;
     if args.json {
         let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();
@@ -49,7 +57,7 @@ pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
 }
 
 /// The files below a folder with their sizes, sorted.
-fn files(dir: &Path) -> Result<Vec<(String, u64)>> {
+pub fn files(dir: &Path) -> Result<Vec<(String, u64)>> {
     let mut files = vec![];
     let mut folders = vec![dir.to_owned()];
     while let Some(folder) = folders.pop() {

@@ -2,6 +2,7 @@
 
 mod eval;
 mod export_adapters;
+mod merge;
 mod open;
 mod progress;
 mod table;
@@ -45,6 +46,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Write each expert as a PEFT adapter, and the router beside them.
     ExportAdapters(export_adapters::ExportArgs),
+    /// Merge a static mixture of the experts into the base or into one PEFT adapter.
+    Merge(merge::MergeArgs),
     /// Show how one text is routed, and save the inside of its forward pass.
     Trace(trace::TraceArgs),
 }
@@ -102,6 +105,7 @@ impl Cli {
             Some(Command::Train(args)) => train::run(args, &shared),
             Some(Command::Eval(args)) => eval::run(args, &shared),
             Some(Command::ExportAdapters(args)) => export_adapters::run(args, &shared),
+            Some(Command::Merge(args)) => merge::run(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }

@@ -1,25 +1,35 @@
-//! Opening what a command works on: a checkpoint's model, or a bare base.
+//! Opening what a command works on: a checkpoint's model, adapters on a base, or a bare base.
 
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::progress::DownloadBar;
 use super::{Shared, device, hub_settings, usage};
 use crate::base::Base;
-use crate::config::{BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource};
+use crate::config::{
+    AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
+    RoutingChoice,
+};
+use crate::export::peft::Provenance;
+use crate::hub::{self, AdapterFiles};
+use crate::mixture::Mixture;
 use crate::model::{RoutedGpt2, kind_of};
 use crate::train::{self, checkpoint};
 
-/// Which model: a checkpoint, or a bare base.
+/// Which model: a checkpoint, adapters on a base, or a bare base.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A run's folder (its best checkpoint, else its last) or one of its `checkpoints/step-*`.
     #[arg(long, value_name = "DIR", required_unless_present = "base")]
     pub checkpoint: Option<PathBuf>,
-    /// A bare base: a folder, or a Hub id as `NAME[@REVISION]`. With `--checkpoint`: where the
+    /// Adapters on `--base`: an export of dylora's, an X-LoRA folder or a PEFT adapter, as a folder;
+    /// or a PEFT adapter's Hub id, as `NAME[@REVISION]`.
+    #[arg(long, value_name = "DIR", conflicts_with = "checkpoint", requires = "base")]
+    pub adapters: Option<String>,
+    /// The base: a folder, or a Hub id as `NAME[@REVISION]`. With `--checkpoint`: where the
     /// checkpoint's base is now.
     #[arg(long, value_name = "DIR")]
     pub base: Option<String>,
@@ -52,6 +62,8 @@ pub struct OpenModel {
     pub checkpoint: Option<PathBuf>,
     /// The model.
     pub model: RoutedGpt2,
+    /// BLAKE3 of the base in f32, if it is known without computing it.
+    base_hash: Option<String>,
 }
 
 impl ModelArgs {
@@ -64,8 +76,7 @@ impl ModelArgs {
             let config = BaseConfig { source, tokenizer: self.tokenizer.clone(), dtype };
             let device = device(self.device.unwrap_or(DeviceChoice::Auto))?;
             let base = open_base(&config, shared)?;
-            let model = RoutedGpt2::plain(&base.weights()?, device, kind_of(dtype), false);
-            return Ok(OpenModel { base, config: None, checkpoint: None, model });
+            return self.open_on(base, device, kind_of(dtype), shared);
         };
         let dir = checkpoint::find(dir, checkpoint::Preferred::Best)?;
         let mut config = checkpoint::read_config(&dir)?;
@@ -79,8 +90,93 @@ impl ModelArgs {
         let device = device(self.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
         let model = train::load_model(&dir, &config, &base, device)?;
-        Ok(OpenModel { base, config: Some(config), checkpoint: Some(dir), model })
+        let base_hash = checkpoint::read_state(&dir)?.base_hash;
+        Ok(OpenModel { base, config: Some(config), checkpoint: Some(dir), model, base_hash })
     }
+
+    /// A base with `--adapters`, or alone.
+    fn open_on(
+        &self,
+        base: Base,
+        device: Device,
+        kind: Kind,
+        shared: &Shared,
+    ) -> Result<OpenModel> {
+        let find = |source: &AdapterSource| find_adapter(source, shared);
+        let mixture = match &self.adapters {
+            None => None,
+            Some(text) => Some(match adapter_source(text)? {
+                AdapterSource::Path(dir) => Mixture::of_folder(&dir, &base.config, &find)?,
+                hub => Mixture::of_adapters(&[hub], &base.config, &find)?,
+            }),
+        };
+        let weights = base.weights()?;
+        let base_hash = mixture.as_ref().and_then(|mixture| mixture.base_hash.clone());
+        if let Some(expected) = &base_hash {
+            base.check_hash(&weights, expected, "the adapters belong to")?;
+        }
+        let model = match mixture {
+            None => RoutedGpt2::plain(&weights, device, kind, false),
+            Some(mixture) => mixture.put_on(&weights, device, kind)?,
+        };
+        Ok(OpenModel { base, config: None, checkpoint: None, model, base_hash })
+    }
+}
+
+impl OpenModel {
+    /// What an export of the model says about where it comes from.
+    pub fn provenance(&self) -> Result<Provenance> {
+        let (base_name, revision) = match &self.base.source {
+            BaseSource::Path(path) => (path.display().to_string(), None),
+            BaseSource::Hub(hub) => (hub.repo.clone(), Some(hub.revision.clone())),
+            BaseSource::Random(_) => ("random".into(), None),
+        };
+        let domains = self.config.iter().flat_map(|config| &config.data.domains);
+        Ok(Provenance {
+            base_name,
+            revision,
+            base_label: self.base.label.clone(),
+            base_hash: match &self.base_hash {
+                Some(hash) => hash.clone(),
+                None => self.base.weights()?.hash()?,
+            },
+            dropout: self.config.as_ref().map_or(0.0, |config| config.lora.dropout),
+            domains: domains.map(|domain| domain.name.clone()).collect(),
+        })
+    }
+
+    /// The routing that is meant without `--routing`: the run's.
+    pub fn routing(&self, asked: Option<RoutingChoice>) -> Result<RoutingChoice> {
+        let of_run = self.config.as_ref().map_or(RoutingChoice::Router, |c| c.train.routing);
+        let routing = asked.unwrap_or(of_run);
+        let count = self.model.num_experts();
+        match routing {
+            RoutingChoice::Expert(expert) if !(0..count).contains(&expert) => {
+                Err(usage(anyhow!("there is no `{routing}`, the model has {count} expert(s)")))
+            }
+            _ => Ok(routing),
+        }
+    }
+}
+
+/// The experts and router that a config starts from, with a bar for downloads.
+pub fn open_mixture(config: &Config, base: &Base, shared: &Shared) -> Result<Mixture> {
+    Mixture::of_config(config, &base.config, &|source| find_adapter(source, shared))
+}
+
+fn find_adapter(source: &AdapterSource, shared: &Shared) -> Result<AdapterFiles> {
+    hub::find_adapter(source, &hub_settings(), &DownloadBar::new(shared.show_progress))
+}
+
+/// A folder if there is one, else a Hub id.
+fn adapter_source(text: &str) -> Result<AdapterSource> {
+    Ok(match base_source(text)? {
+        BaseSource::Hub(HubSource { repo, revision }) => {
+            AdapterSource::Hub(AdapterHub { repo, revision, subfolder: String::new() })
+        }
+        BaseSource::Path(path) => AdapterSource::Path(path),
+        BaseSource::Random(_) => unreachable!("no text names random weights"),
+    })
 }
 
 /// Finds the base's files, with a bar for downloads.

@@ -1,17 +1,19 @@
-//! `dylora trace`: how one text is routed, and the inside of its forward pass as tensors.
+//! `dylora trace`: how one text is routed, how much that moves each module's output, and the inside of
+//! the forward pass as tensors.
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use super::open::{ModelArgs, OpenModel};
 use super::{Shared, table, usage};
+use crate::config::RoutingChoice;
 use crate::model::lora::RoutingWeights;
 use crate::model::weights::write_tensors;
-use crate::model::{ForwardMode, Inputs, Recorder, RoutedGpt2, RoutingSource};
+use crate::model::{ForwardMode, ForwardOutput, Inputs, Recorder, RoutedGpt2, RoutingSource};
 
 /// Arguments of `dylora trace`.
 #[derive(Debug, Args)]
@@ -24,70 +26,55 @@ pub struct TraceArgs {
     /// Token ids instead, as `2,8,14`.
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     tokens: Vec<i64>,
-    /// Also write `input_ids`, `logits`, `routing_weights` and `hidden_states.{layer}` here.
+    /// Also write `input_ids`, `logits`, `routing_weights` (`.{layer}` if layers differ) and
+    /// `hidden_states.{layer}` here.
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
-    /// What routes the tokens: router, uniform, expert:N or none.
-    #[arg(long, default_value = "router", value_parser = parse_routing)]
-    routing: RoutingSource,
+    /// What routes the tokens: router, uniform, all, expert:N or none [default: the run's, or router].
+    #[arg(long, value_name = "ROUTING")]
+    routing: Option<RoutingChoice>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// Reads `router`, `uniform`, `expert:N` or `none`.
-pub fn parse_routing(text: &str) -> Result<RoutingSource> {
-    match text {
-        "router" => Ok(RoutingSource::Router),
-        "uniform" => Ok(RoutingSource::Uniform),
-        "none" => Ok(RoutingSource::Base),
-        _ => match text.strip_prefix("expert:").and_then(|expert| expert.parse().ok()) {
-            Some(expert) => Ok(RoutingSource::Expert(expert)),
-            None => bail!("must be `router`, `uniform`, `expert:N` or `none`"),
-        },
-    }
-}
-
-/// Checks that a routing source names an expert that the model has.
-pub fn check_routing(source: RoutingSource, model: &RoutedGpt2) -> Result<()> {
-    let count = model.num_experts();
-    match source {
-        RoutingSource::Expert(expert) if !(0..count).contains(&expert) => {
-            Err(usage(anyhow!("there is no `expert:{expert}`, the model has {count} expert(s)")))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Runs the command.
 pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let open = args.model.open(shared)?;
-    check_routing(args.routing, &open.model)?;
+    let routing = match (open.routing(args.routing)?, args.routing) {
+        (RoutingChoice::Record, None) => RoutingChoice::Router,
+        (RoutingChoice::Record, Some(_)) => {
+            return Err(usage(anyhow!("`record` is for data; name one with `expert:N`")));
+        }
+        (routing, _) => routing,
+    };
     let tokens = tokens(&args, &open)?;
     let _no_grad = tch::no_grad_guard();
     let inputs = Inputs::document(&tokens, open.model.device());
     let mut recorder = Recorder::default();
-    let (hidden, weights, _) =
-        open.model.forward(&inputs, args.routing, ForwardMode::EVAL, Some(&mut recorder));
-    let weights = weights_bte(&weights, &open.model, tokens.len() as i64);
+    let source = RoutingSource::from(routing);
+    let output = open.model.forward(&inputs, &source, ForwardMode::EVAL, Some(&mut recorder));
+    let weights = layer_weights(&output, &open.model, tokens.len() as i64);
     if let Some(file) = &args.out {
-        let logits = open.model.logits(&hidden);
+        let logits = open.model.logits(&output.hidden);
         let mut tensors = vec![
             ("input_ids".to_owned(), inputs.input_ids.shallow_clone()),
             ("logits".to_owned(), logits),
         ];
-        tensors.extend(weights.iter().map(|w| ("routing_weights".to_owned(), w.shallow_clone())));
+        for (layer, tensor) in weights.iter().enumerate() {
+            let name = match output.weights.len() {
+                1 => "routing_weights".to_owned(),
+                _ => format!("routing_weights.{layer}"),
+            };
+            tensors.push((name, tensor.shallow_clone()));
+        }
         for (layer, hidden) in recorder.hidden_states.iter().enumerate() {
             tensors.push((format!("hidden_states.{layer}"), hidden.shallow_clone()));
         }
         write_tensors(file, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))
             .with_context(|| format!("cannot write `{}`", file.display()))?;
     }
-    let rows = match &weights {
-        Some(weights) => rows(&weights.squeeze_dim(0))?,
-        None => vec![vec![]; tokens.len()],
-    };
-    print(&args, &open, &tokens, &rows, &recorder.routed_modules)
+    print(&args, &open, routing, &tokens, &weights, &recorder)
 }
 
 fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
@@ -109,70 +96,101 @@ fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
     }
 }
 
-/// The routing weights, `[1, t, e]`; none without experts.
-fn weights_bte(weights: &RoutingWeights, model: &RoutedGpt2, t: i64) -> Option<Tensor> {
-    match weights {
+/// The routing weights, `[1, t, e]`: one for all layers, one for each, or none without experts.
+fn layer_weights(output: &ForwardOutput, model: &RoutedGpt2, t: i64) -> Vec<Tensor> {
+    let weights = output.weights.iter().filter_map(|weights| match weights {
         RoutingWeights::Off => None,
         RoutingWeights::Ones => {
             Some(Tensor::ones([1, t, model.num_experts()], (Kind::Float, Device::Cpu)))
         }
         RoutingWeights::PerToken(weights) => Some(weights.shallow_clone()),
-    }
+    });
+    weights.collect()
 }
 
-fn rows(weights_te: &Tensor) -> Result<Vec<Vec<f64>>> {
+fn rows(weights_1te: &Tensor) -> Result<Vec<Vec<f64>>> {
+    let weights_te = weights_1te.squeeze_dim(0);
     Ok(Vec::try_from(weights_te.to_device(Device::Cpu).to_kind(Kind::Double))?)
 }
 
 fn print(
     args: &TraceArgs,
     open: &OpenModel,
+    routing: RoutingChoice,
     tokens: &[i64],
-    rows: &[Vec<f64>],
-    modules: &[String],
+    weights: &[Tensor],
+    recorder: &Recorder,
 ) -> Result<()> {
     let text_of = |id: i64| match &open.base.tokenizer {
         Some(tokenizer) => tokenizer.decode(&[id as u32]).unwrap_or_default(),
         None => String::new(),
     };
     let texts: Vec<String> = tokens.iter().map(|&id| text_of(id)).collect();
-    let num_targets: usize = open.config.as_ref().map_or(0, |config| {
-        let per_block = config.lora.target_modules.len();
-        if open.model.num_experts() == 0 {
-            0
-        } else {
-            per_block * open.base.config.n_layer as usize
-        }
-    });
+    let num_targets = open.model.modules().count();
+    let updates = &recorder.updates;
+    let layers: Vec<Vec<Vec<f64>>> = weights.iter().map(rows).collect::<Result<_>>()?;
     if args.json {
+        let modules: Vec<_> = updates
+            .iter()
+            .map(|update| {
+                json!({
+                    "module": update.path,
+                    "update_norm": update.update_norm,
+                    "output_norm": update.output_norm,
+                    "update_share": update.share(),
+                })
+            })
+            .collect();
+        let weights = match layers.as_slice() {
+            [shared] => json!(shared),
+            layers => json!(layers),
+        };
         let json = json!({
             "input_ids": tokens,
             "tokens": texts,
+            "routing_source": routing,
             "num_target_modules": num_targets,
-            "routed_modules": modules,
-            "routing_weights": rows,
+            "modules": modules,
+            "routing_weights": weights,
             "out": args.out,
         });
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
-    println!("{} of {num_targets} target modules received routing weights", modules.len());
-    if !modules.is_empty() {
-        println!("{}", modules.join(" "));
-    }
-    let num_experts = rows.first().map_or(0, Vec::len);
-    let experts: Vec<String> = (0..num_experts).map(|e| format!("expert_{e}")).collect();
-    let mut header = vec!["position", "id", "token"];
-    header.extend(experts.iter().map(String::as_str));
-    let lines =
-        tokens.iter().zip(&texts).zip(rows).enumerate().map(|(t, ((id, text), weights))| {
-            let mut line = vec![t.to_string(), id.to_string(), format!("{text:?}")];
-            line.extend(weights.iter().map(|weight| format!("{weight:.4}")));
-            line
+    println!(
+        "routing by `{routing}`: {} of {num_targets} target modules got weights",
+        updates.len()
+    );
+    if !updates.is_empty() {
+        let lines = updates.iter().map(|update| {
+            let numbers = [update.update_norm, update.output_norm].map(|norm| format!("{norm:.4}"));
+            let share = format!("{:.2} %", 100.0 * update.share());
+            [update.path.to_string()].into_iter().chain(numbers).chain([share]).collect()
         });
-    println!("{}", table::table(&header, lines.collect()));
+        let header = ["module", "norm of the update", "of the output", "share"];
+        println!("{}\n", table::table(&header, lines.collect()));
+    }
+    for (layer, rows) in layers.iter().enumerate() {
+        if layers.len() > 1 {
+            println!("layer {layer}");
+        }
+        println!("{}", weight_table(tokens, &texts, rows));
+    }
     if let Some(file) = &args.out {
         println!("wrote `{}`", file.display());
     }
     Ok(())
+}
+
+fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {
+    let num_experts = rows.first().map_or(0, Vec::len);
+    let experts: Vec<String> = (0..num_experts).map(|e| format!("expert_{e}")).collect();
+    let mut header = vec!["position", "id", "token"];
+    header.extend(experts.iter().map(String::as_str));
+    let lines = tokens.iter().zip(texts).zip(rows).enumerate().map(|(t, ((id, text), weights))| {
+        let mut line = vec![t.to_string(), id.to_string(), format!("{text:?}")];
+        line.extend(weights.iter().map(|weight| format!("{weight:.4}")));
+        line
+    });
+    table::table(&header, lines.collect())
 }

@@ -9,13 +9,14 @@ use clap::Args;
 use serde_json::json;
 use tch::Device;
 
-use super::open::{device_name, open_base};
+use super::open::{device_name, open_base, open_mixture};
 use super::progress::{LoadBar, TrainBar};
 use super::{Shared, device, table, token_cache, usage};
 use crate::base::Base;
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
 use crate::export::hugging_face;
+use crate::model::expert::ExpertSpec;
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
 use crate::train::{Ending, Event, Summary, Trainer, load_model};
@@ -49,14 +50,26 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let device = device(args.device.unwrap_or(config.run.device))?;
     let base = open_base(&config.base, shared)?;
     base.check_seq_len(config.data.seq_len).map_err(usage)?;
+    let mixture = match &resume_from {
+        Some(_) => None,
+        None => Some(open_mixture(&config, &base, shared)?),
+    };
+    let specs = match (&mixture, &resume_from) {
+        (Some(mixture), _) => mixture.specs.clone(),
+        (None, Some(dir)) => checkpoint::read_experts(dir)?,
+        (None, None) => unreachable!("one of them decides"),
+    };
     let data = load_data(&config, &base, shared)?;
     if args.dry_run {
-        return dry_run(&config, &base, &data, args.json);
+        return dry_run(&config, &specs, &base, &data, args.json);
     }
-    tell(&config, &base, &data, device);
-    let mut trainer = match &resume_from {
-        Some(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
-        None => Trainer::new(config.clone(), &base, data, device)?,
+    tell(&config, &specs, &base, &data, device);
+    let mut trainer = match (&resume_from, mixture) {
+        (Some(dir), _) => Trainer::resume(config.clone(), &base, data, device, dir)?,
+        (None, mixture) => {
+            let mixture = mixture.expect("a new run starts from one");
+            Trainer::new(config.clone(), &base, &mixture, data, device)?
+        }
     };
     let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
     let interrupt = interrupt_flag()?;
@@ -111,8 +124,8 @@ fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> 
 }
 
 /// What is about to happen, in the log.
-fn tell(config: &Config, base: &Base, data: &Datasets, device: Device) {
-    let counts = ParameterCounts::new(config, &base.config);
+fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
+    let counts = ParameterCounts::new(config, specs, &base.config);
     tracing::info!(
         "base `{}`, {} parameters; {} trained ({:.2} %) on {}",
         base.label,
@@ -204,7 +217,7 @@ fn print_summary(
             "run_dir": config.run.dir,
             "checkpoint": summary.checkpoint,
             "model_dir": model_dir,
-            "base_blake3": summary.frozen_hash,
+            "frozen_blake3": summary.frozen_hash,
         });
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
@@ -218,7 +231,7 @@ fn print_summary(
         println!("best validation loss {:.4} at step {}", best.loss, best.step);
     }
     if let Some(hash) = &summary.frozen_hash {
-        println!("the base is unchanged: BLAKE3 {}.. before and after", &hash[..16]);
+        println!("what is frozen is unchanged: BLAKE3 {}.. before and after", &hash[..16]);
     }
     println!("checkpoint: {}", summary.checkpoint.display());
     if let Some(dir) = model_dir {
@@ -227,9 +240,15 @@ fn print_summary(
     Ok(())
 }
 
-fn dry_run(config: &Config, base: &Base, data: &Datasets, json: bool) -> Result<()> {
-    let counts = ParameterCounts::new(config, &base.config);
-    let memory = MemoryEstimate::new(config, &base.config, &counts);
+fn dry_run(
+    config: &Config,
+    specs: &[ExpertSpec],
+    base: &Base,
+    data: &Datasets,
+    json: bool,
+) -> Result<()> {
+    let counts = ParameterCounts::new(config, specs, &base.config);
+    let memory = MemoryEstimate::new(config, specs, &base.config, &counts);
     let steps = num_steps(config, &data.train);
     let domains = |dataset: &TokenDataset| -> Vec<_> {
         let domains = dataset.domains.iter();
@@ -254,6 +273,7 @@ fn dry_run(config: &Config, base: &Base, data: &Datasets, json: bool) -> Result<
         row("base", counts.base),
         row("lora_a", counts.lora_a),
         row("lora_b", counts.lora_b),
+        row("magnitude", counts.magnitude),
         row("router", counts.router),
         row("trained", counts.trained),
         vec!["trainable share".into(), format!("{:.3} %", 100.0 * counts.trainable_share())],

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::{BaseSource, Config, Duration, GroupConfig, Method, RouterConfig, Validation};
+use super::{
+    AdapterSource, BaseSource, Config, Duration, GroupConfig, LoraConfig, Method, RouterConfig,
+    RoutingChoice, Validation,
+};
 
 /// Reads `path`, applies `overrides` (each `dotted.key=value`) in order and validates the result.
 ///
@@ -123,6 +126,10 @@ impl Faults {
         }
     }
 
+    fn above_zero(&mut self, key: &str, value: f64) {
+        self.in_range(key, value, value.is_finite() && value > 0.0, "a number above 0");
+    }
+
     fn in_range(&mut self, key: &str, value: f64, ok: bool, what: &str) {
         if !ok {
             self.add(key, format!("must be {what}, got {value}"));
@@ -156,9 +163,7 @@ fn check_data(config: &Config, faults: &mut Faults) {
         if domain.train.is_empty() {
             faults.add(&key("train"), "must name at least one file, got none".into());
         }
-        let weight = domain.weight;
-        let ok = weight.is_finite() && weight > 0.0;
-        faults.in_range(&key("weight"), weight, ok, "a number above 0");
+        faults.above_zero(&key("weight"), domain.weight);
         match &domain.validation {
             Some(Validation::Fraction(fraction)) => {
                 let ok = *fraction > 0.0 && *fraction < 1.0;
@@ -175,31 +180,82 @@ fn check_data(config: &Config, faults: &mut Faults) {
 fn check_lora(config: &Config, faults: &mut Faults) {
     let lora = &config.lora;
     faults.at_least_one("lora.num_experts", lora.num_experts);
-    faults.at_least_one("lora.rank", lora.rank);
-    let ok = lora.alpha.is_finite() && lora.alpha > 0.0;
-    faults.in_range("lora.alpha", lora.alpha, ok, "a number above 0");
     faults.in_range(
         "lora.dropout",
         lora.dropout,
         (0.0..1.0).contains(&lora.dropout),
         "at least 0 and below 1",
     );
+    check_shape("lora", lora, faults);
+    let (found, count) = (lora.experts.len(), lora.num_experts);
+    if found as i64 > count {
+        let fault = format!("must have at most `lora.num_experts` {count} entries, got {found}");
+        faults.add("lora.experts", fault);
+    }
+    for (i, expert) in lora.experts.iter().enumerate() {
+        let key = format!("lora.experts[{i}]");
+        if expert.invocation_tokens.iter().any(|&token| token < 0) {
+            faults
+                .add(&format!("{key}.invocation_tokens"), "must be token ids of at least 0".into());
+        }
+        if expert.source.is_none() {
+            check_shape(&key, &lora.of_expert(i), faults);
+            continue;
+        }
+        let set = [
+            ("rank", expert.rank.is_some()),
+            ("alpha", expert.alpha.is_some()),
+            ("target_modules", expert.target_modules.is_some()),
+            ("use_rslora", expert.use_rslora.is_some()),
+            ("use_dora", expert.use_dora.is_some()),
+            ("init", expert.init.is_some()),
+            ("rank_pattern", expert.rank_pattern.is_some()),
+            ("alpha_pattern", expert.alpha_pattern.is_some()),
+            ("invocation_tokens", !expert.invocation_tokens.is_empty()),
+        ];
+        for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
+            faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());
+        }
+    }
+}
+
+/// Checks rank, alpha, modules and patterns of `[lora]`, or of one expert, under `key`.
+fn check_shape(key: &str, lora: &LoraConfig, faults: &mut Faults) {
+    let key = |field: &str| format!("{key}.{field}");
+    faults.at_least_one(&key("rank"), lora.rank);
+    faults.above_zero(&key("alpha"), lora.alpha);
+    for (&pattern, &rank) in &lora.rank_pattern {
+        faults.at_least_one(&key(&format!("rank_pattern.\"{}\"", String::from(pattern))), rank);
+    }
+    for (&pattern, &alpha) in &lora.alpha_pattern {
+        faults.above_zero(&key(&format!("alpha_pattern.\"{}\"", String::from(pattern))), alpha);
+    }
     if lora.target_modules.is_empty() {
-        faults.add("lora.target_modules", "must name at least one module, got none".into());
+        faults.add(&key("target_modules"), "must name at least one module, got none".into());
     }
     for (i, module) in lora.target_modules.iter().enumerate() {
         if lora.target_modules[..i].contains(module) {
-            faults.add("lora.target_modules", format!("names `{}` twice", module.name()));
+            faults.add(&key("target_modules"), format!("names `{}` twice", module.name()));
+        }
+    }
+    let patterns = lora.rank_pattern.keys().map(|pattern| ("rank_pattern", pattern));
+    let patterns = patterns.chain(lora.alpha_pattern.keys().map(|p| ("alpha_pattern", p)));
+    for (field, &pattern) in patterns {
+        if !lora.target_modules.contains(&pattern.module()) {
+            let name = String::from(pattern);
+            faults.add(&key(field), format!("names `{name}`, which is no target module"));
         }
     }
 }
 
 fn check_router(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
-    let ok = router.temperature.is_finite() && router.temperature > 0.0;
-    faults.in_range("router.temperature", router.temperature, ok, "a number above 0");
+    faults.above_zero("router.temperature", router.temperature);
     let coef = router.load_balancing_coef;
     let ok = coef.is_finite() && coef >= 0.0;
     faults.in_range("router.load_balancing_coef", coef, ok, "a number of at least 0");
+    if router.source.is_some() && num_experts == 1 {
+        faults.add("router.source", "needs more than one expert: one has no router".into());
+    }
     if let Some(top_k) = router.top_k
         && !(1..=num_experts).contains(&top_k)
     {
@@ -220,6 +276,7 @@ fn check_train(config: &Config, faults: &mut Faults) {
     if value == 0 {
         faults.add(&format!("train.duration.{unit}"), "must be at least 1, got 0".into());
     }
+    check_routing(config, faults);
     faults.at_least_one("train.micro_batch_size", train.micro_batch_size as i64);
     faults.at_least_one("train.grad_accum_steps", train.grad_accum_steps as i64);
     faults.at_least_one("train.loss_chunk_tokens", train.loss_chunk_tokens);
@@ -254,13 +311,40 @@ fn check_train(config: &Config, faults: &mut Faults) {
     }
 }
 
+/// Checks that `train.routing` leaves something to train.
+fn check_routing(config: &Config, faults: &mut Faults) {
+    let (routing, num_experts) = (config.train.routing, config.lora.num_experts);
+    if config.method == Method::Full {
+        return;
+    }
+    let trainable = |expert: i64| {
+        config.lora.experts.get(expert as usize).is_none_or(|expert| expert.trainable)
+    };
+    let any = (0..num_experts).any(trainable);
+    let trains = match routing {
+        RoutingChoice::None => {
+            let fault = "must be a choice that trains something, got `none`";
+            return faults.add("train.routing", fault.into());
+        }
+        RoutingChoice::Expert(expert) if !(0..num_experts).contains(&expert) => {
+            let fault = format!("must name one of {num_experts} experts from 0, got `{routing}`");
+            return faults.add("train.routing", fault);
+        }
+        RoutingChoice::Expert(expert) => trainable(expert),
+        RoutingChoice::Router => any || num_experts > 1,
+        RoutingChoice::Uniform | RoutingChoice::All | RoutingChoice::Record => any,
+    };
+    if !trains {
+        let fault = format!("`{routing}` reaches frozen experts only, so that nothing is trained");
+        faults.add("train.routing", fault);
+    }
+}
+
 fn check_optimizer(config: &Config, faults: &mut Faults) {
     let optimizer = &config.optimizer;
     let mut group = |name: &str, group: &GroupConfig| {
         let key = |field: &str| format!("optimizer.{name}.{field}");
-        let rate = group.learning_rate;
-        let ok = rate.is_finite() && rate > 0.0;
-        faults.in_range(&key("learning_rate"), rate, ok, "a number above 0");
+        faults.above_zero(&key("learning_rate"), group.learning_rate);
         let decay = group.weight_decay;
         let ok = decay.is_finite() && decay >= 0.0;
         faults.in_range(&key("weight_decay"), decay, ok, "a number of at least 0");
@@ -272,11 +356,9 @@ fn check_optimizer(config: &Config, faults: &mut Faults) {
         let key = format!("optimizer.betas[{i}]");
         faults.in_range(&key, *beta, (0.0..1.0).contains(beta), "at least 0 and below 1");
     }
-    let ok = optimizer.eps.is_finite() && optimizer.eps > 0.0;
-    faults.in_range("optimizer.eps", optimizer.eps, ok, "a number above 0");
+    faults.above_zero("optimizer.eps", optimizer.eps);
     if let Some(norm) = optimizer.max_grad_norm {
-        let ok = norm.is_finite() && norm > 0.0;
-        faults.in_range("optimizer.max_grad_norm", norm, ok, "a number above 0");
+        faults.above_zero("optimizer.max_grad_norm", norm);
     }
     let ratio = config.schedule.min_ratio;
     faults.in_range("schedule.min_ratio", ratio, (0.0..=1.0).contains(&ratio), "from 0 to 1");
@@ -293,6 +375,14 @@ fn make_absolute(config: &mut Config) -> Result<()> {
         *path = absolute(path)?;
     }
     if let Some(path) = &mut config.base.tokenizer {
+        *path = absolute(path)?;
+    }
+    for expert in &mut config.lora.experts {
+        if let Some(AdapterSource::Path(path)) = &mut expert.source {
+            *path = absolute(path)?;
+        }
+    }
+    if let Some(path) = &mut config.router.source {
         *path = absolute(path)?;
     }
     for domain in &mut config.data.domains {

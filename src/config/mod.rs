@@ -5,6 +5,8 @@
 //! `--set key=value` on top and checks what types cannot.
 
 pub mod load;
+mod lora;
+mod routing;
 mod train;
 
 use std::fmt;
@@ -14,6 +16,10 @@ use std::str::FromStr;
 use anyhow::bail;
 use serde::{Deserialize, Serialize};
 
+pub use lora::{
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, ModulePattern, TargetModule,
+};
+pub use routing::{RouterConfig, RouterInput, RoutingChoice};
 pub use train::{
     Duration, EarlyStopping, GroupConfig, OptimizerConfig, SaveDtype, ScheduleConfig, ScheduleKind,
     TrainConfig,
@@ -176,6 +182,30 @@ fn default_revision() -> String {
     "main".into()
 }
 
+/// Where an adapter comes from: `{ path = "DIR" }` or `{ hub = { repo = "NAME" } }`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum AdapterSource {
+    /// A folder with `adapter_config.json` and `adapter_model.safetensors`.
+    Path(PathBuf),
+    /// A repository of the Hugging Face Hub, or a folder in one.
+    Hub(AdapterHub),
+}
+
+/// An adapter on the Hugging Face Hub at one revision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterHub {
+    /// Such as `owner/name`.
+    pub repo: String,
+    /// A branch, a tag or a commit.
+    #[serde(default = "default_revision")]
+    pub revision: String,
+    /// The folder in the repository; empty for its root.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub subfolder: String,
+}
+
 /// The shape of a base that starts from random weights (GPT-2's initialisation). Its vocabulary is
 /// the tokenizer's, its head is tied and its activation is `gelu_new`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -272,114 +302,4 @@ pub enum Validation {
     /// This share of the training files' documents, chosen by `run.seed` and a document's content,
     /// so that equal documents are never on both sides.
     Fraction(f64),
-}
-
-/// `[lora]`: the low-rank update that each expert adds to a target module.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct LoraConfig {
-    /// Experts `E`; with 1 there is no router and the result is plain LoRA.
-    pub num_experts: i64,
-    /// Rank `r`; an expert has `r * (in + out)` parameters per target module.
-    pub rank: i64,
-    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1).
-    pub alpha: f64,
-    /// The linear layers that get experts.
-    pub target_modules: Vec<TargetModule>,
-    /// Probability with which an element of an expert's input is dropped in training.
-    pub dropout: f64,
-    /// Whether the experts of a layer share one dropout mask.
-    pub dropout_masks: DropoutMasks,
-}
-
-impl Default for LoraConfig {
-    fn default() -> Self {
-        Self {
-            num_experts: 4,
-            rank: 8,
-            alpha: 16.0,
-            target_modules: vec![TargetModule::AttnCAttn],
-            dropout: 0.0,
-            dropout_masks: DropoutMasks::Shared,
-        }
-    }
-}
-
-/// A linear layer of a GPT-2 block, by its Hugging Face name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum TargetModule {
-    /// Queries, keys and values in one, `[d, 3d]`.
-    #[serde(rename = "attn.c_attn")]
-    AttnCAttn,
-    /// The attention's output, `[d, d]`.
-    #[serde(rename = "attn.c_proj")]
-    AttnCProj,
-    /// The feed-forward layer's way up, `[d, n_inner]`.
-    #[serde(rename = "mlp.c_fc")]
-    MlpCFc,
-    /// The feed-forward layer's way down, `[n_inner, d]`.
-    #[serde(rename = "mlp.c_proj")]
-    MlpCProj,
-}
-
-impl TargetModule {
-    /// All of them, in the order in which a block applies them.
-    pub const ALL: [Self; 4] = [Self::AttnCAttn, Self::AttnCProj, Self::MlpCFc, Self::MlpCProj];
-
-    /// The name within a block, as in `attn.c_attn`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::AttnCAttn => "attn.c_attn",
-            Self::AttnCProj => "attn.c_proj",
-            Self::MlpCFc => "mlp.c_fc",
-            Self::MlpCProj => "mlp.c_proj",
-        }
-    }
-}
-
-/// Whether the experts of a layer share one dropout mask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DropoutMasks {
-    /// One mask for all, which lets one pair of matrix products apply every expert.
-    #[default]
-    Shared,
-    /// One mask each, as in PEFT: a loop over the experts, slower with each of them.
-    PerExpert,
-}
-
-/// `[router]`: the linear layer that scores the experts for each token.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct RouterConfig {
-    /// What it reads.
-    pub input: RouterInput,
-    /// Divides the scores before the softmax; below 1 sharpens.
-    pub temperature: f64,
-    /// Keep the k best experts of a token and renormalise; absent = all.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub top_k: Option<i64>,
-    /// Factor of the load-balancing loss (arXiv:2101.03961, eqs. 4-6).
-    pub load_balancing_coef: f64,
-}
-
-impl Default for RouterConfig {
-    fn default() -> Self {
-        Self {
-            input: RouterInput::Embeddings,
-            temperature: 1.0,
-            top_k: None,
-            load_balancing_coef: 0.0,
-        }
-    }
-}
-
-/// What the router reads. A layer's own input (`layer_input`) and the last hidden state of a pass
-/// of the base alone (`base_hidden`) take their place here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RouterInput {
-    /// Token plus position embeddings: one router, whose weights every layer shares.
-    #[default]
-    Embeddings,
 }

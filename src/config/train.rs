@@ -2,12 +2,17 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::RoutingChoice;
+
 /// `[train]`: how long and in what portions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// How long to train.
     pub duration: Duration,
+    /// What decides the routing weights, in training and in its evaluations. Only what it reaches is
+    /// trained: the router by `router` alone, of the experts by `expert:N` one.
+    pub routing: RoutingChoice,
     /// Sequences of a forward.
     pub micro_batch_size: usize,
     /// Forwards of a step.
@@ -37,6 +42,7 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             duration: Duration::Epochs(1),
+            routing: RoutingChoice::Router,
             micro_batch_size: 8,
             grad_accum_steps: 1,
             label_smoothing: 0.0,

@@ -7,8 +7,8 @@
 //! Everything is little-endian: magic (8 bytes), BLAKE3 of all that follows (32), key (32), then
 //! the numbers of malformed records, domains, documents and tokens (`u64` each); per domain its
 //! length (`u32`) and its name; per document `num_tokens`, `prompt_len`, `record_domain` (`u32`
-//! each) and `content` (16); the tokens (`u32` each). A file that does not match its checksum is
-//! made again.
+//! each), `expert` (`i32`) and `content` (16); the tokens (`u32` each). A file that does not match
+//! its checksum is made again.
 
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -18,15 +18,15 @@ use anyhow::{Context, Result, anyhow, ensure};
 use fs_err::File;
 
 use super::source::{Format, SourceFile};
-use super::token_file::{Document, NO_DOMAIN, TOKEN_BYTES, TokenFile, Tokens};
+use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TOKEN_BYTES, TokenFile, Tokens};
 use super::tokenize::Tokenizer;
 use crate::ffi;
 
-const MAGIC: [u8; 8] = *b"dylotok\x01";
+const MAGIC: [u8; 8] = *b"dylotok\x02";
 /// Goes up when the same input gives other bytes, be it by this code or by `tokenizers`.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const CHECKED_FROM: u64 = 40;
-const DOCUMENT_BYTES: u64 = 28;
+const DOCUMENT_BYTES: u64 = 32;
 
 /// A folder of cache files.
 #[derive(Debug, Clone)]
@@ -165,6 +165,7 @@ fn write_index<W: Write>(
         for number in [document.num_tokens, document.prompt_len, document.record_domain] {
             writer.write(&number.to_le_bytes())?;
         }
+        writer.write(&document.expert.to_le_bytes())?;
         writer.write(&document.content)?;
     }
     Ok(())
@@ -217,6 +218,10 @@ impl<R: Read> IndexReader<R> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
+    fn i32(&mut self) -> Result<i32> {
+        Ok(i32::from_le_bytes(self.array()?))
+    }
+
     fn u64(&mut self) -> Result<u64> {
         Ok(u64::from_le_bytes(self.array()?))
     }
@@ -251,10 +256,12 @@ fn read_index<R: Read>(reader: &mut IndexReader<R>, file_bytes: u64) -> Result<T
             num_tokens: reader.u32()?,
             prompt_len: reader.u32()?,
             record_domain: reader.u32()?,
+            expert: reader.i32()?,
             content: reader.array()?,
         };
         let known = (document.record_domain as usize) < file.record_domains.len();
         ensure!(known || document.record_domain == NO_DOMAIN, "a document's domain is unknown");
+        ensure!(document.expert >= NO_EXPERT, "a document's expert is below {NO_EXPERT}");
         ensure!(document.prompt_len <= document.num_tokens, "a prompt is longer than its document");
         start += u64::from(document.num_tokens);
         file.documents.push(document);
@@ -269,6 +276,7 @@ mod tests {
 
     use super::*;
 
+    /// Documents of `(prompt_len, more tokens, has a domain)`; their experts are -2, -1, 0 and so on.
     fn token_file(lens: &[(u32, u32, bool)], num_bad: u64) -> TokenFile {
         let mut file =
             TokenFile { num_bad, record_domains: vec!["ä".into()], ..Default::default() };
@@ -280,6 +288,7 @@ mod tests {
                 num_tokens,
                 prompt_len: *prompt_len,
                 record_domain: if *has_domain { 0 } else { NO_DOMAIN },
+                expert: i as i32 + NO_EXPERT,
                 content: [i as u8; 16],
             });
             tokens.extend((0..num_tokens).map(|token| token ^ (i as u32) << 20));

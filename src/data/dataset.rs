@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::order::{self, BlockId};
 use super::pack::{self, Blocks, Piece};
-use super::token_file::{Document, NO_DOMAIN, TokenFile, Tokens};
+use super::token_file::{BASE_EXPERT, Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use crate::config::LossOn;
 
 /// The label of a position without loss.
@@ -35,8 +35,28 @@ pub struct Domain {
     pub weight: f64,
     /// What its files hold.
     pub counts: DomainCounts,
+    record_experts: RecordExperts,
     blocks: Blocks,
     fingerprint: blake3::Hash,
+}
+
+/// Which experts the records of some documents name.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RecordExperts {
+    /// Documents whose record names none; those of plain text files are among them.
+    pub documents_without: u64,
+    /// The largest index that a record names, where `__base__` counts as -1; `None` if none names
+    /// one.
+    pub largest: Option<i64>,
+}
+
+impl RecordExperts {
+    fn add(&mut self, document: &Document) {
+        match document.expert {
+            NO_EXPERT => self.documents_without += 1,
+            expert => self.largest = self.largest.max(Some(expert.into())),
+        }
+    }
 }
 
 /// What a domain's files hold. Each record is in `documents` or in one of `skipped_*`.
@@ -108,7 +128,7 @@ impl DocumentRef {
 }
 
 /// Rows of equal length for the model, row by row. Padding has input 0, position 0, label
-/// [`IGNORED_LABEL`] and document [`PADDING_DOCUMENT`]; it follows a row's documents.
+/// [`IGNORED_LABEL`], document [`PADDING_DOCUMENT`] and expert -1; it follows a row's documents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// Rows `b`, one block each.
@@ -124,6 +144,9 @@ pub struct Batch {
     pub position_ids: Vec<i64>,
     /// Index of the piece within its row, `[b, t]`: attention stays within equal ids.
     pub document_ids: Vec<i64>,
+    /// The expert that the position's record names, from 0, `[b, t]`; -1 for `__base__` and where
+    /// the record names none ([`TokenDataset::record_experts`] says whether there are such).
+    pub expert_ids: Vec<i64>,
     /// The domain of each row, `[b]`, as an index in [`TokenDataset::domains`].
     pub domains: Vec<u32>,
 }
@@ -142,6 +165,8 @@ pub struct MemoryDocument {
     pub tokens: Vec<u32>,
     /// How many of them are a prompt.
     pub prompt_len: u32,
+    /// The expert that is for it, from 0, or -1 for the base alone; `None` = it names none.
+    pub expert: Option<i64>,
 }
 
 /// A domain of such documents.
@@ -172,7 +197,7 @@ impl TokenDataset {
     /// A dataset of documents that are in memory, for tests, benchmarks and generated data.
     ///
     /// # Panics
-    /// If `seq_len` is 0 or a prompt is longer than its document.
+    /// If `seq_len` is 0, a prompt is longer than its document, or an expert is below -1 or no `i32`.
     pub fn in_memory(seq_len: usize, loss_on: LossOn, domains: Vec<MemoryDomain>) -> Self {
         assert!(seq_len > 0, "a block has at least one position");
         let mut files = Vec::new();
@@ -189,6 +214,15 @@ impl TokenDataset {
             files.push(Arc::new(memory_file(&domain.documents)));
         }
         Self::new(selections, files, seq_len, loss_on, blake3::hash(b"in memory"))
+    }
+
+    /// Which experts the records of the documents in the blocks name.
+    pub fn record_experts(&self) -> RecordExperts {
+        let experts = self.domains.iter().map(|domain| domain.record_experts);
+        experts.fold(RecordExperts::default(), |sum, of| RecordExperts {
+            documents_without: sum.documents_without + of.documents_without,
+            largest: sum.largest.max(of.largest),
+        })
     }
 
     /// Blocks of all domains.
@@ -248,6 +282,7 @@ impl TokenDataset {
             labels: vec![IGNORED_LABEL; len],
             position_ids: vec![0; len],
             document_ids: vec![PADDING_DOCUMENT; len],
+            expert_ids: vec![BASE_EXPERT.into(); len],
             domains: ids.iter().map(|id| id.domain).collect(),
         };
         let mut tokens = Vec::with_capacity(self.seq_len + 1);
@@ -265,6 +300,7 @@ impl TokenDataset {
                     }
                     batch.position_ids[at] = position;
                     batch.document_ids[at] = piece_index;
+                    batch.expert_ids[at] = piece.expert.max(BASE_EXPERT).into();
                     at += 1;
                 }
             }
@@ -272,8 +308,8 @@ impl TokenDataset {
         batch
     }
 
-    /// A hash over the tokenizer, the domains, their documents' texts and how they are cut: datasets
-    /// with equal fingerprints have the same blocks, wherever their files are.
+    /// A hash over the tokenizer, the domains, their documents' texts and experts and how they are
+    /// cut: datasets with equal fingerprints have the same blocks, wherever their files are.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.encoding.as_bytes());
@@ -302,18 +338,28 @@ impl Domain {
         let Selection { name, weight, documents, mut counts } = selection;
         let seq_len = u32::try_from(seq_len).expect("checked where the options enter");
         let mut pieces = Vec::new();
+        let mut record_experts = RecordExperts::default();
         let mut hasher = blake3::Hasher::new();
+        let mut experts_hasher = blake3::Hasher::new();
         for reference in documents {
             let document = reference.of(files);
             pack::split(document, reference.file, loss_on, seq_len, &mut pieces, &mut counts);
+            if pack::learned(document, loss_on).is_some() {
+                record_experts.add(document);
+            }
+            experts_hasher.update(&document.expert.to_le_bytes());
             hasher.update(&document.content);
             hasher.update(&document.num_tokens.to_le_bytes());
             hasher.update(&document.prompt_len.to_le_bytes());
         }
         hasher.update(&[loss_on as u8]);
+        // data without experts keeps the fingerprint that checkpoints already hold
+        if record_experts.largest.is_some() {
+            hasher.update(experts_hasher.finalize().as_bytes());
+        }
         let blocks = pack::pack(pieces, seq_len);
         counts.blocks = blocks.num_blocks() as u64;
-        Self { name, weight, counts, blocks, fingerprint: hasher.finalize() }
+        Self { name, weight, counts, record_experts, blocks, fingerprint: hasher.finalize() }
     }
 
     /// Blocks of this domain.
@@ -335,10 +381,17 @@ fn memory_file(documents: &[MemoryDocument]) -> TokenFile {
             num_tokens: document.tokens.len() as u32,
             prompt_len: document.prompt_len,
             record_domain: NO_DOMAIN,
+            expert: document.expert.map_or(NO_EXPERT, memory_expert),
             content,
         });
         tokens.extend(&document.tokens);
     }
     file.tokens = Tokens::Memory(tokens);
     file
+}
+
+fn memory_expert(index: i64) -> i32 {
+    let index = i32::try_from(index).expect("an expert's index fits into an i32");
+    assert!(index >= BASE_EXPERT, "an expert is an index from 0, or -1");
+    index
 }

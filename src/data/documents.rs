@@ -14,7 +14,7 @@ use crate::config::OnBadRecord;
 
 use super::record;
 use super::source::{Format, Lines, SourceFile};
-use super::token_file::{Document, NO_DOMAIN, TokenFile, Tokens};
+use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use super::tokenize::Tokenizer;
 
 /// Text that is encoded at once, for each thread.
@@ -34,8 +34,11 @@ pub(super) struct Reading<'a> {
 enum Step {
     Prompt(String),
     Completion(String),
-    /// The document is complete; its record's `domain`.
-    End(Option<String>),
+    /// The document is complete; its record's `domain` and `expert`.
+    End {
+        domain: Option<String>,
+        expert: Option<i64>,
+    },
     /// The record is malformed; what there is of its document goes.
     Bad,
 }
@@ -44,7 +47,7 @@ impl Step {
     fn text(&self) -> Option<&str> {
         match self {
             Self::Prompt(text) | Self::Completion(text) => Some(text),
-            Self::End(_) | Self::Bad => None,
+            Self::End { .. } | Self::Bad => None,
         }
     }
 }
@@ -139,7 +142,7 @@ impl Steps<'_> {
                 for completion in self.reading.tokenizer.cut(record.completion) {
                     self.push(Step::Completion(completion));
                 }
-                self.push(Step::End(record.domain));
+                self.push(Step::End { domain: record.domain, expert: record.expert });
                 Ok(())
             }
         }
@@ -157,7 +160,7 @@ impl Steps<'_> {
         if !more {
             let text = std::mem::take(&mut self.text);
             self.push(Step::Completion(text));
-            self.push(Step::End(None));
+            self.push(Step::End { domain: None, expert: None });
             return Ok(false);
         }
         let place =
@@ -228,9 +231,9 @@ impl Builder {
                 self.tokens.truncate(self.start);
                 self.begin_document();
             }
-            Step::End(domain) => {
+            Step::End { domain, expert } => {
                 self.tokens.extend(self.eos_token_id);
-                let document = self.document(domain)?;
+                let document = self.document(domain, expert)?;
                 self.file.documents.push(document);
                 self.begin_document();
             }
@@ -245,7 +248,7 @@ impl Builder {
     }
 
     /// The document that is now complete.
-    fn document(&mut self, domain: Option<String>) -> Result<Document> {
+    fn document(&mut self, domain: Option<String>, expert: Option<i64>) -> Result<Document> {
         let narrow = |count: usize| {
             u32::try_from(count)
                 .map_err(|_| anyhow!("a document has {count} tokens, more than 2^32"))
@@ -257,6 +260,8 @@ impl Builder {
             num_tokens: narrow(self.tokens.len() - self.start)?,
             prompt_len: narrow(self.prompt_len)?,
             record_domain: domain.map_or(NO_DOMAIN, |name| self.domain_index(name)),
+            expert: expert
+                .map_or(NO_EXPERT, |index| index.try_into().expect("`record` has checked it")),
             content,
         })
     }

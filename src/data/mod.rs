@@ -1,15 +1,16 @@
 //! Files of text to batches: source -> tokens -> documents of a domain -> blocks -> batches.
 //!
 //! 1. `source`, `record`: patterns become files, a file's lines become records. A `.jsonl` file has
-//!    one JSON object a line, with `text` or with `prompt` and `completion`; any other file is one
-//!    plain text. `.zst` and `.gz` are unpacked on the way.
+//!    one JSON object a line, with `text` or with `prompt` and `completion`, and perhaps `domain` and
+//!    `expert`; any other file is one plain text. `.zst` and `.gz` are unpacked on the way.
 //! 2. `tokenize`, `documents`, `read`: records become documents, which are tokens with an end token
 //!    and the length of their prompt. `cache` keeps them, named by the content of their file.
 //! 3. `select`: documents go to domains; some are held out for validation, and what is in a
 //!    validation set is left out of training.
 //! 4. `pack`: documents are cut into pieces of at most `seq_len` positions and packed into blocks of
 //!    one domain each. Inputs and targets of a document of n tokens are `tokens[..n - 1]` and
-//!    `tokens[1..]`; positions start at 0 in each piece, and no piece attends to another.
+//!    `tokens[1..]`; positions start at 0 in each piece, and no piece attends to another. Documents
+//!    of different experts share a block, and each position has its document's expert.
 //! 5. `order`, `dataset`: an epoch is an order of blocks, a function of the seed and the epoch; a
 //!    batch is some of them as rows.
 //!
@@ -33,7 +34,7 @@ use anyhow::{Context, Result, bail};
 
 pub use self::dataset::{
     Batch, Domain, DomainCounts, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT,
-    TokenDataset,
+    RecordExperts, TokenDataset,
 };
 pub use self::order::BlockId;
 pub use self::read::LoadProgress;

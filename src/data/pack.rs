@@ -23,6 +23,8 @@ pub(super) struct Piece {
     pub len: u32,
     /// First position with a learned target; all from there on are learned.
     pub first_label: u32,
+    /// The [`Document::expert`] of its document.
+    pub expert: i32,
     /// Index of its first token in its file.
     pub start: u64,
 }
@@ -67,7 +69,8 @@ pub(super) fn split(
         let len = seq_len.min(num_positions - at);
         let first_label = first_label.saturating_sub(at);
         if first_label < len {
-            pieces.push(Piece { file, len, first_label, start: document.start + u64::from(at) });
+            let start = document.start + u64::from(at);
+            pieces.push(Piece { file, len, first_label, expert: document.expert, start });
             counts.positions += u64::from(len);
         }
         at += len;

@@ -1,10 +1,14 @@
 //! One line of a `.jsonl` file to a record.
 //!
 //! A record is a JSON object with either `text`, or `prompt` and `completion`, all strings; `domain`
-//! may name what it is about. Other keys are ignored, and `null` is as good as absent.
+//! may name what it is about. `expert` may name the expert that is for it: its index from 0 as a
+//! number, `expert_N` as it is exported, or `__base__`, PEFT's name for no adapter. Other keys are
+//! ignored, and `null` is as good as absent.
 
 use serde::Deserialize;
 use serde_json::Value;
+
+use super::token_file::BASE_EXPERT;
 
 /// A document's text: what is only read, then what is learned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +18,8 @@ pub(super) struct Record {
     /// The `completion`, or all of a `text`.
     pub completion: String,
     pub domain: Option<String>,
+    /// An index that fits into an `i32`, or [`BASE_EXPERT`].
+    pub expert: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -22,6 +28,7 @@ struct RawRecord {
     prompt: Option<Value>,
     completion: Option<Value>,
     domain: Option<Value>,
+    expert: Option<Value>,
 }
 
 /// Parses a line. An error is the fault in words, for the caller to put the place before.
@@ -36,9 +43,12 @@ pub(super) fn parse(line: &[u8]) -> Result<Record, String> {
     let prompt = string("prompt", raw.prompt)?;
     let completion = string("completion", raw.completion)?;
     let domain = string("domain", raw.domain)?;
+    let expert = expert(raw.expert)?;
     match (text, prompt, completion) {
-        (Some(text), None, None) => Ok(Record { prompt: String::new(), completion: text, domain }),
-        (None, Some(prompt), Some(completion)) => Ok(Record { prompt, completion, domain }),
+        (Some(completion), None, None) => {
+            Ok(Record { prompt: String::new(), completion, domain, expert })
+        }
+        (None, Some(prompt), Some(completion)) => Ok(Record { prompt, completion, domain, expert }),
         (None, None, None) => {
             Err("has neither `text` nor `prompt` and `completion`; one of the two is needed".into())
         }
@@ -55,16 +65,46 @@ pub(super) fn parse(line: &[u8]) -> Result<Record, String> {
 }
 
 fn string(key: &str, value: Option<Value>) -> Result<Option<String>, String> {
-    let kind = match value {
-        None => return Ok(None),
-        Some(Value::String(value)) => return Ok(Some(value)),
-        Some(Value::Null) => "null",
-        Some(Value::Bool(_)) => "a boolean",
-        Some(Value::Number(_)) => "a number",
-        Some(Value::Array(_)) => "an array",
-        Some(Value::Object(_)) => "an object",
+    match value {
+        None => Ok(None),
+        Some(Value::String(value)) => Ok(Some(value)),
+        Some(value) => Err(format!("`{key}` must be a string, got {}", kind(&value))),
+    }
+}
+
+fn expert(value: Option<Value>) -> Result<Option<i64>, String> {
+    let Some(value) = value else { return Ok(None) };
+    let index = match &value {
+        Value::Number(index) => index.as_i64().filter(|index| *index >= 0),
+        Value::String(name) if name == "__base__" => Some(i64::from(BASE_EXPERT)),
+        Value::String(name) => {
+            let index = name.strip_prefix("expert_").and_then(|index| index.parse::<u32>().ok());
+            // no `expert_+1` or `expert_01`, which are never exported
+            index.filter(|index| *name == format!("expert_{index}")).map(i64::from)
+        }
+        _ => None,
     };
-    Err(format!("`{key}` must be a string, got {kind}"))
+    if let Some(index) = index.filter(|index| i32::try_from(*index).is_ok()) {
+        return Ok(Some(index));
+    }
+    let found = match &value {
+        Value::Number(number) => format!("`{number}`"),
+        Value::String(name) => format!("the string `{name}`"),
+        other => kind(other).into(),
+    };
+    let right = format!("a whole number from 0 to {}, `expert_N` or `__base__`", i32::MAX);
+    Err(format!("`expert` must be {right}, got {found}"))
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
 }
 
 /// serde_json's message, whose `at line 1 column 5` counts within the line.
@@ -90,6 +130,43 @@ mod tests {
         let pair = parse(br#"{"prompt": "q", "completion": "a", "text": null}"#).unwrap();
         assert_eq!((pair.prompt.as_str(), pair.completion.as_str()), ("q", "a"));
         assert_eq!(pair.domain, None);
+    }
+
+    #[test]
+    fn an_expert_is_named_by_number_or_by_name() {
+        let expert = |value: &str| {
+            let line = format!(r#"{{"text": "a", "expert": {value}}}"#);
+            parse(line.as_bytes()).map(|record| record.expert)
+        };
+        assert_eq!(parse(br#"{"text": "a"}"#).unwrap().expert, None);
+        let pair = parse(br#"{"prompt": "q", "completion": "a", "expert": 3}"#).unwrap();
+        assert_eq!(pair.expert, Some(3));
+        for (value, index) in [
+            ("null", None),
+            ("0", Some(0)),
+            ("2147483647", Some(2_147_483_647)),
+            (r#""expert_0""#, Some(0)),
+            (r#""expert_12""#, Some(12)),
+            (r#""__base__""#, Some(-1)),
+        ] {
+            assert_eq!(expert(value), Ok(index), "{value}");
+        }
+        let right = "a whole number from 0 to 2147483647, `expert_N` or `__base__`";
+        for (value, found) in [
+            ("-1", "`-1`"),
+            ("1.0", "`1.0`"),
+            ("2147483648", "`2147483648`"),
+            ("1e300", "`1e+300`"),
+            (r#""3""#, "the string `3`"),
+            (r#""expert_""#, "the string `expert_`"),
+            (r#""expert_+1""#, "the string `expert_+1`"),
+            (r#""expert_01""#, "the string `expert_01`"),
+            (r#""expert_2147483648""#, "the string `expert_2147483648`"),
+            ("true", "a boolean"),
+            ("[0]", "an array"),
+        ] {
+            assert_eq!(expert(value), Err(format!("`expert` must be {right}, got {found}")));
+        }
     }
 
     #[test]

@@ -3,6 +3,12 @@
 /// [`Document::record_domain`] of a record that names none.
 pub(super) const NO_DOMAIN: u32 = u32::MAX;
 
+/// [`Document::expert`] of a record that names none.
+pub(super) const NO_EXPERT: i32 = -2;
+
+/// [`Document::expert`] of a record that names the base alone.
+pub(super) const BASE_EXPERT: i32 = -1;
+
 /// Bytes of a token on disk, where it is a little-endian `u32`.
 pub(super) const TOKEN_BYTES: u64 = 4;
 
@@ -36,6 +42,8 @@ pub(super) struct Document {
     pub prompt_len: u32,
     /// Index in [`TokenFile::record_domains`], or [`NO_DOMAIN`].
     pub record_domain: u32,
+    /// The expert that its record names, from 0; or [`BASE_EXPERT`], or [`NO_EXPERT`].
+    pub expert: i32,
     /// The first half of BLAKE3 of its text (prompt and completion joined): equal texts are equal
     /// documents, whatever the tokenizer and wherever the prompt ends.
     pub content: [u8; 16],

@@ -1,5 +1,6 @@
-//! What others load: each expert as a PEFT adapter, the mixture's router beside them ([`peft`]), and
-//! a fully trained base as a Hugging Face folder ([`hugging_face`]).
+//! What others load: each expert as a PEFT adapter with the mixture's router beside them ([`peft`]),
+//! static mixtures merged ([`merge`]), and a base as a Hugging Face folder ([`hugging_face`]).
 
 pub mod hugging_face;
+pub mod merge;
 pub mod peft;

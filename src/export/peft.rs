@@ -1,94 +1,154 @@
-//! Experts as PEFT adapters (PEFT 0.21, `save_pretrained`'s format), the router as a file of its own.
+//! Experts as PEFT adapters, and what joins them: dylora's own manifest and router, or X-LoRA's
+//! classifier.
 //!
 //! ```text
-//! OUT/expert_0/adapter_config.json          peft_type LORA, r, lora_alpha, target_modules, ..
-//!              adapter_model.safetensors    base_model.model.transformer.h.0.attn.c_attn.lora_A.weight ..
-//!              README.md                    model card
-//! OUT/router.safetensors                    weight [e, d], bias [e]; absent with one expert
-//! OUT/dylora.json                           what joins them: base, experts, routing
-//! OUT/README.md                             model card of the mixture
-//! ```
+//! OUT/expert_0/ ..             PEFT adapters (`model::adapter`), each with a model card
+//! OUT/router.safetensors       absent with one expert
+//! OUT/dylora.json              what joins them (`mixture`)
+//! OUT/README.md                model card of the mixture
 //!
-//! Slice `e` of `lora_a`, `[e, r, i]`, is `lora_A.weight`, `[r, i]`, and of `lora_b`, `[e, o, r]`, is
-//! `lora_B.weight`, `[o, r]`. Experts are named `expert_0`, .., because PEFT mistakes bare digits.
+//! OUT/adapters/expert_0/ ..    as X-LoRA: the same adapters
+//! OUT/xlora_config.json, OUT/xlora_classifier.safetensors, OUT/README.md   (`mixture::xlora`)
+//! ```
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tch::Tensor;
 
-use crate::config::{BaseSource, Config, RouterInput};
 use crate::durable;
+use crate::mixture::{
+    self, ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase,
+    ManifestRouter, ROUTER, xlora,
+};
 use crate::model::RoutedGpt2;
+use crate::model::adapter::{self, Adapter};
+use crate::model::expert::ExpertSpec;
+use crate::model::gpt2_config::Gpt2Config;
+use crate::model::parameters::expert_name;
 use crate::model::weights::{read_tensors, write_tensors};
 
-/// Version of `dylora.json`.
-const FORMAT: u32 = 1;
+/// What an export says about where it comes from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Provenance {
+    /// The base as `from_pretrained` finds it.
+    pub base_name: String,
+    /// Its revision on the Hub.
+    pub revision: Option<String>,
+    /// The base as people know it.
+    pub base_label: String,
+    /// BLAKE3 of its parameters in f32.
+    pub base_hash: String,
+    /// The dropout of the experts' inputs in training.
+    pub dropout: f64,
+    /// What was trained on.
+    pub domains: Vec<String>,
+}
+
+/// How the experts are joined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// `dylora.json` and `router.safetensors`.
+    Dylora,
+    /// `xlora_config.json` and `xlora_classifier.safetensors`.
+    Xlora,
+}
 
 /// Writes the experts and the router of `model` to `dir`, reads every file back and compares it.
 ///
-/// - `config`: the run's config, for rank, alpha, modules and base
-/// - `base_label`: how people know the base
+/// # Errors
+/// A mixture that X-LoRA cannot express, if that is asked for.
 pub fn export(
     dir: &Path,
     model: &RoutedGpt2,
-    config: &Config,
-    base_label: &str,
+    provenance: &Provenance,
+    layout: Layout,
     overwrite: bool,
 ) -> Result<()> {
-    if model.num_experts() == 0 {
-        bail!("a fully trained base has no experts to export\nhint: its run folder has `model/`");
+    let num_experts = model.specs().len();
+    if num_experts == 0 {
+        bail!("a base alone has no experts to export\nhint: a full training's are in its `model/`");
     }
-    let base_hash = model.base().hash()?;
+    let names: Vec<String> = (0..num_experts).map(expert_name).collect();
+    let xlora = match layout {
+        Layout::Dylora => None,
+        Layout::Xlora => Some(xlora::write(model, &provenance.base_name, &names)?),
+    };
     durable::folder(dir, overwrite, |dir| {
-        for expert in 0..model.num_experts() {
-            let folder = dir.join(expert_name(expert));
+        let adapters = match layout {
+            Layout::Dylora => dir.to_owned(),
+            Layout::Xlora => dir.join(xlora::ADAPTERS),
+        };
+        fs_err::create_dir_all(&adapters)?;
+        for (expert, name) in names.iter().enumerate() {
+            let folder = adapters.join(name);
             fs_err::create_dir(&folder)?;
-            let tensors = expert_tensors(model, expert);
-            write_checked(&folder.join("adapter_model.safetensors"), &tensors)?;
-            let adapter_config = adapter_config(config);
-            write_json(&folder.join("adapter_config.json"), &adapter_config)?;
-            let card = expert_card(config, base_label, expert);
-            durable::write(&folder.join("README.md"), card.as_bytes())?;
-            durable::sync_folder(&folder)?;
+            let adapter = Adapter::of_model(model, expert);
+            let card = expert_card(model, provenance, expert);
+            write_adapter(&folder, &adapter, &model.base().config, provenance, &card)?;
         }
-        if let Some(router) = model.router() {
-            let tensors = BTreeMap::from([
-                ("weight".to_owned(), router.weight.shallow_clone()),
-                ("bias".to_owned(), router.bias.shallow_clone()),
-            ]);
-            write_checked(&dir.join("router.safetensors"), &tensors)?;
+        match xlora {
+            Some((config, classifier)) => {
+                write_json(&dir.join(xlora::CONFIG), &config)?;
+                write_checked(&dir.join(xlora::CLASSIFIER), &classifier)?;
+            }
+            None => {
+                if !model.routers().is_empty() {
+                    write_checked(&dir.join(ROUTER), &mixture::router_file_tensors(model))?;
+                }
+                let manifest = serde_json::to_value(manifest(model, provenance, names))?;
+                write_json(&dir.join(MANIFEST), &manifest)?;
+            }
         }
-        write_json(&dir.join("dylora.json"), &mixture_json(model, config, base_label, &base_hash))?;
-        durable::write(&dir.join("README.md"), mixture_card(model, config, base_label).as_bytes())
+        durable::write(&dir.join("README.md"), mixture_card(model, provenance).as_bytes())
     })
     .with_context(|| format!("cannot export to `{}`", dir.display()))
 }
 
-/// The folder of an expert, which is also its adapter name.
-pub fn expert_name(expert: i64) -> String {
-    format!("expert_{expert}")
+/// Writes one adapter into a folder that is there, and reads it back as an import would.
+pub fn write_adapter(
+    folder: &Path,
+    adapter: &Adapter,
+    base: &Gpt2Config,
+    provenance: &Provenance,
+    card: &str,
+) -> Result<()> {
+    let (config, weights) = (folder.join(ADAPTER_CONFIG), folder.join(ADAPTER_WEIGHTS));
+    write_checked(&weights, &adapter.peft_tensors(base))?;
+    let Provenance { base_name, revision, dropout, .. } = provenance;
+    let json = adapter::config_json(&adapter.spec, base, base_name, revision.as_deref(), *dropout);
+    write_json(&config, &json)?;
+    let read = adapter::read(&config, &weights, base)?.spec;
+    let trainable = adapter.spec.trainable;
+    if (ExpertSpec { trainable, ..read }) != adapter.spec {
+        bail!("`{}` was written, but reads back as another adapter", config.display());
+    }
+    durable::write(&folder.join("README.md"), card.as_bytes())?;
+    durable::sync_folder(folder)
 }
 
-/// An expert's tensors under PEFT's names.
-fn expert_tensors(model: &RoutedGpt2, expert: i64) -> BTreeMap<String, Tensor> {
-    let mut tensors = BTreeMap::new();
-    for layer in 0..model.base().config.n_layer {
-        for module in crate::config::TargetModule::ALL {
-            let Some(experts) = model.experts(layer as usize, module) else { continue };
-            let name = format!("base_model.model.transformer.h.{layer}.{}", module.name());
-            let (a, b) = (experts.lora_a.get(expert), experts.lora_b.get(expert));
-            tensors.insert(format!("{name}.lora_A.weight"), a.detach());
-            tensors.insert(format!("{name}.lora_B.weight"), b.detach());
-        }
+fn manifest(model: &RoutedGpt2, provenance: &Provenance, experts: Vec<String>) -> Manifest {
+    Manifest {
+        format: FORMAT,
+        dylora_version: env!("CARGO_PKG_VERSION").into(),
+        base: ManifestBase {
+            name: provenance.base_label.clone(),
+            blake3: provenance.base_hash.clone(),
+        },
+        experts,
+        router: model.routers().first().map(|router| ManifestRouter {
+            file: ROUTER.into(),
+            input: model.router_input(),
+            temperature: router.temperature,
+            top_k: router.top_k,
+        }),
     }
-    tensors
 }
 
 /// Writes tensors and compares what was written with what was meant.
-fn write_checked(file: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(super) fn write_checked(file: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     write_tensors(file, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;
     let read = read_tensors(file)?;
     for (name, tensor) in tensors {
@@ -116,134 +176,92 @@ pub(super) fn write_json(file: &Path, json: &Value) -> Result<()> {
     Ok(())
 }
 
-/// The base as `from_pretrained` names it, and its revision.
-fn base_reference(config: &Config) -> (String, Option<String>) {
-    match &config.base.source {
-        BaseSource::Path(path) => (path.display().to_string(), None),
-        BaseSource::Hub(hub) => (hub.repo.clone(), Some(hub.revision.clone())),
-        BaseSource::Random(_) => ("random".into(), None),
+pub(super) fn card_head(provenance: &Provenance) -> String {
+    format!(
+        "---\nbase_model: {}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- \
+         lora\n- dylora\n---\n\n",
+        provenance.base_name
+    )
+}
+
+fn domain_line(provenance: &Provenance) -> String {
+    let domains = provenance.domains.iter().map(|domain| format!("`{domain}`"));
+    match provenance.domains.is_empty() {
+        true => String::new(),
+        false => format!("- trained on: {}\n", domains.collect::<Vec<_>>().join(", ")),
     }
 }
 
-fn adapter_config(config: &Config) -> Value {
-    let lora = &config.lora;
-    let (base, revision) = base_reference(config);
-    let modules: Vec<&str> = lora.target_modules.iter().map(|module| module.name()).collect();
-    json!({
-        "base_model_name_or_path": base,
-        "bias": "none",
-        // GPT-2's Conv1D keeps its weight as [in, out]
-        "fan_in_fan_out": true,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "lora_alpha": number(lora.alpha),
-        "lora_dropout": lora.dropout,
-        "modules_to_save": null,
-        "peft_type": "LORA",
-        "r": lora.rank,
-        "revision": revision,
-        "target_modules": modules,
-        "task_type": "CAUSAL_LM",
-        "use_dora": false,
-        "use_rslora": false,
-    })
+/// Rank, alpha, modules and kind of an expert on one line.
+pub(super) fn describe(spec: &ExpertSpec) -> String {
+    let range = |values: Vec<f64>| {
+        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = values.iter().copied().fold(0.0, f64::max);
+        if low == high { low.to_string() } else { format!("{low} to {high}") }
+    };
+    let ranks = range(spec.modules.values().map(|size| size.rank as f64).collect());
+    let alphas = range(spec.modules.values().map(|size| size.alpha).collect());
+    let modules: Vec<String> =
+        spec.target_modules().iter().map(|module| format!("`{}`", module.name())).collect();
+    let mut text = format!("rank {ranks}, alpha {alphas}, target modules {}", modules.join(", "));
+    for (is_so, what) in [(spec.use_rslora, ", rsLoRA"), (spec.use_dora, ", DoRA")] {
+        text += if is_so { what } else { "" };
+    }
+    text
 }
 
-/// A whole number without a decimal point, as PEFT types `lora_alpha`.
-fn number(value: f64) -> Value {
-    if value.fract() == 0.0 { json!(value as i64) } else { json!(value) }
-}
-
-fn mixture_json(model: &RoutedGpt2, config: &Config, label: &str, base_hash: &str) -> Value {
-    let lora = &config.lora;
-    let experts: Vec<String> = (0..model.num_experts()).map(expert_name).collect();
-    let modules: Vec<&str> = lora.target_modules.iter().map(|module| module.name()).collect();
-    let router = model.router().map(|router| {
-        json!({
-            "file": "router.safetensors",
-            "input": match config.router.input {
-                RouterInput::Embeddings => "embeddings",
-            },
-            "temperature": router.temperature,
-            "top_k": router.top_k,
-        })
-    });
-    json!({
-        "format": FORMAT,
-        "dylora_version": env!("CARGO_PKG_VERSION"),
-        "base": { "name": label, "blake3": base_hash },
-        "experts": experts,
-        "rank": lora.rank,
-        "alpha": number(lora.alpha),
-        "target_modules": modules,
-        "router": router,
-    })
-}
-
-fn card_head(base: &str) -> String {
-    format!(
-        "---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- \
-         lora\n- dylora\n---\n\n"
-    )
-}
-
-fn domain_list(config: &Config) -> String {
-    let domains = config.data.domains.iter().map(|domain| format!("`{}`", domain.name));
-    domains.collect::<Vec<_>>().join(", ")
-}
-
-fn expert_card(config: &Config, label: &str, expert: i64) -> String {
-    let (base, _) = base_reference(config);
+fn expert_card(model: &RoutedGpt2, provenance: &Provenance, expert: usize) -> String {
     let name = expert_name(expert);
-    let count = config.lora.num_experts;
+    let count = model.num_experts();
     format!(
-        "{head}# {name}\n\nOne of {count} LoRA experts that dylora {version} trained together, with \
-         a router, on `{label}`.\n\n- rank {rank}, alpha {alpha}, target modules {modules}\n- \
-         domains of the mixture: {domains}\n\nThis adapter is one expert at weight 1. The mixture \
-         weights the experts token by token with the router in the folder above, so that one expert \
-         alone gives other outputs than the mixture.\n\n```python\nfrom peft import PeftModel\n\
-         model = PeftModel.from_pretrained(base, \"{name}\")\n```\n",
-        head = card_head(&base),
+        "{head}# {name}\n\nOne of {count} LoRA experts of a mixture by dylora {version} on \
+         `{label}`.\n\n- {shape}\n{domains}\nThis adapter is one expert at weight 1. The mixture \
+         weights the experts token by token with a router, so that one expert alone gives other \
+         outputs than the mixture.\n\n```python\nfrom peft import PeftModel\nmodel = \
+         PeftModel.from_pretrained(base, \"{name}\")\n```\n",
+        head = card_head(provenance),
         version = env!("CARGO_PKG_VERSION"),
-        rank = config.lora.rank,
-        alpha = config.lora.alpha,
-        modules = module_list(config),
-        domains = domain_list(config),
+        label = provenance.base_label,
+        shape = describe(&Adapter::of_model(model, expert).spec),
+        domains = domain_line(provenance),
     )
 }
 
-fn module_list(config: &Config) -> String {
-    let modules = config.lora.target_modules.iter().map(|module| format!("`{}`", module.name()));
-    modules.collect::<Vec<_>>().join(", ")
-}
-
-fn mixture_card(model: &RoutedGpt2, config: &Config, label: &str) -> String {
-    let (base, _) = base_reference(config);
-    let routing = match model.router() {
+fn mixture_card(model: &RoutedGpt2, provenance: &Provenance) -> String {
+    let routing = match model.routers().first() {
         None => "There is one expert and no router: plain LoRA.".to_owned(),
         Some(router) => format!(
-            "`router.safetensors` holds the router: for each token, `softmax((x weight^T + bias) / \
-             {})` over the experts, where `x` is the token plus position embedding{}. The weights of a \
-             token are the same in every layer.",
+            "The router gives each token `softmax((x weight^T + bias) / {})` over the experts, \
+             where `x` is {}{}.",
             router.temperature,
+            match model.router_input() {
+                crate::config::RouterInput::Embeddings =>
+                    "the token plus position embedding; every layer has the same weights",
+                crate::config::RouterInput::BaseHidden =>
+                    "the last hidden state of a pass of the base alone; every layer has the same \
+                     weights",
+                crate::config::RouterInput::LayerInput =>
+                    "a block's input after its first LayerNorm; each layer has its own router",
+            },
             router
                 .top_k
                 .map(|k| format!("; the {k} largest are kept and renormalised"))
                 .unwrap_or_default(),
         ),
     };
+    let experts = model.specs().iter().enumerate();
+    let experts: String = experts
+        .map(|(expert, spec)| format!("- `{}`: {}\n", expert_name(expert), describe(spec)))
+        .collect();
     format!(
-        "{head}# A mixture of {count} LoRA experts\n\nTrained by dylora {version} on `{label}`.\n\n- \
-         rank {rank}, alpha {alpha}, target modules {modules}\n- domains: {domains}\n\nThe output of a \
-         target module is `W x + b + sum_e g_e (alpha / rank) B_e A_e x`, `g` being the routing \
-         weights. {routing}\n\nEach `expert_*` folder is a PEFT adapter. `dylora.json` says what \
-         belongs together.\n",
-        head = card_head(&base),
-        count = config.lora.num_experts,
+        "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n{experts}\
+         {domains}\nThe output of a target module is `W x + b + sum_e g_e (E_e(x) - W x - b)`, `E_e` \
+         being expert e alone and `g` the routing weights. {routing}\n\nEach `expert_*` folder is a \
+         PEFT adapter.\n",
+        head = card_head(provenance),
+        count = model.num_experts(),
         version = env!("CARGO_PKG_VERSION"),
-        rank = config.lora.rank,
-        alpha = config.lora.alpha,
-        modules = module_list(config),
-        domains = domain_list(config),
+        label = provenance.base_label,
+        domains = domain_line(provenance),
     )
 }

@@ -9,8 +9,8 @@ use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder};
 use ureq::http::StatusCode;
 
-use super::{CONFIG, HubSettings, is_commit, repo_at};
-use crate::config::HubSource;
+use super::HubSettings;
+use super::repo::{RepoSource, is_commit};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// For the list of files; `hf-hub` lets no timeout be set for a file.
@@ -37,11 +37,11 @@ pub(super) struct Client<'a> {
     pub(super) cache: Cache,
     endpoint: &'a str,
     has_token: bool,
-    pub(super) source: &'a HubSource,
+    pub(super) source: &'a RepoSource<'a>,
 }
 
 impl<'a> Client<'a> {
-    pub(super) fn new(source: &'a HubSource, settings: &'a HubSettings) -> Result<Self> {
+    pub(super) fn new(source: &'a RepoSource<'a>, settings: &'a HubSettings) -> Result<Self> {
         let endpoint = settings.endpoint.trim().trim_end_matches('/');
         let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
         if host.is_none_or(str::is_empty) {
@@ -74,7 +74,7 @@ impl<'a> Client<'a> {
     ///
     /// `ApiRepo::info` does the same, but hides the headers in which the Hub says why it refuses.
     pub(super) fn info(&self) -> Result<RepoInfo, Fault> {
-        let repo = repo_at(self.source, &self.source.revision);
+        let repo = self.source.repo_at(self.source.revision);
         let request = self.api.repo(repo).info_request().config();
         let request = request
             .http_status_as_error(false)
@@ -108,9 +108,10 @@ impl<'a> Client<'a> {
     /// Notes the commit at which the revision stands. Only offline runs need the note, so a cache
     /// that cannot be written is no error.
     pub(super) fn write_ref(&self, commit: &str) {
-        let revision = &self.source.revision;
-        let cache = self.cache.repo(repo_at(self.source, revision));
-        let is_noted = cache.get(CONFIG) == Some(cache.pointer_path(commit).join(CONFIG));
+        let revision = self.source.revision;
+        let cache = self.cache.repo(self.source.repo_at(revision));
+        let config = self.source.path_of(self.source.config_file);
+        let is_noted = cache.get(&config) == Some(cache.pointer_path(commit).join(&config));
         if is_noted || is_commit(revision) {
             return;
         }
@@ -141,7 +142,7 @@ impl<'a> Client<'a> {
 
     /// The error for a `status` that is not a success, with the Hub's `code` for it.
     fn refusal(&self, status: StatusCode, code: &str, message: Option<&str>) -> Fault {
-        let HubSource { repo, revision } = self.source;
+        let RepoSource { repo, revision, option, .. } = self.source;
         let endpoint = self.endpoint;
         let said = message.map(|text| format!(": {}", text.trim_end_matches('.')));
         let answer = format!("answers {status}{}", said.unwrap_or_default());
@@ -155,7 +156,7 @@ impl<'a> Client<'a> {
         Fault::Final(if code == "RevisionNotFound" {
             anyhow!(
                 "`{repo}` on `{endpoint}` has no revision `{revision}`\n\
-                 hint: `base.source.hub.revision` is a branch (as a rule `main`), a tag or a \
+                 hint: `{option}.hub.revision` is a branch (as a rule `main`), a tag or a \
                  full commit"
             )
         } else if code == "GatedRepo" {
@@ -167,7 +168,7 @@ impl<'a> Client<'a> {
         } else if code == "RepoNotFound" || (status == StatusCode::NOT_FOUND && code.is_empty()) {
             anyhow!(
                 "`{endpoint}` shows no `{repo}` at `{revision}`: it {answer}\n\
-                 hint: check `base.source.hub`; {}",
+                 hint: check `{option}.hub`; {}",
                 match self.has_token {
                     false => "a private repository needs a token that may read it in `HF_TOKEN`",
                     true => "if it is private, may the token in `HF_TOKEN` read it?",

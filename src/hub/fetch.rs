@@ -14,8 +14,8 @@ use anyhow::{Result, anyhow};
 use hf_hub::api::Progress;
 use hf_hub::api::sync::ApiError;
 
+use super::DownloadProgress;
 use super::client::{Client, Fault};
-use super::{DownloadProgress, repo_at};
 
 /// Attempts in a row that bring nothing new.
 const MAX_FAILURES: u32 = 4;
@@ -53,7 +53,7 @@ impl Client<'_> {
         commit: &str,
         progress: &dyn DownloadProgress,
     ) -> Result<PathBuf> {
-        let path = self.cache.repo(repo_at(self.source, commit)).pointer_path(commit).join(file);
+        let path = self.cache.repo(self.source.repo_at(commit)).pointer_path(commit).join(file);
         if path.is_file() {
             return Ok(path);
         }
@@ -87,7 +87,7 @@ impl Client<'_> {
     }
 
     fn attempt(&self, file: &str, commit: &str, meter: &Meter) -> Result<PathBuf, Fault> {
-        let repo = self.api.repo(repo_at(self.source, commit));
+        let repo = self.api.repo(self.source.repo_at(commit));
         let path = match repo.download_with_progress(file, meter) {
             Ok(path) => path,
             Err(error) => return Err(self.download_fault(error, &repo.url(file), commit, meter)),
@@ -141,7 +141,7 @@ impl Client<'_> {
             Ok(metadata) => metadata,
             Err(error) => return Fault::Transient(error.into()),
         };
-        let blob = self.cache.repo(repo_at(self.source, commit)).blob_path(metadata.etag());
+        let blob = self.cache.repo(self.source.repo_at(commit)).blob_path(metadata.etag());
         Fault::Transient(match fs_err::remove_file(blob.with_extension("part")) {
             Ok(()) => anyhow!("the part that was there does not fit"),
             Err(error) => error.into(),

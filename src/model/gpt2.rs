@@ -276,11 +276,7 @@ impl Gpt2 {
     /// BLAKE3 over every parameter's name, dtype, shape and bytes.
     pub fn hash(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
-        for (name, tensor) in self.named_parameters() {
-            let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
-            hasher.update(format!("{name} {:?} {:?}\n", tensor.kind(), tensor.size()).as_bytes());
-            hasher.update(&super::weights::tensor_bytes(&tensor)?);
-        }
+        super::weights::hash_tensors(&mut hasher, &self.named_parameters())?;
         Ok(hasher.finalize().to_hex().to_string())
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Letters of shapes: `b` batch, `t` position, `n` labelled positions.
 
+use std::ops::Range;
+
 use tch::{Device, Tensor};
 
 use super::gpt2::AttentionMask;
@@ -19,8 +21,10 @@ pub struct Rows<'a> {
     pub labels: &'a [i64],
     /// Positions within each document.
     pub position_ids: &'a [i64],
-    /// Which document of its row a position belongs to; -1 in padding.
+    /// Which document of its row a position belongs to; -1 in padding, which may be anywhere.
     pub document_ids: &'a [i64],
+    /// The expert that a position's record names, -1 for the base; none where records name none.
+    pub expert_ids: Option<&'a [i64]>,
 }
 
 /// A batch on the device.
@@ -36,6 +40,35 @@ pub struct Inputs {
     pub labelled: Tensor,
     /// Their targets, `[n]`.
     pub labels: Tensor,
+    /// The expert that a position's record names, -1 for the base, `[b, t]`.
+    pub expert_ids: Option<Tensor>,
+    /// What is looked for in the tokens themselves.
+    pub(super) host: HostTokens,
+}
+
+/// A batch's tokens on the host.
+#[derive(Debug)]
+pub(super) struct HostTokens {
+    /// `[b t]`.
+    pub input_ids: Vec<i64>,
+    /// `[b t]`.
+    document_ids: Vec<i64>,
+    seq_len: usize,
+}
+
+impl HostTokens {
+    /// The documents' places in the flattened `[b t]`, without padding.
+    pub fn documents(&self) -> impl Iterator<Item = Range<usize>> {
+        let rows = self.document_ids.chunks(self.seq_len).enumerate();
+        rows.flat_map(|(row, ids)| {
+            let mut start = row * self.seq_len;
+            ids.chunk_by(|a, b| a == b).filter_map(move |chunk| {
+                let range = start..start + chunk.len();
+                start = range.end;
+                (chunk[0] >= 0).then_some(range)
+            })
+        })
+    }
 }
 
 impl Inputs {
@@ -45,22 +78,30 @@ impl Inputs {
         let labelled: Vec<i64> =
             (0..rows.labels.len()).filter(|&i| rows.labels[i] >= 0).map(|i| i as i64).collect();
         let labels: Vec<i64> = rows.labels.iter().copied().filter(|&label| label >= 0).collect();
-        let single =
-            rows.document_ids.chunks(rows.seq_len).all(|row| row.iter().all(|&id| id <= 0));
-        let mask = if single {
-            // padding follows the document, so that causality alone keeps it out
+        let to_device = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
+        // one document, perhaps with padding behind it, which causality alone keeps out
+        let single = |row: &[i64]| {
+            row.iter().all(|&id| id <= 0) && row.windows(2).all(|pair| pair[0] >= pair[1])
+        };
+        let mask = if rows.document_ids.chunks(rows.seq_len).all(single) {
             AttentionMask::Causal
         } else {
-            let ids_bt = Tensor::from_slice(rows.document_ids).view(shape).to_device(device);
+            let ids_bt = to_device(rows.document_ids);
             let same = ids_bt.unsqueeze(1).eq_tensor(&ids_bt.unsqueeze(2));
             AttentionMask::Documents(same.tril(0).unsqueeze(1))
         };
         Self {
-            input_ids: Tensor::from_slice(rows.input_ids).view(shape).to_device(device),
-            position_ids: Tensor::from_slice(rows.position_ids).view(shape).to_device(device),
+            input_ids: to_device(rows.input_ids),
+            position_ids: to_device(rows.position_ids),
             mask,
             labelled: Tensor::from_slice(&labelled).to_device(device),
             labels: Tensor::from_slice(&labels).to_device(device),
+            expert_ids: rows.expert_ids.map(to_device),
+            host: HostTokens {
+                input_ids: rows.input_ids.to_vec(),
+                document_ids: rows.document_ids.to_vec(),
+                seq_len: rows.seq_len,
+            },
         }
     }
 
@@ -74,6 +115,7 @@ impl Inputs {
             labels: &vec![-100; tokens.len()],
             position_ids: &positions,
             document_ids: &vec![0; tokens.len()],
+            expert_ids: None,
         };
         Self::new(rows, device)
     }

@@ -1,28 +1,94 @@
 //! The LoRA experts of one frozen linear layer (LoRA, arXiv:2106.09685, eq. 3, weighted per token):
 //!
 //! ```text
-//! y = x W + b + sum_e g_e * s * drop(x) A_e^T B_e^T          s = alpha / r
+//! y = x W + b + sum_e g_e * s_e * drop(x) A_e^T B_e^T       s_e = alpha_e / r_e, or / sqrt(r_e)
 //! ```
 //!
-//! [`LoraExperts::add_fused`] is one pair of matrix products, whatever E is: A is stacked into
-//! `[e r, i]` and B into `[e r, o]`, and the routing weights act in rank space. Its twin,
-//! [`LoraExperts::add_looped`], is the formula to the letter, one expert after the other.
+//! Experts may differ in rank and scaling, and some may not target the layer. All A lie in one stack,
+//! `[R, i]` with `R = sum_e r_e`, and all B, transposed, in another, `[R, o]`, so that the layer
+//! costs one pair of matrix products, whatever E is ([`LoraExperts::add_fused`]). An expert is a run
+//! of rows of both.
 //!
-//! Letters of shapes: `b` batch, `t` position, `i` in, `o` out, `e` expert, `r` rank.
+//! Two kinds of expert have more:
+//!
+//! - **PiSSA and OLoRA** start from components `A0`, `B0` of the base's own weight. PEFT subtracts
+//!   them from the base, `W - s B0 A0`, which fits one adapter. Here each expert subtracts its own:
+//!   its update is `s (B A - B0 A0)`, which is the same for one expert, and leaves the base as it is
+//!   for any number and any weights. The price is twice the rank.
+//! - **DoRA** (arXiv:2402.09353, eqs. 5 and 11) scales each output of the updated layer: with
+//!   `c_e = m_e / |W + s B A|` (norm over inputs, without gradient), expert e alone gives
+//!   `c_e * (x W + s x A^T B^T) + b`. Weighted, the layer adds `g_e` times the difference to the base:
+//!   `g_e ((c_e - 1) * x W + c_e * s x A^T B^T)`.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n = b t`, `i` in, `o` out, `e` expert, `r` rank,
+//! `R` sum of ranks, `m` experts with a magnitude.
 
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{DropoutMasks, LoraConfig};
+use super::expert::ExpertSpec;
+pub use super::lora_init::Start;
+use crate::config::{DropoutMasks, ModulePath};
 
-/// The experts of one target module, stacked.
+/// The experts of one target module.
 #[derive(Debug)]
 pub struct LoraExperts {
-    /// Down-projections `[e, r, i]`; slice `e` is PEFT's `lora_A.weight`.
-    pub lora_a: Tensor,
-    /// Up-projections `[e, o, r]`, zero at the start; slice `e` is PEFT's `lora_B.weight`.
-    pub lora_b: Tensor,
-    /// `alpha / rank`.
+    /// Down-projections `[R, i]`; an expert's rows are PEFT's `lora_A.weight`.
+    pub(super) lora_a: Tensor,
+    /// Up-projections `[R, o]`; an expert's rows are PEFT's `lora_B.weight`, transposed.
+    pub(super) lora_b: Tensor,
+    /// Magnitudes of the DoRA experts, `[m, o]`; PEFT's `lora_magnitude_vector`.
+    pub(super) magnitude: Option<Tensor>,
+    /// `A0`, `[R0, i]`, and `B0`, `[R0, o]`, of the PiSSA and OLoRA experts.
+    pub(super) initial: Option<(Tensor, Tensor)>,
+    /// Squared norm of the base's weight by output, `[o]`; for DoRA.
+    pub(super) base_norm2: Option<Tensor>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) mixing: Mixing,
+}
+
+/// Where an expert lies in the stacks of a module.
+#[derive(Debug, Clone)]
+pub(super) struct Slot {
+    pub expert: usize,
+    /// First of its rows.
+    pub start: i64,
+    pub rank: i64,
     pub scaling: f64,
+    /// Its row of `magnitude`.
+    pub magnitude: Option<i64>,
+    /// First of its rows in `initial`.
+    pub initial: Option<i64>,
+    pub trainable: bool,
+}
+
+/// How routing weights `[n, e]` become factors of the stack's rows, on the module's device.
+#[derive(Debug)]
+pub(super) enum Mixing {
+    /// Every expert has the same rank and nothing initial: their scalings, `[e]`.
+    Even(Tensor),
+    /// Scaling where a row of the stack, then of `initial`, is the expert's, else 0:
+    /// `[e, R + R0]`.
+    Rows(Tensor),
+}
+
+impl Mixing {
+    fn shallow_clone(&self) -> Self {
+        match self {
+            Self::Even(scalings) => Self::Even(scalings.shallow_clone()),
+            Self::Rows(rows) => Self::Rows(rows.shallow_clone()),
+        }
+    }
+}
+
+/// One tensor of an expert, in PEFT's layout: a view, without gradient.
+#[derive(Debug)]
+pub struct ExpertTensor {
+    /// The expert.
+    pub expert: usize,
+    /// `lora_a` `[r, i]`, `lora_b` `[o, r]`, `magnitude` `[o]`, `initial_a`, `initial_b`.
+    pub key: &'static str,
+    /// The numbers.
+    pub tensor: Tensor,
 }
 
 /// What multiplies each expert's part.
@@ -60,90 +126,112 @@ impl LoraDropout {
     /// No dropout.
     pub const NONE: Self = Self { probability: 0.0, masks: DropoutMasks::Shared };
 
-    fn apply(self, x: &Tensor) -> Tensor {
-        if self.probability > 0.0 { x.dropout(self.probability, true) } else { x.shallow_clone() }
+    pub(super) fn is_active(self) -> bool {
+        self.probability > 0.0
+    }
+
+    pub(super) fn apply(self, x: &Tensor) -> Tensor {
+        if self.is_active() { x.dropout(self.probability, true) } else { x.shallow_clone() }
     }
 }
 
 impl LoraExperts {
-    /// New experts for a layer `[i, o]`: A from U(-1/sqrt(i), 1/sqrt(i)), B zero (PEFT 0.21,
-    /// `reset_lora_parameters`: kaiming_uniform with a = sqrt(5)). `kind` is f32 outside of tests.
-    pub fn new(config: &LoraConfig, (i, o): (i64, i64), kind: Kind) -> Self {
-        let (e, r) = (config.num_experts, config.rank);
-        let bound = 1.0 / (i as f64).sqrt();
-        let lora_a = Tensor::empty([e, r, i], (kind, Device::Cpu)).uniform_(-bound, bound);
-        let lora_b = Tensor::zeros([e, o, r], (kind, Device::Cpu));
-        Self { lora_a, lora_b, scaling: config.alpha / r as f64 }
-    }
-
-    /// Adds what the experts contribute for the layer's input `x`, `[b, t, i]`, to the frozen
-    /// layer's output `y`, `[b, t, o]`, by the way that `dropout.masks` needs.
-    pub fn add(&self, y: Tensor, x: &Tensor, g: &RoutingWeights, dropout: LoraDropout) -> Tensor {
-        match (g, dropout.masks) {
-            (RoutingWeights::Off, _) => y,
-            // one expert, which is plain LoRA to the bit in its own order of operations
-            (RoutingWeights::Ones, _) => self.add_looped(y, x, g, dropout),
-            (_, DropoutMasks::Shared) => self.add_fused(y, x, g, dropout),
-            (_, DropoutMasks::PerExpert) => self.add_looped(y, x, g, dropout),
-        }
-    }
-
-    /// All experts at once: one pair of matrix products and one dropout mask.
-    pub fn add_fused(
-        &self,
-        y: Tensor,
-        x: &Tensor,
-        g: &RoutingWeights,
-        dropout: LoraDropout,
-    ) -> Tensor {
-        let kind = x.kind();
-        let (b, t, i) = x.size3().expect("activations are [b, t, i]");
-        let (e, o, r) = self.lora_b.size3().expect("B is [e, o, r]");
-        let a = self.lora_a.to_kind(kind).view([e * r, i]);
-        let up = self.lora_b.to_kind(kind).transpose(1, 2).reshape([e * r, o]);
-        let z = dropout.apply(x).view([b * t, i]).matmul(&a.tr());
-        let z = match g {
-            RoutingWeights::Off => return y,
-            RoutingWeights::Ones => z * self.scaling,
-            RoutingWeights::PerToken(g_bte) => {
-                let g = (g_bte.view([b * t, e, 1]) * self.scaling).to_kind(kind);
-                (z.view([b * t, e, r]) * g).view([b * t, e * r])
-            }
-        };
-        y.view([b * t, o]).addmm(&z, &up).view([b, t, o])
-    }
-
-    /// One expert after the other, each with a dropout mask of its own, as PEFT does.
-    pub fn add_looped(
-        &self,
-        mut y: Tensor,
-        x: &Tensor,
-        g: &RoutingWeights,
-        dropout: LoraDropout,
-    ) -> Tensor {
-        let kind = x.kind();
-        for e in 0..self.num_experts() {
-            let (a, b) = (self.lora_a.get(e).to_kind(kind), self.lora_b.get(e).to_kind(kind));
-            let update = dropout.apply(x).matmul(&a.tr()).matmul(&b.tr()) * self.scaling;
-            y = match g {
-                RoutingWeights::Off => y,
-                RoutingWeights::Ones => y + update,
-                RoutingWeights::PerToken(g_bte) => {
-                    y + update * g_bte.narrow(-1, e, 1).to_kind(kind)
-                }
+    /// Lays out the experts that target `path`; none if there are none.
+    pub(super) fn slots(specs: &[ExpertSpec], path: ModulePath) -> Vec<Slot> {
+        let (mut start, mut magnitudes, mut initials) = (0, 0, 0);
+        let mut slots = vec![];
+        for (expert, spec) in specs.iter().enumerate() {
+            let (Some(size), Some(scaling)) = (spec.modules.get(&path), spec.scaling(path)) else {
+                continue;
             };
+            slots.push(Slot {
+                expert,
+                start,
+                rank: size.rank,
+                scaling,
+                magnitude: spec.use_dora.then_some(magnitudes),
+                initial: spec.starts_from_base().then_some(initials),
+                trainable: spec.trainable,
+            });
+            start += size.rank;
+            magnitudes += i64::from(spec.use_dora);
+            initials += if spec.starts_from_base() { size.rank } else { 0 };
         }
-        y
+        slots
     }
 
-    /// `E`.
-    pub fn num_experts(&self) -> i64 {
-        self.lora_a.size()[0]
+    /// How the weights of `num_experts` experts become factors of rows.
+    pub(super) fn mixing(slots: &[Slot], num_experts: usize, options: (Kind, Device)) -> Mixing {
+        let even = slots.len() == num_experts
+            && slots.iter().all(|slot| slot.rank == slots[0].rank && slot.initial.is_none());
+        let cpu = (Kind::Double, Device::Cpu);
+        let to = |tensor: Tensor| tensor.to_kind(options.0).to_device(options.1);
+        if even {
+            let scalings: Vec<f64> = slots.iter().map(|slot| slot.scaling).collect();
+            return Mixing::Even(to(Tensor::from_slice(&scalings)));
+        }
+        let num_rows: i64 = slots.iter().map(|slot| slot.rank).sum();
+        let initial_rows = slots.iter().filter(|slot| slot.initial.is_some());
+        let num_initial: i64 = initial_rows.map(|slot| slot.rank).sum();
+        let rows = Tensor::zeros([num_experts as i64, num_rows + num_initial], cpu);
+        for slot in slots {
+            let row = rows.get(slot.expert as i64);
+            let _ = row.narrow(0, slot.start, slot.rank).fill_(slot.scaling);
+            if let Some(start) = slot.initial {
+                let _ = row.narrow(0, num_rows + start, slot.rank).fill_(-slot.scaling);
+            }
+        }
+        Mixing::Rows(to(rows))
+    }
+
+    /// Every tensor of every expert, as views, so that copying into one changes the expert.
+    pub fn tensors(&self) -> Vec<ExpertTensor> {
+        let mut tensors = vec![];
+        for slot in &self.slots {
+            let mut add = |key, tensor: Tensor| {
+                tensors.push(ExpertTensor { expert: slot.expert, key, tensor });
+            };
+            let rows = |stack: &Tensor, start| stack.detach().narrow(0, start, slot.rank);
+            add("lora_a", rows(&self.lora_a, slot.start));
+            add("lora_b", rows(&self.lora_b, slot.start).tr());
+            if let (Some(row), Some(magnitude)) = (slot.magnitude, &self.magnitude) {
+                add("magnitude", magnitude.detach().get(row));
+            }
+            if let (Some(start), Some((a, b))) = (slot.initial, &self.initial) {
+                add("initial_a", rows(a, start));
+                add("initial_b", rows(b, start).tr());
+            }
+        }
+        tensors
+    }
+
+    /// One expert's tensor by its key, as [`LoraExperts::tensors`] names it.
+    pub fn tensor(&self, expert: usize, key: &str) -> Option<Tensor> {
+        let mut tensors = self.tensors().into_iter();
+        tensors.find(|t| t.expert == expert && t.key == key).map(|t| t.tensor)
+    }
+
+    /// `s_e`, if expert `e` targets the module.
+    pub fn scaling(&self, expert: usize) -> Option<f64> {
+        self.slots.iter().find(|slot| slot.expert == expert).map(|slot| slot.scaling)
+    }
+
+    /// The leaves of the graph: the stacks, whether they are trained or not.
+    pub(super) fn leaves(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.lora_a, &self.lora_b].into_iter().chain(&self.magnitude)
     }
 
     /// Another handle to the same parameters.
     pub fn shallow_clone(&self) -> Self {
-        let (lora_a, lora_b) = (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
-        Self { lora_a, lora_b, scaling: self.scaling }
+        let clone = |tensor: &Tensor| tensor.shallow_clone();
+        Self {
+            lora_a: self.lora_a.shallow_clone(),
+            lora_b: self.lora_b.shallow_clone(),
+            magnitude: self.magnitude.as_ref().map(clone),
+            initial: self.initial.as_ref().map(|(a, b)| (clone(a), clone(b))),
+            base_norm2: self.base_norm2.as_ref().map(clone),
+            slots: self.slots.clone(),
+            mixing: self.mixing.shallow_clone(),
+        }
     }
 }

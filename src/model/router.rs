@@ -55,6 +55,12 @@ impl Router {
         }
     }
 
+    /// The same router on `device`, as leaves of the graph.
+    pub(super) fn into_leaf(self, device: Device) -> Self {
+        let leaf = |x: Tensor| x.to_device(device).detach().copy().set_requires_grad(true);
+        Self { weight: leaf(self.weight), bias: leaf(self.bias), ..self }
+    }
+
     /// Routes the tokens whose features are `x`, `[b, t, d]`, in the router's own dtype.
     pub fn forward(&self, x: &Tensor) -> Routing {
         let x = x.to_kind(self.weight.kind());
@@ -74,6 +80,17 @@ impl Router {
     /// `E`.
     pub fn num_experts(&self) -> i64 {
         self.bias.size()[0]
+    }
+}
+
+/// Adds a batch's totals to those of each router so far; `totals` is empty before the first batch.
+pub fn add_totals(totals: &mut Vec<RoutingTotals>, routing: &[Routing], rows: &Tensor) {
+    for (router, routing) in routing.iter().enumerate() {
+        let new = RoutingTotals::new(routing, rows);
+        match totals.get_mut(router) {
+            Some(sum) => sum.add(&new),
+            None => totals.push(new),
+        }
     }
 }
 

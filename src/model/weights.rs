@@ -168,6 +168,20 @@ fn store(tensor: &Tensor) -> Result<Stored> {
     Ok(Stored { dtype, shape, bytes: tensor_bytes(&tensor)? })
 }
 
+/// Adds each tensor's name, dtype, shape and bytes to a hash.
+pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
+    hasher: &mut blake3::Hasher,
+    tensors: impl IntoIterator<Item = &'a (N, Tensor)>,
+) -> Result<()> {
+    for (name, tensor) in tensors {
+        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        let (name, kind, size) = (name.as_ref(), tensor.kind(), tensor.size());
+        hasher.update(format!("{name} {kind:?} {size:?}\n").as_bytes());
+        hasher.update(&tensor_bytes(&tensor)?);
+    }
+    Ok(())
+}
+
 /// The bytes of a contiguous CPU tensor.
 pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];

@@ -3,7 +3,8 @@
 //! ```text
 //! RUN/checkpoints/step-00000200/   config.toml            the resolved config
 //!                                  state.json             counters, data position, best metric, hashes
-//!                                  model.safetensors      the trained parameters, by dylora's names
+//!                                  experts.json           rank, alpha, modules, options of each expert
+//!                                  model.safetensors      experts and router, frozen ones too
 //!                                  optimizer.safetensors  moments and generator states
 //! RUN/checkpoints/last, best       symbolic links
 //! ```
@@ -20,13 +21,15 @@ use tch::Tensor;
 
 use crate::config::{Config, load};
 use crate::durable;
+use crate::model::expert::ExpertSpec;
 use crate::model::weights::{read_tensors, write_tensors};
 
 /// The version of the format, raised when old checkpoints can no longer be read.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 const CONFIG: &str = "config.toml";
 const STATE: &str = "state.json";
+const EXPERTS: &str = "experts.json";
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
@@ -80,7 +83,9 @@ pub struct Checkpoint {
     pub config: Config,
     /// Counters.
     pub state: TrainState,
-    /// The trained parameters.
+    /// The experts' settings.
+    pub experts: Vec<ExpertSpec>,
+    /// Experts and router, or the trained base.
     pub model: BTreeMap<String, Tensor>,
     /// Moments and generator states.
     pub optimizer: BTreeMap<String, Tensor>,
@@ -141,7 +146,15 @@ pub fn read_state(dir: &Path) -> Result<TrainState> {
     Ok(state)
 }
 
-/// The trained parameters that a checkpoint holds.
+/// The experts' settings as a checkpoint holds them; none of a trained base.
+pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
+    let path = dir.join(EXPERTS);
+    let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("`{}` holds no experts of this version", path.display()))
+}
+
+/// The experts and the router, or the trained base, that a checkpoint holds.
 pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
 }
@@ -183,6 +196,8 @@ fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     };
     named(&checkpoint.model, MODEL)?;
     named(&checkpoint.optimizer, OPTIMIZER)?;
+    let experts = serde_json::to_string_pretty(&checkpoint.experts)? + "\n";
+    durable::write(&dir.join(EXPERTS), experts.as_bytes())?;
     durable::write(&dir.join(CONFIG), load::to_toml(&checkpoint.config).as_bytes())?;
     let state = serde_json::to_string_pretty(&checkpoint.state)? + "\n";
     durable::write(&dir.join(STATE), state.as_bytes())

@@ -13,7 +13,6 @@ pub mod schedule;
 pub mod step;
 pub mod tensorboard;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -24,9 +23,11 @@ use tch::Device;
 use crate::base::Base;
 use crate::config::{Config, Method};
 use crate::data::{Datasets, TokenDataset};
-use crate::eval::{EvalReport, EvalSettings, RoutingReport, evaluate};
+use crate::eval::{EvalReport, EvalSettings, RoutingReport, check_records, evaluate};
+use crate::mixture::Mixture;
 use crate::model::gpt2::Gpt2;
-use crate::model::{RoutedGpt2, RoutingSource, TrainedParameter, kind_of};
+use crate::model::router::RoutingTotals;
+use crate::model::{RoutedGpt2, RoutingSource, Trained, kind_of};
 use crate::{config, durable, ffi};
 use checkpoint::{Best, Checkpoint, Position, TrainState};
 use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics};
@@ -66,8 +67,8 @@ pub struct Summary {
     pub state: TrainState,
     /// The last checkpoint.
     pub checkpoint: PathBuf,
-    /// BLAKE3 of the frozen base in the dtype it computed in, the same before and after the run; none
-    /// if the base itself was trained.
+    /// BLAKE3 of the frozen base in the dtype it computed in and of the frozen experts, the same
+    /// before and after the run; none if the base itself was trained.
     pub frozen_hash: Option<String>,
 }
 
@@ -76,58 +77,66 @@ pub struct Summary {
 pub struct Trainer {
     config: Config,
     model: RoutedGpt2,
-    parameters: Vec<TrainedParameter>,
+    trained: Trained,
     optimizer: Optimizer,
     data: Datasets,
     state: TrainState,
     stream: BlockStream,
     num_steps: u64,
-    /// BLAKE3 of the frozen base as it lies on the device.
+    /// BLAKE3 of the frozen base and experts as they lie on the device.
     frozen_hash: Option<String>,
 }
 
-/// The model that a config describes on a base, with fresh experts and router from `run.seed`.
-pub fn build_model(config: &Config, base: &Gpt2, device: Device) -> RoutedGpt2 {
+/// A mixture on a base, as a config trains it; what the mixture leaves open comes from `run.seed`.
+///
+/// # Errors
+/// A tensor of the mixture that does not fit, by name.
+pub fn build_model(
+    config: &Config,
+    base: &Gpt2,
+    mixture: &Mixture,
+    device: Device,
+) -> Result<RoutedGpt2> {
     let kind = kind_of(config.base.dtype);
     match config.method {
-        Method::Full => RoutedGpt2::plain(base, device, kind, true),
+        Method::Full => Ok(RoutedGpt2::plain(base, device, kind, true)),
         Method::RoutedLora => {
             tch::manual_seed(config.run.seed as i64);
-            RoutedGpt2::with_experts(base, &config.lora, &config.router, device, kind)
+            mixture.put_on(base, device, kind)
         }
     }
 }
 
-/// The model of a checkpoint: its config's model with its trained parameters.
+/// The model of a checkpoint: its experts and router on the base, or the trained base.
 ///
 /// # Errors
 /// A base other than the one that the checkpoint was trained on.
 pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
     let weights = base.weights()?;
-    check_base(&checkpoint::read_state(dir)?, &weights, &base.label)?;
-    let model = build_model(config, &weights, device);
+    if let Some(expected) = checkpoint::read_state(dir)?.base_hash {
+        base.check_hash(&weights, &expected, "the checkpoint was trained on")?;
+    }
+    let specs = checkpoint::read_experts(dir)?;
+    let tensors = checkpoint::read_model(dir)?;
+    let mixture =
+        Mixture { specs, router: config.router.clone(), tensors, is_whole: true, base_hash: None };
     let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
-    model.load_trained(&checkpoint::read_model(dir)?).with_context(in_dir)?;
+    let model = build_model(config, &weights, &mixture, device).with_context(in_dir)?;
+    if config.method == Method::Full {
+        model.load(&mixture.tensors).with_context(in_dir)?;
+    }
     Ok(model)
 }
 
-fn check_base(state: &TrainState, base: &Gpt2, label: &str) -> Result<()> {
-    let Some(expected) = &state.base_hash else { return Ok(()) };
-    let found = base.hash()?;
-    if found != *expected {
-        bail!(
-            "the base `{label}` is not the one that the checkpoint was trained on: BLAKE3 \
-             `{}..`, trained on `{}..`",
-            &found[..12],
-            &expected[..12]
-        );
-    }
-    Ok(())
-}
-
 impl Trainer {
-    /// A new run. Its folder must not hold checkpoints.
-    pub fn new(config: Config, base: &Base, data: Datasets, device: Device) -> Result<Self> {
+    /// A new run from a mixture. Its folder must not hold checkpoints.
+    pub fn new(
+        config: Config,
+        base: &Base,
+        mixture: &Mixture,
+        data: Datasets,
+        device: Device,
+    ) -> Result<Self> {
         if !checkpoint::steps(&config.run.dir)?.is_empty() {
             bail!(
                 "`{}` holds checkpoints of an earlier run\nhint: go on with `--resume`, or set \
@@ -137,7 +146,7 @@ impl Trainer {
         }
         tch::manual_seed(config.run.seed as i64);
         let weights = base.weights()?;
-        let model = build_model(&config, &weights, device);
+        let model = build_model(&config, &weights, mixture, device)?;
         let state = TrainState {
             format: checkpoint::FORMAT,
             step: 0,
@@ -193,25 +202,18 @@ impl Trainer {
         if data.train.num_blocks() == 0 {
             bail!("there is nothing to train on: the training files hold no label token");
         }
-        let parameters = model.trained_parameters();
-        let optimizer = Optimizer::new(&config.optimizer, &parameters);
+        for dataset in [&data.train, &data.validation] {
+            check_records(dataset, config.train.routing, model.num_experts())?;
+        }
+        let trained = model.trained(config.train.routing);
+        let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let num_steps = plan::num_steps(&config, &data.train);
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
-            Method::RoutedLora => Some(model.base().hash()?),
+            Method::RoutedLora => Some(model.frozen_hash()?),
             Method::Full => None,
         };
-        Ok(Self {
-            config,
-            model,
-            parameters,
-            optimizer,
-            data,
-            state,
-            stream,
-            num_steps,
-            frozen_hash,
-        })
+        Ok(Self { config, model, trained, optimizer, data, state, stream, num_steps, frozen_hash })
     }
 
     /// Steps of the whole run.
@@ -275,9 +277,9 @@ impl Trainer {
 
     fn finish(&self, ending: Ending, saved: Option<PathBuf>) -> Result<Summary> {
         if let Some(before) = &self.frozen_hash {
-            let after = self.model.base().hash()?;
+            let after = self.model.frozen_hash()?;
             if after != *before {
-                bail!("the frozen base has changed: BLAKE3 `{before}` before, `{after}` after");
+                bail!("what is frozen has changed: BLAKE3 `{before}` before, `{after}` after");
             }
         }
         let checkpoint = match saved {
@@ -316,7 +318,7 @@ impl Trainer {
         let factor = schedule::factor(self.config.schedule, step, self.num_steps);
         let result = step::step(
             &self.model,
-            &self.parameters,
+            &self.trained,
             &mut self.optimizer,
             &self.config,
             &self.data.train,
@@ -326,8 +328,8 @@ impl Trainer {
         self.state.step = step;
         self.state.tokens_seen += result.label_tokens;
         self.state.position = self.stream.position();
-        let routing = result.routing.as_ref().map(RoutingReport::new).transpose()?;
-        let balance = result.routing.map(|totals| totals.load_balancing_loss().double_value(&[]));
+        let routing = RoutingReport::new(&result.routing)?;
+        let balance = mean_balance(&result.routing);
         let step_secs = started.elapsed().as_secs_f64();
         let tokens = (blocks.len() * self.data.train.seq_len) as f64;
         Ok(StepMetrics {
@@ -387,9 +389,9 @@ impl Trainer {
         let settings = EvalSettings {
             batch_size: self.config.train.micro_batch_size,
             loss_chunk_tokens: self.config.train.loss_chunk_tokens,
-            source: RoutingSource::Router,
         };
-        evaluate(&self.model, dataset, settings, progress)
+        let source = RoutingSource::from(self.config.train.routing);
+        evaluate(&self.model, dataset, &source, settings, progress)
     }
 
     fn validation_metrics(&self, report: &EvalReport, eval_secs: f64) -> ValidationMetrics {
@@ -408,15 +410,21 @@ impl Trainer {
     }
 
     fn save(&self) -> Result<PathBuf> {
-        let model: BTreeMap<_, _> =
-            self.parameters.iter().map(|p| (p.name.clone(), p.tensor.shallow_clone())).collect();
+        let model = self.model.tensors();
+        let experts = self.model.specs().to_vec();
         let mut optimizer = self.optimizer.state();
         optimizer.extend(optim::rng_states(self.model.device())?);
         let (config, state) = (self.config.clone(), self.state.clone());
-        let checkpoint = Checkpoint { config, state, model, optimizer };
+        let checkpoint = Checkpoint { config, state, experts, model, optimizer };
         let train = &self.config.train;
         checkpoint::write(&self.config.run.dir, &checkpoint, train.keep_last)
     }
+}
+
+/// The mean of the routers' load-balancing losses.
+fn mean_balance(totals: &[RoutingTotals]) -> Option<f64> {
+    let sum: f64 = totals.iter().map(|t| t.load_balancing_loss().double_value(&[])).sum();
+    (!totals.is_empty()).then(|| sum / totals.len() as f64)
 }
 
 /// Checks that `config` continues the run of `saved`. What decides only when to stop, what to write

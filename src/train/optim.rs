@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::OptimizerConfig;
 use crate::ffi::{self, AdamW};
-use crate::model::{ParameterGroup, TrainedParameter};
+use crate::model::{ParameterGroup, Trained, TrainedParameter};
 
 /// The optimizer of a run.
 #[derive(Debug)]
@@ -136,12 +136,13 @@ impl Optimizer {
 pub struct GradientSum(Vec<Tensor>);
 
 impl GradientSum {
-    /// Differentiates `loss` with respect to `parameters` and adds the result.
-    pub fn add(&mut self, loss: &Tensor, parameters: &[TrainedParameter]) {
-        let inputs: Vec<&Tensor> = parameters.iter().map(|p| &p.tensor).collect();
-        let grads = Tensor::run_backward(&[loss], &inputs, false, false);
-        // the fused optimizer wants the parameters' own layout
-        let grads = grads.into_iter().map(|grad| grad.contiguous());
+    /// Differentiates `loss` with respect to the leaves of `trained` and adds the result.
+    pub fn add(&mut self, loss: &Tensor, trained: &Trained) {
+        let grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
+        // the fused optimizer wants the parameters' own layout; what the loss does not reach has none
+        let grads = grads.into_iter().zip(&trained.leaves).map(|(grad, leaf)| {
+            if grad.defined() { grad.contiguous() } else { leaf.zeros_like().detach() }
+        });
         if self.0.is_empty() {
             self.0 = grads.collect();
         } else {
@@ -151,9 +152,9 @@ impl GradientSum {
         }
     }
 
-    /// The sums, one for each parameter.
-    pub fn into_inner(self) -> Vec<Tensor> {
-        self.0
+    /// The sums, one for each parameter of `trained`.
+    pub fn of_parameters(self, trained: &Trained) -> Vec<Tensor> {
+        trained.split(&self.0)
     }
 }
 

@@ -3,8 +3,9 @@
 use serde::Serialize;
 
 use super::checkpoint::Position;
-use crate::config::{Config, Duration, Method};
+use crate::config::{Config, Duration, Method, RouterInput, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
+use crate::model::expert::ExpertSpec;
 use crate::model::gpt2_config::Gpt2Config;
 use crate::model::kind_of;
 
@@ -17,6 +18,8 @@ pub struct ParameterCounts {
     pub lora_a: i64,
     /// All experts' up-projections.
     pub lora_b: i64,
+    /// All experts' magnitudes (DoRA).
+    pub magnitude: i64,
     /// The router; 0 with one expert.
     pub router: i64,
     /// Those that are trained.
@@ -24,24 +27,49 @@ pub struct ParameterCounts {
 }
 
 impl ParameterCounts {
-    /// The counts that a config leads to on a base.
-    pub fn new(config: &Config, base: &Gpt2Config) -> Self {
-        let num_base = base.num_parameters();
+    /// The counts that a config and its experts lead to on a base.
+    pub fn new(config: &Config, specs: &[ExpertSpec], base: &Gpt2Config) -> Self {
+        let mut counts = Self {
+            base: base.num_parameters(),
+            lora_a: 0,
+            lora_b: 0,
+            magnitude: 0,
+            router: 0,
+            trained: 0,
+        };
         if config.method == Method::Full {
-            return Self { base: num_base, lora_a: 0, lora_b: 0, router: 0, trained: num_base };
+            return Self { trained: counts.base, ..counts };
         }
-        let lora = &config.lora;
-        let shapes = lora.target_modules.iter().map(|&module| base.linear_shape(module));
-        let per_width = base.n_layer * lora.num_experts * lora.rank;
-        let (inputs, outputs) = shapes.fold((0, 0), |(a, b), (i, o)| (a + i, b + o));
-        let (lora_a, lora_b) = (per_width * inputs, per_width * outputs);
-        let router = if lora.num_experts > 1 { lora.num_experts * (base.n_embd + 1) } else { 0 };
-        Self { base: num_base, lora_a, lora_b, router, trained: lora_a + lora_b + router }
+        for (expert, spec) in specs.iter().enumerate() {
+            let (lora_a, lora_b, magnitude) = spec.num_parameters(base);
+            counts.lora_a += lora_a;
+            counts.lora_b += lora_b;
+            counts.magnitude += magnitude;
+            let is_reached = match config.train.routing {
+                RoutingChoice::Expert(only) => only == expert as i64,
+                _ => true,
+            };
+            if spec.trainable && is_reached {
+                counts.trained += lora_a + lora_b + magnitude;
+            }
+        }
+        if specs.len() > 1 {
+            let num_routers = match config.router.input {
+                RouterInput::LayerInput => base.n_layer,
+                RouterInput::Embeddings | RouterInput::BaseHidden => 1,
+            };
+            counts.router = num_routers * specs.len() as i64 * (base.n_embd + 1);
+        }
+        if config.train.routing == RoutingChoice::Router {
+            counts.trained += counts.router;
+        }
+        counts
     }
 
     /// Trained parameters as a share of all.
     pub fn trainable_share(&self) -> f64 {
-        self.trained as f64 / (self.base + self.lora_a + self.lora_b + self.router) as f64
+        let adapters = self.lora_a + self.lora_b + self.magnitude;
+        self.trained as f64 / (self.base + adapters + self.router) as f64
     }
 }
 
@@ -61,15 +89,20 @@ pub struct MemoryEstimate {
 
 impl MemoryEstimate {
     /// The estimate for one micro-batch of a config on a base.
-    pub fn new(config: &Config, base: &Gpt2Config, counts: &ParameterCounts) -> Self {
+    pub fn new(
+        config: &Config,
+        specs: &[ExpertSpec],
+        base: &Gpt2Config,
+        counts: &ParameterCounts,
+    ) -> Self {
         let element = kind_of(config.base.dtype).elt_size_in_bytes() as i64;
         let full = config.method == Method::Full;
         let tokens = (config.train.micro_batch_size * config.data.seq_len) as i64;
         let (d, inner, layers) = (base.n_embd, base.n_inner, base.n_layer);
         // two residual sums, two LayerNorms, q k v, attention's output, before and after the GELU
-        let lora = if full { 0 } else { &config.lora.target_modules.len() * 2 } as i64;
-        let rank_space = lora * config.lora.num_experts * config.lora.rank;
-        let block = 8 * d + 2 * inner + rank_space;
+        let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
+        // the rank space before and after its weights, in the mean block
+        let block = 8 * d + 2 * inner + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
             false => layers * block,

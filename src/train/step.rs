@@ -1,8 +1,9 @@
 //! One optimizer update: forwards, gradients, clipping, AdamW, and what is measured on the way.
 //!
 //! Gradients are exact under accumulation: each forward's loss is divided by the label tokens of the
-//! whole step, and the load-balancing loss is that of the whole step too, because the router's totals
-//! are taken over all micro-batches before the first of them is differentiated.
+//! whole step, and the load-balancing loss is that of the whole step too. Where it counts and there are
+//! several micro-batches, the routers' totals are taken over all of them, with the dropout masks that
+//! come, before the first is differentiated; elsewhere each forward's own totals do.
 
 use std::collections::BTreeMap;
 
@@ -10,13 +11,13 @@ use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
 use super::optim::{GradientSum, Optimizer};
-use crate::config::Config;
+use crate::config::{Config, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
-use crate::eval;
 use crate::model::lora::LoraDropout;
-use crate::model::loss::LossSettings;
-use crate::model::router::RoutingTotals;
-use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, TrainedParameter};
+use crate::model::loss::{ChunkedLoss, LossSettings};
+use crate::model::router::{Routing, RoutingTotals, add_totals};
+use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Trained};
+use crate::{eval, ffi};
 
 /// What one step measured.
 #[derive(Debug)]
@@ -29,8 +30,8 @@ pub struct StepResult {
     pub label_tokens: u64,
     /// Of all gradients together, before clipping.
     pub grad_norm: f64,
-    /// The router's totals, if there is one.
-    pub routing: Option<RoutingTotals>,
+    /// Each router's totals; none if no router decides.
+    pub routing: Vec<RoutingTotals>,
 }
 
 /// A micro-batch on the device.
@@ -45,7 +46,7 @@ struct MicroBatch {
 /// A loss or gradient that is NaN or infinite; the parameters are then as before the step.
 pub fn step(
     model: &RoutedGpt2,
-    parameters: &[TrainedParameter],
+    trained: &Trained,
     optimizer: &mut Optimizer,
     config: &Config,
     dataset: &TokenDataset,
@@ -66,21 +67,30 @@ pub fn step(
             label_domains: eval::label_domains(batch, device),
         })
         .collect();
-    let routing = routing_totals(model, &micro_batches);
-    let balance =
-        routing.as_ref().filter(|_| config.router.load_balancing_coef > 0.0).map(|totals| {
-            totals.balance_gradient().to_kind(Kind::Float) * config.router.load_balancing_coef
-        });
+    let balances =
+        config.router.load_balancing_coef > 0.0 && config.train.routing == RoutingChoice::Router;
+    let ahead = balances && micro_batches.len() > 1;
+    let mut routing = match ahead {
+        true => totals_ahead(model, &micro_batches, mode(config))?,
+        false => vec![],
+    };
     let mut grads = GradientSum::default();
     let mut domain_sums = Tensor::zeros([dataset.domains.len() as i64], (Kind::Double, device));
     for micro_batch in &micro_batches {
-        let (loss, token_losses) =
-            forward(model, config, micro_batch, 1.0 / label_tokens as f64, balance.as_ref());
-        grads.add(&loss, parameters);
-        let token_losses = token_losses.to_kind(Kind::Double);
+        let (output, of_batch) = forward(model, config, micro_batch, 1.0 / label_tokens as f64);
+        if !ahead {
+            add_totals(&mut routing, &of_batch, &micro_batch.inputs.labelled);
+        }
+        let mut loss = output.loss;
+        if balances {
+            let coef = config.router.load_balancing_coef;
+            loss += balance_loss(&of_batch, &routing, &micro_batch.inputs.labelled) * coef;
+        }
+        grads.add(&loss, trained);
+        let token_losses = output.token_losses.to_kind(Kind::Double);
         domain_sums = domain_sums.index_add(0, &micro_batch.label_domains, &token_losses);
     }
-    let grads = grads.into_inner();
+    let grads = grads.of_parameters(trained);
     let grad_norm = optimizer.clip(&grads)?.double_value(&[]);
     let domain_sums = Vec::<f64>::try_from(domain_sums)?;
     let loss = domain_sums.iter().sum::<f64>() / label_tokens as f64;
@@ -101,47 +111,61 @@ pub fn step(
     })
 }
 
-/// The loss of one micro-batch to differentiate, and the losses of its label tokens.
+fn mode(config: &Config) -> ForwardMode {
+    ForwardMode {
+        dropout: LoraDropout { probability: config.lora.dropout, masks: config.lora.dropout_masks },
+        gradient_checkpointing: config.train.gradient_checkpointing,
+    }
+}
+
+/// The loss of one micro-batch, and what the routers did.
 fn forward(
     model: &RoutedGpt2,
     config: &Config,
     micro_batch: &MicroBatch,
     scale: f64,
-    balance: Option<&Tensor>,
-) -> (Tensor, Tensor) {
-    let mode = ForwardMode {
-        dropout: LoraDropout { probability: config.lora.dropout, masks: config.lora.dropout_masks },
-        gradient_checkpointing: config.train.gradient_checkpointing,
-    };
+) -> (ChunkedLoss, Vec<Routing>) {
     let settings = LossSettings {
         chunk_tokens: config.train.loss_chunk_tokens,
         label_smoothing: config.train.label_smoothing,
         scale,
         with_grad: true,
     };
-    let inputs = &micro_batch.inputs;
-    let (output, routing) = model.loss(inputs, RoutingSource::Router, mode, settings);
-    let mut loss = output.loss;
-    if let (Some(balance_e), Some(routing)) = (balance, routing) {
-        let probs_ne = routing.probs.view([-1, balance_e.size()[0]]);
-        let probs_ne = probs_ne.index_select(0, &inputs.labelled);
-        loss += (probs_ne * balance_e).sum(Kind::Float);
-    }
-    (loss, output.token_losses)
+    let source = RoutingSource::from(config.train.routing);
+    model.loss(&micro_batch.inputs, &source, mode(config), settings)
 }
 
-/// The router's totals over all micro-batches of a step.
-fn routing_totals(model: &RoutedGpt2, micro_batches: &[MicroBatch]) -> Option<RoutingTotals> {
-    let mut sum: Option<RoutingTotals> = None;
+/// What has the gradient of the load-balancing loss of the whole step, whose totals are `totals`, with
+/// respect to one batch: the mean over the routers.
+fn balance_loss(routing: &[Routing], totals: &[RoutingTotals], labelled: &Tensor) -> Tensor {
+    let terms: Tensor = routing
+        .iter()
+        .zip(totals)
+        .map(|(routing, totals)| {
+            let gradient_e = totals.balance_gradient().to_kind(routing.probs.kind());
+            let probs_ne = routing.probs.view([-1, gradient_e.size()[0]]).index_select(0, labelled);
+            (probs_ne * gradient_e).sum(routing.probs.kind())
+        })
+        .sum();
+    terms / routing.len() as f64
+}
+
+/// The routers' totals over all micro-batches of a step, before any of them is differentiated. The
+/// generators are left as they were, so that the dropout masks come again.
+fn totals_ahead(
+    model: &RoutedGpt2,
+    micro_batches: &[MicroBatch],
+    mode: ForwardMode,
+) -> Result<Vec<RoutingTotals>> {
+    let device = model.device();
+    let generator = ffi::rng_state(device)?;
+    let mut totals = vec![];
     for micro_batch in micro_batches {
-        let routing = tch::no_grad(|| model.route(&micro_batch.inputs))?;
-        let totals = RoutingTotals::new(&routing, &micro_batch.inputs.labelled);
-        match &mut sum {
-            Some(sum) => sum.add(&totals),
-            None => sum = Some(totals),
-        }
+        let routing = tch::no_grad(|| model.routing(&micro_batch.inputs, mode));
+        add_totals(&mut totals, &routing, &micro_batch.inputs.labelled);
     }
-    sum
+    ffi::set_rng_state(device, &generator)?;
+    Ok(totals)
 }
 
 /// Label tokens of each domain.

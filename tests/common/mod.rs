@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, RouterConfig, TargetModule};
+use dylora::config::{LoraConfig, RouterConfig, RoutingChoice, TargetModule};
+use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::{Activation, Gpt2Config};
 use dylora::model::loss::LossSettings;
@@ -110,11 +111,26 @@ pub fn tiny_lora() -> LoraConfig {
 /// [`tiny_base`] with experts, none of whose parameters is zero.
 pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Result<RoutedGpt2> {
     let base = tiny_base(tiny_config());
-    let model = RoutedGpt2::with_experts(&base, lora, router, Device::Cpu, kind);
-    let trained = model.trained_parameters().into_iter();
-    let random = trained.map(|p| (p.name, Tensor::randn(p.tensor.size(), DOUBLE) * 0.3));
-    model.load_trained(&random.collect())?;
+    let model = new_model(&base, lora, router, kind);
+    randomize(&model)?;
     Ok(model)
+}
+
+/// Fresh experts on a base.
+pub fn new_model(base: &Gpt2, lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> RoutedGpt2 {
+    let specs = ExpertSpec::all(lora, &base.config).expect("the config fits the base");
+    RoutedGpt2::with_experts(base, &specs, router, Device::Cpu, kind)
+}
+
+/// Overwrites every parameter but where the experts started; magnitudes stay above zero.
+pub fn randomize(model: &RoutedGpt2) -> Result<()> {
+    let tensors = model.tensors().into_iter().filter(|(name, _)| !name.contains("initial"));
+    let random = tensors.map(|(name, tensor)| {
+        let noise = Tensor::randn(tensor.size(), DOUBLE);
+        let values = if name.ends_with("magnitude") { noise.abs() + 0.5 } else { noise * 0.3 };
+        (name, values)
+    });
+    model.load_some(&random.collect())
 }
 
 /// Rows of whole documents, each with labels everywhere but at its end.
@@ -134,6 +150,7 @@ pub fn labelled_rows(rows: &[&[i64]], labels: &[i64]) -> Inputs {
         labels,
         position_ids: &positions,
         document_ids: &vec![0; rows.len() * seq_len],
+        expert_ids: None,
     };
     Inputs::new(rows, Device::Cpu)
 }
@@ -154,20 +171,49 @@ pub fn mean_loss(num_labels: i64) -> LossSettings {
 }
 
 /// The logits `[b, t, v]` of a forward pass for evaluation.
-pub fn logits(model: &RoutedGpt2, inputs: &Inputs, source: RoutingSource) -> Tensor {
-    let (hidden, ..) = model.forward(inputs, source, ForwardMode::EVAL, None);
-    model.logits(&hidden)
+pub fn logits(model: &RoutedGpt2, inputs: &Inputs, source: &RoutingSource) -> Tensor {
+    model.logits(&model.forward(inputs, source, ForwardMode::EVAL, None).hidden)
 }
 
-/// The gradients of `loss` by every trained parameter, and nothing left behind in them.
+/// Stacks `h.{layer}.{module}.lora_a` `[e, ..]` of golden files as the tensors of single experts; other
+/// names stay.
+pub fn unstack(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let mut unstacked = BTreeMap::new();
+    for (name, tensor) in tensors {
+        match name.rsplit_once('.') {
+            Some((module, key)) if key.starts_with("lora_") => {
+                for expert in 0..tensor.size()[0] {
+                    let name = format!("{module}.expert_{expert}.{key}");
+                    unstacked.insert(name, tensor.get(expert));
+                }
+            }
+            _ => {
+                unstacked.insert(name.clone(), tensor.shallow_clone());
+            }
+        }
+    }
+    unstacked
+}
+
+/// The gradients of `loss` by every trained parameter, by its name and in its layout in checkpoints;
+/// zeros where `loss` does not reach.
 pub fn gradients(model: &RoutedGpt2, loss: &Tensor) -> BTreeMap<String, Tensor> {
-    loss.backward();
-    let trained = model.trained_parameters().into_iter();
-    let take = |mut tensor: Tensor| {
-        let grad = tensor.grad();
-        let copy = if grad.defined() { grad.copy() } else { tensor.zeros_like() };
-        tensor.zero_grad();
-        copy
-    };
-    trained.map(|p| (p.name, take(p.tensor))).collect()
+    let trained = model.trained(RoutingChoice::Router);
+    let leaf_grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
+    let leaf_grads = leaf_grads.into_iter().zip(&trained.leaves);
+    let leaf_grads: Vec<Tensor> = leaf_grads
+        .map(|(grad, leaf)| if grad.defined() { grad } else { leaf.detach().zeros_like() })
+        .collect();
+    let names = trained.parameters.iter().map(|parameter| parameter.name.clone());
+    names
+        .zip(trained.split(&leaf_grads))
+        .map(|(name, grad)| {
+            let grad = match name.rsplit_once('.') {
+                Some((_, "lora_b")) => grad.tr(),
+                Some((_, "magnitude")) => grad.squeeze_dim(0),
+                _ => grad,
+            };
+            (name, grad.contiguous())
+        })
+        .collect()
 }

@@ -1,9 +1,11 @@
-//! Where a base's files come from: a local folder, or a mock Hub and its cache.
+//! Where the files of bases and adapters come from: a local folder, or a mock Hub and its cache.
 
+mod adapter;
 mod download;
 mod folder;
 mod mock;
 
+use std::fmt::Debug;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 
@@ -26,8 +28,8 @@ fn find(settings: &HubSettings) -> Result<BaseFiles> {
 }
 
 /// The message of an error, in which the Hub is `HUB`.
-fn fault(result: Result<BaseFiles>, settings: &HubSettings) -> String {
-    let error = result.expect_err("there is no such base");
+fn fault<T: Debug>(result: Result<T>, settings: &HubSettings) -> String {
+    let error = result.expect_err("there is no such source");
     format!("{error:#}")
         .replace(&settings.endpoint, "HUB")
         .replace(&settings.cache_dir.display().to_string(), "CACHE")

@@ -200,7 +200,9 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
         let data = state.files.values().find(|data| etag(data) == hash);
         return content(request, data.expect("a known content"), fault);
     }
-    let Some((_, data)) = state.files.iter().find(|(name, _)| path.ends_with(name.as_str())) else {
+    // <owner>/<name>/resolve/<commit>/<file>
+    let file = path.split_once("/resolve/").and_then(|(_, rest)| rest.split_once('/'));
+    let Some(data) = file.and_then(|(_, name)| state.files.get(name)) else {
         return Reply::new(404, vec![("X-Error-Code", "EntryNotFound".into())]);
     };
     let commit = ("X-Repo-Commit", state.commit.clone());

@@ -24,7 +24,7 @@ struct Pass {
 fn pass(model: &RoutedGpt2, dropout: LoraDropout, gradient_checkpointing: bool) -> Result<Pass> {
     tch::manual_seed(20);
     let mode = ForwardMode { dropout, gradient_checkpointing };
-    let (loss, _) = model.loss(&two_rows(), RoutingSource::Router, mode, mean_loss(12));
+    let (loss, _) = model.loss(&two_rows(), &RoutingSource::Router, mode, mean_loss(12));
     let gradients = gradients(model, &loss.loss);
     Ok(Pass { loss: loss.loss.detach(), gradients, generator: ffi::rng_state(Device::Cpu)? })
 }

@@ -1,13 +1,17 @@
 //! What experts add to the base, and what they leave alone.
 
 use anyhow::Result;
-use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModule};
-use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights};
-use dylora::model::{ForwardMode, ParameterGroup, Recorder, RoutedGpt2, RoutingSource};
+use dylora::config::{
+    DropoutMasks, LoraConfig, LoraInit, ModulePath, RouterConfig, RoutingChoice, TargetModule,
+};
+use dylora::model::expert::{ExpertSpec, RankAlpha};
+use dylora::model::gpt2::Linear;
+use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights, Start};
+use dylora::model::{ForwardMode, Recorder, RoutedGpt2, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, gradients, logits, max_difference, mean_loss, seed, tiny_base,
+    DOUBLE, assert_close, gradients, logits, max_difference, mean_loss, new_model, seed, tiny_base,
     tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
@@ -22,12 +26,12 @@ fn fresh_experts_leave_the_bases_logits_unchanged() {
     let inputs = two_rows();
     for kind in [Kind::Float, Kind::Double] {
         let plain = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
-        let expected = logits(&plain, &inputs, RoutingSource::Base);
+        let expected = logits(&plain, &inputs, &RoutingSource::Base);
         for num_experts in [1, 3] {
             let lora = LoraConfig { num_experts, ..tiny_lora() };
             let router = RouterConfig::default();
-            let model = RoutedGpt2::with_experts(&base, &lora, &router, Device::Cpu, kind);
-            let fresh = logits(&model, &inputs, RoutingSource::Router);
+            let model = new_model(&base, &lora, &router, kind);
+            let fresh = logits(&model, &inputs, &RoutingSource::Router);
             assert_eq!(max_difference(&fresh, &expected), 0.0, "{num_experts} experts, {kind:?}");
         }
     }
@@ -38,13 +42,13 @@ fn zero_routing_weights_leave_the_base() -> Result<()> {
     let _generator = seed(2);
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
     let inputs = two_rows();
-    let base = logits(&model, &inputs, RoutingSource::Base);
-    let zeros = RoutingWeights::PerToken(Tensor::zeros([2, 7, 3], DOUBLE));
+    let base = logits(&model, &inputs, &RoutingSource::Base);
+    let zeros = RoutingSource::Given(Tensor::zeros([2, 7, 3], DOUBLE));
     for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
-        let hidden = model.forward_with(&inputs, &zeros, with_dropout(0.0, masks));
+        let hidden = model.forward(&inputs, &zeros, with_dropout(0.0, masks), None).hidden;
         assert_eq!(max_difference(&model.logits(&hidden), &base), 0.0, "{masks:?}");
     }
-    assert!(max_difference(&logits(&model, &inputs, RoutingSource::Router), &base) > 0.1);
+    assert!(max_difference(&logits(&model, &inputs, &RoutingSource::Router), &base) > 0.1);
     Ok(())
 }
 
@@ -56,18 +60,20 @@ fn one_expert_is_plain_lora_to_the_bit() -> Result<()> {
     let inputs = two_rows();
     for kind in [Kind::Float, Kind::Double] {
         let model = tiny_model(&lora, &RouterConfig::default(), kind)?;
-        assert!(model.router().is_none());
+        assert!(model.routers().is_empty());
         let mut x = model.base().embed(&inputs.input_ids, &inputs.position_ids, kind);
         for (layer, block) in model.base().blocks.iter().enumerate() {
             x = block.forward(&x, &inputs.mask, &mut |module, x| {
-                let experts = model.experts(layer, module).expect("every module is a target");
-                let (a, b) = (experts.lora_a.get(0), experts.lora_b.get(0));
+                let path = ModulePath { layer, module };
+                let tensor = |key| model.expert_tensor(path, 0, key).expect("every module has one");
+                let (a, b) = (tensor("lora_a"), tensor("lora_b"));
                 block.linears[&module].forward(x) + x.matmul(&a.tr()).matmul(&b.tr()) * 6.0 / 4.0
             });
         }
         let expected = model.logits(&model.base().ln_f.forward(&x));
-        let hidden =
-            |masks| model.forward(&inputs, RoutingSource::Router, with_dropout(0.0, masks), None).0;
+        let hidden = |masks| {
+            model.forward(&inputs, &RoutingSource::Router, with_dropout(0.0, masks), None).hidden
+        };
         for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
             assert_close(&format!("{masks:?}"), &model.logits(&hidden(masks)), &expected, 0.0);
         }
@@ -82,14 +88,12 @@ fn a_one_hot_weight_is_that_expert_alone() -> Result<()> {
     let alone = LoraConfig { num_experts: 1, ..tiny_lora() };
     let inputs = two_rows();
     for expert in 0..3 {
-        let router = RouterConfig::default();
-        let alone =
-            RoutedGpt2::with_experts(model.base(), &alone, &router, Device::Cpu, Kind::Double);
-        let trained = model.trained_parameters().into_iter();
-        let slices = trained.filter(|p| p.group == ParameterGroup::Adapters);
-        alone.load_trained(&slices.map(|p| (p.name, p.tensor.narrow(0, expert, 1))).collect())?;
-        let expected = logits(&alone, &inputs, RoutingSource::Router);
-        let one_hot = logits(&model, &inputs, RoutingSource::Expert(expert));
+        let alone = new_model(model.base(), &alone, &RouterConfig::default(), Kind::Double);
+        let own = format!(".expert_{expert}.");
+        let tensors = model.tensors().into_iter().filter(|(name, _)| name.contains(&own));
+        alone.load(&tensors.map(|(name, t)| (name.replace(&own, ".expert_0."), t)).collect())?;
+        let expected = logits(&alone, &inputs, &RoutingSource::Router);
+        let one_hot = logits(&model, &inputs, &RoutingSource::Expert(expert));
         assert_close(&format!("expert {expert}"), &one_hot, &expected, 1e-13);
     }
     Ok(())
@@ -100,9 +104,9 @@ fn uniform_routing_is_an_even_weight_on_each_expert() -> Result<()> {
     let _generator = seed(5);
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
     let inputs = two_rows();
-    let even = RoutingWeights::PerToken(Tensor::full([2, 7, 3], 1.0 / 3.0, DOUBLE));
-    let expected = model.logits(&model.forward_with(&inputs, &even, ForwardMode::EVAL));
-    assert_eq!(max_difference(&logits(&model, &inputs, RoutingSource::Uniform), &expected), 0.0);
+    let even = RoutingSource::Given(Tensor::full([2, 7, 3], 1.0 / 3.0, DOUBLE));
+    let expected = logits(&model, &inputs, &even);
+    assert_eq!(max_difference(&logits(&model, &inputs, &RoutingSource::Uniform), &expected), 0.0);
     Ok(())
 }
 
@@ -116,7 +120,7 @@ fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
             let model = tiny_model(&tiny_lora(), &router, kind)?;
             let run = |masks| {
                 let mode = with_dropout(0.0, masks);
-                let (loss, _) = model.loss(&inputs, RoutingSource::Router, mode, mean_loss(12));
+                let (loss, _) = model.loss(&inputs, &RoutingSource::Router, mode, mean_loss(12));
                 (loss.loss.detach(), gradients(&model, &loss.loss))
             };
             let (fused, fused_grads) = run(DropoutMasks::Shared);
@@ -125,7 +129,8 @@ fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
             for (name, looped) in &looped_grads {
                 // relative where a gradient has elements above 1, else absolute
                 let scale = looped.abs().max().double_value(&[]);
-                assert!(scale > 0.0, "the gradient of `{name}` is zero");
+                // an expert that no token of these few has chosen has none
+                assert!(scale > 0.0 || top_k.is_some(), "the gradient of `{name}` is zero");
                 assert_close(name, &fused_grads[name], looped, tolerance * scale.max(1.0));
             }
         }
@@ -137,21 +142,36 @@ fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
 fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
     let _generator = seed(7);
     let options = (Kind::Double, Device::Cpu);
-    let (a, b) = (Tensor::randn([1, 4, 16], options), Tensor::randn([1, 8, 4], options));
-    let one = LoraExperts { lora_a: a, lora_b: b, scaling: 1.5 };
-    let twins = LoraExperts {
-        lora_a: one.lora_a.repeat([2, 1, 1]),
-        lora_b: one.lora_b.repeat([2, 1, 1]),
-        scaling: 1.5,
+    let (a, b) = (Tensor::randn([4, 16], options), Tensor::randn([8, 4], options));
+    let weight = Tensor::randn([16, 8], options);
+    let linear = Linear { weight: weight.shallow_clone(), bias: Tensor::zeros([8], options) };
+    let path = ModulePath { layer: 0, module: TargetModule::AttnCAttn };
+    let experts = |count: usize| {
+        let spec = ExpertSpec {
+            modules: [(path, RankAlpha { rank: 4, alpha: 6.0 })].into(),
+            use_rslora: false,
+            use_dora: false,
+            init: LoraInit::Default,
+            trainable: true,
+            invocation_tokens: vec![],
+        };
+        let specs = vec![spec; count];
+        let new = LoraExperts::new(path, &specs, &weight, &linear, Kind::Double, Start::Fresh);
+        let experts = new.expect("they target the module");
+        for mut part in experts.tensors() {
+            part.tensor.copy_(if part.key == "lora_a" { &a } else { &b });
+        }
+        experts
     };
+    let (one, twins) = (experts(1), experts(2));
     let (x, y) = (Tensor::randn([2, 7, 16], options), Tensor::zeros([2, 7, 8], options));
     let halves = RoutingWeights::PerToken(Tensor::full([2, 7, 2], 0.5, options));
     let difference = |masks| {
         let dropout = LoraDropout { probability: 0.5, masks };
         tch::manual_seed(8);
-        let alone = one.add(y.shallow_clone(), &x, &RoutingWeights::Ones, dropout);
+        let alone = one.add(y.shallow_clone(), &x, &linear, &RoutingWeights::Ones, dropout);
         tch::manual_seed(8);
-        max_difference(&twins.add(y.shallow_clone(), &x, &halves, dropout), &alone)
+        max_difference(&twins.add(y.shallow_clone(), &x, &linear, &halves, dropout), &alone)
     };
     assert!(difference(DropoutMasks::Shared) < 1e-13);
     assert!(difference(DropoutMasks::PerExpert) > 0.1);
@@ -163,13 +183,13 @@ fn dropout_reaches_experts_in_training_only_and_the_base_never() -> Result<()> {
     let lora = LoraConfig { dropout: 0.5, ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
     let inputs = two_rows();
-    let run = |source, mode| model.forward(&inputs, source, mode, None).0;
-    let evaluated = run(RoutingSource::Router, ForwardMode::EVAL);
-    assert_eq!(max_difference(&run(RoutingSource::Router, ForwardMode::EVAL), &evaluated), 0.0);
+    let run = |source, mode| model.forward(&inputs, source, mode, None).hidden;
+    let evaluated = run(&RoutingSource::Router, ForwardMode::EVAL);
+    assert_eq!(max_difference(&run(&RoutingSource::Router, ForwardMode::EVAL), &evaluated), 0.0);
     let training = with_dropout(0.5, DropoutMasks::Shared);
-    assert!(max_difference(&run(RoutingSource::Router, training), &evaluated) > 0.01);
-    let base = run(RoutingSource::Base, ForwardMode::EVAL);
-    assert_eq!(max_difference(&run(RoutingSource::Base, training), &base), 0.0);
+    assert!(max_difference(&run(&RoutingSource::Router, training), &evaluated) > 0.01);
+    let base = run(&RoutingSource::Base, ForwardMode::EVAL);
+    assert_eq!(max_difference(&run(&RoutingSource::Base, training), &base), 0.0);
     Ok(())
 }
 
@@ -178,16 +198,15 @@ fn only_experts_and_router_are_trained() -> Result<()> {
     let _generator = seed(10);
     let lora = LoraConfig { target_modules: vec![TargetModule::AttnCProj], ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
-    let names: Vec<_> = model.trained_parameters().into_iter().map(|p| p.name).collect();
-    let expected = [
-        "h.0.attn.c_proj.lora_a",
-        "h.0.attn.c_proj.lora_b",
-        "h.1.attn.c_proj.lora_a",
-        "h.1.attn.c_proj.lora_b",
-        "router.weight",
-        "router.bias",
-    ];
-    assert_eq!(names, expected);
+    let trained = model.trained(RoutingChoice::Router).parameters.into_iter();
+    let names: Vec<_> = trained.map(|p| p.name).collect();
+    let experts = ["expert_0", "expert_1", "expert_2"];
+    let of = |layer: i64, key: &str| {
+        experts.map(|expert| format!("h.{layer}.attn.c_proj.{expert}.{key}")).to_vec()
+    };
+    let router = ["router.weight", "router.bias"].map(String::from).to_vec();
+    let expected = [of(0, "lora_a"), of(0, "lora_b"), of(1, "lora_a"), of(1, "lora_b"), router];
+    assert_eq!(names, expected.concat());
     assert!(model.base().named_parameters().iter().all(|(_, tensor)| !tensor.requires_grad()));
     Ok(())
 }
@@ -201,12 +220,12 @@ fn every_target_module_receives_the_routing_weights() -> Result<()> {
     let routed = |source| {
         let mut recorder = Recorder::default();
         let _ = model.forward(&two_rows(), source, ForwardMode::EVAL, Some(&mut recorder));
-        recorder.routed_modules
+        recorder.updates.iter().map(|update| update.path.to_string()).collect::<Vec<_>>()
     };
     let all = ["h.0.attn.c_attn", "h.0.mlp.c_proj", "h.1.attn.c_attn", "h.1.mlp.c_proj"];
-    assert_eq!(routed(RoutingSource::Router), all);
-    assert_eq!(routed(RoutingSource::Uniform), all);
-    assert!(routed(RoutingSource::Base).is_empty());
+    assert_eq!(routed(&RoutingSource::Router), all);
+    assert_eq!(routed(&RoutingSource::Uniform), all);
+    assert!(routed(&RoutingSource::Base).is_empty());
     Ok(())
 }
 
@@ -217,9 +236,8 @@ fn experts_and_their_gradients_stay_in_f32_beside_a_bf16_base() -> Result<()> {
         tch::manual_seed(12);
         let model = tiny_model(&tiny_lora(), &RouterConfig::default(), kind)?;
         let mode = ForwardMode::EVAL;
-        let (loss, routing) = model.loss(&two_rows(), RoutingSource::Router, mode, mean_loss(12));
-        let routing = routing.expect("three experts have a router");
-        assert_eq!(routing.probs.kind(), Kind::Float);
+        let (loss, routing) = model.loss(&two_rows(), &RoutingSource::Router, mode, mean_loss(12));
+        assert_eq!(routing[0].probs.kind(), Kind::Float);
         assert_eq!(loss.loss.kind(), Kind::Float);
         Ok((loss.loss.double_value(&[]), gradients(&model, &loss.loss)))
     };

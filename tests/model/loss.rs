@@ -82,7 +82,7 @@ fn rows_without_labels_cost_nothing() -> Result<()> {
     let rows: [&[i64]; 2] = [&[3, 14, 15, 9, 26], &[27, 18, 28, 18, 28]];
     let run = |labels: &[i64]| {
         let inputs = labelled_rows(&rows, labels);
-        model.loss(&inputs, RoutingSource::Router, ForwardMode::EVAL, mean_loss(4)).0
+        model.loss(&inputs, &RoutingSource::Router, ForwardMode::EVAL, mean_loss(4)).0
     };
     let none = run(&[-100; 10]);
     assert_eq!(none.loss.double_value(&[]), 0.0);
@@ -95,7 +95,7 @@ fn rows_without_labels_cost_nothing() -> Result<()> {
 
     let half = run(&[14, 15, 9, 26, -100, -100, -100, -100, -100, -100]);
     let alone = labelled_rows(&rows[..1], &[14, 15, 9, 26, -100]);
-    let (alone, _) = model.loss(&alone, RoutingSource::Router, ForwardMode::EVAL, mean_loss(4));
+    let (alone, _) = model.loss(&alone, &RoutingSource::Router, ForwardMode::EVAL, mean_loss(4));
     assert_close("loss", &half.loss, &alone.loss, 1e-12);
     let expected = gradients(&model, &alone.loss);
     assert_same_gradients(&gradients(&model, &half.loss), &expected, 1e-12);
@@ -111,9 +111,9 @@ fn a_trained_bases_gradients_are_those_of_all_its_logits() {
         config.tied_head = tied_head;
         let model = RoutedGpt2::plain(&tiny_base(config), Device::Cpu, Kind::Double, true);
         let inputs = two_rows();
-        let (loss, _) = model.loss(&inputs, RoutingSource::Base, ForwardMode::EVAL, mean_loss(12));
+        let (loss, _) = model.loss(&inputs, &RoutingSource::Base, ForwardMode::EVAL, mean_loss(12));
         let chunked = gradients(&model, &loss.loss);
-        let (hidden, ..) = model.forward(&inputs, RoutingSource::Base, ForwardMode::EVAL, None);
+        let hidden = model.forward(&inputs, &RoutingSource::Base, ForwardMode::EVAL, None).hidden;
         let logits = model.logits(&hidden).view([14, 61]).index_select(0, &inputs.labelled);
         let all =
             logits.cross_entropy_loss(&inputs.labels, None::<Tensor>, Reduction::Mean, -100, 0.0);

@@ -25,12 +25,13 @@ fn packed() -> Inputs {
         ],
         position_ids: &[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1, 0],
         document_ids: &[0, 0, 0, 0, 1, 1, 1, -1, 0, 0, 0, 0, 0, 1, 1, -1],
+        expert_ids: None,
     };
     Inputs::new(rows, Device::Cpu)
 }
 
 fn token_losses(model: &RoutedGpt2, inputs: &Inputs) -> (Tensor, Tensor) {
-    let (loss, _) = model.loss(inputs, RoutingSource::Router, ForwardMode::EVAL, mean_loss(10));
+    let (loss, _) = model.loss(inputs, &RoutingSource::Router, ForwardMode::EVAL, mean_loss(10));
     (loss.loss, loss.token_losses)
 }
 
@@ -63,6 +64,7 @@ fn padding_behind_a_document_changes_nothing() -> Result<()> {
         labels: &[14, 15, 9, -100, -100, -100],
         position_ids: &[0, 1, 2, 3, 0, 1],
         document_ids: &[0, 0, 0, 0, -1, -1],
+        expert_ids: None,
     };
     let (_, padded) = token_losses(&model, &Inputs::new(padded, Device::Cpu));
     let (_, alone) = token_losses(&model, &rows(&[DOCUMENTS[0]]));
@@ -79,8 +81,8 @@ fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let run = |tokens: &[i64]| {
             let inputs = rows(&[tokens]);
-            let weights = model.route(&inputs).expect("three experts have a router").weights;
-            (weights, logits(&model, &inputs, RoutingSource::Router))
+            let mut routing = model.routing(&inputs, ForwardMode::EVAL);
+            (routing.remove(0).weights, logits(&model, &inputs, &RoutingSource::Router))
         };
         let (weights, all_logits) = run(&tokens);
         for t in 0..tokens.len() {
@@ -104,7 +106,7 @@ fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
     let document = Inputs::document(DOCUMENTS[2], Device::Cpu);
     let row = rows(&[DOCUMENTS[2]]);
-    let source = RoutingSource::Router;
+    let source = &RoutingSource::Router;
     assert_eq!(
         max_difference(&logits(&model, &document, source), &logits(&model, &row, source)),
         0.0

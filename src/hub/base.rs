@@ -1,81 +1,60 @@
-//! A base in a local folder, as `save_pretrained` of `transformers` writes it: `config.json`,
-//! `model.safetensors` (or `model.safetensors.index.json` and the shards that it names) and, as a
-//! rule, `tokenizer.json`. A snapshot in the Hub's cache is such a folder too.
+//! A base as `save_pretrained` of `transformers` writes it: `config.json`, `model.safetensors` (or
+//! `model.safetensors.index.json` and the shards that it names) and, as a rule, `tokenizer.json`.
 //!
 //! The index is JSON: `{"metadata": {..}, "weight_map": {"<tensor>": "<shard>", ..}}`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Error, Result, anyhow, bail};
 use serde::Deserialize;
 
-use super::{BaseFiles, CONFIG, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, is_inside};
+use super::place::Place;
+use super::{BaseFiles, adapter};
+
+pub(super) const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
+const TOKENIZER: &str = "tokenizer.json";
+
+/// The config's key for the base, in messages.
+pub(super) const OPTION: &str = "base.source";
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
                     `model.safetensors`; a model of the Hub is \
                     `base.source = { hub = { repo = \"openai-community/gpt2\" } }`";
 
-/// The files of a base in one folder.
-pub(super) struct Layout {
-    config: PathBuf,
-    weights: Vec<PathBuf>,
-    tokenizer: Option<PathBuf>,
-}
-
-impl Layout {
-    pub(super) fn into_base(self, label: String, commit: Option<String>) -> BaseFiles {
-        let Self { config, weights, tokenizer } = self;
-        BaseFiles { label, commit, config, weights, tokenizer }
-    }
-}
-
 /// The base in the user's folder `dir`.
-pub(super) fn find(dir: &Path) -> Result<BaseFiles> {
-    let name = dir.display();
-    if dir.is_file() {
-        bail!("the base `{name}` is a file, not a folder\n{HINT}");
-    }
-    if !dir.exists() {
-        bail!("the base `{name}` does not exist\n{HINT}");
-    }
-    Ok(layout(dir)?.into_base(name.to_string(), None))
+pub(super) fn find_in_folder(dir: &Path) -> Result<BaseFiles> {
+    collect(&Place::user_folder(dir, "base", HINT)?)
 }
 
-/// What is in `dir`; an error if it lacks a file that a base needs.
-pub(super) fn layout(dir: &Path) -> Result<Layout> {
-    let place = format!("`{}`", dir.display());
-    let existing = |file: &str| Some(dir.join(file)).filter(|path| path.is_file());
-
-    let Some(config) = existing(CONFIG) else {
-        return Err(no_config(&place, &file_names(dir)?));
-    };
-    let weights = if let Some(path) = existing(WEIGHTS) {
-        vec![path]
-    } else if let Some(index) = existing(WEIGHTS_INDEX) {
-        let shard = |name: String| {
-            existing(&name).ok_or_else(|| {
-                anyhow!("{place} has no `{name}`, which its `{WEIGHTS_INDEX}` names")
-            })
-        };
-        shards(&index)?.into_iter().map(shard).collect::<Result<_>>()?
+/// The files of the base in `place`; an error if it lacks one that a base needs.
+pub(super) fn collect(place: &Place) -> Result<BaseFiles> {
+    if !place.has(CONFIG) {
+        bail!("{place} has no `{CONFIG}`{}", adapter_hint(place));
+    }
+    let single = place.has(WEIGHTS);
+    if !single && !place.has(WEIGHTS_INDEX) {
+        return Err(no_weights(place, &place.entries()?));
+    }
+    let config = place.get(CONFIG)?;
+    let tokenizer = if place.has(TOKENIZER) { Some(place.get(TOKENIZER)?) } else { None };
+    let weights = if single {
+        vec![place.get(WEIGHTS)?]
     } else {
-        return Err(no_weights(&place, &file_names(dir)?));
+        let shards = shards(&place.get(WEIGHTS_INDEX)?)?;
+        if let Some(shard) = shards.iter().find(|shard| !place.has(shard)) {
+            bail!("{place} has no `{shard}`, which its `{WEIGHTS_INDEX}` names");
+        }
+        shards.iter().map(|shard| place.get(shard)).collect::<Result<_>>()?
     };
-    Ok(Layout { config, weights, tokenizer: existing(TOKENIZER) })
-}
-
-fn file_names(dir: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in fs_err::read_dir(dir)? {
-        names.push(entry?.file_name().to_string_lossy().into_owned());
-    }
-    names.sort();
-    Ok(names)
+    let (label, commit) = (place.label.clone(), place.commit.clone());
+    Ok(BaseFiles { label, commit, config, weights, tokenizer })
 }
 
 /// The shards that the index at `path` names, each once, sorted.
-pub(super) fn shards(path: &Path) -> Result<Vec<String>> {
+fn shards(path: &Path) -> Result<Vec<String>> {
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
@@ -98,21 +77,14 @@ pub(super) fn shards(path: &Path) -> Result<Vec<String>> {
     Ok(shards.into_iter().collect())
 }
 
-/// The error for a `place` (quoted) that has no `config.json`; `files` is all it has.
-pub(super) fn no_config(place: &str, files: &[String]) -> Error {
-    anyhow!("{place} has no `{CONFIG}`{}", adapter_hint(files))
-}
-
-/// The error for a `place` (quoted) that has none of the weights that are read; `files` is all it
-/// has.
-pub(super) fn no_weights(place: &str, files: &[String]) -> Error {
+/// The error for a `place` that has none of the weights that are read; `files` is what it has.
+fn no_weights(place: &Place, files: &BTreeSet<String>) -> Error {
     let ending_in = |endings: &[&str]| {
-        let mut top = files.iter().filter(|file| !file.contains('/'));
-        top.find(|file| endings.iter().any(|ending| file.ends_with(ending)))
+        files.iter().find(|file| endings.iter().any(|ending| file.ends_with(ending)))
     };
     let missing = format!("{place} has neither `{WEIGHTS}` nor `{WEIGHTS_INDEX}`");
     if let Some(file) = ending_in(&[".safetensors"]) {
-        return anyhow!("{missing}, only `{file}`{}", adapter_hint(files));
+        return anyhow!("{missing}, only `{file}`{}", adapter_hint(place));
     }
     if let Some(file) = ending_in(&[".bin", ".pt", ".pth", ".ckpt", ".pkl"]) {
         return anyhow!(
@@ -124,16 +96,24 @@ pub(super) fn no_weights(place: &str, files: &[String]) -> Error {
     anyhow!("{missing}")
 }
 
-fn adapter_hint(files: &[String]) -> &'static str {
-    if files.iter().any(|file| file == "adapter_config.json") {
+fn adapter_hint(place: &Place) -> &'static str {
+    if place.has(adapter::CONFIG) {
         "\nhint: this is an adapter; name the base that it was trained on"
     } else {
         ""
     }
 }
 
+/// Whether `name`, from a file, stays inside the folder that it is joined to.
+fn is_inside(name: &str) -> bool {
+    let plain = |part| matches!(part, std::path::Component::Normal(_));
+    !name.is_empty() && !name.contains('\\') && Path::new(name).components().all(plain)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn write_index(text: &str) -> (tempfile::TempDir, PathBuf) {

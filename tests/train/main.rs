@@ -7,16 +7,22 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 use dylora::base::Base;
-use dylora::config::{Config, SaveDtype, load};
+use dylora::config::{AdapterSource, Config, SaveDtype, load};
 use dylora::data::{DataOptions, Datasets, load_datasets};
+use dylora::eval::{EvalSettings, evaluate};
+use dylora::export::peft::{Layout, Provenance};
 use dylora::export::{hugging_face, peft};
-use dylora::hub::HubSettings;
+use dylora::hub::{self, AdapterFiles, HubSettings};
+use dylora::mixture::Mixture;
+use dylora::model::RoutingSource;
 use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::Gpt2Config;
 use dylora::model::weights::read_tensors;
 use dylora::train::checkpoint::{self, Preferred};
 use dylora::train::{Ending, Event, Summary, Trainer, load_model};
 use tch::{Device, Tensor};
+
+mod sources;
 
 /// libtorch has one CPU generator: runs that draw from it must not overlap.
 fn alone() -> MutexGuard<'static, ()> {
@@ -125,13 +131,11 @@ fn record(n: i64, step: i64) -> serde_json::Value {
 }
 
 fn open_base(config: &Config) -> Result<Base> {
-    let hub = HubSettings {
-        endpoint: String::new(),
-        cache_dir: PathBuf::new(),
-        token: None,
-        offline: true,
-    };
-    Base::open(&config.base, &hub, &())
+    Base::open(&config.base, &no_hub(), &())
+}
+
+fn no_hub() -> HubSettings {
+    HubSettings { endpoint: String::new(), cache_dir: PathBuf::new(), token: None, offline: true }
 }
 
 fn data(config: &Config, base: &Base) -> Result<Datasets> {
@@ -140,12 +144,21 @@ fn data(config: &Config, base: &Base) -> Result<Datasets> {
     load_datasets(&config.data.domains, &options, base.tokenizer()?, &|_| ())
 }
 
+fn mixture(config: &Config, base: &Base) -> Result<Mixture> {
+    Mixture::of_config(config, &base.config, &find_adapter)
+}
+
+/// Finds adapters in folders alone.
+fn find_adapter(source: &AdapterSource) -> Result<AdapterFiles> {
+    hub::find_adapter(source, &no_hub(), &())
+}
+
 /// Trains from the start or from a checkpoint; returns the losses of the steps made.
 fn train(config: &Config, resume: Option<&Path>) -> Result<(Vec<f64>, Summary)> {
     let base = open_base(config)?;
     let data = data(config, &base)?;
     let mut trainer = match resume {
-        None => Trainer::new(config.clone(), &base, data, Device::Cpu)?,
+        None => Trainer::new(config.clone(), &base, &mixture(config, &base)?, data, Device::Cpu)?,
         Some(dir) => Trainer::resume(config.clone(), &base, data, Device::Cpu, dir)?,
     };
     let mut losses = vec![];
@@ -257,7 +270,8 @@ fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
     let config = world.config("run", &["train.duration={epochs=12}"])?;
     let base = open_base(&config)?;
     let data_before = data(&config, &base)?;
-    let trainer = Trainer::new(config.clone(), &base, data_before, Device::Cpu)?;
+    let start = mixture(&config, &base)?;
+    let trainer = Trainer::new(config.clone(), &base, &start, data_before, Device::Cpu)?;
     let validation = data(&config, &base)?.validation;
     let before = trainer.evaluate(&validation, &|_, _| ())?;
     let hash = trainer.model().base().hash()?;
@@ -267,12 +281,8 @@ fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
     let last = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&last, &config, &base, Device::Cpu)?;
     assert_eq!(model.base().hash()?, hash);
-    let settings = dylora::eval::EvalSettings {
-        batch_size: 4,
-        loss_chunk_tokens: 64,
-        source: dylora::model::RoutingSource::Router,
-    };
-    let after = dylora::eval::evaluate(&model, &validation, settings, &|_, _| ())?;
+    let settings = EvalSettings { batch_size: 4, loss_chunk_tokens: 64 };
+    let after = evaluate(&model, &validation, &RoutingSource::Router, settings, &|_, _| ())?;
     for (before, after) in before.domains.iter().zip(&after.domains) {
         assert!(
             after.loss < before.loss - 0.3,
@@ -395,6 +405,17 @@ fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
     Ok(())
 }
 
+fn provenance(base: &Base) -> Result<Provenance> {
+    Ok(Provenance {
+        base_name: base.label.clone(),
+        revision: None,
+        base_label: base.label.clone(),
+        base_hash: base.weights()?.hash()?,
+        dropout: 0.1,
+        domains: vec!["up".into(), "down".into()],
+    })
+}
+
 #[test]
 fn an_export_holds_each_expert_and_the_router() -> Result<()> {
     let _alone = alone();
@@ -404,18 +425,20 @@ fn an_export_holds_each_expert_and_the_router() -> Result<()> {
     let base = open_base(&config)?;
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("export");
-    peft::export(&out, &model, &config, "base", false)?;
+    let provenance = provenance(&base)?;
+    peft::export(&out, &model, &provenance, Layout::Dylora, false)?;
     let trained = checkpoint::read_model(&summary.checkpoint)?;
     for expert in 0..3 {
         let file = out.join(format!("expert_{expert}/adapter_model.safetensors"));
         let tensors = read_tensors(&file)?;
         assert_eq!(tensors.len(), 2 * 2 * 2);
         let name = "base_model.model.transformer.h.1.mlp.c_fc.lora_B.weight";
-        assert!(tensors[name].equal(&trained["h.1.mlp.c_fc.lora_b"].get(expert)));
+        let own = &trained[&format!("h.1.mlp.c_fc.expert_{expert}.lora_b")];
+        assert!(tensors[name].equal(own));
     }
     let router = read_tensors(&out.join("router.safetensors"))?;
     assert!(router["weight"].equal(&trained["router.weight"]));
-    let error = peft::export(&out, &model, &config, "base", false).unwrap_err();
+    let error = peft::export(&out, &model, &provenance, Layout::Dylora, false).unwrap_err();
     assert!(format!("{error:#}").contains("is there already"), "{error:#}");
     Ok(())
 }

@@ -1,0 +1,264 @@
+//! `dylora merge`: a static mixture of the experts, merged into the base or into one adapter, after
+//! measuring what it costs to fix the weights of a mixture that a router weights token by token.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::eval::DataArgs;
+use super::export_adapters::files;
+use super::open::{ModelArgs, OpenModel};
+use super::progress::CountBar;
+use super::{Shared, table, usage};
+use crate::config::{RoutingChoice, SaveDtype};
+use crate::data::TokenDataset;
+use crate::durable;
+use crate::eval::{EvalReport, EvalSettings, evaluate};
+use crate::export::peft::write_adapter;
+use crate::export::{hugging_face, merge};
+use crate::model::RoutingSource;
+
+/// Arguments of `dylora merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// One weight for each expert, the same for every token: `expert:N`, `uniform`, `all` (1 each),
+    /// `mean` (the router's mean weights on the data) or a list, as `0.5,0.3,0.2`. Needed with more
+    /// than one expert: what a router weights token by token has no exact merge.
+    #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights)]
+    weights: Option<Weights>,
+    /// Merge into the base (a Hugging Face folder) or into one PEFT adapter of rank `sum r`.
+    #[arg(long = "as", value_name = "base|adapter", default_value = "base", value_parser = parse_form)]
+    form: Form,
+    #[command(flatten)]
+    data: DataArgs,
+    /// Of the merged base.
+    #[arg(long, value_name = "f32|f16|bf16", default_value = "f32", value_parser = parse_dtype)]
+    save_dtype: SaveDtype,
+    /// The folder to make.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Replace the folder if it is there.
+    #[arg(long)]
+    overwrite: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One weight for each expert, or how to come by them.
+#[derive(Debug, Clone, PartialEq)]
+enum Weights {
+    /// Not by a router.
+    Fixed(RoutingChoice),
+    /// The router's mean weights.
+    Mean,
+    /// These.
+    List(Vec<f64>),
+}
+
+fn parse_weights(text: &str) -> Result<Weights> {
+    if text == "mean" {
+        return Ok(Weights::Mean);
+    }
+    match text.parse() {
+        Ok(choice @ (RoutingChoice::Uniform | RoutingChoice::All | RoutingChoice::Expert(_))) => {
+            return Ok(Weights::Fixed(choice));
+        }
+        _ => {}
+    }
+    let list: Option<Vec<f64>> = text.split(',').map(|item| item.trim().parse().ok()).collect();
+    match list {
+        Some(list) if list.iter().all(|weight| weight.is_finite()) => Ok(Weights::List(list)),
+        _ => bail!("must be `expert:N`, `uniform`, `all`, `mean` or numbers, as `0.5,0.3,0.2`"),
+    }
+}
+
+/// What the experts are merged into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Base,
+    Adapter,
+}
+
+fn parse_form(text: &str) -> Result<Form> {
+    match text {
+        "base" => Ok(Form::Base),
+        "adapter" => Ok(Form::Adapter),
+        _ => bail!("must be `base` or `adapter`"),
+    }
+}
+
+fn parse_dtype(text: &str) -> Result<SaveDtype> {
+    match text {
+        "f32" => Ok(SaveDtype::F32),
+        "f16" => Ok(SaveDtype::F16),
+        "bf16" => Ok(SaveDtype::Bf16),
+        _ => bail!("must be `f32`, `f16` or `bf16`"),
+    }
+}
+
+/// What fixing the weights costs, on some data.
+struct Cost {
+    routed: EvalReport,
+    fixed: EvalReport,
+}
+
+/// Runs the command.
+pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
+    let open = args.model.open(shared)?;
+    if open.model.num_experts() == 0 {
+        return Err(usage(anyhow!("name `--checkpoint` or `--adapters`: a base has no experts")));
+    }
+    let is_routed = !open.model.routers().is_empty();
+    let dataset = match is_routed {
+        true => Some(data_to_measure(&args, &open, shared)?),
+        false => None,
+    };
+    let routed = dataset.as_ref().map(|data| measure(&open, data, &RoutingSource::Router, shared));
+    let routed = routed.transpose()?;
+    let weights = weights(&args, &open, routed.as_ref()).map_err(usage)?;
+    let cost = match (dataset, routed) {
+        (Some(data), Some(routed)) => {
+            let fixed = measure(&open, &data, &fixed_source(&weights), shared)?;
+            let cost = Cost { routed, fixed };
+            // before anything is written
+            if !args.json {
+                println!("{}", cost_table(&cost));
+            }
+            Some(cost)
+        }
+        _ => None,
+    };
+    match args.form {
+        Form::Base => {
+            let merged = merge::into_base(&open.model, &open.base.weights()?, &weights)?;
+            let tokenizer = open.base.tokenizer_file.as_deref();
+            hugging_face::export(&args.out, &merged, args.save_dtype, tokenizer, args.overwrite)?;
+        }
+        Form::Adapter => write_merged_adapter(&args, &open, &weights)?,
+    }
+    print(&args, &open, &weights, cost.as_ref())
+}
+
+/// The data on which a routed mixture is compared with a static one.
+fn data_to_measure(args: &MergeArgs, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
+    if args.weights.is_none() {
+        return Err(usage(anyhow!(
+            "the router weights the experts token by token, so that no merge equals the mixture\n\
+             hint: choose weights to fix: `--weights mean`, `uniform`, `expert:N` or a list"
+        )));
+    }
+    args.data.load(open, shared).map_err(|error| match args.data.is_empty() {
+        true => usage(error.context(
+            "before it is merged, what fixing the router's weights costs is measured on data",
+        )),
+        false => error,
+    })
+}
+
+/// The weights that were asked for, `[e]`.
+fn weights(args: &MergeArgs, open: &OpenModel, routed: Option<&EvalReport>) -> Result<Vec<f64>> {
+    let count = open.model.specs().len();
+    Ok(match &args.weights {
+        None if count == 1 => vec![1.0],
+        None => bail!("name `--weights` for {count} experts"),
+        Some(Weights::List(list)) if list.len() == count => list.clone(),
+        Some(Weights::List(list)) => {
+            bail!("`--weights` has {} numbers, the model {count} experts", list.len())
+        }
+        Some(Weights::Mean) => {
+            let routing = routed.and_then(|report| report.routing.as_ref());
+            let routing = routing.context("`--weights mean` needs a router")?;
+            routing.mean_routing_weights.clone()
+        }
+        Some(Weights::Fixed(RoutingChoice::Uniform)) => vec![1.0 / count as f64; count],
+        Some(Weights::Fixed(RoutingChoice::All)) => vec![1.0; count],
+        Some(Weights::Fixed(choice)) => match open.routing(Some(*choice))? {
+            RoutingChoice::Expert(expert) => {
+                (0..count).map(|e| f64::from(u8::from(e as i64 == expert))).collect()
+            }
+            _ => unreachable!("the parser lets nothing else through"),
+        },
+    })
+}
+
+/// The same weights for every token.
+fn fixed_source(weights: &[f64]) -> RoutingSource {
+    RoutingSource::Given(tch::Tensor::from_slice(weights))
+}
+
+fn measure(
+    open: &OpenModel,
+    dataset: &TokenDataset,
+    source: &RoutingSource,
+    shared: &Shared,
+) -> Result<EvalReport> {
+    let bar = CountBar::new(shared.show_progress, "measuring", dataset.num_blocks() as u64);
+    let settings = EvalSettings { batch_size: 8, loss_chunk_tokens: 1024 };
+    let report = evaluate(&open.model, dataset, source, settings, &|done, _| bar.set(done));
+    bar.finish();
+    report
+}
+
+fn cost_table(cost: &Cost) -> comfy_table::Table {
+    let number = |x: f64| format!("{x:.4}");
+    let row = |name: &str, routed: f64, fixed: f64| {
+        vec![name.to_owned(), number(routed), number(fixed), format!("{:+.4}", fixed - routed)]
+    };
+    let domains = cost.routed.domains.iter().zip(&cost.fixed.domains);
+    let mut rows: Vec<_> = domains.map(|(a, b)| row(&a.name, a.loss, b.loss)).collect();
+    rows.push(row("all tokens", cost.routed.token_loss, cost.fixed.token_loss));
+    rows.push(row("mean of domains", cost.routed.loss, cost.fixed.loss));
+    table::table(&["loss (nats)", "routed", "static", "cost of fixing the weights"], rows)
+}
+
+fn write_merged_adapter(args: &MergeArgs, open: &OpenModel, weights: &[f64]) -> Result<()> {
+    let adapter = merge::into_adapter(&open.model, weights)?;
+    let provenance = open.provenance()?;
+    let base = &open.model.base().config;
+    let card = merge::adapter_card(&adapter, &provenance, weights);
+    durable::folder(&args.out, args.overwrite, |dir| {
+        write_adapter(dir, &adapter, base, &provenance, &card)
+    })
+    .with_context(|| format!("cannot write `{}`", args.out.display()))
+}
+
+fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost>) -> Result<()> {
+    let files = files(&args.out)?;
+    if args.json {
+        let losses = |report: &EvalReport| -> Value {
+            let domains = report.domains.iter();
+            let domains: serde_json::Map<String, Value> =
+                domains.map(|domain| (domain.name.clone(), json!(domain.loss))).collect();
+            json!({ "loss": report.loss, "token_loss": report.token_loss, "domains": domains })
+        };
+        let cost = cost.map(|cost| {
+            json!({
+                "routed": losses(&cost.routed),
+                "static": losses(&cost.fixed),
+                "cost": cost.fixed.loss - cost.routed.loss,
+                "token_cost": cost.fixed.token_loss - cost.routed.token_loss,
+            })
+        });
+        let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();
+        let json = json!({
+            "out": args.out,
+            "weights": weights,
+            "measured": cost,
+            "files": files,
+        });
+        println!("{}", serde_json::to_string_pretty(&json)?);
+        return Ok(());
+    }
+    let names = (0..open.model.specs().len()).map(crate::model::parameters::expert_name);
+    let weights: Vec<String> = names.zip(weights).map(|(n, w)| format!("{n} {w:.4}")).collect();
+    println!("merged with weights {}", weights.join(", "));
+    let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
+    println!("{}", table::table(&["file", "bytes"], rows.collect()));
+    println!("each file was read back and compared; wrote `{}`", args.out.display());
+    Ok(())
+}

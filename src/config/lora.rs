@@ -1,0 +1,303 @@
+//! `[lora]`: the experts, all alike or each with settings of its own.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Result, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+use super::AdapterSource;
+
+/// `[lora]`: the low-rank update that each expert adds to a target module.
+///
+/// `[[lora.experts]]` changes single experts: its first entry is about expert 0, and so on; experts
+/// without an entry are as the rest of `[lora]` says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraConfig {
+    /// Experts `E`; with 1 there is no router and the result is plain LoRA.
+    pub num_experts: i64,
+    /// Rank `r`; an expert has `r * (in + out)` parameters per target module.
+    pub rank: i64,
+    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1).
+    pub alpha: f64,
+    /// The linear layers that get experts.
+    pub target_modules: Vec<TargetModule>,
+    /// Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
+    pub use_rslora: bool,
+    /// Train a magnitude per output beside the update (DoRA, arXiv:2402.09353, eq. 5).
+    pub use_dora: bool,
+    /// Where A and B start.
+    pub init: LoraInit,
+    /// Probability with which an element of an expert's input is dropped in training.
+    pub dropout: f64,
+    /// Whether the experts of a layer share one dropout mask.
+    pub dropout_masks: DropoutMasks,
+    /// Ranks of single modules, as `{ "mlp.c_fc" = 4, "h.0.attn.c_attn" = 16 }`; the module of one
+    /// layer goes before the module of all.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<ModulePattern, i64>,
+    /// Alphas of single modules, likewise.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<ModulePattern, f64>,
+    /// `[[lora.experts]]`: what differs from expert to expert, or where one comes from.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertConfig>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            num_experts: 4,
+            rank: 8,
+            alpha: 16.0,
+            target_modules: vec![TargetModule::AttnCAttn],
+            use_rslora: false,
+            use_dora: false,
+            init: LoraInit::Default,
+            dropout: 0.0,
+            dropout_masks: DropoutMasks::Shared,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            experts: vec![],
+        }
+    }
+}
+
+impl LoraConfig {
+    /// `[lora]` as it is for one expert: its own settings, or those of all. `num_experts` and
+    /// `experts` are as they were.
+    pub fn of_expert(&self, expert: usize) -> Self {
+        let mut lora = self.clone();
+        let Some(own) = self.experts.get(expert) else { return lora };
+        fn replace<T: Clone>(value: &mut T, own: &Option<T>) {
+            if let Some(own) = own {
+                *value = own.clone();
+            }
+        }
+        replace(&mut lora.rank, &own.rank);
+        replace(&mut lora.alpha, &own.alpha);
+        replace(&mut lora.target_modules, &own.target_modules);
+        replace(&mut lora.use_rslora, &own.use_rslora);
+        replace(&mut lora.use_dora, &own.use_dora);
+        replace(&mut lora.init, &own.init);
+        replace(&mut lora.rank_pattern, &own.rank_pattern);
+        replace(&mut lora.alpha_pattern, &own.alpha_pattern);
+        lora
+    }
+}
+
+/// `[[lora.experts]]`: what differs for one expert. What is absent is as `[lora]` says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExpertConfig {
+    /// A PEFT adapter that the expert starts from; it then has that adapter's rank, alpha, modules
+    /// and options, and none of them may be set here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<AdapterSource>,
+    /// As [`LoraConfig::rank`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<i64>,
+    /// As [`LoraConfig::alpha`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// As [`LoraConfig::target_modules`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target_modules: Option<Vec<TargetModule>>,
+    /// As [`LoraConfig::use_rslora`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub use_rslora: Option<bool>,
+    /// As [`LoraConfig::use_dora`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub use_dora: Option<bool>,
+    /// As [`LoraConfig::init`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<LoraInit>,
+    /// Whether the expert is trained; its router column is, in any case.
+    pub trainable: bool,
+    /// Token ids from whose last occurrence in a document on the expert is active (aLoRA,
+    /// arXiv:2504.12397); empty for an expert that always is.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub invocation_tokens: Vec<i64>,
+    /// As [`LoraConfig::rank_pattern`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank_pattern: Option<BTreeMap<ModulePattern, i64>>,
+    /// As [`LoraConfig::alpha_pattern`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha_pattern: Option<BTreeMap<ModulePattern, f64>>,
+}
+
+impl Default for ExpertConfig {
+    fn default() -> Self {
+        Self {
+            source: None,
+            rank: None,
+            alpha: None,
+            target_modules: None,
+            use_rslora: None,
+            use_dora: None,
+            init: None,
+            trainable: true,
+            invocation_tokens: vec![],
+            rank_pattern: None,
+            alpha_pattern: None,
+        }
+    }
+}
+
+/// Where A and B start. In every case the first forward pass equals the base's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraInit {
+    /// A uniform in `±1/sqrt(in)`, B zero: PEFT's default.
+    #[default]
+    Default,
+    /// A from `N(0, 1/r^2)`, B zero.
+    Gaussian,
+    /// The r largest singular components of the base's weight (PiSSA, arXiv:2404.02948, eqs. 2-4).
+    Pissa,
+    /// The first r columns and rows of the QR factors of the base's weight (OLoRA,
+    /// arXiv:2406.01775, algorithm 1).
+    Olora,
+}
+
+/// A linear layer of a GPT-2 block, by its Hugging Face name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum TargetModule {
+    /// Queries, keys and values in one, `[d, 3d]`.
+    #[serde(rename = "attn.c_attn")]
+    AttnCAttn,
+    /// The attention's output, `[d, d]`.
+    #[serde(rename = "attn.c_proj")]
+    AttnCProj,
+    /// The feed-forward layer's way up, `[d, n_inner]`.
+    #[serde(rename = "mlp.c_fc")]
+    MlpCFc,
+    /// The feed-forward layer's way down, `[n_inner, d]`.
+    #[serde(rename = "mlp.c_proj")]
+    MlpCProj,
+}
+
+impl TargetModule {
+    /// All of them, in the order in which a block applies them.
+    pub const ALL: [Self; 4] = [Self::AttnCAttn, Self::AttnCProj, Self::MlpCFc, Self::MlpCProj];
+
+    /// The name within a block, as in `attn.c_attn`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AttnCAttn => "attn.c_attn",
+            Self::AttnCProj => "attn.c_proj",
+            Self::MlpCFc => "mlp.c_fc",
+            Self::MlpCProj => "mlp.c_proj",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|module| module.name() == name)
+    }
+}
+
+/// A target module of one layer, written `h.0.attn.c_attn`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ModulePath {
+    /// The block, from 0.
+    pub layer: usize,
+    /// The linear layer.
+    pub module: TargetModule,
+}
+
+impl fmt::Display for ModulePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "h.{}.{}", self.layer, self.module.name())
+    }
+}
+
+impl FromStr for ModulePath {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let parse = || {
+            let (layer, module) = text.strip_prefix("h.")?.split_once('.')?;
+            Some(Self { layer: layer.parse().ok()?, module: TargetModule::from_name(module)? })
+        };
+        parse().ok_or_else(|| anyhow!("`{text}` is no module of a block, as `h.0.attn.c_attn` is"))
+    }
+}
+
+impl TryFrom<String> for ModulePath {
+    type Error = anyhow::Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<ModulePath> for String {
+    fn from(path: ModulePath) -> Self {
+        path.to_string()
+    }
+}
+
+/// A target module of every layer, `attn.c_attn`, or of one, `h.0.attn.c_attn`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum ModulePattern {
+    /// In every layer.
+    Every(TargetModule),
+    /// In one layer.
+    One(ModulePath),
+}
+
+impl ModulePattern {
+    /// The value of `patterns` for a module: that of the one layer, else that of every layer.
+    pub fn find<T: Copy>(patterns: &BTreeMap<Self, T>, path: ModulePath) -> Option<T> {
+        patterns.get(&Self::One(path)).or_else(|| patterns.get(&Self::Every(path.module))).copied()
+    }
+
+    /// The module.
+    pub fn module(self) -> TargetModule {
+        match self {
+            Self::Every(module) => module,
+            Self::One(path) => path.module,
+        }
+    }
+}
+
+impl TryFrom<String> for ModulePattern {
+    type Error = anyhow::Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        if let Some(module) = TargetModule::from_name(&text) {
+            return Ok(Self::Every(module));
+        }
+        match text.parse() {
+            Ok(path) => Ok(Self::One(path)),
+            Err(_) => bail!(
+                "`{text}` is neither a module, as `attn.c_attn`, nor one of a layer, as \
+                             `h.0.attn.c_attn`"
+            ),
+        }
+    }
+}
+
+impl From<ModulePattern> for String {
+    fn from(pattern: ModulePattern) -> Self {
+        match pattern {
+            ModulePattern::Every(module) => module.name().to_owned(),
+            ModulePattern::One(path) => path.to_string(),
+        }
+    }
+}
+
+/// Whether the experts of a layer share one dropout mask.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DropoutMasks {
+    /// One mask for all, which lets one pair of matrix products apply every expert.
+    #[default]
+    Shared,
+    /// One mask each, as in PEFT: a loop over the experts, slower with each of them.
+    PerExpert,
+}

@@ -1,0 +1,145 @@
+//! A mixture whose weights are the same for every token, merged: into the base, or into one adapter.
+//!
+//! ```text
+//! base      W'_  = W + sum_e g_e (c_e * (W + D_e) - W)       D_e = s_e (B_e A_e)^T, c_e = 1 without DoRA
+//! adapter   A' = [A_1; ..; A_E],  B' = [g_1 s_1 B_1, .., g_E s_E B_E],  rank' = sum_e r_e, alpha' = rank'
+//! ```
+//!
+//! Both are exact for given weights `g`, `[e]`. A router's weights differ from token to token, so that
+//! no merge equals the mixture: the caller measures what fixing them costs.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use tch::{Device, Kind, Tensor};
+
+use super::peft::{Provenance, card_head, describe};
+use crate::config::LoraInit;
+use crate::model::RoutedGpt2;
+use crate::model::adapter::Adapter;
+use crate::model::expert::{ExpertSpec, RankAlpha};
+use crate::model::gpt2::Gpt2;
+use crate::model::parameters::expert_name;
+
+/// Checks that a model's experts can be merged under `weights`, `[e]`.
+fn check(model: &RoutedGpt2, weights: &[f64]) -> Result<()> {
+    if model.specs().is_empty() {
+        bail!("a base alone has nothing to merge");
+    }
+    if weights.len() != model.specs().len() {
+        bail!("there are {} experts, but {} weights", model.specs().len(), weights.len());
+    }
+    if weights.iter().any(|weight| !weight.is_finite()) {
+        bail!("weights must be finite numbers, got {weights:?}");
+    }
+    let used = || model.specs().iter().zip(weights).filter(|(_, weight)| **weight != 0.0);
+    if used().any(|(spec, _)| !spec.invocation_tokens.is_empty()) {
+        bail!("an expert with invocation tokens is off before them, which no merged weight can be");
+    }
+    Ok(())
+}
+
+/// The base with the experts merged into it under `weights`, f32 on the CPU.
+///
+/// - `base`: the base as it was read, f32 on the CPU
+///
+/// # Errors
+/// Weights that are not one finite number for each expert; experts with invocation tokens.
+pub fn into_base(model: &RoutedGpt2, base: &Gpt2, weights: &[f64]) -> Result<Gpt2> {
+    check(model, weights)?;
+    let _no_grad = tch::no_grad_guard();
+    let mut merged = base.to(Device::Cpu, Kind::Float);
+    for (path, experts) in model.modules() {
+        let linear = merged.blocks[path.layer].linears.get_mut(&path.module);
+        let linear = linear.expect("a block has every linear layer");
+        // f64 throughout, rounded once
+        let weight_io = linear.weight.to_kind(Kind::Double);
+        let mut sum_io = weight_io.shallow_clone();
+        for (expert, &g) in weights.iter().enumerate() {
+            let tensor = |key: &str| {
+                let tensor = experts.tensor(expert, key)?;
+                Some(tensor.to_device(Device::Cpu).to_kind(Kind::Double))
+            };
+            let (Some(a), Some(b)) = (tensor("lora_a"), tensor("lora_b")) else { continue };
+            let Some(scaling) = experts.scaling(expert) else { continue };
+            let mut delta_oi = b.matmul(&a);
+            if let (Some(a0), Some(b0)) = (tensor("initial_a"), tensor("initial_b")) {
+                delta_oi = delta_oi - b0.matmul(&a0);
+            }
+            let mut updated_io = &weight_io + delta_oi.tr() * scaling;
+            if let Some(magnitude) = tensor("magnitude") {
+                let norm = updated_io.square().sum_dim_intlist(0, false, Kind::Double).sqrt();
+                updated_io = updated_io * (magnitude / norm);
+            }
+            sum_io = sum_io + (updated_io - &weight_io) * g;
+        }
+        linear.weight = sum_io.to_kind(Kind::Float);
+    }
+    Ok(merged)
+}
+
+/// The model card of a merged adapter.
+pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64]) -> String {
+    let weights: Vec<String> = weights
+        .iter()
+        .enumerate()
+        .map(|(expert, weight)| format!("`{}` {weight}", expert_name(expert)))
+        .collect();
+    format!(
+        "{head}# A static mixture of LoRA experts\n\nThe experts of a mixture by dylora {version} on \
+         `{label}`, joined into one adapter with the same weights for every token: {weights}.\n\n- \
+         {shape}\n",
+        head = card_head(provenance),
+        version = env!("CARGO_PKG_VERSION"),
+        label = provenance.base_label,
+        weights = weights.join(", "),
+        shape = describe(&adapter.spec),
+    )
+}
+
+/// One plain adapter of rank `sum_e r_e` that is the mixture under `weights`.
+///
+/// # Errors
+/// As [`into_base`]; a DoRA expert, whose magnitudes are no low-rank update.
+pub fn into_adapter(model: &RoutedGpt2, weights: &[f64]) -> Result<Adapter> {
+    check(model, weights)?;
+    let _no_grad = tch::no_grad_guard();
+    let used: Vec<usize> = (0..weights.len()).filter(|&expert| weights[expert] != 0.0).collect();
+    if used.is_empty() {
+        bail!("with every weight 0, the adapter would be empty");
+    }
+    if used.iter().any(|&expert| model.specs()[expert].use_dora) {
+        bail!(
+            "a DoRA expert scales the base's own weight, which no LoRA adapter can hold\nhint: \
+             merge into the base instead"
+        );
+    }
+    let parts: Vec<Adapter> = used.iter().map(|&expert| Adapter::of_model(model, expert)).collect();
+    let (mut modules, mut tensors) = (BTreeMap::new(), BTreeMap::new());
+    for (path, _) in model.modules() {
+        let (mut down, mut up) = (vec![], vec![]);
+        for (&expert, part) in used.iter().zip(&parts) {
+            let Some(scaling) = part.spec.scaling(path) else { continue };
+            down.push(part.tensors[&(path, "lora_a")].shallow_clone());
+            let b = part.tensors[&(path, "lora_b")].to_kind(Kind::Double);
+            up.push((b * (scaling * weights[expert])).to_kind(Kind::Float));
+        }
+        if down.is_empty() {
+            continue;
+        }
+        let (a, b) = (Tensor::cat(&down, 0), Tensor::cat(&up, 1));
+        let rank = a.size()[0];
+        modules.insert(path, RankAlpha { rank, alpha: rank as f64 });
+        tensors.insert((path, "lora_a"), a);
+        tensors.insert((path, "lora_b"), b);
+    }
+    let spec = ExpertSpec {
+        modules,
+        use_rslora: false,
+        use_dora: false,
+        init: LoraInit::Default,
+        trainable: true,
+        invocation_tokens: vec![],
+    };
+    Ok(Adapter { spec, tensors })
+}

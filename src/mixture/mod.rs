@@ -1,0 +1,296 @@
+//! Experts and router before they are put on a base: new ones, PEFT adapters, whole exports.
+//!
+//! ```text
+//! [lora], [[lora.experts]] source, [router] source \
+//! export of dylora: dylora.json, expert_*, router   > Mixture { specs, router, tensors } -> RoutedGpt2
+//! X-LoRA folder | PEFT adapter | checkpoint        /
+//! ```
+//!
+//! `dylora.json` of an export, format 2:
+//!
+//! ```text
+//! { "format": 2, "dylora_version": "..", "base": { "name": "..", "blake3": ".." },
+//!   "experts": ["expert_0", ..],
+//!   "router": null | { "file": "router.safetensors", "input": "embeddings", "temperature": 1.0,
+//!                      "top_k": null } }
+//! ```
+
+pub mod xlora;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::{AdapterSource, Config, Method, RouterConfig, RouterInput};
+use crate::hub::AdapterFiles;
+use crate::model::RoutedGpt2;
+use crate::model::adapter::{self, Adapter};
+use crate::model::expert::ExpertSpec;
+use crate::model::gpt2::Gpt2;
+use crate::model::gpt2_config::Gpt2Config;
+use crate::model::parameters::expert_name;
+use crate::model::weights::read_tensors;
+
+/// The version of `dylora.json`.
+pub const FORMAT: u32 = 2;
+/// What joins the parts of an export.
+pub const MANIFEST: &str = "dylora.json";
+/// The router of an export: `weight` and `bias`, after `h.{layer}.` if there is one for each layer.
+pub const ROUTER: &str = "router.safetensors";
+/// An adapter's config, in a folder of its own.
+pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// An adapter's tensors.
+pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// How adapters are found: in a folder or on the Hub.
+pub type FindAdapter<'a> = dyn Fn(&AdapterSource) -> Result<AdapterFiles> + 'a;
+
+/// Experts and router before they are put on a base.
+#[derive(Debug)]
+pub struct Mixture {
+    /// The experts' settings.
+    pub specs: Vec<ExpertSpec>,
+    /// The router's; without meaning for a single expert.
+    pub router: RouterConfig,
+    /// Tensors of the model, by the names of [`RoutedGpt2::tensors`].
+    pub tensors: BTreeMap<String, Tensor>,
+    /// Whether those are all; else the others are as in a fresh model.
+    pub is_whole: bool,
+    /// BLAKE3 of the base that they belong to, in f32, if that is known.
+    pub base_hash: Option<String>,
+}
+
+/// `dylora.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The version that wrote it.
+    pub dylora_version: String,
+    /// What the experts belong to.
+    pub base: ManifestBase,
+    /// The experts' folders, in the order of the router's outputs.
+    pub experts: Vec<String>,
+    /// None for a single expert.
+    pub router: Option<ManifestRouter>,
+}
+
+/// The base of an export.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestBase {
+    /// How people know it.
+    pub name: String,
+    /// BLAKE3 of its parameters in f32.
+    pub blake3: String,
+}
+
+/// The router of an export.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestRouter {
+    /// Its file.
+    pub file: String,
+    /// What it reads.
+    pub input: RouterInput,
+    /// Divides the scores.
+    pub temperature: f64,
+    /// How many experts a token keeps; none = all.
+    pub top_k: Option<i64>,
+}
+
+impl Mixture {
+    /// What a config starts from: fresh experts, those that have a source as it says; nothing for
+    /// `method = "full"`.
+    ///
+    /// # Errors
+    /// What [`adapter::read`] refuses, and a router's source of another shape or rule, by key.
+    pub fn of_config(config: &Config, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
+        let lora = &config.lora;
+        let (mut specs, mut tensors) = (vec![], BTreeMap::new());
+        let num_experts = match config.method {
+            Method::RoutedLora => lora.num_experts as usize,
+            Method::Full => 0,
+        };
+        for expert in 0..num_experts {
+            let own = lora.experts.get(expert);
+            let Some(source) = own.and_then(|own| own.source.as_ref()) else {
+                specs.push(ExpertSpec::new(lora, expert, base)?);
+                continue;
+            };
+            let read = || read_adapter(&find(source)?, base);
+            let mut adapter = read().with_context(|| format!("`lora.experts[{expert}].source`"))?;
+            adapter.spec.trainable = own.is_some_and(|own| own.trainable);
+            add_adapter(expert, adapter, &mut specs, &mut tensors);
+        }
+        let mixture = Self {
+            specs,
+            router: config.router.clone(),
+            tensors,
+            is_whole: false,
+            base_hash: None,
+        };
+        match &config.router.source {
+            None => Ok(mixture),
+            Some(dir) => mixture.with_router(dir).context("`router.source`"),
+        }
+    }
+
+    /// What a folder holds: an export of dylora's, an X-LoRA folder or a single PEFT adapter.
+    pub fn of_folder(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
+        if dir.join(MANIFEST).is_file() {
+            return Self::of_export(dir, base, find);
+        }
+        if dir.join(xlora::CONFIG).is_file() {
+            return xlora::read(dir, base, find);
+        }
+        if dir.is_dir() && !dir.join(ADAPTER_CONFIG).is_file() {
+            bail!(
+                "`{}` holds no adapters: there is neither `{MANIFEST}` nor `{}` nor \
+                 `{ADAPTER_CONFIG}`",
+                dir.display(),
+                xlora::CONFIG
+            );
+        }
+        Self::of_adapters(&[AdapterSource::Path(dir.to_owned())], base, find)
+    }
+
+    /// PEFT adapters as experts, with a fresh router.
+    pub fn of_adapters(
+        sources: &[AdapterSource],
+        base: &Gpt2Config,
+        find: &FindAdapter<'_>,
+    ) -> Result<Self> {
+        let (mut specs, mut tensors) = (vec![], BTreeMap::new());
+        for (expert, source) in sources.iter().enumerate() {
+            let adapter = read_adapter(&find(source)?, base)?;
+            add_adapter(expert, adapter, &mut specs, &mut tensors);
+        }
+        let is_whole = specs.len() == 1;
+        Ok(Self { specs, router: RouterConfig::default(), tensors, is_whole, base_hash: None })
+    }
+
+    fn of_export(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
+        let manifest = read_manifest(dir)?;
+        let folder = |name: &String| AdapterSource::Path(dir.join(name));
+        let sources: Vec<AdapterSource> = manifest.experts.iter().map(folder).collect();
+        let mut mixture = Self::of_adapters(&sources, base, find)?;
+        if let Some(router) = &manifest.router {
+            mixture.router = router.config();
+            mixture.tensors.extend(router_tensors(&dir.join(&router.file))?);
+        } else if mixture.specs.len() > 1 {
+            bail!("`{}` has several experts, but no router", dir.join(MANIFEST).display());
+        }
+        mixture.is_whole = true;
+        mixture.base_hash = Some(manifest.base.blake3);
+        Ok(mixture)
+    }
+
+    /// The mixture with the router of an export or X-LoRA folder, which must follow the same rule.
+    fn with_router(mut self, dir: &Path) -> Result<Self> {
+        let (router, tensors) = if dir.join(MANIFEST).is_file() {
+            match read_manifest(dir)?.router {
+                Some(router) => (router.config(), router_tensors(&dir.join(&router.file))?),
+                None => bail!("`{}` has a single expert and no router", dir.display()),
+            }
+        } else if dir.join(xlora::CONFIG).is_file() {
+            xlora::read_router(dir)?
+        } else {
+            bail!("`{}` has neither `{MANIFEST}` nor `{}`", dir.display(), xlora::CONFIG);
+        };
+        let top_k = |router: &RouterConfig| router.top_k.map_or("absent".into(), |k| k.to_string());
+        for (key, here, there) in [
+            ("input", self.router.input.name().to_owned(), router.input.name().to_owned()),
+            ("temperature", self.router.temperature.to_string(), router.temperature.to_string()),
+            ("top_k", top_k(&self.router), top_k(&router)),
+        ] {
+            if here != there {
+                bail!("the router of `{}` has `{key}` {there}, the config {here}", dir.display());
+            }
+        }
+        self.tensors.extend(tensors);
+        Ok(self)
+    }
+
+    /// A model of the mixture on a base. What the tensors leave open is drawn from libtorch's default
+    /// CPU generator.
+    ///
+    /// # Errors
+    /// A tensor that does not fit, by name.
+    pub fn put_on(&self, base: &Gpt2, device: Device, kind: Kind) -> Result<RoutedGpt2> {
+        let (specs, router) = (&self.specs, &self.router);
+        if self.is_whole {
+            return RoutedGpt2::from_tensors(base, specs, router, &self.tensors, device, kind);
+        }
+        let model = RoutedGpt2::with_experts(base, specs, router, device, kind);
+        model.load_some(&self.tensors)?;
+        Ok(model)
+    }
+}
+
+impl ManifestRouter {
+    fn config(&self) -> RouterConfig {
+        let Self { input, temperature, top_k, .. } = *self;
+        RouterConfig { input, temperature, top_k, ..RouterConfig::default() }
+    }
+}
+
+fn read_adapter(files: &AdapterFiles, base: &Gpt2Config) -> Result<Adapter> {
+    adapter::read(&files.config, &files.weights, base)
+        .with_context(|| format!("cannot import `{}`", files.label))
+}
+
+fn add_adapter(
+    expert: usize,
+    adapter: Adapter,
+    specs: &mut Vec<ExpertSpec>,
+    tensors: &mut BTreeMap<String, Tensor>,
+) {
+    for ((path, key), tensor) in adapter.tensors {
+        tensors.insert(format!("{path}.{}.{key}", expert_name(expert)), tensor);
+    }
+    specs.push(adapter.spec);
+}
+
+/// Reads `dylora.json`.
+pub fn read_manifest(dir: &Path) -> Result<Manifest> {
+    /// All that has to be known of another version's.
+    #[derive(Deserialize)]
+    struct Version {
+        format: u32,
+    }
+    let path = dir.join(MANIFEST);
+    let text = fs_err::read_to_string(&path)?;
+    let parse = || {
+        let Version { format } = serde_json::from_str(&text)?;
+        if format != FORMAT {
+            bail!("has format {format}, this version reads {FORMAT}");
+        }
+        Ok(serde_json::from_str(&text)?)
+    };
+    parse().with_context(|| format!("`{}`", path.display()))
+}
+
+/// The tensors of a router's file by the names of [`RoutedGpt2::tensors`].
+fn router_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let tensors = read_tensors(file).context("cannot read the router")?.into_iter();
+    let name = |name: String| match name.rsplit_once('.') {
+        None => format!("router.{name}"),
+        Some((layer, key)) => format!("{layer}.router.{key}"),
+    };
+    Ok(tensors.map(|(key, tensor)| (name(key), tensor)).collect())
+}
+
+/// A router's tensors by their names in a file.
+pub fn router_file_tensors(model: &RoutedGpt2) -> BTreeMap<String, Tensor> {
+    let tensors = model.tensors().into_iter();
+    let name = |name: &str| {
+        let at = name.find("router.")?;
+        Some(name[..at].to_owned() + &name[at + "router.".len()..])
+    };
+    tensors.filter_map(|(full, tensor)| Some((name(&full)?, tensor))).collect()
+}

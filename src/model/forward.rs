@@ -1,0 +1,266 @@
+//! The forward pass: embeddings, routing, blocks with experts, loss.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n` labelled positions, `d` width, `v` vocabulary.
+
+use tch::{Device, Kind, Tensor};
+
+use super::gpt2::AttentionMask;
+use super::inputs::Inputs;
+use super::lora::{LoraDropout, RoutingWeights};
+use super::loss::{ChunkedLoss, LossSettings, chunked_cross_entropy};
+use super::router::Routing;
+use super::routing::{LayerWeights, RoutingSource, route};
+use super::{RoutedBlock, RoutedGpt2};
+use crate::config::{ModulePath, RouterInput, TargetModule};
+use crate::ffi;
+
+/// How a forward pass is carried out.
+#[derive(Debug, Clone, Copy)]
+pub struct ForwardMode {
+    /// Dropout of the experts' inputs.
+    pub dropout: LoraDropout,
+    /// Keep only each block's input (and what a layer's own router reads) for the backward pass.
+    pub gradient_checkpointing: bool,
+}
+
+impl ForwardMode {
+    /// Without dropout, keeping everything.
+    pub const EVAL: Self = Self { dropout: LoraDropout::NONE, gradient_checkpointing: false };
+}
+
+/// What a forward pass comes to.
+#[derive(Debug)]
+pub struct ForwardOutput {
+    /// The last hidden states after `ln_f`, `[b, t, d]`.
+    pub hidden: Tensor,
+    /// The routing weights used: one for all layers, or one for each.
+    pub weights: Vec<RoutingWeights>,
+    /// What the routers did, if they decided.
+    pub routing: Vec<Routing>,
+}
+
+/// What a forward pass tells about its inside.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    /// After the embeddings and after each block, before `ln_f`: `n_layer + 1` of `[b, t, d]`.
+    pub hidden_states: Vec<Tensor>,
+    /// The target modules that received routing weights, in order.
+    pub updates: Vec<ModuleUpdate>,
+}
+
+/// How much the experts of a module moved its output.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ModuleUpdate {
+    /// The module.
+    pub path: ModulePath,
+    /// Frobenius norm of what the experts added, over all tokens.
+    pub update_norm: f64,
+    /// Of the output with it.
+    pub output_norm: f64,
+}
+
+impl ModuleUpdate {
+    /// Norm of the update over the norm of the output; 0 where nothing was put out.
+    pub fn share(&self) -> f64 {
+        if self.output_norm > 0.0 { self.update_norm / self.output_norm } else { 0.0 }
+    }
+}
+
+/// Hears of a module's output without and with its experts.
+type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
+
+impl RoutedBlock {
+    /// `x`, `[b, t, d]`, after this block; `note` hears of each module that used `g`.
+    fn forward(
+        &self,
+        x: &Tensor,
+        mask: &AttentionMask,
+        g: &RoutingWeights,
+        dropout: LoraDropout,
+        mut note: Option<&mut Note<'_>>,
+    ) -> Tensor {
+        self.block.forward(x, mask, &mut |module, x| {
+            let linear = &self.block.linears[&module];
+            let y = linear.forward(x);
+            let (Some(experts), false) =
+                (self.experts.get(&module), matches!(g, RoutingWeights::Off))
+            else {
+                return y;
+            };
+            match note.as_deref_mut() {
+                None => experts.add(y, x, linear, g, dropout),
+                Some(note) => {
+                    let sum = experts.add(y.shallow_clone(), x, linear, g, dropout);
+                    note(module, &y, &sum);
+                    sum
+                }
+            }
+        })
+    }
+
+    fn shallow_clone(&self) -> Self {
+        let experts = self.experts.iter().map(|(&m, experts)| (m, experts.shallow_clone()));
+        Self { block: self.block.shallow_clone(), experts: experts.collect() }
+    }
+}
+
+impl RoutedGpt2 {
+    /// Token plus position embeddings, `[b, t, d]`.
+    fn embed(&self, inputs: &Inputs) -> Tensor {
+        self.base.embed(&inputs.input_ids, &inputs.position_ids, self.kind)
+    }
+
+    /// The last hidden states after `ln_f`, the routing weights used, and how they came about.
+    pub fn forward(
+        &self,
+        inputs: &Inputs,
+        source: &RoutingSource,
+        mode: ForwardMode,
+        recorder: Option<&mut Recorder>,
+    ) -> ForwardOutput {
+        let x = self.embed(inputs);
+        let (weights, routing) = self.layer_weights(inputs, &x, source);
+        let mut output = self.run_blocks(x, inputs, weights, mode, recorder);
+        output.routing.extend(routing);
+        output
+    }
+
+    /// What the routers do with a batch; nothing if there are none. One that reads a layer's own input
+    /// needs the whole forward pass.
+    pub fn routing(&self, inputs: &Inputs, mode: ForwardMode) -> Vec<Routing> {
+        let source = &RoutingSource::Router;
+        match self.router_input {
+            RouterInput::LayerInput if !self.routers.is_empty() => {
+                self.forward(inputs, source, mode, None).routing
+            }
+            _ => self.layer_weights(inputs, &self.embed(inputs), source).1.into_iter().collect(),
+        }
+    }
+
+    /// The base's last hidden state, after `ln_f`, of embeddings `x`: `[b, t, d]`.
+    pub(super) fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
+        let weights = LayerWeights::Shared(RoutingWeights::Off);
+        self.run_blocks(x.shallow_clone(), inputs, weights, ForwardMode::EVAL, None).hidden
+    }
+
+    fn run_blocks(
+        &self,
+        mut x: Tensor,
+        inputs: &Inputs,
+        weights: LayerWeights<'_>,
+        mode: ForwardMode,
+        mut recorder: Option<&mut Recorder>,
+    ) -> ForwardOutput {
+        let (mut used, mut routing) = (vec![], vec![]);
+        let invocation = match &weights {
+            LayerWeights::PerLayer(_) => self.invocation_mask(inputs),
+            LayerWeights::Shared(_) => None,
+        };
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let g = match &weights {
+                LayerWeights::Shared(g) => g.shallow_clone(),
+                LayerWeights::PerLayer(routers) => {
+                    let mask = invocation.as_ref().map(Tensor::shallow_clone);
+                    let of_layer = route(&routers[layer], &block.block.ln_1.forward(&x), mask);
+                    let g = of_layer.weights.shallow_clone();
+                    used.push(RoutingWeights::PerToken(g.shallow_clone()));
+                    routing.push(of_layer);
+                    RoutingWeights::PerToken(g)
+                }
+            };
+            if let Some(recorder) = recorder.as_deref_mut() {
+                recorder.hidden_states.push(x.shallow_clone());
+                let updates = &mut recorder.updates;
+                let mut note = |module, without: &Tensor, with: &Tensor| {
+                    let norm = |x: &Tensor| x.to_kind(Kind::Double).norm().double_value(&[]);
+                    let (update_norm, output_norm) = (norm(&(with - without)), norm(with));
+                    let path = ModulePath { layer, module };
+                    updates.push(ModuleUpdate { path, update_norm, output_norm });
+                };
+                x = block.forward(&x, &inputs.mask, &g, mode.dropout, Some(&mut note));
+            } else if mode.gradient_checkpointing {
+                x = self.checkpointed(block, &x, &inputs.mask, &g, mode.dropout);
+            } else {
+                x = block.forward(&x, &inputs.mask, &g, mode.dropout, None);
+            }
+        }
+        if let Some(recorder) = recorder {
+            recorder.hidden_states.push(x.shallow_clone());
+        }
+        if let LayerWeights::Shared(g) = weights {
+            used.push(g);
+        }
+        ForwardOutput { hidden: self.base.ln_f.forward(&x), weights: used, routing }
+    }
+
+    /// One block under gradient checkpointing; the second run draws the dropout masks of the first.
+    fn checkpointed(
+        &self,
+        block: &RoutedBlock,
+        x: &Tensor,
+        mask: &AttentionMask,
+        g: &RoutingWeights,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        let leaves = block.experts.values().flat_map(|experts| experts.leaves());
+        let mut parameters: Vec<Tensor> =
+            leaves.filter(|leaf| leaf.requires_grad()).map(Tensor::shallow_clone).collect();
+        if self.trains_base {
+            parameters.extend(block.block.parameters());
+        }
+        let mut activations = vec![x.shallow_clone()];
+        if let RoutingWeights::PerToken(weights) = g {
+            activations.push(weights.shallow_clone());
+        }
+        let (block, mask, g) = (block.shallow_clone(), mask.shallow_clone(), g.shallow_clone());
+        let device = x.device();
+        let rng_before =
+            dropout.is_active().then(|| ffi::rng_state(device).expect("every device has one"));
+        let has_run = std::cell::Cell::new(false);
+        let segment = move |activations: &[Tensor]| {
+            let g = match activations.get(1) {
+                Some(weights) => RoutingWeights::PerToken(weights.shallow_clone()),
+                None => g.shallow_clone(),
+            };
+            let forward = || block.forward(&activations[0], &mask, &g, dropout, None);
+            match &rng_before {
+                Some(state) if has_run.get() => with_rng(device, state, forward),
+                _ => {
+                    has_run.set(true);
+                    forward()
+                }
+            }
+        };
+        ffi::checkpoint(Box::new(segment), &activations, &parameters)
+            .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// Logits `[.., v]` of hidden states `[.., d]`; for few positions only.
+    pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        hidden.matmul(&self.base.lm_head.to_kind(hidden.kind()).tr())
+    }
+
+    /// The loss of a batch's labelled positions, and what the routers did.
+    pub fn loss(
+        &self,
+        inputs: &Inputs,
+        source: &RoutingSource,
+        mode: ForwardMode,
+        settings: LossSettings,
+    ) -> (ChunkedLoss, Vec<Routing>) {
+        let output = self.forward(inputs, source, mode, None);
+        let d = self.base.config.n_embd;
+        let hidden_nd = output.hidden.view([-1, d]).index_select(0, &inputs.labelled);
+        let loss = chunked_cross_entropy(&hidden_nd, &self.base.lm_head, &inputs.labels, settings);
+        (loss, output.routing)
+    }
+}
+
+/// Runs `f` from a generator state and leaves the generator as it was.
+fn with_rng<T>(device: Device, state: &Tensor, f: impl FnOnce() -> T) -> T {
+    let now = ffi::rng_state(device).expect("every device has a generator");
+    ffi::set_rng_state(device, state).expect("the state came from this generator");
+    let result = f();
+    ffi::set_rng_state(device, &now).expect("the state came from this generator");
+    result
+}

@@ -1,0 +1,217 @@
+//! What the experts of a module add to its output: all at once, or one after the other.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n = b t`, `i` in, `o` out, `e` expert, `R` sum of
+//! ranks (with those of the initial components), `m` experts with a magnitude.
+
+use tch::Tensor;
+
+use super::gpt2::Linear;
+use super::lora::{LoraDropout, LoraExperts, Mixing, RoutingWeights, Slot};
+use crate::config::DropoutMasks;
+
+impl LoraExperts {
+    /// Adds what the experts contribute for the layer's input `x`, `[b, t, i]`, to the frozen
+    /// layer's output `y`, `[b, t, o]`, by the way that `dropout.masks` needs.
+    pub fn add(
+        &self,
+        y: Tensor,
+        x: &Tensor,
+        linear: &Linear,
+        g: &RoutingWeights,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        match (g, dropout.masks) {
+            (RoutingWeights::Off, _) => y,
+            // one expert, which is plain LoRA to the bit in its own order of operations
+            (RoutingWeights::Ones, _) if self.slots.len() == 1 => {
+                self.add_looped(y, x, linear, g, dropout)
+            }
+            (_, DropoutMasks::Shared) => self.add_fused(y, x, linear, g, dropout),
+            (_, DropoutMasks::PerExpert) => self.add_looped(y, x, linear, g, dropout),
+        }
+    }
+
+    /// All experts at once: one pair of matrix products and one dropout mask.
+    pub fn add_fused(
+        &self,
+        y: Tensor,
+        x: &Tensor,
+        linear: &Linear,
+        g: &RoutingWeights,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        if matches!(g, RoutingWeights::Off) {
+            return y;
+        }
+        let kind = x.kind();
+        let (b, t, i) = x.size3().expect("activations are [b, t, i]");
+        let (n, o) = (b * t, self.lora_b.size()[1]);
+        let y_no = y.view([n, o]);
+        let x_ni = dropout.apply(x).view([n, i]);
+        let (mut down, mut up) = (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
+        if let Some((initial_a, initial_b)) = &self.initial {
+            down = Tensor::cat(&[&down, initial_a], 0);
+            up = Tensor::cat(&[&up, initial_b], 0);
+        }
+        let factors_mo = self.dora_factors(linear);
+        if let Some(factors_mo) = &factors_mo {
+            up = up * self.of_rows(factors_mo);
+        }
+        let z = self.weigh(x_ni.matmul(&down.to_kind(kind).tr()), g);
+        let sum = y_no.addmm(&z, &up.to_kind(kind));
+        let Some(factors_mo) = factors_mo else { return sum.view([b, t, o]) };
+        let base = if dropout.is_active() {
+            x_ni.matmul(&linear.weight.to_kind(kind))
+        } else {
+            y_no - linear.bias.to_kind(kind)
+        };
+        let surplus = self.mixed_magnitudes(&(factors_mo - 1.0), g).to_kind(kind);
+        (sum + base * surplus).view([b, t, o])
+    }
+
+    /// Multiplies the rank space `z`, `[n, R]`, with each row's scaling and routing weight.
+    fn weigh(&self, z: Tensor, g: &RoutingWeights) -> Tensor {
+        let kind = z.kind();
+        let (n, rows) = z.size2().expect("rank space is [n, R]");
+        match (g, &self.mixing) {
+            (RoutingWeights::Off, _) => unreachable!("nothing is added then"),
+            (RoutingWeights::Ones, Mixing::Even(s_e)) => {
+                let e = s_e.size()[0];
+                (z.view([n, e, -1]) * s_e.to_kind(kind).view([e, 1])).view([n, rows])
+            }
+            (RoutingWeights::PerToken(g_bte), Mixing::Even(s_e)) => {
+                let e = s_e.size()[0];
+                let g = (g_bte.view([n, e, 1]) * s_e.view([e, 1])).to_kind(kind);
+                (z.view([n, e, -1]) * g).view([n, rows])
+            }
+            (RoutingWeights::Ones, Mixing::Rows(rows_er)) => {
+                z * rows_er.sum_dim_intlist(0, false, kind)
+            }
+            (RoutingWeights::PerToken(g_bte), Mixing::Rows(rows_er)) => {
+                z * g_bte.view([n, -1]).matmul(rows_er).to_kind(kind)
+            }
+        }
+    }
+
+    /// `c_e = m_e / |W + s B A|` of the DoRA experts, `[m, o]`, differentiable through `m_e` alone
+    /// (arXiv:2402.09353, section 4.3); none without a DoRA expert.
+    ///
+    /// With `U = s B^T` the norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`, so that the updated
+    /// weight `[i, o]` is never formed.
+    fn dora_factors(&self, linear: &Linear) -> Option<Tensor> {
+        let (magnitude, base_norm2) = (self.magnitude.as_ref()?, self.base_norm2.as_ref()?);
+        let kind = magnitude.kind();
+        let norms = tch::no_grad(|| {
+            let weight = linear.weight.detach().to_kind(kind);
+            let dora = self.slots.iter().filter(|slot| slot.magnitude.is_some());
+            let norm = |slot: &Slot| {
+                let (a, u) = self.delta(slot);
+                let cross = (a.matmul(&weight) * &u).sum_dim_intlist(0, false, kind);
+                let square = (&u * a.matmul(&a.tr()).matmul(&u)).sum_dim_intlist(0, false, kind);
+                (base_norm2 + cross * 2.0 + square).clamp_min(f64::from(f32::MIN_POSITIVE)).sqrt()
+            };
+            Tensor::stack(&dora.map(norm).collect::<Vec<_>>(), 0)
+        });
+        Some(magnitude / norms)
+    }
+
+    /// The factors of an expert's update: `A`, `[r, i]`, and `s B^T`, `[r, o]`, with those of its
+    /// start, if any, below.
+    fn delta(&self, slot: &Slot) -> (Tensor, Tensor) {
+        let rows = |stack: &Tensor, start| stack.narrow(0, start, slot.rank);
+        let a = rows(&self.lora_a, slot.start);
+        let u = rows(&self.lora_b, slot.start) * slot.scaling;
+        match (slot.initial, &self.initial) {
+            (Some(start), Some((initial_a, initial_b))) => {
+                let u0 = rows(initial_b, start) * -slot.scaling;
+                (Tensor::cat(&[a, rows(initial_a, start)], 0), Tensor::cat(&[u, u0], 0))
+            }
+            _ => (a, u),
+        }
+    }
+
+    /// What multiplies the update `W^T` of an expert, in full: `s (B A - B0 A0)`, `[o, i]`.
+    pub fn delta_weight(&self, expert: usize) -> Option<Tensor> {
+        let slot = self.slots.iter().find(|slot| slot.expert == expert)?;
+        let (a, u) = self.delta(slot);
+        Some(u.tr().matmul(&a))
+    }
+
+    /// The factors `[m, o]` of each row of the stack, `[R, o]`; 1 where an expert is no DoRA.
+    fn of_rows(&self, factors_mo: &Tensor) -> Tensor {
+        let one = factors_mo.size()[0];
+        let row = |slot: &Slot| vec![slot.magnitude.unwrap_or(one); slot.rank as usize];
+        let initial = self.slots.iter().filter(|slot| slot.initial.is_some());
+        let index: Vec<i64> = self.slots.iter().chain(initial).flat_map(row).collect();
+        let ones = factors_mo.slice(0, 0, 1, 1).ones_like();
+        let index = Tensor::from_slice(&index).to_device(factors_mo.device());
+        Tensor::cat(&[factors_mo, &ones], 0).index_select(0, &index)
+    }
+
+    /// `sum_e g_e values_e` over the DoRA experts, `[n, o]`, or `[o]` if every weight is 1.
+    fn mixed_magnitudes(&self, values_mo: &Tensor, g: &RoutingWeights) -> Tensor {
+        match g {
+            RoutingWeights::PerToken(g_bte) => {
+                let e = *g_bte.size().last().expect("routing weights are [b, t, e]");
+                let experts = self.slots.iter().filter(|slot| slot.magnitude.is_some());
+                let experts: Vec<i64> = experts.map(|slot| slot.expert as i64).collect();
+                let index = Tensor::from_slice(&experts).to_device(g_bte.device());
+                g_bte.view([-1, e]).index_select(1, &index).matmul(values_mo)
+            }
+            _ => values_mo.sum_dim_intlist(0, false, values_mo.kind()),
+        }
+    }
+
+    /// One expert after the other, each with a dropout mask of its own, by the formulas to the letter
+    /// (PEFT 0.21, `Linear.forward` and `DoraLinearLayer.forward`).
+    pub fn add_looped(
+        &self,
+        mut y: Tensor,
+        x: &Tensor,
+        linear: &Linear,
+        g: &RoutingWeights,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        if matches!(g, RoutingWeights::Off) {
+            return y;
+        }
+        let kind = x.kind();
+        let base = (self.magnitude.is_some() && !dropout.is_active())
+            .then(|| &y - linear.bias.to_kind(kind));
+        for slot in &self.slots {
+            let x = dropout.apply(x);
+            let part = |a: &Tensor, b: &Tensor, start| {
+                let rows = |stack: &Tensor| stack.narrow(0, start, slot.rank).to_kind(kind);
+                x.matmul(&rows(a).tr()).matmul(&rows(b)) * slot.scaling
+            };
+            let mut update = part(&self.lora_a, &self.lora_b, slot.start);
+            if let (Some(start), Some((a, b))) = (slot.initial, &self.initial) {
+                update = update - part(a, b, start);
+            }
+            if let (Some(row), Some(magnitude)) = (slot.magnitude, &self.magnitude) {
+                let norm_o = tch::no_grad(|| self.updated_weight_norm(slot, linear));
+                let factor = (magnitude.get(row) / norm_o).to_kind(kind);
+                let base = match &base {
+                    Some(base) => base.shallow_clone(),
+                    None => x.matmul(&linear.weight.to_kind(kind)),
+                };
+                update = base * (&factor - 1.0) + factor * update;
+            }
+            y = match g {
+                RoutingWeights::PerToken(g_bte) => {
+                    y + update * g_bte.narrow(-1, slot.expert as i64, 1).to_kind(kind)
+                }
+                _ => y + update,
+            };
+        }
+        y
+    }
+
+    /// `|W + s (B A - B0 A0)|` over inputs, `[o]`, from the weight in full.
+    fn updated_weight_norm(&self, slot: &Slot, linear: &Linear) -> Tensor {
+        let kind = self.lora_a.kind();
+        let (a, u) = self.delta(slot);
+        let weight_io = linear.weight.to_kind(kind) + a.tr().matmul(&u);
+        weight_io.square().sum_dim_intlist(0, false, kind).sqrt()
+    }
+}

@@ -1,0 +1,231 @@
+//! What is trained and what is saved, by name.
+//!
+//! ```text
+//! h.{layer}.{module}.expert_{e}.lora_a      [r, i]    PEFT's lora_A.weight
+//!                              .lora_b      [o, r]    PEFT's lora_B.weight
+//!                              .magnitude   [o]       of DoRA
+//!                              .initial_a, .initial_b of PiSSA and OLoRA: where A and B started
+//! router.weight [e, d], router.bias [e]               one for all layers
+//! h.{layer}.router.weight, .bias                      one for each
+//! transformer.*, lm_head.weight                       the base, with method = "full"
+//! ```
+//!
+//! An expert is a run of rows of its module's stacks, so that one stack is one leaf of the graph, and
+//! an expert in it can be trained while its neighbour is frozen.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use tch::Tensor;
+
+use super::RoutedGpt2;
+use crate::config::{ModulePath, RouterInput, RoutingChoice};
+
+/// Which parameter group a trained parameter belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ParameterGroup {
+    /// LoRA matrices and magnitudes.
+    Adapters,
+    /// The routers.
+    Router,
+    /// Matrices of the base (`method = "full"`).
+    Base,
+    /// Biases, LayerNorms and embeddings of the base, which do not decay.
+    BaseNoDecay,
+}
+
+/// A parameter that is trained: a leaf, or rows of one.
+#[derive(Debug)]
+pub struct TrainedParameter {
+    /// Its name in checkpoints.
+    pub name: String,
+    /// The numbers, without gradient: a view of the leaf's rows. B of an expert is `[r, o]` here.
+    pub tensor: Tensor,
+    /// Its group.
+    pub group: ParameterGroup,
+    /// Index of its leaf in [`Trained::leaves`].
+    leaf: usize,
+    /// First row and number of rows; none for the whole leaf.
+    rows: Option<(i64, i64)>,
+}
+
+/// What is trained.
+#[derive(Debug, Default)]
+pub struct Trained {
+    /// The tensors to differentiate with respect to.
+    pub leaves: Vec<Tensor>,
+    /// What of them is trained, in a fixed order.
+    pub parameters: Vec<TrainedParameter>,
+}
+
+impl Trained {
+    /// The gradients of the parameters from those of the leaves.
+    pub fn split(&self, leaf_grads: &[Tensor]) -> Vec<Tensor> {
+        let of = |parameter: &TrainedParameter| {
+            let grad = &leaf_grads[parameter.leaf];
+            match parameter.rows {
+                None => grad.shallow_clone(),
+                Some((start, len)) => grad.narrow(0, start, len),
+            }
+        };
+        self.parameters.iter().map(of).collect()
+    }
+
+    fn add(
+        &mut self,
+        leaf: &Tensor,
+        rows: Vec<(String, Option<(i64, i64)>)>,
+        group: ParameterGroup,
+    ) {
+        if rows.is_empty() {
+            return;
+        }
+        let index = self.leaves.len();
+        for (name, rows) in rows {
+            let tensor = match rows {
+                None => leaf.detach(),
+                Some((start, len)) => leaf.detach().narrow(0, start, len),
+            };
+            self.parameters.push(TrainedParameter { name, tensor, group, leaf: index, rows });
+        }
+        self.leaves.push(leaf.shallow_clone());
+    }
+}
+
+impl RoutedGpt2 {
+    /// What is trained when `routing` decides the weights: the routers by [`RoutingChoice::Router`]
+    /// alone, the trainable experts that it reaches.
+    pub fn trained(&self, routing: RoutingChoice) -> Trained {
+        let mut trained = Trained::default();
+        if self.trains_base {
+            for (name, tensor) in self.base.named_parameters() {
+                let group = base_group(&name, &tensor);
+                trained.add(&tensor, vec![(name, None)], group);
+            }
+            return trained;
+        }
+        let reached = |expert: usize| match routing {
+            RoutingChoice::Expert(only) => only == expert as i64,
+            RoutingChoice::None => false,
+            _ => true,
+        };
+        for (path, experts) in self.modules() {
+            let slots = experts.slots.iter().filter(|slot| slot.trainable && reached(slot.expert));
+            let named = |key: &str, expert| format!("{path}.{}.{key}", expert_name(expert));
+            let rows = |key: &str| {
+                let row = |slot: &super::lora::Slot| {
+                    (named(key, slot.expert), Some((slot.start, slot.rank)))
+                };
+                slots.clone().map(row).collect::<Vec<_>>()
+            };
+            trained.add(&experts.lora_a, rows("lora_a"), ParameterGroup::Adapters);
+            trained.add(&experts.lora_b, rows("lora_b"), ParameterGroup::Adapters);
+            if let Some(magnitude) = &experts.magnitude {
+                let row = |slot: &super::lora::Slot| {
+                    Some((named("magnitude", slot.expert), Some((slot.magnitude?, 1))))
+                };
+                let rows = slots.clone().filter_map(row).collect();
+                trained.add(magnitude, rows, ParameterGroup::Adapters);
+            }
+        }
+        if routing == RoutingChoice::Router {
+            for (name, tensor) in self.router_tensors() {
+                trained.add(&tensor, vec![(name, None)], ParameterGroup::Router);
+            }
+        }
+        trained
+    }
+
+    /// Every tensor that is not a frozen base's, by name, in PEFT's layout: views, without gradient.
+    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+        if self.trains_base {
+            let named = self.base.named_parameters().into_iter();
+            return named.map(|(name, tensor)| (name, tensor.detach())).collect();
+        }
+        let mut tensors = BTreeMap::new();
+        for (path, experts) in self.modules() {
+            for part in experts.tensors() {
+                let name = format!("{path}.{}.{}", expert_name(part.expert), part.key);
+                tensors.insert(name, part.tensor);
+            }
+        }
+        tensors.extend(self.router_tensors().into_iter().map(|(name, t)| (name, t.detach())));
+        tensors
+    }
+
+    /// The tensors of the experts that are frozen.
+    pub fn frozen_tensors(&self) -> Vec<(String, Tensor)> {
+        let frozen = |name: &String| {
+            let is_of = |e: usize| name.contains(&format!(".{}.", expert_name(e)));
+            self.specs.iter().enumerate().any(|(e, spec)| !spec.trainable && is_of(e))
+        };
+        self.tensors().into_iter().filter(|(name, _)| frozen(name)).collect()
+    }
+
+    /// Overwrites all of [`RoutedGpt2::tensors`] with `tensors` of the same names and shapes.
+    ///
+    /// # Errors
+    /// A missing, extra or misshapen tensor, by name.
+    pub fn load(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let own = self.tensors();
+        if let Some(name) = own.keys().find(|name| !tensors.contains_key(*name)) {
+            bail!("tensor `{name}` is missing");
+        }
+        self.load_some(tensors)
+    }
+
+    /// Overwrites those of [`RoutedGpt2::tensors`] that `tensors` holds.
+    ///
+    /// # Errors
+    /// An extra or misshapen tensor, by name; nothing is overwritten then.
+    pub fn load_some(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+        let own = self.tensors();
+        for (name, source) in tensors {
+            let Some(tensor) = own.get(name) else {
+                bail!("tensor `{name}` belongs to no parameter of this model");
+            };
+            if source.size() != tensor.size() {
+                bail!("tensor `{name}` must be {:?}, got {:?}", tensor.size(), source.size());
+            }
+        }
+        tch::no_grad(|| {
+            for (name, source) in tensors {
+                own[name].shallow_clone().copy_(source);
+            }
+        });
+        Ok(())
+    }
+
+    /// The routers' leaves by name.
+    fn router_tensors(&self) -> Vec<(String, Tensor)> {
+        let prefix = |layer: usize| match self.router_input {
+            RouterInput::LayerInput => format!("h.{layer}.router"),
+            RouterInput::Embeddings | RouterInput::BaseHidden => "router".into(),
+        };
+        let routers = self.routers.iter().enumerate();
+        let tensors = routers.flat_map(|(layer, router)| {
+            let prefix = prefix(layer);
+            [
+                (format!("{prefix}.weight"), router.weight.shallow_clone()),
+                (format!("{prefix}.bias"), router.bias.shallow_clone()),
+            ]
+        });
+        tensors.collect()
+    }
+
+    /// The tensor that [`RoutedGpt2::tensors`] calls by a module, an expert and a key.
+    pub fn expert_tensor(&self, path: ModulePath, expert: usize, key: &str) -> Option<Tensor> {
+        self.experts(path)?.tensor(expert, key)
+    }
+}
+
+/// An expert's name in files: `expert_0`, ..; PEFT mistakes bare digits.
+pub fn expert_name(expert: usize) -> String {
+    format!("expert_{expert}")
+}
+
+fn base_group(name: &str, tensor: &Tensor) -> ParameterGroup {
+    let embedding = name.contains(".wte.") || name.contains(".wpe.");
+    let decays = tensor.dim() == 2 && !embedding;
+    if decays { ParameterGroup::Base } else { ParameterGroup::BaseNoDecay }
+}

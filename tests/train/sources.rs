@@ -1,0 +1,1 @@
+//! Runs by other sources of routing weights, from imported experts, and what an export gives back.
