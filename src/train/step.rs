@@ -34,6 +34,17 @@ pub struct StepResult {
     pub routing: Vec<RoutingTotals>,
 }
 
+/// The gradients of a step, before they are clipped.
+#[derive(Debug)]
+pub struct StepGradients {
+    /// One for each trained parameter.
+    pub grads: Vec<Tensor>,
+    /// Sums of the label tokens' losses by domain, nats, `[domains]`, f64.
+    pub domain_sums: Tensor,
+    /// Each router's totals; none if no router decides.
+    pub routing: Vec<RoutingTotals>,
+}
+
 /// A micro-batch on the device.
 struct MicroBatch {
     inputs: Inputs,
@@ -53,14 +64,39 @@ pub fn step(
     blocks: &[BlockId],
     lr_factor: f64,
 ) -> Result<StepResult> {
-    let device = model.device();
-    let batches = blocks
-        .chunks(config.train.micro_batch_size)
-        .map(|chunk| dataset.batch(chunk))
-        .collect::<Vec<Batch>>();
-    let label_tokens: u64 = batches.iter().map(Batch::label_tokens).sum();
+    let batches: Vec<Batch> =
+        blocks.chunks(config.train.micro_batch_size).map(|chunk| dataset.batch(chunk)).collect();
     let counts = domain_tokens(&batches, dataset.domains.len());
-    let micro_batches: Vec<MicroBatch> = batches
+    let StepGradients { grads, domain_sums, routing } =
+        gradients(model, trained, config, &batches, dataset.domains.len())?;
+    let grad_norm = optimizer.clip(&grads)?.double_value(&[]);
+    let domain_sums = Vec::<f64>::try_from(domain_sums)?;
+    let label_tokens: u64 = counts.iter().sum();
+    let loss = domain_sums.iter().sum::<f64>() / label_tokens as f64;
+    check_finite(loss, grad_norm)?;
+    optimizer.update(&grads, lr_factor)?;
+    let domain_losses = dataset
+        .domains
+        .iter()
+        .zip(domain_sums.iter().zip(&counts))
+        .filter(|(_, (_, count))| **count > 0)
+        .map(|(domain, (sum, count))| (domain.name.clone(), sum / *count as f64));
+    let domain_losses = domain_losses.collect();
+    Ok(StepResult { loss, domain_losses, label_tokens, grad_norm, routing })
+}
+
+/// The gradients of the mean loss over the label tokens of all micro-batches, and of the
+/// load-balancing loss over them: the same however they are cut.
+pub fn gradients(
+    model: &RoutedGpt2,
+    trained: &Trained,
+    config: &Config,
+    micro_batches: &[Batch],
+    num_domains: usize,
+) -> Result<StepGradients> {
+    let device = model.device();
+    let label_tokens: u64 = micro_batches.iter().map(Batch::label_tokens).sum();
+    let micro_batches: Vec<MicroBatch> = micro_batches
         .iter()
         .map(|batch| MicroBatch {
             inputs: eval::inputs(batch, device),
@@ -75,14 +111,14 @@ pub fn step(
         false => vec![],
     };
     let mut grads = GradientSum::default();
-    let mut domain_sums = Tensor::zeros([dataset.domains.len() as i64], (Kind::Double, device));
+    let mut domain_sums = Tensor::zeros([num_domains as i64], (Kind::Double, device));
     for micro_batch in &micro_batches {
         let (output, of_batch) = forward(model, config, micro_batch, 1.0 / label_tokens as f64);
         if !ahead {
             add_totals(&mut routing, &of_batch, &micro_batch.inputs.labelled);
         }
         let mut loss = output.loss;
-        if balances {
+        if balances && !of_batch.is_empty() {
             let coef = config.router.load_balancing_coef;
             loss += balance_loss(&of_batch, &routing, &micro_batch.inputs.labelled) * coef;
         }
@@ -90,25 +126,7 @@ pub fn step(
         let token_losses = output.token_losses.to_kind(Kind::Double);
         domain_sums = domain_sums.index_add(0, &micro_batch.label_domains, &token_losses);
     }
-    let grads = grads.of_parameters(trained);
-    let grad_norm = optimizer.clip(&grads)?.double_value(&[]);
-    let domain_sums = Vec::<f64>::try_from(domain_sums)?;
-    let loss = domain_sums.iter().sum::<f64>() / label_tokens as f64;
-    check_finite(loss, grad_norm)?;
-    optimizer.update(&grads, lr_factor)?;
-    let domain_losses = dataset
-        .domains
-        .iter()
-        .zip(domain_sums.iter().zip(&counts))
-        .filter(|(_, (_, count))| **count > 0)
-        .map(|(domain, (sum, count))| (domain.name.clone(), sum / *count as f64));
-    Ok(StepResult {
-        loss,
-        domain_losses: domain_losses.collect(),
-        label_tokens,
-        grad_norm,
-        routing,
-    })
+    Ok(StepGradients { grads: grads.of_parameters(trained), domain_sums, routing })
 }
 
 fn mode(config: &Config) -> ForwardMode {

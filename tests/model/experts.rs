@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use dylora::config::{
-    DropoutMasks, LoraConfig, LoraInit, ModulePath, RouterConfig, RoutingChoice, TargetModule,
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, RoutingChoice,
+    TargetModule,
 };
 use dylora::model::expert::{ExpertSpec, RankAlpha};
 use dylora::model::gpt2::Linear;
@@ -96,6 +97,86 @@ fn a_one_hot_weight_is_that_expert_alone() -> Result<()> {
         let one_hot = logits(&model, &inputs, &RoutingSource::Expert(expert));
         assert_close(&format!("expert {expert}"), &one_hot, &expected, 1e-13);
     }
+    Ok(())
+}
+
+#[test]
+fn permuting_the_experts_with_their_weights_changes_nothing() -> Result<()> {
+    let _generator = seed(14);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let router = RouterConfig::default();
+    let permuted = new_model(model.base(), &tiny_lora(), &router, Kind::Double);
+    let order = [2, 0, 1];
+    for (name, tensor) in permuted.tensors() {
+        let source = order.iter().enumerate().find_map(|(to, from)| {
+            let to = format!(".expert_{to}.");
+            name.contains(&to).then(|| name.replace(&to, &format!(".expert_{from}.")))
+        });
+        let mut tensor = tensor;
+        if let Some(source) = source {
+            tensor.copy_(&model.tensors()[&source]);
+        }
+    }
+    let weights = Tensor::randn([2, 7, 3], DOUBLE);
+    let index = Tensor::from_slice(&order.map(|expert| expert as i64));
+    let expected = logits(&model, &two_rows(), &RoutingSource::Given(weights.shallow_clone()));
+    let mixed = RoutingSource::Given(weights.index_select(2, &index));
+    assert_close("permuted", &logits(&permuted, &two_rows(), &mixed), &expected, 1e-12);
+    // the weights matter: those of before are another mixture
+    let other = logits(&permuted, &two_rows(), &RoutingSource::Given(weights));
+    assert!(max_difference(&other, &expected) > 0.1);
+    Ok(())
+}
+
+/// PEFT's `adapter_names`: row by row, or document by document where a row holds several.
+#[test]
+fn a_records_expert_decides_its_own_tokens() -> Result<()> {
+    let _generator = seed(15);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let mut inputs = two_rows();
+    inputs.expert_ids = Some(Tensor::from_slice(&[2i64, -1]).view([2, 1]).expand([2, 7], false));
+    let by_record = logits(&model, &inputs, &RoutingSource::Record);
+    let rows = [RoutingSource::Expert(2), RoutingSource::Base].map(|s| logits(&model, &inputs, &s));
+    for (row, expected) in rows.iter().enumerate() {
+        let row = row as i64;
+        assert_close("row", &by_record.get(row), &expected.get(row), 1e-12);
+    }
+    Ok(())
+}
+
+#[test]
+fn every_weight_one_is_the_sum_of_the_experts() -> Result<()> {
+    let _generator = seed(16);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let ones = RoutingSource::Given(Tensor::ones([3], DOUBLE));
+    let expected = logits(&model, &two_rows(), &ones);
+    let all = logits(&model, &two_rows(), &RoutingSource::All);
+    assert_close("all", &all, &expected, 1e-12);
+    Ok(())
+}
+
+#[test]
+fn an_expert_is_off_before_its_last_invocation() -> Result<()> {
+    let _generator = seed(17);
+    let invoked = ExpertConfig { invocation_tokens: vec![18, 28], ..ExpertConfig::default() };
+    let lora = LoraConfig { experts: vec![invoked], ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    // the second row has 18 28 at 1 and at 3, the first not at all
+    let output = model.forward(&two_rows(), &RoutingSource::Uniform, ForwardMode::EVAL, None);
+    let RoutingWeights::PerToken(weights) = &output.weights[0] else { panic!("they are masked") };
+    let third = 1.0 / 3.0;
+    let expected = [vec![0.0; 7], vec![0.0, 0.0, 0.0, third, third, third, third]].concat();
+    let first = weights.select(2, 0).contiguous().view([-1]);
+    assert_close("expert 0", &first, &Tensor::from_slice(&expected), 1e-15);
+    let others = weights.narrow(2, 1, 2);
+    assert_close("others", &others, &others.full_like(third), 1e-15);
+    for source in [RoutingSource::Router, RoutingSource::All, RoutingSource::Expert(0)] {
+        let logits = logits(&model, &two_rows(), &source);
+        assert!(logits.isfinite().all().int64_value(&[]) == 1);
+    }
+    let none = logits(&model, &two_rows(), &RoutingSource::Base).get(0);
+    let alone = logits(&model, &two_rows(), &RoutingSource::Expert(0)).get(0);
+    assert_close("a row without invocation", &alone, &none, 1e-13);
     Ok(())
 }
 

@@ -3,8 +3,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod accumulation;
 mod checkpointing;
 mod experts;
+mod gradients;
 mod loss;
 mod packing;
 mod routing;

@@ -1,7 +1,8 @@
 //! No token sees the future or another document.
 
 use anyhow::Result;
-use dylora::config::RouterConfig;
+use dylora::config::{RouterConfig, RouterInput};
+use dylora::model::router::{RoutingTotals, add_totals};
 use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
@@ -11,6 +12,9 @@ use crate::common::{
 };
 
 const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
+
+const INPUTS: [RouterInput; 3] =
+    [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
 
 /// The documents in two rows of eight, the second with a position of padding.
 fn packed() -> Inputs {
@@ -38,8 +42,9 @@ fn token_losses(model: &RoutedGpt2, inputs: &Inputs) -> (Tensor, Tensor) {
 #[test]
 fn packed_documents_have_the_losses_and_gradients_of_separate_ones() -> Result<()> {
     let _generator = seed(40);
-    for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-12)] {
-        let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+    let kinds = [(Kind::Float, 1e-5), (Kind::Double, 1e-12)];
+    for (input, (kind, tolerance)) in INPUTS.into_iter().flat_map(|i| kinds.map(|k| (i, k))) {
+        let router = RouterConfig { input, top_k: Some(2), ..RouterConfig::default() };
         let model = tiny_model(&tiny_lora(), &router, kind)?;
         let (packed_loss, packed) = token_losses(&model, &packed());
         let separate = DOCUMENTS.map(|document| token_losses(&model, &rows(&[document])));
@@ -53,36 +58,68 @@ fn packed_documents_have_the_losses_and_gradients_of_separate_ones() -> Result<(
     Ok(())
 }
 
-#[test]
-fn padding_behind_a_document_changes_nothing() -> Result<()> {
-    let _generator = seed(41);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
-    let padded = Rows {
+/// One document with padding before and behind it.
+fn padded(before: usize, behind: usize) -> Inputs {
+    let document = DOCUMENTS[0];
+    let pad = |value: i64, middle: Vec<i64>| -> Vec<i64> {
+        [vec![value; before], middle, vec![value; behind]].concat()
+    };
+    let labels = [&document[1..], &[-100]].concat();
+    let rows = Rows {
         num_rows: 1,
-        seq_len: 6,
-        input_ids: &[3, 14, 15, 9, 0, 0],
-        labels: &[14, 15, 9, -100, -100, -100],
-        position_ids: &[0, 1, 2, 3, 0, 1],
-        document_ids: &[0, 0, 0, 0, -1, -1],
+        seq_len: before + document.len() + behind,
+        input_ids: &pad(0, document.to_vec()),
+        labels: &pad(-100, labels),
+        position_ids: &pad(0, (0..document.len() as i64).collect()),
+        document_ids: &pad(-1, vec![0; document.len()]),
         expert_ids: None,
     };
-    let (_, padded) = token_losses(&model, &Inputs::new(padded, Device::Cpu));
-    let (_, alone) = token_losses(&model, &rows(&[DOCUMENTS[0]]));
-    assert_close("token losses", &padded, &alone, 1e-12);
+    Inputs::new(rows, Device::Cpu)
+}
+
+/// Loss, gradients, statistics and load-balancing loss, for every input of the router.
+#[test]
+fn padding_before_and_behind_a_document_changes_nothing() -> Result<()> {
+    let _generator = seed(41);
+    for (input, top_k) in INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))]) {
+        let router = RouterConfig { input, top_k, ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let run = |inputs: &Inputs| {
+            let source = &RoutingSource::Router;
+            let (loss, routing) = model.loss(inputs, source, ForwardMode::EVAL, mean_loss(3));
+            let mut totals = vec![];
+            add_totals(&mut totals, &routing, &inputs.labelled);
+            let balance: Tensor = totals.iter().map(RoutingTotals::load_balancing_loss).sum();
+            let loads: Vec<_> = totals.iter().map(RoutingTotals::expert_load).collect();
+            let statistics = Tensor::cat(&[balance.view([1]), Tensor::cat(&loads, 0)], 0);
+            (loss.token_losses, gradients(&model, &loss.loss), statistics)
+        };
+        let (losses, grads, statistics) = run(&padded(0, 0));
+        for (before, behind) in [(0, 2), (2, 0), (1, 3)] {
+            let what = format!("{input:?}, top_k {top_k:?}, padding {before} and {behind}");
+            let (padded_losses, padded_grads, padded_statistics) = run(&padded(before, behind));
+            assert_close(&what, &padded_losses, &losses, 1e-12);
+            assert_close(&what, &padded_statistics, &statistics, 1e-12);
+            assert_same_gradients(&padded_grads, &grads, 1e-11);
+        }
+    }
     Ok(())
 }
 
+/// For every input of the router and every source of weights that is not given from outside.
 #[test]
 fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
     let _generator = seed(42);
     let tokens = [3, 14, 15, 9, 26, 5, 35];
-    for top_k in [None, Some(1), Some(2)] {
-        let router = RouterConfig { top_k, ..RouterConfig::default() };
+    let top_ks = [None, Some(1), Some(2)];
+    for (input, top_k) in INPUTS.into_iter().flat_map(|input| top_ks.map(|top_k| (input, top_k))) {
+        let router = RouterConfig { input, top_k, ..RouterConfig::default() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let run = |tokens: &[i64]| {
             let inputs = rows(&[tokens]);
-            let mut routing = model.routing(&inputs, ForwardMode::EVAL);
-            (routing.remove(0).weights, logits(&model, &inputs, &RoutingSource::Router))
+            let routing = model.routing(&inputs, ForwardMode::EVAL);
+            let weights: Vec<_> = routing.iter().map(|routing| &routing.weights).collect();
+            (Tensor::cat(&weights, 2), logits(&model, &inputs, &RoutingSource::Router))
         };
         let (weights, all_logits) = run(&tokens);
         for t in 0..tokens.len() {
@@ -90,7 +127,7 @@ fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
             changed[t] = 57;
             let (changed_weights, changed_logits) = run(&changed);
             let before = |x: &Tensor| x.narrow(1, 0, t as i64);
-            assert_close("weights", &before(&changed_weights), &before(&weights), 0.0);
+            assert_close("weights", &before(&changed_weights), &before(&weights), 1e-12);
             assert_close("logits", &before(&changed_logits), &before(&all_logits), 1e-12);
             let from = |x: &Tensor| x.narrow(1, t as i64, 1);
             assert!(max_difference(&from(&changed_logits), &from(&all_logits)) > 1e-3);

@@ -1,0 +1,192 @@
+//! Gradients against finite differences, and where there are none.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use dylora::config::{
+    LoraConfig, ModulePath, RouterConfig, RouterInput, RoutingChoice, TargetModule,
+};
+use dylora::model::lora::{LoraDropout, RoutingWeights};
+use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use tch::{Kind, Tensor};
+
+use crate::common::{
+    DOUBLE, assert_close, gradients, mean_loss, new_model, seed, tiny_base, tiny_config, tiny_lora,
+    tiny_model, two_rows,
+};
+
+const INPUTS: [RouterInput; 3] =
+    [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
+
+fn loss(model: &RoutedGpt2, source: &RoutingSource) -> Tensor {
+    model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss
+}
+
+/// `(f(x + h v) - f(x - h v)) / 2h` along a random direction v, and v itself. `x` is left as it was.
+fn slope(x: &Tensor, f: impl Fn() -> f64) -> (f64, Tensor) {
+    const H: f64 = 1e-5;
+    let direction = Tensor::randn(x.size(), DOUBLE);
+    let mut x = x.shallow_clone();
+    let original = x.detach().copy();
+    let at = |x: &mut Tensor, h: f64| {
+        tch::no_grad(|| x.copy_(&(&original + &direction * h)));
+        f()
+    };
+    let slope = (at(&mut x, H) - at(&mut x, -H)) / (2.0 * H);
+    tch::no_grad(|| x.copy_(&original));
+    (slope, direction)
+}
+
+#[track_caller]
+fn assert_slope(name: &str, grad: &Tensor, x: &Tensor, f: impl Fn() -> f64) {
+    for _ in 0..3 {
+        let (slope, direction) = slope(x, &f);
+        let expected = (grad * direction).sum(Kind::Double).double_value(&[]);
+        let difference = (slope - expected).abs();
+        assert!(difference < 1e-6 * expected.abs().max(1.0), "`{name}`: {slope} is not {expected}");
+    }
+}
+
+/// A, B, router weight and bias, for every input that a router can read.
+#[test]
+fn trained_tensors_have_the_slopes_of_finite_differences() -> Result<()> {
+    let _generator = seed(60);
+    for (input, top_k) in INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))]) {
+        let router = RouterConfig { input, top_k, temperature: 0.8, ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let grads = gradients(&model, &loss(&model, &RoutingSource::Router));
+        for (name, tensor) in model.tensors() {
+            let f = || loss(&model, &RoutingSource::Router).double_value(&[]);
+            assert_slope(&format!("{name} by {input:?}, {top_k:?}"), &grads[&name], &tensor, f);
+        }
+    }
+    Ok(())
+}
+
+/// DoRA's norm has no gradient, so that only its magnitudes and what is around it follow the slope.
+#[test]
+fn magnitudes_and_the_router_over_dora_have_the_slopes_of_finite_differences() -> Result<()> {
+    let _generator = seed(61);
+    let lora = LoraConfig { use_dora: true, ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let grads = gradients(&model, &loss(&model, &RoutingSource::Router));
+    let tensors = model.tensors().into_iter();
+    for (name, tensor) in tensors.filter(|(name, _)| !name.contains("lora_")) {
+        let f = || loss(&model, &RoutingSource::Router).double_value(&[]);
+        assert_slope(&name, &grads[&name], &tensor, f);
+    }
+    Ok(())
+}
+
+/// The layer's own input, and the scores before the softmax as leaves.
+#[test]
+fn inputs_and_router_logits_have_the_slopes_of_finite_differences() -> Result<()> {
+    let _generator = seed(62);
+    for use_dora in [false, true] {
+        let lora = LoraConfig { use_dora, ..tiny_lora() };
+        let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+        let path = ModulePath { layer: 1, module: TargetModule::MlpCFc };
+        let experts = model.experts(path).expect("every module is a target");
+        let linear = &model.base().blocks[1].linears[&path.module];
+        let x = Tensor::randn([2, 5, 16], DOUBLE).set_requires_grad(true);
+        let logits = Tensor::randn([2, 5, 3], DOUBLE).set_requires_grad(true);
+        let target = Tensor::randn([2, 5, 64], DOUBLE);
+        let f = || {
+            let g = RoutingWeights::PerToken(logits.softmax(-1, Kind::Double));
+            let y = experts.add(linear.forward(&x), &x, linear, &g, LoraDropout::NONE);
+            (y * &target).sum(Kind::Double)
+        };
+        let grads = Tensor::run_backward(&[f()], &[&x, &logits], false, false);
+        assert_slope("x", &grads[0], &x, || f().double_value(&[]));
+        assert_slope("router_logits", &grads[1], &logits, || f().double_value(&[]));
+        // through the whole model, by weights that are given
+        let logits = Tensor::randn([2, 7, 3], DOUBLE).set_requires_grad(true);
+        let f = || loss(&model, &RoutingSource::Given(logits.softmax(-1, Kind::Double)));
+        let grads = Tensor::run_backward(&[f()], &[&logits], false, false);
+        assert_slope("router_logits", &grads[0], &logits, || f().double_value(&[]));
+    }
+    Ok(())
+}
+
+fn largest(tensor: &Tensor) -> f64 {
+    tensor.abs().max().double_value(&[])
+}
+
+/// From B = 0 an expert puts nothing out, so that neither its A nor its routing weight can matter yet.
+#[test]
+fn from_b_zero_only_b_has_a_gradient() -> Result<()> {
+    let _generator = seed(63);
+    for input in INPUTS {
+        let router = RouterConfig { input, ..RouterConfig::default() };
+        let base = tiny_base(tiny_config());
+        let model = new_model(&base, &tiny_lora(), &router, Kind::Double);
+        for (name, grad) in gradients(&model, &loss(&model, &RoutingSource::Router)) {
+            assert_eq!(largest(&grad) > 0.0, name.ends_with("lora_b"), "`{name}`: {grad:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Moves every trained tensor against its gradient.
+fn descend(model: &RoutedGpt2, grads: &BTreeMap<String, Tensor>) {
+    let tensors = model.tensors();
+    tch::no_grad(|| {
+        for (name, grad) in grads {
+            let _ = tensors[name].shallow_clone().g_sub_(&(grad * 0.1));
+        }
+    });
+}
+
+#[test]
+fn after_a_step_every_trained_tensor_has_a_finite_gradient_that_is_not_zero() -> Result<()> {
+    let _generator = seed(64);
+    for (input, use_dora) in INPUTS.into_iter().flat_map(|i| [(i, false), (i, true)]) {
+        let router = RouterConfig { input, ..RouterConfig::default() };
+        let lora = LoraConfig { use_dora, ..tiny_lora() };
+        let base = tiny_base(tiny_config());
+        let fresh = new_model(&base, &lora, &router, Kind::Double);
+        let random = tiny_model(&lora, &router, Kind::Double)?;
+        for model in [fresh, random] {
+            let source = &RoutingSource::Router;
+            descend(&model, &gradients(&model, &loss(&model, source)));
+            let grads = gradients(&model, &loss(&model, source));
+            assert_eq!(grads.len(), model.trained(RoutingChoice::Router).parameters.len());
+            for (name, grad) in grads {
+                let size = largest(&grad);
+                assert!(size > 0.0 && size.is_finite(), "`{name}` by {input:?}: {size}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a source does not reach has no gradient, and is not among what is trained.
+#[test]
+fn a_source_trains_what_it_reaches() -> Result<()> {
+    let _generator = seed(65);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let names = |choice| -> Vec<String> {
+        model.trained(choice).parameters.into_iter().map(|p| p.name).collect()
+    };
+    let all = names(RoutingChoice::Router);
+    assert_eq!(all.iter().filter(|name| name.starts_with("router.")).count(), 2);
+    for choice in [RoutingChoice::Uniform, RoutingChoice::All, RoutingChoice::Record] {
+        assert_eq!(names(choice), all[..all.len() - 2], "{choice}");
+    }
+    let second = names(RoutingChoice::Expert(1));
+    assert!(second.iter().all(|name| name.contains(".expert_1.")) && second.len() == 16);
+    let trained = model.trained(RoutingChoice::Expert(1));
+    let loss = loss(&model, &RoutingSource::Expert(1));
+    let leaf_grads = Tensor::run_backward(&[&loss], &trained.leaves, false, false);
+    let own: f64 = trained
+        .split(&leaf_grads)
+        .iter()
+        .map(|g| g.square().sum(Kind::Double))
+        .map(|x| x.double_value(&[]))
+        .sum();
+    let every: f64 =
+        leaf_grads.iter().map(|g| g.square().sum(Kind::Double).double_value(&[])).sum();
+    assert!(own > 0.0);
+    assert_close("squared norm", &Tensor::from(own), &Tensor::from(every), 1e-12);
+    Ok(())
+}
