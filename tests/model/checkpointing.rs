@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{DropoutMasks, LoraConfig, RouterConfig};
+use dylora::config::{DropoutMasks, ExpertConfig, LoraConfig, LoraInit, RouterConfig, RouterInput};
 use dylora::ffi;
 use dylora::model::lora::LoraDropout;
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
@@ -55,6 +55,33 @@ fn checkpointing_keeps_the_gradients_of_a_single_expert() -> Result<()> {
     let lora = LoraConfig { num_experts: 1, ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
     checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
+    Ok(())
+}
+
+/// With magnitudes, initial components, a frozen expert and a router for each layer.
+#[test]
+fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
+    let _generator = seed(26);
+    let expert = |init, use_dora, trainable| ExpertConfig {
+        init: Some(init),
+        use_dora: Some(use_dora),
+        trainable,
+        ..ExpertConfig::default()
+    };
+    let experts = vec![
+        expert(LoraInit::Pissa, true, true),
+        expert(LoraInit::Default, false, false),
+        expert(LoraInit::Olora, false, true),
+    ];
+    let lora = LoraConfig { experts, ..tiny_lora() };
+    for input in [RouterInput::Embeddings, RouterInput::LayerInput, RouterInput::BaseHidden] {
+        let router = RouterConfig { input, ..RouterConfig::default() };
+        let model = tiny_model(&lora, &router, Kind::Double)?;
+        for probability in [0.0, 0.3] {
+            let masks = DropoutMasks::Shared;
+            checkpointing_changes_nothing(&model, LoraDropout { probability, masks })?;
+        }
+    }
     Ok(())
 }
 

@@ -24,10 +24,13 @@ use tch::{Device, Tensor};
 
 mod sources;
 
-/// libtorch has one CPU generator: runs that draw from it must not overlap.
+/// libtorch has one CPU generator: runs that draw from it must not overlap. They compute in one thread:
+/// their tensors are tiny, and a team of threads waits for itself longer than it computes.
 fn alone() -> MutexGuard<'static, ()> {
     static LOCK: Mutex<()> = Mutex::new(());
-    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+    let guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+    tch::set_num_threads(1);
+    guard
 }
 
 /// A folder with a random base of two blocks, a tokenizer of 32 words and two domains.
