@@ -130,8 +130,42 @@ fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
     let arguments = ["export-adapters", "--checkpoint", run, "--out", out];
     assert!(dylora(&cache, &arguments)?.status.success());
     assert!(export.join("expert_3/adapter_model.safetensors").exists());
+    exports_are_opened_and_merged(&cache, run, out, overall)?;
     let again = dylora(&cache, &arguments)?;
     assert_eq!(again.status.code(), Some(1));
     assert!(stderr(&again).contains("is there already"), "{}", stderr(&again));
+    Ok(())
+}
+
+/// On the export of a run whose validation loss is `overall`.
+fn exports_are_opened_and_merged(
+    cache: &tempfile::TempDir,
+    run: &str,
+    export: &str,
+    overall: f64,
+) -> Result<()> {
+    let loss = |json: &Value, key: &str| json[key].as_f64().context("a number");
+    let domains = ["arithmetic", "code", "data2text", "verse"];
+    let data: Vec<String> = domains
+        .iter()
+        .flat_map(|name| ["--data".into(), format!("{name}=demo/data/{name}.validation.jsonl")])
+        .collect();
+    let data: Vec<&str> = data.iter().map(String::as_str).chain(["--seq-len", "256"]).collect();
+    let adapters = ["eval", "--adapters", export, "--base", "demo/base", "--json"];
+    let opened = json(&dylora(cache, &[&adapters[..], &data[..]].concat())?)?;
+    assert!((loss(&opened, "loss")? - overall).abs() < 1e-9, "{opened}");
+    let out = cache.path().join("merged");
+    let out = out.to_str().context("UTF-8")?;
+    let refused = dylora(cache, &["merge", "--checkpoint", run, "--out", out])?;
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains("no merge equals the mixture"), "{}", stderr(&refused));
+    let merge = ["merge", "--checkpoint", run, "--weights", "mean", "--out", out, "--json"];
+    let merged = json(&dylora(cache, &merge)?)?;
+    let measured = &merged["measured"];
+    let (routed, fixed) = (loss(&measured["routed"], "loss")?, loss(&measured["static"], "loss")?);
+    assert!((routed - overall).abs() < 1e-6 && (measured["cost"] == fixed - routed), "{merged}");
+    let base = ["eval", "--base", out, "--json"];
+    let of_merged = json(&dylora(cache, &[&base[..], &data[..]].concat())?)?;
+    assert!((loss(&of_merged, "loss")? - fixed).abs() < 1e-5, "{of_merged} is not {fixed}");
     Ok(())
 }

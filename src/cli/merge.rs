@@ -1,5 +1,5 @@
 //! `dylora merge`: a static mixture of the experts, merged into the base or into one adapter, after
-//! measuring what it costs to fix the weights of a mixture that a router weights token by token.
+//! measuring what it costs to fix the weights of a mixture whose weights differ from token to token.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ use super::{Shared, table, usage};
 use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
 use crate::durable;
-use crate::eval::{EvalReport, EvalSettings, evaluate};
+use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
 use crate::export::peft::write_adapter;
 use crate::export::{hugging_face, merge};
 use crate::model::RoutingSource;
@@ -26,8 +26,8 @@ pub struct MergeArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// One weight for each expert, the same for every token: `expert:N`, `uniform`, `all` (1 each),
-    /// `mean` (the router's mean weights on the data) or a list, as `0.5,0.3,0.2`. Needed with more
-    /// than one expert: what a router weights token by token has no exact merge.
+    /// `mean` (the router's mean weights on the data) or a list, as `0.5,0.3,0.2`. Needed where a
+    /// router weights the experts token by token: that has no exact merge.
     #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights)]
     weights: Option<Weights>,
     /// Merge into the base (a Hugging Face folder) or into one PEFT adapter of rank `sum r`.
@@ -64,11 +64,9 @@ fn parse_weights(text: &str) -> Result<Weights> {
     if text == "mean" {
         return Ok(Weights::Mean);
     }
-    match text.parse() {
-        Ok(choice @ (RoutingChoice::Uniform | RoutingChoice::All | RoutingChoice::Expert(_))) => {
-            return Ok(Weights::Fixed(choice));
-        }
-        _ => {}
+    use RoutingChoice::{All, Expert, Uniform};
+    if let Ok(choice @ (Uniform | All | Expert(_))) = text.parse() {
+        return Ok(Weights::Fixed(choice));
     }
     let list: Option<Vec<f64>> = text.split(',').map(|item| item.trim().parse().ok()).collect();
     match list {
@@ -113,14 +111,19 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
     if open.model.num_experts() == 0 {
         return Err(usage(anyhow!("name `--checkpoint` or `--adapters`: a base has no experts")));
     }
-    let is_routed = !open.model.routers().is_empty();
-    let dataset = match is_routed {
-        true => Some(data_to_measure(&args, &open, shared)?),
+    let routing = open.routing(None)?;
+    let differs_by_token = match routing {
+        RoutingChoice::Router => !open.model.routers().is_empty(),
+        RoutingChoice::Record => true,
+        _ => false,
+    };
+    let dataset = match differs_by_token {
+        true => Some(data_to_measure(&args, &open, routing, shared)?),
         false => None,
     };
-    let routed = dataset.as_ref().map(|data| measure(&open, data, &RoutingSource::Router, shared));
+    let routed = dataset.as_ref().map(|data| measure(&open, data, &routing.into(), shared));
     let routed = routed.transpose()?;
-    let weights = weights(&args, &open, routed.as_ref()).map_err(usage)?;
+    let weights = weights(&args, &open, routing, routed.as_ref()).map_err(usage)?;
     let cost = match (dataset, routed) {
         (Some(data), Some(routed)) => {
             let fixed = measure(&open, &data, &fixed_source(&weights), shared)?;
@@ -145,43 +148,55 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
 }
 
 /// The data on which a routed mixture is compared with a static one.
-fn data_to_measure(args: &MergeArgs, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
+fn data_to_measure(
+    args: &MergeArgs,
+    open: &OpenModel,
+    routing: RoutingChoice,
+    shared: &Shared,
+) -> Result<TokenDataset> {
     if args.weights.is_none() {
         return Err(usage(anyhow!(
-            "the router weights the experts token by token, so that no merge equals the mixture\n\
-             hint: choose weights to fix: `--weights mean`, `uniform`, `expert:N` or a list"
+            "routing by `{routing}` weights the experts token by token, so that no merge equals the \
+             mixture\nhint: choose weights to fix: `--weights mean`, `uniform`, `expert:N` or a list"
         )));
     }
-    args.data.load(open, shared).map_err(|error| match args.data.is_empty() {
+    let dataset = args.data.load(open, shared).map_err(|error| match args.data.is_empty() {
         true => usage(error.context(
-            "before it is merged, what fixing the router's weights costs is measured on data",
+            "before the mixture is merged, what fixing its weights costs is measured on data",
         )),
         false => error,
-    })
+    })?;
+    check_records(&dataset, routing, open.model.num_experts())?;
+    Ok(dataset)
 }
 
 /// The weights that were asked for, `[e]`.
-fn weights(args: &MergeArgs, open: &OpenModel, routed: Option<&EvalReport>) -> Result<Vec<f64>> {
+fn weights(
+    args: &MergeArgs,
+    open: &OpenModel,
+    routing: RoutingChoice,
+    routed: Option<&EvalReport>,
+) -> Result<Vec<f64>> {
     let count = open.model.specs().len();
-    Ok(match &args.weights {
-        None if count == 1 => vec![1.0],
-        None => bail!("name `--weights` for {count} experts"),
-        Some(Weights::List(list)) if list.len() == count => list.clone(),
-        Some(Weights::List(list)) => {
+    // the weights of the run itself, if they are the same for every token
+    let of_run = Weights::Fixed(if count == 1 { RoutingChoice::All } else { routing });
+    Ok(match args.weights.as_ref().unwrap_or(&of_run) {
+        Weights::List(list) if list.len() == count => list.clone(),
+        Weights::List(list) => {
             bail!("`--weights` has {} numbers, the model {count} experts", list.len())
         }
-        Some(Weights::Mean) => {
+        Weights::Mean => {
             let routing = routed.and_then(|report| report.routing.as_ref());
             let routing = routing.context("`--weights mean` needs a router")?;
             routing.mean_routing_weights.clone()
         }
-        Some(Weights::Fixed(RoutingChoice::Uniform)) => vec![1.0 / count as f64; count],
-        Some(Weights::Fixed(RoutingChoice::All)) => vec![1.0; count],
-        Some(Weights::Fixed(choice)) => match open.routing(Some(*choice))? {
+        Weights::Fixed(RoutingChoice::Uniform) => vec![1.0 / count as f64; count],
+        Weights::Fixed(RoutingChoice::All) => vec![1.0; count],
+        Weights::Fixed(choice) => match open.routing(Some(*choice))? {
             RoutingChoice::Expert(expert) => {
                 (0..count).map(|e| f64::from(u8::from(e as i64 == expert))).collect()
             }
-            _ => unreachable!("the parser lets nothing else through"),
+            _ => unreachable!("neither the parser nor a static run lets another through"),
         },
     })
 }

@@ -54,7 +54,7 @@ pub fn into_base(model: &RoutedGpt2, base: &Gpt2, weights: &[f64]) -> Result<Gpt
         let linear = linear.expect("a block has every linear layer");
         // f64 throughout, rounded once
         let weight_io = linear.weight.to_kind(Kind::Double);
-        let mut sum_io = weight_io.shallow_clone();
+        let mut change_io = weight_io.zeros_like();
         for (expert, &g) in weights.iter().enumerate() {
             let tensor = |key: &str| {
                 let tensor = experts.tensor(expert, key)?;
@@ -64,16 +64,16 @@ pub fn into_base(model: &RoutedGpt2, base: &Gpt2, weights: &[f64]) -> Result<Gpt
             let Some(scaling) = experts.scaling(expert) else { continue };
             let mut delta_oi = b.matmul(&a);
             if let (Some(a0), Some(b0)) = (tensor("initial_a"), tensor("initial_b")) {
-                delta_oi = delta_oi - b0.matmul(&a0);
+                delta_oi -= b0.matmul(&a0);
             }
             let mut updated_io = &weight_io + delta_oi.tr() * scaling;
             if let Some(magnitude) = tensor("magnitude") {
                 let norm = updated_io.square().sum_dim_intlist(0, false, Kind::Double).sqrt();
-                updated_io = updated_io * (magnitude / norm);
+                updated_io *= magnitude / norm;
             }
-            sum_io = sum_io + (updated_io - &weight_io) * g;
+            change_io += (updated_io - &weight_io) * g;
         }
-        linear.weight = sum_io.to_kind(Kind::Float);
+        linear.weight = (weight_io + change_io).to_kind(Kind::Float);
     }
     Ok(merged)
 }

@@ -48,15 +48,18 @@ impl LoraExperts {
         let (n, o) = (b * t, self.lora_b.size()[1]);
         let y_no = y.view([n, o]);
         let x_ni = dropout.apply(x).view([n, i]);
-        let (mut down, mut up) = (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
-        if let Some((initial_a, initial_b)) = &self.initial {
-            down = Tensor::cat(&[&down, initial_a], 0);
-            up = Tensor::cat(&[&up, initial_b], 0);
-        }
+        let (down, up) = match &self.initial {
+            None => (self.lora_a.shallow_clone(), self.lora_b.shallow_clone()),
+            Some((initial_a, initial_b)) => {
+                let down = Tensor::cat(&[&self.lora_a, initial_a], 0);
+                (down, Tensor::cat(&[&self.lora_b, initial_b], 0))
+            }
+        };
         let factors_mo = self.dora_factors(linear);
-        if let Some(factors_mo) = &factors_mo {
-            up = up * self.of_rows(factors_mo);
-        }
+        let up = match &factors_mo {
+            None => up,
+            Some(factors_mo) => up * self.of_rows(factors_mo),
+        };
         let z = self.weigh(x_ni.matmul(&down.to_kind(kind).tr()), g);
         let sum = y_no.addmm(&z, &up.to_kind(kind));
         let Some(factors_mo) = factors_mo else { return sum.view([b, t, o]) };
@@ -184,10 +187,11 @@ impl LoraExperts {
                 let rows = |stack: &Tensor| stack.narrow(0, start, slot.rank).to_kind(kind);
                 x.matmul(&rows(a).tr()).matmul(&rows(b)) * slot.scaling
             };
-            let mut update = part(&self.lora_a, &self.lora_b, slot.start);
-            if let (Some(start), Some((a, b))) = (slot.initial, &self.initial) {
-                update = update - part(a, b, start);
-            }
+            let update = part(&self.lora_a, &self.lora_b, slot.start);
+            let mut update = match (slot.initial, &self.initial) {
+                (Some(start), Some((a, b))) => update - part(a, b, start),
+                _ => update,
+            };
             if let (Some(row), Some(magnitude)) = (slot.magnitude, &self.magnitude) {
                 let norm_o = tch::no_grad(|| self.updated_weight_norm(slot, linear));
                 let factor = (magnitude.get(row) / norm_o).to_kind(kind);
