@@ -70,6 +70,56 @@ fn every_fault_is_told_at_once_by_its_path() {
 }
 
 #[test]
+fn faults_of_single_experts_name_them() {
+    let text = format!(
+        "{MINIMAL}\n[train]\nrouting = \"expert:1\"\n[lora]\nnum_experts = 2\n\
+         rank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
+         [[lora.experts]]\nrank = 0\nalpha_pattern = {{ \"h.1.attn.c_attn\" = -1.0 }}\n\
+         [[lora.experts]]\nsource = {{ path = \"a\" }}\nrank = 4\ntrainable = false\n\
+         [[lora.experts]]\ninvocation_tokens = [-1]\n"
+    );
+    insta::assert_snapshot!(error(&text, &[]), @r#"
+    `lora.rank_pattern."mlp.c_fc"` must be at least 1, got 0
+    `lora.rank_pattern."mlp.c_fc"` names no target module
+    `lora.experts` must have at most `lora.num_experts` 2 entries, got 3
+    `lora.experts[0].rank` must be at least 1, got 0
+    `lora.experts[0].alpha_pattern."h.1.attn.c_attn"` must be a number above 0, got -1
+    `lora.experts[1].rank` is the adapter's own with a `source`
+    `lora.experts[2].invocation_tokens` must be token ids of at least 0
+    `train.routing` must reach an expert that is trainable, got `expert:1`
+    "#);
+}
+
+/// The README's example, in short: a shared pattern may be about the modules of some experts only.
+#[test]
+fn a_pattern_may_be_about_the_modules_of_one_expert() {
+    let text = format!(
+        "{MINIMAL}\n[lora]\nrank_pattern = {{ \"mlp.c_fc\" = 4 }}\n\
+         [[lora.experts]]\ntarget_modules = [\"mlp.c_fc\"]\n"
+    );
+    let config = load::parse(&text, &[]).unwrap();
+    load::validate(&config).unwrap();
+    let without = error(&text.replace("[\"mlp.c_fc\"]", "[\"mlp.c_proj\"]"), &[]);
+    insta::assert_snapshot!(without, @r#"
+    `lora.rank_pattern."mlp.c_fc"` names no target module
+    "#);
+    insta::assert_snapshot!(error(&format!("{MINIMAL}\n[train]\nrouting = \"best\"\n"), &[]), @r#"
+    TOML parse error at line 12, column 11
+       |
+    12 | routing = "best"
+       |           ^^^^^^
+    must be `router`, `uniform`, `all`, `expert:N`, `record` or `none`, got `best`
+    "#);
+    insta::assert_snapshot!(error(&text.replace("mlp.c_fc\" =", "mlp.fc\" ="), &[]), @r#"
+    TOML parse error at line 12, column 18
+       |
+    12 | rank_pattern = { "mlp.fc" = 4 }
+       |                  ^^^^^^^^
+    `mlp.fc` is neither a module, as `attn.c_attn`, nor one of a layer, as `h.0.attn.c_attn`
+    "#);
+}
+
+#[test]
 fn a_bad_override_names_itself() {
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @r#"
     in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts`

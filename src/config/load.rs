@@ -1,12 +1,13 @@
 //! Reads a [`Config`]: the TOML file, `--set key=value` on top, then the checks that types cannot do.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::{
-    AdapterSource, BaseSource, Config, Duration, GroupConfig, LoraConfig, Method, RouterConfig,
-    RoutingChoice, Validation,
+    AdapterSource, BaseSource, Config, Duration, GroupConfig, Method, ModulePattern, RouterConfig,
+    RoutingChoice, TargetModule, Validation,
 };
 
 /// Reads `path`, applies `overrides` (each `dotted.key=value`) in order and validates the result.
@@ -186,7 +187,17 @@ fn check_lora(config: &Config, faults: &mut Faults) {
         (0.0..1.0).contains(&lora.dropout),
         "at least 0 and below 1",
     );
-    check_shape("lora", lora, faults);
+    let own_targets = lora.experts.iter().filter_map(|expert| expert.target_modules.as_ref());
+    let all_targets: Vec<TargetModule> =
+        own_targets.chain([&lora.target_modules]).flatten().copied().collect();
+    let shape = Shape {
+        rank: Some(lora.rank),
+        alpha: Some(lora.alpha),
+        target_modules: Some(&lora.target_modules),
+        rank_pattern: Some(&lora.rank_pattern),
+        alpha_pattern: Some(&lora.alpha_pattern),
+    };
+    check_shape("lora", &shape, &all_targets, faults);
     let (found, count) = (lora.experts.len(), lora.num_experts);
     if found as i64 > count {
         let fault = format!("must have at most `lora.num_experts` {count} entries, got {found}");
@@ -199,7 +210,14 @@ fn check_lora(config: &Config, faults: &mut Faults) {
                 .add(&format!("{key}.invocation_tokens"), "must be token ids of at least 0".into());
         }
         if expert.source.is_none() {
-            check_shape(&key, &lora.of_expert(i), faults);
+            let shape = Shape {
+                rank: expert.rank,
+                alpha: expert.alpha,
+                target_modules: expert.target_modules.as_deref(),
+                rank_pattern: expert.rank_pattern.as_ref(),
+                alpha_pattern: expert.alpha_pattern.as_ref(),
+            };
+            check_shape(&key, &shape, &lora.of_expert(i).target_modules, faults);
             continue;
         }
         let set = [
@@ -219,31 +237,50 @@ fn check_lora(config: &Config, faults: &mut Faults) {
     }
 }
 
-/// Checks rank, alpha, modules and patterns of `[lora]`, or of one expert, under `key`.
-fn check_shape(key: &str, lora: &LoraConfig, faults: &mut Faults) {
+/// What `[lora]` or one of its experts says for itself about an expert's shape.
+struct Shape<'a> {
+    rank: Option<i64>,
+    alpha: Option<f64>,
+    target_modules: Option<&'a [TargetModule]>,
+    rank_pattern: Option<&'a BTreeMap<ModulePattern, i64>>,
+    alpha_pattern: Option<&'a BTreeMap<ModulePattern, f64>>,
+}
+
+/// Checks a shape under `key`, whose patterns may name `targets`.
+fn check_shape(key: &str, shape: &Shape<'_>, targets: &[TargetModule], faults: &mut Faults) {
     let key = |field: &str| format!("{key}.{field}");
-    faults.at_least_one(&key("rank"), lora.rank);
-    faults.above_zero(&key("alpha"), lora.alpha);
-    for (&pattern, &rank) in &lora.rank_pattern {
-        faults.at_least_one(&key(&format!("rank_pattern.\"{}\"", String::from(pattern))), rank);
+    if let Some(rank) = shape.rank {
+        faults.at_least_one(&key("rank"), rank);
     }
-    for (&pattern, &alpha) in &lora.alpha_pattern {
-        faults.above_zero(&key(&format!("alpha_pattern.\"{}\"", String::from(pattern))), alpha);
+    if let Some(alpha) = shape.alpha {
+        faults.above_zero(&key("alpha"), alpha);
     }
-    if lora.target_modules.is_empty() {
+    let entry = |field: &str, pattern: ModulePattern| {
+        let name = String::from(pattern);
+        key(&format!("{field}.\"{name}\""))
+    };
+    let mut check_target = |key: String, pattern: ModulePattern, faults: &mut Faults| {
+        if !targets.contains(&pattern.module()) {
+            faults.add(&key, "names no target module".into());
+        }
+    };
+    for (&pattern, &rank) in shape.rank_pattern.into_iter().flatten() {
+        let key = entry("rank_pattern", pattern);
+        faults.at_least_one(&key, rank);
+        check_target(key, pattern, faults);
+    }
+    for (&pattern, &alpha) in shape.alpha_pattern.into_iter().flatten() {
+        let key = entry("alpha_pattern", pattern);
+        faults.above_zero(&key, alpha);
+        check_target(key, pattern, faults);
+    }
+    let Some(modules) = shape.target_modules else { return };
+    if modules.is_empty() {
         faults.add(&key("target_modules"), "must name at least one module, got none".into());
     }
-    for (i, module) in lora.target_modules.iter().enumerate() {
-        if lora.target_modules[..i].contains(module) {
+    for (i, module) in modules.iter().enumerate() {
+        if modules[..i].contains(module) {
             faults.add(&key("target_modules"), format!("names `{}` twice", module.name()));
-        }
-    }
-    let patterns = lora.rank_pattern.keys().map(|pattern| ("rank_pattern", pattern));
-    let patterns = patterns.chain(lora.alpha_pattern.keys().map(|p| ("alpha_pattern", p)));
-    for (field, &pattern) in patterns {
-        if !lora.target_modules.contains(&pattern.module()) {
-            let name = String::from(pattern);
-            faults.add(&key(field), format!("names `{name}`, which is no target module"));
         }
     }
 }
@@ -335,7 +372,7 @@ fn check_routing(config: &Config, faults: &mut Faults) {
         RoutingChoice::Uniform | RoutingChoice::All | RoutingChoice::Record => any,
     };
     if !trains {
-        let fault = format!("`{routing}` reaches frozen experts only, so that nothing is trained");
+        let fault = format!("must reach an expert that is trainable, got `{routing}`");
         faults.add("train.routing", fault);
     }
 }
