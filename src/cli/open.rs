@@ -62,6 +62,8 @@ pub struct OpenModel {
     pub checkpoint: Option<PathBuf>,
     /// The model.
     pub model: RoutedGpt2,
+    /// What decided the routing weights in training.
+    routing: RoutingChoice,
     /// BLAKE3 of the base in f32, if it is known without computing it.
     base_hash: Option<String>,
 }
@@ -91,7 +93,8 @@ impl ModelArgs {
         let base = open_base(&config.base, shared)?;
         let model = train::load_model(&dir, &config, &base, device)?;
         let base_hash = checkpoint::read_state(&dir)?.base_hash;
-        Ok(OpenModel { base, config: Some(config), checkpoint: Some(dir), model, base_hash })
+        let (routing, checkpoint) = (config.train.routing, Some(dir));
+        Ok(OpenModel { base, config: Some(config), checkpoint, model, routing, base_hash })
     }
 
     /// A base with `--adapters`, or alone.
@@ -115,11 +118,12 @@ impl ModelArgs {
         if let Some(expected) = &base_hash {
             base.check_hash(&weights, expected, "the adapters belong to")?;
         }
+        let routing = mixture.as_ref().map_or(RoutingChoice::Router, |mixture| mixture.routing);
         let model = match mixture {
             None => RoutedGpt2::plain(&weights, device, kind, false),
             Some(mixture) => mixture.put_on(&weights, device, kind)?,
         };
-        Ok(OpenModel { base, config: None, checkpoint: None, model, base_hash })
+        Ok(OpenModel { base, config: None, checkpoint: None, model, routing, base_hash })
     }
 }
 
@@ -141,14 +145,14 @@ impl OpenModel {
                 None => self.base.weights()?.hash()?,
             },
             dropout: self.config.as_ref().map_or(0.0, |config| config.lora.dropout),
+            routing: self.routing,
             domains: domains.map(|domain| domain.name.clone()).collect(),
         })
     }
 
     /// The routing that is meant without `--routing`: the run's.
     pub fn routing(&self, asked: Option<RoutingChoice>) -> Result<RoutingChoice> {
-        let of_run = self.config.as_ref().map_or(RoutingChoice::Router, |c| c.train.routing);
-        let routing = asked.unwrap_or(of_run);
+        let routing = asked.unwrap_or(self.routing);
         let count = self.model.num_experts();
         match routing {
             RoutingChoice::Expert(expert) if !(0..count).contains(&expert) => {

@@ -41,13 +41,11 @@ pub struct TraceArgs {
 /// Runs the command.
 pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let open = args.model.open(shared)?;
-    let routing = match (open.routing(args.routing)?, args.routing) {
-        (RoutingChoice::Record, None) => RoutingChoice::Router,
-        (RoutingChoice::Record, Some(_)) => {
-            return Err(usage(anyhow!("`record` is for data; name one with `expert:N`")));
-        }
-        (routing, _) => routing,
-    };
+    let routing = open.routing(args.routing)?;
+    if routing == RoutingChoice::Record {
+        let hint = "hint: name an expert with `--routing expert:N`";
+        return Err(usage(anyhow!("a text names no expert, as routing by `record` needs\n{hint}")));
+    }
     let tokens = tokens(&args, &open)?;
     let _no_grad = tch::no_grad_guard();
     let inputs = Inputs::document(&tokens, open.model.device());

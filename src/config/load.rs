@@ -259,7 +259,7 @@ fn check_shape(key: &str, shape: &Shape<'_>, targets: &[TargetModule], faults: &
         let name = String::from(pattern);
         key(&format!("{field}.\"{name}\""))
     };
-    let mut check_target = |key: String, pattern: ModulePattern, faults: &mut Faults| {
+    let check_target = |key: String, pattern: ModulePattern, faults: &mut Faults| {
         if !targets.contains(&pattern.module()) {
             faults.add(&key, "names no target module".into());
         }

@@ -18,6 +18,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::Tensor;
 
+use crate::config::{RouterInput, RoutingChoice};
 use crate::durable;
 use crate::mixture::{
     self, ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase,
@@ -43,6 +44,8 @@ pub struct Provenance {
     pub base_hash: String,
     /// The dropout of the experts' inputs in training.
     pub dropout: f64,
+    /// What decided the routing weights in training.
+    pub routing: RoutingChoice,
     /// What was trained on.
     pub domains: Vec<String>,
 }
@@ -138,6 +141,7 @@ fn manifest(model: &RoutedGpt2, provenance: &Provenance, experts: Vec<String>) -
             blake3: provenance.base_hash.clone(),
         },
         experts,
+        routing: provenance.routing,
         router: model.routers().first().map(|router| ManifestRouter {
             file: ROUTER.into(),
             input: model.router_input(),
@@ -229,18 +233,22 @@ fn expert_card(model: &RoutedGpt2, provenance: &Provenance, expert: usize) -> St
 
 fn mixture_card(model: &RoutedGpt2, provenance: &Provenance) -> String {
     let routing = match model.routers().first() {
+        _ if provenance.routing != RoutingChoice::Router => {
+            let routing = provenance.routing;
+            format!("It was trained with weights by `{routing}`, and its router was not trained.")
+        }
         None => "There is one expert and no router: plain LoRA.".to_owned(),
         Some(router) => format!(
             "The router gives each token `softmax((x weight^T + bias) / {})` over the experts, \
              where `x` is {}{}.",
             router.temperature,
             match model.router_input() {
-                crate::config::RouterInput::Embeddings =>
+                RouterInput::Embeddings =>
                     "the token plus position embedding; every layer has the same weights",
-                crate::config::RouterInput::BaseHidden =>
+                RouterInput::BaseHidden =>
                     "the last hidden state of a pass of the base alone; every layer has the same \
                      weights",
-                crate::config::RouterInput::LayerInput =>
+                RouterInput::LayerInput =>
                     "a block's input after its first LayerNorm; each layer has its own router",
             },
             router

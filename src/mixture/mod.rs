@@ -10,7 +10,7 @@
 //!
 //! ```text
 //! { "format": 2, "dylora_version": "..", "base": { "name": "..", "blake3": ".." },
-//!   "experts": ["expert_0", ..],
+//!   "experts": ["expert_0", ..], "routing": "router",
 //!   "router": null | { "file": "router.safetensors", "input": "embeddings", "temperature": 1.0,
 //!                      "top_k": null } }
 //! ```
@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{AdapterSource, Config, Method, RouterConfig, RouterInput};
+use crate::config::{AdapterSource, Config, Method, RouterConfig, RouterInput, RoutingChoice};
 use crate::hub::AdapterFiles;
 use crate::model::RoutedGpt2;
 use crate::model::adapter::{self, Adapter};
@@ -59,6 +59,8 @@ pub struct Mixture {
     pub tensors: BTreeMap<String, Tensor>,
     /// Whether those are all; else the others are as in a fresh model.
     pub is_whole: bool,
+    /// What decided the routing weights in training.
+    pub routing: RoutingChoice,
     /// BLAKE3 of the base that they belong to, in f32, if that is known.
     pub base_hash: Option<String>,
 }
@@ -75,6 +77,8 @@ pub struct Manifest {
     pub base: ManifestBase,
     /// The experts' folders, in the order of the router's outputs.
     pub experts: Vec<String>,
+    /// What decided the routing weights in training.
+    pub routing: RoutingChoice,
     /// None for a single expert.
     pub router: Option<ManifestRouter>,
 }
@@ -104,6 +108,16 @@ pub struct ManifestRouter {
 }
 
 impl Mixture {
+    /// A mixture whose other tensors are as in a fresh model.
+    pub fn new(
+        specs: Vec<ExpertSpec>,
+        router: RouterConfig,
+        tensors: BTreeMap<String, Tensor>,
+    ) -> Self {
+        let routing = RoutingChoice::Router;
+        Self { specs, router, tensors, is_whole: false, routing, base_hash: None }
+    }
+
     /// What a config starts from: fresh experts, those that have a source as it says; nothing for
     /// `method = "full"`.
     ///
@@ -127,13 +141,7 @@ impl Mixture {
             adapter.spec.trainable = own.is_some_and(|own| own.trainable);
             add_adapter(expert, adapter, &mut specs, &mut tensors);
         }
-        let mixture = Self {
-            specs,
-            router: config.router.clone(),
-            tensors,
-            is_whole: false,
-            base_hash: None,
-        };
+        let mixture = Self::new(specs, config.router.clone(), tensors);
         match &config.router.source {
             None => Ok(mixture),
             Some(dir) => mixture.with_router(dir).context("`router.source`"),
@@ -171,7 +179,7 @@ impl Mixture {
             add_adapter(expert, adapter, &mut specs, &mut tensors);
         }
         let is_whole = specs.len() == 1;
-        Ok(Self { specs, router: RouterConfig::default(), tensors, is_whole, base_hash: None })
+        Ok(Self { is_whole, ..Self::new(specs, RouterConfig::default(), tensors) })
     }
 
     fn of_export(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
@@ -186,6 +194,7 @@ impl Mixture {
             bail!("`{}` has several experts, but no router", dir.join(MANIFEST).display());
         }
         mixture.is_whole = true;
+        mixture.routing = manifest.routing;
         mixture.base_hash = Some(manifest.base.blake3);
         Ok(mixture)
     }

@@ -172,8 +172,10 @@ impl RoutedGpt2 {
                 recorder.hidden_states.push(x.shallow_clone());
                 let updates = &mut recorder.updates;
                 let mut note = |module, without: &Tensor, with: &Tensor| {
-                    let norm = |x: &Tensor| x.to_kind(Kind::Double).norm().double_value(&[]);
-                    let (update_norm, output_norm) = (norm(&(with - without)), norm(with));
+                    let exact = |x: &Tensor| x.to_kind(Kind::Double);
+                    let norm = |x: Tensor| x.norm().double_value(&[]);
+                    let update_norm = norm(exact(with) - exact(without));
+                    let output_norm = norm(exact(with));
                     let path = ModulePath { layer, module };
                     updates.push(ModuleUpdate { path, update_norm, output_norm });
                 };

@@ -36,14 +36,36 @@ pub struct LoraExperts {
     pub(super) lora_a: Tensor,
     /// Up-projections `[R, o]`; an expert's rows are PEFT's `lora_B.weight`, transposed.
     pub(super) lora_b: Tensor,
-    /// Magnitudes of the DoRA experts, `[m, o]`; PEFT's `lora_magnitude_vector`.
-    pub(super) magnitude: Option<Tensor>,
+    pub(super) dora: Option<Dora>,
     /// `A0`, `[R0, i]`, and `B0`, `[R0, o]`, of the PiSSA and OLoRA experts.
     pub(super) initial: Option<(Tensor, Tensor)>,
-    /// Squared norm of the base's weight by output, `[o]`; for DoRA.
-    pub(super) base_norm2: Option<Tensor>,
     pub(super) slots: Vec<Slot>,
     pub(super) mixing: Mixing,
+}
+
+/// What the DoRA experts of a module have beside A and B.
+#[derive(Debug)]
+pub(super) struct Dora {
+    /// `[m, o]`; an expert's row is PEFT's `lora_magnitude_vector`.
+    pub magnitude: Tensor,
+    /// Squared norm of the base's weight by output, `[o]`.
+    pub base_norm2: Tensor,
+    /// Which experts they are, `[m]`.
+    pub experts: Tensor,
+    /// The row of `magnitude` that is for each row of the stack, then of `initial`; `m` for the rows of
+    /// other experts: `[R + R0]`.
+    pub of_rows: Tensor,
+}
+
+impl Dora {
+    fn shallow_clone(&self) -> Self {
+        Self {
+            magnitude: self.magnitude.shallow_clone(),
+            base_norm2: self.base_norm2.shallow_clone(),
+            experts: self.experts.shallow_clone(),
+            of_rows: self.of_rows.shallow_clone(),
+        }
+    }
 }
 
 /// Where an expert lies in the stacks of a module.
@@ -194,8 +216,8 @@ impl LoraExperts {
             let rows = |stack: &Tensor, start| stack.detach().narrow(0, start, slot.rank);
             add("lora_a", rows(&self.lora_a, slot.start));
             add("lora_b", rows(&self.lora_b, slot.start).tr());
-            if let (Some(row), Some(magnitude)) = (slot.magnitude, &self.magnitude) {
-                add("magnitude", magnitude.detach().get(row));
+            if let (Some(row), Some(dora)) = (slot.magnitude, &self.dora) {
+                add("magnitude", dora.magnitude.detach().get(row));
             }
             if let (Some(start), Some((a, b))) = (slot.initial, &self.initial) {
                 add("initial_a", rows(a, start));
@@ -218,7 +240,8 @@ impl LoraExperts {
 
     /// The leaves of the graph: the stacks, whether they are trained or not.
     pub(super) fn leaves(&self) -> impl Iterator<Item = &Tensor> {
-        [&self.lora_a, &self.lora_b].into_iter().chain(&self.magnitude)
+        let magnitude = self.dora.as_ref().map(|dora| &dora.magnitude);
+        [&self.lora_a, &self.lora_b].into_iter().chain(magnitude)
     }
 
     /// Another handle to the same parameters.
@@ -227,9 +250,8 @@ impl LoraExperts {
         Self {
             lora_a: self.lora_a.shallow_clone(),
             lora_b: self.lora_b.shallow_clone(),
-            magnitude: self.magnitude.as_ref().map(clone),
+            dora: self.dora.as_ref().map(Dora::shallow_clone),
             initial: self.initial.as_ref().map(|(a, b)| (clone(a), clone(b))),
-            base_norm2: self.base_norm2.as_ref().map(clone),
             slots: self.slots.clone(),
             mixing: self.mixing.shallow_clone(),
         }

@@ -6,7 +6,7 @@
 use tch::Tensor;
 
 use super::gpt2::Linear;
-use super::lora::{LoraDropout, LoraExperts, Mixing, RoutingWeights, Slot};
+use super::lora::{Dora, LoraDropout, LoraExperts, Mixing, RoutingWeights, Slot};
 use crate::config::DropoutMasks;
 
 impl LoraExperts {
@@ -55,20 +55,20 @@ impl LoraExperts {
                 (down, Tensor::cat(&[&self.lora_b, initial_b], 0))
             }
         };
-        let factors_mo = self.dora_factors(linear);
-        let up = match &factors_mo {
+        let dora = self.dora.as_ref().map(|dora| (dora, self.dora_factors(dora, linear)));
+        let up = match &dora {
             None => up,
-            Some(factors_mo) => up * self.of_rows(factors_mo),
+            Some((dora, factors_mo)) => up * dora.factors_of_rows(factors_mo),
         };
         let z = self.weigh(x_ni.matmul(&down.to_kind(kind).tr()), g);
         let sum = y_no.addmm(&z, &up.to_kind(kind));
-        let Some(factors_mo) = factors_mo else { return sum.view([b, t, o]) };
+        let Some((dora, factors_mo)) = dora else { return sum.view([b, t, o]) };
         let base = if dropout.is_active() {
             x_ni.matmul(&linear.weight.to_kind(kind))
         } else {
             y_no - linear.bias.to_kind(kind)
         };
-        let surplus = self.mixed_magnitudes(&(factors_mo - 1.0), g).to_kind(kind);
+        let surplus = dora.weigh(&(factors_mo - 1.0), g).to_kind(kind);
         (sum + base * surplus).view([b, t, o])
     }
 
@@ -97,25 +97,25 @@ impl LoraExperts {
     }
 
     /// `c_e = m_e / |W + s B A|` of the DoRA experts, `[m, o]`, differentiable through `m_e` alone
-    /// (arXiv:2402.09353, section 4.3); none without a DoRA expert.
+    /// (arXiv:2402.09353, section 4.3).
     ///
     /// With `U = s B^T` the norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`, so that the updated
     /// weight `[i, o]` is never formed.
-    fn dora_factors(&self, linear: &Linear) -> Option<Tensor> {
-        let (magnitude, base_norm2) = (self.magnitude.as_ref()?, self.base_norm2.as_ref()?);
-        let kind = magnitude.kind();
+    fn dora_factors(&self, dora: &Dora, linear: &Linear) -> Tensor {
+        let kind = dora.magnitude.kind();
         let norms = tch::no_grad(|| {
             let weight = linear.weight.detach().to_kind(kind);
-            let dora = self.slots.iter().filter(|slot| slot.magnitude.is_some());
+            let experts = self.slots.iter().filter(|slot| slot.magnitude.is_some());
             let norm = |slot: &Slot| {
                 let (a, u) = self.delta(slot);
                 let cross = (a.matmul(&weight) * &u).sum_dim_intlist(0, false, kind);
                 let square = (&u * a.matmul(&a.tr()).matmul(&u)).sum_dim_intlist(0, false, kind);
-                (base_norm2 + cross * 2.0 + square).clamp_min(f64::from(f32::MIN_POSITIVE)).sqrt()
+                let norm2 = &dora.base_norm2 + cross * 2.0 + square;
+                norm2.clamp_min(f64::from(f32::MIN_POSITIVE)).sqrt()
             };
-            Tensor::stack(&dora.map(norm).collect::<Vec<_>>(), 0)
+            Tensor::stack(&experts.map(norm).collect::<Vec<_>>(), 0)
         });
-        Some(magnitude / norms)
+        &dora.magnitude / norms
     }
 
     /// The factors of an expert's update: `A`, `[r, i]`, and `s B^T`, `[r, o]`, with those of its
@@ -140,31 +140,6 @@ impl LoraExperts {
         Some(u.tr().matmul(&a))
     }
 
-    /// The factors `[m, o]` of each row of the stack, `[R, o]`; 1 where an expert is no DoRA.
-    fn of_rows(&self, factors_mo: &Tensor) -> Tensor {
-        let one = factors_mo.size()[0];
-        let row = |slot: &Slot| vec![slot.magnitude.unwrap_or(one); slot.rank as usize];
-        let initial = self.slots.iter().filter(|slot| slot.initial.is_some());
-        let index: Vec<i64> = self.slots.iter().chain(initial).flat_map(row).collect();
-        let ones = factors_mo.slice(0, 0, 1, 1).ones_like();
-        let index = Tensor::from_slice(&index).to_device(factors_mo.device());
-        Tensor::cat(&[factors_mo, &ones], 0).index_select(0, &index)
-    }
-
-    /// `sum_e g_e values_e` over the DoRA experts, `[n, o]`, or `[o]` if every weight is 1.
-    fn mixed_magnitudes(&self, values_mo: &Tensor, g: &RoutingWeights) -> Tensor {
-        match g {
-            RoutingWeights::PerToken(g_bte) => {
-                let e = *g_bte.size().last().expect("routing weights are [b, t, e]");
-                let experts = self.slots.iter().filter(|slot| slot.magnitude.is_some());
-                let experts: Vec<i64> = experts.map(|slot| slot.expert as i64).collect();
-                let index = Tensor::from_slice(&experts).to_device(g_bte.device());
-                g_bte.view([-1, e]).index_select(1, &index).matmul(values_mo)
-            }
-            _ => values_mo.sum_dim_intlist(0, false, values_mo.kind()),
-        }
-    }
-
     /// One expert after the other, each with a dropout mask of its own, by the formulas to the letter
     /// (PEFT 0.21, `Linear.forward` and `DoraLinearLayer.forward`).
     pub fn add_looped(
@@ -179,8 +154,8 @@ impl LoraExperts {
             return y;
         }
         let kind = x.kind();
-        let base = (self.magnitude.is_some() && !dropout.is_active())
-            .then(|| &y - linear.bias.to_kind(kind));
+        let base =
+            (self.dora.is_some() && !dropout.is_active()).then(|| &y - linear.bias.to_kind(kind));
         for slot in &self.slots {
             let x = dropout.apply(x);
             let part = |a: &Tensor, b: &Tensor, start| {
@@ -192,9 +167,9 @@ impl LoraExperts {
                 (Some(start), Some((a, b))) => update - part(a, b, start),
                 _ => update,
             };
-            if let (Some(row), Some(magnitude)) = (slot.magnitude, &self.magnitude) {
+            if let (Some(row), Some(dora)) = (slot.magnitude, &self.dora) {
                 let norm_o = tch::no_grad(|| self.updated_weight_norm(slot, linear));
-                let factor = (magnitude.get(row) / norm_o).to_kind(kind);
+                let factor = (dora.magnitude.get(row) / norm_o).to_kind(kind);
                 let base = match &base {
                     Some(base) => base.shallow_clone(),
                     None => x.matmul(&linear.weight.to_kind(kind)),
@@ -217,5 +192,24 @@ impl LoraExperts {
         let (a, u) = self.delta(slot);
         let weight_io = linear.weight.to_kind(kind) + a.tr().matmul(&u);
         weight_io.square().sum_dim_intlist(0, false, kind).sqrt()
+    }
+}
+
+impl Dora {
+    /// The factors `[m, o]` of each row of the stack, `[R, o]`; 1 where an expert is no DoRA.
+    fn factors_of_rows(&self, factors_mo: &Tensor) -> Tensor {
+        let ones = factors_mo.narrow(0, 0, 1).ones_like();
+        Tensor::cat(&[factors_mo, &ones], 0).index_select(0, &self.of_rows)
+    }
+
+    /// `sum_e g_e values_e` over the DoRA experts, `[n, o]`, or `[o]` if every weight is 1.
+    fn weigh(&self, values_mo: &Tensor, g: &RoutingWeights) -> Tensor {
+        match g {
+            RoutingWeights::PerToken(g_bte) => {
+                let e = *g_bte.size().last().expect("routing weights are [b, t, e]");
+                g_bte.view([-1, e]).index_select(1, &self.experts).matmul(values_mo)
+            }
+            _ => values_mo.sum_dim_intlist(0, false, values_mo.kind()),
+        }
     }
 }

@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::expert::ExpertSpec;
 use super::gpt2::Linear;
-use super::lora::{LoraExperts, Slot};
+use super::lora::{Dora, LoraExperts, Slot};
 use crate::config::{LoraInit, ModulePath};
 
 /// Whether the numbers of an expert are to be those of a new one.
@@ -87,22 +87,36 @@ impl LoraExperts {
             let stack = |parts: &[Tensor]| Tensor::cat(parts, 0).to_device(device);
             (stack(&initial_a), stack(&initial_b))
         });
-        let num_magnitudes = slots.iter().filter(|slot| slot.magnitude.is_some()).count() as i64;
-        let base_norm2 = (num_magnitudes > 0)
-            .then(|| linear.weight.detach().to_kind(kind).square().sum_dim_intlist(0, false, kind));
-        let magnitude =
-            base_norm2.as_ref().map(|norm2| norm2.sqrt().unsqueeze(0).repeat([num_magnitudes, 1]));
         let trained = slots.iter().any(|slot| slot.trainable);
         let leaf = |x: Tensor| x.to_device(device).detach().copy().set_requires_grad(trained);
         let mixing = Self::mixing(&slots, specs.len(), (kind, device));
+        let dora = Dora::new(&slots, linear, kind);
+        let dora = dora.map(|dora| Dora { magnitude: leaf(dora.magnitude), ..dora });
+        let (lora_a, lora_b) = (leaf(lora_a), leaf(lora_b));
+        Some(Self { lora_a, lora_b, dora, initial, slots, mixing })
+    }
+}
+
+impl Dora {
+    /// Magnitudes that leave the layer as it is; none without a DoRA expert.
+    fn new(slots: &[Slot], linear: &Linear, kind: Kind) -> Option<Self> {
+        let experts: Vec<i64> =
+            slots.iter().filter(|s| s.magnitude.is_some()).map(|s| s.expert as i64).collect();
+        if experts.is_empty() {
+            return None;
+        }
+        let device = linear.weight.device();
+        let num_magnitudes = experts.len() as i64;
+        let row = |slot: &Slot| vec![slot.magnitude.unwrap_or(num_magnitudes); slot.rank as usize];
+        let initial = slots.iter().filter(|slot| slot.initial.is_some());
+        let of_rows: Vec<i64> = slots.iter().chain(initial).flat_map(row).collect();
+        let weight = linear.weight.detach().to_kind(kind);
+        let base_norm2 = weight.square().sum_dim_intlist(0, false, kind);
         Some(Self {
-            lora_a: leaf(lora_a),
-            lora_b: leaf(lora_b),
-            magnitude: magnitude.map(leaf),
-            initial,
+            magnitude: base_norm2.sqrt().unsqueeze(0).repeat([num_magnitudes, 1]),
             base_norm2,
-            slots,
-            mixing,
+            experts: Tensor::from_slice(&experts).to_device(device),
+            of_rows: Tensor::from_slice(&of_rows).to_device(device),
         })
     }
 }

@@ -130,6 +130,9 @@ impl RoutedGpt2 {
         start: Start,
     ) -> Self {
         let mut model = Self::plain(base, device, kind, false);
+        if start == Start::Fresh && specs.iter().any(ExpertSpec::starts_from_base) {
+            tracing::info!("factorising the base's weights, where the experts start");
+        }
         for (layer, block) in model.blocks.iter_mut().enumerate() {
             for module in TargetModule::ALL {
                 let weight = &base.blocks[layer].linears[&module].weight;

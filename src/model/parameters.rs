@@ -120,12 +120,12 @@ impl RoutedGpt2 {
             };
             trained.add(&experts.lora_a, rows("lora_a"), ParameterGroup::Adapters);
             trained.add(&experts.lora_b, rows("lora_b"), ParameterGroup::Adapters);
-            if let Some(magnitude) = &experts.magnitude {
+            if let Some(dora) = &experts.dora {
                 let row = |slot: &super::lora::Slot| {
                     Some((named("magnitude", slot.expert), Some((slot.magnitude?, 1))))
                 };
                 let rows = slots.clone().filter_map(row).collect();
-                trained.add(magnitude, rows, ParameterGroup::Adapters);
+                trained.add(&dora.magnitude, rows, ParameterGroup::Adapters);
             }
         }
         if routing == RoutingChoice::Router {

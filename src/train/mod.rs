@@ -118,8 +118,7 @@ pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> R
     }
     let specs = checkpoint::read_experts(dir)?;
     let tensors = checkpoint::read_model(dir)?;
-    let mixture =
-        Mixture { specs, router: config.router.clone(), tensors, is_whole: true, base_hash: None };
+    let mixture = Mixture { is_whole: true, ..Mixture::new(specs, config.router.clone(), tensors) };
     let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
     let model = build_model(config, &weights, &mixture, device).with_context(in_dir)?;
     if config.method == Method::Full {

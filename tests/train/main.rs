@@ -415,6 +415,7 @@ fn provenance(base: &Base) -> Result<Provenance> {
         base_label: base.label.clone(),
         base_hash: base.weights()?.hash()?,
         dropout: 0.1,
+        routing: dylora::config::RoutingChoice::Router,
         domains: vec!["up".into(), "down".into()],
     })
 }
