@@ -145,6 +145,35 @@ fn a_records_expert_decides_its_own_tokens() -> Result<()> {
 }
 
 #[test]
+fn switching_the_source_touches_neither_experts_nor_what_is_trained() -> Result<()> {
+    let _generator = seed(18);
+    let frozen = ExpertConfig { trainable: false, ..ExpertConfig::default() };
+    let lora = LoraConfig { experts: vec![frozen], ..tiny_lora() };
+    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let state = || {
+        let trained = model.trained(RoutingChoice::Router);
+        let leaves = trained.leaves.iter().map(Tensor::requires_grad).collect::<Vec<_>>();
+        let names = trained.parameters.into_iter().map(|p| p.name).collect::<Vec<_>>();
+        (leaves, names)
+    };
+    let copies = || model.tensors().into_iter().map(|(name, t)| (name, t.copy()));
+    let (before, tensors) = (state(), copies().collect::<Vec<_>>());
+    let mut inputs = two_rows();
+    inputs.expert_ids = Some(Tensor::zeros([2, 7], (Kind::Int64, Device::Cpu)));
+    let given = Tensor::randn([2, 7, 3], DOUBLE);
+    use RoutingSource::{All, Base, Expert, Given, Record, Router, Uniform};
+    for source in [Router, Uniform, All, Expert(0), Record, Base, Given(given)] {
+        let _ = logits(&model, &inputs, &source);
+        assert_eq!(state(), before, "{source:?}");
+    }
+    for ((name, tensor), (_, copy)) in tensors.iter().zip(copies()) {
+        assert_eq!(max_difference(tensor, &copy), 0.0, "`{name}`");
+    }
+    assert!(before.1.iter().all(|name| !name.contains(".expert_0.")));
+    Ok(())
+}
+
+#[test]
 fn every_weight_one_is_the_sum_of_the_experts() -> Result<()> {
     let _generator = seed(16);
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
