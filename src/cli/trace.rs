@@ -1,7 +1,7 @@
 //! `dylora trace`: how one text is routed, how much that moves each module's output, and the inside of
 //! the forward pass as tensors.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
@@ -13,7 +13,9 @@ use super::{Shared, table, usage};
 use crate::config::RoutingChoice;
 use crate::model::lora::RoutingWeights;
 use crate::model::weights::write_tensors;
-use crate::model::{ForwardMode, ForwardOutput, Inputs, Recorder, RoutedGpt2, RoutingSource};
+use crate::model::{
+    ForwardMode, ForwardOutput, Inputs, ModuleUpdate, Recorder, RoutedGpt2, RoutingSource,
+};
 
 /// Arguments of `dylora trace`.
 #[derive(Debug, Args)]
@@ -72,7 +74,23 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         write_tensors(file, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))
             .with_context(|| format!("cannot write `{}`", file.display()))?;
     }
-    print(&args, &open, routing, &tokens, &weights, &recorder)
+    let text_of = |&id: &i64| match &open.base.tokenizer {
+        Some(tokenizer) => tokenizer.decode(&[id as u32]).unwrap_or_default(),
+        None => String::new(),
+    };
+    let traced = Traced {
+        routing,
+        tokens: &tokens,
+        texts: tokens.iter().map(text_of).collect(),
+        num_targets: open.model.modules().count(),
+        updates: &recorder.updates,
+        layers: weights.iter().map(rows).collect::<Result<_>>()?,
+    };
+    match args.json {
+        true => print_json(&traced, args.out.as_deref())?,
+        false => print(&traced, args.out.as_deref()),
+    }
+    Ok(())
 }
 
 fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
@@ -111,53 +129,49 @@ fn rows(weights_1te: &Tensor) -> Result<Vec<Vec<f64>>> {
     Ok(Vec::try_from(weights_te.to_device(Device::Cpu).to_kind(Kind::Double))?)
 }
 
-fn print(
-    args: &TraceArgs,
-    open: &OpenModel,
+/// What is told of a traced text.
+struct Traced<'a> {
     routing: RoutingChoice,
-    tokens: &[i64],
-    weights: &[Tensor],
-    recorder: &Recorder,
-) -> Result<()> {
-    let text_of = |id: i64| match &open.base.tokenizer {
-        Some(tokenizer) => tokenizer.decode(&[id as u32]).unwrap_or_default(),
-        None => String::new(),
+    tokens: &'a [i64],
+    texts: Vec<String>,
+    num_targets: usize,
+    updates: &'a [ModuleUpdate],
+    /// `[t][e]`: once for all layers, or for each.
+    layers: Vec<Vec<Vec<f64>>>,
+}
+
+fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
+    let module = |update: &ModuleUpdate| {
+        json!({
+            "module": update.path,
+            "update_norm": update.update_norm,
+            "output_norm": update.output_norm,
+            "update_share": update.share(),
+        })
     };
-    let texts: Vec<String> = tokens.iter().map(|&id| text_of(id)).collect();
-    let num_targets = open.model.modules().count();
-    let updates = &recorder.updates;
-    let layers: Vec<Vec<Vec<f64>>> = weights.iter().map(rows).collect::<Result<_>>()?;
-    if args.json {
-        let modules: Vec<_> = updates
-            .iter()
-            .map(|update| {
-                json!({
-                    "module": update.path,
-                    "update_norm": update.update_norm,
-                    "output_norm": update.output_norm,
-                    "update_share": update.share(),
-                })
-            })
-            .collect();
-        let weights = match layers.as_slice() {
-            [shared] => json!(shared),
-            layers => json!(layers),
-        };
-        let json = json!({
-            "input_ids": tokens,
-            "tokens": texts,
-            "routing_source": routing,
-            "num_target_modules": num_targets,
-            "modules": modules,
-            "routing_weights": weights,
-            "out": args.out,
-        });
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
-    }
+    let weights = match traced.layers.as_slice() {
+        [shared] => json!(shared),
+        layers => json!(layers),
+    };
+    let json = json!({
+        "input_ids": traced.tokens,
+        "tokens": traced.texts,
+        "routing_source": traced.routing,
+        "num_target_modules": traced.num_targets,
+        "modules": traced.updates.iter().map(module).collect::<Vec<_>>(),
+        "routing_weights": weights,
+        "out": out,
+    });
+    println!("{}", serde_json::to_string_pretty(&json)?);
+    Ok(())
+}
+
+fn print(traced: &Traced<'_>, out: Option<&Path>) {
+    let (updates, routing) = (traced.updates, traced.routing);
     println!(
-        "routing by `{routing}`: {} of {num_targets} target modules got weights",
-        updates.len()
+        "routing by `{routing}`: {} of {} target modules got weights",
+        updates.len(),
+        traced.num_targets
     );
     if !updates.is_empty() {
         let lines = updates.iter().map(|update| {
@@ -168,16 +182,15 @@ fn print(
         let header = ["module", "norm of the update", "of the output", "share"];
         println!("{}\n", table::table(&header, lines.collect()));
     }
-    for (layer, rows) in layers.iter().enumerate() {
-        if layers.len() > 1 {
+    for (layer, rows) in traced.layers.iter().enumerate() {
+        if traced.layers.len() > 1 {
             println!("layer {layer}");
         }
-        println!("{}", weight_table(tokens, &texts, rows));
+        println!("{}", weight_table(traced.tokens, &traced.texts, rows));
     }
-    if let Some(file) = &args.out {
+    if let Some(file) = out {
         println!("wrote `{}`", file.display());
     }
-    Ok(())
 }
 
 fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {
