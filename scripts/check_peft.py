@@ -1,122 +1,181 @@
 #!/usr/bin/env python3
-"""Loads an export in PEFT and compares its logits with dylora's.
+"""Exports of dylora in PEFT.
 
-    scripts/check_peft.py DYLORA CHECKPOINT EXPORT BASE [TEXT..]
+    scripts/check_peft.py FOLDER                    trains and exports the mixtures RUNS on the demo base
+    scripts/check_peft.py CHECKPOINT EXPORT BASE    takes one that is there
 
-For each expert: real PEFT loads the folder with no warning, and its logits equal those of
-`dylora trace --routing expert:N` to 1e-4 (f32). Then the mixture: PEFT's LoRA modules are weighted,
-token by token, with router.safetensors as dylora.json describes it, and compared with `dylora trace`.
-Needs torch, transformers, peft, safetensors (scripts/reference_env).
+Real PEFT loads every expert without a warning and gives the logits of `dylora trace --routing expert:N`; with all of
+them active it gives those of `--routing all`; PEFT's layers mixed by router.safetensors, as dylora.json describes it,
+give those of `dylora trace`; and dylora reads its export back. All logits in f32, to 1e-4. Leaves FOLDER/NAME
+(the run) and FOLDER/NAME.export for the other checks. Needs scripts/reference_env.
 """
+
 import json
-import logging
-import subprocess
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from clients import BASE, INVOCATION, TEXTS, compare, dylora, load_adapters, load_base, routed, summary, trace
 
-TOLERANCE = 1e-4
-TEXTS = ["The answer is 12 + 7 = 19.", "fn main", "Once upon a time there was a fox."]
+COMMON = """
+[run]
+dir = "{dir}"
+[base]
+source = {{ path = "demo/base" }}
+[data]
+seq_len = 64
+[[data.domains]]
+name = "arithmetic"
+train = ["demo/data/arithmetic.validation.jsonl"]
+validation = {{ fraction = 0.1 }}
+[[data.domains]]
+name = "verse"
+train = ["demo/data/verse.validation.jsonl"]
+validation = {{ fraction = 0.1 }}
+[train]
+duration = {{ steps = 12 }}
+micro_batch_size = 4
+eval_every_steps = 6
+[optimizer]
+adapters = {{ learning_rate = 1e-2 }}
+router = {{ learning_rate = 1e-2 }}
+[lora]
+target_modules = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+rank = 4
+alpha = 6
+"""
+# what follows `[lora]`
+RUNS = {
+    "single": "num_experts = 1",
+    "top_k": """num_experts = 3
+[router]
+temperature = 0.7
+top_k = 2
+load_balancing_coef = 0.05""",
+    # ranks, alphas, modules and scaling differ from expert to expert
+    "patterns": """num_experts = 3
+use_rslora = true
+rank_pattern = { "mlp.c_fc" = 2, "h.1.attn.c_attn" = 6 }
+alpha_pattern = { "attn.c_proj" = 3, "h.0.mlp.c_proj" = 9.5 }
+[[lora.experts]]
+[[lora.experts]]
+rank = 2
+target_modules = ["attn.c_attn"]
+rank_pattern = {}
+alpha_pattern = {}
+[[lora.experts]]
+use_rslora = false
+alpha = 5
+target_modules = ["mlp.c_fc", "attn.c_proj"]
+rank_pattern = { "h.2.mlp.c_fc" = 1 }
+alpha_pattern = {}
+[router]
+input = "layer_input"
+top_k = 2""",
+    "dora": """num_experts = 3
+use_dora = true
+[[lora.experts]]
+[[lora.experts]]
+use_rslora = true
+rank_pattern = { "mlp.c_fc" = 2, "h.1.attn.c_attn" = 6 }
+[[lora.experts]]
+use_dora = false
+[router]
+input = "base_hidden"
+temperature = 2.0
+top_k = 2""",
+    # exported as plain LoRA of twice the rank
+    "pissa": """num_experts = 3
+init = "pissa"
+[[lora.experts]]
+use_rslora = true
+rank_pattern = { "attn.c_attn" = 3 }
+[[lora.experts]]
+init = "olora"
+[router]
+input = "base_hidden"
+temperature = 1.5""",
+    "alora": f"""num_experts = 3
+[[lora.experts]]
+invocation_tokens = {INVOCATION}
+[[lora.experts]]
+[[lora.experts]]
+target_modules = ["attn.c_attn"]
+invocation_tokens = {INVOCATION}
+[router]
+input = "layer_input" """,
+    # trained as PEFT would train several active adapters: the router stays as it was
+    "all": "num_experts = 2",
+}
+OPTIONS = {"all": ["--set", "train.routing=all"]}
 
 
-class Collect(logging.Handler):
-    """Keeps what is logged as a warning or worse."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-def trace(dylora, checkpoint, text, routing, folder):
-    out = Path(folder) / f"{routing.replace(':', '_')}.safetensors"
-    command = [dylora, "trace", "--checkpoint", checkpoint, "--text", text, "--routing", routing]
-    subprocess.run(command + ["--out", out, "--device", "cpu", "--dtype", "f32"], check=True, stdout=subprocess.DEVNULL)
-    return load_file(out)
+def train(folder, name):
+    """Trains and exports; gives the checkpoint and the export."""
+    run, export = folder / name, folder / f"{name}.export"
+    config = folder / f"{name}.toml"
+    config.write_text(COMMON.format(dir=run) + RUNS[name])
+    dylora("train", "--config", config, *OPTIONS.get(name, []))
+    dylora("export-adapters", "--checkpoint", run, "--out", export)
+    return run, export
 
 
-def load_without_warnings(base_dir, export, name):
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    base.eval()
-    collect = Collect()
-    logging.getLogger().addHandler(collect)
-    for library in ("transformers", "peft"):
-        logging.getLogger(library).addHandler(collect)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = PeftModel.from_pretrained(base, str(export / name), adapter_name=name).eval()
-    problems = [str(w.message) for w in caught] + collect.messages
-    if problems:
-        sys.exit(f"{name}: PEFT warned: {problems}")
-    return model
+def check_experts(name, run, folders, base_dir):
+    base = load_base(base_dir)
+    for expert, (adapter, folder) in enumerate(folders.items()):
+        model = load_adapters(base_dir, **{adapter: folder})
+        ours = trace("--checkpoint", run, "--text", TEXTS[0], "--routing", f"expert:{expert}")
+        ids = ours["input_ids"]
+        compare(f"{name}: {adapter} in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
 
 
-def difference(name, ours, theirs):
-    found = (ours - theirs).abs().max().item()
-    print(f"{name}: largest difference of a logit {found:.1e}")
-    if not found <= TOLERANCE:
-        sys.exit(f"{name}: {found:.1e} is more than {TOLERANCE:.0e}")
-    return found
+def check_mixture(name, run, export, model, base):
+    """The mixture that the export describes, of PEFT's layers."""
+    for number, text in enumerate(TEXTS, 1):
+        ours = trace("--checkpoint", run, "--text", text)
+        ids = ours["input_ids"]
+        theirs, weights = routed(model, export, ids)
+        compare(f"{name}: mixture of PEFT's layers, text {number}", ours["logits"], theirs, base(ids).logits)
+        names = [f"routing_weights.{layer}" for layer in range(len(weights))]
+        found = [ours[key] for key in (names if len(names) > 1 else ["routing_weights"])]
+        even = torch.full_like(found[0], 1 / found[0].shape[-1])
+        found, weights = torch.stack(found), torch.stack(weights)
+        compare(f"{name}: weights of {len(found)} router(s), text {number}", found, weights, even)
 
 
-def routed_logits(model, experts, export, meta, ids):
-    """The mixture from PEFT's modules and router.safetensors alone."""
-    router = load_file(export / "router.safetensors")
-    gpt2 = model.base_model.model.transformer
-    x = gpt2.wte(ids) + gpt2.wpe(torch.arange(ids.shape[1]))
-    logits = (x @ router["weight"].T + router["bias"]) / meta["router"]["temperature"]
-    g = logits.softmax(-1)
-    k = meta["router"]["top_k"]
-    if k is not None and k < len(experts):
-        top = g.topk(k, -1)
-        g = torch.zeros_like(g).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
+def check_all_active(name, run, model, base):
+    """PEFT's sum of several active adapters, which it takes right where they are plain LoRA."""
+    ours = trace("--checkpoint", run, "--text", TEXTS[0], "--routing", "all")
+    ids = ours["input_ids"]
+    model.base_model.set_adapter(list(model.peft_config))
+    compare(f"{name}: all adapters active in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
 
-    def hook(module, args, _output):
-        (x,) = args
-        y = module.base_layer(x)
-        for e, name in enumerate(experts):
-            update = module.lora_B[name](module.lora_A[name](x)) * module.scaling[name]
-            y = y + g[..., e : e + 1] * update
-        return y
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, LoraLayer)]
-    result = model(ids).logits
-    for handle in handles:
-        handle.remove()
-    return result
+def check_export(name, run, export, base_dir):
+    meta = json.loads((export / "dylora.json").read_text())
+    folders = {adapter: export / adapter for adapter in meta["experts"]}
+    check_experts(name, run, folders, base_dir)
+    if meta["router"] is not None:
+        model, base = load_adapters(base_dir, **folders), load_base(base_dir)
+        if meta["routing"] == "router":
+            check_mixture(name, run, export, model, base)
+        if not any(config.use_dora or config.alora_invocation_tokens for config in model.peft_config.values()):
+            check_all_active(name, run, model, base)
+    routing = ["--routing", "all"] if meta["routing"] == "all" else []  # the import knows it by itself
+    ours = trace("--adapters", export, "--base", base_dir, "--text", TEXTS[0])
+    again = trace("--checkpoint", run, "--text", TEXTS[0], *routing)
+    compare(f"{name}: the export in dylora", ours["logits"], again["logits"])
 
 
 @torch.no_grad()
 def main():
-    dylora, checkpoint, export, base_dir, *texts = sys.argv[1:]
-    export = Path(export)
-    meta = json.loads((export / "dylora.json").read_text())
-    experts = meta["experts"]
-    largest = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        for expert, name in enumerate(experts):
-            model = load_without_warnings(base_dir, export, name)
-            for text in texts or TEXTS:
-                ours = trace(dylora, checkpoint, text, f"expert:{expert}", folder)
-                theirs = model(ours["input_ids"]).logits
-                largest = max(largest, difference(f"{name} on {text!r}", ours["logits"], theirs))
-        for name in experts[:-1]:
-            model.load_adapter(str(export / name), adapter_name=name)
-        if meta["router"] is not None:
-            for text in texts or TEXTS:
-                ours = trace(dylora, checkpoint, text, "router", folder)
-                theirs = routed_logits(model, experts, export, meta, ours["input_ids"])
-                largest = max(largest, difference(f"mixture on {text!r}", ours["logits"], theirs))
-    print(f"{len(experts)} experts and the mixture agree with PEFT: largest difference {largest:.1e}")
+    if len(sys.argv) == 4:
+        run, export, base_dir = sys.argv[1:]
+        check_export(Path(run).name, run, Path(export), base_dir)
+    else:
+        for name in RUNS:
+            check_export(name, *train(Path(sys.argv[1]).resolve(), name), BASE)
+    summary()
 
 
 main()

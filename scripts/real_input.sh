@@ -43,5 +43,5 @@ done
 "$dylora" eval --checkpoint "$out/mixture-${seeds[0]}"
 "$dylora" export-adapters --checkpoint "$out/mixture-${seeds[0]}" --out "$out/export" --overwrite
 if [ -n "${PYTHON:-}" ]; then
-  "$PYTHON" "$here/check_peft.py" "$dylora" "$out/mixture-${seeds[0]}" "$out/export" "$out/base/model"
+  DYLORA=$dylora "$PYTHON" "$here/check_peft.py" "$out/mixture-${seeds[0]}" "$out/export" "$out/base/model"
 fi

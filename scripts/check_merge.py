@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Merges mixtures, loads the results in transformers and PEFT, and checks what dylora says that it costs.
+
+    scripts/check_merge.py FOLDER
+
+FOLDER holds the runs of scripts/check_peft.py. A mixture with the same weights for every token is computed from PEFT's
+layers; a merged base must give its logits in transformers, a merged adapter in PEFT, both loaded without a warning.
+Needs scripts/reference_env.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from clients import BASE, TEXTS, compare, dylora, expect, load_adapters, load_base
+from clients import mixture_logits, routed, summary, trace
+
+# run, weights, form; a mixture of DoRA experts fits into no adapter
+CASES = [
+    ("single", None, "base"),
+    ("top_k", "mean", "base"),
+    ("top_k", "expert:1", "base"),
+    ("top_k", "0.5,0.3,0.2", "adapter"),
+    ("patterns", "0.7,-0.4,1.1", "base"),
+    ("patterns", "0.7,-0.4,1.1", "adapter"),
+    ("dora", "uniform", "base"),
+    ("pissa", "all", "base"),
+    ("pissa", "mean", "adapter"),
+    ("alora", "expert:1", "adapter"),
+    ("all", None, "adapter"),
+]
+
+
+def load_experts(folder, run):
+    """The run's experts in PEFT, and their names."""
+    export = folder / f"{run}.export"
+    experts = json.loads((export / "dylora.json").read_text())["experts"]
+    return load_adapters(BASE, **{name: export / name for name in experts}), experts
+
+
+def static_logits(model, experts, ids, weights):
+    g = torch.tensor(weights).expand(*ids.shape, -1)
+    return mixture_logits(model, experts, ids, lambda _layer: g)
+
+
+def check_case(folder, run, weights, form, ids):
+    out = folder / "merged"
+    choice = [] if weights is None else ["--weights", weights]
+    merge = ["--checkpoint", folder / run, *choice, "--as", form, "--out", out, "--overwrite", "--json"]
+    report = json.loads(dylora("merge", *merge))
+    theirs = static_logits(*load_experts(folder, run), ids, report["weights"])
+    model = load_base(out) if form == "base" else load_adapters(BASE, merged=out)
+    name = f"{run} with weights {weights} as {form}"
+    compare(name, model(ids).logits, theirs, load_base(BASE)(ids).logits)
+    if form == "base":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        expect(f"{name}: the tokenizer came along", tokenizer.encode(TEXTS[0]) == ids[0].tolist())
+
+
+def check_cost(folder, run):
+    """What `merge` measures, computed by transformers and PEFT: each text and its end are one window."""
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    out = folder / "measured"
+    merge = ["--checkpoint", folder / run, "--weights", "mean", "--data", texts, "--seq-len", 256, "--out", out]
+    printed = dylora("merge", *merge)
+    expect("merge prints the cost of fixing the weights", "cost of fixing the weights" in printed, printed)
+    report = json.loads(dylora("merge", *merge, "--overwrite", "--json"))
+    tokenizer, merged = transformers.AutoTokenizer.from_pretrained(BASE), load_base(out)
+    model, _ = load_experts(folder, run)
+    losses, weights = {"routed": [], "static": []}, []
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer.encode(text) + [tokenizer.eos_token_id]])
+        logits, of_layers = routed(model, folder / f"{run}.export", ids)
+        weights.append(of_layers[0][0, :-1])
+        for name, logits in (("routed", logits), ("static", merged(ids).logits)):
+            losses[name].append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
+    losses = {name: torch.cat(parts).mean() for name, parts in losses.items()}
+    for name, loss in losses.items():
+        compare(f"{run}: measured {name} loss", torch.tensor(report["measured"][name]["token_loss"]), loss)
+    cost = torch.tensor(report["measured"]["token_cost"])
+    compare(f"{run}: measured cost", cost, losses["static"] - losses["routed"])
+    compare(f"{run}: mean weights of the router", torch.tensor(report["weights"]), torch.cat(weights).mean(0))
+
+
+def check_concatenation(folder, run, ids):
+    """PEFT's own concatenation of a mixture's experts, in dylora."""
+    model, experts = load_experts(folder, run)
+    weights = [0.5, 0.3, 0.2]
+    theirs = static_logits(model, experts, ids, weights)
+    model.add_weighted_adapter(experts, weights, "joined", combination_type="cat")
+    model.save_pretrained(folder, selected_adapters=["joined"], save_embedding_layers=False)
+    ours = trace("--adapters", folder / "joined", "--base", BASE, "--text", TEXTS[0])["logits"]
+    compare(f"{run} concatenated by PEFT, in dylora", ours, theirs, load_base(BASE)(ids).logits)
+
+
+def check_refusals(folder):
+    out = ["--out", folder / "refused"]
+    says = lambda name, words, message: expect(name, words in message and not out[1].exists(), message)
+    message = dylora("merge", "--checkpoint", folder / "top_k", *out, code=2)
+    says("a routed mixture needs --weights", "`--weights mean`", message)
+    export = ["--adapters", folder / "top_k.export", "--base", BASE]
+    message = dylora("merge", *export, "--weights", "mean", *out, code=2)
+    says("a routed mixture needs data to measure the cost", "`--data [DOMAIN=]FILE`", message)
+    message = dylora("merge", "--checkpoint", folder / "dora", "--weights", "all", "--as", "adapter", *out, code=1)
+    says("DoRA fits into no adapter", "merge into the base instead", message)
+    message = dylora("merge", "--checkpoint", folder / "alora", "--weights", "uniform", *out, code=1)
+    says("invocation tokens fit into no merge", "invocation tokens", message)
+
+
+@torch.no_grad()
+def main():
+    folder = Path(sys.argv[1]).resolve()
+    check_refusals(folder)
+    check_cost(folder, "top_k")
+    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(BASE).encode(TEXTS[0])])
+    for case in CASES:
+        check_case(folder, *case, ids)
+    check_concatenation(folder, "top_k", ids)
+    summary()
+
+
+main()
