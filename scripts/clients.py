@@ -30,13 +30,14 @@ TEXTS = [
 ]
 INVOCATION = [199, 59]  # "\n[" in the demo's tokens: twice in the first text, nowhere in the second
 DYLORA = os.environ.get("DYLORA", "target/debug/dylora")
+DEVICE = os.environ.get("DEVICE", "cpu")
 checks = []  # the difference of each, 0 for those without numbers
 transformers.utils.logging.disable_progress_bar()
 
 
 def dylora(command, *arguments, code=0):
-    """Runs dylora on the CPU, which must exit with `code`; gives its results, or its messages if that is not 0."""
-    line = [DYLORA, "--quiet", command, "--device", "cpu", *map(str, arguments)]
+    """Runs dylora, which must exit with `code`; gives its results, or its messages if that is not 0."""
+    line = [DYLORA, "--quiet", command, "--device", DEVICE, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode != code:
         sys.exit(f"`{' '.join(line)}` exited with {done.returncode}, not {code}:\n{done.stdout}{done.stderr}")

@@ -9,7 +9,8 @@
 //! Its classifier of one linear layer reads the last hidden state of a pass of the base alone and
 //! gives every layer the same softmax weights: dylora's router with `input = "base_hidden"`. What
 //! X-LoRA can do beside that is refused by name. So is top-k, which it takes over positions, not
-//! experts (`get_maybe_topk_scalings`, `dim=1`), and does not renormalise.
+//! experts (`get_maybe_topk_scalings`, `dim=1`), and which PEFT 0.21, where it is over experts, does not
+//! renormalise.
 
 use std::collections::BTreeMap;
 use std::path::Path;
