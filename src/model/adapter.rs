@@ -214,6 +214,7 @@ impl<'a> Targets<'a> {
             bail!("`target_modules` is absent\nhint: PEFT writes it when it saves an adapter");
         }
         let list = |value: &Value| match value {
+            Value::String(text) if text.is_empty() => vec![],
             Value::Number(_) | Value::String(_) => vec![value.clone()],
             Value::Array(items) => items.clone(),
             _ => vec![],
@@ -240,6 +241,11 @@ impl<'a> Targets<'a> {
         }
         if !name_is_in(self.target_modules, &name, "target_modules")? {
             return Ok(false);
+        }
+        // PEFT takes a module that is named in full whatever its layer
+        let is_name = |item: &Value| item.as_str() == Some(&name);
+        if self.target_modules.as_array().is_some_and(|items| items.iter().any(is_name)) {
+            return Ok(true);
         }
         let Some(layers) = &self.layers else { return Ok(true) };
         for pattern in &self.layers_pattern {
