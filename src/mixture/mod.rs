@@ -32,7 +32,7 @@ use crate::model::expert::ExpertSpec;
 use crate::model::gpt2::Gpt2;
 use crate::model::gpt2_config::Gpt2Config;
 use crate::model::parameters::expert_name;
-use crate::model::weights::read_tensors;
+use crate::model::weights::{check_numbers, read_tensors};
 
 /// The version of `dylora.json`.
 pub const FORMAT: u32 = 2;
@@ -286,12 +286,15 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest> {
 
 /// The tensors of a router's file by the names of [`RoutedGpt2::tensors`].
 fn router_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let tensors = read_tensors(file).context("cannot read the router")?.into_iter();
+    let tensors = read_tensors(file).context("cannot read the router")?;
+    for (name, tensor) in &tensors {
+        check_numbers(name, tensor).with_context(|| format!("in `{}`", file.display()))?;
+    }
     let name = |name: String| match name.rsplit_once('.') {
         None => format!("router.{name}"),
         Some((layer, key)) => format!("{layer}.router.{key}"),
     };
-    Ok(tensors.map(|(key, tensor)| (name(key), tensor)).collect())
+    Ok(tensors.into_iter().map(|(key, tensor)| (name(key), tensor)).collect())
 }
 
 /// A router's tensors by their names in a file.

@@ -23,7 +23,7 @@ use super::{ADAPTER_CONFIG, FindAdapter, Mixture};
 use crate::config::{AdapterHub, AdapterSource, RouterConfig, RouterInput};
 use crate::model::RoutedGpt2;
 use crate::model::gpt2_config::Gpt2Config;
-use crate::model::weights::read_tensors;
+use crate::model::weights::{check_numbers, read_tensors};
 
 /// The classifier's settings.
 pub const CONFIG: &str = "xlora_config.json";
@@ -101,6 +101,9 @@ pub fn read_router(dir: &Path) -> Result<(RouterConfig, BTreeMap<String, Tensor>
     let file = dir.join(CLASSIFIER);
     let mut tensors = read_tensors(&file).context("cannot read the classifier")?;
     let in_file = || format!("in `{}`", file.display());
+    for (name, tensor) in &tensors {
+        check_numbers(name, tensor).with_context(in_file)?;
+    }
     let weight = tensors.remove("last.weight");
     let weight = weight.with_context(|| format!("{}: `last.weight` is missing", in_file()))?;
     let experts = weight.size().first().copied().unwrap_or(0);

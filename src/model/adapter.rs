@@ -21,7 +21,7 @@ use tch::{Device, Kind, Tensor};
 use super::RoutedGpt2;
 use super::expert::{ExpertSpec, RankAlpha};
 use super::gpt2_config::Gpt2Config;
-use super::weights::read_tensors;
+use super::weights::{check_numbers, read_tensors};
 use crate::config::{LoraInit, ModulePath, TargetModule};
 
 /// An adapter in memory.
@@ -306,12 +306,7 @@ fn named(
                 tensor.size()
             );
         }
-        if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
-            bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
-        }
-        if !bool::try_from(tensor.isfinite().all())? {
-            bail!("tensor `{name}` holds numbers that are not finite");
-        }
+        check_numbers(&name, &tensor)?;
         named.insert(key, tensor.to_kind(Kind::Float));
     }
     match tensors.keys().next() {

@@ -99,6 +99,17 @@ pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors)
 }
 
+/// Refuses a tensor of integers, or with numbers that are not finite.
+pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
+    if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+        bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
+    }
+    if !bool::try_from(tensor.isfinite().all())? {
+        bail!("tensor `{name}` holds numbers that are not finite");
+    }
+    Ok(())
+}
+
 fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
     let kind = match view.dtype() {
         Dtype::F32 => Kind::Float,
