@@ -1,0 +1,230 @@
+//! Where experts start.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use dylora::config::{LoraConfig, LoraInit, RouterConfig, RoutingChoice, TargetModule};
+use dylora::model::expert::{ExpertSpec, RankAlpha};
+use dylora::model::gpt2::Gpt2;
+use dylora::model::{RoutedGpt2, RoutingSource};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{
+    DOUBLE, assert_close, logits, new_model, seed, tiny_base, tiny_config, two_rows,
+};
+use crate::{BOTH_WAYS, expected, logits_by, path, tied_base};
+
+/// The modules of `init.expected.safetensors`.
+const MODULES: [&str; 2] = ["h.0.attn.c_attn", "h.1.mlp.c_proj"];
+
+const INITS: [LoraInit; 4] =
+    [LoraInit::Default, LoraInit::Gaussian, LoraInit::Pissa, LoraInit::Olora];
+
+/// One expert on `gpt2_tied` as PEFT's were made: rank 3, alpha 6.
+fn one_expert(base: &Gpt2, init: LoraInit, use_dora: bool) -> RoutedGpt2 {
+    let size = RankAlpha { rank: 3, alpha: 6.0 };
+    let spec = ExpertSpec {
+        modules: MODULES.map(|module| (path(module), size)).into(),
+        use_rslora: false,
+        use_dora,
+        init,
+        trainable: true,
+        invocation_tokens: vec![],
+    };
+    RoutedGpt2::with_experts(base, &[spec], &RouterConfig::default(), Device::Cpu, Kind::Float)
+}
+
+/// `base`'s weight of a module, `[i, o]`.
+fn weight<'a>(base: &'a Gpt2, module: &str) -> &'a Tensor {
+    let path = path(module);
+    &base.blocks[path.layer].linears[&path.module].weight
+}
+
+/// A singular vector's sign is free, in A and B alike: those of `a`'s rows as `like` has them.
+fn signs(a: &Tensor, like: &Tensor) -> Tensor {
+    (a * like).sum_dim_intlist(-1, true, Kind::Float).sign()
+}
+
+#[test]
+fn pissa_and_olora_start_as_in_peft() -> Result<()> {
+    let _generator = seed(140);
+    let (base, expected) = (tied_base(Kind::Float)?, expected("init")?);
+    for (init, name) in [(LoraInit::Pissa, "pissa"), (LoraInit::Olora, "olora")] {
+        let model = one_expert(&base, init, false);
+        for module in MODULES {
+            let golden = |key: &str| expected[&format!("{name}.{module}.{key}")].shallow_clone();
+            let own = |key: &str| model.expert_tensor(path(module), 0, key).expect("it is there");
+            let (a, b) = (own("lora_a"), own("lora_b"));
+            let what = |part: &str| format!("{part} of {module}, {name}");
+            let update = b.matmul(&a) * 2.0;
+            let golden_update = golden("lora_b").matmul(&golden("lora_a")) * 2.0;
+            assert_close(&what("update"), &update, &golden_update, 1e-5);
+            let residual = weight(&base, module) - update.tr();
+            assert_close(&what("residual"), &residual, &golden("residual"), 1e-5);
+            let signs = signs(&a, &golden("lora_a"));
+            assert_close(&what("A"), &(&a * &signs), &golden("lora_a"), 1e-5);
+            assert_close(&what("B"), &(&b * signs.tr()), &golden("lora_b"), 1e-5);
+            assert!(own("initial_a").equal(&a) && own("initial_b").equal(&b));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn magnitudes_start_as_the_norms_of_the_bases_weight() -> Result<()> {
+    let _generator = seed(141);
+    let (base, expected) = (tied_base(Kind::Float)?, expected("init")?);
+    for init in INITS {
+        let model = one_expert(&base, init, true);
+        for module in MODULES {
+            let magnitude = model.expert_tensor(path(module), 0, "magnitude").expect("it is DoRA");
+            let norm = weight(&base, module).square().sum_dim_intlist(0, false, None).sqrt();
+            assert_close(&format!("{module}, {init:?}"), &magnitude, &norm, 1e-6);
+            let golden = &expected[&format!("pissa.dora_magnitude.{module}")];
+            assert_close(&format!("{module}, {init:?}"), &magnitude, golden, 1e-5);
+        }
+    }
+    Ok(())
+}
+
+/// The A of every module of a wide base, at rank 64, in one; and whether each B is zero.
+fn down_projections(init: LoraInit) -> (BTreeMap<TargetModule, Tensor>, bool) {
+    let config =
+        dylora::model::gpt2_config::Gpt2Config { n_embd: 128, n_inner: 256, ..tiny_config() };
+    let target_modules = TargetModule::ALL.to_vec();
+    let lora = LoraConfig { num_experts: 1, rank: 64, target_modules, init, ..Default::default() };
+    let model = new_model(&tiny_base(config), &lora, &RouterConfig::default(), Kind::Float);
+    let tensor = |path, key| model.expert_tensor(path, 0, key).expect("it targets every module");
+    let a = model.modules().map(|(path, _)| (path.module, tensor(path, "lora_a"))).collect();
+    let zero = model
+        .modules()
+        .all(|(path, _)| tensor(path, "lora_b").count_nonzero(None).int64_value(&[]) == 0);
+    (a, zero)
+}
+
+fn std(x: &Tensor) -> f64 {
+    x.to_kind(Kind::Double).square().mean(None).sqrt().double_value(&[])
+}
+
+#[test]
+fn gaussian_has_standard_deviation_one_over_the_rank() -> Result<()> {
+    let _generator = seed(142);
+    assert_eq!(expected("init")?["gaussian.std"].double_value(&[]), 1.0 / 3.0);
+    let (a, b_is_zero) = down_projections(LoraInit::Gaussian);
+    assert!(b_is_zero);
+    for (module, a) in a {
+        let ratio = std(&a) * 64.0;
+        assert!((ratio - 1.0).abs() < 0.03, "{module:?}: {ratio}");
+        let largest = a.abs().max().double_value(&[]) * 64.0;
+        assert!((3.0..7.0).contains(&largest), "{module:?}: {largest} standard deviations");
+    }
+    Ok(())
+}
+
+#[test]
+fn default_is_uniform_up_to_one_over_the_root_of_the_inputs() -> Result<()> {
+    let _generator = seed(143);
+    // for the 16 inputs of `gpt2_tied`
+    assert!((expected("init")?["default.bound"].double_value(&[]) - 0.25).abs() < 1e-15);
+    let (a, b_is_zero) = down_projections(LoraInit::Default);
+    assert!(b_is_zero);
+    for (module, a) in a {
+        let bound = 1.0 / (a.size()[1] as f64).sqrt();
+        let ratio = std(&a) / (bound / 3f64.sqrt());
+        assert!((ratio - 1.0).abs() < 0.03, "{module:?}: {ratio}");
+        let largest = a.abs().max().double_value(&[]) / bound;
+        assert!((0.99..=1.0 + 1e-7).contains(&largest), "{module:?}: {largest} of the bound");
+    }
+    Ok(())
+}
+
+/// Specs of three experts of each start, with and without DoRA and rsLoRA, and of one of each.
+fn starts() -> Result<Vec<(String, Vec<ExpertSpec>)>> {
+    let mut cases: Vec<(String, Vec<ExpertSpec>)> = vec![];
+    for init in INITS {
+        for (use_dora, use_rslora) in [(false, false), (false, true), (true, false), (true, true)] {
+            let target_modules = TargetModule::ALL.to_vec();
+            let lora = LoraConfig {
+                num_experts: 3,
+                rank: 3,
+                target_modules,
+                init,
+                use_dora,
+                use_rslora,
+                ..Default::default()
+            };
+            let name = format!("{init:?}, DoRA {use_dora}, rsLoRA {use_rslora}");
+            cases.push((name, ExpertSpec::all(&lora, &tiny_config())?));
+        }
+    }
+    let one_of_each = cases.iter().map(|(_, specs)| specs[0].clone()).collect();
+    cases.push(("one of each".into(), one_of_each));
+    Ok(cases)
+}
+
+/// Every source of weights that a batch of [`two_rows`] can have.
+fn sources(num_experts: i64) -> Vec<(&'static str, RoutingSource)> {
+    let one_hot = Tensor::from(num_experts - 1).one_hot(num_experts).to_kind(Kind::Double);
+    let random = Tensor::randn([2, 7, num_experts], DOUBLE);
+    vec![
+        ("router", RoutingSource::Router),
+        ("uniform", RoutingSource::Uniform),
+        ("all", RoutingSource::All),
+        ("one-hot", RoutingSource::Given(one_hot)),
+        ("random", RoutingSource::Given(random)),
+    ]
+}
+
+#[test]
+fn the_first_forward_pass_of_every_start_is_the_bases() -> Result<()> {
+    let _generator = seed(144);
+    let base = tiny_base(tiny_config());
+    for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-5)] {
+        let plain = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
+        let expected = logits(&plain, &two_rows(), &RoutingSource::Base);
+        // what PiSSA and OLoRA experts subtract cancels but for rounding, at scalings of up to 9 and
+        // up to 16 times: relative to the logits in f32
+        let tolerance = tolerance * expected.abs().max().double_value(&[]).max(1.0);
+        for (name, specs) in starts()? {
+            let router = RouterConfig::default();
+            let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, kind);
+            for (source_name, source) in sources(specs.len() as i64) {
+                for masks in BOTH_WAYS {
+                    let logits = logits_by(masks, &model, &two_rows(), &source);
+                    let what = format!("{name}, {source_name}, {masks:?}, {kind:?}");
+                    assert_close(&what, &logits, &expected, tolerance);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn where_experts_started_is_not_trained_and_survives_saving_to_the_bit() -> Result<()> {
+    let _generator = seed(145);
+    let base = tiny_base(tiny_config());
+    for (name, specs) in starts()? {
+        let router = RouterConfig::default();
+        let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
+        let trained = model.trained(RoutingChoice::Router);
+        assert!(trained.parameters.iter().all(|parameter| !parameter.name.contains("initial")));
+        let saved = model.tensors();
+        let initial = saved.keys().filter(|name| name.contains("initial")).count();
+        let of_base = |spec: &&ExpertSpec| matches!(spec.init, LoraInit::Pissa | LoraInit::Olora);
+        assert_eq!(initial, specs.iter().filter(of_base).count() * 8 * 2, "{name}");
+        assert_eq!(trained.parameters.len(), saved.len() - initial, "{name}");
+        crate::common::randomize(&model)?;
+        let copies: BTreeMap<_, _> =
+            model.tensors().into_iter().map(|(n, t)| (n, t.copy())).collect();
+        let cpu = Device::Cpu;
+        let read = RoutedGpt2::from_tensors(&base, &specs, &router, &copies, cpu, Kind::Float)?;
+        for (tensor_name, tensor) in read.tensors() {
+            assert!(tensor.equal(&copies[&tensor_name]), "`{tensor_name}`, {name}");
+            if tensor_name.contains("initial") {
+                assert!(tensor.count_nonzero(None::<i64>).int64_value(&[]) > 0);
+            }
+        }
+    }
+    Ok(())
+}

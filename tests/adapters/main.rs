@@ -1,0 +1,153 @@
+//! Adapters and mixtures of them: in from PEFT and X-LoRA, mixed, out again, merged.
+//!
+//! Reference: PEFT 0.21.2 and transformers 5.17.0 in float64, by `scripts/make_golden_adapters.py`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod export;
+mod fused;
+mod import;
+mod init;
+mod merge;
+mod mixtures;
+mod refusals;
+mod targets;
+mod xlora;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use dylora::config::{AdapterSource, DropoutMasks, LoraConfig, ModulePath, RoutingChoice};
+use dylora::export::peft::Provenance;
+use dylora::hub::{AdapterFiles, HubSettings, find_adapter};
+use dylora::mixture::Mixture;
+use dylora::model::adapter::Adapter;
+use dylora::model::expert::ExpertSpec;
+use dylora::model::gpt2::Gpt2;
+use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::lora::LoraDropout;
+use dylora::model::weights::{read_gpt2, read_tensors};
+use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource};
+use tch::{Device, Kind, Tensor};
+
+use common::{golden_path, labelled_rows, tiny_config};
+
+/// Largest differences from the reference's logits allowed in each dtype.
+const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
+
+/// The way of all experts at once, and the loop over them.
+const BOTH_WAYS: [DropoutMasks; 2] = [DropoutMasks::Shared, DropoutMasks::PerExpert];
+
+/// The base that the adapters of `tests/golden/peft` are for.
+fn tied_base(kind: Kind) -> Result<Gpt2> {
+    read_gpt2(&tied_config()?, &[golden_path("gpt2_tied.safetensors")], kind)
+}
+
+fn tied_config() -> Result<Gpt2Config> {
+    Gpt2Config::read(&golden_path("gpt2_tied.config.json"))
+}
+
+/// A folder of `tests/golden/peft`.
+fn peft_folder(name: &str) -> PathBuf {
+    golden_path("peft").join(name)
+}
+
+/// What the reference computes with it.
+fn expected(name: &str) -> Result<BTreeMap<String, Tensor>> {
+    read_tensors(&peft_folder(&format!("{name}.expected.safetensors")))
+}
+
+/// Finds adapters in folders alone.
+fn find(source: &AdapterSource) -> Result<AdapterFiles> {
+    let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
+    let settings = HubSettings { endpoint, cache_dir: "absent".into(), token: None, offline: true };
+    find_adapter(source, &settings, &())
+}
+
+fn of_folder(dir: &Path, base: &Gpt2Config) -> Result<Mixture> {
+    Mixture::of_folder(dir, base, &find)
+}
+
+/// Folders of `tests/golden/peft` as the experts of one model on `gpt2_tied`, in f64.
+fn mixed(names: &[&str]) -> Result<RoutedGpt2> {
+    let base = tied_base(Kind::Double)?;
+    let sources: Vec<_> = names.iter().map(|n| AdapterSource::Path(peft_folder(n))).collect();
+    let mixture = Mixture::of_adapters(&sources, &base.config, &find)?;
+    mixture.put_on(&base, Device::Cpu, Kind::Double)
+}
+
+/// A batch of `input_ids`, `[b, t]`, without labels or with those of a golden file.
+fn inputs(input_ids: &Tensor, labels: Option<&Tensor>) -> Result<Inputs> {
+    let rows: Vec<Vec<i64>> = input_ids.try_into()?;
+    let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
+    let labels = match labels {
+        Some(labels) => Vec::try_from(labels.view([-1]))?,
+        None => vec![-100; input_ids.numel()],
+    };
+    Ok(labelled_rows(&rows, &labels))
+}
+
+/// A forward pass by one of [`BOTH_WAYS`], with dropout of `probability`.
+fn mode(masks: DropoutMasks, probability: f64) -> ForwardMode {
+    ForwardMode { dropout: LoraDropout { probability, masks }, gradient_checkpointing: false }
+}
+
+/// The logits, `[b, t, v]`, by one of [`BOTH_WAYS`].
+fn logits_by(
+    masks: DropoutMasks,
+    model: &RoutedGpt2,
+    inputs: &Inputs,
+    source: &RoutingSource,
+) -> Tensor {
+    model.logits(&model.forward(inputs, source, mode(masks, 0.0), None).hidden)
+}
+
+fn path(text: &str) -> ModulePath {
+    text.parse().expect("it is a module's path")
+}
+
+/// `[lora]` as it is written in a config.
+fn lora(text: &str) -> LoraConfig {
+    toml::from_str(text).expect("it is a `[lora]`")
+}
+
+fn provenance() -> Provenance {
+    Provenance {
+        base_name: "gpt2_tied".into(),
+        revision: None,
+        base_label: "gpt2_tied".into(),
+        base_hash: "0".repeat(64),
+        dropout: 0.1,
+        routing: RoutingChoice::Router,
+        domains: vec![],
+    }
+}
+
+/// A base of three layers, so that a module may be in any subset of them.
+fn three_layers() -> Gpt2Config {
+    Gpt2Config { n_layer: 3, n_embd: 4, n_inner: 8, n_head: 2, ..tiny_config() }
+}
+
+/// Zeros of the shapes that a spec asks for.
+fn zeros(spec: ExpertSpec, base: &Gpt2Config) -> Adapter {
+    let mut tensors = BTreeMap::new();
+    for (&path, size) in &spec.modules {
+        let (i, o) = base.linear_shape(path.module);
+        let mut add = |key, shape: &[i64]| {
+            tensors.insert((path, key), Tensor::zeros(shape, (Kind::Float, Device::Cpu)));
+        };
+        add("lora_a", &[size.rank, i]);
+        add("lora_b", &[o, size.rank]);
+        if spec.use_dora {
+            add("magnitude", &[o]);
+        }
+    }
+    Adapter { spec, tensors }
+}
+
+/// The message of an error, in which `dir` is called `DIR`.
+fn message(error: &anyhow::Error, dir: &Path) -> String {
+    format!("{error:#}").replace(&dir.display().to_string(), "DIR")
+}
