@@ -97,11 +97,11 @@ input = "base_hidden"
 temperature = 1.5""",
     "alora": f"""num_experts = 3
 [[lora.experts]]
-invocation_tokens = {INVOCATION}
+alora_invocation_tokens = {INVOCATION}
 [[lora.experts]]
 [[lora.experts]]
 target_modules = ["attn.c_attn"]
-invocation_tokens = {INVOCATION}
+alora_invocation_tokens = {INVOCATION}
 [router]
 input = "layer_input" """,
     # trained as PEFT would train several active adapters: the router stays as it was

@@ -205,9 +205,11 @@ fn check_lora(config: &Config, faults: &mut Faults) {
     }
     for (i, expert) in lora.experts.iter().enumerate() {
         let key = format!("lora.experts[{i}]");
-        if expert.invocation_tokens.iter().any(|&token| token < 0) {
-            faults
-                .add(&format!("{key}.invocation_tokens"), "must be token ids of at least 0".into());
+        if expert.alora_invocation_tokens.iter().any(|&token| token < 0) {
+            faults.add(
+                &format!("{key}.alora_invocation_tokens"),
+                "must be token ids of at least 0".into(),
+            );
         }
         if expert.source.is_none() {
             let shape = Shape {
@@ -229,7 +231,7 @@ fn check_lora(config: &Config, faults: &mut Faults) {
             ("init", expert.init.is_some()),
             ("rank_pattern", expert.rank_pattern.is_some()),
             ("alpha_pattern", expert.alpha_pattern.is_some()),
-            ("invocation_tokens", !expert.invocation_tokens.is_empty()),
+            ("alora_invocation_tokens", !expert.alora_invocation_tokens.is_empty()),
         ];
         for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
             faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());

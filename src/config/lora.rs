@@ -119,7 +119,7 @@ pub struct ExpertConfig {
     /// Token ids from whose last occurrence in a document on the expert is active (aLoRA,
     /// arXiv:2504.12397); empty for an expert that always is.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub invocation_tokens: Vec<i64>,
+    pub alora_invocation_tokens: Vec<i64>,
     /// As [`LoraConfig::rank_pattern`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank_pattern: Option<BTreeMap<ModulePattern, i64>>,
@@ -139,7 +139,7 @@ impl Default for ExpertConfig {
             use_dora: None,
             init: None,
             trainable: true,
-            invocation_tokens: vec![],
+            alora_invocation_tokens: vec![],
             rank_pattern: None,
             alpha_pattern: None,
         }

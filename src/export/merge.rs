@@ -33,7 +33,7 @@ fn check(model: &RoutedGpt2, weights: &[f64]) -> Result<()> {
         bail!("weights must be finite numbers, got {weights:?}");
     }
     let used = || model.specs().iter().zip(weights).filter(|(_, weight)| **weight != 0.0);
-    if used().any(|(spec, _)| !spec.invocation_tokens.is_empty()) {
+    if used().any(|(spec, _)| !spec.alora_invocation_tokens.is_empty()) {
         bail!("an expert with invocation tokens is off before them, which no merged weight can be");
     }
     Ok(())
@@ -139,7 +139,7 @@ pub fn into_adapter(model: &RoutedGpt2, weights: &[f64]) -> Result<Adapter> {
         use_dora: false,
         init: LoraInit::Default,
         trainable: true,
-        invocation_tokens: vec![],
+        alora_invocation_tokens: vec![],
     };
     Ok(Adapter { spec, tensors })
 }

@@ -77,6 +77,10 @@ pub fn export(
     let names: Vec<String> = (0..num_experts).map(expert_name).collect();
     let xlora = match layout {
         Layout::Dylora => None,
+        Layout::Xlora if provenance.routing != RoutingChoice::Router => bail!(
+            "X-LoRA routes by its classifier, but this mixture was trained with weights by `{}`",
+            provenance.routing
+        ),
         Layout::Xlora => Some(xlora::write(model, &provenance.base_name, &names)?),
     };
     durable::folder(dir, overwrite, |dir| {

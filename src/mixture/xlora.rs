@@ -84,8 +84,16 @@ pub fn read(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Mix
     let sources: Vec<AdapterSource> = adapters.iter().map(source).collect();
     let mut mixture = Mixture::of_adapters(&sources, base, find)?;
     let (router, tensors) = read_router(dir)?;
-    mixture.router = router;
-    mixture.tensors.extend(tensors);
+    let (outputs, count) = (tensors["router.weight"].size()[0], mixture.specs.len());
+    if outputs != count as i64 {
+        let file = dir.join(CLASSIFIER);
+        bail!("`{}` scores {outputs} adapters, the config names {count}", file.display());
+    }
+    // the softmax of a single score is 1
+    if count > 1 {
+        mixture.router = router;
+        mixture.tensors.extend(tensors);
+    }
     mixture.is_whole = true;
     Ok(mixture)
 }
@@ -165,11 +173,12 @@ pub fn write(
     base_name: &str,
     experts: &[String],
 ) -> Result<(Value, BTreeMap<String, Tensor>)> {
-    let [router] = model.routers() else {
-        bail!(
-            "an X-LoRA mixture has one router for all layers, this one {}",
-            model.routers().len()
-        );
+    let router = match model.routers() {
+        [] => bail!("a single expert has no router, and is a PEFT adapter as it is"),
+        [router] => router,
+        routers => {
+            bail!("X-LoRA has one classifier for all layers, this mixture {}", routers.len())
+        }
     };
     let input = model.router_input();
     if input != RouterInput::BaseHidden {
@@ -187,7 +196,7 @@ pub fn write(
         false => Ok(()),
     };
     with("DoRA", model.specs().iter().any(|spec| spec.use_dora))?;
-    with("invocation tokens", model.specs().iter().any(|s| !s.invocation_tokens.is_empty()))?;
+    with("invocation tokens", model.specs().iter().any(|s| !s.alora_invocation_tokens.is_empty()))?;
     let adapters: Map<String, Value> =
         experts.iter().map(|name| (name.clone(), json!(format!("{ADAPTERS}/{name}")))).collect();
     let mut config = Map::new();

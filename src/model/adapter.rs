@@ -134,7 +134,7 @@ fn spec_of(json: &Map<String, Value>, base: &Gpt2Config) -> Result<ExpertSpec> {
         use_dora: flag("use_dora")?,
         init: LoraInit::Default,
         trainable: true,
-        invocation_tokens: serde_json::from_value(tokens)
+        alora_invocation_tokens: serde_json::from_value(tokens)
             .context("`alora_invocation_tokens` must be a list of token ids")?,
     })
 }
@@ -220,6 +220,9 @@ impl<'a> Targets<'a> {
             _ => vec![],
         };
         let layers = list(get("layers_to_transform"));
+        if target_modules.is_string() && !layers.is_empty() {
+            bail!("`layers_to_transform` is not for a `target_modules` that is a string");
+        }
         let layers: Option<Vec<i64>> = layers.iter().map(Value::as_i64).collect();
         let layers = layers.context("`layers_to_transform` must be numbers of layers")?;
         let layers_pattern = list(get("layers_pattern")).into_iter();
@@ -399,7 +402,7 @@ pub fn config_json(
         true => modules.iter().map(|module| module.name().to_owned()).collect(),
         false => spec.modules.keys().map(|&path| full_name(path)).collect(),
     };
-    let tokens = &spec.invocation_tokens;
+    let tokens = &spec.alora_invocation_tokens;
     json!({
         "alora_invocation_tokens": (!tokens.is_empty()).then_some(tokens),
         "alpha_pattern": pattern(&|size| number(size.alpha)),

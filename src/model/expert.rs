@@ -25,7 +25,7 @@ pub struct ExpertSpec {
     /// Whether it is trained.
     pub trainable: bool,
     /// Active from the last occurrence of these tokens on; empty for always.
-    pub invocation_tokens: Vec<i64>,
+    pub alora_invocation_tokens: Vec<i64>,
 }
 
 /// Size and scale of an expert on one module.
@@ -71,7 +71,7 @@ impl ExpertSpec {
             use_dora: lora.use_dora,
             init: lora.init,
             trainable: own.trainable,
-            invocation_tokens: own.invocation_tokens,
+            alora_invocation_tokens: own.alora_invocation_tokens,
         };
         spec.check_ranks(base)?;
         Ok(spec)

@@ -50,11 +50,16 @@ pub(super) struct Dora {
     pub magnitude: Tensor,
     /// Squared norm of the base's weight by output, `[o]`.
     pub base_norm2: Tensor,
-    /// Which experts they are, `[m]`.
-    pub experts: Tensor,
-    /// The row of `magnitude` that is for each row of the stack, then of `initial`; `m` for the rows of
-    /// other experts: `[R + R0]`.
-    pub of_rows: Tensor,
+    /// Which experts they are, `[m]`; none if they are all.
+    pub experts: Option<Tensor>,
+    /// 1 where a row of the stack, then of `initial`, is the expert's, `[m, R + R0]`.
+    pub members: Tensor,
+    /// 1 where a row is of no DoRA expert, `[R + R0, 1]`.
+    pub others: Tensor,
+    /// 1 where two rows are of the same DoRA expert, `[R + R0, R + R0]`.
+    pub same: Tensor,
+    /// `s_e` of each row of the stack, `-s_e` of those of `initial`, `[R + R0, 1]`.
+    pub scalings: Tensor,
 }
 
 impl Dora {
@@ -62,8 +67,11 @@ impl Dora {
         Self {
             magnitude: self.magnitude.shallow_clone(),
             base_norm2: self.base_norm2.shallow_clone(),
-            experts: self.experts.shallow_clone(),
-            of_rows: self.of_rows.shallow_clone(),
+            experts: self.experts.as_ref().map(Tensor::shallow_clone),
+            members: self.members.shallow_clone(),
+            others: self.others.shallow_clone(),
+            same: self.same.shallow_clone(),
+            scalings: self.scalings.shallow_clone(),
         }
     }
 }

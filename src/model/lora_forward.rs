@@ -55,7 +55,7 @@ impl LoraExperts {
                 (down, Tensor::cat(&[&self.lora_b, initial_b], 0))
             }
         };
-        let dora = self.dora.as_ref().map(|dora| (dora, self.dora_factors(dora, linear)));
+        let dora = self.dora.as_ref().map(|dora| (dora, dora.factors(&down, &up, linear)));
         let up = match &dora {
             None => up,
             Some((dora, factors_mo)) => up * dora.factors_of_rows(factors_mo),
@@ -68,8 +68,7 @@ impl LoraExperts {
         } else {
             y_no - linear.bias.to_kind(kind)
         };
-        let surplus = dora.weigh(&(factors_mo - 1.0), g).to_kind(kind);
-        (sum + base * surplus).view([b, t, o])
+        sum.addcmul(&base, &dora.weigh((factors_mo - 1.0).to_kind(kind), g)).view([b, t, o])
     }
 
     /// Multiplies the rank space `z`, `[n, R]`, with each row's scaling and routing weight.
@@ -94,28 +93,6 @@ impl LoraExperts {
                 z * g_bte.view([n, -1]).matmul(rows_er).to_kind(kind)
             }
         }
-    }
-
-    /// `c_e = m_e / |W + s B A|` of the DoRA experts, `[m, o]`, differentiable through `m_e` alone
-    /// (arXiv:2402.09353, section 4.3).
-    ///
-    /// With `U = s B^T` the norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`, so that the updated
-    /// weight `[i, o]` is never formed.
-    fn dora_factors(&self, dora: &Dora, linear: &Linear) -> Tensor {
-        let kind = dora.magnitude.kind();
-        let norms = tch::no_grad(|| {
-            let weight = linear.weight.detach().to_kind(kind);
-            let experts = self.slots.iter().filter(|slot| slot.magnitude.is_some());
-            let norm = |slot: &Slot| {
-                let (a, u) = self.delta(slot);
-                let cross = (a.matmul(&weight) * &u).sum_dim_intlist(0, false, kind);
-                let square = (&u * a.matmul(&a.tr()).matmul(&u)).sum_dim_intlist(0, false, kind);
-                let norm2 = &dora.base_norm2 + cross * 2.0 + square;
-                norm2.clamp_min(f64::from(f32::MIN_POSITIVE)).sqrt()
-            };
-            Tensor::stack(&experts.map(norm).collect::<Vec<_>>(), 0)
-        });
-        &dora.magnitude / norms
     }
 
     /// The factors of an expert's update: `A`, `[r, i]`, and `s B^T`, `[r, o]`, with those of its
@@ -196,20 +173,45 @@ impl LoraExperts {
 }
 
 impl Dora {
+    /// `c_e = m_e / |W + s B A|` of the DoRA experts, `[m, o]`, differentiable through `m_e` alone
+    /// (arXiv:2402.09353, section 4.3).
+    ///
+    /// With `U = s B^T` the squared norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`, for all experts
+    /// at once, so that no updated weight `[i, o]` is ever formed.
+    ///
+    /// - `down`: `A`, `[R, i]`, `up`: `B^T`, `[R, o]`, with those of the starts below
+    fn factors(&self, down: &Tensor, up: &Tensor, linear: &Linear) -> Tensor {
+        let kind = self.magnitude.kind();
+        let norms = tch::no_grad(|| {
+            let (down, up) = (down.detach(), up.detach() * &self.scalings);
+            let cross = down.matmul(&linear.weight.detach().to_kind(kind)) * 2.0;
+            // the rows of an expert meet each other only
+            let square = (down.matmul(&down.tr()) * &self.same).matmul(&up);
+            let norm2 = &self.base_norm2 + self.members.matmul(&((cross + square) * up));
+            norm2.clamp_min(f64::from(f32::MIN_POSITIVE)).sqrt()
+        });
+        &self.magnitude / norms
+    }
+
     /// The factors `[m, o]` of each row of the stack, `[R, o]`; 1 where an expert is no DoRA.
     fn factors_of_rows(&self, factors_mo: &Tensor) -> Tensor {
-        let ones = factors_mo.narrow(0, 0, 1).ones_like();
-        Tensor::cat(&[factors_mo, &ones], 0).index_select(0, &self.of_rows)
+        self.others.addmm(&self.members.tr(), factors_mo)
     }
 
     /// `sum_e g_e values_e` over the DoRA experts, `[n, o]`, or `[o]` if every weight is 1.
-    fn weigh(&self, values_mo: &Tensor, g: &RoutingWeights) -> Tensor {
+    fn weigh(&self, values_mo: Tensor, g: &RoutingWeights) -> Tensor {
+        let kind = values_mo.kind();
         match g {
             RoutingWeights::PerToken(g_bte) => {
                 let e = *g_bte.size().last().expect("routing weights are [b, t, e]");
-                g_bte.view([-1, e]).index_select(1, &self.experts).matmul(values_mo)
+                let g_ne = g_bte.view([-1, e]);
+                let g_nm = match &self.experts {
+                    None => g_ne,
+                    Some(experts) => g_ne.index_select(1, experts),
+                };
+                g_nm.to_kind(kind).matmul(&values_mo)
             }
-            _ => values_mo.sum_dim_intlist(0, false, values_mo.kind()),
+            _ => values_mo.sum_dim_intlist(0, false, kind),
         }
     }
 }

@@ -90,7 +90,7 @@ impl LoraExperts {
         let trained = slots.iter().any(|slot| slot.trainable);
         let leaf = |x: Tensor| x.to_device(device).detach().copy().set_requires_grad(trained);
         let mixing = Self::mixing(&slots, specs.len(), (kind, device));
-        let dora = Dora::new(&slots, linear, kind);
+        let dora = Dora::new(&slots, specs.len(), linear, kind);
         let dora = dora.map(|dora| Dora { magnitude: leaf(dora.magnitude), ..dora });
         let (lora_a, lora_b) = (leaf(lora_a), leaf(lora_b));
         Some(Self { lora_a, lora_b, dora, initial, slots, mixing })
@@ -99,24 +99,39 @@ impl LoraExperts {
 
 impl Dora {
     /// Magnitudes that leave the layer as it is; none without a DoRA expert.
-    fn new(slots: &[Slot], linear: &Linear, kind: Kind) -> Option<Self> {
+    fn new(slots: &[Slot], num_experts: usize, linear: &Linear, kind: Kind) -> Option<Self> {
         let experts: Vec<i64> =
             slots.iter().filter(|s| s.magnitude.is_some()).map(|s| s.expert as i64).collect();
         if experts.is_empty() {
             return None;
         }
-        let device = linear.weight.device();
+        let options = (kind, linear.weight.device());
         let num_magnitudes = experts.len() as i64;
-        let row = |slot: &Slot| vec![slot.magnitude.unwrap_or(num_magnitudes); slot.rank as usize];
         let initial = slots.iter().filter(|slot| slot.initial.is_some());
-        let of_rows: Vec<i64> = slots.iter().chain(initial).flat_map(row).collect();
+        let num_rows: i64 = slots.iter().chain(initial.clone()).map(|slot| slot.rank).sum();
+        let members = Tensor::zeros([num_magnitudes, num_rows], (kind, Device::Cpu));
+        let scalings = Tensor::zeros([num_rows, 1], (kind, Device::Cpu));
+        let parts = slots.iter().map(|slot| (slot, 1.0)).chain(initial.map(|slot| (slot, -1.0)));
+        let mut start = 0;
+        for (slot, sign) in parts {
+            let _ = scalings.narrow(0, start, slot.rank).fill_(sign * slot.scaling);
+            if let Some(row) = slot.magnitude {
+                let _ = members.get(row).narrow(0, start, slot.rank).fill_(1.0);
+            }
+            start += slot.rank;
+        }
+        let members = members.to_device(options.1);
         let weight = linear.weight.detach().to_kind(kind);
         let base_norm2 = weight.square().sum_dim_intlist(0, false, kind);
         Some(Self {
             magnitude: base_norm2.sqrt().unsqueeze(0).repeat([num_magnitudes, 1]),
             base_norm2,
-            experts: Tensor::from_slice(&experts).to_device(device),
-            of_rows: Tensor::from_slice(&of_rows).to_device(device),
+            experts: (experts.len() < num_experts)
+                .then(|| Tensor::from_slice(&experts).to_device(options.1)),
+            others: 1.0 - members.sum_dim_intlist(0, false, kind).unsqueeze(-1),
+            same: members.tr().matmul(&members),
+            members,
+            scalings: scalings.to_device(options.1),
         })
     }
 }

@@ -123,17 +123,18 @@ impl RoutedGpt2 {
     /// 1 where an expert is active, 0 before its invocation, `[b, t, e]`; none if every expert always
     /// is.
     pub(super) fn invocation_mask(&self, inputs: &Inputs) -> Option<Tensor> {
-        if self.specs.iter().all(|spec| spec.invocation_tokens.is_empty()) {
+        if self.specs.iter().all(|spec| spec.alora_invocation_tokens.is_empty()) {
             return None;
         }
         let mut mask = vec![1f32; inputs.host.input_ids.len() * self.specs.len()];
         for (expert, spec) in self.specs.iter().enumerate() {
-            if spec.invocation_tokens.is_empty() {
+            if spec.alora_invocation_tokens.is_empty() {
                 continue;
             }
             for document in inputs.host.documents() {
                 let tokens = &inputs.host.input_ids[document.clone()];
-                let inactive = last_start(tokens, &spec.invocation_tokens).unwrap_or(tokens.len());
+                let inactive =
+                    last_start(tokens, &spec.alora_invocation_tokens).unwrap_or(tokens.len());
                 for position in document.start..document.start + inactive {
                     mask[position * self.specs.len() + expert] = 0.0;
                 }

@@ -44,7 +44,7 @@ const PATTERNS: &str = r#"
         { use_rslora = true, trainable = false },
         { use_dora = true, target_modules = ["attn.c_proj"], rank_pattern = {}, alpha_pattern = {} },
         { use_dora = true, use_rslora = true, rank = 2, alpha = 2.5 },
-        { invocation_tokens = [18, 28], trainable = false },
+        { alora_invocation_tokens = [18, 28], trainable = false },
     ]
 "#;
 
@@ -111,7 +111,7 @@ fn an_export_of_a_subset_of_layers_names_them() -> Result<()> {
         use_dora: false,
         init: LoraInit::Default,
         trainable: true,
-        invocation_tokens: vec![],
+        alora_invocation_tokens: vec![],
     };
     let specs = [of(&[("h.1.attn.c_attn", 3)]), of(&[("h.0.mlp.c_fc", 2), ("h.1.mlp.c_proj", 4)])];
     let base = crate::common::tiny_base(tiny_config());
@@ -203,13 +203,13 @@ fn any_spec() -> impl Strategy<Value = ExpertSpec> {
     let modules = prop::collection::btree_map(path, size, 1..=12);
     let tokens = prop::collection::vec(0..61_i64, 0..3);
     (modules, any::<bool>(), any::<bool>(), tokens).prop_map(
-        |(modules, use_rslora, use_dora, invocation_tokens)| ExpertSpec {
+        |(modules, use_rslora, use_dora, alora_invocation_tokens)| ExpertSpec {
             modules,
             use_rslora,
             use_dora,
             init: LoraInit::Default,
             trainable: true,
-            invocation_tokens,
+            alora_invocation_tokens,
         },
     )
 }

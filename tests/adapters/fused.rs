@@ -67,7 +67,7 @@ const EVERYTHING: &str = r#"
         { target_modules = ["mlp.c_fc"], use_rslora = true },
         { init = "olora", use_rslora = true, rank = 5 },
         { use_dora = true, use_rslora = true, target_modules = ["attn.c_attn", "attn.c_proj"] },
-        { invocation_tokens = [18, 28], init = "gaussian" },
+        { alora_invocation_tokens = [18, 28], init = "gaussian" },
     ]
 "#;
 

@@ -29,7 +29,7 @@ fn one_expert(base: &Gpt2, init: LoraInit, use_dora: bool) -> RoutedGpt2 {
         use_dora,
         init,
         trainable: true,
-        invocation_tokens: vec![],
+        alora_invocation_tokens: vec![],
     };
     RoutedGpt2::with_experts(base, &[spec], &RouterConfig::default(), Device::Cpu, Kind::Float)
 }

@@ -158,7 +158,7 @@ fn what_has_no_merge_is_refused() -> Result<()> {
     insta::assert_snapshot!(both(&model, &[0.5; 2]), @"there are 4 experts, but 2 weights");
     insta::assert_snapshot!(both(&model, &[0.5, f64::NAN, 0.5, 0.0]), @"weights must be finite numbers, got [0.5, NaN, 0.5, 0.0]");
     insta::assert_snapshot!(both(&model, &[f64::INFINITY, 0.0, 0.0, 0.0]), @"weights must be finite numbers, got [inf, 0.0, 0.0, 0.0]");
-    let alora = lora("experts = [{ invocation_tokens = [5] }]");
+    let alora = lora("experts = [{ alora_invocation_tokens = [5] }]");
     let (_, alora) = base_and_model(&alora)?;
     insta::assert_snapshot!(both(&alora, &[0.25; 4]), @"an expert with invocation tokens is off before them, which no merged weight can be");
     let plain = RoutedGpt2::plain(&base, Device::Cpu, Kind::Float, false);
@@ -169,7 +169,8 @@ fn what_has_no_merge_is_refused() -> Result<()> {
 #[test]
 fn experts_of_weight_zero_do_not_stand_in_the_way() -> Result<()> {
     let _generator = seed(175);
-    let text = "num_experts = 3\nexperts = [{ use_dora = true }, { invocation_tokens = [5] }]";
+    let text =
+        "num_experts = 3\nexperts = [{ use_dora = true }, { alora_invocation_tokens = [5] }]";
     let (base, model) = base_and_model(&lora(text))?;
     let weights = [0.0, 0.0, 1.0];
     let adapter = into_adapter(&model, &weights)?;

@@ -25,7 +25,7 @@ fn ranks(config: &Value, expected: &[(&str, i64)]) -> Result<Vec<(String, i64)>>
         use_dora: false,
         init: LoraInit::Default,
         trainable: true,
-        invocation_tokens: vec![],
+        alora_invocation_tokens: vec![],
     };
     let tensors = zeros(spec, &three_layers()).peft_tensors(&three_layers());
     write_tensors(&weights, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;

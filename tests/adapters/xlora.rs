@@ -81,12 +81,12 @@ fn what_xlora_cannot_express_is_not_written() -> Result<()> {
     X-LoRA's classifier reads the base's last hidden state, this router `embeddings`
     hint: train with `router.input = "base_hidden"`
     "#);
-    insta::assert_snapshot!(refusal("", "input = 'layer_input'")?, @"an X-LoRA mixture has one router for all layers, this one 2");
+    insta::assert_snapshot!(refusal("", "input = 'layer_input'")?, @"X-LoRA has one classifier for all layers, this mixture 2");
     insta::assert_snapshot!(refusal("", "input = 'base_hidden'\ntop_k = 2")?, @"X-LoRA's top-k is another rule; this router keeps 2 experts of a token");
     insta::assert_snapshot!(refusal("use_dora = true", base_hidden)?, @"X-LoRA does not know DoRA");
     insta::assert_snapshot!(refusal("experts = [{}, { use_dora = true }]", base_hidden)?, @"X-LoRA does not know DoRA");
-    insta::assert_snapshot!(refusal("experts = [{ invocation_tokens = [5] }]", base_hidden)?, @"X-LoRA does not know invocation tokens");
-    insta::assert_snapshot!(refusal("num_experts = 1", base_hidden)?, @"an X-LoRA mixture has one router for all layers, this one 0");
+    insta::assert_snapshot!(refusal("experts = [{ alora_invocation_tokens = [5] }]", base_hidden)?, @"X-LoRA does not know invocation tokens");
+    insta::assert_snapshot!(refusal("num_experts = 1", base_hidden)?, @"a single expert has no router, and is a PEFT adapter as it is");
     Ok(())
 }
 
@@ -217,7 +217,7 @@ fn a_classifier_that_does_not_fit_is_refused() -> Result<()> {
     insta::assert_snapshot!(classifier(&[integers, bias()])?, @"in `DIR/xlora_classifier.safetensors`: tensor `last.weight` has dtype `Int64`; use f32, f16 or bf16");
     let two =
         [("last.weight", weight().1.narrow(0, 0, 2)), ("last.bias", bias().1.narrow(0, 0, 2))];
-    insta::assert_snapshot!(classifier(&two)?, @"tensor `router.bias` must be [3], got [2]");
+    insta::assert_snapshot!(classifier(&two)?, @"`DIR/xlora_classifier.safetensors` scores 2 adapters, the config names 3");
     Ok(())
 }
 

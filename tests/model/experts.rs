@@ -187,7 +187,7 @@ fn every_weight_one_is_the_sum_of_the_experts() -> Result<()> {
 #[test]
 fn an_expert_is_off_before_its_last_invocation() -> Result<()> {
     let _generator = seed(17);
-    let invoked = ExpertConfig { invocation_tokens: vec![18, 28], ..ExpertConfig::default() };
+    let invoked = ExpertConfig { alora_invocation_tokens: vec![18, 28], ..ExpertConfig::default() };
     let lora = LoraConfig { experts: vec![invoked], ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
     // the second row has 18 28 at 1 and at 3, the first not at all
@@ -263,7 +263,7 @@ fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
             use_dora: false,
             init: LoraInit::Default,
             trainable: true,
-            invocation_tokens: vec![],
+            alora_invocation_tokens: vec![],
         };
         let specs = vec![spec; count];
         let new = LoraExperts::new(path, &specs, &weight, &linear, Kind::Double, Start::Fresh);

@@ -165,7 +165,7 @@ fn every_kind_of_expert_resumes_to_the_bit() -> Result<()> {
     let source = world.path("export/expert_1");
     let experts = format!(
         "lora.experts=[{{init=\"pissa\", rank=3}}, {{init=\"olora\", use_dora=true}}, \
-         {{source={{path=\"{}\"}}}}, {{rank=2, invocation_tokens=[7], init=\"gaussian\"}}]",
+         {{source={{path=\"{}\"}}}}, {{rank=2, alora_invocation_tokens=[7], init=\"gaussian\"}}]",
         source.display()
     );
     let overrides = [
