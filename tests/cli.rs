@@ -76,7 +76,7 @@ fn faults_of_single_experts_name_them() {
          rank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
          [[lora.experts]]\nrank = 0\nalpha_pattern = {{ \"h.1.attn.c_attn\" = -1.0 }}\n\
          [[lora.experts]]\nsource = {{ path = \"a\" }}\nrank = 4\ntrainable = false\n\
-         [[lora.experts]]\ninvocation_tokens = [-1]\n"
+         [[lora.experts]]\nalora_invocation_tokens = [-1]\n"
     );
     insta::assert_snapshot!(error(&text, &[]), @r#"
     `lora.rank_pattern."mlp.c_fc"` must be at least 1, got 0
