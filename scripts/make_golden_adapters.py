@@ -18,6 +18,13 @@ in ADAPTERS, and for `pissa` (a trained PiSSA adapter that `save_pretrained` has
     all.logits                     PEFT with the experts 0, 1, 3 active at once (`set_adapter` with a list)
     rows.input_ids, rows.experts, rows.logits  [4, t], [4], [4, t, v]: one expert a row, -1 = the base alone
 
+`dropout.expected.safetensors`: the same experts in training, an element dropped with a probability of 0.3, each with
+a mask of its own, drawn from torch's CPU generator after `manual_seed(DROPOUT_SEED)`.
+
+    input_ids, routing_weights as above
+    plain.logits, dora.logits      PEFT with that adapter alone
+    all.logits, routed.logits      as above
+
 `xlora.expected.safetensors`: PEFT's X-LoRA over the adapters XLORA, and in `xlora` the same classifier as the
 repository EricLBuehler/xlora saves it (`xlora_config.json`, `xlora_classifier.safetensors`).
 
@@ -49,6 +56,7 @@ PATTERNS = {
     "alpha_pattern": {"mlp.c_fc": 3, "h.0.attn.c_attn": 10},
 }
 INVOCATION = [17, 42]
+DROPOUT, DROPOUT_SEED = 0.3, 5
 ADAPTERS = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": ["attn.c_attn"]},
     "all_linears": {"r": 2, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj", "c_fc"]},
@@ -240,6 +248,31 @@ def mixtures_case(folder, seed):
     save(folder, "mixtures.expected", tensors, experts=MIXED)
 
 
+@torch.no_grad()
+def dropout_case(folder, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model, input_ids = load(folder, *MIXED)
+    for layer in lora_layers(model).values():
+        for name in layer.lora_dropout:
+            layer.lora_dropout[name] = torch.nn.Dropout(DROPOUT)
+    model.train()
+
+    def logits():
+        torch.manual_seed(DROPOUT_SEED)
+        return model(input_ids).logits
+
+    weights = randn(generator, *input_ids.shape, len(MIXED)).softmax(-1)
+    tensors = {"input_ids": input_ids, "routing_weights": weights}
+    for name in ["plain", "dora"]:
+        model.base_model.set_adapter(name)
+        tensors[f"{name}.logits"] = logits()
+    model.base_model.set_adapter([name for name in MIXED if name != "dora"])
+    tensors["all.logits"] = logits()
+    blend(model, MIXED, weights)
+    tensors["routed.logits"] = logits()
+    save(folder, "dropout.expected", tensors, experts=MIXED, probability=DROPOUT, seed=DROPOUT_SEED)
+
+
 def save_xlora(folder, config, weight, bias):
     """The classifier as EricLBuehler/xlora saves it: its config's fields in its order, its names of the tensors."""
     fields = {
@@ -337,4 +370,5 @@ def write(folder):
     pissa_case(folder, 300)
     mixtures_case(folder, 301)
     xlora_case(folder, 302)
+    dropout_case(folder, 303)
     init_case(folder)

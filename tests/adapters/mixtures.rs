@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use dylora::config::DropoutMasks;
 use dylora::model::RoutingSource;
 use tch::{Kind, Tensor};
 
@@ -51,6 +52,31 @@ fn loss_and_gradients_of_a_mixture_are_torch_autograds() -> Result<()> {
         assert_same_gradients(&grads, &expected_grads, 1e-9);
     }
     Ok(())
+}
+
+/// In training, each expert with a mask of its own, from the same generator state.
+#[test]
+fn dropout_draws_pefts_masks() -> Result<()> {
+    let _generator = seed(114);
+    let expected = expected("dropout")?;
+    let inputs = inputs(&expected["input_ids"], None)?;
+    let check = |name: &str, experts: &[&str], source: RoutingSource, masks| -> Result<()> {
+        let model = mixed(experts)?;
+        tch::manual_seed(5);
+        let hidden = model.forward(&inputs, &source, mode(masks, 0.3), None).hidden;
+        let what = format!("{name}, {masks:?}");
+        assert_close(&what, &model.logits(&hidden), &expected[&format!("{name}.logits")], 1e-10);
+        Ok(())
+    };
+    for masks in BOTH_WAYS {
+        // one expert has one mask
+        check("plain", &["plain"], RoutingSource::Router, masks)?;
+        check("dora", &["dora"], RoutingSource::Router, masks)?;
+    }
+    let given = RoutingSource::Given(expected["routing_weights"].shallow_clone());
+    check("routed", &MIXED, given, DropoutMasks::PerExpert)?;
+    let plain = ["plain", "rank_pattern", "rslora"];
+    check("all", &plain, RoutingSource::All, DropoutMasks::PerExpert)
 }
 
 /// Without DoRA, whose part in PEFT depends on the order of the active adapters.
