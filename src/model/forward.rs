@@ -211,7 +211,8 @@ impl RoutedGpt2 {
             parameters.extend(block.block.parameters());
         }
         let mut activations = vec![x.shallow_clone()];
-        if let RoutingWeights::PerToken(weights) = g {
+        // a block without experts has no use for the weights, and so no gradient for them
+        if let (RoutingWeights::PerToken(weights), false) = (g, block.experts.is_empty()) {
             activations.push(weights.shallow_clone());
         }
         let (block, mask, g) = (block.shallow_clone(), mask.shallow_clone(), g.shallow_clone());

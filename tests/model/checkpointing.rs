@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use dylora::config::{DropoutMasks, ExpertConfig, LoraConfig, LoraInit, RouterConfig, RouterInput};
 use dylora::ffi;
+use dylora::model::expert::ExpertSpec;
 use dylora::model::lora::LoraDropout;
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, assert_same_gradients, gradients, max_difference, mean_loss, seed, tiny_base,
+    assert_close, assert_same_gradients, gradients, max_difference, mean_loss, randomize, seed, tiny_base,
     tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
@@ -81,6 +82,46 @@ fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
             let masks = DropoutMasks::Shared;
             checkpointing_changes_nothing(&model, LoraDropout { probability, masks })?;
         }
+    }
+    Ok(())
+}
+
+/// As an adapter with `layers_to_transform` leaves it, whose router reaches other layers alone.
+#[test]
+fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()> {
+    let _generator = seed(27);
+    let base = tiny_base(tiny_config());
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    for spec in &mut specs {
+        spec.modules.retain(|path, _| path.layer == 1);
+    }
+    for input in [RouterInput::Embeddings, RouterInput::BaseHidden] {
+        let router = RouterConfig { input, ..RouterConfig::default() };
+        let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
+        randomize(&model)?;
+        checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
+    }
+    Ok(())
+}
+
+/// Its first layer's router has nothing to route, and no gradient.
+#[test]
+fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
+    let _generator = seed(28);
+    let base = tiny_base(tiny_config());
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    for spec in &mut specs {
+        spec.modules.retain(|path, _| path.layer == 1);
+    }
+    let router = RouterConfig { input: RouterInput::LayerInput, ..RouterConfig::default() };
+    let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
+    randomize(&model)?;
+    let plain = pass(&model, LoraDropout::NONE, false)?;
+    let checkpointed = pass(&model, LoraDropout::NONE, true)?;
+    for (name, gradient) in &plain.gradients {
+        assert_close(name, &checkpointed.gradients[name], gradient, 1e-12);
+        let is_zero = gradient.abs().max().double_value(&[]) == 0.0;
+        assert_eq!(is_zero, name.starts_with("h.0.router."), "{name}");
     }
     Ok(())
 }
