@@ -58,7 +58,7 @@ pub(super) struct Dora {
     pub others: Tensor,
     /// 1 where two rows are of the same DoRA expert, `[R + R0, R + R0]`.
     pub same: Tensor,
-    /// `s_e` of each row of the stack, `-s_e` of those of `initial`, `[R + R0, 1]`.
+    /// `s_e` of each row of the stack, then of `initial`, `[R + R0, 1]`.
     pub scalings: Tensor,
 }
 
@@ -208,7 +208,7 @@ impl LoraExperts {
             let row = rows.get(slot.expert as i64);
             let _ = row.narrow(0, slot.start, slot.rank).fill_(slot.scaling);
             if let Some(start) = slot.initial {
-                let _ = row.narrow(0, num_rows + start, slot.rank).fill_(-slot.scaling);
+                let _ = row.narrow(0, num_rows + start, slot.rank).fill_(slot.scaling);
             }
         }
         Mixing::Rows(to(rows))

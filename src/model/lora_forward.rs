@@ -48,13 +48,7 @@ impl LoraExperts {
         let (n, o) = (b * t, self.lora_b.size()[1]);
         let y_no = y.view([n, o]);
         let x_ni = dropout.apply(x).view([n, i]);
-        let (down, up) = match &self.initial {
-            None => (self.lora_a.shallow_clone(), self.lora_b.shallow_clone()),
-            Some((initial_a, initial_b)) => {
-                let down = Tensor::cat(&[&self.lora_a, initial_a], 0);
-                (down, Tensor::cat(&[&self.lora_b, initial_b], 0))
-            }
-        };
+        let (down, up) = self.factors();
         let dora = self.dora.as_ref().map(|dora| (dora, dora.factors(&down, &up, linear)));
         let up = match &dora {
             None => up,
@@ -69,6 +63,30 @@ impl LoraExperts {
             y_no - linear.bias.to_kind(kind)
         };
         sum.addcmul(&base, &dora.weigh((factors_mo - 1.0).to_kind(kind), g)).view([b, t, o])
+    }
+
+    /// `A`, `[R, i]`, and `B^T`, `[R, o]`, whose product is the update less its scaling.
+    ///
+    /// `B A - B0 A0` is taken as `(B - B0) A + B0 (A - A0)`: small differences of large numbers, which
+    /// bf16 would round away after the products, are taken in f32 before.
+    fn factors(&self) -> (Tensor, Tensor) {
+        let Some((initial_a, initial_b)) = &self.initial else {
+            return (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
+        };
+        let (mut down, mut up) = (vec![self.lora_a.shallow_clone()], vec![]);
+        for slot in &self.slots {
+            let own = |stack: &Tensor| stack.narrow(0, slot.start, slot.rank);
+            let b = own(&self.lora_b);
+            up.push(match slot.initial {
+                None => b,
+                Some(start) => {
+                    down.push(own(&self.lora_a) - initial_a.narrow(0, start, slot.rank));
+                    b - initial_b.narrow(0, start, slot.rank)
+                }
+            });
+        }
+        up.push(initial_b.shallow_clone());
+        (Tensor::cat(&down, 0), Tensor::cat(&up, 0))
     }
 
     /// Multiplies the rank space `z`, `[n, R]`, with each row's scaling and routing weight.
@@ -135,23 +153,27 @@ impl LoraExperts {
             (self.dora.is_some() && !dropout.is_active()).then(|| &y - linear.bias.to_kind(kind));
         for slot in &self.slots {
             let x = dropout.apply(x);
-            let part = |a: &Tensor, b: &Tensor, start| {
-                let rows = |stack: &Tensor| stack.narrow(0, start, slot.rank).to_kind(kind);
-                x.matmul(&rows(a).tr()).matmul(&rows(b)) * slot.scaling
+            let part = |a: &Tensor, b: &Tensor| {
+                x.matmul(&a.to_kind(kind).tr()).matmul(&b.to_kind(kind)) * slot.scaling
             };
-            let update = part(&self.lora_a, &self.lora_b, slot.start);
+            let rows = |stack: &Tensor, start| stack.narrow(0, start, slot.rank);
+            let (a, b) = (rows(&self.lora_a, slot.start), rows(&self.lora_b, slot.start));
             let mut update = match (slot.initial, &self.initial) {
-                (Some(start), Some((a, b))) => update - part(a, b, start),
-                _ => update,
+                (Some(start), Some((initial_a, initial_b))) => {
+                    let (a0, b0) = (rows(initial_a, start), rows(initial_b, start));
+                    part(&a, &(b - &b0)) + part(&(&a - a0), &b0)
+                }
+                _ => part(&a, &b),
             };
             if let (Some(row), Some(dora)) = (slot.magnitude, &self.dora) {
                 let norm_o = tch::no_grad(|| self.updated_weight_norm(slot, linear));
-                let factor = (dora.magnitude.get(row) / norm_o).to_kind(kind);
+                let factor = dora.magnitude.get(row) / norm_o;
                 let base = match &base {
                     Some(base) => base.shallow_clone(),
                     None => x.matmul(&linear.weight.to_kind(kind)),
                 };
-                update = base * (&factor - 1.0) + factor * update;
+                // the factor is near 1, of which bf16 would leave too little once 1 is subtracted
+                update = base * (&factor - 1.0).to_kind(kind) + factor.to_kind(kind) * update;
             }
             y = match g {
                 RoutingWeights::PerToken(g_bte) => {
@@ -179,7 +201,7 @@ impl Dora {
     /// With `U = s B^T` the squared norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`, for all experts
     /// at once, so that no updated weight `[i, o]` is ever formed.
     ///
-    /// - `down`: `A`, `[R, i]`, `up`: `B^T`, `[R, o]`, with those of the starts below
+    /// - `down`: `A`, `[R, i]`, `up`: `B^T`, `[R, o]`, as [`LoraExperts::factors`] gives them
     fn factors(&self, down: &Tensor, up: &Tensor, linear: &Linear) -> Tensor {
         let kind = self.magnitude.kind();
         let norms = tch::no_grad(|| {

@@ -111,10 +111,9 @@ impl Dora {
         let num_rows: i64 = slots.iter().chain(initial.clone()).map(|slot| slot.rank).sum();
         let members = Tensor::zeros([num_magnitudes, num_rows], (kind, Device::Cpu));
         let scalings = Tensor::zeros([num_rows, 1], (kind, Device::Cpu));
-        let parts = slots.iter().map(|slot| (slot, 1.0)).chain(initial.map(|slot| (slot, -1.0)));
         let mut start = 0;
-        for (slot, sign) in parts {
-            let _ = scalings.narrow(0, start, slot.rank).fill_(sign * slot.scaling);
+        for slot in slots.iter().chain(initial) {
+            let _ = scalings.narrow(0, start, slot.rank).fill_(slot.scaling);
             if let Some(row) = slot.magnitude {
                 let _ = members.get(row).narrow(0, start, slot.rank).fill_(1.0);
             }

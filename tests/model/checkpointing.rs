@@ -11,8 +11,8 @@ use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, assert_same_gradients, gradients, max_difference, mean_loss, randomize, seed, tiny_base,
-    tiny_config, tiny_lora, tiny_model, two_rows,
+    assert_close, assert_same_gradients, gradients, max_difference, mean_loss, randomize, seed,
+    tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 /// What a forward and a backward pass from a fixed generator state leave behind.

@@ -364,3 +364,45 @@ fn experts_and_their_gradients_stay_in_f32_beside_a_bf16_base() -> Result<()> {
     }
     Ok(())
 }
+
+/// Early in a run, magnitudes are near 1 times their start and PiSSA's matrices near theirs: what
+/// bf16 leaves of the difference must still be the difference.
+#[test]
+fn a_small_change_counts_beside_a_bf16_base() {
+    let _generator = seed(14);
+    let weight = Tensor::randn([16, 8], DOUBLE) * 0.3;
+    let x = Tensor::randn([1, 6, 16], DOUBLE);
+    let path = ModulePath { layer: 0, module: TargetModule::AttnCAttn };
+    let update = |use_dora, init, kind: Kind, masks| {
+        let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+        let spec = ExpertSpec {
+            modules: [(path, RankAlpha { rank: 4, alpha: 6.0 })].into(),
+            use_rslora: false,
+            use_dora,
+            init,
+            trainable: true,
+            alora_invocation_tokens: vec![],
+        };
+        let bias = Tensor::zeros([8], (kind, Device::Cpu));
+        let linear = Linear { weight: weight.to_kind(kind), bias };
+        let new = LoraExperts::new(path, &[spec], &weight, &linear, wide, Start::Fresh);
+        let experts = new.expect("it targets the module");
+        for part in experts.tensors().iter().filter(|part| !part.key.starts_with("initial")) {
+            tch::no_grad(|| part.tensor.shallow_clone().copy_(&(&part.tensor * 1.002)));
+        }
+        let y = Tensor::zeros([1, 6, 8], (kind, Device::Cpu));
+        let ones = Tensor::ones([1, 6, 1], (wide, Device::Cpu));
+        // dropout that drops nothing: DoRA then does not take `x W` from `y`
+        let dropout = LoraDropout { probability: 1e-9, masks };
+        let weights = RoutingWeights::PerToken(ones);
+        experts.add(y, &x.to_kind(kind), &linear, &weights, dropout)
+    };
+    for (use_dora, init) in [(true, LoraInit::Default), (false, LoraInit::Pissa)] {
+        for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
+            let exact = update(use_dora, init, Kind::Double, masks);
+            let rough = update(use_dora, init, Kind::BFloat16, masks).to_kind(Kind::Double);
+            let error = ((rough - &exact).norm() / exact.norm()).double_value(&[]);
+            assert!(error < 0.02, "{init:?}, {masks:?}: {error}");
+        }
+    }
+}
