@@ -114,7 +114,10 @@ pub fn read_router(dir: &Path) -> Result<(RouterConfig, BTreeMap<String, Tensor>
     }
     let weight = tensors.remove("last.weight");
     let weight = weight.with_context(|| format!("{}: `last.weight` is missing", in_file()))?;
-    let experts = weight.size().first().copied().unwrap_or(0);
+    let Ok((experts, _)) = weight.size2() else {
+        let found = weight.size();
+        bail!("{}: `last.weight` must be [adapters, hidden_size], got {found:?}", in_file());
+    };
     let bias = match config.get("use_bias").and_then(Value::as_bool) {
         Some(false) => Tensor::zeros([experts], (weight.kind(), weight.device())),
         _ => {

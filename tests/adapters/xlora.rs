@@ -215,6 +215,8 @@ fn a_classifier_that_does_not_fit_is_refused() -> Result<()> {
     insta::assert_snapshot!(classifier(&[weight(), not_finite])?, @"in `DIR/xlora_classifier.safetensors`: tensor `last.bias` holds numbers that are not finite");
     let integers = ("last.weight", weight().1.to_kind(Kind::Int64));
     insta::assert_snapshot!(classifier(&[integers, bias()])?, @"in `DIR/xlora_classifier.safetensors`: tensor `last.weight` has dtype `Int64`; use f32, f16 or bf16");
+    let scalar = ("last.weight", weight().1.sum(Kind::Float));
+    insta::assert_snapshot!(classifier(&[scalar, bias()])?, @"in `DIR/xlora_classifier.safetensors`: `last.weight` must be [adapters, hidden_size], got []");
     let two =
         [("last.weight", weight().1.narrow(0, 0, 2)), ("last.bias", bias().1.narrow(0, 0, 2))];
     insta::assert_snapshot!(classifier(&two)?, @"`DIR/xlora_classifier.safetensors` scores 2 adapters, the config names 3");
