@@ -279,9 +279,36 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest> {
         if format != FORMAT {
             bail!("has format {format}, this version reads {FORMAT}");
         }
-        Ok(serde_json::from_str(&text)?)
+        let manifest: Manifest = serde_json::from_str(&text)?;
+        check(&manifest)?;
+        Ok(manifest)
     };
     parse().with_context(|| format!("`{}`", path.display()))
+}
+
+/// Checks what the types of a manifest cannot.
+fn check(manifest: &Manifest) -> Result<()> {
+    let count = manifest.experts.len() as i64;
+    if count == 0 {
+        bail!("`experts` names none");
+    }
+    match manifest.routing {
+        RoutingChoice::None => bail!("`routing` is `none`, by which no expert is trained"),
+        RoutingChoice::Expert(expert) if !(0..count).contains(&expert) => {
+            bail!("`routing` is `expert:{expert}`, but there are {count} experts from 0")
+        }
+        _ => {}
+    }
+    let Some(ManifestRouter { temperature, top_k, .. }) = manifest.router else { return Ok(()) };
+    if !(temperature.is_finite() && temperature > 0.0) {
+        bail!("`router.temperature` must be a number above 0, got {temperature}");
+    }
+    match top_k {
+        Some(k) if !(1..=count).contains(&k) => {
+            bail!("`router.top_k` must be from 1 to the {count} experts, got {k}")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The tensors of a router's file by the names of [`RoutedGpt2::tensors`].

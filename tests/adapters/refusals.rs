@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::AdapterSource;
-use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Mixture};
+use dylora::config::{AdapterSource, RouterConfig};
+use dylora::export::peft::{Layout, export};
+use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Mixture};
 use dylora::model::gpt2_config::Gpt2Config;
 use dylora::model::weights::{read_tensors, write_tensors};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{golden_path, seed};
-use crate::{find, message, peft_folder, tied_config};
+use crate::common::{golden_path, seed, tiny_config, tiny_model};
+use crate::{find, lora, message, of_folder, peft_folder, provenance, tied_config};
 
 /// One of PEFT's adapters for a test to spoil.
 struct Spoiled {
@@ -291,6 +292,44 @@ fn a_folder_without_adapters_is_refused() -> Result<()> {
     the adapter `DIR/absent` does not exist
     hint: `source.path` is a folder with `adapter_config.json` and `adapter_model.safetensors`; an adapter of the Hub is `source = { hub = { repo = "OWNER/NAME" } }`
     "#);
+    Ok(())
+}
+
+/// As if by another hand; what the types refuse has its own messages.
+#[test]
+fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
+    let _generator = seed(132);
+    let router = RouterConfig::default();
+    let model = tiny_model(&lora("num_experts = 2"), &router, Kind::Float)?;
+    let dir = tempfile::tempdir()?;
+    let out = dir.path().join("out");
+    export(&out, &model, &provenance(), Layout::Dylora, false)?;
+    let file = out.join(MANIFEST);
+    let whole: Value = serde_json::from_str(&fs_err::read_to_string(&file)?)?;
+    let changes = [
+        ("/experts", json!([])),
+        ("/routing", json!("none")),
+        ("/routing", json!("expert:2")),
+        ("/router/temperature", json!(0.0)),
+        ("/router/top_k", json!(0)),
+        ("/router/top_k", json!(3)),
+    ];
+    let mut messages = vec![];
+    for (key, value) in changes {
+        let mut changed = whole.clone();
+        *changed.pointer_mut(key).expect("the manifest has it") = value;
+        fs_err::write(&file, changed.to_string())?;
+        let refusal = of_folder(&out, &tiny_config()).expect_err("it makes no sense");
+        messages.push(message(&refusal, dir.path()));
+    }
+    insta::assert_snapshot!(messages.join("\n"), @r"
+    `DIR/out/dylora.json`: `experts` names none
+    `DIR/out/dylora.json`: `routing` is `none`, by which no expert is trained
+    `DIR/out/dylora.json`: `routing` is `expert:2`, but there are 2 experts from 0
+    `DIR/out/dylora.json`: `router.temperature` must be a number above 0, got 0
+    `DIR/out/dylora.json`: `router.top_k` must be from 1 to the 2 experts, got 0
+    `DIR/out/dylora.json`: `router.top_k` must be from 1 to the 2 experts, got 3
+    ");
     Ok(())
 }
 
