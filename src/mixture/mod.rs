@@ -221,6 +221,15 @@ impl Mixture {
                 bail!("the router of `{}` has `{key}` {there}, the config {here}", dir.display());
             }
         }
+        let count = self.specs.len() as i64;
+        let fits = |tensor: &Tensor| tensor.size().first() == Some(&count);
+        if let Some(tensor) = tensors.values().find(|tensor| !fits(tensor)) {
+            let found = tensor.size().first().copied().unwrap_or(0);
+            bail!(
+                "the router of `{}` scores {found} experts, the config has {count}",
+                dir.display()
+            );
+        }
         self.tensors.extend(tensors);
         Ok(self)
     }

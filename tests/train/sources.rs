@@ -219,3 +219,19 @@ fn an_exported_run_is_imported_again_whole_and_as_a_start() -> Result<()> {
     assert!(error.contains("has `temperature` 0.7, the config 1"), "{error}");
     Ok(())
 }
+
+#[test]
+fn a_router_of_other_experts_is_refused() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let overrides = exported(&world)?;
+    let config = config(&world, "run", &overrides[..2], &["lora.num_experts=2"])?;
+    let refusal = mixture(&config, &open_base(&config)?).expect_err("it is for three experts");
+    let dir = world.path("export");
+    let expected = format!(
+        "`router.source`: the router of `{}` scores 3 experts, the config has 2",
+        dir.display()
+    );
+    assert_eq!(format!("{refusal:#}"), expected);
+    Ok(())
+}
