@@ -51,6 +51,17 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
     let (exit, message) = code(&long)?;
     assert_eq!(exit, Some(2), "{message}");
     assert!(message.contains("at most the base's 256 positions, got 512"), "{message}");
+    for (fault, said) in [
+        ("{rank_pattern={\"h.7.attn.c_attn\"=4}}", "`h.7.attn.c_attn`, but the base has 4 layers"),
+        ("{init=\"pissa\",rank=300}", "`h.0.attn.c_attn` has 128, fewer than the rank 300"),
+        ("{alora_invocation_tokens=[99999]}", "`alora_invocation_tokens` has 99999, which is not"),
+    ] {
+        let set = format!("lora.experts=[{{}},{fault}]");
+        let (exit, message) = code(&["train", "--config", "configs/moe.toml", "--set", &set])?;
+        assert_eq!(exit, Some(2), "{message}");
+        assert!(message.starts_with("error: expert 1 of `lora`: "), "{message}");
+        assert!(message.contains(said), "{message}");
+    }
     assert_eq!(code(&["trace", "--base", "demo/base", "--tokens", "99999"])?.0, Some(2));
     let bad = cache.path().join("bad.jsonl");
     fs_err::write(&bad, "{\"text\": \"fine\"}\n{\"prompt\": \"no completion\"}\n")?;

@@ -50,6 +50,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let device = device(args.device.unwrap_or(config.run.device))?;
     let base = open_base(&config.base, shared)?;
     base.check_seq_len(config.data.seq_len).map_err(usage)?;
+    check_experts(&config, &base).map_err(usage)?;
     let mixture = match &resume_from {
         Some(_) => None,
         None => Some(open_mixture(&config, &base, shared)?),
@@ -113,6 +114,17 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     let run_dir = real.parent().and_then(Path::parent);
     config.run.dir = run_dir.context("a checkpoint lies in `RUN/checkpoints`")?.to_owned();
     Ok((config, Some(dir)))
+}
+
+/// Checks the config's experts against the base, but for those that come from adapters.
+fn check_experts(config: &Config, base: &Base) -> Result<()> {
+    let lora = &config.lora;
+    let has_source = |expert: usize| lora.experts.get(expert).is_some_and(|e| e.source.is_some());
+    let is_new = |expert: &usize| config.method == Method::RoutedLora && !has_source(*expert);
+    for expert in (0..lora.num_experts as usize).filter(is_new) {
+        ExpertSpec::new(lora, expert, &base.config)?;
+    }
+    Ok(())
 }
 
 fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::gpt2_config::Gpt2Config;
@@ -42,19 +42,28 @@ impl ExpertSpec {
     /// The spec of expert `expert` that a config describes, on a base.
     ///
     /// # Errors
-    /// A pattern for a layer that the base lacks; PiSSA or OLoRA with a rank above the weight's.
+    /// A pattern for a layer or an invocation token that the base lacks; PiSSA or OLoRA with a rank
+    /// above the weight's.
     pub fn new(lora: &LoraConfig, expert: usize, base: &Gpt2Config) -> Result<Self> {
+        Self::resolve(lora, expert, base).with_context(|| format!("expert {expert} of `lora`"))
+    }
+
+    fn resolve(lora: &LoraConfig, expert: usize, base: &Gpt2Config) -> Result<Self> {
         let own = lora.experts.get(expert).cloned().unwrap_or_default();
         let lora = lora.of_expert(expert);
         for pattern in lora.rank_pattern.keys().chain(lora.alpha_pattern.keys()) {
             if let ModulePattern::One(path) = pattern
                 && path.layer as i64 >= base.n_layer
             {
-                bail!(
-                    "a pattern of `lora` names `{path}`, but the base has {} layers",
-                    base.n_layer
-                );
+                bail!("a pattern names `{path}`, but the base has {} layers", base.n_layer);
             }
+        }
+        let vocab = base.vocab_size;
+        if let Some(token) = own.alora_invocation_tokens.iter().find(|token| **token >= vocab) {
+            bail!(
+                "`alora_invocation_tokens` has {token}, which is not in the base's vocabulary of \
+                 {vocab}"
+            );
         }
         let mut modules = BTreeMap::new();
         for layer in 0..base.n_layer as usize {
@@ -90,7 +99,7 @@ impl ExpertSpec {
             let (i, o) = base.linear_shape(path.module);
             if *rank > i.min(o) {
                 bail!(
-                    "`lora.init` takes components of the base's weight: `{path}` has {}, fewer than \
+                    "`init` takes components of the base's weight: `{path}` has {}, fewer than \
                      the rank {rank}",
                     i.min(o)
                 );
