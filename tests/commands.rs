@@ -62,6 +62,15 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
         assert!(message.starts_with("error: expert 1 of `lora`: "), "{message}");
         assert!(message.contains(said), "{message}");
     }
+    let merge = ["merge", "--base", "demo/base", "--out"];
+    let (exit, message) =
+        code(&[&merge[..], &["x", "--as=adapter", "--save-dtype=bf16"]].concat())?;
+    assert_eq!(exit, Some(2), "{message}");
+    assert!(message.contains("`--save-dtype` is for `--as base`"), "{message}");
+    // before the base is opened, let alone measured
+    let (exit, message) = code(&[&merge[..], &["demo"]].concat())?;
+    assert_eq!(exit, Some(1), "{message}");
+    assert!(message.contains("`demo` is there already"), "{message}");
     assert_eq!(code(&["trace", "--base", "demo/base", "--tokens", "99999"])?.0, Some(2));
     let bad = cache.path().join("bad.jsonl");
     fs_err::write(&bad, "{\"text\": \"fine\"}\n{\"prompt\": \"no completion\"}\n")?;

@@ -35,9 +35,9 @@ pub struct MergeArgs {
     form: Form,
     #[command(flatten)]
     data: DataArgs,
-    /// Of the merged base.
-    #[arg(long, value_name = "f32|f16|bf16", default_value = "f32", value_parser = parse_dtype)]
-    save_dtype: SaveDtype,
+    /// Of the merged base [default: f32]; an adapter is always f32.
+    #[arg(long, value_name = "f32|f16|bf16", value_parser = parse_dtype)]
+    save_dtype: Option<SaveDtype>,
     /// The folder to make.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -107,6 +107,11 @@ struct Cost {
 
 /// Runs the command.
 pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
+    if args.form == Form::Adapter && args.save_dtype.is_some() {
+        return Err(usage(anyhow!("`--save-dtype` is for `--as base`: an adapter is always f32")));
+    }
+    // before anything is measured
+    durable::check_free(&args.out, args.overwrite)?;
     let open = args.model.open(shared)?;
     if open.model.num_experts() == 0 {
         return Err(usage(anyhow!("name `--checkpoint` or `--adapters`: a base has no experts")));
@@ -140,7 +145,8 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         Form::Base => {
             let merged = merge::into_base(&open.model, &open.base.weights()?, &weights)?;
             let tokenizer = open.base.tokenizer_file.as_deref();
-            hugging_face::export(&args.out, &merged, args.save_dtype, tokenizer, args.overwrite)?;
+            let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
+            hugging_face::export(&args.out, &merged, dtype, tokenizer, args.overwrite)?;
         }
         Form::Adapter => write_merged_adapter(&args, &open, &weights)?,
     }
