@@ -215,6 +215,10 @@ pub(super) fn describe(spec: &ExpertSpec) -> String {
     for (is_so, what) in [(spec.use_rslora, ", rsLoRA"), (spec.use_dora, ", DoRA")] {
         text += if is_so { what } else { "" };
     }
+    let tokens = &spec.alora_invocation_tokens;
+    if !tokens.is_empty() {
+        text += &format!(", active from the last occurrence of the tokens {tokens:?} on");
+    }
     text
 }
 
@@ -261,9 +265,10 @@ fn mixture_card(model: &RoutedGpt2, provenance: &Provenance) -> String {
                 .unwrap_or_default(),
         ),
     };
-    let experts = model.specs().iter().enumerate();
-    let experts: String = experts
-        .map(|(expert, spec)| format!("- `{}`: {}\n", expert_name(expert), describe(spec)))
+    // as they are written: PiSSA's and OLoRA's as plain LoRA of twice the rank
+    let written = |expert: usize| describe(&Adapter::of_model(model, expert).spec);
+    let experts: String = (0..model.specs().len())
+        .map(|expert| format!("- `{}`: {}\n", expert_name(expert), written(expert)))
         .collect();
     format!(
         "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n{experts}\

@@ -234,3 +234,21 @@ proptest! {
         prop_assert_eq!(read.map_err(|error| TestCaseError::fail(format!("{error:#}")))?, spec);
     }
 }
+
+#[test]
+fn the_cards_describe_the_adapters_as_they_are_written() -> Result<()> {
+    let _generator = seed(129);
+    let experts = "num_experts = 2\nrank = 4\nexperts = [{ init = 'pissa' }, \
+                   { alora_invocation_tokens = [18, 28] }]";
+    let model = tiny_model(&lora(experts), &RouterConfig::default(), Kind::Float)?;
+    let dir = tempfile::tempdir()?;
+    let out = dir.path().join("out");
+    export(&out, &model, &provenance(), Layout::Dylora, false)?;
+    let card = fs_err::read_to_string(out.join("README.md"))?;
+    let shapes: Vec<&str> = card.lines().filter(|line| line.starts_with("- `expert_")).collect();
+    insta::assert_snapshot!(shapes.join("\n"), @r"
+    - `expert_0`: rank 8, alpha 32, target modules `attn.c_attn`
+    - `expert_1`: rank 4, alpha 16, target modules `attn.c_attn`, active from the last occurrence of the tokens [18, 28] on
+    ");
+    Ok(())
+}
