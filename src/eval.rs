@@ -185,7 +185,7 @@ pub fn check_records(
     if records.documents_without > 0 {
         bail!(
             "routing by `record` needs an `expert` in each record, {} have none\nhint: a number \
-             from 0, or `\"__base__\"` for no expert",
+             from 0, or `\"__base__\"` for no expert; or route otherwise, as by `uniform`",
             records.documents_without
         );
     }

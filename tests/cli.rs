@@ -72,7 +72,7 @@ fn every_fault_is_told_at_once_by_its_path() {
 #[test]
 fn faults_of_single_experts_name_them() {
     let text = format!(
-        "{MINIMAL}\n[train]\nrouting = \"expert:1\"\n[lora]\nnum_experts = 2\n\
+        "{MINIMAL}\n[train]\nrouting = \"expert:1\"\n[router]\nload_balancing_coef = 0.1\n[lora]\nnum_experts = 2\n\
          rank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
          [[lora.experts]]\nrank = 0\nalpha_pattern = {{ \"h.1.attn.c_attn\" = -1.0 }}\n\
          [[lora.experts]]\nsource = {{ path = \"a\" }}\nrank = 4\ntrainable = false\n\
@@ -86,6 +86,7 @@ fn faults_of_single_experts_name_them() {
     `lora.experts[0].alpha_pattern."h.1.attn.c_attn"` must be a number above 0, got -1
     `lora.experts[1].rank` is the adapter's own with a `source`
     `lora.experts[2].alora_invocation_tokens` must be token ids of at least 0
+    `router.load_balancing_coef` must be 0 where the router does not decide, by `expert:1`
     `train.routing` must reach an expert that is trainable, got `expert:1`
     "#);
 }

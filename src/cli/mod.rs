@@ -190,6 +190,8 @@ pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("no message");
+    // libtorch's messages go on with its own stack
+    let text = text.split("\nException raised from").next().unwrap_or(text);
     let lower = text.to_lowercase();
     if lower.contains("failed printing to stdout") && lower.contains("broken pipe") {
         return Ok(());

@@ -152,9 +152,14 @@ impl OpenModel {
 
     /// The routing that is meant without `--routing`: the run's.
     pub fn routing(&self, asked: Option<RoutingChoice>) -> Result<RoutingChoice> {
-        let routing = asked.unwrap_or(self.routing);
         let count = self.model.num_experts();
+        let routing = match asked {
+            None if count == 0 => RoutingChoice::None,
+            asked => asked.unwrap_or(self.routing),
+        };
         match routing {
+            RoutingChoice::Router | RoutingChoice::None => Ok(routing),
+            _ if count == 0 => Err(usage(anyhow!("a base has no experts to route by `{routing}`"))),
             RoutingChoice::Expert(expert) if !(0..count).contains(&expert) => {
                 Err(usage(anyhow!("there is no `{routing}`, the model has {count} expert(s)")))
             }

@@ -360,6 +360,16 @@ fn check_routing(config: &Config, faults: &mut Faults) {
         config.lora.experts.get(expert as usize).is_none_or(|expert| expert.trainable)
     };
     let any = (0..num_experts).any(trainable);
+    if routing != RoutingChoice::Router {
+        if config.router.load_balancing_coef > 0.0 {
+            let fault = format!("must be 0 where the router does not decide, by `{routing}`");
+            faults.add("router.load_balancing_coef", fault);
+        }
+        if config.router.source.is_some() {
+            let fault = format!("is of no use where the router does not decide, by `{routing}`");
+            faults.add("router.source", fault);
+        }
+    }
     let trains = match routing {
         RoutingChoice::None => {
             let fault = "must be a choice that trains something, got `none`";

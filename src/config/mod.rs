@@ -148,8 +148,8 @@ pub struct BaseConfig {
     /// A `tokenizer.json`, if it is not the one beside the weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// What the base computes in. Adapters, router softmax, loss and optimizer state stay in f32;
-    /// with `method = "full"`, the trained parameters do too.
+    /// What the layers compute in, base and experts. What is trained is kept in f32, and so are DoRA's
+    /// norms, the router, the loss and the optimizer's state.
     #[serde(default)]
     pub dtype: Dtype,
 }

@@ -224,16 +224,26 @@ pub(super) fn describe(spec: &ExpertSpec) -> String {
 
 fn expert_card(model: &RoutedGpt2, provenance: &Provenance, expert: usize) -> String {
     let name = expert_name(expert);
-    let count = model.num_experts();
+    let label = &provenance.base_label;
+    let (is, note) = match (model.num_experts(), provenance.routing) {
+        (1, _) => (format!("A LoRA adapter on `{label}`"), String::new()),
+        (count, routing) => {
+            let how = match routing {
+                RoutingChoice::Router => "token by token with a router".to_owned(),
+                routing => format!("by `{routing}`"),
+            };
+            let note = format!(
+                "This adapter is one expert at weight 1. The mixture weights the experts {how}, so \
+                 that one expert alone gives other outputs than the mixture.\n\n"
+            );
+            (format!("One of {count} LoRA experts of a mixture on `{label}`"), note)
+        }
+    };
     format!(
-        "{head}# {name}\n\nOne of {count} LoRA experts of a mixture by dylora {version} on \
-         `{label}`.\n\n- {shape}\n{domains}\nThis adapter is one expert at weight 1. The mixture \
-         weights the experts token by token with a router, so that one expert alone gives other \
-         outputs than the mixture.\n\n```python\nfrom peft import PeftModel\nmodel = \
-         PeftModel.from_pretrained(base, \"{name}\")\n```\n",
+        "{head}# {name}\n\n{is}, by dylora {version}.\n\n- {shape}\n{domains}\n{note}```python\nfrom \
+         peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \"{name}\")\n```\n",
         head = card_head(provenance),
         version = env!("CARGO_PKG_VERSION"),
-        label = provenance.base_label,
         shape = describe(&Adapter::of_model(model, expert).spec),
         domains = domain_line(provenance),
     )

@@ -201,7 +201,8 @@ impl Trainer {
         if data.train.num_blocks() == 0 {
             bail!("there is nothing to train on: the training files hold no label token");
         }
-        for dataset in [&data.train, &data.validation] {
+        let is_routed = config.method == Method::RoutedLora;
+        for dataset in [&data.train, &data.validation].into_iter().filter(|_| is_routed) {
             check_records(dataset, config.train.routing, model.num_experts())?;
         }
         let trained = model.trained(config.train.routing);

@@ -15,6 +15,9 @@ use super::{
     World, alone, data, find_adapter, mixture, open_base, provenance, record, tensors, train,
 };
 
+/// What is refused where no router decides.
+const NO_BALANCE: &str = "router.load_balancing_coef=0.0";
+
 /// The tensors of the model before the first step.
 fn start(config: &Config) -> Result<BTreeMap<String, Tensor>> {
     let base = open_base(config)?;
@@ -113,7 +116,7 @@ fn a_source_trains_only_what_it_reaches() -> Result<()> {
         let routing_key = format!("train.routing={routing}");
         let decay = "optimizer.adapters.weight_decay=0.1";
         let run = routing.replace(':', "-");
-        let config = world.config(&run, &[&routing_key, decay])?;
+        let config = world.config(&run, &[&routing_key, decay, NO_BALANCE])?;
         let changed = changed(&config)?;
         assert!(changed.iter().all(|name| !name.starts_with("router.")), "{routing}: {changed:?}");
         let of = |expert: &str| changed.iter().filter(|name| name.contains(expert)).count();
@@ -142,14 +145,15 @@ fn add_record(world: &World, name: &str, n: i64, step: i64) -> Result<()> {
 fn routing_by_record_asks_for_an_expert_in_each_record() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
-    let config = world.config("run", &["train.routing=record"])?;
+    let config = world.config("run", &["train.routing=record", NO_BALANCE])?;
     let error = format!("{:#}", train(&config, None).unwrap_err());
     assert!(error.contains("needs an `expert` in each record, 80 have none"), "{error}");
     for n in 0..3 {
         add_record(&world, "up", n, 1)?;
         add_record(&world, "down", n, 29)?;
     }
-    let config = world.config("two", &["train.routing=record", "lora.num_experts=2"])?;
+    let two = ["train.routing=record", "lora.num_experts=2", NO_BALANCE];
+    let config = world.config("two", &two)?;
     let error = format!("{:#}", train(&config, None).unwrap_err());
     assert!(error.contains("names `expert` 2, the model has 2 from 0"), "{error}");
     Ok(())
