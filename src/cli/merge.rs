@@ -16,8 +16,9 @@ use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
 use crate::durable;
 use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
+use crate::export::hugging_face;
+use crate::export::merge::{self, MergeInto};
 use crate::export::peft::write_adapter;
-use crate::export::{hugging_face, merge};
 use crate::model::RoutingSource;
 
 /// Arguments of `dylora merge`.
@@ -32,7 +33,7 @@ pub struct MergeArgs {
     weights: Option<Weights>,
     /// Merge into the base (a Hugging Face folder) or into one PEFT adapter of rank `sum r`.
     #[arg(long = "as", value_name = "base|adapter", default_value = "base", value_parser = parse_form)]
-    form: Form,
+    form: MergeInto,
     #[command(flatten)]
     data: DataArgs,
     /// Of the merged base [default: f32]; an adapter is always f32.
@@ -75,17 +76,10 @@ fn parse_weights(text: &str) -> Result<Weights> {
     }
 }
 
-/// What the experts are merged into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Form {
-    Base,
-    Adapter,
-}
-
-fn parse_form(text: &str) -> Result<Form> {
+fn parse_form(text: &str) -> Result<MergeInto> {
     match text {
-        "base" => Ok(Form::Base),
-        "adapter" => Ok(Form::Adapter),
+        "base" => Ok(MergeInto::Base),
+        "adapter" => Ok(MergeInto::Adapter),
         _ => bail!("must be `base` or `adapter`"),
     }
 }
@@ -107,7 +101,7 @@ struct Cost {
 
 /// Runs the command.
 pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
-    if args.form == Form::Adapter && args.save_dtype.is_some() {
+    if args.form == MergeInto::Adapter && args.save_dtype.is_some() {
         return Err(usage(anyhow!("`--save-dtype` is for `--as base`: an adapter is always f32")));
     }
     // before anything is measured
@@ -126,6 +120,12 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         true => Some(data_to_measure(&args, &open, routing, shared)?),
         false => None,
     };
+    // before anything is measured
+    let given = match args.weights {
+        Some(Weights::Mean) => vec![1.0; open.model.specs().len()],
+        _ => weights(&args, &open, routing, None).map_err(usage)?,
+    };
+    merge::check(&open.model, &given, args.form)?;
     let routed = dataset.as_ref().map(|data| measure(&open, data, &routing.into(), shared));
     let routed = routed.transpose()?;
     let weights = weights(&args, &open, routing, routed.as_ref()).map_err(usage)?;
@@ -142,13 +142,13 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         _ => None,
     };
     match args.form {
-        Form::Base => {
+        MergeInto::Base => {
             let merged = merge::into_base(&open.model, &open.base.weights()?, &weights)?;
             let tokenizer = open.base.tokenizer_file.as_deref();
             let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
             hugging_face::export(&args.out, &merged, dtype, tokenizer, args.overwrite)?;
         }
-        Form::Adapter => write_merged_adapter(&args, &open, &weights)?,
+        MergeInto::Adapter => write_merged_adapter(&args, &open, &weights)?,
     }
     print(&args, &open, &weights, cost.as_ref())
 }

@@ -21,8 +21,21 @@ use crate::model::expert::{ExpertSpec, RankAlpha};
 use crate::model::gpt2::Gpt2;
 use crate::model::parameters::expert_name;
 
+/// What experts are merged into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MergeInto {
+    /// The base.
+    Base,
+    /// One adapter of rank `sum_e r_e`.
+    Adapter,
+}
+
 /// Checks that a model's experts can be merged under `weights`, `[e]`.
-fn check(model: &RoutedGpt2, weights: &[f64]) -> Result<()> {
+///
+/// # Errors
+/// Weights that are not one finite number for each expert; experts with invocation tokens. For an
+/// adapter also a DoRA expert, whose magnitudes are no low-rank update, and weights that are all 0.
+pub fn check(model: &RoutedGpt2, weights: &[f64], into: MergeInto) -> Result<()> {
     if model.specs().is_empty() {
         bail!("a base alone has nothing to merge");
     }
@@ -36,6 +49,18 @@ fn check(model: &RoutedGpt2, weights: &[f64]) -> Result<()> {
     if used().any(|(spec, _)| !spec.alora_invocation_tokens.is_empty()) {
         bail!("an expert with invocation tokens is off before them, which no merged weight can be");
     }
+    if into == MergeInto::Base {
+        return Ok(());
+    }
+    if used().next().is_none() {
+        bail!("with every weight 0, the adapter would be empty");
+    }
+    if used().any(|(spec, _)| spec.use_dora) {
+        bail!(
+            "a DoRA expert scales the base's own weight, which no LoRA adapter can hold\nhint: \
+             merge into the base instead"
+        );
+    }
     Ok(())
 }
 
@@ -44,9 +69,9 @@ fn check(model: &RoutedGpt2, weights: &[f64]) -> Result<()> {
 /// - `base`: the base as it was read, f32 on the CPU
 ///
 /// # Errors
-/// Weights that are not one finite number for each expert; experts with invocation tokens.
+/// As [`check`].
 pub fn into_base(model: &RoutedGpt2, base: &Gpt2, weights: &[f64]) -> Result<Gpt2> {
-    check(model, weights)?;
+    check(model, weights, MergeInto::Base)?;
     let _no_grad = tch::no_grad_guard();
     let mut merged = base.to(Device::Cpu, Kind::Float);
     for (path, experts) in model.modules() {
@@ -100,20 +125,11 @@ pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64])
 /// One plain adapter of rank `sum_e r_e` that is the mixture under `weights`.
 ///
 /// # Errors
-/// As [`into_base`]; a DoRA expert, whose magnitudes are no low-rank update.
+/// As [`check`].
 pub fn into_adapter(model: &RoutedGpt2, weights: &[f64]) -> Result<Adapter> {
-    check(model, weights)?;
+    check(model, weights, MergeInto::Adapter)?;
     let _no_grad = tch::no_grad_guard();
     let used: Vec<usize> = (0..weights.len()).filter(|&expert| weights[expert] != 0.0).collect();
-    if used.is_empty() {
-        bail!("with every weight 0, the adapter would be empty");
-    }
-    if used.iter().any(|&expert| model.specs()[expert].use_dora) {
-        bail!(
-            "a DoRA expert scales the base's own weight, which no LoRA adapter can hold\nhint: \
-             merge into the base instead"
-        );
-    }
     let parts: Vec<Adapter> = used.iter().map(|&expert| Adapter::of_model(model, expert)).collect();
     let (mut modules, mut tensors) = (BTreeMap::new(), BTreeMap::new());
     for (path, _) in model.modules() {
