@@ -75,6 +75,8 @@ pub fn export(
         bail!("a base alone has no experts to export\nhint: a full training's are in its `model/`");
     }
     let names: Vec<String> = (0..num_experts).map(expert_name).collect();
+    let adapters: Vec<Adapter> =
+        (0..num_experts).map(|expert| Adapter::of_model(model, expert)).collect();
     let xlora = match layout {
         Layout::Dylora => None,
         Layout::Xlora if provenance.routing != RoutingChoice::Router => bail!(
@@ -84,17 +86,16 @@ pub fn export(
         Layout::Xlora => Some(xlora::write(model, &provenance.base_name, &names)?),
     };
     durable::folder(dir, overwrite, |dir| {
-        let adapters = match layout {
+        let parent = match layout {
             Layout::Dylora => dir.to_owned(),
             Layout::Xlora => dir.join(xlora::ADAPTERS),
         };
-        fs_err::create_dir_all(&adapters)?;
-        for (expert, name) in names.iter().enumerate() {
-            let folder = adapters.join(name);
+        fs_err::create_dir_all(&parent)?;
+        for (name, adapter) in names.iter().zip(&adapters) {
+            let folder = parent.join(name);
             fs_err::create_dir(&folder)?;
-            let adapter = Adapter::of_model(model, expert);
-            let card = expert_card(model, provenance, expert);
-            write_adapter(&folder, &adapter, &model.base().config, provenance, &card)?;
+            let card = expert_card(&adapter.spec, names.len(), name, provenance);
+            write_adapter(&folder, adapter, &model.base().config, provenance, &card)?;
         }
         match xlora {
             Some((config, classifier)) => {
@@ -109,7 +110,10 @@ pub fn export(
                 write_json(&dir.join(MANIFEST), &manifest)?;
             }
         }
-        durable::write(&dir.join("README.md"), mixture_card(model, provenance).as_bytes())
+        durable::write(
+            &dir.join("README.md"),
+            mixture_card(model, &adapters, provenance).as_bytes(),
+        )
     })
     .with_context(|| format!("cannot export to `{}`", dir.display()))
 }
@@ -222,10 +226,14 @@ pub(super) fn describe(spec: &ExpertSpec) -> String {
     text
 }
 
-fn expert_card(model: &RoutedGpt2, provenance: &Provenance, expert: usize) -> String {
-    let name = expert_name(expert);
+fn expert_card(
+    spec: &ExpertSpec,
+    num_experts: usize,
+    name: &str,
+    provenance: &Provenance,
+) -> String {
     let label = &provenance.base_label;
-    let (is, note) = match (model.num_experts(), provenance.routing) {
+    let (is, note) = match (num_experts, provenance.routing) {
         (1, _) => (format!("A LoRA adapter on `{label}`"), String::new()),
         (count, routing) => {
             let how = match routing {
@@ -244,12 +252,12 @@ fn expert_card(model: &RoutedGpt2, provenance: &Provenance, expert: usize) -> St
          peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \"{name}\")\n```\n",
         head = card_head(provenance),
         version = env!("CARGO_PKG_VERSION"),
-        shape = describe(&Adapter::of_model(model, expert).spec),
+        shape = describe(spec),
         domains = domain_line(provenance),
     )
 }
 
-fn mixture_card(model: &RoutedGpt2, provenance: &Provenance) -> String {
+fn mixture_card(model: &RoutedGpt2, adapters: &[Adapter], provenance: &Provenance) -> String {
     let routing = match model.routers().first() {
         _ if provenance.routing != RoutingChoice::Router => {
             let routing = provenance.routing;
@@ -276,9 +284,10 @@ fn mixture_card(model: &RoutedGpt2, provenance: &Provenance) -> String {
         ),
     };
     // as they are written: PiSSA's and OLoRA's as plain LoRA of twice the rank
-    let written = |expert: usize| describe(&Adapter::of_model(model, expert).spec);
-    let experts: String = (0..model.specs().len())
-        .map(|expert| format!("- `{}`: {}\n", expert_name(expert), written(expert)))
+    let experts: String = adapters
+        .iter()
+        .enumerate()
+        .map(|(e, adapter)| format!("- `{}`: {}\n", expert_name(e), describe(&adapter.spec)))
         .collect();
     format!(
         "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n{experts}\
