@@ -120,7 +120,7 @@ pub fn evaluate(
         let mut totals: Vec<RoutingTotals> = vec![];
         for chunk in blocks.chunks(settings.batch_size) {
             let batch = dataset.batch(chunk);
-            let inputs = inputs(&batch, model.device());
+            let inputs = inputs(&batch, source, model.device());
             let (loss, routing) = score(model, &inputs, source, settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();
@@ -197,8 +197,9 @@ pub fn check_records(
     }
 }
 
-/// A batch of the data room as the model takes it.
-pub fn inputs(batch: &Batch, device: Device) -> Inputs {
+/// A batch of the data room as the model takes it, to be routed by `source`.
+pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
+    let by_record = matches!(source, RoutingSource::Record);
     let rows = Rows {
         num_rows: batch.num_rows,
         seq_len: batch.seq_len,
@@ -206,7 +207,7 @@ pub fn inputs(batch: &Batch, device: Device) -> Inputs {
         labels: &batch.labels,
         position_ids: &batch.position_ids,
         document_ids: &batch.document_ids,
-        expert_ids: Some(&batch.expert_ids),
+        expert_ids: by_record.then_some(&batch.expert_ids[..]),
     };
     Inputs::new(rows, device)
 }

@@ -23,7 +23,7 @@ pub struct Rows<'a> {
     pub position_ids: &'a [i64],
     /// Which document of its row a position belongs to; -1 in padding, which may be anywhere.
     pub document_ids: &'a [i64],
-    /// The expert that a position's record names, -1 for the base; none where records name none.
+    /// The expert that a position's record names, -1 for the base; none where no record decides.
     pub expert_ids: Option<&'a [i64]>,
 }
 

@@ -96,10 +96,11 @@ pub fn gradients(
 ) -> Result<StepGradients> {
     let device = model.device();
     let label_tokens: u64 = micro_batches.iter().map(Batch::label_tokens).sum();
+    let source = RoutingSource::from(config.train.routing);
     let micro_batches: Vec<MicroBatch> = micro_batches
         .iter()
         .map(|batch| MicroBatch {
-            inputs: eval::inputs(batch, device),
+            inputs: eval::inputs(batch, &source, device),
             label_domains: eval::label_domains(batch, device),
         })
         .collect();
@@ -113,7 +114,8 @@ pub fn gradients(
     let mut grads = GradientSum::default();
     let mut domain_sums = Tensor::zeros([num_domains as i64], (Kind::Double, device));
     for micro_batch in &micro_batches {
-        let (output, of_batch) = forward(model, config, micro_batch, 1.0 / label_tokens as f64);
+        let (output, of_batch) =
+            forward(model, config, &source, micro_batch, 1.0 / label_tokens as f64);
         if !ahead {
             add_totals(&mut routing, &of_batch, &micro_batch.inputs.labelled);
         }
@@ -140,6 +142,7 @@ fn mode(config: &Config) -> ForwardMode {
 fn forward(
     model: &RoutedGpt2,
     config: &Config,
+    source: &RoutingSource,
     micro_batch: &MicroBatch,
     scale: f64,
 ) -> (ChunkedLoss, Vec<Routing>) {
@@ -149,8 +152,7 @@ fn forward(
         scale,
         with_grad: true,
     };
-    let source = RoutingSource::from(config.train.routing);
-    model.loss(&micro_batch.inputs, &source, mode(config), settings)
+    model.loss(&micro_batch.inputs, source, mode(config), settings)
 }
 
 /// What has the gradient of the load-balancing loss of the whole step, whose totals are `totals`, with

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, RouterConfig, RoutingChoice, TargetModule};
+use dylora::config::{LoraConfig, RouterConfig, RouterInput, RoutingChoice, TargetModule};
 use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::{Activation, Gpt2Config};
@@ -16,6 +16,10 @@ use tch::{Device, Kind, Tensor};
 
 /// Everything in f64 on the CPU.
 pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
+
+/// What a router can read.
+pub const ROUTER_INPUTS: [RouterInput; 3] =
+    [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
 
 /// A file of `tests/golden`.
 pub fn golden_path(name: &str) -> PathBuf {

@@ -11,10 +11,9 @@ use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use dylora::train::step::{self, StepGradients};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{assert_close, max_difference, mean_loss, seed, tiny_lora, tiny_model};
-
-const INPUTS: [RouterInput; 3] =
-    [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
+use crate::common::{
+    ROUTER_INPUTS, assert_close, max_difference, mean_loss, seed, tiny_lora, tiny_model,
+};
 
 fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
     let text = "base = { source = { path = \"x\" } }\n[data]\nseq_len = 16\n\
@@ -62,7 +61,9 @@ fn gradients(model: &RoutedGpt2, config: &Config, batches: &[Batch]) -> Result<S
 #[test]
 fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
     let _generator = seed(70);
-    for (input, top_k) in INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))]) {
+    for (input, top_k) in
+        ROUTER_INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))])
+    {
         let router = RouterConfig { input, top_k, ..RouterConfig::default() };
         let config = config(&router, &[])?;
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
@@ -92,7 +93,7 @@ fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
 #[test]
 fn the_load_balancing_loss_reaches_the_router() -> Result<()> {
     let _generator = seed(71);
-    for input in INPUTS {
+    for input in ROUTER_INPUTS {
         let router = RouterConfig { input, ..RouterConfig::default() };
         let with = config(&router, &[])?;
         let mut without = with.clone();
@@ -124,7 +125,7 @@ fn totals_taken_ahead_see_the_dropout_masks_that_come() -> Result<()> {
     let mode = ForwardMode { dropout, gradient_checkpointing: false };
     let mut totals = vec![];
     for batch in &batches {
-        let inputs = eval::inputs(batch, Device::Cpu);
+        let inputs = eval::inputs(batch, &RoutingSource::Router, Device::Cpu);
         let (_, routing) = model.loss(&inputs, &RoutingSource::Router, mode, mean_loss(1));
         add_totals(&mut totals, &routing, &inputs.labelled);
     }

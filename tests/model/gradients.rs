@@ -3,20 +3,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{
-    LoraConfig, ModulePath, RouterConfig, RouterInput, RoutingChoice, TargetModule,
-};
+use dylora::config::{LoraConfig, ModulePath, RouterConfig, RoutingChoice, TargetModule};
 use dylora::model::lora::{LoraDropout, RoutingWeights};
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use tch::{Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, gradients, mean_loss, new_model, seed, tiny_base, tiny_config, tiny_lora,
-    tiny_model, two_rows,
+    DOUBLE, ROUTER_INPUTS, assert_close, gradients, mean_loss, new_model, seed, tiny_base,
+    tiny_config, tiny_lora, tiny_model, two_rows,
 };
-
-const INPUTS: [RouterInput; 3] =
-    [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
 
 fn loss(model: &RoutedGpt2, source: &RoutingSource) -> Tensor {
     model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss
@@ -51,7 +46,9 @@ fn assert_slope(name: &str, grad: &Tensor, x: &Tensor, f: impl Fn() -> f64) {
 #[test]
 fn trained_tensors_have_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(60);
-    for (input, top_k) in INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))]) {
+    for (input, top_k) in
+        ROUTER_INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))])
+    {
         let router = RouterConfig { input, top_k, temperature: 0.8, ..RouterConfig::default() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let grads = gradients(&model, &loss(&model, &RoutingSource::Router));
@@ -116,7 +113,7 @@ fn largest(tensor: &Tensor) -> f64 {
 #[test]
 fn from_b_zero_only_b_has_a_gradient() -> Result<()> {
     let _generator = seed(63);
-    for input in INPUTS {
+    for input in ROUTER_INPUTS {
         let router = RouterConfig { input, ..RouterConfig::default() };
         let base = tiny_base(tiny_config());
         let model = new_model(&base, &tiny_lora(), &router, Kind::Double);
@@ -140,7 +137,7 @@ fn descend(model: &RoutedGpt2, grads: &BTreeMap<String, Tensor>) {
 #[test]
 fn after_a_step_every_trained_tensor_has_a_finite_gradient_that_is_not_zero() -> Result<()> {
     let _generator = seed(64);
-    for (input, use_dora) in INPUTS.into_iter().flat_map(|i| [(i, false), (i, true)]) {
+    for (input, use_dora) in ROUTER_INPUTS.into_iter().flat_map(|i| [(i, false), (i, true)]) {
         let router = RouterConfig { input, ..RouterConfig::default() };
         let lora = LoraConfig { use_dora, ..tiny_lora() };
         let base = tiny_base(tiny_config());

@@ -1,20 +1,17 @@
 //! No token sees the future or another document.
 
 use anyhow::Result;
-use dylora::config::{RouterConfig, RouterInput};
+use dylora::config::RouterConfig;
 use dylora::model::router::{RoutingTotals, add_totals};
 use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, assert_same_gradients, gradients, logits, max_difference, mean_loss, rows, seed,
-    tiny_lora, tiny_model,
+    ROUTER_INPUTS, assert_close, assert_same_gradients, gradients, logits, max_difference,
+    mean_loss, rows, seed, tiny_lora, tiny_model,
 };
 
 const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
-
-const INPUTS: [RouterInput; 3] =
-    [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
 
 /// The documents in two rows of eight, the second with a position of padding.
 fn packed() -> Inputs {
@@ -43,7 +40,8 @@ fn token_losses(model: &RoutedGpt2, inputs: &Inputs) -> (Tensor, Tensor) {
 fn packed_documents_have_the_losses_and_gradients_of_separate_ones() -> Result<()> {
     let _generator = seed(40);
     let kinds = [(Kind::Float, 1e-5), (Kind::Double, 1e-12)];
-    for (input, (kind, tolerance)) in INPUTS.into_iter().flat_map(|i| kinds.map(|k| (i, k))) {
+    for (input, (kind, tolerance)) in ROUTER_INPUTS.into_iter().flat_map(|i| kinds.map(|k| (i, k)))
+    {
         let router = RouterConfig { input, top_k: Some(2), ..RouterConfig::default() };
         let model = tiny_model(&tiny_lora(), &router, kind)?;
         let (packed_loss, packed) = token_losses(&model, &packed());
@@ -81,7 +79,9 @@ fn padded(before: usize, behind: usize) -> Inputs {
 #[test]
 fn padding_before_and_behind_a_document_changes_nothing() -> Result<()> {
     let _generator = seed(41);
-    for (input, top_k) in INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))]) {
+    for (input, top_k) in
+        ROUTER_INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))])
+    {
         let router = RouterConfig { input, top_k, ..RouterConfig::default() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let run = |inputs: &Inputs| {
@@ -112,7 +112,9 @@ fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
     let _generator = seed(42);
     let tokens = [3, 14, 15, 9, 26, 5, 35];
     let top_ks = [None, Some(1), Some(2)];
-    for (input, top_k) in INPUTS.into_iter().flat_map(|input| top_ks.map(|top_k| (input, top_k))) {
+    for (input, top_k) in
+        ROUTER_INPUTS.into_iter().flat_map(|input| top_ks.map(|top_k| (input, top_k)))
+    {
         let router = RouterConfig { input, top_k, ..RouterConfig::default() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let run = |tokens: &[i64]| {
