@@ -16,6 +16,7 @@ use crate::base::Base;
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
 use crate::export::hugging_face;
+use crate::mixture::Mixture;
 use crate::model::expert::ExpertSpec;
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
@@ -44,6 +45,14 @@ pub struct TrainArgs {
     json: bool,
 }
 
+/// What a run starts from.
+enum Start {
+    /// Its config's experts and router.
+    New(Mixture),
+    /// The checkpoint in this folder.
+    Resume(PathBuf),
+}
+
 /// Runs the command.
 pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let (config, resume_from) = configure(&args)?;
@@ -51,26 +60,22 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let base = open_base(&config.base, shared)?;
     base.check_seq_len(config.data.seq_len).map_err(usage)?;
     check_experts(&config, &base).map_err(usage)?;
-    let mixture = match &resume_from {
-        Some(_) => None,
-        None => Some(open_mixture(&config, &base, shared)?),
+    let start = match resume_from {
+        Some(dir) => Start::Resume(dir),
+        None => Start::New(open_mixture(&config, &base, shared)?),
     };
-    let specs = match (&mixture, &resume_from) {
-        (Some(mixture), _) => mixture.specs.clone(),
-        (None, Some(dir)) => checkpoint::read_experts(dir)?,
-        (None, None) => unreachable!("one of them decides"),
+    let specs = match &start {
+        Start::New(mixture) => mixture.specs.clone(),
+        Start::Resume(dir) => checkpoint::read_experts(dir)?,
     };
     let data = load_data(&config, &base, shared)?;
     if args.dry_run {
         return dry_run(&config, &specs, &base, &data, args.json);
     }
     tell(&config, &specs, &base, &data, device);
-    let mut trainer = match (&resume_from, mixture) {
-        (Some(dir), _) => Trainer::resume(config.clone(), &base, data, device, dir)?,
-        (None, mixture) => {
-            let mixture = mixture.expect("a new run starts from one");
-            Trainer::new(config.clone(), &base, &mixture, data, device)?
-        }
+    let mut trainer = match &start {
+        Start::New(mixture) => Trainer::new(config.clone(), &base, mixture, data, device)?,
+        Start::Resume(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
     };
     let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
     let interrupt = interrupt_flag()?;

@@ -6,7 +6,7 @@
 //!
 //! Experts may differ in rank and scaling, and some may not target the layer. All A lie in one stack,
 //! `[R, i]` with `R = sum_e r_e`, and all B, transposed, in another, `[R, o]`, so that the layer
-//! costs one pair of matrix products, whatever E is ([`LoraExperts::add_fused`]). An expert is a run
+//! costs one pair of matrix products, whatever E is ([`LoraExperts::add`]). An expert is a run
 //! of rows of both.
 //!
 //! Two kinds of expert have more:

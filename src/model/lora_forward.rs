@@ -31,8 +31,8 @@ impl LoraExperts {
         }
     }
 
-    /// All experts at once: one pair of matrix products and one dropout mask.
-    pub fn add_fused(
+    /// All experts at once: one pair of matrix products and one dropout mask. `g` is not `Off`.
+    fn add_fused(
         &self,
         y: Tensor,
         x: &Tensor,
@@ -40,9 +40,6 @@ impl LoraExperts {
         g: &RoutingWeights,
         dropout: LoraDropout,
     ) -> Tensor {
-        if matches!(g, RoutingWeights::Off) {
-            return y;
-        }
         let kind = x.kind();
         let (b, t, i) = x.size3().expect("activations are [b, t, i]");
         let (n, o) = (b * t, self.lora_b.size()[1]);
@@ -128,16 +125,9 @@ impl LoraExperts {
         }
     }
 
-    /// What multiplies the update `W^T` of an expert, in full: `s (B A - B0 A0)`, `[o, i]`.
-    pub fn delta_weight(&self, expert: usize) -> Option<Tensor> {
-        let slot = self.slots.iter().find(|slot| slot.expert == expert)?;
-        let (a, u) = self.delta(slot);
-        Some(u.tr().matmul(&a))
-    }
-
     /// One expert after the other, each with a dropout mask of its own, by the formulas to the letter
-    /// (PEFT 0.21, `Linear.forward` and `DoraLinearLayer.forward`).
-    pub fn add_looped(
+    /// (PEFT 0.21, `Linear.forward` and `DoraLinearLayer.forward`). `g` is not `Off`.
+    fn add_looped(
         &self,
         mut y: Tensor,
         x: &Tensor,
@@ -145,9 +135,6 @@ impl LoraExperts {
         g: &RoutingWeights,
         dropout: LoraDropout,
     ) -> Tensor {
-        if matches!(g, RoutingWeights::Off) {
-            return y;
-        }
         let kind = x.kind();
         let base =
             (self.dora.is_some() && !dropout.is_active()).then(|| &y - linear.bias.to_kind(kind));
