@@ -11,6 +11,8 @@ use crate::config::{LossOn, OnBadRecord, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::{EvalSettings, check_records, evaluate};
 use crate::model::RoutingSource;
+use crate::train::checkpoint;
+use crate::train::stages::forgetting;
 
 /// Which data.
 #[derive(Debug, Args)]
@@ -63,20 +65,56 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     let routing = open.routing(args.routing)?;
     let dataset = args.data.load(&open, shared)?;
     check_records(&dataset, routing, open.model.num_experts())?;
-    let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-    let settings = EvalSettings { batch_size: args.batch_size, loss_chunk_tokens: 1024 };
+    let dead_share = open.config.as_ref().map(|config| config.router.dead_share);
+    let settings = EvalSettings {
+        batch_size: args.batch_size,
+        dead_share: dead_share.unwrap_or(EvalSettings::default().dead_share),
+        ..EvalSettings::default()
+    };
     let source = RoutingSource::from(routing);
-    let report = evaluate(&open.model, &dataset, &source, settings, &|done, _| bar.set(done))?;
-    bar.finish();
+    let evaluate = |rule| {
+        let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
+        let settings = EvalSettings { rule, ..settings };
+        let report = evaluate(&open.model, &dataset, &source, settings, &|done, _| bar.set(done));
+        bar.finish();
+        report
+    };
+    let spec = open.model.router_spec();
+    let other_rule = spec.eval.filter(|_| routing == RoutingChoice::Router);
+    let by_training = evaluate(None)?;
+    let (report, by_training) = match other_rule {
+        None => (by_training, None),
+        Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
+    };
+    let stages = match &open.checkpoint {
+        Some(dir) => checkpoint::read_state(dir)?.stages,
+        None => vec![],
+    };
     if args.json {
         let mut json = serde_json::to_value(&report)?;
         json["base"] = json!(open.base.label);
         json["routing_source"] = json!(routing);
         json["checkpoint"] = json!(open.checkpoint);
         json["device"] = json!(device_name(open.model.device()));
+        if let Some((rule, by_training)) = &by_training {
+            json["rule"] = json!(rule);
+            json["rule_gap"] = json!(report.loss - by_training.loss);
+            json["by_training_rule"] = serde_json::to_value(by_training)?;
+        }
+        json["stages"] = json!(stages);
+        json["forgetting"] = json!(forgetting(&stages));
         println!("{}", serde_json::to_string_pretty(&json)?);
-    } else {
-        println!("{}", table::report(&report));
+        return Ok(());
+    }
+    println!("{}", table::report(&report));
+    if let Some((rule, by_training)) = &by_training {
+        let names = [table::rule(spec.top_k), table::rule(rule.top_k())];
+        println!("\nloss by the rule of training and by that of evaluation, `router.eval`");
+        println!("{}", table::rules(&names, by_training, &report));
+    }
+    if stages.len() > 1 {
+        println!("\nloss of each domain after each stage (forgetting matrix)");
+        println!("{}", table::forgetting(&stages));
     }
     Ok(())
 }

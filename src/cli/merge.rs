@@ -219,7 +219,7 @@ fn measure(
     shared: &Shared,
 ) -> Result<EvalReport> {
     let bar = CountBar::new(shared.show_progress, "measuring", dataset.num_blocks() as u64);
-    let settings = EvalSettings { batch_size: 8, loss_chunk_tokens: 1024 };
+    let settings = EvalSettings::default();
     let report = evaluate(&open.model, dataset, source, settings, &|done, _| bar.set(done));
     bar.finish();
     report

@@ -2,7 +2,8 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::eval::EvalReport;
+use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
+use crate::train::stages::{self, Stage};
 
 /// A table whose first column is text and whose others are numbers.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
@@ -69,10 +70,91 @@ pub fn report(report: &EvalReport) -> String {
         "windows of at most {} tokens, stride {}; context: what precedes within the window",
         report.seq_len, report.stride
     );
-    match router_table(report) {
-        None => format!("{losses}\n{protocol}"),
-        Some(router) => format!("{losses}\n{protocol}\n\nmean routing weight by domain\n{router}"),
+    let mut text = format!("{losses}\n{protocol}");
+    if let (Some(router), Some(routing)) = (router_table(report), &report.routing) {
+        text += &format!("\n\nmean routing weight by domain\n{router}");
+        if let Some(information) = routing.mutual_information {
+            let most = domain_entropy(report).min((routing.expert_load.len() as f64).ln());
+            text += &format!(
+                "\nexpert and domain share {information:.3} nats of at most {most:.3} (mutual information)"
+            );
+        }
+        if routing.sites.len() > 1 {
+            text += &format!("\n\nthe routers\n{}", site_table(routing));
+        }
     }
+    text
+}
+
+/// The entropy of a label token's domain, nats.
+fn domain_entropy(report: &EvalReport) -> f64 {
+    let share = |domain: &DomainReport| domain.label_tokens as f64 / report.label_tokens as f64;
+    report.domains.iter().map(share).map(|share| -share * share.ln()).sum()
+}
+
+/// The figures of each place where routing is decided.
+fn site_table(routing: &RoutingReport) -> Table {
+    let row = |site: &SiteReport| {
+        let (expert, weight) = site.largest();
+        let loads = site.expert_load.iter().map(|load| format!("{load:.2}"));
+        vec![
+            site.site.clone(),
+            site.experts.len().to_string(),
+            format!("expert_{expert} {weight:.3}"),
+            site.dead_experts.len().to_string(),
+            format!("{:.3}", site.routing_entropy),
+            format!("{:.3}", site.mutual_information.unwrap_or(0.0)),
+            loads.collect::<Vec<_>>().join(" "),
+        ]
+    };
+    let header = ["router", "experts", "largest weight", "dead", "entropy", "information", "load"];
+    table(&header, routing.sites.iter().map(row).collect())
+}
+
+/// A rule of routing in words.
+pub fn rule(top_k: Option<i64>) -> String {
+    top_k.map_or("dense".into(), |k| format!("top {k}"))
+}
+
+/// Each domain's loss by two rules, and the gap.
+pub fn rules(names: &[String; 2], by_training: &EvalReport, by_eval: &EvalReport) -> Table {
+    let row = |name: &str, a: f64, b: f64| {
+        vec![name.to_owned(), format!("{a:.4}"), format!("{b:.4}"), format!("{:+.4}", b - a)]
+    };
+    let domains = by_training.domains.iter().zip(&by_eval.domains);
+    let mut rows: Vec<_> = domains.map(|(a, b)| row(&a.name, a.loss, b.loss)).collect();
+    rows.push(row("mean of domains", by_training.loss, by_eval.loss));
+    let header = ["domain".to_owned(), names[0].clone(), names[1].clone(), "gap".to_owned()];
+    table(&header.each_ref().map(String::as_str), rows)
+}
+
+/// The forgetting matrix.
+pub fn forgetting(stages: &[Stage]) -> Table {
+    let mut domains: Vec<&String> = vec![];
+    for domain in stages.iter().flat_map(|stage| stage.learned.iter().chain(stage.losses.keys())) {
+        if !domains.contains(&domain) {
+            domains.push(domain);
+        }
+    }
+    let mut rows = vec![];
+    for (i, stage) in stages.iter().enumerate() {
+        let losses = domains.iter().map(|domain| match stage.losses.get(*domain) {
+            Some(loss) => format!("{loss:.4}"),
+            None => "-".into(),
+        });
+        let head = [format!("{} {}", i + 1, stage.name), stage.num_experts.to_string()];
+        rows.push(head.into_iter().chain(losses).collect());
+    }
+    let risen = stages::forgetting(stages);
+    let changes = domains.iter().map(|domain| match risen.get(*domain) {
+        Some(rise) => format!("{rise:+.4}"),
+        None => "-".into(),
+    });
+    let head = ["since it was learned".to_owned(), String::new()];
+    rows.push(head.into_iter().chain(changes).collect());
+    let names = domains.iter().map(|domain| domain.as_str());
+    let header: Vec<&str> = ["stage", "experts"].into_iter().chain(names).collect();
+    table(&header, rows)
 }
 
 /// Mean routing weight of each expert on each domain.

@@ -14,7 +14,7 @@ use crate::config::RoutingChoice;
 use crate::model::lora::RoutingWeights;
 use crate::model::weights::write_tensors;
 use crate::model::{
-    ForwardMode, ForwardOutput, Inputs, ModuleUpdate, Recorder, RoutedGpt2, RoutingSource,
+    ForwardMode, ForwardOutput, Inputs, ModuleUpdate, Recorder, RoutedGpt2, RoutingSource, Site,
 };
 
 /// Arguments of `dylora trace`.
@@ -28,8 +28,8 @@ pub struct TraceArgs {
     /// Token ids instead, as `2,8,14`.
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     tokens: Vec<i64>,
-    /// Also write `input_ids`, `logits`, `routing_weights` (`.{layer}` if layers differ) and
-    /// `hidden_states.{layer}` here.
+    /// Also write `input_ids`, `logits`, `routing_weights` (`.h.{layer}` or `.h.{layer}.{module}` where
+    /// they differ) and `hidden_states.{layer}` here.
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
     /// What routes the tokens: router, uniform, all, expert:N or none [default: the run's, or router].
@@ -64,7 +64,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         for (layer, tensor) in weights.iter().enumerate() {
             let name = match output.weights.len() {
                 1 => "routing_weights".to_owned(),
-                _ => format!("routing_weights.{layer}"),
+                _ => format!("routing_weights.{}", open.model.sites()[layer]),
             };
             tensors.push((name, tensor.shallow_clone()));
         }
@@ -84,6 +84,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         texts: tokens.iter().map(text_of).collect(),
         num_targets: open.model.modules().count(),
         updates: &recorder.updates,
+        sites: open.model.sites().iter().map(Site::to_string).collect(),
         layers: weights.iter().map(rows).collect::<Result<_>>()?,
     };
     match args.json {
@@ -136,7 +137,9 @@ struct Traced<'a> {
     texts: Vec<String>,
     num_targets: usize,
     updates: &'a [ModuleUpdate],
-    /// `[t][e]`: once for all layers, or for each.
+    /// Where routers decide.
+    sites: Vec<String>,
+    /// `[t][e]`: once for all layers, or for each site.
     layers: Vec<Vec<Vec<f64>>>,
 }
 
@@ -159,6 +162,7 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
         "routing_source": traced.routing,
         "num_target_modules": traced.num_targets,
         "modules": traced.updates.iter().map(module).collect::<Vec<_>>(),
+        "sites": traced.sites,
         "routing_weights": weights,
         "out": out,
     });
@@ -182,9 +186,9 @@ fn print(traced: &Traced<'_>, out: Option<&Path>) {
         let header = ["module", "norm of the update", "of the output", "share"];
         println!("{}\n", table::table(&header, lines.collect()));
     }
-    for (layer, rows) in traced.layers.iter().enumerate() {
+    for (site, rows) in traced.layers.iter().enumerate() {
         if traced.layers.len() > 1 {
-            println!("layer {layer}");
+            println!("{}", traced.sites[site]);
         }
         println!("{}", weight_table(traced.tokens, &traced.texts, rows));
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 use tch::Device;
@@ -90,11 +90,20 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         _ => None,
     };
     print_summary(&config, &summary, model_dir.as_deref(), args.json)?;
-    if summary.ending == Ending::Interrupted {
-        let dir = config.run.dir.display();
-        tracing::warn!("interrupted; go on with `dylora train --resume {dir}`");
+    let dir = config.run.dir.display();
+    match summary.ending {
+        Ending::Interrupted => {
+            tracing::warn!("interrupted; go on with `dylora train --resume {dir}`");
+            Ok(())
+        }
+        Ending::Collapsed => bail!(
+            "the routing has collapsed, and `router.on_collapse` is `stop`\nhint: try \
+             `router.load_balancing_coef`, `router.balance_bias_rate`, a smaller \
+             `optimizer.router.learning_rate`, or other bounds; `metrics.jsonl` in `{dir}` tells how it \
+             came"
+        ),
+        Ending::Completed | Ending::StoppedEarly => Ok(()),
     }
-    Ok(())
 }
 
 /// The resolved config and, to resume, the checkpoint.
@@ -189,7 +198,7 @@ fn interrupt_flag() -> Result<Arc<AtomicBool>> {
 fn observe(bar: &TrainBar, event: &Event<'_>) {
     match event {
         Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
-        Event::Evaluating(..) => {}
+        Event::Evaluating(..) | Event::Window(_) => {}
         Event::Validation(metrics) => {
             let domains: Vec<String> = metrics
                 .domain_losses
@@ -224,6 +233,7 @@ fn print_summary(
         Ending::Completed => "completed",
         Ending::StoppedEarly => "stopped_early",
         Ending::Interrupted => "interrupted",
+        Ending::Collapsed => "collapsed",
     };
     if json {
         let json = json!({

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::{
-    AdapterSource, BaseSource, Config, Duration, GroupConfig, Method, ModulePattern, RouterConfig,
-    RoutingChoice, TargetModule, Validation,
+    AdapterSource, BaseSource, Config, Duration, EvalRule, GroupConfig, Maturity, Method,
+    ModulePattern, RouterNoise, RoutingChoice, TargetModule, Validation,
 };
 
 /// Reads `path`, applies `overrides` (each `dotted.key=value`) in order and validates the result.
@@ -88,7 +88,8 @@ pub fn validate(config: &Config) -> Result<()> {
     let mut faults = Faults::default();
     check_data(config, &mut faults);
     check_lora(config, &mut faults);
-    check_router(&config.router, config.lora.num_experts, &mut faults);
+    check_router(config, &mut faults);
+    check_growth(config, &mut faults);
     check_train(config, &mut faults);
     check_optimizer(config, &mut faults);
     if let BaseSource::Random(shape) = &config.base.source {
@@ -129,6 +130,10 @@ impl Faults {
 
     fn above_zero(&mut self, key: &str, value: f64) {
         self.in_range(key, value, value.is_finite() && value > 0.0, "a number above 0");
+    }
+
+    fn at_least_zero(&mut self, key: &str, value: f64) {
+        self.in_range(key, value, value.is_finite() && value >= 0.0, "a number of at least 0");
     }
 
     fn in_range(&mut self, key: &str, value: f64, ok: bool, what: &str) {
@@ -287,21 +292,115 @@ fn check_shape(key: &str, shape: &Shape<'_>, targets: &[TargetModule], faults: &
     }
 }
 
-fn check_router(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
+fn check_router(config: &Config, faults: &mut Faults) {
+    let (router, num_experts) = (&config.router, config.lora.num_experts);
     faults.above_zero("router.temperature", router.temperature);
-    let coef = router.load_balancing_coef;
-    let ok = coef.is_finite() && coef >= 0.0;
-    faults.in_range("router.load_balancing_coef", coef, ok, "a number of at least 0");
+    if let Some(schedule) = router.temperature_schedule {
+        faults.above_zero("router.temperature_schedule.start", schedule.start);
+        faults.at_least_one("router.temperature_schedule.steps", schedule.steps as i64);
+    }
+    for (key, coef, may_be_negative) in router.loss_coefs() {
+        let key = format!("router.{key}");
+        match may_be_negative {
+            true => faults.in_range(&key, coef, coef.is_finite(), "a number"),
+            false => faults.at_least_zero(&key, coef),
+        }
+    }
+    faults.at_least_zero("router.balance_bias_rate", router.balance_bias_rate);
+    if let Some(orthogonality) = config.lora.orthogonality {
+        faults.at_least_zero("lora.orthogonality", orthogonality.coef());
+    }
+    let share = |share: f64| share > 0.0 && share <= 1.0;
+    for (key, value) in
+        [("collapse_share", router.collapse_share), ("dead_share", router.dead_share)]
+    {
+        let what = "a number above 0, at most 1";
+        faults.in_range(&format!("router.{key}"), value, share(value), what);
+    }
+    faults.at_least_one("router.window_steps", router.window_steps as i64);
+    if !(0..=8).contains(&router.hidden_layers) {
+        let fault = format!("must be from 0 to 8, got {}", router.hidden_layers);
+        faults.add("router.hidden_layers", fault);
+    }
+    faults.at_least_one("router.hidden_width", router.hidden_width);
+    match router.noise {
+        RouterNoise::None => {}
+        RouterNoise::Gaussian(std) => faults.above_zero("router.noise.gaussian", std),
+        RouterNoise::Jitter(eps) => {
+            let ok = eps > 0.0 && eps < 1.0;
+            faults.in_range("router.noise.jitter", eps, ok, "between 0 and 1");
+        }
+    }
     if router.source.is_some() && num_experts == 1 {
         faults.add("router.source", "needs more than one expert: one has no router".into());
     }
-    if let Some(top_k) = router.top_k
-        && !(1..=num_experts).contains(&top_k)
-    {
-        faults.add(
-            "router.top_k",
-            format!("must be from 1 to `lora.num_experts` {num_experts}, got {top_k}"),
-        );
+    let top_k = router.top_k.map(|k| ("router.top_k", k));
+    let eval_k = router.eval.and_then(EvalRule::top_k).map(|k| ("router.eval.top_k", k));
+    for (key, k) in top_k.into_iter().chain(eval_k) {
+        if !(1..=num_experts).contains(&k) {
+            let range = format!("from 1 to `lora.num_experts` {num_experts}");
+            faults.add(key, format!("must be {range}, got {k}"));
+        }
+    }
+    let needs_top_k = [
+        ("hybrid", router.hybrid.is_some()),
+        ("balance_bias_rate", router.balance_bias_rate > 0.0),
+    ];
+    for (key, is_set) in needs_top_k {
+        if is_set && router.top_k.is_none() {
+            faults.add(&format!("router.{key}"), "needs `router.top_k`".into());
+        }
+    }
+    match router.hybrid {
+        Some(Maturity::Tokens(tokens)) => {
+            faults.at_least_one("router.hybrid.tokens", tokens as i64);
+        }
+        Some(Maturity::Plateau(plateau)) => {
+            let key = |field: &str| format!("router.hybrid.plateau.{field}");
+            faults.at_least_one(&key("window_steps"), plateau.window_steps as i64);
+            faults.at_least_zero(&key("min_delta"), plateau.min_delta);
+        }
+        None => {}
+    }
+    if let Some(layers) = &config.lora.experts_per_layer {
+        let key = "lora.experts_per_layer";
+        for (layer, &count) in layers.iter().enumerate() {
+            if !(1..=num_experts).contains(&count) {
+                let range = format!("from 1 to `lora.num_experts` {num_experts}");
+                faults.add(&format!("{key}[{layer}]"), format!("must be {range}, got {count}"));
+            }
+        }
+        if layers.iter().max().is_some_and(|&most| most < num_experts) {
+            faults.add(key, format!("leaves expert {} without a layer", num_experts - 1));
+        }
+        if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
+            faults.add(key, "goes with new experts, not with those from a `source`".into());
+        }
+    }
+}
+
+fn check_growth(config: &Config, faults: &mut Faults) {
+    let Some(growth) = &config.growth else { return };
+    if !config.data.domains.iter().any(|domain| domain.name == growth.domain) {
+        let fault = format!("must name one of `data.domains`, got `{}`", growth.domain);
+        faults.add("growth.domain", fault);
+    }
+    if config.lora.num_experts < 2 {
+        let fault = format!("needs an old and a new expert, got {}", config.lora.num_experts);
+        faults.add("lora.num_experts", fault);
+    }
+    for (key, rate) in [
+        ("old_experts_rate", growth.old_experts_rate),
+        ("old_columns_rate", growth.old_columns_rate),
+        ("seed_router_coef", growth.seed_router_coef),
+    ] {
+        faults.at_least_zero(&format!("growth.{key}"), rate);
+    }
+    faults.above_zero("growth.consolidation_rate", growth.consolidation_rate);
+    if config.train.routing != RoutingChoice::Router {
+        let fault =
+            format!("must be `router` where an expert is added, got `{}`", config.train.routing);
+        faults.add("train.routing", fault);
     }
 }
 
@@ -338,9 +437,7 @@ fn check_train(config: &Config, faults: &mut Faults) {
         if stopping.patience == 0 {
             faults.add("train.early_stopping.patience", "must be at least 1, got 0".into());
         }
-        let ok = stopping.min_delta.is_finite() && stopping.min_delta >= 0.0;
-        let key = "train.early_stopping.min_delta";
-        faults.in_range(key, stopping.min_delta, ok, "a number of at least 0");
+        faults.at_least_zero("train.early_stopping.min_delta", stopping.min_delta);
         if train.eval_every_steps.is_none() {
             faults.add("train.early_stopping", "needs `train.eval_every_steps`".into());
         }
@@ -361,9 +458,12 @@ fn check_routing(config: &Config, faults: &mut Faults) {
     };
     let any = (0..num_experts).any(trainable);
     if routing != RoutingChoice::Router {
-        if config.router.load_balancing_coef > 0.0 {
-            let fault = format!("must be 0 where the router does not decide, by `{routing}`");
-            faults.add("router.load_balancing_coef", fault);
+        let rate = [("balance_bias_rate", config.router.balance_bias_rate, false)];
+        for (key, coef, _) in config.router.loss_coefs().into_iter().chain(rate) {
+            if coef != 0.0 {
+                let fault = format!("must be 0 where the router does not decide, by `{routing}`");
+                faults.add(&format!("router.{key}"), fault);
+            }
         }
         if config.router.source.is_some() {
             let fault = format!("is of no use where the router does not decide, by `{routing}`");
@@ -394,9 +494,7 @@ fn check_optimizer(config: &Config, faults: &mut Faults) {
     let mut group = |name: &str, group: &GroupConfig| {
         let key = |field: &str| format!("optimizer.{name}.{field}");
         faults.above_zero(&key("learning_rate"), group.learning_rate);
-        let decay = group.weight_decay;
-        let ok = decay.is_finite() && decay >= 0.0;
-        faults.in_range(&key("weight_decay"), decay, ok, "a number of at least 0");
+        faults.at_least_zero(&key("weight_decay"), group.weight_decay);
     };
     group("adapters", &optimizer.adapters);
     group("router", &optimizer.router);

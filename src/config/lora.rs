@@ -41,6 +41,13 @@ pub struct LoraConfig {
     /// Alphas of single modules, likewise.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub alpha_pattern: BTreeMap<ModulePattern, f64>,
+    /// How many experts each layer has: the first so many (MoLA, arXiv:2402.08562). A layer routes over
+    /// its own; absent = every layer has all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts_per_layer: Option<Vec<i64>>,
+    /// What keeps the experts apart; absent = nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub orthogonality: Option<Orthogonality>,
     /// `[[lora.experts]]`: what differs from expert to expert, or where one comes from.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<ExpertConfig>,
@@ -60,6 +67,8 @@ impl Default for LoraConfig {
             dropout_masks: DropoutMasks::Shared,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
+            experts_per_layer: None,
+            orthogonality: None,
             experts: vec![],
         }
     }
@@ -142,6 +151,32 @@ impl Default for ExpertConfig {
             alora_invocation_tokens: vec![],
             rank_pattern: None,
             alpha_pattern: None,
+        }
+    }
+}
+
+/// A loss that is 0 where experts are orthogonal, as in `orthogonality = { a = 0.1 }`; the number is its
+/// factor. It is the mean over the target modules and their pairs of experts of the squared cosine
+///
+/// ```text
+/// a    |A_e A_f^T|^2 / (|A_e|^2 |A_f|^2)              of the input spaces (O-LoRA, arXiv:2310.14152, eq. 6,
+///                                                       squared and scaled)
+/// ba   <D_e, D_f>^2 / (|D_e|^2 |D_f|^2), D = B A        of the updates
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Orthogonality {
+    /// Of the down-projections.
+    A(f64),
+    /// Of the updates.
+    Ba(f64),
+}
+
+impl Orthogonality {
+    /// The factor.
+    pub fn coef(self) -> f64 {
+        match self {
+            Self::A(coef) | Self::Ba(coef) => coef,
         }
     }
 }

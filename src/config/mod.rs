@@ -4,6 +4,7 @@
 //! keys, so that a typo is answered with its line and the right keys. [`load`] reads the file, puts
 //! `--set key=value` on top and checks what types cannot.
 
+mod growth;
 pub mod load;
 mod lora;
 mod routing;
@@ -16,10 +17,15 @@ use std::str::FromStr;
 use anyhow::bail;
 use serde::{Deserialize, Serialize};
 
+pub use growth::GrowthConfig;
 pub use lora::{
-    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, ModulePattern, TargetModule,
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, ModulePattern, Orthogonality,
+    TargetModule,
 };
-pub use routing::{RouterConfig, RouterInput, RoutingChoice};
+pub use routing::{
+    EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInput, RouterNoise, RouterScope,
+    RoutingChoice, RoutingLevel, TemperatureSchedule,
+};
 pub use train::{
     Duration, EarlyStopping, GroupConfig, OptimizerConfig, SaveDtype, ScheduleConfig, ScheduleKind,
     TrainConfig,
@@ -54,6 +60,9 @@ pub struct Config {
     /// `[schedule]`: the learning rate over the steps.
     #[serde(default)]
     pub schedule: ScheduleConfig,
+    /// `[growth]`: how an added expert is trained; `dylora add-expert` writes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthConfig>,
 }
 
 /// What is trained.

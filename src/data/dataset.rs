@@ -248,6 +248,14 @@ impl TokenDataset {
             .sum()
     }
 
+    /// STUB
+    pub fn mix(&self) -> Vec<f64> {
+        let blocks: Vec<f64> =
+            self.domains.iter().map(|d| d.weight * d.num_blocks() as f64).collect();
+        let total: f64 = blocks.iter().sum();
+        blocks.into_iter().map(|blocks| blocks / total).collect()
+    }
+
     /// All blocks once, domain by domain.
     pub fn eval_order(&self) -> Vec<BlockId> {
         let domains = (0..).zip(&self.domains);

@@ -18,17 +18,18 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::config::{RouterInput, RoutingChoice};
+use crate::config::{RouterInput, RouterScope, RoutingChoice, RoutingLevel};
 use crate::durable;
 use crate::mixture::{
-    self, ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase,
-    ManifestRouter, ROUTER, xlora,
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase, ManifestRouter,
+    ROUTER, xlora,
 };
 use crate::model::RoutedGpt2;
 use crate::model::adapter::{self, Adapter};
 use crate::model::expert::ExpertSpec;
 use crate::model::gpt2_config::Gpt2Config;
 use crate::model::parameters::expert_name;
+use crate::model::router::RouterSpec;
 use crate::model::weights::{read_tensors, write_tensors};
 
 /// What an export says about where it comes from.
@@ -104,7 +105,7 @@ pub fn export(
             }
             None => {
                 if !model.routers().is_empty() {
-                    write_checked(&dir.join(ROUTER), &mixture::router_file_tensors(model))?;
+                    write_checked(&dir.join(ROUTER), &model.router_tensors())?;
                 }
                 let manifest = serde_json::to_value(manifest(model, provenance, names))?;
                 write_json(&dir.join(MANIFEST), &manifest)?;
@@ -150,12 +151,10 @@ fn manifest(model: &RoutedGpt2, provenance: &Provenance, experts: Vec<String>) -
         },
         experts,
         routing: provenance.routing,
-        router: model.routers().first().map(|router| ManifestRouter {
-            file: ROUTER.into(),
-            input: model.router_input(),
-            temperature: router.temperature,
-            top_k: router.top_k,
-        }),
+        router: model
+            .routers()
+            .first()
+            .map(|_| ManifestRouter { file: ROUTER.into(), spec: model.router_spec().clone() }),
     }
 }
 
@@ -226,6 +225,46 @@ pub(super) fn describe(spec: &ExpertSpec) -> String {
     text
 }
 
+/// A router in words.
+fn describe_router(spec: &RouterSpec) -> String {
+    let reads = match spec.input {
+        RouterInput::Embeddings => "the token plus position embedding",
+        RouterInput::BaseHidden => "the last hidden state of a pass of the base alone",
+        RouterInput::LayerInput => "a block's input after its first LayerNorm",
+    };
+    let averaged = match spec.level {
+        RoutingLevel::Token => "",
+        RoutingLevel::Sequence => ", averaged over the document's prompt up to the token",
+    };
+    let scope = match spec.scope {
+        RouterScope::Shared => "One router serves every layer.",
+        RouterScope::Layer => "Each layer has its own router.",
+        RouterScope::Module => "Each target module has its own router.",
+    };
+    let hidden = match spec.hidden_layers {
+        0 => String::new(),
+        n => format!(" behind {n} hidden layer(s) of width {} with ReLU", spec.hidden_width),
+    };
+    let chosen = match (spec.top_k, spec.selection_bias) {
+        (None, _) => String::new(),
+        (Some(k), false) => format!("; the {k} largest are kept and renormalised"),
+        (Some(k), true) => {
+            format!(
+                "; the {k} largest with `selection_bias` added are kept, without it renormalised"
+            )
+        }
+    };
+    let own = match spec.own_experts {
+        true => " A layer's softmax is over the experts that it has.",
+        false => "",
+    };
+    format!(
+        "{scope} It gives each token `softmax((x weight^T + bias) / {})` over the experts{hidden}, where `x` \
+         is {reads}{averaged}{chosen}.{own}",
+        spec.temperature
+    )
+}
+
 fn expert_card(
     spec: &ExpertSpec,
     num_experts: usize,
@@ -264,24 +303,7 @@ fn mixture_card(model: &RoutedGpt2, adapters: &[Adapter], provenance: &Provenanc
             format!("It was trained with weights by `{routing}`, and its router was not trained.")
         }
         None => "There is one expert and no router: plain LoRA.".to_owned(),
-        Some(router) => format!(
-            "The router gives each token `softmax((x weight^T + bias) / {})` over the experts, \
-             where `x` is {}{}.",
-            router.temperature,
-            match model.router_input() {
-                RouterInput::Embeddings =>
-                    "the token plus position embedding; every layer has the same weights",
-                RouterInput::BaseHidden =>
-                    "the last hidden state of a pass of the base alone; every layer has the same \
-                     weights",
-                RouterInput::LayerInput =>
-                    "a block's input after its first LayerNorm; each layer has its own router",
-            },
-            router
-                .top_k
-                .map(|k| format!("; the {k} largest are kept and renormalised"))
-                .unwrap_or_default(),
-        ),
+        Some(_) => describe_router(model.router_spec()),
     };
     // as they are written: PiSSA's and OLoRA's as plain LoRA of twice the rank
     let experts: String = adapters

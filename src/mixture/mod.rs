@@ -6,13 +6,12 @@
 //! X-LoRA folder | PEFT adapter | checkpoint        /
 //! ```
 //!
-//! `dylora.json` of an export, format 2:
+//! `dylora.json` of an export, format 3:
 //!
 //! ```text
-//! { "format": 2, "dylora_version": "..", "base": { "name": "..", "blake3": ".." },
+//! { "format": 3, "dylora_version": "..", "base": { "name": "..", "blake3": ".." },
 //!   "experts": ["expert_0", ..], "routing": "router",
-//!   "router": null | { "file": "router.safetensors", "input": "embeddings", "temperature": 1.0,
-//!                      "top_k": null } }
+//!   "router": null | { "file": "router.safetensors", "spec": { "input": "embeddings", .. } } }
 //! ```
 
 pub mod xlora;
@@ -24,7 +23,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{AdapterSource, Config, Method, RouterConfig, RouterInput, RoutingChoice};
+use crate::config::{AdapterSource, Config, Method, RoutingChoice};
 use crate::hub::AdapterFiles;
 use crate::model::RoutedGpt2;
 use crate::model::adapter::{self, Adapter};
@@ -32,13 +31,14 @@ use crate::model::expert::ExpertSpec;
 use crate::model::gpt2::Gpt2;
 use crate::model::gpt2_config::Gpt2Config;
 use crate::model::parameters::expert_name;
+use crate::model::router::RouterSpec;
 use crate::model::weights::{check_numbers, read_tensors};
 
 /// The version of `dylora.json`.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// What joins the parts of an export.
 pub const MANIFEST: &str = "dylora.json";
-/// The router of an export: `weight` and `bias`, after `h.{layer}.` if there is one for each layer.
+/// The routers of an export, by the names of [`RoutedGpt2::router_tensors`].
 pub const ROUTER: &str = "router.safetensors";
 /// An adapter's config, in a folder of its own.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -53,8 +53,8 @@ pub type FindAdapter<'a> = dyn Fn(&AdapterSource) -> Result<AdapterFiles> + 'a;
 pub struct Mixture {
     /// The experts' settings.
     pub specs: Vec<ExpertSpec>,
-    /// The router's; without meaning for a single expert.
-    pub router: RouterConfig,
+    /// The routers'; without meaning for a single expert.
+    pub router: RouterSpec,
     /// Tensors of the model, by the names of [`RoutedGpt2::tensors`].
     pub tensors: BTreeMap<String, Tensor>,
     /// Whether those are all; else the others are as in a fresh model.
@@ -99,19 +99,15 @@ pub struct ManifestBase {
 pub struct ManifestRouter {
     /// Its file.
     pub file: String,
-    /// What it reads.
-    pub input: RouterInput,
-    /// Divides the scores.
-    pub temperature: f64,
-    /// How many experts a token keeps; none = all.
-    pub top_k: Option<i64>,
+    /// Its settings.
+    pub spec: RouterSpec,
 }
 
 impl Mixture {
     /// A mixture whose other tensors are as in a fresh model.
     pub fn new(
         specs: Vec<ExpertSpec>,
-        router: RouterConfig,
+        router: RouterSpec,
         tensors: BTreeMap<String, Tensor>,
     ) -> Self {
         let routing = RoutingChoice::Router;
@@ -141,7 +137,7 @@ impl Mixture {
             adapter.spec.trainable = own.is_some_and(|own| own.trainable);
             add_adapter(expert, adapter, &mut specs, &mut tensors);
         }
-        let mixture = Self::new(specs, config.router.clone(), tensors);
+        let mixture = Self::new(specs, RouterSpec::of_config(config), tensors);
         match &config.router.source {
             None => Ok(mixture),
             Some(dir) => mixture.with_router(dir).context("`router.source`"),
@@ -179,7 +175,7 @@ impl Mixture {
             add_adapter(expert, adapter, &mut specs, &mut tensors);
         }
         let is_whole = specs.len() == 1;
-        Ok(Self { is_whole, ..Self::new(specs, RouterConfig::default(), tensors) })
+        Ok(Self { is_whole, ..Self::new(specs, RouterSpec::default(), tensors) })
     }
 
     fn of_export(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
@@ -188,7 +184,7 @@ impl Mixture {
         let sources: Vec<AdapterSource> = manifest.experts.iter().map(folder).collect();
         let mut mixture = Self::of_adapters(&sources, base, find)?;
         if let Some(router) = &manifest.router {
-            mixture.router = router.config();
+            mixture.router = router.spec.clone();
             mixture.tensors.extend(router_tensors(&dir.join(&router.file))?);
         } else if mixture.specs.len() > 1 {
             bail!("`{}` has several experts, but no router", dir.join(MANIFEST).display());
@@ -203,7 +199,7 @@ impl Mixture {
     fn with_router(mut self, dir: &Path) -> Result<Self> {
         let (router, tensors) = if dir.join(MANIFEST).is_file() {
             match read_manifest(dir)?.router {
-                Some(router) => (router.config(), router_tensors(&dir.join(&router.file))?),
+                Some(router) => (router.spec, router_tensors(&dir.join(&router.file))?),
                 None => bail!("`{}` has a single expert and no router", dir.display()),
             }
         } else if dir.join(xlora::CONFIG).is_file() {
@@ -211,19 +207,18 @@ impl Mixture {
         } else {
             bail!("`{}` has neither `{MANIFEST}` nor `{}`", dir.display(), xlora::CONFIG);
         };
-        let top_k = |router: &RouterConfig| router.top_k.map_or("absent".into(), |k| k.to_string());
-        for (key, here, there) in [
-            ("input", self.router.input.name().to_owned(), router.input.name().to_owned()),
-            ("temperature", self.router.temperature.to_string(), router.temperature.to_string()),
-            ("top_k", top_k(&self.router), top_k(&router)),
-        ] {
-            if here != there {
-                bail!("the router of `{}` has `{key}` {there}, the config {here}", dir.display());
+        let (here, there) = (serde_json::to_value(&self.router)?, serde_json::to_value(&router)?);
+        for (key, here) in here.as_object().expect("a spec is an object") {
+            if *here != there[key] {
+                let (dir, there) = (dir.display(), &there[key]);
+                bail!("the router of `{dir}` has `{key}` {there}, the config {here}");
             }
         }
         let count = self.specs.len() as i64;
-        let fits = |tensor: &Tensor| tensor.size().first() == Some(&count);
-        if let Some(tensor) = tensors.values().find(|tensor| !fits(tensor)) {
+        let fits = |name: &str, tensor: &Tensor| {
+            name.contains(".hidden.") || tensor.size().first() == Some(&count)
+        };
+        if let Some((_, tensor)) = tensors.iter().find(|(name, tensor)| !fits(name, tensor)) {
             let found = tensor.size().first().copied().unwrap_or(0);
             bail!(
                 "the router of `{}` scores {found} experts, the config has {count}",
@@ -247,13 +242,6 @@ impl Mixture {
         let model = RoutedGpt2::with_experts(base, specs, router, device, kind);
         model.load_some(&self.tensors)?;
         Ok(model)
-    }
-}
-
-impl ManifestRouter {
-    fn config(&self) -> RouterConfig {
-        let Self { input, temperature, top_k, .. } = *self;
-        RouterConfig { input, temperature, top_k, ..RouterConfig::default() }
     }
 }
 
@@ -308,37 +296,24 @@ fn check(manifest: &Manifest) -> Result<()> {
         }
         _ => {}
     }
-    let Some(ManifestRouter { temperature, top_k, .. }) = manifest.router else { return Ok(()) };
+    let Some(ManifestRouter { spec, .. }) = &manifest.router else { return Ok(()) };
+    let RouterSpec { temperature, top_k, .. } = *spec;
     if !(temperature.is_finite() && temperature > 0.0) {
-        bail!("`router.temperature` must be a number above 0, got {temperature}");
+        bail!("`router.spec.temperature` must be a number above 0, got {temperature}");
     }
     match top_k {
         Some(k) if !(1..=count).contains(&k) => {
-            bail!("`router.top_k` must be from 1 to the {count} experts, got {k}")
+            bail!("`router.spec.top_k` must be from 1 to the {count} experts, got {k}")
         }
         _ => Ok(()),
     }
 }
 
-/// The tensors of a router's file by the names of [`RoutedGpt2::tensors`].
+/// The tensors of the routers' file.
 fn router_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     let tensors = read_tensors(file).context("cannot read the router")?;
     for (name, tensor) in &tensors {
         check_numbers(name, tensor).with_context(|| format!("in `{}`", file.display()))?;
     }
-    let name = |name: String| match name.rsplit_once('.') {
-        None => format!("router.{name}"),
-        Some((layer, key)) => format!("{layer}.router.{key}"),
-    };
-    Ok(tensors.into_iter().map(|(key, tensor)| (name(key), tensor)).collect())
-}
-
-/// A router's tensors by their names in a file.
-pub fn router_file_tensors(model: &RoutedGpt2) -> BTreeMap<String, Tensor> {
-    let tensors = model.tensors().into_iter();
-    let name = |name: &str| {
-        let at = name.find("router.")?;
-        Some(name[..at].to_owned() + &name[at + "router.".len()..])
-    };
-    tensors.filter_map(|(full, tensor)| Some((name(&full)?, tensor))).collect()
+    Ok(tensors)
 }

@@ -20,9 +20,10 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use super::{ADAPTER_CONFIG, FindAdapter, Mixture};
-use crate::config::{AdapterHub, AdapterSource, RouterConfig, RouterInput};
+use crate::config::{AdapterHub, AdapterSource, RouterInput, RoutingLevel};
 use crate::model::RoutedGpt2;
 use crate::model::gpt2_config::Gpt2Config;
+use crate::model::router::RouterSpec;
 use crate::model::weights::{check_numbers, read_tensors};
 
 /// The classifier's settings.
@@ -99,7 +100,7 @@ pub fn read(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Mix
 }
 
 /// The classifier alone: its rule, and its tensors by the names of [`RoutedGpt2::tensors`].
-pub fn read_router(dir: &Path) -> Result<(RouterConfig, BTreeMap<String, Tensor>)> {
+pub fn read_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)> {
     let config = read_config(dir)?;
     let temperature = config.get("softmax_temperature").map_or(Some(1.0), Value::as_f64);
     let temperature = temperature.filter(|t| t.is_finite() && *t > 0.0);
@@ -129,7 +130,7 @@ pub fn read_router(dir: &Path) -> Result<(RouterConfig, BTreeMap<String, Tensor>
         bail!("{}: tensor `{name}` is of no classifier of depth 1", in_file());
     }
     let router =
-        RouterConfig { input: RouterInput::BaseHidden, temperature, ..RouterConfig::default() };
+        RouterSpec { input: RouterInput::BaseHidden, temperature, ..RouterSpec::default() };
     let named = [("router.weight", weight), ("router.bias", bias)];
     Ok((router, named.map(|(name, tensor)| (name.to_owned(), tensor)).into()))
 }
@@ -183,7 +184,8 @@ pub fn write(
             bail!("X-LoRA has one classifier for all layers, this mixture {}", routers.len())
         }
     };
-    let input = model.router_input();
+    let spec = model.router_spec();
+    let input = spec.input;
     if input != RouterInput::BaseHidden {
         bail!(
             "X-LoRA's classifier reads the base's last hidden state, this router `{}`\nhint: train \
@@ -191,13 +193,17 @@ pub fn write(
             input.name()
         );
     }
-    if let Some(k) = router.top_k {
+    if let Some(k) = spec.top_k {
         bail!("X-LoRA's top-k is another rule; this router keeps {k} experts of a token");
     }
     let with = |what: &str, has: bool| match has {
         true => bail!("X-LoRA does not know {what}"),
         false => Ok(()),
     };
+    with("hidden layers of a router that end in its width", spec.hidden_layers > 0)?;
+    with("routing by the prompt", spec.level == RoutingLevel::Sequence)?;
+    with("layers with experts of their own", spec.own_experts)?;
+    with("another rule in evaluation", spec.eval.is_some())?;
     with("DoRA", model.specs().iter().any(|spec| spec.use_dora))?;
     with("invocation tokens", model.specs().iter().any(|s| !s.alora_invocation_tokens.is_empty()))?;
     let adapters: Map<String, Value> =
@@ -211,7 +217,7 @@ pub fn write(
     config.insert("use_bias".into(), json!(true));
     // the adapters are then looked for beside the classifier
     config.insert("use_trainable_adapters".into(), json!(true));
-    config.insert("softmax_temperature".into(), json!(router.temperature));
+    config.insert("softmax_temperature".into(), json!(spec.temperature));
     let tensors = [("last.weight", &router.weight), ("last.bias", &router.bias)];
     let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor.detach()));
     Ok((Value::Object(config), tensors.into()))

@@ -65,8 +65,16 @@ impl ExpertSpec {
                  {vocab}"
             );
         }
+        let layers = lora.experts_per_layer.as_ref();
+        if let Some(layers) = layers.filter(|layers| layers.len() as i64 != base.n_layer) {
+            let (found, n_layer) = (layers.len(), base.n_layer);
+            bail!("`experts_per_layer` names {found} layers, the base has {n_layer}");
+        }
         let mut modules = BTreeMap::new();
         for layer in 0..base.n_layer as usize {
+            if layers.is_some_and(|layers| expert as i64 >= layers[layer]) {
+                continue;
+            }
             for &module in &lora.target_modules {
                 let path = ModulePath { layer, module };
                 let rank = ModulePattern::find(&lora.rank_pattern, path).unwrap_or(lora.rank);

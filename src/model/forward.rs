@@ -8,10 +8,10 @@ use super::gpt2::AttentionMask;
 use super::inputs::Inputs;
 use super::lora::{LoraDropout, RoutingWeights};
 use super::loss::{ChunkedLoss, LossSettings, chunked_cross_entropy};
-use super::router::Routing;
-use super::routing::{LayerWeights, RoutingSource, route};
+use super::router::{RouterSpec, Routing, RoutingRule};
+use super::routing::{BlockWeights, RoutingPass, RoutingSource};
 use super::{RoutedBlock, RoutedGpt2};
-use crate::config::{ModulePath, RouterInput, TargetModule};
+use crate::config::{EvalRule, ModulePath, RouterNoise, TargetModule};
 use crate::ffi;
 
 /// How a forward pass is carried out.
@@ -19,13 +19,22 @@ use crate::ffi;
 pub struct ForwardMode {
     /// Dropout of the experts' inputs.
     pub dropout: LoraDropout,
+    /// What disturbs the routers.
+    pub noise: RouterNoise,
+    /// The rule of routing; none = the model's.
+    pub rule: Option<EvalRule>,
     /// Keep only each block's input (and what a layer's own router reads) for the backward pass.
     pub gradient_checkpointing: bool,
 }
 
 impl ForwardMode {
     /// Without dropout, keeping everything.
-    pub const EVAL: Self = Self { dropout: LoraDropout::NONE, gradient_checkpointing: false };
+    pub const EVAL: Self = Self {
+        dropout: LoraDropout::NONE,
+        noise: RouterNoise::None,
+        rule: None,
+        gradient_checkpointing: false,
+    };
 }
 
 /// What a forward pass comes to.
@@ -33,9 +42,9 @@ impl ForwardMode {
 pub struct ForwardOutput {
     /// The last hidden states after `ln_f`, `[b, t, d]`.
     pub hidden: Tensor,
-    /// The routing weights used: one for all layers, or one for each.
+    /// The routing weights used: one for all layers, or one for each of [`RoutedGpt2::sites`].
     pub weights: Vec<RoutingWeights>,
-    /// What the routers did, if they decided.
+    /// What the routers did at each of [`RoutedGpt2::sites`], if they decided.
     pub routing: Vec<Routing>,
 }
 
@@ -70,16 +79,17 @@ impl ModuleUpdate {
 type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
 
 impl RoutedBlock {
-    /// `x`, `[b, t, d]`, after this block; `note` hears of each module that used `g`.
+    /// `x`, `[b, t, d]`, after this block; `note` hears of each module that used its weights.
     fn forward(
         &self,
         x: &Tensor,
         mask: &AttentionMask,
-        g: &RoutingWeights,
+        weights: &BlockWeights,
         dropout: LoraDropout,
         mut note: Option<&mut Note<'_>>,
     ) -> Tensor {
         self.block.forward(x, mask, &mut |module, x| {
+            let g = weights.of(module);
             let linear = &self.block.linears[&module];
             let y = linear.forward(x);
             let (Some(experts), false) =
@@ -119,55 +129,50 @@ impl RoutedGpt2 {
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
         let x = self.embed(inputs);
-        let (weights, routing) = self.layer_weights(inputs, &x, source);
-        let mut output = self.run_blocks(x, inputs, weights, mode, recorder);
-        output.routing.extend(routing);
-        output
+        let pass = RoutingPass::new(self, inputs, &x, source, self.rule(mode));
+        self.run_blocks(x, inputs, pass, mode, recorder)
     }
 
-    /// What the routers do with a batch; nothing if there are none. One that reads a layer's own input
-    /// needs the whole forward pass.
+    fn rule(&self, mode: ForwardMode) -> RoutingRule {
+        let RouterSpec { temperature, top_k, .. } = self.router_spec;
+        let top_k = mode.rule.map_or(top_k, EvalRule::top_k);
+        RoutingRule { temperature, top_k, noise: mode.noise }
+    }
+
+    /// What the routers do with a batch; nothing if there are none. Those that read a layer's own input
+    /// need the whole forward pass, and so do those in whose training the same random numbers must come
+    /// again.
     pub fn routing(&self, inputs: &Inputs, mode: ForwardMode) -> Vec<Routing> {
         let source = &RoutingSource::Router;
-        match self.router_input {
-            RouterInput::LayerInput if !self.routers.is_empty() => {
-                self.forward(inputs, source, mode, None).routing
-            }
-            _ => self.layer_weights(inputs, &self.embed(inputs), source).1.into_iter().collect(),
+        let x = self.embed(inputs);
+        let mut pass = RoutingPass::new(self, inputs, &x, source, self.rule(mode));
+        let draws_both = mode.noise != RouterNoise::None && mode.dropout.is_active();
+        if pass.reads_layers() || draws_both {
+            return self.run_blocks(x, inputs, pass, mode, None).routing;
         }
+        for layer in 0..self.blocks.len() {
+            pass.block(layer, &|| unreachable!("these routers read no layer's input"));
+        }
+        pass.routing
     }
 
     /// The base's last hidden state, after `ln_f`, of embeddings `x`: `[b, t, d]`.
     pub(super) fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
-        let weights = LayerWeights::Shared(RoutingWeights::Off);
-        self.run_blocks(x.shallow_clone(), inputs, weights, ForwardMode::EVAL, None).hidden
+        let mode = ForwardMode::EVAL;
+        let pass = RoutingPass::new(self, inputs, x, &RoutingSource::Base, self.rule(mode));
+        self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).hidden
     }
 
     fn run_blocks(
         &self,
         mut x: Tensor,
         inputs: &Inputs,
-        weights: LayerWeights<'_>,
+        mut pass: RoutingPass<'_>,
         mode: ForwardMode,
         mut recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let (mut used, mut routing) = (vec![], vec![]);
-        let invocation = match &weights {
-            LayerWeights::PerLayer(_) => self.invocation_mask(inputs),
-            LayerWeights::Shared(_) => None,
-        };
         for (layer, block) in self.blocks.iter().enumerate() {
-            let g = match &weights {
-                LayerWeights::Shared(g) => g.shallow_clone(),
-                LayerWeights::PerLayer(routers) => {
-                    let mask = invocation.as_ref().map(Tensor::shallow_clone);
-                    let of_layer = route(&routers[layer], &block.block.ln_1.forward(&x), mask);
-                    let g = of_layer.weights.shallow_clone();
-                    used.push(RoutingWeights::PerToken(g.shallow_clone()));
-                    routing.push(of_layer);
-                    RoutingWeights::PerToken(g)
-                }
-            };
+            let g = pass.block(layer, &|| block.block.ln_1.forward(&x));
             if let Some(recorder) = recorder.as_deref_mut() {
                 recorder.hidden_states.push(x.shallow_clone());
                 let updates = &mut recorder.updates;
@@ -189,9 +194,7 @@ impl RoutedGpt2 {
         if let Some(recorder) = recorder {
             recorder.hidden_states.push(x.shallow_clone());
         }
-        if let LayerWeights::Shared(g) = weights {
-            used.push(g);
-        }
+        let RoutingPass { used, routing, .. } = pass;
         ForwardOutput { hidden: self.base.ln_f.forward(&x), weights: used, routing }
     }
 
@@ -201,7 +204,7 @@ impl RoutedGpt2 {
         block: &RoutedBlock,
         x: &Tensor,
         mask: &AttentionMask,
-        g: &RoutingWeights,
+        g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Tensor {
         let leaves = block.experts.values().flat_map(|experts| experts.leaves());
@@ -212,8 +215,8 @@ impl RoutedGpt2 {
         }
         let mut activations = vec![x.shallow_clone()];
         // a block without experts has no use for the weights, and so no gradient for them
-        if let (RoutingWeights::PerToken(weights), false) = (g, block.experts.is_empty()) {
-            activations.push(weights.shallow_clone());
+        if !block.experts.is_empty() {
+            activations.extend(g.tensors());
         }
         let (block, mask, g) = (block.shallow_clone(), mask.shallow_clone(), g.shallow_clone());
         let device = x.device();
@@ -221,9 +224,9 @@ impl RoutedGpt2 {
             dropout.is_active().then(|| ffi::rng_state(device).expect("every device has one"));
         let has_run = std::cell::Cell::new(false);
         let segment = move |activations: &[Tensor]| {
-            let g = match activations.get(1) {
-                Some(weights) => RoutingWeights::PerToken(weights.shallow_clone()),
-                None => g.shallow_clone(),
+            let g = match &activations[1..] {
+                [] => g.shallow_clone(),
+                tensors => g.with_tensors(tensors),
             };
             let forward = || block.forward(&activations[0], &mask, &g, dropout, None);
             match &rng_before {

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::gpt2::AttentionMask;
 
@@ -25,6 +25,8 @@ pub struct Rows<'a> {
     pub document_ids: &'a [i64],
     /// The expert that a position's record names, -1 for the base; none where no record decides.
     pub expert_ids: Option<&'a [i64]>,
+    /// Which positions read their document's prompt, all of them in one without; none = all of all.
+    pub prompt: Option<&'a [bool]>,
 }
 
 /// A batch on the device.
@@ -53,6 +55,7 @@ pub(super) struct HostTokens {
     pub input_ids: Vec<i64>,
     /// `[b t]`.
     document_ids: Vec<i64>,
+    prompt: Option<Vec<bool>>,
     seq_len: usize,
 }
 
@@ -100,9 +103,29 @@ impl Inputs {
             host: HostTokens {
                 input_ids: rows.input_ids.to_vec(),
                 document_ids: rows.document_ids.to_vec(),
+                prompt: rows.prompt.map(<[bool]>::to_vec),
                 seq_len: rows.seq_len,
             },
         }
+    }
+
+    /// What makes means over prompts, `[b, t, t]`: row t of a sequence has equal numbers at the positions
+    /// up to t that read the prompt of t's document.
+    pub(super) fn prompt_means(&self, kind: Kind) -> Tensor {
+        let device = self.input_ids.device();
+        let shape = self.input_ids.size();
+        let ids_bt = Tensor::from_slice(&self.host.document_ids).view(&shape[..]).to_device(device);
+        let same = ids_bt.unsqueeze(1).eq_tensor(&ids_bt.unsqueeze(2)).tril(0);
+        let averaged = match &self.host.prompt {
+            None => same,
+            Some(prompt) => {
+                let prompt = Tensor::from_slice(prompt).view(&shape[..]).to_device(device);
+                same.logical_and(&prompt.unsqueeze(1))
+            }
+        };
+        let averaged = averaged.to_kind(kind);
+        let counts = averaged.sum_dim_intlist(-1, true, kind).clamp_min(1.0);
+        averaged / counts
     }
 
     /// One unpacked document without labels, as `trace` shows it.
@@ -116,6 +139,7 @@ impl Inputs {
             position_ids: &positions,
             document_ids: &vec![0; tokens.len()],
             expert_ids: None,
+            prompt: None,
         };
         Self::new(rows, device)
     }

@@ -66,7 +66,7 @@ impl LoraExperts {
     ///
     /// `B A - B0 A0` is taken as `(B - B0) A + B0 (A - A0)`: small differences of large numbers, which
     /// bf16 would round away after the products, are taken in f32 before.
-    fn factors(&self) -> (Tensor, Tensor) {
+    pub(super) fn factors(&self) -> (Tensor, Tensor) {
         let Some((initial_a, initial_b)) = &self.initial else {
             return (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
         };

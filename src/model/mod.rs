@@ -23,9 +23,11 @@ pub mod lora;
 mod lora_forward;
 mod lora_init;
 pub mod loss;
+mod orthogonality;
 pub mod parameters;
 pub mod router;
 pub mod routing;
+pub mod routing_totals;
 pub mod weights;
 
 use std::collections::BTreeMap;
@@ -33,15 +35,15 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Dtype, ModulePath, RouterConfig, RouterInput, TargetModule};
+use crate::config::{Dtype, ModulePath, RouterScope, TargetModule};
 use expert::ExpertSpec;
 pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
 use gpt2::{Block, Gpt2};
 pub use inputs::{Inputs, Rows};
 use lora::{LoraExperts, Start};
 pub use parameters::{ParameterGroup, Trained, TrainedParameter};
-use router::Router;
-pub use routing::RoutingSource;
+use router::{Router, RouterSpec};
+pub use routing::{RoutingSource, Site};
 
 /// A block and the experts of its target modules.
 #[derive(Debug)]
@@ -57,9 +59,11 @@ pub struct RoutedGpt2 {
     base: Gpt2,
     blocks: Vec<RoutedBlock>,
     specs: Vec<ExpertSpec>,
-    /// One whose weights all layers share, or one for each layer; none with fewer than two experts.
+    /// One, or one for each layer or target module; none with fewer than two experts.
     routers: Vec<Router>,
-    router_input: RouterInput,
+    router_spec: RouterSpec,
+    /// The experts that each layer routes over, `[m]`; none = all.
+    present: Vec<Option<Tensor>>,
     trains_base: bool,
     kind: Kind,
 }
@@ -85,7 +89,8 @@ impl RoutedGpt2 {
             blocks,
             specs: vec![],
             routers: vec![],
-            router_input: RouterInput::Embeddings,
+            router_spec: RouterSpec::default(),
+            present: vec![],
             trains_base,
             kind,
         }
@@ -96,7 +101,7 @@ impl RoutedGpt2 {
     pub fn with_experts(
         base: &Gpt2,
         specs: &[ExpertSpec],
-        router: &RouterConfig,
+        router: &RouterSpec,
         device: Device,
         kind: Kind,
     ) -> Self {
@@ -111,7 +116,7 @@ impl RoutedGpt2 {
     pub fn from_tensors(
         base: &Gpt2,
         specs: &[ExpertSpec],
-        router: &RouterConfig,
+        router: &RouterSpec,
         tensors: &BTreeMap<String, Tensor>,
         device: Device,
         kind: Kind,
@@ -124,7 +129,7 @@ impl RoutedGpt2 {
     fn assemble(
         base: &Gpt2,
         specs: &[ExpertSpec],
-        router: &RouterConfig,
+        router: &RouterSpec,
         device: Device,
         kind: Kind,
         start: Start,
@@ -143,16 +148,27 @@ impl RoutedGpt2 {
             }
         }
         if specs.len() > 1 {
-            let count = match router.input {
-                RouterInput::Embeddings | RouterInput::BaseHidden => 1,
-                RouterInput::LayerInput => base.config.n_layer,
+            let count = match router.scope {
+                RouterScope::Shared => 1,
+                RouterScope::Layer => model.blocks.len(),
+                RouterScope::Module => model.modules().count(),
             };
             let (e, d) = (specs.len() as i64, base.config.n_embd);
             let new = |_| Router::new(router, e, d, wide(kind)).into_leaf(device);
             model.routers = (0..count).map(new).collect();
         }
-        model.router_input = router.input;
+        model.router_spec = router.clone();
         model.specs = specs.to_vec();
+        if router.own_experts {
+            let of_layer = |layer| {
+                let experts = model.experts_in(layer);
+                let experts: Vec<i64> = experts.into_iter().map(|e| e as i64).collect();
+                let has_all = experts.len() == specs.len();
+                (!has_all && !experts.is_empty())
+                    .then(|| Tensor::from_slice(&experts).to_device(device))
+            };
+            model.present = (0..model.blocks.len()).map(of_layer).collect();
+        }
         model
     }
 
@@ -183,14 +199,20 @@ impl RoutedGpt2 {
         self.specs.len() as i64
     }
 
-    /// The routers: one for all layers, one for each, or none with fewer than two experts.
+    /// The routers: one, one for each layer or target module, or none with fewer than two experts.
     pub fn routers(&self) -> &[Router] {
         &self.routers
     }
 
-    /// What the routers read.
-    pub fn router_input(&self) -> RouterInput {
-        self.router_input
+    /// What the routers are.
+    pub fn router_spec(&self) -> &RouterSpec {
+        &self.router_spec
+    }
+
+    /// Sets the rule by which scores become weights.
+    pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
+        self.router_spec.temperature = temperature;
+        self.router_spec.top_k = top_k;
     }
 
     /// Where the model is.

@@ -5,8 +5,10 @@
 //!                              .lora_b      [o, r]    PEFT's lora_B.weight
 //!                              .magnitude   [o]       of DoRA
 //!                              .initial_a, .initial_b of PiSSA and OLoRA: where A and B started
-//! router.weight [e, d], router.bias [e]               one for all layers
-//! h.{layer}.router.weight, .bias                      one for each
+//! router.weight [e, d], .bias [e]                     of one router for all layers
+//!       .hidden.{i}.weight, .bias                     its hidden layers
+//!       .selection_bias [e]                           by which the k best are chosen; not trained
+//! h.{layer}.router.*, h.{layer}.{module}.router.*     of one for each layer or module
 //! transformer.*, lm_head.weight                       the base, with method = "full"
 //! ```
 //!
@@ -19,7 +21,7 @@ use anyhow::{Result, bail};
 use tch::Tensor;
 
 use super::RoutedGpt2;
-use crate::config::{ModulePath, RouterInput, RoutingChoice};
+use crate::config::{ModulePath, RouterScope, RoutingChoice};
 
 /// Which parameter group a trained parameter belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,10 +45,23 @@ pub struct TrainedParameter {
     pub tensor: Tensor,
     /// Its group.
     pub group: ParameterGroup,
+    /// Factor of its group's learning rate.
+    pub rate: f64,
     /// Index of its leaf in [`Trained::leaves`].
     leaf: usize,
     /// First row and number of rows; none for the whole leaf.
     rows: Option<(i64, i64)>,
+}
+
+/// How fast the parts of a mixture that was there before its last expert are trained.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OldParts {
+    /// Experts that were there.
+    pub num_experts: usize,
+    /// Factor of their learning rate.
+    pub experts_rate: f64,
+    /// Factor of the learning rate of their router columns and of the routers' hidden layers; 0 = frozen.
+    pub columns_rate: f64,
 }
 
 /// What is trained.
@@ -71,22 +86,17 @@ impl Trained {
         self.parameters.iter().map(of).collect()
     }
 
-    fn add(
-        &mut self,
-        leaf: &Tensor,
-        rows: Vec<(String, Option<(i64, i64)>)>,
-        group: ParameterGroup,
-    ) {
+    fn add(&mut self, leaf: &Tensor, rows: Vec<NamedRows>, group: ParameterGroup) {
         if rows.is_empty() {
             return;
         }
         let index = self.leaves.len();
-        for (name, rows) in rows {
+        for NamedRows { name, rows, rate } in rows {
             let tensor = match rows {
                 None => leaf.detach(),
                 Some((start, len)) => leaf.detach().narrow(0, start, len),
             };
-            self.parameters.push(TrainedParameter { name, tensor, group, leaf: index, rows });
+            self.parameters.push(TrainedParameter { name, tensor, group, rate, leaf: index, rows });
         }
         self.leaves.push(leaf.shallow_clone());
     }
@@ -94,13 +104,13 @@ impl Trained {
 
 impl RoutedGpt2 {
     /// What is trained when `routing` decides the weights: the routers by [`RoutingChoice::Router`]
-    /// alone, the trainable experts that it reaches.
-    pub fn trained(&self, routing: RoutingChoice) -> Trained {
+    /// alone, the trainable experts that it reaches. `old` is for a mixture that has grown.
+    pub fn trained(&self, routing: RoutingChoice, old: Option<OldParts>) -> Trained {
         let mut trained = Trained::default();
         if self.trains_base {
             for (name, tensor) in self.base.named_parameters() {
                 let group = base_group(&name, &tensor);
-                trained.add(&tensor, vec![(name, None)], group);
+                trained.add(&tensor, vec![NamedRows::whole(name)], group);
             }
             return trained;
         }
@@ -111,26 +121,31 @@ impl RoutedGpt2 {
         };
         for (path, experts) in self.modules() {
             let slots = experts.slots.iter().filter(|slot| slot.trainable && reached(slot.expert));
-            let named = |key: &str, expert| format!("{path}.{}.{key}", expert_name(expert));
+            let named = |key: &str, expert, rows| NamedRows {
+                name: format!("{path}.{}.{key}", expert_name(expert)),
+                rows: Some(rows),
+                rate: old
+                    .filter(|old| expert < old.num_experts)
+                    .map_or(1.0, |old| old.experts_rate),
+            };
             let rows = |key: &str| {
-                let row = |slot: &super::lora::Slot| {
-                    (named(key, slot.expert), Some((slot.start, slot.rank)))
-                };
+                let row =
+                    |slot: &super::lora::Slot| named(key, slot.expert, (slot.start, slot.rank));
                 slots.clone().map(row).collect::<Vec<_>>()
             };
             trained.add(&experts.lora_a, rows("lora_a"), ParameterGroup::Adapters);
             trained.add(&experts.lora_b, rows("lora_b"), ParameterGroup::Adapters);
             if let Some(dora) = &experts.dora {
                 let row = |slot: &super::lora::Slot| {
-                    Some((named("magnitude", slot.expert), Some((slot.magnitude?, 1))))
+                    Some(named("magnitude", slot.expert, (slot.magnitude?, 1)))
                 };
                 let rows = slots.clone().filter_map(row).collect();
                 trained.add(&dora.magnitude, rows, ParameterGroup::Adapters);
             }
         }
         if routing == RoutingChoice::Router {
-            for (name, tensor) in self.router_tensors() {
-                trained.add(&tensor, vec![(name, None)], ParameterGroup::Router);
+            for (name, tensor) in self.router_leaves() {
+                trained.add(&tensor, router_rows(name, &tensor, old), ParameterGroup::Router);
             }
         }
         trained
@@ -149,7 +164,7 @@ impl RoutedGpt2 {
                 tensors.insert(name, part.tensor);
             }
         }
-        tensors.extend(self.router_tensors().into_iter().map(|(name, t)| (name, t.detach())));
+        tensors.extend(self.router_tensors());
         tensors
     }
 
@@ -196,27 +211,78 @@ impl RoutedGpt2 {
         Ok(())
     }
 
+    /// What precedes a router's tensors in their names, as `router` or `h.0.router`.
+    pub fn router_names(&self) -> Vec<String> {
+        match self.router_spec.scope {
+            _ if self.routers.is_empty() => vec![],
+            RouterScope::Shared => vec!["router".into()],
+            RouterScope::Layer => {
+                (0..self.routers.len()).map(|layer| format!("h.{layer}.router")).collect()
+            }
+            RouterScope::Module => {
+                self.modules().map(|(path, _)| format!("{path}.router")).collect()
+            }
+        }
+    }
+
     /// The routers' leaves by name.
-    fn router_tensors(&self) -> Vec<(String, Tensor)> {
-        let prefix = |layer: usize| match self.router_input {
-            RouterInput::LayerInput => format!("h.{layer}.router"),
-            RouterInput::Embeddings | RouterInput::BaseHidden => "router".into(),
-        };
-        let routers = self.routers.iter().enumerate();
-        let tensors = routers.flat_map(|(layer, router)| {
-            let prefix = prefix(layer);
-            [
-                (format!("{prefix}.weight"), router.weight.shallow_clone()),
-                (format!("{prefix}.bias"), router.bias.shallow_clone()),
-            ]
+    fn router_leaves(&self) -> Vec<(String, Tensor)> {
+        let mut leaves = vec![];
+        for (name, router) in self.router_names().into_iter().zip(&self.routers) {
+            for (i, (weight, bias)) in router.hidden.iter().enumerate() {
+                leaves.push((format!("{name}.hidden.{i}.weight"), weight.shallow_clone()));
+                leaves.push((format!("{name}.hidden.{i}.bias"), bias.shallow_clone()));
+            }
+            leaves.push((format!("{name}.weight"), router.weight.shallow_clone()));
+            leaves.push((format!("{name}.bias"), router.bias.shallow_clone()));
+        }
+        leaves
+    }
+
+    /// All tensors of the routers by name, without gradient.
+    pub fn router_tensors(&self) -> BTreeMap<String, Tensor> {
+        let leaves = self.router_leaves().into_iter().map(|(name, t)| (name, t.detach()));
+        let named = self.router_names().into_iter().zip(&self.routers);
+        let biases = named.filter_map(|(name, router)| {
+            let bias = router.selection_bias.as_ref()?.shallow_clone();
+            Some((format!("{name}.selection_bias"), bias))
         });
-        tensors.collect()
+        leaves.chain(biases).collect()
     }
 
     /// The tensor that [`RoutedGpt2::tensors`] calls by a module, an expert and a key.
     pub fn expert_tensor(&self, path: ModulePath, expert: usize, key: &str) -> Option<Tensor> {
         self.experts(path)?.tensor(expert, key)
     }
+}
+
+/// Rows of a leaf that are one parameter.
+struct NamedRows {
+    name: String,
+    rows: Option<(i64, i64)>,
+    rate: f64,
+}
+
+impl NamedRows {
+    fn whole(name: String) -> Self {
+        Self { name, rows: None, rate: 1.0 }
+    }
+}
+
+/// What is trained of a router's tensor: all of it, or the old and the new columns at rates of their own.
+fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<NamedRows> {
+    let Some(OldParts { num_experts, columns_rate, .. }) = old else {
+        return vec![NamedRows::whole(name)];
+    };
+    let mut rows = if name.contains(".hidden.") {
+        vec![NamedRows { name, rows: None, rate: columns_rate }]
+    } else {
+        let (old, all) = (num_experts as i64, tensor.size()[0]);
+        let part = |part, rows, rate| NamedRows { name: format!("{name}.{part}"), rows, rate };
+        vec![part("old", Some((0, old)), columns_rate), part("new", Some((old, all - old)), 1.0)]
+    };
+    rows.retain(|rows| rows.rate > 0.0);
+    rows
 }
 
 /// An expert's name in files: `expert_0`, ..; PEFT mistakes bare digits.

@@ -19,13 +19,15 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use super::routing_state::RoutingState;
+use super::stages::Stage;
 use crate::config::{Config, load};
 use crate::durable;
 use crate::model::expert::ExpertSpec;
 use crate::model::weights::{read_tensors, write_tensors};
 
 /// The version of the format, raised when old checkpoints can no longer be read.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 const CONFIG: &str = "config.toml";
 const STATE: &str = "state.json";
@@ -54,6 +56,12 @@ pub struct TrainState {
     pub base_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,
+    /// Blocks trained on, by domain in the config's order.
+    pub domain_blocks: Vec<u64>,
+    /// Windows, maturity, alarms.
+    pub routing: RoutingState,
+    /// What the mixture has been through; this run is the last.
+    pub stages: Vec<Stage>,
 }
 
 /// A place in the endless sequence of epochs.

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! {"kind":"train","step":1,"epoch":0.01,"tokens_seen":8192,"loss":3.21,...}
+//! {"kind":"window","step":50,"window_steps":50,"mix":{..},"routing":{..}}
 //! {"kind":"validation","step":1,"tokens_seen":8192,"loss":3.18,...}
 //! ```
 //!
@@ -17,12 +18,18 @@
 //! | `train/learning_rate/<group>` | `learning_rates` |
 //! | `train/tokens_per_sec` | `tokens_per_sec` |
 //! | `train/peak_memory_gib` | `peak_memory_bytes / 2^30` |
-//! | `router/load_balancing_loss` | `load_balancing_loss` |
+//! | `train/orthogonality` | `orthogonality` |
+//! | `router/load_balancing_loss`, `/uniform_mse`, `/z_loss` | the losses of the same name |
+//! | `router/temperature`, `router/mature_experts` | `temperature`, `mature_experts` |
 //! | `router/entropy`, `router/load/expert_<e>` | `routing_entropy`, `expert_load` of a step |
+//! | `router/window/dead_share`, `/mutual_information` | the same of a window's `routing` |
+//! | `router/window/<site>/<figure>` | `largest_share`, `entropy`, `dead_share`, `mutual_information` |
+//! | `data/mix/<domain>` | the realised share of the blocks so far |
 //! | `validation/loss`, `validation/loss/<domain>` | `loss`, `domain_losses` |
 //! | `validation/token_loss` | `token_loss` |
 //! | `validation/router/entropy` | `routing_entropy` on the validation sets |
 //! | `validation/router/load/expert_<e>` | `expert_load` on the validation sets |
+//! | `validation/router/mutual_information` | `mutual_information` on the validation sets |
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
@@ -32,6 +39,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::tensorboard::EventWriter;
+use crate::eval::RoutingReport;
 
 /// The file of the metrics in a run's folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -46,6 +54,8 @@ const BYTES_PER_GIB: f64 = (1_u64 << 30) as f64;
 pub enum Metrics {
     /// One optimizer update.
     Train(StepMetrics),
+    /// A window of updates: how they were routed, and the mix of domains so far.
+    Window(WindowMetrics),
     /// One pass over the validation sets.
     Validation(ValidationMetrics),
 }
@@ -69,12 +79,28 @@ pub struct StepMetrics {
     /// 1 when even, before its factor; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub load_balancing_loss: Option<f64>,
+    /// Mean squared distance of the mean routing_probs from even, before its factor; absent without a
+    /// router.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub uniform_mse: Option<f64>,
+    /// Mean squared logsumexp of the scores, before its factor; absent without a router.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub router_z_loss: Option<f64>,
     /// Mean entropy of the routing probabilities, nats; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub routing_entropy: Option<f64>,
+    /// Before its factor; absent unless it counts.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub orthogonality: Option<f64>,
     /// Share of assignments per expert `[e]`, sums to 1; absent without a router.
     #[serde(default, deserialize_with = "some_list", skip_serializing_if = "Option::is_none")]
     pub expert_load: Option<Vec<f64>>,
+    /// Experts that are mature after the step; absent unless the rule is hybrid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mature_experts: Option<u64>,
+    /// Of the step's softmax over the scores; absent without a router.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
     /// L2 norm of all gradients together, before clipping.
     #[serde(deserialize_with = "number")]
     pub grad_norm: f64,
@@ -91,6 +117,36 @@ pub struct StepMetrics {
     pub tokens_per_sec: f64,
     /// The most memory that was in use on the device; 0 if unknown.
     pub peak_memory_bytes: u64,
+}
+
+/// A window of `router.window_steps` updates.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WindowMetrics {
+    /// Its last update.
+    pub step: u64,
+    /// Its updates.
+    pub window_steps: u64,
+    /// Each domain's share of all blocks so far, by its name.
+    pub mix: BTreeMap<String, MixShare>,
+    /// Mean routing weight of each expert on each domain's tokens, by the domain's name: the router x
+    /// domain table; empty without a router.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub domain_routing_weights: BTreeMap<String, Vec<f64>>,
+    /// How the window's label tokens were routed, at each place; absent without a router.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingReport>,
+    /// What is wrong with it; empty if nothing is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub collapse: Vec<String>,
+}
+
+/// A domain's share of the blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct MixShare {
+    /// As `data.mixing` asks.
+    pub asked: f64,
+    /// As it came.
+    pub realised: f64,
 }
 
 /// One pass over the validation sets.
@@ -115,6 +171,9 @@ pub struct ValidationMetrics {
     /// Share of assignments per expert `[e]`, sums to 1; absent without a router.
     #[serde(default, deserialize_with = "some_list", skip_serializing_if = "Option::is_none")]
     pub expert_load: Option<Vec<f64>>,
+    /// Of expert and domain, nats; absent without a router.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub mutual_information: Option<f64>,
     /// Wall-clock time of the pass.
     #[serde(deserialize_with = "number")]
     pub eval_secs: f64,
@@ -144,6 +203,7 @@ impl Metrics {
     pub fn step(&self) -> u64 {
         match self {
             Self::Train(metrics) => metrics.step,
+            Self::Window(metrics) => metrics.step,
             Self::Validation(metrics) => metrics.step,
         }
     }
@@ -152,6 +212,7 @@ impl Metrics {
     fn scalars(&self) -> Vec<(String, f32)> {
         match self {
             Self::Train(metrics) => metrics.scalars(),
+            Self::Window(metrics) => metrics.scalars(),
             Self::Validation(metrics) => metrics.scalars(),
         }
     }
@@ -167,8 +228,40 @@ impl StepMetrics {
         ];
         scalars.extend(named("train/loss", &self.domain_losses));
         scalars.extend(named("train/learning_rate", &self.learning_rates));
-        scalars.extend(self.load_balancing_loss.map(|v| scalar("router/load_balancing_loss", v)));
+        let others = [
+            ("router/load_balancing_loss", self.load_balancing_loss),
+            ("router/uniform_mse", self.uniform_mse),
+            ("router/z_loss", self.router_z_loss),
+            ("router/temperature", self.temperature),
+            ("router/mature_experts", self.mature_experts.map(|count| count as f64)),
+            ("train/orthogonality", self.orthogonality),
+        ];
+        scalars.extend(others.into_iter().filter_map(|(tag, v)| Some(scalar(tag, v?))));
         scalars.extend(routing("router", self.routing_entropy, self.expert_load.as_deref()));
+        scalars
+    }
+}
+
+impl WindowMetrics {
+    fn scalars(&self) -> Vec<(String, f32)> {
+        let realised = self.mix.iter().map(|(name, share)| (name.clone(), share.realised));
+        let mut scalars: Vec<_> = named("data/mix", &realised.collect()).collect();
+        let Some(routing) = &self.routing else { return scalars };
+        scalars.extend([
+            scalar("router/window/dead_share", routing.dead_share),
+            scalar("router/window/mutual_information", routing.mutual_information.unwrap_or(0.0)),
+        ]);
+        for site in &routing.sites {
+            let name = site.site.replace(' ', "_");
+            let values = [
+                ("largest_share", site.largest().1),
+                ("entropy", site.routing_entropy),
+                ("dead_share", site.dead_share()),
+                ("mutual_information", site.mutual_information.unwrap_or(0.0)),
+            ];
+            let tag = |(key, value)| scalar(&format!("router/window/{name}/{key}"), value);
+            scalars.extend(values.map(tag));
+        }
         scalars
     }
 }
@@ -182,6 +275,8 @@ impl ValidationMetrics {
         scalars.extend(named("validation/loss", &self.domain_losses));
         let load = self.expert_load.as_deref();
         scalars.extend(routing("validation/router", self.routing_entropy, load));
+        let information = self.mutual_information;
+        scalars.extend(information.map(|v| scalar("validation/router/mutual_information", v)));
         scalars
     }
 }
@@ -318,6 +413,11 @@ mod tests {
             loss,
             domain_losses: [("law".into(), loss - 0.5), ("medicine".into(), loss + 0.5)].into(),
             load_balancing_loss: Some(1.0625),
+            uniform_mse: Some(0.01),
+            router_z_loss: Some(1.5),
+            orthogonality: None,
+            mature_experts: None,
+            temperature: Some(1.0),
             routing_entropy: Some(0.5),
             expert_load: Some(vec![0.25, 0.75, 0.0]),
             grad_norm: 0.7,
@@ -338,6 +438,7 @@ mod tests {
             domain_losses: [("law".into(), 3.0), ("medicine".into(), 4.0)].into(),
             routing_entropy: None,
             expert_load: None,
+            mutual_information: None,
             eval_secs: 1.5,
         })
     }
@@ -474,6 +575,9 @@ mod tests {
             "router/load/expert_1",
             "router/load/expert_2",
             "router/load_balancing_loss",
+            "router/temperature",
+            "router/uniform_mse",
+            "router/z_loss",
             "train/grad_norm",
             "train/learning_rate/adapters",
             "train/learning_rate/router",

@@ -6,13 +6,17 @@
 //! ```
 
 pub mod checkpoint;
+pub mod losses;
 pub mod metrics;
 pub mod optim;
 pub mod plan;
+pub mod routing_state;
 pub mod schedule;
+pub mod stages;
 pub mod step;
 pub mod tensorboard;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -21,24 +25,31 @@ use anyhow::{Context, Result, bail};
 use tch::Device;
 
 use crate::base::Base;
-use crate::config::{Config, Method};
+use crate::config::{Config, Method, OnCollapse, RoutingChoice};
 use crate::data::{Datasets, TokenDataset};
-use crate::eval::{EvalReport, EvalSettings, RoutingReport, check_records, evaluate};
+use crate::eval::routing::{RouterLosses, SiteExperts};
+use crate::eval::{self, EvalReport, EvalSettings, RoutingReport, check_records, evaluate};
 use crate::mixture::Mixture;
 use crate::model::gpt2::Gpt2;
-use crate::model::router::RoutingTotals;
+use crate::model::parameters::OldParts;
+use crate::model::router::RouterSpec;
 use crate::model::{RoutedGpt2, RoutingSource, Trained, kind_of};
 use crate::{config, durable, ffi};
 use checkpoint::{Best, Checkpoint, Position, TrainState};
-use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics};
+use metrics::{Metrics, MetricsWriter, MixShare, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
+use routing_state::RoutingState;
+use stages::Stage;
+use step::SeedingPhase;
 
 /// What the loop tells while it runs.
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A step is done.
     Step(&'a StepMetrics),
+    /// A window of steps is done.
+    Window(&'a WindowMetrics),
     /// An evaluation has scored so many blocks of so many.
     Evaluating(u64, u64),
     /// An evaluation is done.
@@ -56,6 +67,8 @@ pub enum Ending {
     StoppedEarly,
     /// Somebody asked; `train --resume` goes on.
     Interrupted,
+    /// The routing has collapsed, and `router.on_collapse` is `stop`.
+    Collapsed,
 }
 
 /// What a run came to.
@@ -113,18 +126,30 @@ pub fn build_model(
 /// A base other than the one that the checkpoint was trained on.
 pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
     let weights = base.weights()?;
-    if let Some(expected) = checkpoint::read_state(dir)?.base_hash {
-        base.check_hash(&weights, &expected, "the checkpoint was trained on")?;
+    let state = checkpoint::read_state(dir)?;
+    if let Some(expected) = &state.base_hash {
+        base.check_hash(&weights, expected, "the checkpoint was trained on")?;
     }
-    let specs = checkpoint::read_experts(dir)?;
-    let tensors = checkpoint::read_model(dir)?;
-    let mixture = Mixture { is_whole: true, ..Mixture::new(specs, config.router.clone(), tensors) };
+    let mixture = load_mixture(dir, config, &state)?;
     let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
     let model = build_model(config, &weights, &mixture, device).with_context(in_dir)?;
     if config.method == Method::Full {
         model.load(&mixture.tensors).with_context(in_dir)?;
     }
     Ok(model)
+}
+
+/// The experts and routers of a checkpoint, by the rule of its last step.
+pub fn load_mixture(dir: &Path, config: &Config, state: &TrainState) -> Result<Mixture> {
+    let router = RouterSpec {
+        temperature: routing_state::temperature(&config.router, state.step.max(1)),
+        top_k: state.routing.top_k(&config.router),
+        ..RouterSpec::of_config(config)
+    };
+    let specs = checkpoint::read_experts(dir)?;
+    let mixture = Mixture::new(specs, router, checkpoint::read_model(dir)?);
+    let routing = config.train.routing;
+    Ok(Mixture { is_whole: true, routing, base_hash: state.base_hash.clone(), ..mixture })
 }
 
 impl Trainer {
@@ -146,6 +171,7 @@ impl Trainer {
         tch::manual_seed(config.run.seed as i64);
         let weights = base.weights()?;
         let model = build_model(&config, &weights, mixture, device)?;
+        let domains = data.train.domains.iter().map(|domain| domain.name.clone()).collect();
         let state = TrainState {
             format: checkpoint::FORMAT,
             step: 0,
@@ -158,6 +184,9 @@ impl Trainer {
                 Method::Full => None,
             },
             data_fingerprint: data.train.fingerprint(),
+            domain_blocks: vec![0; data.train.domains.len()],
+            routing: RoutingState::new(&config.router, model.num_experts()),
+            stages: vec![Stage::new("train", domains, model.num_experts())],
         };
         Self::assemble(config, model, data, state)
     }
@@ -205,7 +234,12 @@ impl Trainer {
         for dataset in [&data.train, &data.validation].into_iter().filter(|_| is_routed) {
             check_records(dataset, config.train.routing, model.num_experts())?;
         }
-        let trained = model.trained(config.train.routing);
+        let old = config.growth.as_ref().map(|growth| OldParts {
+            num_experts: model.specs().len() - 1,
+            experts_rate: growth.old_experts_rate,
+            columns_rate: growth.old_columns_rate,
+        });
+        let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let num_steps = plan::num_steps(&config, &data.train);
         let stream = BlockStream::new(&data.train, &config, state.position);
@@ -258,14 +292,18 @@ impl Trainer {
             })?;
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;
+            let collapsed = self.close_window(&mut writer, observe)?;
             let stop = interrupt.load(Ordering::Relaxed);
             if self.evaluates_now() {
                 self.validate(&mut writer, observe)?;
             }
-            if stop || self.saves_now() {
+            if stop || collapsed || self.saves_now() {
                 let path = self.save()?;
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
+            }
+            if collapsed {
+                return self.finish(Ending::Collapsed, saved);
             }
             if stop && self.state.step < self.num_steps {
                 return self.finish(Ending::Interrupted, saved);
@@ -315,7 +353,15 @@ impl Trainer {
         let per_step = self.config.train.micro_batch_size * self.config.train.grad_accum_steps;
         let blocks = self.stream.take(&self.data.train, per_step);
         let step = self.state.step + 1;
-        let factor = schedule::factor(self.config.schedule, step, self.num_steps);
+        let router = &self.config.router;
+        let temperature = routing_state::temperature(router, step);
+        self.model.set_rule(temperature, self.state.routing.top_k(router));
+        let seeding = self.seeding_phase(step);
+        let rate = match &self.config.growth {
+            Some(growth) if seeding.is_none() => growth.consolidation_rate,
+            _ => 1.0,
+        };
+        let factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
         let result = step::step(
             &self.model,
             &self.trained,
@@ -323,13 +369,24 @@ impl Trainer {
             &self.config,
             &self.data.train,
             &blocks,
+            seeding,
             factor,
         )?;
-        self.state.step = step;
-        self.state.tokens_seen += result.label_tokens;
-        self.state.position = self.stream.position();
-        let routing = RoutingReport::new(&result.routing)?;
-        let balance = mean_balance(&result.routing);
+        if router.balance_bias_rate > 0.0 {
+            routing_state::balance_biases(&self.model, &result.routing, router.balance_bias_rate);
+        }
+        let totals = eval::routing::fetch(SiteExperts::of(&self.model), &result.routing)?;
+        let state = &mut self.state;
+        state.routing.note(router, step, &totals, result.expert_losses.as_deref());
+        self.model.set_rule(temperature, state.routing.top_k(router));
+        state.step = step;
+        state.tokens_seen += result.label_tokens;
+        state.position = self.stream.position();
+        for block in &blocks {
+            state.domain_blocks[block.domain as usize] += 1;
+        }
+        let losses = RouterLosses::new(&totals);
+        let routing = RoutingReport::new(&totals, None, router.dead_share);
         let step_secs = started.elapsed().as_secs_f64();
         let tokens = (blocks.len() * self.data.train.seq_len) as f64;
         Ok(StepMetrics {
@@ -338,9 +395,14 @@ impl Trainer {
             tokens_seen: self.state.tokens_seen,
             loss: result.loss,
             domain_losses: result.domain_losses,
-            load_balancing_loss: balance,
-            routing_entropy: routing.as_ref().map(|routing| routing.routing_entropy),
+            load_balancing_loss: losses.map(|losses| losses.load_balancing_loss),
+            uniform_mse: losses.map(|losses| losses.uniform_mse),
+            router_z_loss: losses.map(|losses| losses.router_z_loss),
+            routing_entropy: losses.map(|losses| losses.routing_entropy),
+            orthogonality: result.orthogonality,
             expert_load: routing.map(|routing| routing.expert_load),
+            mature_experts: self.state.routing.mature_experts(),
+            temperature: losses.map(|_| temperature),
             grad_norm: result.grad_norm,
             learning_rates: self.optimizer.learning_rates(factor),
             label_tokens: result.label_tokens,
@@ -348,6 +410,70 @@ impl Trainer {
             tokens_per_sec: tokens / step_secs,
             peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
         })
+    }
+
+    /// The seeding of a new expert, if step `step` is part of it.
+    fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
+        let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;
+        let domains = &self.data.train.domains;
+        let domain = domains.iter().position(|domain| domain.name == growth.domain);
+        let domain = domain.expect("the config was checked") as u32;
+        Some(SeedingPhase { expert: self.model.num_experts() - 1, domain })
+    }
+
+    /// Tells of the window that the step just done ends, if it ends one, and says whether the run must
+    /// stop because of it.
+    fn close_window(
+        &mut self,
+        writer: &mut MetricsWriter,
+        observe: &mut dyn FnMut(Event<'_>),
+    ) -> Result<bool> {
+        let (config, step) = (&self.config.router, self.state.step);
+        let Some((num_steps, totals)) = self.state.routing.take_window(config, step) else {
+            return Ok(false);
+        };
+        let report = RoutingReport::new(&totals, None, config.dead_share);
+        let routed = self.config.train.routing == RoutingChoice::Router;
+        let collapse = match &report {
+            Some(report) if routed => report.collapse(config),
+            _ => vec![],
+        };
+        let domains = self.data.train.domains.iter().enumerate();
+        let by_domain = domains.filter_map(|(index, domain)| {
+            let report = RoutingReport::new(&totals, Some(index), config.dead_share)?;
+            Some((domain.name.clone(), report.mean_routing_weights))
+        });
+        let metrics = WindowMetrics {
+            step,
+            window_steps: num_steps,
+            mix: self.mix(),
+            domain_routing_weights: by_domain.collect(),
+            routing: report,
+            collapse,
+        };
+        let is_collapsed = !metrics.collapse.is_empty();
+        if is_collapsed && !self.state.routing.collapsed {
+            tracing::warn!(
+                "the routing has collapsed by step {step}: {}",
+                metrics.collapse.join("; ")
+            );
+        }
+        self.state.routing.collapsed = is_collapsed;
+        observe(Event::Window(&metrics));
+        writer.write(&Metrics::Window(metrics))?;
+        Ok(is_collapsed && self.config.router.on_collapse == OnCollapse::Stop)
+    }
+
+    /// The share of the blocks so far that each domain had, and should have had.
+    fn mix(&self) -> BTreeMap<String, MixShare> {
+        let total: u64 = self.state.domain_blocks.iter().sum();
+        let domains = self.data.train.domains.iter().zip(&self.state.domain_blocks);
+        let asked = self.data.train.mix();
+        let share = |((domain, &blocks), asked): ((&crate::data::Domain, &u64), f64)| {
+            let realised = blocks as f64 / total.max(1) as f64;
+            (domain.name.clone(), MixShare { asked, realised })
+        };
+        domains.zip(asked).map(share).collect()
     }
 
     /// Evaluates and keeps the best and the early-stopping counter.
@@ -366,6 +492,10 @@ impl Trainer {
             bail!("the validation loss of step {} is {}", self.state.step, report.loss);
         }
         let metrics = self.validation_metrics(&report, started.elapsed().as_secs_f64());
+        if let Some(stage) = self.state.stages.last_mut() {
+            stage.step = self.state.step;
+            stage.losses.clone_from(&metrics.domain_losses);
+        }
         observe(Event::Validation(&metrics));
         writer.write(&Metrics::Validation(metrics))?;
         // as transformers' EarlyStoppingCallback: a smaller fall is a new best, but no improvement
@@ -389,6 +519,8 @@ impl Trainer {
         let settings = EvalSettings {
             batch_size: self.config.train.micro_batch_size,
             loss_chunk_tokens: self.config.train.loss_chunk_tokens,
+            rule: self.model.router_spec().eval,
+            dead_share: self.config.router.dead_share,
         };
         let source = RoutingSource::from(self.config.train.routing);
         evaluate(&self.model, dataset, &source, settings, progress)
@@ -405,6 +537,7 @@ impl Trainer {
             domain_losses: losses.collect(),
             routing_entropy: routing.map(|routing| routing.routing_entropy),
             expert_load: routing.map(|routing| routing.expert_load.clone()),
+            mutual_information: routing.and_then(|routing| routing.mutual_information),
             eval_secs,
         }
     }
@@ -421,12 +554,6 @@ impl Trainer {
     }
 }
 
-/// The mean of the routers' load-balancing losses.
-fn mean_balance(totals: &[RoutingTotals]) -> Option<f64> {
-    let sum: f64 = totals.iter().map(|t| t.load_balancing_loss().double_value(&[])).sum();
-    (!totals.is_empty()).then(|| sum / totals.len() as f64)
-}
-
 /// Checks that `config` continues the run of `saved`. What decides only when to stop, what to write
 /// and where to compute may differ.
 fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
@@ -440,6 +567,9 @@ fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
         config.train.checkpoint_every_steps = None;
         config.train.keep_last = 1;
         config.train.early_stopping = None;
+        config.router.on_collapse = OnCollapse::Warn;
+        config.router.collapse_share = 1.0;
+        config.router.dead_share = 1.0;
         config::load::to_toml(&config)
     };
     let (new, old) = (comparable(config), comparable(saved));

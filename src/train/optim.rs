@@ -24,7 +24,7 @@ pub struct Optimizer {
 /// Parameters that share a learning rate and a weight decay, with their moments.
 #[derive(Debug)]
 struct Group {
-    name: &'static str,
+    name: String,
     learning_rate: f64,
     weight_decay: f64,
     /// Indices into the model's list of trained parameters.
@@ -44,16 +44,22 @@ impl Optimizer {
             (ParameterGroup::Base, "base", config.base),
             (ParameterGroup::BaseNoDecay, "base_no_decay", config.base),
         ];
-        let groups = kinds.into_iter().filter_map(|(kind, name, settings)| {
+        let mut rates: Vec<f64> = parameters.iter().map(|p| p.rate).collect();
+        rates.sort_by(|a, b| b.total_cmp(a));
+        rates.dedup();
+        let by_rate = |kind| rates.iter().map(move |&rate| (rate, kind));
+        let groups = kinds.into_iter().flat_map(by_rate);
+        let groups = groups.filter_map(|(rate, (kind, name, settings))| {
+            let belongs = |p: &TrainedParameter| p.group == kind && p.rate == rate;
             let members: Vec<_> =
-                parameters.iter().enumerate().filter(|(_, p)| p.group == kind).collect();
+                parameters.iter().enumerate().filter(|(_, p)| belongs(p)).collect();
             let params: Vec<_> = members.iter().map(|(_, p)| p.tensor.shallow_clone()).collect();
             let zeros = || -> Vec<_> { params.iter().map(|p| p.zeros_like().detach()).collect() };
             let (exp_avgs, exp_avg_sqs) = (zeros(), zeros());
             let decays = kind != ParameterGroup::BaseNoDecay;
             (!params.is_empty()).then_some(Group {
-                name,
-                learning_rate: settings.learning_rate,
+                name: if rate == 1.0 { name.into() } else { format!("{name}_at_{rate}") },
+                learning_rate: settings.learning_rate * rate,
                 weight_decay: if decays { settings.weight_decay } else { 0.0 },
                 indices: members.iter().map(|(index, _)| *index).collect(),
                 names: members.iter().map(|(_, p)| p.name.clone()).collect(),
@@ -98,7 +104,7 @@ impl Optimizer {
 
     /// Each group's learning rate under `factor`.
     pub fn learning_rates(&self, factor: f64) -> BTreeMap<String, f64> {
-        self.groups.iter().map(|g| (g.name.to_owned(), g.learning_rate * factor)).collect()
+        self.groups.iter().map(|g| (g.name.clone(), g.learning_rate * factor)).collect()
     }
 
     /// The moments as `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`.

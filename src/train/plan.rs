@@ -1,13 +1,16 @@
 //! What a run will do, known before any weight is read: its parameters, its steps, its memory.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::checkpoint::Position;
-use crate::config::{Config, Duration, Method, RouterInput, RoutingChoice};
+use crate::config::{Config, Duration, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
 use crate::model::expert::ExpertSpec;
 use crate::model::gpt2_config::Gpt2Config;
 use crate::model::kind_of;
+use crate::model::router::RouterSpec;
 
 /// Parameters of the model by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -54,11 +57,17 @@ impl ParameterCounts {
             }
         }
         if specs.len() > 1 {
-            let num_routers = match config.router.input {
-                RouterInput::LayerInput => base.n_layer,
-                RouterInput::Embeddings | RouterInput::BaseHidden => 1,
+            let num_routers = match config.router.scope {
+                RouterScope::Shared => 1,
+                RouterScope::Layer => base.n_layer,
+                RouterScope::Module => {
+                    let modules: BTreeSet<_> =
+                        specs.iter().flat_map(|s| s.modules.keys()).collect();
+                    modules.len() as i64
+                }
             };
-            counts.router = num_routers * specs.len() as i64 * (base.n_embd + 1);
+            let spec = RouterSpec::of_config(config);
+            counts.router = num_routers * spec.num_parameters(specs.len() as i64, base.n_embd);
         }
         if config.train.routing == RoutingChoice::Router {
             counts.trained += counts.router;

@@ -6,15 +6,20 @@
 //! `token_loss` the mean over all label tokens; perplexity is `exp` of a loss. Routing statistics are
 //! means over the same tokens.
 
+pub mod routing;
+
 use anyhow::{Result, bail};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::RoutingChoice;
+use crate::config::{EvalRule, RouterConfig, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
 use crate::model::loss::LossSettings;
-use crate::model::router::{Routing, RoutingTotals, add_totals};
+use crate::model::router::Routing;
+use crate::model::routing_totals::{Labelled, RoutingTotals, add_totals};
 use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use routing::SiteExperts;
+pub use routing::{RoutingReport, SiteReport};
 
 /// What an evaluation found.
 #[derive(Debug, Clone, Serialize)]
@@ -54,36 +59,6 @@ pub struct DomainReport {
     pub routing: Option<RoutingReport>,
 }
 
-/// How tokens were routed.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct RoutingReport {
-    /// Mean routing weight of each expert.
-    pub mean_routing_weights: Vec<f64>,
-    /// Share of assignments of each expert, sums to 1.
-    pub expert_load: Vec<f64>,
-    /// Mean entropy of routing_probs, nats.
-    pub routing_entropy: f64,
-}
-
-impl RoutingReport {
-    /// The means of each router's totals, and then over the routers; none without a router.
-    pub fn new(totals: &[RoutingTotals]) -> Result<Option<Self>> {
-        let count = totals.len() as f64;
-        if totals.is_empty() {
-            return Ok(None);
-        }
-        let mean = |of: &dyn Fn(&RoutingTotals) -> Tensor| {
-            let sum: Tensor = totals.iter().map(of).sum();
-            Vec::<f64>::try_from(sum / count)
-        };
-        Ok(Some(Self {
-            mean_routing_weights: mean(&|t| &t.weights / t.num_tokens as f64)?,
-            expert_load: mean(&RoutingTotals::expert_load)?,
-            routing_entropy: totals.iter().map(RoutingTotals::routing_entropy).sum::<f64>() / count,
-        }))
-    }
-}
-
 /// Batches and chunks of an evaluation.
 #[derive(Debug, Clone, Copy)]
 pub struct EvalSettings {
@@ -91,6 +66,17 @@ pub struct EvalSettings {
     pub batch_size: usize,
     /// Positions whose logits are in memory at once.
     pub loss_chunk_tokens: i64,
+    /// The rule of routing; none = the model's.
+    pub rule: Option<EvalRule>,
+    /// Dead is an expert with less than this part of an even weight.
+    pub dead_share: f64,
+}
+
+impl Default for EvalSettings {
+    fn default() -> Self {
+        let dead_share = RouterConfig::default().dead_share;
+        Self { batch_size: 8, loss_chunk_tokens: 1024, rule: None, dead_share }
+    }
 }
 
 /// Evaluates `model` on every block of `dataset`, routed by `source`; `progress` hears `(blocks done,
@@ -106,42 +92,48 @@ pub fn evaluate(
         bail!("there is nothing to evaluate: the data holds no label token");
     }
     let _no_grad = tch::no_grad_guard();
-    let mut domains = vec![];
-    let mut all_totals: Vec<RoutingTotals> = vec![];
+    let device = model.device();
+    let num_groups = dataset.domains.len() as i64;
+    let mut sums = vec![];
+    let mut totals: Vec<RoutingTotals> = vec![];
     let (mut done, num_blocks) = (0, dataset.num_blocks() as u64);
     let order = dataset.eval_order();
-    for (index, domain) in dataset.domains.iter().enumerate() {
+    for index in 0..dataset.domains.len() {
         let of_domain = |block: &&BlockId| block.domain as usize == index;
         let blocks: Vec<BlockId> = order.iter().filter(of_domain).copied().collect();
-        if blocks.is_empty() {
-            continue;
-        }
         let (mut loss_sum, mut label_tokens) = (0.0, 0);
-        let mut totals: Vec<RoutingTotals> = vec![];
         for chunk in blocks.chunks(settings.batch_size) {
             let batch = dataset.batch(chunk);
-            let inputs = inputs(&batch, source, model.device());
+            let inputs = inputs(&batch, source, device);
             let (loss, routing) = score(model, &inputs, source, settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();
-            add_totals(&mut totals, &routing, &inputs.labelled);
-            add_totals(&mut all_totals, &routing, &inputs.labelled);
+            let groups = label_domains(&batch, device);
+            let labelled = Labelled { rows: &inputs.labelled, groups: &groups, num_groups };
+            add_totals(&mut totals, &routing, labelled);
             done += chunk.len() as u64;
             progress(done, num_blocks);
         }
-        let loss = loss_sum / label_tokens as f64;
-        domains.push(DomainReport {
-            name: domain.name.clone(),
-            documents: domain.counts.documents,
-            label_tokens,
-            loss,
-            perplexity: loss.exp(),
-            routing: RoutingReport::new(&totals)?,
-        });
+        sums.push((loss_sum, label_tokens));
     }
+    let totals = routing::fetch(SiteExperts::of(model), &totals)?;
+    let routing = |domain| RoutingReport::new(&totals, domain, settings.dead_share);
+    let scored = dataset.domains.iter().zip(&sums).enumerate().filter(|(_, (_, sums))| sums.1 > 0);
+    let domains: Vec<DomainReport> = scored
+        .map(|(index, (domain, (loss_sum, label_tokens)))| {
+            let loss = loss_sum / *label_tokens as f64;
+            DomainReport {
+                name: domain.name.clone(),
+                documents: domain.counts.documents,
+                label_tokens: *label_tokens,
+                loss,
+                perplexity: loss.exp(),
+                routing: routing(Some(index)),
+            }
+        })
+        .collect();
     let label_tokens: u64 = domains.iter().map(|domain| domain.label_tokens).sum();
-    let loss_sum: f64 = domains.iter().map(|d| d.loss * d.label_tokens as f64).sum();
-    let token_loss = loss_sum / label_tokens as f64;
+    let token_loss = sums.iter().map(|(loss, _)| loss).sum::<f64>() / label_tokens as f64;
     Ok(EvalReport {
         seq_len: dataset.seq_len,
         stride: dataset.seq_len,
@@ -150,7 +142,7 @@ pub fn evaluate(
         perplexity: token_loss.exp(),
         label_tokens,
         domains,
-        routing: RoutingReport::new(&all_totals)?,
+        routing: routing(None),
     })
 }
 
@@ -167,7 +159,8 @@ fn score(
         scale: 1.0,
         with_grad: false,
     };
-    let (loss, routing) = model.loss(inputs, source, ForwardMode::EVAL, loss_settings);
+    let mode = ForwardMode { rule: settings.rule, ..ForwardMode::EVAL };
+    let (loss, routing) = model.loss(inputs, source, mode, loss_settings);
     (loss.token_losses.sum(Kind::Double).double_value(&[]), routing)
 }
 
@@ -199,7 +192,7 @@ pub fn check_records(
 
 /// A batch of the data room as the model takes it, to be routed by `source`.
 pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
-    let by_record = matches!(source, RoutingSource::Record);
+    let by_record = matches!(source, RoutingSource::Record | RoutingSource::RecordOrRouter);
     let rows = Rows {
         num_rows: batch.num_rows,
         seq_len: batch.seq_len,
@@ -208,6 +201,7 @@ pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
         position_ids: &batch.position_ids,
         document_ids: &batch.document_ids,
         expert_ids: by_record.then_some(&batch.expert_ids[..]),
+        prompt: None,
     };
     Inputs::new(rows, device)
 }

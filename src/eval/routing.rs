@@ -1,0 +1,330 @@
+//! How tokens were routed: sums on the host, and the figures that follow from them.
+//!
+//! With `w[g][e]` the sum of routing weights that the tokens of domain g gave to expert e, and
+//! `p(g, e) = w[g][e] / sum w`, the mutual information of expert and domain is
+//!
+//! ```text
+//! I = sum_g sum_e p(g, e) ln(p(g, e) / (p(g) p(e)))     nats, from 0 to min(H(domain), ln E)
+//! ```
+//!
+//! 0 if every domain is routed alike, H(domain) if the expert tells the domain.
+//!
+//! Letters of shapes: `g` domain, `e` expert, `m` a site's experts.
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::config::RouterConfig;
+use crate::model::routing_totals::RoutingTotals;
+use crate::model::{RoutedGpt2, Site};
+
+/// Sums over label tokens at one place where routing is decided, on the host. Those of other tokens add
+/// up.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SiteTotals {
+    /// The place's name.
+    pub site: String,
+    /// The experts that it routes over, `[m]`.
+    pub experts: Vec<usize>,
+    /// Label tokens by domain, `[g]`.
+    pub tokens: Vec<f64>,
+    /// Sum of routing_probs, `[m]`.
+    pub probs: Vec<f64>,
+    /// Sum of routing weights, `[g][m]`.
+    pub weights: Vec<Vec<f64>>,
+    /// Assignments, `[g][m]`.
+    pub assignments: Vec<Vec<f64>>,
+    /// Sum of the probs' entropy, `[g]`, nats.
+    pub entropy: Vec<f64>,
+    /// Sum of the squared logsumexp of the scores.
+    pub squared_lse: f64,
+}
+
+/// Fetches the totals of all places at once.
+pub fn fetch(sites: Vec<SiteExperts>, totals: &[RoutingTotals]) -> Result<Vec<SiteTotals>> {
+    if totals.is_empty() {
+        return Ok(vec![]);
+    }
+    let flat: Vec<Tensor> = totals.iter().map(RoutingTotals::flat).collect();
+    let mut numbers = Vec::<f64>::try_from(Tensor::cat(&flat, 0))?.into_iter();
+    let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
+    let fetched = sites.into_iter().zip(totals).map(|(SiteExperts { site, experts }, totals)| {
+        let groups = totals.tokens.size()[0] as usize;
+        let m = experts.len();
+        let (tokens, probs) = (take(groups), take(m));
+        let rows = |flat: Vec<f64>| flat.chunks(m).map(<[f64]>::to_vec).collect();
+        let (weights, assignments) = (rows(take(groups * m)), rows(take(groups * m)));
+        let entropy = take(groups);
+        let squared_lse = take(1)[0];
+        SiteTotals { site, experts, tokens, probs, weights, assignments, entropy, squared_lse }
+    });
+    Ok(fetched.collect())
+}
+
+/// A place where routing is decided, by name, and its experts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SiteExperts {
+    /// As [`crate::model::Site`] is displayed.
+    pub site: String,
+    /// The experts that it routes over.
+    pub experts: Vec<usize>,
+}
+
+impl SiteExperts {
+    /// Those of a model, in the order of a forward pass.
+    pub fn of(model: &RoutedGpt2) -> Vec<Self> {
+        let of = |site: Site| Self { site: site.to_string(), experts: model.experts_at(site) };
+        model.sites().into_iter().map(of).collect()
+    }
+}
+
+/// Adds each site's totals; `sums` is empty before the first.
+pub fn add(sums: &mut Vec<SiteTotals>, new: &[SiteTotals]) {
+    if sums.is_empty() {
+        sums.extend_from_slice(new);
+        return;
+    }
+    let add = |a: &mut [f64], b: &[f64]| a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+    for (sum, new) in sums.iter_mut().zip(new) {
+        add(&mut sum.tokens, &new.tokens);
+        add(&mut sum.probs, &new.probs);
+        add(&mut sum.entropy, &new.entropy);
+        for (sum, new) in sum.weights.iter_mut().zip(&new.weights) {
+            add(sum, new);
+        }
+        for (sum, new) in sum.assignments.iter_mut().zip(&new.assignments) {
+            add(sum, new);
+        }
+        sum.squared_lse += new.squared_lse;
+    }
+}
+
+/// The losses of routers, each before its factor and as the mean over the sites.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct RouterLosses {
+    /// 1 when even, m when collapsed.
+    pub load_balancing_loss: f64,
+    /// 0 when even, (m - 1) / m^2 when collapsed.
+    pub uniform_mse: f64,
+    /// Mean squared logsumexp of the scores.
+    pub router_z_loss: f64,
+    /// Nats.
+    pub routing_entropy: f64,
+}
+
+impl RouterLosses {
+    /// The losses over the tokens of the totals; none without a router.
+    pub fn new(totals: &[SiteTotals]) -> Option<Self> {
+        let mean = |of: &dyn Fn(&SiteTotals) -> f64| {
+            totals.iter().map(of).sum::<f64>() / totals.len() as f64
+        };
+        let means = || Self {
+            load_balancing_loss: mean(&|site| {
+                let pairs = site.load(None).into_iter().zip(site.mean_probs());
+                site.probs.len() as f64 * pairs.map(|(f, p)| f * p).sum::<f64>()
+            }),
+            uniform_mse: mean(&|site| {
+                let m = site.probs.len() as f64;
+                site.mean_probs().iter().map(|p| (p - 1.0 / m).powi(2)).sum::<f64>() / m
+            }),
+            router_z_loss: mean(&|site| site.squared_lse / site.num_tokens()),
+            routing_entropy: mean(&|site| site.entropy.iter().sum::<f64>() / site.num_tokens()),
+        };
+        (!totals.is_empty()).then(means)
+    }
+}
+
+impl SiteTotals {
+    fn num_tokens(&self) -> f64 {
+        self.tokens.iter().sum()
+    }
+
+    fn mean_probs(&self) -> Vec<f64> {
+        self.probs.iter().map(|sum| sum / self.num_tokens()).collect()
+    }
+
+    /// The sum of rows, or one domain's row.
+    fn sum(rows: &[Vec<f64>], domain: Option<usize>) -> Vec<f64> {
+        match domain {
+            Some(domain) => rows[domain].clone(),
+            None => {
+                let m = rows.first().map_or(0, Vec::len);
+                (0..m).map(|e| rows.iter().map(|row| row[e]).sum()).collect()
+            }
+        }
+    }
+
+    /// Share of assignments per expert, `[m]`.
+    fn load(&self, domain: Option<usize>) -> Vec<f64> {
+        let sums = Self::sum(&self.assignments, domain);
+        let total: f64 = sums.iter().sum();
+        sums.into_iter().map(|sum| sum / total).collect()
+    }
+
+    /// Mean routing weight per expert, `[m]`.
+    fn mean_weights(&self, domain: Option<usize>) -> Vec<f64> {
+        let tokens = domain.map_or(self.num_tokens(), |domain| self.tokens[domain]);
+        Self::sum(&self.weights, domain).into_iter().map(|sum| sum / tokens).collect()
+    }
+
+    /// Mutual information of expert and domain, nats.
+    pub fn mutual_information(&self) -> f64 {
+        let total: f64 = self.weights.iter().flatten().sum();
+        let by_expert = Self::sum(&self.weights, None);
+        let mut information = 0.0;
+        for row in &self.weights {
+            let of_domain: f64 = row.iter().sum();
+            for (&joint, of_expert) in row.iter().zip(&by_expert) {
+                if joint > 0.0 {
+                    let ratio = joint * total / (of_domain * of_expert);
+                    information += joint / total * ratio.ln();
+                }
+            }
+        }
+        information.max(0.0)
+    }
+
+    fn report(&self, domain: Option<usize>, dead_share: f64) -> SiteReport {
+        let tokens = domain.map_or(self.num_tokens(), |domain| self.tokens[domain]);
+        let entropy = domain.map_or(self.entropy.iter().sum(), |domain| self.entropy[domain]);
+        let expert_load = self.load(domain);
+        let least = dead_share / self.experts.len() as f64;
+        let mean_routing_weights = self.mean_weights(domain);
+        let weights = self.experts.iter().zip(&mean_routing_weights);
+        let dead = weights.filter(|(_, weight)| **weight < least);
+        SiteReport {
+            site: self.site.clone(),
+            experts: self.experts.clone(),
+            routing_entropy: entropy / tokens,
+            mutual_information: domain.is_none().then(|| self.mutual_information()),
+            dead_experts: dead.map(|(expert, _)| *expert).collect(),
+            mean_routing_weights,
+            expert_load,
+        }
+    }
+}
+
+/// How tokens were routed at one place.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SiteReport {
+    /// The place's name.
+    pub site: String,
+    /// The experts that it routes over, `[m]`.
+    pub experts: Vec<usize>,
+    /// Mean routing weight of each, `[m]`.
+    pub mean_routing_weights: Vec<f64>,
+    /// Share of assignments of each, sums to 1, `[m]`.
+    pub expert_load: Vec<f64>,
+    /// Mean entropy of routing_probs, nats.
+    pub routing_entropy: f64,
+    /// Of expert and domain, nats; absent for a single domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mutual_information: Option<f64>,
+    /// Those with less than `dead_share` of an even weight, 1 / m.
+    pub dead_experts: Vec<usize>,
+}
+
+impl SiteReport {
+    /// Share of the site's experts that are dead.
+    pub fn dead_share(&self) -> f64 {
+        self.dead_experts.len() as f64 / self.experts.len() as f64
+    }
+
+    /// The expert with the largest mean routing weight, and that weight.
+    pub fn largest(&self) -> (usize, f64) {
+        let weights = self.experts.iter().copied().zip(self.mean_routing_weights.iter().copied());
+        weights.max_by(|a, b| a.1.total_cmp(&b.1)).expect("a site has experts")
+    }
+}
+
+/// How tokens were routed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoutingReport {
+    /// Mean routing weight of each expert, over the sites that have it, `[e]`.
+    pub mean_routing_weights: Vec<f64>,
+    /// Share of assignments of each expert, likewise, `[e]`.
+    pub expert_load: Vec<f64>,
+    /// Mean entropy of routing_probs over the sites, nats.
+    pub routing_entropy: f64,
+    /// Of expert and domain, nats, the mean over the sites; absent for a single domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mutual_information: Option<f64>,
+    /// Share of experts that are dead, the mean over the sites.
+    pub dead_share: f64,
+    /// Each place where routing is decided.
+    pub sites: Vec<SiteReport>,
+}
+
+impl RoutingReport {
+    /// The routing of all tokens of the totals, or of one domain's; none without a router or tokens.
+    /// Dead is an expert with less than `dead_share` of an even weight.
+    pub fn new(totals: &[SiteTotals], domain: Option<usize>, dead_share: f64) -> Option<Self> {
+        let has_tokens = |site: &SiteTotals| match domain {
+            Some(domain) => site.tokens[domain] > 0.0,
+            None => site.num_tokens() > 0.0,
+        };
+        if !totals.first().is_some_and(has_tokens) {
+            return None;
+        }
+        let sites: Vec<SiteReport> =
+            totals.iter().map(|site| site.report(domain, dead_share)).collect();
+        let num_experts = sites.iter().flat_map(|site| &site.experts).max().map_or(0, |e| e + 1);
+        let count = sites.len() as f64;
+        let mean = |of: &dyn Fn(&SiteReport) -> f64| sites.iter().map(of).sum::<f64>() / count;
+        let mean_by_expert = |of: &dyn Fn(&SiteReport) -> &Vec<f64>| -> Vec<f64> {
+            let mut sums = vec![(0.0, 0); num_experts];
+            for site in &sites {
+                for (expert, value) in site.experts.iter().zip(of(site)) {
+                    sums[*expert].0 += value;
+                    sums[*expert].1 += 1;
+                }
+            }
+            sums.into_iter().map(|(sum, count)| sum / f64::from(count.max(1))).collect()
+        };
+        let information = mean(&|site| site.mutual_information.unwrap_or(0.0));
+        Some(Self {
+            mean_routing_weights: mean_by_expert(&|site| &site.mean_routing_weights),
+            expert_load: mean_by_expert(&|site| &site.expert_load),
+            routing_entropy: mean(&|site| site.routing_entropy),
+            mutual_information: domain.is_none().then_some(information),
+            dead_share: mean(&SiteReport::dead_share),
+            sites,
+        })
+    }
+
+    /// What is wrong with the routing by a config's bounds, one line each for a share and for deaths.
+    pub fn collapse(&self, config: &RouterConfig) -> Vec<String> {
+        let several = self.sites.iter().filter(|site| site.experts.len() > 1);
+        let mut faults = vec![];
+        let of = self.sites.len();
+        let share = config.collapse_share;
+        let over: Vec<_> = several.clone().filter(|site| site.largest().1 > share).collect();
+        if let Some(worst) = over.iter().max_by(|a, b| a.largest().1.total_cmp(&b.largest().1)) {
+            let (expert, weight) = worst.largest();
+            faults.push(format!(
+                "expert_{expert} takes {weight:.3} of the routing weight at `{}`, more than {share} \
+                 ({} of {of} routers)",
+                worst.site,
+                over.len()
+            ));
+        }
+        let dead: Vec<_> = several.filter(|site| !site.dead_experts.is_empty()).collect();
+        if let Some(worst) = dead.iter().max_by(|a, b| a.dead_share().total_cmp(&b.dead_share())) {
+            let names: Vec<String> =
+                worst.dead_experts.iter().map(|expert| format!("expert_{expert}")).collect();
+            faults.push(format!(
+                "{} of {} experts are dead at `{}` ({}), with less than {} of an even weight ({} of {of} \
+                 routers)",
+                worst.dead_experts.len(),
+                worst.experts.len(),
+                worst.site,
+                names.join(", "),
+                config.dead_share,
+                dead.len(),
+            ));
+        }
+        faults
+    }
+}

@@ -1,0 +1,112 @@
+//! The losses beside that of the language model, with their gradients for one micro-batch.
+//!
+//! The load-balancing loss and the distance from even depend on the whole step's mean routing_probs; what
+//! has their gradient with respect to one micro-batch is a product with numbers that the step's totals
+//! give ([`crate::model::routing_totals`]). The z-loss, the entropy and the seeding loss are sums over
+//! tokens. Each counts once however a step is cut, and is averaged over the places where routing is
+//! decided.
+//!
+//! While a new expert is seeded, its router column learns which tokens are for it by a logistic loss in
+//! which both sides count the same, with `p` the probability of the new expert:
+//!
+//! ```text
+//! -mean over the new domain's tokens of ln p - mean over the others of ln(1 - p)
+//! ```
+//!
+//! Letters of shapes: `n` labelled positions of the micro-batch, `m` the layer's experts.
+
+use tch::{Kind, Tensor};
+
+use crate::config::RouterConfig;
+use crate::model::router::Routing;
+use crate::model::routing_totals::{RoutingTotals, entropies};
+
+/// Whether a loss depends on the mean over all micro-batches of a step.
+pub fn needs_totals(config: &RouterConfig) -> bool {
+    config.load_balancing_coef > 0.0 || config.uniform_mse_coef > 0.0
+}
+
+/// What has the gradient of the routers' losses, with their factors, with respect to one micro-batch;
+/// none if every factor is 0.
+///
+/// - `totals`: of the whole step where [`needs_totals`]
+/// - `labelled`: the micro-batch's labelled positions, `[n]`
+/// - `label_tokens`: of the whole step
+pub fn router_losses(
+    config: &RouterConfig,
+    routing: &[Routing],
+    totals: &[RoutingTotals],
+    labelled: &Tensor,
+    label_tokens: u64,
+) -> Option<Tensor> {
+    if routing.is_empty() || config.loss_coefs().iter().all(|(_, coef, _)| *coef == 0.0) {
+        return None;
+    }
+    let per_token = 1.0 / label_tokens as f64;
+    let terms = routing.iter().zip(totals).map(|(routing, totals)| {
+        let probs_nm = rows(&routing.probs, labelled);
+        let kind = probs_nm.kind();
+        let mut loss = Tensor::zeros([0i64; 0], (kind, probs_nm.device()));
+        if config.load_balancing_coef > 0.0 {
+            let gradient_m = totals.balance_gradient().to_kind(kind);
+            loss = loss + (&probs_nm * gradient_m).sum(kind) * config.load_balancing_coef;
+        }
+        if config.uniform_mse_coef > 0.0 {
+            let gradient_m = totals.uniform_gradient().to_kind(kind);
+            loss = loss + (&probs_nm * gradient_m).sum(kind) * config.uniform_mse_coef;
+        }
+        if config.z_loss_coef > 0.0 {
+            let lse_n = rows(&routing.logits, labelled).logsumexp(-1, false);
+            loss = loss + lse_n.square().sum(kind) * (config.z_loss_coef * per_token);
+        }
+        if config.entropy_coef != 0.0 {
+            loss = loss + entropies(&probs_nm).sum(kind) * (config.entropy_coef * per_token);
+        }
+        loss
+    });
+    Some(terms.sum::<Tensor>() / routing.len() as f64)
+}
+
+/// The tokens that a new expert is seeded with.
+#[derive(Debug, Clone, Copy)]
+pub struct Seeding<'a> {
+    /// The new expert.
+    pub expert: i64,
+    /// Whether a labelled position is of the new domain, `[n]`.
+    pub is_new: &'a Tensor,
+    /// Label tokens of the step in the new domain and in the others.
+    pub tokens: [u64; 2],
+}
+
+/// The seeding loss of one micro-batch.
+pub fn seeding_loss(
+    routing: &[Routing],
+    temperature: f64,
+    labelled: &Tensor,
+    seeding: Seeding<'_>,
+) -> Tensor {
+    let terms = routing.iter().map(|routing| {
+        let log_probs =
+            (rows(&routing.logits, labelled) / temperature).log_softmax(-1, Kind::Float);
+        let at = match &routing.present {
+            None => seeding.expert,
+            Some(present) => {
+                let of_expert = present.eq(seeding.expert).to_kind(Kind::Int64);
+                of_expert.argmax(0, false).int64_value(&[])
+            }
+        };
+        let log_p = log_probs.select(-1, at);
+        let log_rest = (-log_p.exp()).clamp_min(-1.0 + 1e-6).log1p();
+        let is_new = seeding.is_new.to_kind(log_p.kind());
+        let is_old = -&is_new + 1.0;
+        let mean = |values: Tensor, tokens: u64| values.sum(Kind::Float) / tokens.max(1) as f64;
+        -mean(log_p * is_new, seeding.tokens[0]) - mean(log_rest * is_old, seeding.tokens[1])
+    });
+    terms.sum::<Tensor>() / routing.len() as f64
+}
+
+/// The labelled positions of `x`, `[b, t, m]`: `[n, m]`.
+fn rows(x: &Tensor, labelled: &Tensor) -> Tensor {
+    let width = *x.size().last().expect("routing tensors are [b, t, _]");
+    x.view([-1, width]).index_select(0, labelled)
+}
