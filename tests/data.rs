@@ -109,7 +109,7 @@ fn pieces(batch: &Batch) -> Vec<Vec<(i64, i64)>> {
             let pair = (batch.input_ids[at], batch.labels[at]);
             if document == PADDING_DOCUMENT {
                 assert_eq!((pair, batch.position_ids[at]), ((0, IGNORED_LABEL), 0));
-                assert_eq!(batch.expert_ids[at], -1);
+                assert_eq!((batch.expert_ids[at], batch.prompt[at]), (-1, false));
             } else if last == Some(document) {
                 let piece: &mut Vec<_> = pieces.last_mut().expect("the piece has begun");
                 assert_eq!(batch.position_ids[at], piece.len() as i64);
@@ -186,6 +186,61 @@ fn long_documents_are_split_and_pieces_without_a_target_are_dropped() -> Result<
     assert_eq!((counts.documents, counts.split_documents, counts.blocks), (1, 1, 2));
     assert_eq!((counts.tokens, counts.label_tokens, counts.positions), (11, 3, 6));
     assert_eq!(counts.padding_share(4), 0.25);
+    Ok(())
+}
+
+/// The characters of the prompt positions of each piece, and those of the others.
+fn prompts(batch: &Batch) -> Vec<(String, String)> {
+    let mut prompts: Vec<(String, String)> = Vec::new();
+    for (at, document) in batch.document_ids.iter().enumerate() {
+        if *document == PADDING_DOCUMENT {
+            assert!(!batch.prompt[at]);
+            continue;
+        }
+        if batch.position_ids[at] == 0 {
+            prompts.push(Default::default());
+        }
+        let (prompt, rest) = prompts.last_mut().expect("a piece begins at position 0");
+        let side = if batch.prompt[at] { prompt } else { rest };
+        side.push(char::from(batch.input_ids[at] as u8 + 33));
+    }
+    prompts
+}
+
+#[test]
+fn prompt_positions_are_the_records_prompt_or_the_whole_piece() -> Result<()> {
+    let records = r#"{"prompt": "xyz", "completion": "12"}
+{"text": "text"}
+{"prompt": "", "completion": "empty"}
+{"prompt": "long+prompt", "completion": "34567890"}
+"#;
+    let files = Files::new(&[("a.jsonl", records.as_bytes()), ("b.txt", b"plain")]);
+    let found = |loss_on, eos_token_id| -> Result<Vec<(String, String)>> {
+        let options = DataOptions { loss_on, eos_token_id, ..options(8) };
+        let mut found = prompts(&all_blocks(&files.eval(&["*"], &options)?));
+        found.sort();
+        Ok(found)
+    };
+    let owned = |expected: &[(&str, &str)]| -> Vec<(String, String)> {
+        expected.iter().map(|(prompt, rest)| ((*prompt).into(), (*rest).into())).collect()
+    };
+    // the long one is cut into `long+pro`, which teaches nothing, `mpt34567` and `890`
+    let mut expected = vec![
+        ("890", ""),
+        ("empty", ""),
+        ("mpt", "34567"),
+        ("plain", ""),
+        ("text", ""),
+        ("xyz", "12"),
+    ];
+    assert_eq!(found(LossOn::Completion, Some(EOS))?, owned(&expected));
+    // with a loss on everything the prompt is still the prompt, and all pieces are there
+    expected.insert(2, ("long+pro", ""));
+    assert_eq!(found(LossOn::All, Some(EOS))?, owned(&expected));
+    // without an end token, the last token is no input
+    let expected =
+        [("89", ""), ("empt", ""), ("mpt", "34567"), ("plai", ""), ("tex", ""), ("xyz", "1")];
+    assert_eq!(found(LossOn::Completion, None)?, owned(&expected));
     Ok(())
 }
 
@@ -569,6 +624,21 @@ proptest! {
         prop_assert_eq!(counts.documents + counts.skipped_empty, lens.len() as u64);
         let filled = batch.document_ids.iter().filter(|id| **id != PADDING_DOCUMENT).count();
         prop_assert_eq!(counts.positions, filled as u64);
+        // what reads a prompt is marked, and nothing else of a piece in which anything is
+        let prompt_tokens: BTreeSet<i64> = documents
+            .iter()
+            .flat_map(|document| &document.tokens[..document.prompt_len as usize])
+            .map(|token| i64::from(*token))
+            .collect();
+        let reads_prompt = |at: usize| prompt_tokens.contains(&batch.input_ids[at]);
+        for row in 0..batch.num_rows {
+            let row = row * seq_len..(row + 1) * seq_len;
+            for at in row.clone().filter(|at| batch.document_ids[*at] != PADDING_DOCUMENT) {
+                let of_piece = |other: &usize| batch.document_ids[*other] == batch.document_ids[at];
+                let any = row.clone().filter(of_piece).any(reads_prompt);
+                prop_assert_eq!(batch.prompt[at], reads_prompt(at) || !any);
+            }
+        }
         // no two blocks would fit into one
         let rows = batch.document_ids.chunks(seq_len);
         let mut filled: Vec<_> =

@@ -128,7 +128,8 @@ impl DocumentRef {
 }
 
 /// Rows of equal length for the model, row by row. Padding has input 0, position 0, label
-/// [`IGNORED_LABEL`], document [`PADDING_DOCUMENT`] and expert -1; it follows a row's documents.
+/// [`IGNORED_LABEL`], document [`PADDING_DOCUMENT`] and expert -1 and is no prompt; it follows a
+/// row's documents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// Rows `b`, one block each.
@@ -147,6 +148,10 @@ pub struct Batch {
     /// The expert that the position's record names, from 0, `[b, t]`; -1 for `__base__` and where
     /// the record names none ([`TokenDataset::record_experts`] says whether there are such).
     pub expert_ids: Vec<i64>,
+    /// What sequence-level routing averages over, `[b, t]`: the positions that read a token of their
+    /// document's prompt, learned or not; in a piece without any (of a `text`, or one that begins
+    /// after the prompt) all of its positions.
+    pub prompt: Vec<bool>,
     /// The domain of each row, `[b]`, as an index in [`TokenDataset::domains`].
     pub domains: Vec<u32>,
 }
@@ -291,6 +296,7 @@ impl TokenDataset {
             position_ids: vec![0; len],
             document_ids: vec![PADDING_DOCUMENT; len],
             expert_ids: vec![BASE_EXPERT.into(); len],
+            prompt: vec![false; len],
             domains: ids.iter().map(|id| id.domain).collect(),
         };
         let mut tokens = Vec::with_capacity(self.seq_len + 1);
@@ -298,6 +304,7 @@ impl TokenDataset {
             let mut at = row * self.seq_len;
             for (piece_index, piece) in (0..).zip(self.pieces(*id)) {
                 let num_tokens = piece.len as usize + 1;
+                let num_prompt = piece.num_prompt();
                 tokens.clear();
                 let file = &self.files[piece.file as usize];
                 file.tokens.read(piece.start, num_tokens, &mut tokens);
@@ -309,6 +316,7 @@ impl TokenDataset {
                     batch.position_ids[at] = position;
                     batch.document_ids[at] = piece_index;
                     batch.expert_ids[at] = piece.expert.max(BASE_EXPERT).into();
+                    batch.prompt[at] = position < i64::from(num_prompt);
                     at += 1;
                 }
             }

@@ -23,6 +23,8 @@ pub(super) struct Piece {
     pub len: u32,
     /// First position with a learned target; all from there on are learned.
     pub first_label: u32,
+    /// Positions that read a token of the prompt; they come first.
+    pub prompt_len: u32,
     /// The [`Document::expert`] of its document.
     pub expert: i32,
     /// Index of its first token in its file.
@@ -33,6 +35,12 @@ impl Piece {
     /// Learned targets.
     pub fn label_tokens(&self) -> u64 {
         u64::from(self.len - self.first_label)
+    }
+
+    /// The positions that sequence-level routing averages over, which come first: those that read a
+    /// prompt, or all if there are none.
+    pub fn num_prompt(&self) -> u32 {
+        if self.prompt_len > 0 { self.prompt_len } else { self.len }
     }
 }
 
@@ -69,8 +77,10 @@ pub(super) fn split(
         let len = seq_len.min(num_positions - at);
         let first_label = first_label.saturating_sub(at);
         if first_label < len {
+            let prompt_len = document.prompt_len.saturating_sub(at).min(len);
             let start = document.start + u64::from(at);
-            pieces.push(Piece { file, len, first_label, expert: document.expert, start });
+            let expert = document.expert;
+            pieces.push(Piece { file, len, first_label, prompt_len, expert, start });
             counts.positions += u64::from(len);
         }
         at += len;
