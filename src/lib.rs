@@ -34,6 +34,7 @@
 //! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::router`]) | scalar |
 //! | routing_entropy | mean entropy of routing_probs, nats | scalar |
 //! | document, block | a text; `seq_len` tokens of packed documents | `[t]` |
+//! | mix | each domain's share of the training blocks, by `data.mixing`; sums to 1 | `[d]` |
 //! | labels | targets, already shifted; -100 = no loss | `[b, t]` |
 //! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
 //! | tokens_seen | target tokens trained on | |

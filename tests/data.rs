@@ -6,12 +6,16 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use dylora::config::{DomainConfig, LossOn, OnBadRecord, Validation};
+use dylora::config::{
+    Config, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation, load as config_file,
+};
 use dylora::data::{
     Batch, DataOptions, Datasets, DomainFiles, IGNORED_LABEL, LoadProgress, MemoryDocument,
     MemoryDomain, PADDING_DOCUMENT, RecordExperts, TokenDataset, Tokenizer, load_datasets,
     load_files,
 };
+use dylora::train::checkpoint::Position;
+use dylora::train::plan::{BlockStream, num_steps};
 use proptest::prelude::*;
 
 const EOS: u32 = 258;
@@ -51,6 +55,8 @@ fn options(seq_len: usize) -> DataOptions {
         on_bad_record: OnBadRecord::Fail,
         seed: 0,
         eos_token_id: Some(EOS),
+        mixing: Mixing::default(),
+        on_exhausted: OnExhausted::default(),
         cache_dir: None,
     }
 }
@@ -586,6 +592,128 @@ fn document(index: usize, len: u32, prompt_share: f64) -> MemoryDocument {
     MemoryDocument { tokens, prompt_len: (f64::from(len) * prompt_share) as u32, expert: None }
 }
 
+/// A dataset of domains with this many blocks and this weight.
+fn dataset_of(domains: impl IntoIterator<Item = (usize, f64)>) -> TokenDataset {
+    let domains = domains.into_iter().enumerate().map(|(i, (num_blocks, weight))| MemoryDomain {
+        name: i.to_string(),
+        weight,
+        documents: (0..num_blocks).map(|d| document(i * 100 + d, 5, 0.0)).collect(),
+    });
+    TokenDataset::in_memory(4, LossOn::All, domains.collect())
+}
+
+/// The same, mixed so.
+fn mixed(
+    domains: impl IntoIterator<Item = (usize, f64)>,
+    mixing: Mixing,
+    on_exhausted: OnExhausted,
+) -> TokenDataset {
+    let mut dataset = dataset_of(domains);
+    (dataset.mixing, dataset.on_exhausted) = (mixing, on_exhausted);
+    dataset
+}
+
+/// A config with this `[train]`.
+fn config(train: &str) -> Config {
+    let text = format!(
+        "[base]\nsource.path = \"base\"\n[train]\n{train}\n[data]\nseq_len = 4\ndomains = []"
+    );
+    config_file::parse(&text, &[]).expect("a valid config")
+}
+
+#[test]
+fn a_dataset_is_mixed_as_asked() {
+    let domains = [(90, 1.0), (10, 1.0)];
+    let dataset = dataset_of(domains);
+    assert_eq!((dataset.mixing, dataset.mix()), (Mixing::Proportional, vec![0.9, 0.1]));
+    let of_second = |mixing, on_exhausted| {
+        let dataset = mixed(domains, mixing, on_exhausted);
+        let order = dataset.epoch_order(1, 0);
+        assert_eq!((order.len(), dataset.epoch_blocks(0)), (100, 100));
+        (dataset.mix()[1], order.iter().filter(|id| id.domain == 1).count())
+    };
+    assert_eq!(of_second(Mixing::Proportional, OnExhausted::Repeat), (0.1, 10));
+    assert_eq!(of_second(Mixing::Temperature(2.0), OnExhausted::Repeat), (0.25, 25));
+    assert_eq!(of_second(Mixing::Weights, OnExhausted::Repeat), (0.5, 50));
+    assert_eq!(of_second(Mixing::Interleaved, OnExhausted::Repeat), (0.5, 50));
+    assert_eq!(of_second(Mixing::Interleaved, OnExhausted::End), (0.5, 10));
+}
+
+/// A run resumes in the order that it began with, or not at all.
+#[test]
+fn the_fingerprint_changes_with_the_mixing() {
+    let fingerprint = |num_domains: usize, mixing, on_exhausted| {
+        let domains = (0..num_domains).map(|_| (3, 1.0));
+        mixed(domains, mixing, on_exhausted).fingerprint()
+    };
+    for num_domains in [1, 2] {
+        let mut fingerprints = BTreeSet::new();
+        for on_exhausted in [OnExhausted::Repeat, OnExhausted::End] {
+            for mixing in [
+                Mixing::Proportional,
+                Mixing::Temperature(1.0),
+                Mixing::Temperature(2.0),
+                Mixing::Weights,
+                Mixing::Interleaved,
+            ] {
+                fingerprints.insert(fingerprint(num_domains, mixing, on_exhausted));
+            }
+        }
+        assert_eq!(fingerprints.len(), 10);
+    }
+}
+
+#[test]
+fn a_config_mixes_the_training_set_alone() -> Result<()> {
+    let files = Files::new(&[("a.txt", b"text"), ("b.txt", b"held out")]);
+    let domain = files.domain("a", "a.txt", files.validation("b.txt"));
+    let mut config = config("");
+    config.data.mixing = Mixing::Weights;
+    config.data.on_exhausted = OnExhausted::End;
+    let sets = load(&[domain], &DataOptions::new(&config.data, 0, Some(EOS), None))?;
+    let of = |set: &TokenDataset| (set.mixing, set.on_exhausted);
+    assert_eq!(of(&sets.train), (Mixing::Weights, OnExhausted::End));
+    assert_eq!(of(&sets.validation), (Mixing::Proportional, OnExhausted::Repeat));
+    Ok(())
+}
+
+#[test]
+fn mixings_are_read_written_and_checked() {
+    let domain = |weight| {
+        format!("[[data.domains]]\nname = \"d{weight}\"\ntrain = [\"f\"]\nweight = {weight}\n")
+    };
+    let parsed = |data: &str| {
+        let text = format!(
+            "[base]\nsource.path = \"base\"\n[data]\nseq_len = 4\n{data}\n{}{}",
+            domain(1),
+            domain(2)
+        );
+        config_file::parse(&text, &[]).expect("a valid config")
+    };
+    let fault = |data: &str| message(config_file::validate(&parsed(data)));
+    for (data, mixing) in [
+        ("", Mixing::Proportional),
+        ("mixing = \"proportional\"", Mixing::Proportional),
+        ("mixing = { temperature = 2 }", Mixing::Temperature(2.0)),
+        ("mixing = \"weights\"", Mixing::Weights),
+    ] {
+        let config = parsed(data);
+        assert_eq!(config.data.mixing, mixing);
+        config_file::validate(&config).expect("no fault");
+        let again = config_file::parse(&config_file::to_toml(&config), &[]);
+        assert_eq!(again.expect("what was written"), config);
+    }
+    assert_eq!(parsed("on_exhausted = \"end\"").data.on_exhausted, OnExhausted::End);
+    for temperature in ["0", "-1.5", "inf", "nan"] {
+        let fault = fault(&format!("mixing = {{ temperature = {temperature} }}"));
+        assert!(fault.starts_with("`data.mixing.temperature` must be a number above 0"), "{fault}");
+    }
+    assert_eq!(
+        fault("mixing = \"interleaved\""),
+        "`data.domains[1].weight` must be 1 with `data.mixing = \"interleaved\"`, got 2"
+    );
+}
+
 proptest! {
     #[test]
     fn every_target_is_in_exactly_one_block(
@@ -649,12 +777,7 @@ proptest! {
 
     #[test]
     fn an_epoch_mixes_whole_domains(sizes in prop::collection::vec(1..30_usize, 1..4)) {
-        let domains = sizes.iter().enumerate().map(|(i, size)| MemoryDomain {
-            name: i.to_string(),
-            weight: 1.0 + i as f64,
-            documents: (0..*size).map(|d| document(i * 100 + d, 5, 0.0)).collect(),
-        });
-        let dataset = TokenDataset::in_memory(4, LossOn::All, domains.collect());
+        let dataset = dataset_of((1..).map(f64::from).zip(sizes).map(|(weight, size)| (size, weight)));
         let mut order = dataset.epoch_order(1, 2);
         prop_assert_eq!(order.len() as u64, dataset.epoch_blocks(2));
         prop_assert_eq!(&order, &dataset.epoch_order(1, 2));
@@ -662,5 +785,33 @@ proptest! {
         let expected = dataset.eval_order();
         let copies = expected.iter().flat_map(|id| vec![*id; 1 + id.domain as usize]);
         prop_assert_eq!(order, copies.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_stream_resumed_anywhere_gives_the_same_rest(
+        domains in prop::collection::vec((1..12_usize, 0.1..3.0_f64), 1..4),
+        mixing in prop_oneof![
+            Just(Mixing::Proportional),
+            (0.5..5.0_f64).prop_map(Mixing::Temperature),
+            Just(Mixing::Weights),
+            Just(Mixing::Interleaved),
+        ],
+        on_exhausted in prop_oneof![Just(OnExhausted::Repeat), Just(OnExhausted::End)],
+        takes in prop::collection::vec(0..7_usize, 1..8),
+    ) {
+        let dataset = mixed(domains, mixing, on_exhausted);
+        let config = config("duration = { epochs = 3 }");
+        let total: u64 = (0..3).map(|epoch| dataset.epoch_blocks(epoch)).sum();
+        let mut unbroken = BlockStream::new(&dataset, &config, Position::default());
+        let all = unbroken.take(&dataset, 10_000);
+        prop_assert_eq!(all.len() as u64, total);
+        prop_assert_eq!(num_steps(&config, &dataset), total.div_ceil(8));
+        let mut stream = BlockStream::new(&dataset, &config, Position::default());
+        let mut done = 0;
+        for count in takes {
+            done += stream.take(&dataset, count).len();
+            let mut resumed = BlockStream::new(&dataset, &config, stream.position());
+            prop_assert_eq!(&resumed.take(&dataset, 10_000)[..], &all[done..]);
+        }
     }
 }

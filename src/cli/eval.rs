@@ -7,7 +7,7 @@ use serde_json::json;
 use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
-use crate::config::{LossOn, OnBadRecord, RoutingChoice};
+use crate::config::{LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::{EvalSettings, check_records, evaluate};
 use crate::model::RoutingSource;
@@ -141,6 +141,8 @@ impl DataArgs {
             on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
             seed: open.config.as_ref().map_or(0, |config| config.run.seed),
             eos_token_id: open.base.config.eos_token_id,
+            mixing: Mixing::default(),
+            on_exhausted: OnExhausted::default(),
             cache_dir: Some(token_cache()),
         };
         let bar = LoadBar::new(shared.show_progress);

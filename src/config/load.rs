@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::{
-    AdapterSource, BaseSource, Config, Duration, EvalRule, GroupConfig, Maturity, Method,
+    AdapterSource, BaseSource, Config, Duration, EvalRule, GroupConfig, Maturity, Method, Mixing,
     ModulePattern, RouterNoise, RoutingChoice, TargetModule, Validation,
 };
 
@@ -155,6 +155,9 @@ fn check_data(config: &Config, faults: &mut Faults) {
     if data.domains.is_empty() {
         faults.add("data.domains", "must have at least one domain, got none".into());
     }
+    if let Mixing::Temperature(temperature) = data.mixing {
+        faults.above_zero("data.mixing.temperature", temperature);
+    }
     for (i, domain) in data.domains.iter().enumerate() {
         let key = |field: &str| format!("data.domains[{i}].{field}");
         if domain.name.is_empty() || domain.name.contains(['/', '=']) {
@@ -169,7 +172,13 @@ fn check_data(config: &Config, faults: &mut Faults) {
         if domain.train.is_empty() {
             faults.add(&key("train"), "must name at least one file, got none".into());
         }
-        faults.above_zero(&key("weight"), domain.weight);
+        match data.mixing {
+            Mixing::Interleaved => {
+                let what = "1 with `data.mixing = \"interleaved\"`";
+                faults.in_range(&key("weight"), domain.weight, domain.weight == 1.0, what);
+            }
+            _ => faults.above_zero(&key("weight"), domain.weight),
+        }
         match &domain.validation {
             Some(Validation::Fraction(fraction)) => {
                 let ok = *fraction > 0.0 && *fraction < 1.0;

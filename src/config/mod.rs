@@ -253,8 +253,43 @@ pub struct DataConfig {
     /// What a malformed record does.
     #[serde(default)]
     pub on_bad_record: OnBadRecord,
+    /// What share of the blocks each domain gets.
+    #[serde(default)]
+    pub mixing: Mixing,
+    /// What happens when a domain is through before the others.
+    #[serde(default)]
+    pub on_exhausted: OnExhausted,
     /// `[[data.domains]]`: at least one.
     pub domains: Vec<DomainConfig>,
+}
+
+/// What share of the training blocks each domain gets: `"proportional"`, `{ temperature = 2.0 }`,
+/// `"weights"` or `"interleaved"`. At any point of an epoch the shares hold to about a block.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mixing {
+    /// In proportion to weight times blocks: an epoch passes `weight` times over a domain.
+    #[default]
+    Proportional,
+    /// In proportion to weight times blocks, to the power of one over this temperature, above 0: 1 is
+    /// `proportional`, more brings the shares closer to each other.
+    Temperature(f64),
+    /// In proportion to the weights, whatever the domains' sizes.
+    Weights,
+    /// The same for each domain, strictly in turn; the weights must be 1.
+    Interleaved,
+}
+
+/// What happens when a domain is through before the others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnExhausted {
+    /// It starts over: no block of a domain is used more than once more than another. Unless the
+    /// mixing is `proportional`, an epoch has about as many blocks as the domains together.
+    #[default]
+    Repeat,
+    /// It leaves the rest of the epoch to the others: an epoch has each block exactly once.
+    End,
 }
 
 /// Which tokens are learned.
@@ -290,7 +325,8 @@ pub struct DomainConfig {
     /// What is held out for evaluation; absent, the domain has no validation set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
-    /// How often an epoch passes over the domain: 2 shows each block twice, 0.5 every other one.
+    /// By `data.mixing`: if `proportional`, how often an epoch passes over the domain (2 shows each
+    /// block twice, 0.5 every other one); else a factor of its share.
     #[serde(default = "one")]
     pub weight: f64,
     /// If given, only records whose `domain` field is this belong to the domain.

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::order::{self, BlockId};
+use super::order::{BlockId, Mix};
 use super::pack::{self, Blocks, Piece};
 use super::token_file::{BASE_EXPERT, Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
-use crate::config::LossOn;
+use crate::config::{LossOn, Mixing, OnExhausted};
 
 /// The label of a position without loss.
 pub const IGNORED_LABEL: i64 = -100;
@@ -22,6 +22,10 @@ pub struct TokenDataset {
     pub seq_len: usize,
     /// The domains; a [`BlockId`] counts in this order.
     pub domains: Vec<Domain>,
+    /// What share of an epoch's blocks each domain gets.
+    pub mixing: Mixing,
+    /// What happens when a domain is through before the others.
+    pub on_exhausted: OnExhausted,
     files: Vec<Arc<TokenFile>>,
     encoding: blake3::Hash,
 }
@@ -31,7 +35,7 @@ pub struct TokenDataset {
 pub struct Domain {
     /// Its name in tables and metrics.
     pub name: String,
-    /// How often an epoch passes over it.
+    /// How often an epoch passes over it, or a factor of its share, as the dataset's `mixing` says.
     pub weight: f64,
     /// What its files hold.
     pub counts: DomainCounts,
@@ -179,14 +183,15 @@ pub struct MemoryDocument {
 pub struct MemoryDomain {
     /// Its name.
     pub name: String,
-    /// How often an epoch passes over it.
+    /// How often an epoch passes over it, or a factor of its share.
     pub weight: f64,
     /// Its documents.
     pub documents: Vec<MemoryDocument>,
 }
 
 impl TokenDataset {
-    /// Packs the selected documents of `files`; `encoding` stands for how they became tokens.
+    /// Packs the selected documents of `files`; `encoding` stands for how they became tokens. The
+    /// mixing is the default one.
     pub(super) fn new(
         selections: Vec<Selection>,
         files: Vec<Arc<TokenFile>>,
@@ -196,10 +201,12 @@ impl TokenDataset {
     ) -> Self {
         let pack = |selection| Domain::new(selection, &files, seq_len, loss_on);
         let domains = selections.into_iter().map(pack).collect();
-        Self { seq_len, domains, files, encoding }
+        let (mixing, on_exhausted) = (Mixing::default(), OnExhausted::default());
+        Self { seq_len, domains, mixing, on_exhausted, files, encoding }
     }
 
-    /// A dataset of documents that are in memory, for tests, benchmarks and generated data.
+    /// A dataset of documents that are in memory, for tests, benchmarks and generated data. Its mixing
+    /// is the default one until it is set.
     ///
     /// # Panics
     /// If `seq_len` is 0, a prompt is longer than its document, or an expert is below -1 or no `i32`.
@@ -235,30 +242,30 @@ impl TokenDataset {
         self.domains.iter().map(|domain| domain.blocks.num_blocks()).sum()
     }
 
-    /// The blocks of an epoch (from 0) in training order: a function of `seed` and `epoch` alone.
-    ///
-    /// A domain of weight w has each block `floor(w)` or `floor(w) + 1` times, and over the epochs
-    /// each equally often.
-    pub fn epoch_order(&self, seed: u64, epoch: u64) -> Vec<BlockId> {
-        let domains = self.domains.iter().map(|domain| (domain.blocks.num_blocks(), domain.weight));
-        order::epoch_order(&domains.collect::<Vec<_>>(), seed, epoch)
-    }
-
-    /// The length of [`epoch_order`](Self::epoch_order), which weights make differ between epochs.
-    pub fn epoch_blocks(&self, epoch: u64) -> u64 {
-        let domains = self.domains.iter().map(|domain| (domain.blocks.num_blocks(), domain.weight));
-        domains
-            .map(|(num_blocks, weight)| order::places(num_blocks, weight, epoch))
-            .map(|places| places.end - places.start)
-            .sum()
-    }
-
-    /// STUB
+    /// The share of the blocks that each domain is to have in training, by `mixing`; they sum to 1.
+    /// A domain without blocks has 0.
     pub fn mix(&self) -> Vec<f64> {
-        let blocks: Vec<f64> =
-            self.domains.iter().map(|d| d.weight * d.num_blocks() as f64).collect();
-        let total: f64 = blocks.iter().sum();
-        blocks.into_iter().map(|blocks| blocks / total).collect()
+        self.epoch_mix().shares()
+    }
+
+    /// The blocks of an epoch (from 0) in training order: a function of `seed` and `epoch`, and of
+    /// what [`fingerprint`](Self::fingerprint) covers.
+    ///
+    /// In each prefix of n blocks, a domain with share s of the [`mix`](Self::mix) of D domains has
+    /// n s blocks, give or take at most `1 + s (D - 2)`; with [`OnExhausted::End`] as long as no
+    /// domain is through. Over the epochs, each block of a domain is used equally often.
+    pub fn epoch_order(&self, seed: u64, epoch: u64) -> Vec<BlockId> {
+        self.epoch_mix().order(seed, epoch)
+    }
+
+    /// The length of [`epoch_order`](Self::epoch_order), which shares make differ between epochs.
+    pub fn epoch_blocks(&self, epoch: u64) -> u64 {
+        self.epoch_mix().places(epoch).iter().map(|places| places.end - places.start).sum()
+    }
+
+    fn epoch_mix(&self) -> Mix {
+        let domains = self.domains.iter().map(|domain| (domain.blocks.num_blocks(), domain.weight));
+        Mix { domains: domains.collect(), mixing: self.mixing, on_exhausted: self.on_exhausted }
     }
 
     /// All blocks once, domain by domain.
@@ -324,8 +331,9 @@ impl TokenDataset {
         batch
     }
 
-    /// A hash over the tokenizer, the domains, their documents' texts and experts and how they are
-    /// cut: datasets with equal fingerprints have the same blocks, wherever their files are.
+    /// A hash over the tokenizer, the domains, their documents' texts and experts, how they are cut
+    /// and how they are mixed: datasets with equal fingerprints have the same blocks in the same
+    /// order, wherever their files are.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.encoding.as_bytes());
@@ -335,6 +343,18 @@ impl TokenDataset {
             hasher.update(domain.name.as_bytes());
             hasher.update(&domain.weight.to_le_bytes());
             hasher.update(domain.fingerprint.as_bytes());
+        }
+        let (tag, temperature) = match self.mixing {
+            Mixing::Proportional => (0_u8, 0.0),
+            Mixing::Temperature(temperature) => (1, temperature),
+            Mixing::Weights => (2, 0.0),
+            Mixing::Interleaved => (3, 0.0),
+        };
+        // one domain by default keeps the order, and so the fingerprint, of before there was mixing
+        let is_default = (tag, self.on_exhausted) == (0, OnExhausted::Repeat);
+        if self.domains.len() > 1 || !is_default {
+            hasher.update(&[tag, self.on_exhausted as u8]);
+            hasher.update(&temperature.to_le_bytes());
         }
         hasher.finalize().to_string()
     }

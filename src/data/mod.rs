@@ -11,8 +11,9 @@
 //!    one domain each. Inputs and targets of a document of n tokens are `tokens[..n - 1]` and
 //!    `tokens[1..]`; positions start at 0 in each piece, and no piece attends to another. Documents
 //!    of different experts share a block, and each position has its document's expert.
-//! 5. `order`, `dataset`: an epoch is an order of blocks, a function of the seed and the epoch; a
-//!    batch is some of them as rows.
+//! 5. `order`, `dataset`: an epoch is an order of blocks, a function of the seed and the epoch, in
+//!    which each domain has at any point the share that `data.mixing` gives it; a batch is some of
+//!    them as rows.
 //!
 //! All of it is deterministic: the same files and options give the same batches on any machine.
 
@@ -42,7 +43,9 @@ pub use self::tokenize::Tokenizer;
 
 use self::select::Selector;
 use self::source::SourceFiles;
-use crate::config::{DataConfig, DomainConfig, LossOn, OnBadRecord, Validation};
+use crate::config::{
+    DataConfig, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation,
+};
 
 /// Longest block; far above any GPT-2, it only keeps a slip of the pen from filling the memory.
 const MAX_SEQ_LEN: usize = 1 << 20;
@@ -60,6 +63,10 @@ pub struct DataOptions {
     pub seed: u64,
     /// The token that ends each document; `None` = documents get none.
     pub eos_token_id: Option<u32>,
+    /// What share of the blocks each domain has in training.
+    pub mixing: Mixing,
+    /// What happens when a domain is through before the others.
+    pub on_exhausted: OnExhausted,
     /// Where to keep tokens for the next time; `None` = nowhere. Any number of runs and processes
     /// can share it, and it can be deleted at any time.
     pub cache_dir: Option<PathBuf>,
@@ -73,8 +80,17 @@ impl DataOptions {
         eos_token_id: Option<u32>,
         cache_dir: Option<PathBuf>,
     ) -> Self {
-        let DataConfig { seq_len, loss_on, on_bad_record, .. } = *config;
-        Self { seq_len, loss_on, on_bad_record, seed, eos_token_id, cache_dir }
+        let DataConfig { seq_len, loss_on, on_bad_record, mixing, on_exhausted, .. } = *config;
+        Self {
+            seq_len,
+            loss_on,
+            on_bad_record,
+            seed,
+            eos_token_id,
+            mixing,
+            on_exhausted,
+            cache_dir,
+        }
     }
 
     /// A hash of what turns text into tokens.
@@ -164,7 +180,9 @@ pub fn load_datasets(
         domains.try_for_each(|domain| select::check_not_empty(domain, purpose, &files))?;
         anyhow::Ok(dataset)
     };
-    Ok(Datasets { train: pack(train, "train on")?, validation: pack(validation, "validate on")? })
+    let mut train = pack(train, "train on")?;
+    (train.mixing, train.on_exhausted) = (options.mixing, options.on_exhausted);
+    Ok(Datasets { train, validation: pack(validation, "validate on")? })
 }
 
 /// Loads files to evaluate on; all of their documents are used and every weight is 1.

@@ -201,7 +201,7 @@ pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
         position_ids: &batch.position_ids,
         document_ids: &batch.document_ids,
         expert_ids: by_record.then_some(&batch.expert_ids[..]),
-        prompt: None,
+        prompt: Some(&batch.prompt),
     };
     Inputs::new(rows, device)
 }
