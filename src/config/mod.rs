@@ -9,6 +9,7 @@ pub mod load;
 mod lora;
 mod routing;
 mod train;
+mod validate;
 
 use std::fmt;
 use std::path::PathBuf;

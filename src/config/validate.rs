@@ -1,0 +1,447 @@
+//! What types cannot check of a [`Config`]: all faults at once, each by its dotted path.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, anyhow};
+
+use super::{
+    BaseSource, Config, Duration, EvalRule, GroupConfig, Maturity, Method, Mixing, ModulePattern,
+    RouterNoise, RoutingChoice, TargetModule, Validation,
+};
+
+/// Checks what types cannot and reports every fault at once, by dotted path.
+pub fn validate(config: &Config) -> Result<()> {
+    let mut faults = Faults::default();
+    check_data(config, &mut faults);
+    check_lora(config, &mut faults);
+    check_router(config, &mut faults);
+    check_growth(config, &mut faults);
+    check_train(config, &mut faults);
+    check_optimizer(config, &mut faults);
+    if let BaseSource::Random(shape) = &config.base.source {
+        faults.at_least_one("base.source.random.n_layer", shape.n_layer);
+        faults.at_least_one("base.source.random.n_head", shape.n_head);
+        faults.at_least_one("base.source.random.n_embd", shape.n_embd);
+        faults.at_least_one("base.source.random.n_positions", shape.n_positions);
+        if shape.n_head > 0 && shape.n_embd % shape.n_head != 0 {
+            faults.add(
+                "base.source.random.n_embd",
+                format!("must be a multiple of `n_head` {}, got {}", shape.n_head, shape.n_embd),
+            );
+        }
+        if config.method == Method::RoutedLora {
+            faults.add("base.source", "random weights are for `method = \"full\"` only".into());
+        }
+        if config.base.tokenizer.is_none() {
+            faults.add("base.tokenizer", "is needed with random weights".into());
+        }
+    }
+    faults.into_result()
+}
+
+/// The faults found so far, one line each.
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn add(&mut self, key: &str, fault: String) {
+        self.0.push(format!("`{key}` {fault}"));
+    }
+
+    fn at_least_one(&mut self, key: &str, value: i64) {
+        if value < 1 {
+            self.add(key, format!("must be at least 1, got {value}"));
+        }
+    }
+
+    fn above_zero(&mut self, key: &str, value: f64) {
+        self.in_range(key, value, value.is_finite() && value > 0.0, "a number above 0");
+    }
+
+    fn at_least_zero(&mut self, key: &str, value: f64) {
+        self.in_range(key, value, value.is_finite() && value >= 0.0, "a number of at least 0");
+    }
+
+    fn in_range(&mut self, key: &str, value: f64, ok: bool, what: &str) {
+        if !ok {
+            self.add(key, format!("must be {what}, got {value}"));
+        }
+    }
+
+    fn into_result(self) -> Result<()> {
+        if self.0.is_empty() { Ok(()) } else { Err(anyhow!(self.0.join("\n"))) }
+    }
+}
+
+fn check_data(config: &Config, faults: &mut Faults) {
+    let data = &config.data;
+    if data.seq_len < 2 {
+        faults.add("data.seq_len", format!("must be at least 2, got {}", data.seq_len));
+    }
+    if data.domains.is_empty() {
+        faults.add("data.domains", "must have at least one domain, got none".into());
+    }
+    if let Mixing::Temperature(temperature) = data.mixing {
+        faults.above_zero("data.mixing.temperature", temperature);
+    }
+    for (i, domain) in data.domains.iter().enumerate() {
+        let key = |field: &str| format!("data.domains[{i}].{field}");
+        if domain.name.is_empty() || domain.name.contains(['/', '=']) {
+            faults.add(
+                &key("name"),
+                format!("must be a name without `/` and `=`, got `{}`", domain.name),
+            );
+        }
+        if data.domains[..i].iter().any(|other| other.name == domain.name) {
+            faults.add(&key("name"), format!("`{}` is already taken", domain.name));
+        }
+        if domain.train.is_empty() {
+            faults.add(&key("train"), "must name at least one file, got none".into());
+        }
+        match data.mixing {
+            Mixing::Interleaved => {
+                let what = "1 with `data.mixing = \"interleaved\"`";
+                faults.in_range(&key("weight"), domain.weight, domain.weight == 1.0, what);
+            }
+            _ => faults.above_zero(&key("weight"), domain.weight),
+        }
+        match &domain.validation {
+            Some(Validation::Fraction(fraction)) => {
+                let ok = *fraction > 0.0 && *fraction < 1.0;
+                faults.in_range(&key("validation.fraction"), *fraction, ok, "between 0 and 1");
+            }
+            Some(Validation::Files(files)) if files.is_empty() => {
+                faults.add(&key("validation.files"), "must name at least one file".into());
+            }
+            _ => {}
+        }
+    }
+}
+
+fn check_lora(config: &Config, faults: &mut Faults) {
+    let lora = &config.lora;
+    faults.at_least_one("lora.num_experts", lora.num_experts);
+    faults.in_range(
+        "lora.dropout",
+        lora.dropout,
+        (0.0..1.0).contains(&lora.dropout),
+        "at least 0 and below 1",
+    );
+    let own_targets = lora.experts.iter().filter_map(|expert| expert.target_modules.as_ref());
+    let all_targets: Vec<TargetModule> =
+        own_targets.chain([&lora.target_modules]).flatten().copied().collect();
+    let shape = Shape {
+        rank: Some(lora.rank),
+        alpha: Some(lora.alpha),
+        target_modules: Some(&lora.target_modules),
+        rank_pattern: Some(&lora.rank_pattern),
+        alpha_pattern: Some(&lora.alpha_pattern),
+    };
+    check_shape("lora", &shape, &all_targets, faults);
+    let (found, count) = (lora.experts.len(), lora.num_experts);
+    if found as i64 > count {
+        let fault = format!("must have at most `lora.num_experts` {count} entries, got {found}");
+        faults.add("lora.experts", fault);
+    }
+    for (i, expert) in lora.experts.iter().enumerate() {
+        let key = format!("lora.experts[{i}]");
+        if expert.alora_invocation_tokens.iter().any(|&token| token < 0) {
+            faults.add(
+                &format!("{key}.alora_invocation_tokens"),
+                "must be token ids of at least 0".into(),
+            );
+        }
+        if expert.source.is_none() {
+            let shape = Shape {
+                rank: expert.rank,
+                alpha: expert.alpha,
+                target_modules: expert.target_modules.as_deref(),
+                rank_pattern: expert.rank_pattern.as_ref(),
+                alpha_pattern: expert.alpha_pattern.as_ref(),
+            };
+            check_shape(&key, &shape, &lora.of_expert(i).target_modules, faults);
+            continue;
+        }
+        let set = [
+            ("rank", expert.rank.is_some()),
+            ("alpha", expert.alpha.is_some()),
+            ("target_modules", expert.target_modules.is_some()),
+            ("use_rslora", expert.use_rslora.is_some()),
+            ("use_dora", expert.use_dora.is_some()),
+            ("init", expert.init.is_some()),
+            ("rank_pattern", expert.rank_pattern.is_some()),
+            ("alpha_pattern", expert.alpha_pattern.is_some()),
+            ("alora_invocation_tokens", !expert.alora_invocation_tokens.is_empty()),
+        ];
+        for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
+            faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());
+        }
+    }
+}
+
+/// What `[lora]` or one of its experts says for itself about an expert's shape.
+struct Shape<'a> {
+    rank: Option<i64>,
+    alpha: Option<f64>,
+    target_modules: Option<&'a [TargetModule]>,
+    rank_pattern: Option<&'a BTreeMap<ModulePattern, i64>>,
+    alpha_pattern: Option<&'a BTreeMap<ModulePattern, f64>>,
+}
+
+/// Checks a shape under `key`, whose patterns may name `targets`.
+fn check_shape(key: &str, shape: &Shape<'_>, targets: &[TargetModule], faults: &mut Faults) {
+    let key = |field: &str| format!("{key}.{field}");
+    if let Some(rank) = shape.rank {
+        faults.at_least_one(&key("rank"), rank);
+    }
+    if let Some(alpha) = shape.alpha {
+        faults.above_zero(&key("alpha"), alpha);
+    }
+    let entry = |field: &str, pattern: ModulePattern| {
+        let name = String::from(pattern);
+        key(&format!("{field}.\"{name}\""))
+    };
+    let check_target = |key: String, pattern: ModulePattern, faults: &mut Faults| {
+        if !targets.contains(&pattern.module()) {
+            faults.add(&key, "names no target module".into());
+        }
+    };
+    for (&pattern, &rank) in shape.rank_pattern.into_iter().flatten() {
+        let key = entry("rank_pattern", pattern);
+        faults.at_least_one(&key, rank);
+        check_target(key, pattern, faults);
+    }
+    for (&pattern, &alpha) in shape.alpha_pattern.into_iter().flatten() {
+        let key = entry("alpha_pattern", pattern);
+        faults.above_zero(&key, alpha);
+        check_target(key, pattern, faults);
+    }
+    let Some(modules) = shape.target_modules else { return };
+    if modules.is_empty() {
+        faults.add(&key("target_modules"), "must name at least one module, got none".into());
+    }
+    for (i, module) in modules.iter().enumerate() {
+        if modules[..i].contains(module) {
+            faults.add(&key("target_modules"), format!("names `{}` twice", module.name()));
+        }
+    }
+}
+
+fn check_router(config: &Config, faults: &mut Faults) {
+    let (router, num_experts) = (&config.router, config.lora.num_experts);
+    faults.above_zero("router.temperature", router.temperature);
+    if let Some(schedule) = router.temperature_schedule {
+        faults.above_zero("router.temperature_schedule.start", schedule.start);
+        faults.at_least_one("router.temperature_schedule.steps", schedule.steps as i64);
+    }
+    for (key, coef, may_be_negative) in router.loss_coefs() {
+        let key = format!("router.{key}");
+        match may_be_negative {
+            true => faults.in_range(&key, coef, coef.is_finite(), "a number"),
+            false => faults.at_least_zero(&key, coef),
+        }
+    }
+    faults.at_least_zero("router.balance_bias_rate", router.balance_bias_rate);
+    if let Some(orthogonality) = config.lora.orthogonality {
+        faults.at_least_zero("lora.orthogonality", orthogonality.coef());
+    }
+    let share = |share: f64| share > 0.0 && share <= 1.0;
+    for (key, value) in
+        [("collapse_share", router.collapse_share), ("dead_share", router.dead_share)]
+    {
+        let what = "a number above 0, at most 1";
+        faults.in_range(&format!("router.{key}"), value, share(value), what);
+    }
+    faults.at_least_one("router.window_steps", router.window_steps as i64);
+    if !(0..=8).contains(&router.hidden_layers) {
+        let fault = format!("must be from 0 to 8, got {}", router.hidden_layers);
+        faults.add("router.hidden_layers", fault);
+    }
+    faults.at_least_one("router.hidden_width", router.hidden_width);
+    match router.noise {
+        RouterNoise::None => {}
+        RouterNoise::Gaussian(std) => faults.above_zero("router.noise.gaussian", std),
+        RouterNoise::Jitter(eps) => {
+            let ok = eps > 0.0 && eps < 1.0;
+            faults.in_range("router.noise.jitter", eps, ok, "between 0 and 1");
+        }
+    }
+    if router.source.is_some() && num_experts == 1 {
+        faults.add("router.source", "needs more than one expert: one has no router".into());
+    }
+    let top_k = router.top_k.map(|k| ("router.top_k", k));
+    let eval_k = router.eval.and_then(EvalRule::top_k).map(|k| ("router.eval.top_k", k));
+    for (key, k) in top_k.into_iter().chain(eval_k) {
+        if !(1..=num_experts).contains(&k) {
+            let range = format!("from 1 to `lora.num_experts` {num_experts}");
+            faults.add(key, format!("must be {range}, got {k}"));
+        }
+    }
+    let needs_top_k = [
+        ("hybrid", router.hybrid.is_some()),
+        ("balance_bias_rate", router.balance_bias_rate > 0.0),
+    ];
+    for (key, is_set) in needs_top_k {
+        if is_set && router.top_k.is_none() {
+            faults.add(&format!("router.{key}"), "needs `router.top_k`".into());
+        }
+    }
+    match router.hybrid {
+        Some(Maturity::Tokens(tokens)) => {
+            faults.at_least_one("router.hybrid.tokens", tokens as i64);
+        }
+        Some(Maturity::Plateau(plateau)) => {
+            let key = |field: &str| format!("router.hybrid.plateau.{field}");
+            faults.at_least_one(&key("window_steps"), plateau.window_steps as i64);
+            faults.at_least_zero(&key("min_delta"), plateau.min_delta);
+        }
+        None => {}
+    }
+    if let Some(layers) = &config.lora.experts_per_layer {
+        let key = "lora.experts_per_layer";
+        for (layer, &count) in layers.iter().enumerate() {
+            if !(1..=num_experts).contains(&count) {
+                let range = format!("from 1 to `lora.num_experts` {num_experts}");
+                faults.add(&format!("{key}[{layer}]"), format!("must be {range}, got {count}"));
+            }
+        }
+        if layers.iter().max().is_some_and(|&most| most < num_experts) {
+            faults.add(key, format!("leaves expert {} without a layer", num_experts - 1));
+        }
+        if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
+            faults.add(key, "goes with new experts, not with those from a `source`".into());
+        }
+    }
+}
+
+fn check_growth(config: &Config, faults: &mut Faults) {
+    let Some(growth) = &config.growth else { return };
+    if !config.data.domains.iter().any(|domain| domain.name == growth.domain) {
+        let fault = format!("must name one of `data.domains`, got `{}`", growth.domain);
+        faults.add("growth.domain", fault);
+    }
+    if config.lora.num_experts < 2 {
+        let fault = format!("needs an old and a new expert, got {}", config.lora.num_experts);
+        faults.add("lora.num_experts", fault);
+    }
+    for (key, rate) in [
+        ("old_experts_rate", growth.old_experts_rate),
+        ("old_columns_rate", growth.old_columns_rate),
+        ("seed_router_coef", growth.seed_router_coef),
+    ] {
+        faults.at_least_zero(&format!("growth.{key}"), rate);
+    }
+    faults.above_zero("growth.consolidation_rate", growth.consolidation_rate);
+    if config.train.routing != RoutingChoice::Router {
+        let fault =
+            format!("must be `router` where an expert is added, got `{}`", config.train.routing);
+        faults.add("train.routing", fault);
+    }
+}
+
+fn check_train(config: &Config, faults: &mut Faults) {
+    let train = &config.train;
+    let (unit, value) = match train.duration {
+        Duration::Steps(value) => ("steps", value),
+        Duration::Epochs(value) => ("epochs", value),
+        Duration::Tokens(value) => ("tokens", value),
+    };
+    if value == 0 {
+        faults.add(&format!("train.duration.{unit}"), "must be at least 1, got 0".into());
+    }
+    check_routing(config, faults);
+    faults.at_least_one("train.micro_batch_size", train.micro_batch_size as i64);
+    faults.at_least_one("train.grad_accum_steps", train.grad_accum_steps as i64);
+    faults.at_least_one("train.loss_chunk_tokens", train.loss_chunk_tokens);
+    faults.at_least_one("train.keep_last", train.keep_last as i64);
+    faults.in_range(
+        "train.label_smoothing",
+        train.label_smoothing,
+        (0.0..1.0).contains(&train.label_smoothing),
+        "at least 0 and below 1",
+    );
+    for (key, every) in [
+        ("train.eval_every_steps", train.eval_every_steps),
+        ("train.checkpoint_every_steps", train.checkpoint_every_steps),
+    ] {
+        if every == Some(0) {
+            faults.add(key, "must be at least 1, got 0; leave it out for `only at the end`".into());
+        }
+    }
+    if let Some(stopping) = train.early_stopping {
+        if stopping.patience == 0 {
+            faults.add("train.early_stopping.patience", "must be at least 1, got 0".into());
+        }
+        faults.at_least_zero("train.early_stopping.min_delta", stopping.min_delta);
+        if train.eval_every_steps.is_none() {
+            faults.add("train.early_stopping", "needs `train.eval_every_steps`".into());
+        }
+        if config.data.domains.iter().all(|domain| domain.validation.is_none()) {
+            faults.add("train.early_stopping", "needs a domain with `validation`".into());
+        }
+    }
+}
+
+/// Checks that `train.routing` leaves something to train.
+fn check_routing(config: &Config, faults: &mut Faults) {
+    let (routing, num_experts) = (config.train.routing, config.lora.num_experts);
+    if config.method == Method::Full {
+        return;
+    }
+    let trainable = |expert: i64| {
+        config.lora.experts.get(expert as usize).is_none_or(|expert| expert.trainable)
+    };
+    let any = (0..num_experts).any(trainable);
+    if routing != RoutingChoice::Router {
+        let rate = [("balance_bias_rate", config.router.balance_bias_rate, false)];
+        for (key, coef, _) in config.router.loss_coefs().into_iter().chain(rate) {
+            if coef != 0.0 {
+                let fault = format!("must be 0 where the router does not decide, by `{routing}`");
+                faults.add(&format!("router.{key}"), fault);
+            }
+        }
+        if config.router.source.is_some() {
+            let fault = format!("is of no use where the router does not decide, by `{routing}`");
+            faults.add("router.source", fault);
+        }
+    }
+    let trains = match routing {
+        RoutingChoice::None => {
+            let fault = "must be a choice that trains something, got `none`";
+            return faults.add("train.routing", fault.into());
+        }
+        RoutingChoice::Expert(expert) if !(0..num_experts).contains(&expert) => {
+            let fault = format!("must name one of {num_experts} experts from 0, got `{routing}`");
+            return faults.add("train.routing", fault);
+        }
+        RoutingChoice::Expert(expert) => trainable(expert),
+        RoutingChoice::Router => any || num_experts > 1,
+        RoutingChoice::Uniform | RoutingChoice::All | RoutingChoice::Record => any,
+    };
+    if !trains {
+        let fault = format!("must reach an expert that is trainable, got `{routing}`");
+        faults.add("train.routing", fault);
+    }
+}
+
+fn check_optimizer(config: &Config, faults: &mut Faults) {
+    let optimizer = &config.optimizer;
+    let mut group = |name: &str, group: &GroupConfig| {
+        let key = |field: &str| format!("optimizer.{name}.{field}");
+        faults.above_zero(&key("learning_rate"), group.learning_rate);
+        faults.at_least_zero(&key("weight_decay"), group.weight_decay);
+    };
+    group("adapters", &optimizer.adapters);
+    group("router", &optimizer.router);
+    group("base", &optimizer.base);
+    for (i, beta) in optimizer.betas.iter().enumerate() {
+        let key = format!("optimizer.betas[{i}]");
+        faults.in_range(&key, *beta, (0.0..1.0).contains(beta), "at least 0 and below 1");
+    }
+    faults.above_zero("optimizer.eps", optimizer.eps);
+    if let Some(norm) = optimizer.max_grad_norm {
+        faults.above_zero("optimizer.max_grad_norm", norm);
+    }
+    let ratio = config.schedule.min_ratio;
+    faults.in_range("schedule.min_ratio", ratio, (0.0..=1.0).contains(&ratio), "from 0 to 1");
+}
