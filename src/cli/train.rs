@@ -160,6 +160,13 @@ fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, dev
         100.0 * counts.trainable_share(),
         device_name(device),
     );
+    let router = &config.router;
+    if router.top_k == Some(1) && router.renormalize && specs.len() > 1 {
+        tracing::warn!(
+            "`router.top_k = 1` with `router.renormalize = true` always gives weight 1: the router learns from \
+             its own losses only\nhint: `router.renormalize = false` is Switch's rule"
+        );
+    }
     for (split, dataset) in [("training", &data.train), ("validation", &data.validation)] {
         for domain in &dataset.domains {
             let c = &domain.counts;

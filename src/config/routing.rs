@@ -26,9 +26,13 @@ pub struct RouterConfig {
     /// How the temperature comes to its value; absent = it is constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature_schedule: Option<TemperatureSchedule>,
-    /// Keep the k best experts of a token and renormalise; absent = all (dense).
+    /// Keep the k best experts of a token; absent = all (dense).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<i64>,
+    /// Whether the weights of the k best are divided by their sum. If so, `top_k = 1` always gives weight
+    /// 1, and the language model's loss teaches the router nothing; if not, that is Switch's rule
+    /// (arXiv:2101.03961, eq. 2).
+    pub renormalize: bool,
     /// Route densely until every expert is mature by this criterion, and by `top_k` from then on
     /// (DyLoRA-MoE's rule); absent = by `top_k` from the start.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -76,6 +80,7 @@ impl Default for RouterConfig {
             temperature: 1.0,
             temperature_schedule: None,
             top_k: None,
+            renormalize: true,
             hybrid: None,
             noise: RouterNoise::None,
             eval: None,
@@ -209,7 +214,7 @@ pub enum RouterNoise {
 pub enum EvalRule {
     /// All experts.
     Dense,
-    /// The k best, renormalised.
+    /// The k best.
     TopK(i64),
 }
 

@@ -134,9 +134,9 @@ impl RoutedGpt2 {
     }
 
     fn rule(&self, mode: ForwardMode) -> RoutingRule {
-        let RouterSpec { temperature, top_k, .. } = self.router_spec;
+        let RouterSpec { temperature, top_k, renormalize, .. } = self.router_spec;
         let top_k = mode.rule.map_or(top_k, EvalRule::top_k);
-        RoutingRule { temperature, top_k, noise: mode.noise }
+        RoutingRule { temperature, top_k, renormalize, noise: mode.noise }
     }
 
     /// What the routers do with a batch; nothing if there are none. Those that read a layer's own input

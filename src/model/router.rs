@@ -4,7 +4,7 @@
 //! h = x, or relu(h W^T + c) for each hidden layer
 //! router_logits = h R^T + c                                    [b, t, m]
 //! routing_probs = softmax(router_logits / temperature)         in f32
-//! routing_weights = routing_probs, or the k best of them divided by their sum
+//! routing_weights = routing_probs, or the k best of them, as a rule divided by their sum
 //! ```
 //!
 //! The k best are the largest routing_probs, or, with a selection bias, the largest sums of probs and
@@ -39,6 +39,8 @@ pub struct RouterSpec {
     pub temperature: f64,
     /// How many experts a token keeps; none = all.
     pub top_k: Option<i64>,
+    /// Whether their weights are divided by their sum.
+    pub renormalize: bool,
     /// The rule for evaluation, if it is another.
     pub eval: Option<EvalRule>,
     /// Whether a bias takes part in choosing them.
@@ -60,6 +62,7 @@ impl From<&RouterConfig> for RouterSpec {
             hidden_width: config.hidden_width,
             temperature: config.temperature,
             top_k: config.top_k,
+            renormalize: config.renormalize,
             eval: config.eval,
             selection_bias: config.balance_bias_rate > 0.0,
             own_experts: false,
@@ -97,6 +100,8 @@ pub struct RoutingRule {
     pub temperature: f64,
     /// How many experts a token keeps; none = all.
     pub top_k: Option<i64>,
+    /// Whether their weights are divided by their sum.
+    pub renormalize: bool,
     /// What disturbs the router.
     pub noise: RouterNoise,
 }
@@ -199,7 +204,10 @@ impl Router {
                 };
                 let (_, selected) = scores.topk(k, -1, true, false);
                 let top = probs.gather(-1, &selected, false);
-                let top = &top / top.sum_dim_intlist(-1, true, None);
+                let top = match rule.renormalize {
+                    true => &top / top.sum_dim_intlist(-1, true, None),
+                    false => top,
+                };
                 (probs.zeros_like().scatter(-1, &selected, &top), Some(selected))
             }
             _ => (probs.shallow_clone(), None),
