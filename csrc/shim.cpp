@@ -114,6 +114,27 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
   }
 };
 
+// Rows [n, d] of tokens to rows [n k, d] of assignments, by gathering (`dispatch`), or rows of assignments to their sums
+// by token. Each is the other's gradient, so that neither direction adds in an order of its own, as index_add does.
+// tokens [n k]: the token of each row of an assignment; inverse [n, k]: the rows of each token's assignments.
+struct Permutation : torch::autograd::Function<Permutation> {
+  static Tensor rows_of(const Tensor &rows, const Tensor &tokens, const Tensor &inverse, bool dispatch) {
+    if (dispatch) return rows.index_select(0, tokens);
+    auto sorted = rows.index_select(0, inverse.flatten());
+    return inverse.size(1) == 1 ? sorted : sorted.view({inverse.size(0), inverse.size(1), rows.size(1)}).sum(1);
+  }
+  static Tensor forward(AutogradContext *ctx, const Tensor &rows, const Tensor &tokens, const Tensor &inverse,
+                        bool dispatch) {
+    ctx->save_for_backward({tokens, inverse});
+    ctx->saved_data["dispatch"] = dispatch;
+    return rows_of(rows, tokens, inverse, dispatch);
+  }
+  static variable_list backward(AutogradContext *ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    return {rows_of(grads[0], saved[0], saved[1], !ctx->saved_data["dispatch"].toBool()), {}, {}, {}};
+  }
+};
+
 extern "C" {
 char *dylora_take_error() {
   char *e = last_error;
@@ -199,5 +220,10 @@ Tensor *dylora_checkpoint(segment_run run, segment_drop drop, void *data, size_t
     auto tensors = list(inputs, n);
     return new Tensor(Checkpoint::apply(segment, (int64_t)num_activations, at::TensorList(tensors)));
   })
+}
+
+// 2-dim rows; int64 tokens and inverse on their device
+Tensor *dylora_permute(Tensor *rows, Tensor *tokens, Tensor *inverse, int dispatch) {
+  TRY(nullptr, { return new Tensor(Permutation::apply(*rows, *tokens, *inverse, dispatch != 0)); })
 }
 }

@@ -43,6 +43,12 @@ unsafe extern "C" {
         inputs: *const TensorPtr,
         n: usize,
     ) -> *mut C_tensor;
+    fn dylora_permute(
+        rows: TensorPtr,
+        tokens: TensorPtr,
+        inverse: TensorPtr,
+        dispatch: c_int,
+    ) -> *mut C_tensor;
 }
 
 fn last_error() -> anyhow::Error {
@@ -236,6 +242,31 @@ extern "C" fn run_segment(
 extern "C" fn drop_segment(data: *mut c_void) {
     // SAFETY: called once, with the pointer that `checkpoint` made with `Box::into_raw`
     drop(unsafe { Box::from_raw(data.cast::<Segment>()) });
+}
+
+/// Which way [`permute`] goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Permutation {
+    /// Each assignment gets its token's row: `[n, d]` to `[n k, d]`.
+    Dispatch,
+    /// Each token gets the sum of its assignments' rows: `[n k, d]` to `[n, d]`.
+    Combine,
+}
+
+/// Takes rows from tokens to assignments or back. One is the gradient of the other, and both only
+/// gather: the same input has the same result to the bit, on CUDA too, unlike `index_add`.
+///
+/// - `tokens`: the token of each assignment's row, `[n k]`, int64
+/// - `inverse`: the rows of each token's assignments, `[n, k]`, int64
+pub fn permute(
+    rows: &Tensor,
+    tokens: &Tensor,
+    inverse: &Tensor,
+    way: Permutation,
+) -> Result<Tensor> {
+    let dispatch = c_int::from(way == Permutation::Dispatch);
+    // SAFETY: three live tensors, of which the graph keeps references of its own
+    owned(unsafe { dylora_permute(rows.as_ptr(), tokens.as_ptr(), inverse.as_ptr(), dispatch) })
 }
 
 /// Maps a file into memory, read-only. The file must not be changed while it is mapped; dylora

@@ -93,19 +93,19 @@ pub(super) struct Slot {
 
 /// How routing weights `[n, e]` become factors of the stack's rows, on the module's device.
 #[derive(Debug)]
-pub(super) enum Mixing {
-    /// Every expert has the same rank and nothing initial: their scalings, `[e]`.
-    Even(Tensor),
-    /// Scaling where a row of the stack, then of `initial`, is the expert's, else 0:
-    /// `[e, R + R0]`.
-    Rows(Tensor),
+pub(super) struct Mixing {
+    /// `s_e`, 0 where an expert does not target the module, `[e]`.
+    pub scalings: Tensor,
+    /// Scaling where a row of the stack, then of `initial`, is the expert's, else 0: `[e, R + R0]`.
+    /// None if every expert has the same rank and nothing initial.
+    pub rows: Option<Tensor>,
 }
 
 impl Mixing {
     fn shallow_clone(&self) -> Self {
-        match self {
-            Self::Even(scalings) => Self::Even(scalings.shallow_clone()),
-            Self::Rows(rows) => Self::Rows(rows.shallow_clone()),
+        Self {
+            scalings: self.scalings.shallow_clone(),
+            rows: self.rows.as_ref().map(Tensor::shallow_clone),
         }
     }
 }
@@ -196,9 +196,13 @@ impl LoraExperts {
             && slots.iter().all(|slot| slot.rank == slots[0].rank && slot.initial.is_none());
         let cpu = (Kind::Double, Device::Cpu);
         let to = |tensor: Tensor| tensor.to_kind(options.0).to_device(options.1);
+        let mut scalings = vec![0.0; num_experts];
+        for slot in slots {
+            scalings[slot.expert] = slot.scaling;
+        }
+        let scalings = to(Tensor::from_slice(&scalings));
         if even {
-            let scalings: Vec<f64> = slots.iter().map(|slot| slot.scaling).collect();
-            return Mixing::Even(to(Tensor::from_slice(&scalings)));
+            return Mixing { scalings, rows: None };
         }
         let num_rows: i64 = slots.iter().map(|slot| slot.rank).sum();
         let initial_rows = slots.iter().filter(|slot| slot.initial.is_some());
@@ -211,7 +215,7 @@ impl LoraExperts {
                 let _ = row.narrow(0, num_rows + start, slot.rank).fill_(slot.scaling);
             }
         }
-        Mixing::Rows(to(rows))
+        Mixing { scalings, rows: Some(to(rows)) }
     }
 
     /// Every tensor of every expert, as views, so that copying into one changes the expert.

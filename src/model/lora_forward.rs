@@ -90,21 +90,20 @@ impl LoraExperts {
     fn weigh(&self, z: Tensor, g: &RoutingWeights) -> Tensor {
         let kind = z.kind();
         let (n, rows) = z.size2().expect("rank space is [n, R]");
-        match (g, &self.mixing) {
+        let Mixing { scalings: s_e, rows: rows_er } = &self.mixing;
+        match (g, rows_er) {
             (RoutingWeights::Off, _) => unreachable!("nothing is added then"),
-            (RoutingWeights::Ones, Mixing::Even(s_e)) => {
+            (RoutingWeights::Ones, None) => {
                 let e = s_e.size()[0];
                 (z.view([n, e, -1]) * s_e.to_kind(kind).view([e, 1])).view([n, rows])
             }
-            (RoutingWeights::PerToken(g_bte), Mixing::Even(s_e)) => {
+            (RoutingWeights::PerToken(g_bte), None) => {
                 let e = s_e.size()[0];
                 let g = (g_bte.view([n, e, 1]) * s_e.view([e, 1])).to_kind(kind);
                 (z.view([n, e, -1]) * g).view([n, rows])
             }
-            (RoutingWeights::Ones, Mixing::Rows(rows_er)) => {
-                z * rows_er.sum_dim_intlist(0, false, kind)
-            }
-            (RoutingWeights::PerToken(g_bte), Mixing::Rows(rows_er)) => {
+            (RoutingWeights::Ones, Some(rows_er)) => z * rows_er.sum_dim_intlist(0, false, kind),
+            (RoutingWeights::PerToken(g_bte), Some(rows_er)) => {
                 z * g_bte.view([n, -1]).matmul(rows_er).to_kind(kind)
             }
         }

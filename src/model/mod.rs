@@ -21,6 +21,7 @@ pub mod gpt2_config;
 pub mod inputs;
 pub mod lora;
 mod lora_forward;
+pub mod lora_grouped;
 mod lora_init;
 pub mod loss;
 mod orthogonality;

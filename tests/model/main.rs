@@ -7,6 +7,7 @@ mod accumulation;
 mod checkpointing;
 mod experts;
 mod gradients;
+mod grouped;
 mod loss;
 mod packing;
 mod routing;

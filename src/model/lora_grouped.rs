@@ -1,0 +1,192 @@
+//! The experts of a module under top-k routing, computed for the tokens that chose them only:
+//!
+//! ```text
+//! x [n, i] --gather by expert--> [n k, i] --A_e, g s_e, B_e of each expert's run--> [n k, o]
+//!   --sum of each token's k rows--> + y [n, o]
+//! ```
+//!
+//! All at once ([`LoraExperts::add`]), a token costs `R (i + o)` multiplications, whatever its
+//! weights. Here it costs `k r (i + o)`, and `k` rows of `x` and of the update are moved.
+//! Both are the same function: the weights outside of the
+//! top k are zeros.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n = b t`, `k` chosen experts, `m = n k` assignments,
+//! `i` in, `o` out, `e` expert, `r` rank, `R` sum of ranks.
+
+use tch::{Device, Kind, Tensor};
+
+use super::lora::{LoraDropout, LoraExperts};
+use crate::ffi::{self, Permutation};
+
+/// Which tokens chose which expert, in the order of experts. Made once for a routing decision, however
+/// many modules follow it.
+#[derive(Debug)]
+pub struct Assignments {
+    /// How many tokens chose each expert.
+    counts: Vec<i64>,
+    /// Where each expert's run of assignments ends, `[e]`, int32.
+    ends: Tensor,
+    /// Whether no token chose an expert, `[e, 1, 1]`.
+    unchosen: Tensor,
+    /// The token of each assignment, `[m]`, int64.
+    tokens: Tensor,
+    /// The element of the routing weights `[n e]` of each assignment, `[m]`, int64.
+    weights: Tensor,
+    /// The assignments of each token, `[n, k]`, int64.
+    inverse: Tensor,
+}
+
+impl Assignments {
+    /// Sorts the assignments; waits for the device once.
+    ///
+    /// - `selected`: the experts that each token chose, all different, `[b, t, k]`, int64
+    pub fn new(selected: &Tensor, num_experts: i64) -> Self {
+        let (b, t, k) = selected.size3().expect("selected experts are [b, t, k]");
+        let (experts, order) = selected.detach().reshape([-1]).sort_stable(true, 0, false);
+        let tokens = order.floor_divide_scalar(k);
+        let options = (Kind::Int64, selected.device());
+        let inverse = order.empty_like().scatter(0, &order, &Tensor::arange(b * t * k, options));
+        let every = Tensor::arange(num_experts, options);
+        let ends = every.searchsorted(&experts, true, true, "right", None::<Tensor>);
+        let on_host = Vec::<i64>::try_from(ends.to_kind(Kind::Int64).to_device(Device::Cpu))
+            .expect("it has one dimension");
+        let starts = [0].into_iter().chain(on_host.iter().copied());
+        let counts: Vec<i64> = on_host.iter().zip(starts).map(|(end, start)| end - start).collect();
+        let unchosen: Vec<bool> = counts.iter().map(|&count| count == 0).collect();
+        Self {
+            unchosen: Tensor::from_slice(&unchosen).view([-1, 1, 1]).to_device(selected.device()),
+            weights: &tokens * num_experts + experts,
+            inverse: inverse.view([b * t, k]),
+            counts,
+            ends,
+            tokens,
+        }
+    }
+
+    /// How many tokens chose each expert.
+    pub fn counts(&self) -> &[i64] {
+        &self.counts
+    }
+
+    /// Another handle to the same assignments.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            counts: self.counts.clone(),
+            ends: self.ends.shallow_clone(),
+            unchosen: self.unchosen.shallow_clone(),
+            tokens: self.tokens.shallow_clone(),
+            weights: self.weights.shallow_clone(),
+            inverse: self.inverse.shallow_clone(),
+        }
+    }
+
+    fn permute(&self, rows: &Tensor, way: Permutation) -> Tensor {
+        ffi::permute(rows, &self.tokens, &self.inverse, way).unwrap_or_else(|e| panic!("{e:#}"))
+    }
+}
+
+/// How the products of all experts' runs are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Products {
+    /// One pair of matrix products for each expert.
+    Each,
+    /// `at::_grouped_mm`: one pair of kernels, where [`LoraExperts::can_group`].
+    Grouped,
+}
+
+impl LoraExperts {
+    /// Adds what the chosen experts contribute for the layer's input `x`, `[b, t, i]`, to the frozen
+    /// layer's output `y`, `[b, t, o]`. Every expert must be plain ([`LoraExperts::is_plain`]).
+    ///
+    /// - `g`: the routing weights, `[b, t, e]`; those of experts that were not chosen do not count
+    /// - `dropout`: with the mask that all experts share
+    pub fn add_grouped(
+        &self,
+        y: Tensor,
+        x: &Tensor,
+        g: &Tensor,
+        assignments: &Assignments,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        let products = if self.can_group(x) { Products::Grouped } else { Products::Each };
+        self.add_grouped_by(products, y, x, g, assignments, dropout)
+    }
+
+    /// [`LoraExperts::add_grouped`] by a way of the caller's choice.
+    pub fn add_grouped_by(
+        &self,
+        products: Products,
+        y: Tensor,
+        x: &Tensor,
+        g: &Tensor,
+        assignments: &Assignments,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        assert!(
+            self.is_plain(),
+            "DoRA, PiSSA and OLoRA add more than the chosen experts' products"
+        );
+        let (b, t, i) = x.size3().expect("activations are [b, t, i]");
+        let x_ni = dropout.apply(x).view([b * t, i]);
+        let x_mi = assignments.permute(&x_ni, Permutation::Dispatch);
+        let g_bte = g * &self.mixing.scalings;
+        let g_m = g_bte.view([-1]).index_select(0, &assignments.weights).to_kind(x.kind());
+        let g_m1 = g_m.unsqueeze(-1);
+        let update_mo = match products {
+            Products::Each => self.products_of_each(&x_mi, &g_m1, assignments),
+            Products::Grouped => self.grouped_products(&x_mi, &g_m1, assignments),
+        };
+        y + assignments.permute(&update_mo, Permutation::Combine).view([b, t, -1])
+    }
+
+    /// Whether every expert is a product of A and B and nothing else.
+    pub fn is_plain(&self) -> bool {
+        self.dora.is_none() && self.initial.is_none()
+    }
+
+    /// Whether `at::_grouped_mm` has a kernel for the input `x`: bf16 on CUDA, every expert of the same
+    /// rank, and rows of 16 bytes or a multiple (`check_valid_strides_and_return_transposed` of
+    /// libtorch 2.11, `GroupedMMUtils.h`).
+    pub fn can_group(&self, x: &Tensor) -> bool {
+        let widths = [self.lora_a.size()[1], self.lora_b.size()[1], self.slots[0].rank];
+        self.mixing.rows.is_none()
+            && x.device().is_cuda()
+            && x.kind() == Kind::BFloat16
+            && widths.iter().all(|width| width % 8 == 0)
+    }
+
+    /// `g_e s_e B_e A_e x` of each assignment, `[m, o]`, expert by expert.
+    fn products_of_each(&self, x_mi: &Tensor, g_m1: &Tensor, assignments: &Assignments) -> Tensor {
+        let (kind, o) = (x_mi.kind(), self.lora_b.size()[1]);
+        let ranks: Vec<i64> = self.slots.iter().map(|slot| slot.rank).collect();
+        // by one split rather than a slice for each expert, whose gradient would be as large as all
+        let a = self.lora_a.to_kind(kind).split_with_sizes(&ranks, 0);
+        let b = self.lora_b.to_kind(kind).split_with_sizes(&ranks, 0);
+        let x = x_mi.split_with_sizes(&assignments.counts, 0);
+        let g = g_m1.split_with_sizes(&assignments.counts, 0);
+        let update = |expert: usize| match self.slots.iter().position(|s| s.expert == expert) {
+            Some(slot) => (x[expert].matmul(&a[slot].tr()) * &g[expert]).matmul(&b[slot]),
+            // zeros, of which a backward pass finds its way to the routing weights even if nothing
+            // else is chosen
+            None => g[expert].matmul(&x_mi.new_zeros([1, o], (kind, x_mi.device()))),
+        };
+        let chosen = (0..assignments.counts.len()).filter(|&e| assignments.counts[e] > 0);
+        Tensor::cat(&chosen.map(update).collect::<Vec<_>>(), 0)
+    }
+
+    /// The same, `[m, o]`, by one kernel for all A and one for all B.
+    fn grouped_products(&self, x_mi: &Tensor, g_m1: &Tensor, assignments: &Assignments) -> Tensor {
+        let e = assignments.counts.len() as i64;
+        let stack = |stack: &Tensor| {
+            let stack = stack.to_kind(x_mi.kind()).view([e, -1, stack.size()[1]]);
+            // Blackwell's kernel leaves the gradient of an expert without tokens as it finds it
+            // (pytorch/pytorch#172439); behind the mask it is 0
+            stack.masked_fill(&assignments.unchosen, 0.0)
+        };
+        let product = |rows: &Tensor, matrices: &Tensor| {
+            rows.internal_grouped_mm(matrices, Some(&assignments.ends), None, None)
+        };
+        let z_mr = product(x_mi, &stack(&self.lora_a).transpose(1, 2)) * g_m1;
+        product(&z_mr, &stack(&self.lora_b))
+    }
+}

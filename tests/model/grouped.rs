@@ -1,0 +1,256 @@
+//! Experts computed for the tokens that chose them, and all at once: the same function.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use dylora::config::{
+    DropoutMasks, ExpertConfig, LoraConfig, ModulePath, RouterConfig, TargetModule,
+};
+use dylora::model::RoutedGpt2;
+use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights};
+use dylora::model::lora_grouped::{Assignments, Products};
+use dylora::model::router::Router;
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{DOUBLE, assert_close, gradients, max_difference, seed, tiny_lora, tiny_model};
+
+const PATH: ModulePath = ModulePath { layer: 0, module: TargetModule::AttnCAttn };
+
+/// What the result and the gradients are compared by.
+const TOLERANCE: f64 = 1e-12;
+
+/// Five experts: of ranks 4, 2, 7 and 4; the second has another scaling, the last lacks the module.
+fn mixed(kind: Kind) -> Result<RoutedGpt2> {
+    let rank = |rank| ExpertConfig { rank: Some(rank), ..ExpertConfig::default() };
+    let second = ExpertConfig { alpha: Some(1.0), ..rank(2) };
+    let lacking = ExpertConfig { target_modules: Some(vec![TargetModule::MlpCFc]), ..rank(3) };
+    let experts = vec![ExpertConfig::default(), second, rank(7), rank(4), lacking];
+    tiny_model(
+        &LoraConfig { num_experts: 5, experts, ..tiny_lora() },
+        &RouterConfig::default(),
+        kind,
+    )
+}
+
+fn even(num_experts: i64, kind: Kind) -> Result<RoutedGpt2> {
+    tiny_model(&LoraConfig { num_experts, ..tiny_lora() }, &RouterConfig::default(), kind)
+}
+
+fn experts(model: &RoutedGpt2) -> &LoraExperts {
+    model.experts(PATH).expect("every module has some")
+}
+
+/// How the experts of a module are computed.
+#[derive(Debug, Clone, Copy)]
+enum Form {
+    Fused,
+    Grouped,
+    By(Products),
+}
+
+/// The module's output, `[2, 7, o]`, for the input `x`.
+fn output(
+    model: &RoutedGpt2,
+    x: &Tensor,
+    g: &Tensor,
+    selected: &Tensor,
+    form: Form,
+    dropout: LoraDropout,
+) -> Tensor {
+    let (experts, linear) = (experts(model), &model.base().blocks[0].linears[&PATH.module]);
+    let y = linear.forward(x);
+    let assignments = Assignments::new(selected, model.num_experts());
+    match form {
+        Form::Fused => {
+            experts.add(y, x, linear, &RoutingWeights::PerToken(g.shallow_clone()), dropout)
+        }
+        Form::Grouped => experts.add_grouped(y, x, g, &assignments, dropout),
+        Form::By(products) => experts.add_grouped_by(products, y, x, g, &assignments, dropout),
+    }
+}
+
+/// An output, and a random functional's gradients by x, g and, by name, every trained parameter.
+struct Run {
+    output: Tensor,
+    x: Tensor,
+    g: Tensor,
+    parameters: BTreeMap<String, Tensor>,
+}
+
+fn run(
+    model: &RoutedGpt2,
+    x: &Tensor,
+    g: &Tensor,
+    selected: &Tensor,
+    form: Form,
+    dropout: LoraDropout,
+) -> Run {
+    let [x, g] = [x, g].map(|leaf| leaf.detach().set_requires_grad(true));
+    tch::manual_seed(77);
+    let output = output(model, &x, &g, selected, form, dropout);
+    let direction = Tensor::randn(output.size(), (output.kind(), Device::Cpu));
+    let loss = (&output * direction).sum(None);
+    let grads = Tensor::run_backward(&[&loss], &[&x, &g], true, false);
+    let [x, g] = <[Tensor; 2]>::try_from(grads).expect("one for each");
+    Run { output: output.detach(), x, g, parameters: gradients(model, &loss) }
+}
+
+/// `k` experts for each of 2 x 7 tokens, none of them `never`, and weights `[2, 7, e]` of either sign.
+fn selection(num_experts: i64, k: i64, never: Option<i64>) -> (Tensor, Tensor) {
+    let mut scores = Tensor::randn([2, 7, num_experts], DOUBLE);
+    if let Some(never) = never {
+        let _ = scores.narrow(2, never, 1).fill_(-1e9);
+    }
+    let (_, selected) = scores.topk(k, -1, true, false);
+    let weights = Tensor::randn([2, 7, k], DOUBLE);
+    scores = scores.zeros_like().scatter(-1, &selected, &weights);
+    (selected, scores)
+}
+
+/// Checks that two runs agree, but for the gradients of weights that were not selected, which must be
+/// zero in `grouped`.
+#[track_caller]
+fn assert_same(grouped: &Run, fused: &Run, selected: &Tensor, tolerance: f64) {
+    assert_close("output", &grouped.output, &fused.output, tolerance * 10.0);
+    assert_close("gradient of x", &grouped.x, &fused.x, tolerance * 10.0);
+    let mask = fused.g.zeros_like().scatter_value(-1, selected, 1.0);
+    assert_close("gradient of g", &grouped.g, &(&fused.g * mask), tolerance * 10.0);
+    assert!(grouped.parameters.keys().eq(fused.parameters.keys()));
+    for (name, fused) in &fused.parameters {
+        let scale = fused.abs().max().double_value(&[]).max(1.0);
+        assert_close(name, &grouped.parameters[name], fused, tolerance * scale);
+    }
+}
+
+#[test]
+fn chosen_experts_alone_equal_all_at_once_in_values_and_gradients() -> Result<()> {
+    let _generator = seed(301);
+    for model in [even(4, Kind::Double)?, mixed(Kind::Double)?] {
+        let x = Tensor::randn([2, 7, 16], DOUBLE);
+        for k in 1..=3 {
+            for never in [None, Some(1)] {
+                let (selected, g) = selection(model.num_experts(), k, never);
+                let run = |form| run(&model, &x, &g, &selected, form, LoraDropout::NONE);
+                let (grouped, fused) = (run(Form::Grouped), run(Form::Fused));
+                assert_same(&grouped, &fused, &selected, TOLERANCE);
+                let largest = |x: &Tensor| x.abs().max().double_value(&[]);
+                assert!(largest(&grouped.x) > 0.1 && largest(&grouped.g) > 0.1);
+                let of = |expert| format!("{PATH}.expert_{expert}.lora_a");
+                assert!(largest(&grouped.parameters[&of(0)]) > 0.01);
+                assert_eq!(largest(&grouped.parameters[&of(1)]) == 0.0, never.is_some());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As an expert before its invocation tokens: chosen, at weight 0.
+#[test]
+fn a_chosen_expert_of_weight_zero_adds_nothing_but_has_a_gradient_for_its_weight() -> Result<()> {
+    let _generator = seed(302);
+    let model = mixed(Kind::Double)?;
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let (selected, g) = selection(5, 2, None);
+    let _ = g.narrow(2, 2, 1).narrow(1, 0, 5).fill_(0.0);
+    let run = |form| run(&model, &x, &g, &selected, form, LoraDropout::NONE);
+    let grouped = run(Form::Grouped);
+    assert_same(&grouped, &run(Form::Fused), &selected, TOLERANCE);
+    let zero_but_chosen = selected.eq(2).any_dim(-1, false).narrow(1, 0, 5);
+    assert!(zero_but_chosen.any().int64_value(&[]) == 1, "the seed is to choose it");
+    let of_weight = grouped.g.select(2, 2).narrow(1, 0, 5).ne(0.0);
+    assert!(of_weight.equal(&zero_but_chosen));
+    Ok(())
+}
+
+#[test]
+fn where_only_an_expert_without_the_module_is_chosen_nothing_is_added() -> Result<()> {
+    let _generator = seed(303);
+    let model = mixed(Kind::Double)?;
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let selected = Tensor::full([2, 7, 1], 4, (Kind::Int64, Device::Cpu));
+    let g = Tensor::zeros([2, 7, 5], DOUBLE).scatter_value(-1, &selected, 1.0);
+    let added = run(&model, &x, &g, &selected, Form::Grouped, LoraDropout::NONE);
+    let base = model.base().blocks[0].linears[&PATH.module].forward(&x);
+    assert_eq!(max_difference(&added.output, &base), 0.0);
+    assert_eq!(added.g.abs().max().double_value(&[]), 0.0);
+    Ok(())
+}
+
+/// The unchosen weights have a gradient all at once, and none here; the router's is the same, since its
+/// scatter drops them.
+#[test]
+fn a_router_gets_the_same_gradient_either_way() -> Result<()> {
+    let _generator = seed(304);
+    let model = mixed(Kind::Double)?;
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let direction = Tensor::randn([2, 7, 48], DOUBLE);
+    for k in 1..=3 {
+        let config = RouterConfig { top_k: Some(k), temperature: 0.7, ..RouterConfig::default() };
+        let fresh = Router::new(&config, 5, 16, Kind::Double);
+        let weight = (fresh.weight * 20.0).set_requires_grad(true);
+        let router = Router { weight, bias: fresh.bias.set_requires_grad(true), ..fresh };
+        let run = |form| {
+            let routing = router.forward(&x);
+            let selected = routing.selected.expect("k is below E");
+            let y = output(&model, &x, &routing.weights, &selected, form, LoraDropout::NONE);
+            let loss = (y * &direction).sum(None);
+            let wanted = [&router.weight, &router.bias, &routing.weights];
+            (Tensor::run_backward(&[loss], &wanted, false, false), selected)
+        };
+        let ((grouped, selected), (fused, _)) = (run(Form::Grouped), run(Form::Fused));
+        for (name, at) in [("weight", 0), ("bias", 1)] {
+            assert_close(name, &grouped[at], &fused[at], TOLERANCE * 10.0);
+            // a single weight of a top-1 is 1, whatever the router does
+            assert_eq!(fused[at].abs().max().double_value(&[]) > 1e-3, k > 1, "{name}, k = {k}");
+        }
+        let unchosen = |g: &Tensor| {
+            let unchosen = g.scatter_value(-1, &selected, 0.0);
+            unchosen.abs().max().double_value(&[])
+        };
+        assert_eq!(unchosen(&grouped[2]), 0.0);
+        assert!(unchosen(&fused[2]) > 0.1);
+    }
+    Ok(())
+}
+
+#[test]
+fn both_ways_drop_the_same_inputs() -> Result<()> {
+    let _generator = seed(305);
+    let model = mixed(Kind::Double)?;
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let (selected, g) = selection(5, 2, None);
+    let run = |form, probability| {
+        let dropout = LoraDropout { probability, masks: DropoutMasks::Shared };
+        run(&model, &x, &g, &selected, form, dropout)
+    };
+    let grouped = run(Form::Grouped, 0.4);
+    assert_same(&grouped, &run(Form::Fused, 0.4), &selected, TOLERANCE);
+    assert!(max_difference(&grouped.output, &run(Form::Grouped, 0.0).output) > 0.1);
+    Ok(())
+}
+
+/// By libtorch's own loop, which stands in for the kernel of bf16 on CUDA.
+#[test]
+fn one_kernel_for_all_experts_equals_one_product_for_each() -> Result<()> {
+    let _generator = seed(306);
+    let model = even(4, Kind::Float)?;
+    let x = Tensor::randn([2, 7, 16], (Kind::Float, Device::Cpu));
+    for k in 1..=3 {
+        for never in [None, Some(0), Some(3)] {
+            let (selected, g) = selection(4, k, never);
+            let g = g.to_kind(Kind::Float);
+            let run = |form| run(&model, &x, &g, &selected, form, LoraDropout::NONE);
+            let fused = run(Form::Fused);
+            for products in [Products::Each, Products::Grouped] {
+                assert_same(&run(Form::By(products)), &fused, &selected, 1e-5);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn assignments_count_the_tokens_of_each_expert() {
+    let selected = Tensor::from_slice(&[3i64, 0, 0, 3, 2, 0]).view([1, 3, 2]);
+    assert_eq!(Assignments::new(&selected, 5).counts(), [3, 0, 1, 2, 0]);
+}
