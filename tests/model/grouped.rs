@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{
-    DropoutMasks, ExpertConfig, LoraConfig, ModulePath, RouterConfig, TargetModule,
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, TargetModule,
 };
 use dylora::model::RoutedGpt2;
 use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights};
@@ -253,4 +253,20 @@ fn one_kernel_for_all_experts_equals_one_product_for_each() -> Result<()> {
 fn assignments_count_the_tokens_of_each_expert() {
     let selected = Tensor::from_slice(&[3i64, 0, 0, 3, 2, 0]).view([1, 3, 2]);
     assert_eq!(Assignments::new(&selected, 5).counts(), [3, 0, 1, 2, 0]);
+}
+
+#[test]
+fn experts_that_are_more_than_products_are_computed_all_at_once() -> Result<()> {
+    let _generator = seed(307);
+    let selected = Tensor::zeros([2, 512, 1], (Kind::Int64, Device::Cpu));
+    let x = Tensor::zeros([2, 512, 16], DOUBLE);
+    let plain = LoraConfig { num_experts: 64, rank: 32, ..tiny_lora() };
+    let dora = LoraConfig { use_dora: true, ..plain.clone() };
+    let pissa = LoraConfig { init: LoraInit::Pissa, rank: 8, ..plain.clone() };
+    for (lora, expected) in [(plain, true), (dora, false), (pissa, false)] {
+        let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+        let assignments = Assignments::new(&selected, 64);
+        assert_eq!(experts(&model).skips(&x, &assignments), expected, "{lora:?}");
+    }
+    Ok(())
 }
