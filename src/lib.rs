@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! config -> hub -> data  \
-//!               -> model -> base -> mixture -> eval -> train -> export        (cli -> main)
+//!               -> model -> base -> mixture -> growth -> eval -> train -> export
+//!                                                                          (cli -> main)
 //! ```
 //!
 //! A module uses only what stands to its left. For a target linear layer with frozen weight W and
@@ -53,6 +54,8 @@ pub mod model;
 
 pub mod base;
 pub mod mixture;
+
+pub mod growth;
 
 pub mod eval;
 

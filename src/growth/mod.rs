@@ -1,0 +1,171 @@
+//! Surgery on a mixture: an expert removed, added, or [merged](merge) with another. Each gives a new
+//! mixture and leaves the old as it was.
+//!
+//! ```text
+//! without_expert e    E - 1   the softmax without a logit: the others have p_f / (1 - p_e)
+//! with_expert         E + 1   a router's row of zeros and a bias; the expert itself is a fresh one
+//! merged a, b         E - 1   one update for both, with a weight of about p_a + p_b
+//! ```
+//!
+//! Experts behind one that goes move up by one, in the router and in tensors' names; what names experts
+//! by number elsewhere, as records do, is the caller's to renumber. Of a router's tensors,
+//! `router.weight`, `router.bias` and `router.selection_bias` have a row for each expert, with
+//! `h.{layer}.` or `h.{layer}.{module}.` before it if there are several routers; any others stay.
+
+pub mod merge;
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::{LoraInit, RoutingChoice};
+use crate::mixture::Mixture;
+use crate::model::RoutedGpt2;
+use crate::model::expert::ExpertSpec;
+use crate::model::gpt2::Gpt2;
+use crate::model::parameters::expert_name;
+
+/// The tensors of a router that have a row for each expert.
+const ROW_TENSORS: [&str; 3] = [WEIGHT, BIAS, SELECTION_BIAS];
+/// `[e, d]`.
+const WEIGHT: &str = "router.weight";
+/// `[e]`.
+const BIAS: &str = "router.bias";
+/// `[e]`, of routers that have one.
+const SELECTION_BIAS: &str = "router.selection_bias";
+
+/// The mixture without an expert. Of two experts, one stays, without a router. `router.top_k` becomes
+/// at most the number of experts.
+///
+/// # Errors
+/// An expert that is not there, the only one, or the one that [`Mixture::routing`] names.
+pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
+    check_expert(mixture, expert)?;
+    if mixture.specs.len() == 1 {
+        bail!("the only expert cannot be removed");
+    }
+    let number = |old: usize| (old != expert).then(|| old - usize::from(old > expert));
+    let mut smaller = copy(mixture);
+    if let RoutingChoice::Expert(only) = mixture.routing {
+        let new = number(only as usize);
+        let new = new.with_context(|| format!("`routing` is by expert {expert} alone"))?;
+        smaller.routing = RoutingChoice::Expert(new as i64);
+    }
+    smaller.specs.remove(expert);
+    let count = smaller.specs.len();
+    smaller.router.top_k = mixture.router.top_k.map(|k| k.min(count as i64));
+    let kept: Vec<i64> = (0..=count as i64).filter(|&row| row != expert as i64).collect();
+    smaller.tensors = BTreeMap::new();
+    for (name, tensor) in &mixture.tensors {
+        let (name, tensor) = match (expert_of(name), row_tensor(name)) {
+            (Some(old), _) => match number(old) {
+                Some(new) => (renamed(name, old, new), tensor.shallow_clone()),
+                None => continue,
+            },
+            _ if count == 1 && is_router(name) => continue,
+            (None, Some(_)) => {
+                let kept = Tensor::from_slice(&kept).to_device(tensor.device());
+                (name.clone(), tensor.index_select(0, &kept))
+            }
+            (None, None) => (name.clone(), tensor.shallow_clone()),
+        };
+        smaller.tensors.insert(name, tensor);
+    }
+    Ok(smaller)
+}
+
+/// The mixture with one more expert, the last. Its router row is zero but for a bias; its own tensors
+/// are left to [`Mixture::put_on`], which draws them as for a fresh model (by the default start B is
+/// zero). To a single expert, which has no router, comes one that reads nothing yet: weights zero,
+/// bias 0 for the old and `initial_bias` for the new. To learn its shape, a model is drawn, from
+/// libtorch's default CPU generator.
+///
+/// - `base`: what the mixture is put on
+/// - `initial_bias`: the new expert's bias in the router with this prefix: nothing if there is one
+///   router, else as `h.0.`
+///
+/// # Errors
+/// A mixture of several experts whose router is yet to be drawn.
+pub fn with_expert(
+    mixture: &Mixture,
+    base: &Gpt2,
+    spec: ExpertSpec,
+    initial_bias: &dyn Fn(&str) -> f64,
+) -> Result<Mixture> {
+    let mut larger = copy(mixture);
+    larger.specs.push(spec);
+    larger.is_whole = false;
+    if mixture.specs.len() == 1 {
+        let router = new_router(&larger, base).into_iter();
+        larger.tensors.extend(router.map(|(name, tensor)| (name, tensor.narrow(0, 0, 1))));
+    }
+    let mut has_router = false;
+    for (name, tensor) in &mut larger.tensors {
+        let Some((prefix, key)) = row_tensor(name) else { continue };
+        has_router = true;
+        let row = tensor.narrow(0, 0, 1).zeros_like();
+        let row = if key == BIAS { row.fill(initial_bias(prefix)) } else { row };
+        *tensor = Tensor::cat(&[&*tensor, &row], 0);
+    }
+    if !has_router {
+        bail!("the mixture of {} experts has no router yet", mixture.specs.len());
+    }
+    Ok(larger)
+}
+
+/// The tensors with rows of a router for a mixture's experts, all zero. What else the router has is
+/// left to be drawn.
+fn new_router(mixture: &Mixture, base: &Gpt2) -> BTreeMap<String, Tensor> {
+    // a fresh model knows where routers are; where experts start does not matter, only what they are on
+    let plain = |spec: &ExpertSpec| ExpertSpec { init: LoraInit::Default, ..spec.clone() };
+    let specs: Vec<ExpertSpec> = mixture.specs.iter().map(plain).collect();
+    let kind = if base.wte.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let model = RoutedGpt2::with_experts(base, &specs, &mixture.router, Device::Cpu, kind);
+    let rows = model.tensors().into_iter().filter(|(name, _)| row_tensor(name).is_some());
+    rows.map(|(name, tensor)| (name, tensor.zeros_like())).collect()
+}
+
+fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
+    let count = mixture.specs.len();
+    if expert >= count {
+        bail!("there is no expert {expert}, the mixture has {count} from 0");
+    }
+    Ok(())
+}
+
+/// The same mixture; the tensors are shared.
+fn copy(mixture: &Mixture) -> Mixture {
+    let tensors = mixture.tensors.iter();
+    Mixture {
+        specs: mixture.specs.clone(),
+        router: mixture.router.clone(),
+        tensors: tensors.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
+        is_whole: mixture.is_whole,
+        routing: mixture.routing,
+        base_hash: mixture.base_hash.clone(),
+    }
+}
+
+/// Prefix and key of a tensor that has a row for each expert.
+fn row_tensor(name: &str) -> Option<(&str, &'static str)> {
+    let split = |key: &'static str| Some((name.strip_suffix(key)?, key));
+    let found = ROW_TENSORS.into_iter().find_map(split);
+    found.filter(|(prefix, _)| prefix.is_empty() || prefix.ends_with('.'))
+}
+
+fn is_router(name: &str) -> bool {
+    name.split('.').any(|part| part == "router")
+}
+
+/// The expert that a tensor belongs to.
+fn expert_of(name: &str) -> Option<usize> {
+    let (expert, _) = name.rsplit_once('.')?;
+    expert.rsplit_once('.')?.1.strip_prefix("expert_")?.parse().ok()
+}
+
+/// The name of an expert's tensor under another number.
+fn renamed(name: &str, old: usize, new: usize) -> String {
+    let part = |expert| format!(".{}.", expert_name(expert));
+    name.replace(&part(old), &part(new))
+}

@@ -1,0 +1,453 @@
+//! Experts removed, added and merged: what stays the same, and by how much the rest changes.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use dylora::config::{LoraConfig, LoraInit, ModulePath, RouterConfig, RouterInput, RoutingChoice};
+use dylora::growth::merge::{Merged, merged, most_similar, similarity};
+use dylora::growth::{with_expert, without_expert};
+use dylora::mixture::Mixture;
+use dylora::model::expert::ExpertSpec;
+use dylora::model::gpt2::Gpt2;
+use dylora::model::parameters::expert_name;
+use dylora::model::router::Routing;
+use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{
+    DOUBLE, ROUTER_INPUTS, assert_close, logits, max_difference, new_model, randomize, seed,
+    tiny_base, tiny_config, two_rows,
+};
+
+/// Experts of several ranks, scalings and starts, on modules that overlap.
+const SEVERAL: &str = r#"
+    num_experts = 3
+    rank = 4
+    alpha = 6.0
+    target_modules = ["attn.c_attn", "mlp.c_fc"]
+    rank_pattern = { "h.1.mlp.c_fc" = 5 }
+    experts = [
+        {},
+        { use_rslora = true, rank = 2, target_modules = ["attn.c_attn", "mlp.c_proj"] },
+        { init = "pissa", rank = 3 },
+    ]
+"#;
+
+/// Three plain experts of rank 4, the second with a scaling of its own.
+const PLAIN: &str = r#"
+    num_experts = 3
+    rank = 4
+    alpha = 6.0
+    target_modules = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    experts = [{}, { alpha = 2.0 }]
+"#;
+
+fn lora(text: &str) -> LoraConfig {
+    toml::from_str(text).expect("the test's config is right")
+}
+
+fn router(input: RouterInput) -> RouterConfig {
+    RouterConfig { input, temperature: 1.3, ..RouterConfig::default() }
+}
+
+/// A base, and a whole mixture on it none of whose tensors is zero.
+fn random(text: &str, router: &RouterConfig) -> Result<(Gpt2, Mixture)> {
+    let base = tiny_base(tiny_config());
+    let model = new_model(&base, &lora(text), router, Kind::Double);
+    randomize(&model)?;
+    let mixture = Mixture::new(model.specs().to_vec(), router.clone(), model.tensors());
+    Ok((base, Mixture { is_whole: true, ..mixture }))
+}
+
+fn put_on(mixture: &Mixture, base: &Gpt2) -> Result<RoutedGpt2> {
+    mixture.put_on(base, Device::Cpu, Kind::Double)
+}
+
+fn routed(model: &RoutedGpt2) -> (Tensor, Vec<Routing>) {
+    let inputs = two_rows();
+    (logits(model, &inputs, &RoutingSource::Router), model.routing(&inputs, ForwardMode::EVAL))
+}
+
+fn prefixes(input: RouterInput) -> Vec<String> {
+    match input {
+        RouterInput::LayerInput => (0..2).map(|layer| format!("h.{layer}.")).collect(),
+        _ => vec![String::new()],
+    }
+}
+
+/// The update of a module as a matrix, `[o, i]`; zero where the expert has none.
+fn dense(mixture: &Mixture, path: ModulePath, expert: usize) -> Tensor {
+    let tensor = |key| &mixture.tensors[&format!("{path}.{}.{key}", expert_name(expert))];
+    let spec = &mixture.specs[expert];
+    let Some(scaling) = spec.scaling(path) else {
+        let (i, o) = tiny_config().linear_shape(path.module);
+        return Tensor::zeros([o, i], DOUBLE);
+    };
+    let mut product = tensor("lora_b").matmul(tensor("lora_a"));
+    if spec.init == LoraInit::Pissa {
+        product -= tensor("initial_b").matmul(tensor("initial_a"));
+    }
+    product * scaling
+}
+
+fn paths(mixture: &Mixture) -> Vec<ModulePath> {
+    let mut paths: Vec<_> = mixture.specs.iter().flat_map(|s| s.modules.keys().copied()).collect();
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+fn norm2(x: &Tensor) -> f64 {
+    x.square().sum(Kind::Double).double_value(&[])
+}
+
+#[test]
+fn without_an_expert_the_softmax_lacks_its_logit() -> Result<()> {
+    let _generator = seed(300);
+    for input in ROUTER_INPUTS {
+        let (base, mixture) = random(SEVERAL, &router(input))?;
+        for expert in 0..3 {
+            let (smaller, _) = routed(&put_on(&without_expert(&mixture, expert)?, &base)?);
+            let model = put_on(&mixture, &base)?;
+            let (whole, routing) = routed(&model);
+            assert!(max_difference(&smaller, &whole) > 1e-3);
+            if input != RouterInput::LayerInput {
+                let mask = 1.0 - Tensor::from(expert as i64).one_hot(3).to_kind(Kind::Double);
+                let masked: Tensor = &routing[0].weights * mask;
+                let given = &masked / masked.sum_dim_intlist(-1, true, Kind::Double);
+                let expected = logits(&model, &two_rows(), &RoutingSource::Given(given));
+                assert_close(&format!("{input:?}, {expert}"), &smaller, &expected, 1e-12);
+            }
+            for prefix in prefixes(input) {
+                let bias = &model.tensors()[&format!("{prefix}router.bias")];
+                let _ = bias.get(expert as i64).fill_(-1e9);
+            }
+            let (expected, _) = routed(&model);
+            assert_close(&format!("{input:?}, {expert}, bias"), &smaller, &expected, 1e-12);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_experts_behind_a_removed_one_move_up_as_they_are() -> Result<()> {
+    let _generator = seed(301);
+    let (_, mut mixture) = random(SEVERAL, &router(RouterInput::LayerInput))?;
+    mixture.routing = RoutingChoice::Expert(2);
+    mixture.router.top_k = Some(3);
+    mixture.tensors.insert("h.0.router.selection_bias".into(), Tensor::from_slice(&[1., 2., 3.]));
+    let hidden = Tensor::randn([3, 16], DOUBLE);
+    mixture.tensors.insert("h.0.router.hidden.0.weight".into(), hidden.shallow_clone());
+    let smaller = without_expert(&mixture, 1)?;
+    assert_eq!(smaller.specs, [mixture.specs[0].clone(), mixture.specs[2].clone()]);
+    assert_eq!((smaller.routing, smaller.router.top_k), (RoutingChoice::Expert(1), Some(2)));
+    assert!(smaller.is_whole);
+    for (name, tensor) in &mixture.tensors {
+        let kept = match name {
+            _ if name.contains("expert_1") => continue,
+            _ if name.contains("hidden") => &smaller.tensors[name],
+            _ if name.contains("router") => {
+                let rows = tensor.index_select(0, &Tensor::from_slice(&[0_i64, 2]));
+                assert_eq!(smaller.tensors[name], rows, "{name}");
+                continue;
+            }
+            _ => &smaller.tensors[&name.replace("expert_2", "expert_1")],
+        };
+        assert_eq!(kept, tensor, "{name}");
+    }
+    let removed = mixture.tensors.keys().filter(|name| name.contains("expert_1")).count();
+    assert_eq!(smaller.tensors.len(), mixture.tensors.len() - removed);
+    Ok(())
+}
+
+#[test]
+fn of_two_experts_one_stays_without_a_router() -> Result<()> {
+    let _generator = seed(302);
+    for input in ROUTER_INPUTS {
+        let (base, mixture) = random(SEVERAL, &router(input))?;
+        let two = without_expert(&mixture, 0)?;
+        let one = without_expert(&two, 0)?;
+        assert!(!one.tensors.keys().any(|name| name.contains("router")));
+        let expected = logits(&put_on(&mixture, &base)?, &two_rows(), &RoutingSource::Expert(2));
+        let (logits, routing) = routed(&put_on(&one, &base)?);
+        assert_close("the last expert", &logits, &expected, 1e-12);
+        assert!(routing.is_empty());
+        let error = without_expert(&one, 0).unwrap_err().to_string();
+        assert_eq!(error, "the only expert cannot be removed");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
+    let _generator = seed(303);
+    let (_, mut mixture) = random(SEVERAL, &RouterConfig::default())?;
+    mixture.routing = RoutingChoice::Expert(1);
+    let error = |expert| without_expert(&mixture, expert).unwrap_err().to_string();
+    assert_eq!(error(3), "there is no expert 3, the mixture has 3 from 0");
+    assert_eq!(error(1), "`routing` is by expert 1 alone");
+    Ok(())
+}
+
+#[test]
+fn an_expert_added_far_below_changes_nothing_and_starts_fresh() -> Result<()> {
+    let _generator = seed(304);
+    for input in ROUTER_INPUTS {
+        let (base, mixture) = random(SEVERAL, &router(input))?;
+        let (before, routing_before) = routed(&put_on(&mixture, &base)?);
+        let spec = mixture.specs[0].clone();
+        let larger = with_expert(&mixture, &base, spec, &|_| -40.0)?;
+        assert!(!larger.is_whole);
+        let model = put_on(&larger, &base)?;
+        let (after, routing) = routed(&model);
+        assert_close(&format!("{input:?}"), &after, &before, 1e-6);
+        for (routing, before) in routing.iter().zip(&routing_before) {
+            assert_close("probs", &routing.probs.narrow(-1, 0, 3), &before.probs, 1e-6);
+        }
+        let own = model.tensors();
+        let mut fresh = own.iter().filter(|(name, _)| name.contains("expert_3"));
+        assert_eq!(fresh.clone().count(), 2 * larger.specs[3].modules.len());
+        assert!(fresh.all(|(name, tensor)| (norm2(tensor) == 0.0) == name.ends_with("lora_b")));
+        for (name, tensor) in mixture.tensors.iter().filter(|(name, _)| name.contains("expert_")) {
+            assert_eq!(&own[name], tensor, "{name}");
+        }
+    }
+    Ok(())
+}
+
+/// At a bias of T ln(3), the new expert has 3 times the weight of the old everywhere.
+#[test]
+fn to_a_single_expert_comes_a_router() -> Result<()> {
+    let _generator = seed(305);
+    for input in ROUTER_INPUTS {
+        let (base, mixture) = random(SEVERAL, &router(input))?;
+        let one = without_expert(&without_expert(&mixture, 0)?, 1)?;
+        let spec = ExpertSpec { init: LoraInit::Pissa, ..mixture.specs[0].clone() };
+        let seen = std::cell::RefCell::new(vec![]);
+        let bias = |prefix: &str| {
+            seen.borrow_mut().push(prefix.to_owned());
+            1.3 * 3_f64.ln()
+        };
+        let two = with_expert(&one, &base, spec, &bias)?;
+        assert_eq!(*seen.borrow(), prefixes(input));
+        let model = put_on(&two, &base)?;
+        let (after, routing) = routed(&model);
+        let shares = Tensor::from_slice(&[0.25, 0.75]);
+        for routing in &routing {
+            assert_close("probs", &routing.probs, &shares.expand_as(&routing.probs), 1e-12);
+        }
+        let old = put_on(&one, &base)?;
+        let given = RoutingSource::Given(Tensor::from_slice(&[0.25]));
+        assert_close("logits", &after, &logits(&old, &two_rows(), &given), 1e-10);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_expert_is_not_added_to_a_router_that_is_yet_to_be_drawn() -> Result<()> {
+    let _generator = seed(306);
+    let (base, mut mixture) = random(SEVERAL, &RouterConfig::default())?;
+    mixture.tensors.retain(|name, _| !name.contains("router"));
+    let spec = mixture.specs[0].clone();
+    let error = with_expert(&mixture, &base, spec, &|_| 0.0).unwrap_err().to_string();
+    assert_eq!(error, "the mixture of 3 experts has no router yet");
+    Ok(())
+}
+
+#[test]
+fn similarity_is_the_cosine_of_the_dense_updates() -> Result<()> {
+    let _generator = seed(307);
+    let (base, mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let found = similarity(&put_on(&mixture, &base)?)?;
+    let product = |e, f| -> f64 {
+        let paths = paths(&mixture).into_iter();
+        let products = paths.map(|p| dense(&mixture, p, e) * dense(&mixture, p, f));
+        products.map(|product| product.sum(Kind::Double).double_value(&[])).sum()
+    };
+    for (e, row) in found.iter().enumerate() {
+        for (f, &cosine) in row.iter().enumerate() {
+            let expected = product(e, f) / (product(e, e) * product(f, f)).sqrt();
+            assert!((cosine - expected).abs() < 1e-12, "{e}, {f}: {cosine}, not {expected}");
+        }
+        assert!((row[e] - 1.0).abs() < 1e-12);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_scaled_or_negated_expert_is_as_similar_as_it_should_be() -> Result<()> {
+    let _generator = seed(308);
+    let (base, mixture) = random(PLAIN, &RouterConfig::default())?;
+    for (factor, cosine) in [(3.0, 1.0), (-0.5, -1.0), (0.0, 0.0)] {
+        let mut mixture = without_expert(&mixture, 2)?;
+        for path in paths(&mixture) {
+            let name = |expert, key| format!("{path}.{}.{key}", expert_name(expert));
+            let copied = |key| mixture.tensors[&name(0, key)].copy();
+            let (a, b) = (copied("lora_a"), copied("lora_b") * factor);
+            mixture.tensors.extend([(name(1, "lora_a"), a), (name(1, "lora_b"), b)]);
+        }
+        let found = similarity(&put_on(&mixture, &base)?)?;
+        assert!((found[0][1] - cosine).abs() < 1e-12, "{factor}: {found:?}");
+        assert_eq!(found[0][1], found[1][0]);
+    }
+    Ok(())
+}
+
+#[test]
+fn fresh_experts_are_like_none_wherever_they_start() -> Result<()> {
+    let _generator = seed(314);
+    for init in ["default", "pissa", "olora"] {
+        let lora = lora(&format!("num_experts = 2\ninit = \"{init}\""));
+        let base = tiny_base(tiny_config());
+        let model = new_model(&base, &lora, &RouterConfig::default(), Kind::Double);
+        assert_eq!(similarity(&model)?, [[0.0; 2]; 2], "{init}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_most_similar_experts_are_the_largest_entry_beside_the_diagonal() {
+    let similarity = [vec![1.0, 0.2, -0.9], vec![0.2, 1.0, 0.5], vec![-0.9, 0.5, 1.0]];
+    assert_eq!(most_similar(&similarity), Some((1, 2, 0.5)));
+    assert_eq!(most_similar(&similarity[..1]), None);
+    let even = vec![vec![0.0; 3]; 3];
+    assert_eq!(most_similar(&even), Some((0, 1, 0.0)));
+}
+
+/// Experts 0 and 2 fit into rank 4 together, and all tokens share their weight between them alike.
+#[test]
+fn a_merge_that_needs_no_rank_and_no_token_is_exact() -> Result<()> {
+    let _generator = seed(309);
+    for input in ROUTER_INPUTS {
+        let router = router(input);
+        let (base, mixture) = random(PLAIN, &router)?;
+        for path in paths(&mixture) {
+            let b = |expert| &mixture.tensors[&format!("{path}.{}.lora_b", expert_name(expert))];
+            let _ = b(0).narrow(1, 0, 2).zero_();
+            let _ = b(2).narrow(1, 2, 2).zero_();
+        }
+        let mut weights = [0.0; 2];
+        for prefix in prefixes(input) {
+            let weight = &mixture.tensors[&format!("{prefix}router.weight")];
+            weight.get(2).copy_(&weight.get(0));
+            let bias = &mixture.tensors[&format!("{prefix}router.bias")];
+            bias.get(2).copy_(&(bias.get(0) + 0.7));
+            let share = 1.0 / (1.0 + (-0.7_f64 / router.temperature).exp());
+            weights = [1.0 - share, share];
+        }
+        let (before, routing_before) = routed(&put_on(&mixture, &base)?);
+        let Merged { mixture: two, relative_error } = merged(&mixture, 0, 2, weights)?;
+        assert!(relative_error < 1e-12, "{relative_error:e}");
+        assert_eq!(two.specs[0], mixture.specs[0]);
+        let (after, routing) = routed(&put_on(&two, &base)?);
+        assert_close(&format!("{input:?}"), &after, &before, 1e-10);
+        for (routing, before) in routing.iter().zip(&routing_before) {
+            let of = |expert| before.weights.select(-1, expert);
+            let expected = Tensor::stack(&[of(0) + of(2), of(1)], -1);
+            assert_close("weights", &routing.weights, &expected, 1e-12);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn two_equal_experts_are_one() -> Result<()> {
+    let _generator = seed(310);
+    let (base, mut mixture) = random(SEVERAL, &router(RouterInput::Embeddings))?;
+    mixture.specs[1] = mixture.specs[0].clone();
+    mixture.tensors.retain(|name, _| !name.contains("expert_1"));
+    let of_first = mixture.tensors.iter().filter(|(name, _)| name.contains("expert_0"));
+    let copies: BTreeMap<String, Tensor> = of_first
+        .map(|(name, tensor)| (name.replace("expert_0", "expert_1"), tensor.shallow_clone()))
+        .collect();
+    mixture.tensors.extend(copies);
+    for key in ["router.weight", "router.bias"] {
+        let tensor = &mixture.tensors[key];
+        tensor.get(1).copy_(&tensor.get(0));
+    }
+    let (before, _) = routed(&put_on(&mixture, &base)?);
+    let one = merged(&mixture, 0, 1, [0.5, 0.5])?;
+    let (after, _) = routed(&put_on(&one.mixture, &base)?);
+    assert_close("logits", &after, &before, 1e-10);
+    assert!(one.relative_error < 1e-12);
+    Ok(())
+}
+
+/// Jensen's inequality: the merged expert's odds against another are at most those of both together.
+#[test]
+fn a_merged_expert_has_at_most_the_weight_of_both() -> Result<()> {
+    let _generator = seed(311);
+    let (base, mixture) = random(PLAIN, &router(RouterInput::Embeddings))?;
+    let (_, before) = routed(&put_on(&mixture, &base)?);
+    let of = |expert| before[0].probs.select(-1, expert);
+    let share = (of(1) / (of(1) + of(2))).mean(Kind::Double).double_value(&[]);
+    let two = merged(&mixture, 1, 2, [share, 1.0 - share])?.mixture;
+    let (_, after) = routed(&put_on(&two, &base)?);
+    let odds = after[0].probs.select(-1, 1) / after[0].probs.select(-1, 0);
+    let both = (of(1) + of(2)) / of(0);
+    let ratio: Tensor = odds / both;
+    assert!(ratio.max().double_value(&[]) <= 1.0 + 1e-12);
+    assert!(ratio.max().double_value(&[]) > 0.99, "{ratio}");
+    Ok(())
+}
+
+/// Of the dense sum, the singular values behind the rank are what is lost (Eckart and Young).
+#[test]
+fn the_error_of_a_merge_is_the_discarded_singular_values() -> Result<()> {
+    let _generator = seed(312);
+    for (text, weights) in [(PLAIN, [0.4, 0.6]), (SEVERAL, [0.9, 0.1]), (SEVERAL, [0.0, 1.0])] {
+        let (_, mixture) = random(text, &RouterConfig::default())?;
+        for (a, b) in [(0, 1), (1, 2), (0, 2)] {
+            let Merged { mixture: two, relative_error } = merged(&mixture, a, b, weights)?;
+            let (mut lost2, mut all2) = (0.0, 0.0);
+            for path in paths(&mixture) {
+                let sum =
+                    dense(&mixture, path, a) * weights[0] + dense(&mixture, path, b) * weights[1];
+                let (_, s, _) = sum.svd(true, true);
+                let ranks =
+                    [a, b].map(|e| mixture.specs[e].modules.get(&path).map_or(0, |m| m.rank));
+                let rank = ranks[0].max(ranks[1]);
+                let discarded = norm2(&s.narrow(0, rank, s.size()[0] - rank));
+                let found = norm2(&(&sum - dense(&two, path, a)));
+                assert!((found - discarded).abs() < 1e-12 * norm2(&sum).max(1.0), "{path}");
+                (lost2, all2) = (lost2 + discarded, all2 + norm2(&sum));
+                if rank > 0 {
+                    assert_eq!(two.specs[a].modules[&path].rank, rank);
+                    let rows = &two.tensors[&format!("{path}.{}.lora_a", expert_name(a))];
+                    let products = rows.matmul(&rows.tr());
+                    assert_close("A", &products, &Tensor::eye(rank, DOUBLE), 1e-12);
+                }
+            }
+            let expected = (lost2 / all2).sqrt();
+            assert!((relative_error - expected).abs() < 1e-12, "{relative_error}, {expected}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_merged_is_named() -> Result<()> {
+    let _generator = seed(313);
+    let (base, mut mixture) = random(PLAIN, &RouterConfig::default())?;
+    let error =
+        |mixture: &Mixture, a, b, weights| merged(mixture, a, b, weights).unwrap_err().to_string();
+    let half = [0.5, 0.5];
+    insta::assert_snapshot!(error(&mixture, 1, 1, half), @"two experts are merged in order, got 1 and 1");
+    insta::assert_snapshot!(error(&mixture, 0, 3, half), @"there is no expert 3, the mixture has 3 from 0");
+    insta::assert_snapshot!(error(&mixture, 0, 1, [0.5, 0.6]), @"the shares of two experts must be at least 0 and sum to 1, got [0.5, 0.6]");
+    insta::assert_snapshot!(error(&mixture, 0, 1, [f64::NAN, 0.5]), @"the shares of two experts must be at least 0 and sum to 1, got [NaN, 0.5]");
+    mixture.specs[1].alora_invocation_tokens = vec![3];
+    insta::assert_snapshot!(error(&mixture, 0, 1, half), @"expert 1 has invocation tokens and is off before them, which no other is");
+    mixture.specs[0].use_dora = true;
+    insta::assert_snapshot!(error(&mixture, 0, 2, half), @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank");
+    mixture.specs[0].use_dora = false;
+    mixture.tensors.remove("h.1.mlp.c_fc.expert_2.lora_b");
+    insta::assert_snapshot!(error(&mixture, 0, 2, half), @"tensor `h.1.mlp.c_fc.expert_2.lora_b` is missing");
+    let dora = lora("use_dora = true");
+    let dora = new_model(&base, &dora, &RouterConfig::default(), Kind::Double);
+    insta::assert_snapshot!(similarity(&dora).unwrap_err().to_string(), @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank");
+    Ok(())
+}
