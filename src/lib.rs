@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! config -> hub -> data  \
-//!               -> model -> base -> mixture -> growth -> eval -> train -> export
+//!               -> model -> base -> mixture -> growth -> eval -> skills -> train -> export
 //!                                                                          (cli -> main)
 //! ```
 //!
@@ -39,6 +39,7 @@
 //! | labels | targets, already shifted; -100 = no loss | `[b, t]` |
 //! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
 //! | tokens_seen | target tokens trained on | |
+//! | skill | what a domain asks of the base: the mean of its last hidden states ([`skills`]) | `[d]` |
 //! | checkpoint, export | all that resuming needs; what others load (PEFT) | |
 
 #![warn(missing_docs)]
@@ -58,6 +59,8 @@ pub mod mixture;
 pub mod growth;
 
 pub mod eval;
+
+pub mod skills;
 
 pub mod train;
 
