@@ -84,7 +84,7 @@ def grid(extra):
             rank = 8 * experts
             for rate in ["3e-3", "4e-3"] if experts == 4 else ["2e-3", "3e-3"]:
                 runs[f"single-r{rank}-{rate}-{seed}"] = (
-                    single(rank) + [f"optimizer.adapters.learning_rate={rate}"] + seeded
+                    seeded + single(rank) + [f"optimizer.adapters.learning_rate={rate}"]
                 )
     return runs
 
@@ -188,6 +188,8 @@ def main():
     OUT.mkdir(parents=True, exist_ok=True)
     done = {run["name"] for run in results(args.part) if "error" not in run}
     todo = {name: settings for name, settings in runs.items() if name not in done}
+    # the longest waited for first: seeds, then single LoRAs
+    todo = dict(sorted(todo.items(), key=lambda run: (run[0][-1], not run[0].startswith("single"))))
     end = time.monotonic() + 60 * args.minutes
     jobs = 1 if args.part == "speed" else args.jobs
 

@@ -226,6 +226,7 @@ fn inputs_of(texts: &[Vec<i64>], model: &RoutedGpt2) -> Inputs {
         position_ids: &positions,
         document_ids: &vec![0; positions.len()],
         expert_ids: None,
+        prompt: None,
     };
     Inputs::new(rows, model.device())
 }
