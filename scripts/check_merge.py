@@ -42,7 +42,7 @@ def load_experts(folder, run):
 
 def static_logits(model, experts, ids, weights):
     g = torch.tensor(weights).expand(*ids.shape, -1)
-    return mixture_logits(model, experts, ids, lambda _layer: g)
+    return mixture_logits(model, experts, ids, lambda _layer, _module: g)
 
 
 def check_case(folder, run, weights, form, ids):
@@ -73,8 +73,8 @@ def check_cost(folder, run):
     losses, weights = {"routed": [], "static": []}, []
     for text in TEXTS:
         ids = torch.tensor([tokenizer.encode(text) + [tokenizer.eos_token_id]])
-        logits, of_layers = routed(model, folder / f"{run}.export", ids)
-        weights.append(of_layers[0][0, :-1])
+        logits, at_sites = routed(model, folder / f"{run}.export", ids)
+        weights.append(at_sites[""][0, :-1])
         for name, logits in (("routed", logits), ("static", merged(ids).logits)):
             losses[name].append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
     losses = {name: torch.cat(parts).mean() for name, parts in losses.items()}

@@ -71,6 +71,7 @@ rank_pattern = { "h.2.mlp.c_fc" = 1 }
 alpha_pattern = {}
 [router]
 input = "layer_input"
+scope = "layer"
 top_k = 2""",
     "dora": """num_experts = 3
 use_dora = true
@@ -104,6 +105,26 @@ target_modules = ["attn.c_attn"]
 alora_invocation_tokens = {INVOCATION}
 [router]
 input = "layer_input" """,
+    "modules": """num_experts = 3
+[router]
+scope = "module"
+hidden_layers = 2
+hidden_width = 24
+top_k = 2
+balance_bias_rate = 0.05""",
+    "sequence": """num_experts = 3
+[router]
+input = "layer_input"
+scope = "layer"
+level = "sequence"
+temperature = 0.2""",
+    # each layer routes over experts of its own
+    "own_experts": """num_experts = 3
+experts_per_layer = [1, 3, 2, 3]
+[router]
+input = "base_hidden"
+temperature = 0.5
+top_k = 2""",
     # trained as PEFT would train several active adapters: the router stays as it was
     "all": "num_experts = 2",
 }
@@ -136,11 +157,10 @@ def check_mixture(name, run, export, model, base):
         ids = ours["input_ids"]
         theirs, weights = routed(model, export, ids)
         compare(f"{name}: mixture of PEFT's layers, text {number}", ours["logits"], theirs, base(ids).logits)
-        names = [f"routing_weights.{layer}" for layer in range(len(weights))]
-        found = [ours[key] for key in (names if len(names) > 1 else ["routing_weights"])]
-        even = torch.full_like(found[0], 1 / found[0].shape[-1])
-        found, weights = torch.stack(found), torch.stack(weights)
-        compare(f"{name}: weights of {len(found)} router(s), text {number}", found, weights, even)
+        found = torch.stack([ours["routing_weights" + site] for site in weights])
+        weights = torch.stack(list(weights.values()))
+        even = torch.full_like(found, 1 / found.shape[-1])
+        compare(f"{name}: weights at {len(found)} site(s), text {number}", found, weights, even)
 
 
 def check_all_active(name, run, model, base):

@@ -135,14 +135,14 @@ def randomise(model, scale=0.05):
 def mixture_logits(model, experts, ids, weights):
     """W x + b + sum_e g_e (E_e(x) - W x - b) in each layer, E_e being PEFT's own layer with adapter e alone.
 
-    `weights(layer)` gives g, [b, t, e], of a block when the block's LoRA layers are run.
+    `weights(layer, module)` gives g, [b, t, e], of a block's module, as "attn.c_attn", when it is run.
     """
     offsets = {name: calculate_alora_offsets(model.peft_config, name, ids) for name in experts}
     forwards = []
 
-    def blend(number, layer, x):
+    def blend(number, module, layer, x):
         base = y = layer.base_layer(x)
-        g = weights(number)
+        g = weights(number, module)
         for e, name in enumerate(experts):
             layer._active_adapter = [name]
             alone = type(layer).forward(layer, x, alora_offsets=offsets[name])
@@ -151,9 +151,9 @@ def mixture_logits(model, experts, ids, weights):
 
     gpt2 = model.base_model.model
     for number, block in enumerate(gpt2.transformer.h):
-        for layer in block.modules():
+        for module, layer in block.named_modules():
             if isinstance(layer, LoraLayer):
-                layer.forward = lambda x, number=number, layer=layer: blend(number, layer, x)
+                layer.forward = lambda x, at=(number, module, layer): blend(*at, x)
                 forwards.append(layer)
     logits = gpt2(ids).logits
     for layer in forwards:
@@ -172,34 +172,69 @@ def active(model, experts, ids):
     return mask
 
 
+class Router:
+    """A router of router.safetensors, by the `spec` of dylora.json."""
+
+    def __init__(self, spec, tensors, prefix):
+        self.spec = spec
+        self.tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+    def weights(self, x, present):
+        """What mixes the experts where `x`, [b, t, d], is read and the experts `present` are, [b, t, e]."""
+        spec, own = self.spec, self.tensors
+        if spec["level"] == "sequence":  # a text without a prompt: the mean up to each token
+            x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+        for i in range(spec["hidden_layers"]):
+            x = torch.relu(x @ own[f"hidden.{i}.weight"].T + own[f"hidden.{i}.bias"])
+        scores = x @ own["weight"].T + own["bias"]
+        probs = (scores[..., present] / spec["temperature"]).softmax(-1)
+        if spec["top_k"] is not None and spec["top_k"] < len(present):
+            chosen_by = probs + own["selection_bias"][present] if spec["selection_bias"] else probs
+            chosen = chosen_by.topk(spec["top_k"], -1).indices
+            top = probs.gather(-1, chosen)
+            probs = torch.zeros_like(probs).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+        g = torch.zeros_like(scores)
+        g[..., present] = probs
+        return g
+
+
+def experts_of(block, experts):
+    """The numbers of the experts that have a module in a block."""
+    layers = [layer for layer in block.modules() if isinstance(layer, LoraLayer)]
+    return [e for e, name in enumerate(experts) if any(name in layer.lora_A for layer in layers)]
+
+
 def routed(model, export, ids):
-    """The mixture that an export describes, of PEFT's layers and router.safetensors: logits, weights by layer."""
+    """The mixture that an export describes, of PEFT's layers and router.safetensors: logits, weights by site."""
     meta = json.loads((export / "dylora.json").read_text())
-    rule, experts = meta["router"], meta["experts"]
-    router = load_file(export / rule["file"])
+    spec, experts = meta["router"]["spec"], meta["experts"]
+    tensors = load_file(export / meta["router"]["file"])
     gpt2 = model.base_model.model
-    used = {}
-
-    def route(x, prefix=""):
-        g = ((x @ router[prefix + "weight"].T + router[prefix + "bias"]) / rule["temperature"]).softmax(-1)
-        if rule["top_k"] is not None:
-            top = g.topk(rule["top_k"], -1)
-            g = torch.zeros_like(g).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
-        used[prefix] = g
-
-    handles = []
-    if rule["input"] == "layer_input":
-        for number, block in enumerate(gpt2.transformer.h):
-            prefix = f"h.{number}."
-            hook = lambda _module, _args, output, prefix=prefix: route(output, prefix)
-            handles.append(block.ln_1.register_forward_hook(hook))
-    elif rule["input"] == "base_hidden":
+    once = spec["scope"] == "shared" and spec["input"] != "layer_input" and not spec["own_experts"]
+    if spec["input"] == "embeddings":
+        features = gpt2.transformer.wte(ids) + gpt2.transformer.wpe(torch.arange(ids.shape[1]))
+    elif spec["input"] == "base_hidden":
         with model.disable_adapter():
-            route(model(ids, output_hidden_states=True).hidden_states[-1])
-    else:
-        route(gpt2.transformer.wte(ids) + gpt2.transformer.wpe(torch.arange(ids.shape[1])))
-    logits = mixture_logits(model, experts, ids, lambda number: used.get(f"h.{number}.", used.get("")))
+            features = model(ids, output_hidden_states=True).hidden_states[-1]
+    read, handles, used = {}, [], {}
+    if spec["input"] == "layer_input":
+        for number, block in enumerate(gpt2.transformer.h):
+            hook = lambda _module, _args, output, number=number: read.update({number: output})
+            handles.append(block.ln_1.register_forward_hook(hook))
+
+    def weights(number, module):
+        layer = f"h.{number}"
+        scope = {"shared": "", "layer": f"{layer}.", "module": f"{layer}.{module}."}[spec["scope"]]
+        site = "" if once else f".{layer}.{module}" if spec["scope"] == "module" else f".{layer}"
+        if site not in used:
+            own = experts_of(gpt2.transformer.h[number], experts)
+            present = own if spec["own_experts"] else list(range(len(experts)))
+            x = read[number] if spec["input"] == "layer_input" else features
+            used[site] = Router(spec, tensors, f"{scope}router.").weights(x, present)
+        return used[site]
+
+    logits = mixture_logits(model, experts, ids, weights)
     for handle in handles:
         handle.remove()
     mask = active(model, experts, ids)
-    return logits, [g * mask for g in used.values()]
+    return logits, {site: g * mask for site, g in used.items()}

@@ -28,7 +28,7 @@ fn an_unknown_key_is_shown_with_its_line_and_the_right_keys() {
        |
     12 | rnak = 8
        | ^^^^
-    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts`
+    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
     "#);
 }
 
@@ -123,7 +123,7 @@ fn a_pattern_may_be_about_the_modules_of_one_expert() {
 #[test]
 fn a_bad_override_names_itself() {
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @r#"
-    in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts`
+    in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
     in `lora`
     "#);
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank"]), @"`--set lora.rank` has no `=`; write `--set lora.rank=16`");

@@ -8,6 +8,7 @@ use dylora::export::peft::{Layout, Provenance, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER};
 use dylora::model::adapter::{self, config_json};
 use dylora::model::expert::{ExpertSpec, RankAlpha};
+use dylora::model::router::RouterSpec;
 use dylora::model::weights::write_tensors;
 use dylora::model::{RoutedGpt2, RoutingSource};
 use proptest::prelude::*;
@@ -50,11 +51,15 @@ const PATTERNS: &str = r#"
 
 const SINGLE: &str = "num_experts = 1\nuse_rslora = true\nalpha = 3.0";
 
-const ROUTERS: [&str; 4] = [
+const ROUTERS: [&str; 8] = [
     "input = 'embeddings'\ntemperature = 0.7",
     "input = 'base_hidden'\ntop_k = 2",
     "input = 'layer_input'",
-    "input = 'layer_input'\ntop_k = 2\ntemperature = 1.3",
+    "input = 'layer_input'\nscope = 'layer'\ntop_k = 2\ntemperature = 1.3",
+    "scope = 'module'\nlevel = 'sequence'",
+    "input = 'layer_input'\nscope = 'module'\nhidden_layers = 2\nhidden_width = 5",
+    "hidden_layers = 1\ntop_k = 1\nbalance_bias_rate = 0.1",
+    "top_k = 2\neval = 'dense'",
 ];
 
 #[test]
@@ -116,7 +121,13 @@ fn an_export_of_a_subset_of_layers_names_them() -> Result<()> {
     let specs = [of(&[("h.1.attn.c_attn", 3)]), of(&[("h.0.mlp.c_fc", 2), ("h.1.mlp.c_proj", 4)])];
     let base = crate::common::tiny_base(tiny_config());
     let router = RouterConfig::default();
-    let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
+    let model = RoutedGpt2::with_experts(
+        &base,
+        &specs,
+        &RouterSpec::from(&router),
+        Device::Cpu,
+        Kind::Float,
+    );
     crate::common::randomize(&model)?;
     let read = written_and_read(&model, Kind::Float)?;
     assert_eq!(read.specs(), specs);
@@ -135,15 +146,15 @@ fn an_export_whose_router_is_spoiled_is_refused() -> Result<()> {
     let out = dir.path().join("out");
     export(&out, &model, &provenance(), Layout::Dylora, false)?;
     let said = |weight: Tensor, bias: Tensor| -> Result<String> {
-        write_tensors(&out.join(ROUTER), [("weight", &weight), ("bias", &bias)])?;
+        write_tensors(&out.join(ROUTER), [("router.weight", &weight), ("router.bias", &bias)])?;
         let read = of_folder(&out, &tiny_config())
             .and_then(|mixture| mixture.put_on(model.base(), Device::Cpu, Kind::Float));
         Ok(message(&read.expect_err("the router is spoiled"), dir.path()))
     };
     let [router] = model.routers() else { panic!("one router for all layers") };
     let (weight, bias) = (|| router.weight.detach(), || router.bias.detach());
-    insta::assert_snapshot!(said(weight() / 0.0, bias())?, @"in `DIR/out/router.safetensors`: tensor `weight` holds numbers that are not finite");
-    insta::assert_snapshot!(said(weight(), bias().to_kind(Kind::Int64))?, @"in `DIR/out/router.safetensors`: tensor `bias` has dtype `Int64`; use f32, f16 or bf16");
+    insta::assert_snapshot!(said(weight() / 0.0, bias())?, @"in `DIR/out/router.safetensors`: tensor `router.weight` holds numbers that are not finite");
+    insta::assert_snapshot!(said(weight(), bias().to_kind(Kind::Int64))?, @"in `DIR/out/router.safetensors`: tensor `router.bias` has dtype `Int64`; use f32, f16 or bf16");
     insta::assert_snapshot!(said(weight().narrow(0, 0, 2), bias())?, @"tensor `router.weight` must be [3, 16], got [2, 16]");
     fs_err::remove_file(out.join(ROUTER))?;
     let refusal = of_folder(&out, &tiny_config()).expect_err("there is no router");
@@ -172,7 +183,14 @@ fn pissa_and_olora_are_exported_as_plain_lora_of_twice_the_rank() -> Result<()> 
         let read = written_and_read(&model, Kind::Double)?;
         let (specs, tensors, base) = (model.specs(), model.tensors(), model.base());
         let cpu = Device::Cpu;
-        let model = RoutedGpt2::from_tensors(base, specs, &router, &tensors, cpu, Kind::Double)?;
+        let model = RoutedGpt2::from_tensors(
+            base,
+            specs,
+            &RouterSpec::from(&router),
+            &tensors,
+            cpu,
+            Kind::Double,
+        )?;
         for (expert, (before, after)) in model.specs().iter().zip(read.specs()).enumerate() {
             let factor = if before.init == LoraInit::Default { 1 } else { 2 };
             for (path, size) in &before.modules {

@@ -6,6 +6,7 @@ use anyhow::Result;
 use dylora::config::{LoraConfig, LoraInit, RouterConfig, RoutingChoice, TargetModule};
 use dylora::model::expert::{ExpertSpec, RankAlpha};
 use dylora::model::gpt2::Gpt2;
+use dylora::model::router::RouterSpec;
 use dylora::model::{RoutedGpt2, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
@@ -31,7 +32,7 @@ fn one_expert(base: &Gpt2, init: LoraInit, use_dora: bool) -> RoutedGpt2 {
         trainable: true,
         alora_invocation_tokens: vec![],
     };
-    RoutedGpt2::with_experts(base, &[spec], &RouterConfig::default(), Device::Cpu, Kind::Float)
+    RoutedGpt2::with_experts(base, &[spec], &RouterSpec::default(), Device::Cpu, Kind::Float)
 }
 
 /// `base`'s weight of a module, `[i, o]`.
@@ -187,7 +188,13 @@ fn the_first_forward_pass_of_every_start_is_the_bases() -> Result<()> {
         let tolerance = tolerance * expected.abs().max().double_value(&[]).max(1.0);
         for (name, specs) in starts()? {
             let router = RouterConfig::default();
-            let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, kind);
+            let model = RoutedGpt2::with_experts(
+                &base,
+                &specs,
+                &RouterSpec::from(&router),
+                Device::Cpu,
+                kind,
+            );
             for (source_name, source) in sources(specs.len() as i64) {
                 for masks in BOTH_WAYS {
                     let logits = logits_by(masks, &model, &two_rows(), &source);
@@ -206,8 +213,14 @@ fn where_experts_started_is_not_trained_and_survives_saving_to_the_bit() -> Resu
     let base = tiny_base(tiny_config());
     for (name, specs) in starts()? {
         let router = RouterConfig::default();
-        let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
-        let trained = model.trained(RoutingChoice::Router);
+        let model = RoutedGpt2::with_experts(
+            &base,
+            &specs,
+            &RouterSpec::from(&router),
+            Device::Cpu,
+            Kind::Float,
+        );
+        let trained = model.trained(RoutingChoice::Router, None);
         assert!(trained.parameters.iter().all(|parameter| !parameter.name.contains("initial")));
         let saved = model.tensors();
         let initial = saved.keys().filter(|name| name.contains("initial")).count();
@@ -218,7 +231,14 @@ fn where_experts_started_is_not_trained_and_survives_saving_to_the_bit() -> Resu
         let copies: BTreeMap<_, _> =
             model.tensors().into_iter().map(|(n, t)| (n, t.copy())).collect();
         let cpu = Device::Cpu;
-        let read = RoutedGpt2::from_tensors(&base, &specs, &router, &copies, cpu, Kind::Float)?;
+        let read = RoutedGpt2::from_tensors(
+            &base,
+            &specs,
+            &RouterSpec::from(&router),
+            &copies,
+            cpu,
+            Kind::Float,
+        )?;
         for (tensor_name, tensor) in read.tensors() {
             assert!(tensor.equal(&copies[&tensor_name]), "`{tensor_name}`, {name}");
             if tensor_name.contains("initial") {

@@ -91,7 +91,7 @@ fn inputs(input_ids: &Tensor, labels: Option<&Tensor>) -> Result<Inputs> {
 
 /// A forward pass by one of [`BOTH_WAYS`], with dropout of `probability`.
 fn mode(masks: DropoutMasks, probability: f64) -> ForwardMode {
-    ForwardMode { dropout: LoraDropout { probability, masks }, gradient_checkpointing: false }
+    ForwardMode { dropout: LoraDropout { probability, masks }, ..ForwardMode::EVAL }
 }
 
 /// The logits, `[b, t, v]`, by one of [`BOTH_WAYS`].

@@ -310,9 +310,9 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
         ("/experts", json!([])),
         ("/routing", json!("none")),
         ("/routing", json!("expert:2")),
-        ("/router/temperature", json!(0.0)),
-        ("/router/top_k", json!(0)),
-        ("/router/top_k", json!(3)),
+        ("/router/spec/temperature", json!(0.0)),
+        ("/router/spec/top_k", json!(0)),
+        ("/router/spec/top_k", json!(3)),
     ];
     let mut messages = vec![];
     for (key, value) in changes {
@@ -326,9 +326,9 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     `DIR/out/dylora.json`: `experts` names none
     `DIR/out/dylora.json`: `routing` is `none`, by which no expert is trained
     `DIR/out/dylora.json`: `routing` is `expert:2`, but there are 2 experts from 0
-    `DIR/out/dylora.json`: `router.temperature` must be a number above 0, got 0
-    `DIR/out/dylora.json`: `router.top_k` must be from 1 to the 2 experts, got 0
-    `DIR/out/dylora.json`: `router.top_k` must be from 1 to the 2 experts, got 3
+    `DIR/out/dylora.json`: `router.spec.temperature` must be a number above 0, got 0
+    `DIR/out/dylora.json`: `router.spec.top_k` must be from 1 to the 2 experts, got 0
+    `DIR/out/dylora.json`: `router.spec.top_k` must be from 1 to the 2 experts, got 3
     ");
     Ok(())
 }

@@ -81,7 +81,15 @@ fn what_xlora_cannot_express_is_not_written() -> Result<()> {
     X-LoRA's classifier reads the base's last hidden state, this router `embeddings`
     hint: train with `router.input = "base_hidden"`
     "#);
-    insta::assert_snapshot!(refusal("", "input = 'layer_input'")?, @"X-LoRA has one classifier for all layers, this mixture 2");
+    insta::assert_snapshot!(refusal("", "input = 'layer_input'\nscope = 'layer'")?, @"X-LoRA has one classifier for all layers, this mixture 2");
+    insta::assert_snapshot!(refusal("", "input = 'layer_input'")?, @r#"
+    X-LoRA's classifier reads the base's last hidden state, this router `layer_input`
+    hint: train with `router.input = "base_hidden"`
+    "#);
+    let with = |more: &str| refusal("", &format!("{base_hidden}\n{more}"));
+    insta::assert_snapshot!(with("hidden_layers = 1")?, @"X-LoRA does not know hidden layers of a router that end in its width");
+    insta::assert_snapshot!(with("level = 'sequence'")?, @"X-LoRA does not know routing by the prompt");
+    insta::assert_snapshot!(with("eval = { top_k = 1 }")?, @"X-LoRA does not know another rule in evaluation");
     insta::assert_snapshot!(refusal("", "input = 'base_hidden'\ntop_k = 2")?, @"X-LoRA's top-k is another rule; this router keeps 2 experts of a token");
     insta::assert_snapshot!(refusal("use_dora = true", base_hidden)?, @"X-LoRA does not know DoRA");
     insta::assert_snapshot!(refusal("experts = [{}, { use_dora = true }]", base_hidden)?, @"X-LoRA does not know DoRA");
@@ -101,7 +109,7 @@ fn what_xlora_can_express_is_written() -> Result<()> {
     let read = of_folder(&out, &tiny_config())?.put_on(model.base(), Device::Cpu, Kind::Float)?;
     let run = |model: &RoutedGpt2| logits(model, &two_rows(), &RoutingSource::Router);
     assert_close("logits", &run(&read), &run(&model), 1e-5);
-    assert_eq!(read.routers()[0].temperature, 0.3);
+    assert_eq!(read.router_spec().temperature, 0.3);
     Ok(())
 }
 

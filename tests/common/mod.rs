@@ -6,11 +6,16 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, RouterConfig, RouterInput, RoutingChoice, TargetModule};
+use dylora::config::{
+    LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingChoice, TargetModule,
+};
+use dylora::eval::routing::{RouterLosses, SiteExperts, SiteTotals, fetch};
 use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::{Activation, Gpt2Config};
 use dylora::model::loss::LossSettings;
+use dylora::model::router::{RouterSpec, Routing};
+use dylora::model::routing_totals::{Labelled, RoutingTotals, add_totals};
 use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
@@ -20,6 +25,9 @@ pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 /// What a router can read.
 pub const ROUTER_INPUTS: [RouterInput; 3] =
     [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
+
+/// How many routers there can be.
+pub const SCOPES: [RouterScope; 3] = [RouterScope::Shared, RouterScope::Layer, RouterScope::Module];
 
 /// A file of `tests/golden`.
 pub fn golden_path(name: &str) -> PathBuf {
@@ -130,7 +138,7 @@ pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Resul
 /// Fresh experts on a base.
 pub fn new_model(base: &Gpt2, lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> RoutedGpt2 {
     let specs = ExpertSpec::all(lora, &base.config).expect("the config fits the base");
-    RoutedGpt2::with_experts(base, &specs, router, Device::Cpu, kind)
+    RoutedGpt2::with_experts(base, &specs, &RouterSpec::from(router), Device::Cpu, kind)
 }
 
 /// Overwrites every parameter but where the experts started; magnitudes stay above zero.
@@ -162,6 +170,7 @@ pub fn labelled_rows(rows: &[&[i64]], labels: &[i64]) -> Inputs {
         position_ids: &positions,
         document_ids: &vec![0; rows.len() * seq_len],
         expert_ids: None,
+        prompt: None,
     };
     Inputs::new(rows, Device::Cpu)
 }
@@ -209,7 +218,7 @@ pub fn unstack(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
 /// The gradients of `loss` by every trained parameter, by its name and in its layout in checkpoints;
 /// zeros where `loss` does not reach.
 pub fn gradients(model: &RoutedGpt2, loss: &Tensor) -> BTreeMap<String, Tensor> {
-    let trained = model.trained(RoutingChoice::Router);
+    let trained = model.trained(RoutingChoice::Router, None);
     let leaf_grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
     let leaf_grads = leaf_grads.into_iter().zip(&trained.leaves);
     let leaf_grads: Vec<Tensor> = leaf_grads
@@ -227,4 +236,25 @@ pub fn gradients(model: &RoutedGpt2, loss: &Tensor) -> BTreeMap<String, Tensor> 
             (name, grad.contiguous())
         })
         .collect()
+}
+
+/// Adds a batch's totals to those of each place so far, its label tokens, the flattened `rows`, all of one
+/// domain.
+pub fn add_of_one_domain(totals: &mut Vec<RoutingTotals>, routing: &[Routing], rows: &Tensor) {
+    let groups = rows.zeros_like();
+    add_totals(totals, routing, Labelled { rows, groups: &groups, num_groups: 1 });
+}
+
+/// The totals of places that route over all of their experts, on the host.
+pub fn on_the_host(totals: &[RoutingTotals]) -> Vec<SiteTotals> {
+    let site = |(place, totals): (usize, &RoutingTotals)| SiteExperts {
+        site: format!("place {place}"),
+        experts: (0..totals.num_experts() as usize).collect(),
+    };
+    fetch(totals.iter().enumerate().map(site).collect(), totals).expect("they are f64 on the CPU")
+}
+
+/// The losses of routers over the tokens of their totals.
+pub fn losses_of(totals: &[RoutingTotals]) -> RouterLosses {
+    RouterLosses::new(&on_the_host(totals)).expect("there is a router")
 }

@@ -1,18 +1,21 @@
 //! A step's gradients do not depend on how its documents are packed, ordered and cut into
-//! micro-batches, the load-balancing loss included.
+//! micro-batches, with every loss that there is.
 
 use anyhow::Result;
-use dylora::config::{Config, LossOn, RouterConfig, RouterInput, RoutingChoice, load};
+use dylora::config::{
+    Config, LossOn, Orthogonality, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, load,
+};
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
-use dylora::eval;
 use dylora::model::lora::LoraDropout;
-use dylora::model::router::add_totals;
+use dylora::model::routing_totals::RoutingTotals;
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use dylora::train::step::{self, StepGradients};
+use dylora::{eval, ffi};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    ROUTER_INPUTS, assert_close, max_difference, mean_loss, seed, tiny_lora, tiny_model,
+    ROUTER_INPUTS, SCOPES, add_of_one_domain, assert_close, max_difference, mean_loss, seed,
+    tiny_lora, tiny_model,
 };
 
 fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
@@ -20,7 +23,14 @@ fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
                 domains = [{ name = \"x\", train = [\"x\"] }]";
     let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
     let mut config = load::parse(text, &overrides)?;
-    config.router = RouterConfig { load_balancing_coef: 0.7, ..router.clone() };
+    config.router = RouterConfig {
+        load_balancing_coef: 0.7,
+        uniform_mse_coef: 3.0,
+        z_loss_coef: 0.05,
+        entropy_coef: -0.2,
+        ..router.clone()
+    };
+    config.lora.orthogonality = Some(Orthogonality::Ba(0.4));
     Ok(config)
 }
 
@@ -55,20 +65,41 @@ fn cut(dataset: &TokenDataset, sizes: &[usize], reversed: bool) -> Vec<Batch> {
 }
 
 fn gradients(model: &RoutedGpt2, config: &Config, batches: &[Batch]) -> Result<StepGradients> {
-    step::gradients(model, &model.trained(RoutingChoice::Router), config, batches, 1)
+    let trained = model.trained(RoutingChoice::Router, None);
+    step::gradients(model, &trained, config, batches, None, 1)
+}
+
+/// Every scope, input, level and rule.
+fn routers() -> Vec<RouterConfig> {
+    let mut routers = vec![];
+    for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
+        for level in [RoutingLevel::Token, RoutingLevel::Sequence] {
+            for top_k in [None, Some(2)] {
+                routers.push(RouterConfig {
+                    input,
+                    scope,
+                    level,
+                    top_k,
+                    ..RouterConfig::default()
+                });
+            }
+        }
+    }
+    routers
 }
 
 #[test]
 fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
     let _generator = seed(70);
-    for (input, top_k) in
-        ROUTER_INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))])
-    {
-        let router = RouterConfig { input, top_k, ..RouterConfig::default() };
+    for router in routers() {
         let config = config(&router, &[])?;
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let whole = gradients(&model, &config, &cut(&dataset(16), &[], false))?;
-        let balance = |of: &StepGradients| of.routing[0].load_balancing_loss();
+        let all = |of: &StepGradients| {
+            let orthogonality = of.orthogonality.as_ref().expect("it counts").view([1]);
+            let totals: Vec<_> = of.routing.iter().map(RoutingTotals::flat).collect();
+            Tensor::cat(&[Tensor::cat(&totals, 0), orthogonality], 0)
+        };
         for (seq_len, sizes, reversed) in [
             (16, vec![1, 2], false),
             (16, vec![1; 9], true),
@@ -76,10 +107,10 @@ fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
             (24, vec![1], false),
             (31, vec![], true),
         ] {
-            let what = format!("{input:?}, {top_k:?}, blocks of {seq_len}, {sizes:?}, {reversed}");
+            let what = format!("{router:?}, blocks of {seq_len}, {sizes:?}, {reversed}");
             let cut = gradients(&model, &config, &cut(&dataset(seq_len), &sizes, reversed))?;
             assert_close(&what, &cut.domain_sums, &whole.domain_sums, 1e-10);
-            assert_close(&what, &balance(&cut), &balance(&whole), 1e-12);
+            assert_close(&what, &all(&cut), &all(&whole), 1e-10);
             for (a, b) in cut.grads.iter().zip(&whole.grads) {
                 let scale = b.abs().max().double_value(&[]).max(1e-3);
                 assert_close(&what, a, b, 1e-9 * scale);
@@ -89,49 +120,79 @@ fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
     Ok(())
 }
 
-/// The balance loss counts: without it the router's gradient is another.
+/// The losses count: without one of them the router's gradient is another.
 #[test]
-fn the_load_balancing_loss_reaches_the_router() -> Result<()> {
+fn each_loss_of_the_routers_reaches_them() -> Result<()> {
     let _generator = seed(71);
-    for input in ROUTER_INPUTS {
-        let router = RouterConfig { input, ..RouterConfig::default() };
+    for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
+        let router = RouterConfig { input, scope, ..RouterConfig::default() };
         let with = config(&router, &[])?;
-        let mut without = with.clone();
-        without.router.load_balancing_coef = 0.0;
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let batches = cut(&dataset(16), &[1, 1], false);
-        let (with, without) =
-            (gradients(&model, &with, &batches)?, gradients(&model, &without, &batches)?);
-        let last = |of: &StepGradients| of.grads.last().map(Tensor::shallow_clone);
-        let (with, without) = (last(&with).expect("a bias"), last(&without).expect("a bias"));
-        assert!(max_difference(&with, &without) > 1e-4, "{input:?}");
+        let last = |config: &Config| -> Result<Tensor> {
+            Ok(gradients(&model, config, &batches)?.grads.pop().expect("a bias"))
+        };
+        let of_all = last(&with)?;
+        let without: [fn(&mut RouterConfig); 4] = [
+            |router| router.load_balancing_coef = 0.0,
+            |router| router.uniform_mse_coef = 0.0,
+            |router| router.z_loss_coef = 0.0,
+            |router| router.entropy_coef = 0.0,
+        ];
+        for (loss, without) in without.into_iter().enumerate() {
+            let mut config = with.clone();
+            without(&mut config.router);
+            let moved = max_difference(&of_all, &last(&config)?);
+            assert!(moved > 1e-5, "{input:?}, {scope:?}, loss {loss}: {moved:e}");
+        }
     }
     Ok(())
 }
 
-/// A layer's own input depends on the dropout masks of the layers below: the totals that are taken ahead
-/// are those of the masks that come.
+/// A layer's own input depends on the dropout masks of the layers below, and noise is drawn between the
+/// masks, or before them all: the totals that are taken ahead are those of the masks and the noise that come.
 #[test]
-fn totals_taken_ahead_see_the_dropout_masks_that_come() -> Result<()> {
+fn totals_taken_ahead_see_the_masks_and_the_noise_that_come() -> Result<()> {
     let _generator = seed(72);
-    let router = RouterConfig { input: RouterInput::LayerInput, ..RouterConfig::default() };
-    let config = config(&router, &["lora.dropout=0.4"])?;
-    let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
-    let batches = cut(&dataset(16), &[1, 1], false);
-    tch::manual_seed(7);
-    let ahead = gradients(&model, &config, &batches)?.routing;
-    tch::manual_seed(7);
-    let dropout = LoraDropout { probability: 0.4, masks: config.lora.dropout_masks };
-    let mode = ForwardMode { dropout, gradient_checkpointing: false };
-    let mut totals = vec![];
-    for batch in &batches {
-        let inputs = eval::inputs(batch, &RoutingSource::Router, Device::Cpu);
-        let (_, routing) = model.loss(&inputs, &RoutingSource::Router, mode, mean_loss(1));
-        add_totals(&mut totals, &routing, &inputs.labelled);
-    }
-    assert_eq!(ahead.len(), 2);
-    for (ahead, seen) in ahead.iter().zip(&totals) {
-        assert_eq!(max_difference(&ahead.probs, &seen.probs), 0.0);
+    let noises = [RouterNoise::None, RouterNoise::Gaussian(0.5), RouterNoise::Jitter(0.3)];
+    let all = ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope)));
+    for ((input, scope), noise) in all.flat_map(|case| noises.map(|noise| (case, noise))) {
+        let router = RouterConfig { input, scope, noise, ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let batches = cut(&dataset(16), &[1, 1], false);
+        for probability in [0.0, 0.4] {
+            for gradient_checkpointing in [false, true] {
+                let config = config(
+                    &router,
+                    &[
+                        &format!("lora.dropout={probability:?}"),
+                        &format!("train.gradient_checkpointing={gradient_checkpointing}"),
+                    ],
+                )?;
+                tch::manual_seed(7);
+                let ahead = gradients(&model, &config, &batches)?.routing;
+                let after = ffi::rng_state(Device::Cpu)?;
+                tch::manual_seed(7);
+                let dropout = LoraDropout { probability, masks: config.lora.dropout_masks };
+                let mode = ForwardMode { dropout, noise, ..ForwardMode::EVAL };
+                let mut totals = vec![];
+                for batch in &batches {
+                    let inputs = eval::inputs(batch, &RoutingSource::Router, Device::Cpu);
+                    let source = &RoutingSource::Router;
+                    let (_, routing) = model.loss(&inputs, source, mode, mean_loss(1));
+                    add_of_one_domain(&mut totals, &routing, &inputs.labelled);
+                }
+                let what = format!("{input:?}, {scope:?}, {noise:?}, dropout {probability}");
+                assert_eq!(ahead.len(), model.sites().len());
+                for (ahead, seen) in ahead.iter().zip(&totals) {
+                    assert_close(&what, &ahead.flat(), &seen.flat(), 0.0);
+                }
+                assert!(
+                    after.equal(&ffi::rng_state(Device::Cpu)?),
+                    "{what}: the generator is elsewhere"
+                );
+            }
+        }
     }
     Ok(())
 }

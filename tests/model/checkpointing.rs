@@ -3,16 +3,20 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{DropoutMasks, ExpertConfig, LoraConfig, LoraInit, RouterConfig, RouterInput};
+use dylora::config::{
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, RouterConfig, RouterInput, RouterNoise,
+    RouterScope,
+};
 use dylora::ffi;
 use dylora::model::expert::ExpertSpec;
 use dylora::model::lora::LoraDropout;
+use dylora::model::router::RouterSpec;
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, assert_same_gradients, gradients, max_difference, mean_loss, randomize, seed,
-    tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
+    ROUTER_INPUTS, SCOPES, assert_close, assert_same_gradients, gradients, max_difference,
+    mean_loss, randomize, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 /// What a forward and a backward pass from a fixed generator state leave behind.
@@ -22,17 +26,20 @@ struct Pass {
     generator: Tensor,
 }
 
-fn pass(model: &RoutedGpt2, dropout: LoraDropout, gradient_checkpointing: bool) -> Result<Pass> {
+fn pass(model: &RoutedGpt2, mode: ForwardMode) -> Result<Pass> {
     tch::manual_seed(20);
-    let mode = ForwardMode { dropout, gradient_checkpointing };
     let (loss, _) = model.loss(&two_rows(), &RoutingSource::Router, mode, mean_loss(12));
     let gradients = gradients(model, &loss.loss);
     Ok(Pass { loss: loss.loss.detach(), gradients, generator: ffi::rng_state(Device::Cpu)? })
 }
 
 fn checkpointing_changes_nothing(model: &RoutedGpt2, dropout: LoraDropout) -> Result<Pass> {
-    let plain = pass(model, dropout, false)?;
-    let checkpointed = pass(model, dropout, true)?;
+    checkpointing_keeps(model, ForwardMode { dropout, ..ForwardMode::EVAL })
+}
+
+fn checkpointing_keeps(model: &RoutedGpt2, mode: ForwardMode) -> Result<Pass> {
+    let plain = pass(model, mode)?;
+    let checkpointed = pass(model, ForwardMode { gradient_checkpointing: true, ..mode })?;
     assert_close("loss", &checkpointed.loss, &plain.loss, 0.0);
     assert_same_gradients(&checkpointed.gradients, &plain.gradients, 1e-12);
     assert!(checkpointed.generator.equal(&plain.generator), "the generator is elsewhere");
@@ -59,7 +66,7 @@ fn checkpointing_keeps_the_gradients_of_a_single_expert() -> Result<()> {
     Ok(())
 }
 
-/// With magnitudes, initial components, a frozen expert and a router for each layer.
+/// With magnitudes, initial components and a frozen expert, for every scope and input of the routers.
 #[test]
 fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
     let _generator = seed(26);
@@ -75,8 +82,8 @@ fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
         expert(LoraInit::Olora, false, true),
     ];
     let lora = LoraConfig { experts, ..tiny_lora() };
-    for input in [RouterInput::Embeddings, RouterInput::LayerInput, RouterInput::BaseHidden] {
-        let router = RouterConfig { input, ..RouterConfig::default() };
+    for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|input| (s, input))) {
+        let router = RouterConfig { input, scope, ..RouterConfig::default() };
         let model = tiny_model(&lora, &router, Kind::Double)?;
         for probability in [0.0, 0.3] {
             let masks = DropoutMasks::Shared;
@@ -97,7 +104,13 @@ fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()
     }
     for input in [RouterInput::Embeddings, RouterInput::BaseHidden] {
         let router = RouterConfig { input, ..RouterConfig::default() };
-        let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
+        let model = RoutedGpt2::with_experts(
+            &base,
+            &specs,
+            &RouterSpec::from(&router),
+            Device::Cpu,
+            Kind::Double,
+        );
         randomize(&model)?;
         checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
     }
@@ -113,11 +126,22 @@ fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
     for spec in &mut specs {
         spec.modules.retain(|path, _| path.layer == 1);
     }
-    let router = RouterConfig { input: RouterInput::LayerInput, ..RouterConfig::default() };
-    let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
+    let router = RouterConfig {
+        input: RouterInput::LayerInput,
+        scope: RouterScope::Layer,
+        ..RouterConfig::default()
+    };
+    let model = RoutedGpt2::with_experts(
+        &base,
+        &specs,
+        &RouterSpec::from(&router),
+        Device::Cpu,
+        Kind::Double,
+    );
     randomize(&model)?;
-    let plain = pass(&model, LoraDropout::NONE, false)?;
-    let checkpointed = pass(&model, LoraDropout::NONE, true)?;
+    let plain = pass(&model, ForwardMode::EVAL)?;
+    let checkpointed =
+        pass(&model, ForwardMode { gradient_checkpointing: true, ..ForwardMode::EVAL })?;
     for (name, gradient) in &plain.gradients {
         assert_close(name, &checkpointed.gradients[name], gradient, 1e-12);
         let is_zero = gradient.abs().max().double_value(&[]) == 0.0;
@@ -130,11 +154,35 @@ fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
 fn the_second_run_draws_the_dropout_masks_of_the_first() -> Result<()> {
     let _generator = seed(23);
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
-    let without = pass(&model, LoraDropout::NONE, false)?;
+    let without = pass(&model, ForwardMode::EVAL)?;
     for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
         let dropped =
             checkpointing_changes_nothing(&model, LoraDropout { probability: 0.3, masks })?;
         assert!(max_difference(&dropped.loss, &without.loss) > 1e-3, "{masks:?} drops nothing");
+    }
+    Ok(())
+}
+
+/// The routers are not run twice: their noise is drawn once, and the second run of a block draws the masks
+/// that the noise of the layers before left it.
+#[test]
+fn checkpointing_keeps_the_noise_of_routers_and_the_masks_beside_it() -> Result<()> {
+    let _generator = seed(29);
+    let noises = [RouterNoise::Gaussian(0.5), RouterNoise::Jitter(0.3)];
+    let masks = [DropoutMasks::Shared, DropoutMasks::PerExpert];
+    for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|input| (s, input))) {
+        let router = RouterConfig { input, scope, hidden_layers: 1, ..RouterConfig::default() };
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let quiet = pass(&model, ForwardMode::EVAL)?;
+        for (noise, masks) in noises.into_iter().zip(masks) {
+            for probability in [0.0, 0.3] {
+                let dropout = LoraDropout { probability, masks };
+                let mode = ForwardMode { dropout, noise, ..ForwardMode::EVAL };
+                let noisy = checkpointing_keeps(&model, mode)?;
+                let moved = max_difference(&noisy.loss, &quiet.loss);
+                assert!(moved > 1e-4, "{scope:?}, {input:?}, {noise:?}: the loss moves by {moved}");
+            }
+        }
     }
     Ok(())
 }

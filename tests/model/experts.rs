@@ -17,7 +17,7 @@ use crate::common::{
 };
 
 fn with_dropout(probability: f64, masks: DropoutMasks) -> ForwardMode {
-    ForwardMode { dropout: LoraDropout { probability, masks }, gradient_checkpointing: false }
+    ForwardMode { dropout: LoraDropout { probability, masks }, ..ForwardMode::EVAL }
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn switching_the_source_touches_neither_experts_nor_what_is_trained() -> Result<
     let lora = LoraConfig { experts: vec![frozen], ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
     let state = || {
-        let trained = model.trained(RoutingChoice::Router);
+        let trained = model.trained(RoutingChoice::Router, None);
         let leaves = trained.leaves.iter().map(Tensor::requires_grad).collect::<Vec<_>>();
         let names = trained.parameters.into_iter().map(|p| p.name).collect::<Vec<_>>();
         (leaves, names)
@@ -308,7 +308,7 @@ fn only_experts_and_router_are_trained() -> Result<()> {
     let _generator = seed(10);
     let lora = LoraConfig { target_modules: vec![TargetModule::AttnCProj], ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
-    let trained = model.trained(RoutingChoice::Router).parameters.into_iter();
+    let trained = model.trained(RoutingChoice::Router, None).parameters.into_iter();
     let names: Vec<_> = trained.map(|p| p.name).collect();
     let experts = ["expert_0", "expert_1", "expert_2"];
     let of = |layer: i64, key: &str| {

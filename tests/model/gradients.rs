@@ -147,7 +147,7 @@ fn after_a_step_every_trained_tensor_has_a_finite_gradient_that_is_not_zero() ->
             let source = &RoutingSource::Router;
             descend(&model, &gradients(&model, &loss(&model, source)));
             let grads = gradients(&model, &loss(&model, source));
-            assert_eq!(grads.len(), model.trained(RoutingChoice::Router).parameters.len());
+            assert_eq!(grads.len(), model.trained(RoutingChoice::Router, None).parameters.len());
             for (name, grad) in grads {
                 let size = largest(&grad);
                 assert!(size > 0.0 && size.is_finite(), "`{name}` by {input:?}: {size}");
@@ -163,7 +163,7 @@ fn a_source_trains_what_it_reaches() -> Result<()> {
     let _generator = seed(65);
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
     let names = |choice| -> Vec<String> {
-        model.trained(choice).parameters.into_iter().map(|p| p.name).collect()
+        model.trained(choice, None).parameters.into_iter().map(|p| p.name).collect()
     };
     let all = names(RoutingChoice::Router);
     assert_eq!(all.iter().filter(|name| name.starts_with("router.")).count(), 2);
@@ -172,7 +172,7 @@ fn a_source_trains_what_it_reaches() -> Result<()> {
     }
     let second = names(RoutingChoice::Expert(1));
     assert!(second.iter().all(|name| name.contains(".expert_1.")) && second.len() == 16);
-    let trained = model.trained(RoutingChoice::Expert(1));
+    let trained = model.trained(RoutingChoice::Expert(1), None);
     let loss = loss(&model, &RoutingSource::Expert(1));
     let leaf_grads = Tensor::run_backward(&[&loss], &trained.leaves, false, false);
     let own: f64 = trained

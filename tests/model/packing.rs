@@ -2,13 +2,13 @@
 
 use anyhow::Result;
 use dylora::config::RouterConfig;
-use dylora::model::router::{RoutingTotals, add_totals};
+use dylora::model::routing_totals::RoutingTotals;
 use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    ROUTER_INPUTS, assert_close, assert_same_gradients, gradients, logits, max_difference,
-    mean_loss, rows, seed, tiny_lora, tiny_model,
+    ROUTER_INPUTS, add_of_one_domain, assert_close, assert_same_gradients, gradients, logits,
+    losses_of, max_difference, mean_loss, rows, seed, tiny_lora, tiny_model,
 };
 
 const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
@@ -27,6 +27,7 @@ fn packed() -> Inputs {
         position_ids: &[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1, 0],
         document_ids: &[0, 0, 0, 0, 1, 1, 1, -1, 0, 0, 0, 0, 0, 1, 1, -1],
         expert_ids: None,
+        prompt: None,
     };
     Inputs::new(rows, Device::Cpu)
 }
@@ -71,6 +72,7 @@ fn padded(before: usize, behind: usize) -> Inputs {
         position_ids: &pad(0, (0..document.len() as i64).collect()),
         document_ids: &pad(-1, vec![0; document.len()]),
         expert_ids: None,
+        prompt: None,
     };
     Inputs::new(rows, Device::Cpu)
 }
@@ -88,8 +90,8 @@ fn padding_before_and_behind_a_document_changes_nothing() -> Result<()> {
             let source = &RoutingSource::Router;
             let (loss, routing) = model.loss(inputs, source, ForwardMode::EVAL, mean_loss(3));
             let mut totals = vec![];
-            add_totals(&mut totals, &routing, &inputs.labelled);
-            let balance: Tensor = totals.iter().map(RoutingTotals::load_balancing_loss).sum();
+            add_of_one_domain(&mut totals, &routing, &inputs.labelled);
+            let balance = Tensor::from(losses_of(&totals).load_balancing_loss);
             let loads: Vec<_> = totals.iter().map(RoutingTotals::expert_load).collect();
             let statistics = Tensor::cat(&[balance.view([1]), Tensor::cat(&loads, 0)], 0);
             (loss.token_losses, gradients(&model, &loss.loss), statistics)

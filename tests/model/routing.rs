@@ -1,17 +1,32 @@
-//! The router's weights, and the statistics and losses over them.
+//! A router's weights, and the statistics over them.
 
-use dylora::model::router::{Router, Routing, RoutingTotals};
+use dylora::config::RouterNoise;
+use dylora::model::router::{Router, Routing, RoutingRule};
+use dylora::model::routing_totals::{Labelled, RoutingTotals};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{DOUBLE, assert_close, max_difference, seed};
+use crate::common::{DOUBLE, assert_close, losses_of, max_difference, seed};
 
-fn random_router(top_k: Option<i64>) -> Router {
+fn random_router() -> Router {
     Router {
+        hidden: vec![],
         weight: Tensor::randn([3, 16], DOUBLE).set_requires_grad(true),
         bias: Tensor::randn([3], DOUBLE).set_requires_grad(true),
-        temperature: 1.3,
-        top_k,
+        selection_bias: None,
     }
+}
+
+fn rule(top_k: Option<i64>) -> RoutingRule {
+    RoutingRule { temperature: 1.3, top_k, noise: RouterNoise::None }
+}
+
+fn forward(router: &Router, x: &Tensor, top_k: Option<i64>) -> Routing {
+    router.forward(x, &rule(top_k), None)
+}
+
+fn totals_of(routing: &Routing, rows: &Tensor) -> RoutingTotals {
+    let groups = rows.zeros_like();
+    RoutingTotals::new(routing, Labelled { rows, groups: &groups, num_groups: 1 })
 }
 
 fn indices(rows: &[i64]) -> Tensor {
@@ -39,8 +54,9 @@ fn totals(probs: &[[f64; 3]], selected: Option<&[i64]>) -> RoutingTotals {
     let n = probs.len() as i64;
     let probs = Tensor::from_slice(probs.as_flattened()).view([1, n, 3]);
     let selected = selected.map(|selected| Tensor::from_slice(selected).view([1, n, -1]));
-    let routing = Routing { weights: probs.shallow_clone(), probs, selected };
-    RoutingTotals::new(&routing, &Tensor::arange(n, (Kind::Int64, Device::Cpu)))
+    let weights = probs.shallow_clone();
+    let routing = Routing { logits: probs.log(), weights, probs, selected, present: None };
+    totals_of(&routing, &Tensor::arange(n, (Kind::Int64, Device::Cpu)))
 }
 
 #[test]
@@ -48,7 +64,7 @@ fn routing_weights_sum_to_one_and_top_k_keeps_the_k_best() {
     let _generator = seed(50);
     let x = Tensor::randn([2, 7, 16], DOUBLE);
     for top_k in [None, Some(1), Some(2), Some(3)] {
-        let Routing { probs, weights, selected } = random_router(top_k).forward(&x);
+        let Routing { probs, weights, selected, .. } = forward(&random_router(), &x, top_k);
         let sums = weights.sum_dim_intlist(-1, false, Kind::Double);
         assert_close("sum", &sums, &sums.ones_like(), 1e-14);
         let k = top_k.unwrap_or(3);
@@ -66,8 +82,8 @@ fn routing_weights_sum_to_one_and_top_k_keeps_the_k_best() {
 fn a_temperature_divides_the_scores() {
     let _generator = seed(51);
     let x = Tensor::randn([2, 7, 16], DOUBLE);
-    let warm = random_router(None);
-    let probs = warm.forward(&x).probs;
+    let warm = random_router();
+    let probs = forward(&warm, &x, None).probs;
     let scores = (x.matmul(&warm.weight.tr()) + &warm.bias) / 1.3;
     assert_close("probs", &probs, &scores.softmax(-1, Kind::Double), 1e-14);
 }
@@ -76,7 +92,7 @@ fn a_temperature_divides_the_scores() {
 fn load_balancing_loss_is_one_when_even() {
     let third = 1.0 / 3.0;
     let even = [[third; 3], [third; 3], [third; 3]];
-    let loss = |totals: RoutingTotals| totals.load_balancing_loss().double_value(&[]);
+    let loss = |totals: RoutingTotals| losses_of(&[totals]).load_balancing_loss;
     assert!((loss(totals(&even, None)) - 1.0).abs() < 1e-15);
     assert!((loss(totals(&even, Some(&[0, 1, 2]))) - 1.0).abs() < 1e-15);
     assert!((loss(totals(&even, Some(&[0, 1, 1, 2, 2, 0]))) - 1.0).abs() < 1e-15);
@@ -89,7 +105,7 @@ fn load_balancing_loss_is_one_when_even() {
 #[test]
 fn load_balancing_loss_has_its_closed_forms() {
     let probs = [[0.5, 0.3, 0.2], [0.7, 0.1, 0.2]];
-    let loss = |totals: RoutingTotals| totals.load_balancing_loss().double_value(&[]);
+    let loss = |totals: RoutingTotals| losses_of(&[totals]).load_balancing_loss;
     let dense = 3.0 * (0.6 * 0.6 + 0.2 * 0.2 + 0.2 * 0.2);
     assert!((loss(totals(&probs, None)) - dense).abs() < 1e-15);
     let top_1 = 3.0 * 0.6;
@@ -106,25 +122,26 @@ fn balance_gradients_of_uneven_batches_are_those_of_the_formula_over_all() {
     let _generator = seed(52);
     let (x, rows) = (Tensor::randn([3, 7, 16], DOUBLE), [0, 1, 2, 5, 9, 15, 16, 20]);
     for top_k in [None, Some(1), Some(2)] {
-        let router = random_router(top_k);
+        let router = random_router();
         let leaves = [&router.weight, &router.bias];
         let grads = |loss: &Tensor| Tensor::run_backward(&[loss], &leaves, false, false);
 
-        let loss = balance_loss(&router.forward(&x), &indices(&rows));
+        let loss = balance_loss(&forward(&router, &x, top_k), &indices(&rows));
         let value = loss.double_value(&[]);
         let expected = grads(&loss);
 
         let batches =
             [(x.narrow(0, 0, 1), vec![0, 1, 2, 5]), (x.narrow(0, 1, 2), vec![2, 8, 9, 13])];
         let batch_totals =
-            |(x, rows): &(Tensor, Vec<i64>)| RoutingTotals::new(&router.forward(x), &indices(rows));
+            |(x, rows): &(Tensor, Vec<i64>)| totals_of(&forward(&router, x, top_k), &indices(rows));
         let mut totals = batch_totals(&batches[0]);
         totals.add(&batch_totals(&batches[1]));
-        assert!((totals.load_balancing_loss().double_value(&[]) - value).abs() < 1e-14);
-
         let factors = totals.balance_gradient();
+        assert!((losses_of(&[totals]).load_balancing_loss - value).abs() < 1e-14);
+
         let surrogate = |(x, rows): &(Tensor, Vec<i64>)| {
-            let probs_ne = router.forward(x).probs.view([-1, 3]).index_select(0, &indices(rows));
+            let probs_ne =
+                forward(&router, x, top_k).probs.view([-1, 3]).index_select(0, &indices(rows));
             grads(&(probs_ne * &factors).sum(Kind::Double))
         };
         let (first, second) = (surrogate(&batches[0]), surrogate(&batches[1]));
@@ -141,8 +158,8 @@ fn expert_load_is_the_share_of_assignments() {
     let x = Tensor::randn([2, 7, 16], DOUBLE);
     let rows = indices(&[0, 3, 4, 8, 13]);
     for top_k in [None, Some(1), Some(2)] {
-        let routing = random_router(top_k).forward(&x);
-        let load = RoutingTotals::new(&routing, &rows).expert_load();
+        let routing = forward(&random_router(), &x, top_k);
+        let load = totals_of(&routing, &rows).expert_load();
         assert!((load.sum(Kind::Double).double_value(&[]) - 1.0).abs() < 1e-14);
     }
     let probs = [[0.5, 0.3, 0.2], [0.7, 0.1, 0.2]];
@@ -160,24 +177,21 @@ fn routing_statistics_ignore_unlabelled_positions() {
         changed.get(row / 4).get(row % 4).copy_(&Tensor::randn([16], DOUBLE));
     }
     for top_k in [None, Some(2)] {
-        let router = random_router(top_k);
-        let a = RoutingTotals::new(&router.forward(&x), &labelled);
-        let b = RoutingTotals::new(&router.forward(&changed), &labelled);
+        let router = random_router();
+        let route = |x: &Tensor| forward(&router, x, top_k);
+        let (a, b) = (totals_of(&route(&x), &labelled), totals_of(&route(&changed), &labelled));
         assert_eq!(a.num_tokens, 4);
-        let sums = |totals: &RoutingTotals| {
-            let entropy = totals.entropy.view([1]);
-            Tensor::cat(&[&totals.probs, &totals.weights, &totals.assignments, &entropy], 0)
-        };
-        assert_eq!(max_difference(&sums(&a), &sums(&b)), 0.0);
-        assert!(max_difference(&router.forward(&x).probs, &router.forward(&changed).probs) > 0.01);
+        assert_eq!(max_difference(&a.flat(), &b.flat()), 0.0);
+        assert!(max_difference(&route(&x).probs, &route(&changed).probs) > 0.01);
     }
 }
 
 #[test]
 fn routing_entropy_is_between_zero_and_ln_e() {
     let third = 1.0 / 3.0;
-    assert!((totals(&[[third; 3]], None).routing_entropy() - 3f64.ln()).abs() < 1e-15);
-    assert_eq!(totals(&[[1.0, 0.0, 0.0]], None).routing_entropy(), 0.0);
-    let both = totals(&[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], None).routing_entropy();
+    let entropy = |probs: &[[f64; 3]]| losses_of(&[totals(probs, None)]).routing_entropy;
+    assert!((entropy(&[[third; 3]]) - 3f64.ln()).abs() < 1e-15);
+    assert_eq!(entropy(&[[1.0, 0.0, 0.0]]), 0.0);
+    let both = entropy(&[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]);
     assert!((both - 2f64.ln() / 2.0).abs() < 1e-15);
 }

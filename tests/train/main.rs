@@ -284,7 +284,7 @@ fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
     let last = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&last, &config, &base, Device::Cpu)?;
     assert_eq!(model.base().hash()?, hash);
-    let settings = EvalSettings { batch_size: 4, loss_chunk_tokens: 64 };
+    let settings = EvalSettings { batch_size: 4, loss_chunk_tokens: 64, ..EvalSettings::default() };
     let after = evaluate(&model, &validation, &RoutingSource::Router, settings, &|_, _| ())?;
     for (before, after) in before.domains.iter().zip(&after.domains) {
         assert!(
@@ -441,7 +441,7 @@ fn an_export_holds_each_expert_and_the_router() -> Result<()> {
         assert!(tensors[name].equal(own));
     }
     let router = read_tensors(&out.join("router.safetensors"))?;
-    assert!(router["weight"].equal(&trained["router.weight"]));
+    assert!(router["router.weight"].equal(&trained["router.weight"]));
     let error = peft::export(&out, &model, &provenance, Layout::Dylora, false).unwrap_err();
     assert!(format!("{error:#}").contains("is there already"), "{error:#}");
     Ok(())

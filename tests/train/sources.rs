@@ -176,6 +176,7 @@ fn every_kind_of_expert_resumes_to_the_bit() -> Result<()> {
         experts.as_str(),
         "lora.num_experts=4",
         "router.input=layer_input",
+        "router.scope=layer",
         "train.checkpoint_every_steps=5",
         "train.keep_last=9",
     ];
@@ -195,7 +196,7 @@ fn every_kind_of_expert_resumes_to_the_bit() -> Result<()> {
 
 fn losses(config: &Config, model: &RoutedGpt2, routing: RoutingChoice) -> Result<Vec<f64>> {
     let validation = data(config, &open_base(config)?)?.validation;
-    let settings = EvalSettings { batch_size: 4, loss_chunk_tokens: 64 };
+    let settings = EvalSettings { batch_size: 4, loss_chunk_tokens: 64, ..EvalSettings::default() };
     let report = evaluate(model, &validation, &RoutingSource::from(routing), settings, &|_, _| ())?;
     Ok(report.domains.iter().map(|domain| domain.loss).collect())
 }
