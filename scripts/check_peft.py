@@ -49,6 +49,7 @@ RUNS = {
     "single": "num_experts = 1",
     "top_k": """num_experts = 3
 [router]
+window_steps = 4
 temperature = 0.7
 top_k = 2
 load_balancing_coef = 0.05""",

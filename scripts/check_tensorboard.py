@@ -21,6 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 def scalars_of(line):
     """The tags and values that a line of metrics.jsonl has in TensorBoard (src/train/metrics.rs)."""
     kind = line["kind"]
+    if kind == "window":
+        yield from window_scalars(line)
+        return
     router = {"train": "router", "validation": "validation/router"}[kind]
     yield f"{kind}/loss", line["loss"]
     for domain, loss in line["domain_losses"].items():
@@ -33,12 +36,38 @@ def scalars_of(line):
             yield f"train/learning_rate/{group}", learning_rate
     else:
         yield "validation/token_loss", line["token_loss"]
-    if "load_balancing_loss" in line:
-        yield f"{router}/load_balancing_loss", line["load_balancing_loss"]
-    if "routing_entropy" in line:
-        yield f"{router}/entropy", line["routing_entropy"]
+    if "orthogonality" in line:
+        yield "train/orthogonality", line["orthogonality"]
+    names = {
+        "load_balancing_loss": "load_balancing_loss",
+        "uniform_mse": "uniform_mse",
+        "router_z_loss": "z_loss",
+        "routing_entropy": "entropy",
+        "temperature": "temperature",
+        "mature_experts": "mature_experts",
+        "mutual_information": "mutual_information",
+    }
+    for key, name in names.items():
+        if key in line:
+            yield f"{router}/{name}", line[key]
     for expert, load in enumerate(line.get("expert_load", [])):
         yield f"{router}/load/expert_{expert}", load
+
+
+def window_scalars(line):
+    for domain, share in line["mix"].items():
+        yield f"data/mix/{domain}", share["realised"]
+    routing = line.get("routing")
+    if routing is None:
+        return
+    yield "router/window/dead_share", routing["dead_share"]
+    yield "router/window/mutual_information", routing["mutual_information"]
+    for site in routing["sites"]:
+        name = "router/window/" + site["site"].replace(" ", "_")
+        yield f"{name}/largest_share", max(site["mean_routing_weights"])
+        yield f"{name}/entropy", site["routing_entropy"]
+        yield f"{name}/dead_share", len(site["dead_experts"]) / len(site["experts"])
+        yield f"{name}/mutual_information", site["mutual_information"]
 
 
 def read_metrics(path):
