@@ -146,7 +146,10 @@ pub fn gradients(
     let mut expert_losses = None;
     let orthogonality = config.lora.orthogonality.and_then(|of| {
         let loss = model.orthogonality(of)?;
-        grads.add(&(&loss * of.coef()), trained);
+        // experts that are all frozen have it, but no gradient
+        if loss.requires_grad() {
+            grads.add(&(&loss * of.coef()), trained);
+        }
         Some(loss.detach())
     });
     for micro_batch in &micro_batches {

@@ -18,7 +18,8 @@ use crate::common::{
     tiny_lora, tiny_model,
 };
 
-fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
+/// A config with every loss that there is.
+pub(super) fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
     let text = "base = { source = { path = \"x\" } }\n[data]\nseq_len = 16\n\
                 domains = [{ name = \"x\", train = [\"x\"] }]";
     let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
@@ -35,7 +36,7 @@ fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
 }
 
 /// Nine documents of 2 to 10 tokens in blocks of `seq_len`.
-fn dataset(seq_len: usize) -> TokenDataset {
+pub(super) fn dataset(seq_len: usize) -> TokenDataset {
     let document = |n: u32| MemoryDocument {
         tokens: (0..2 + n).map(|i| (n * 7 + i * (n + 3)) % 61).collect(),
         prompt_len: n / 3,
@@ -47,7 +48,7 @@ fn dataset(seq_len: usize) -> TokenDataset {
 }
 
 /// The blocks of `dataset` in micro-batches of these sizes, the rest in a last one.
-fn cut(dataset: &TokenDataset, sizes: &[usize], reversed: bool) -> Vec<Batch> {
+pub(super) fn cut(dataset: &TokenDataset, sizes: &[usize], reversed: bool) -> Vec<Batch> {
     let mut blocks = dataset.eval_order();
     if reversed {
         blocks.reverse();
@@ -64,13 +65,17 @@ fn cut(dataset: &TokenDataset, sizes: &[usize], reversed: bool) -> Vec<Batch> {
     batches
 }
 
-fn gradients(model: &RoutedGpt2, config: &Config, batches: &[Batch]) -> Result<StepGradients> {
+pub(super) fn gradients(
+    model: &RoutedGpt2,
+    config: &Config,
+    batches: &[Batch],
+) -> Result<StepGradients> {
     let trained = model.trained(RoutingChoice::Router, None);
     step::gradients(model, &trained, config, batches, None, 1)
 }
 
 /// Every scope, input, level and rule.
-fn routers() -> Vec<RouterConfig> {
+pub(super) fn routers() -> Vec<RouterConfig> {
     let mut routers = vec![];
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
         for level in [RoutingLevel::Token, RoutingLevel::Sequence] {

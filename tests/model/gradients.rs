@@ -32,8 +32,9 @@ fn slope(x: &Tensor, f: impl Fn() -> f64) -> (f64, Tensor) {
     (slope, direction)
 }
 
+/// Checks a gradient against finite differences of `f` along three random directions.
 #[track_caller]
-fn assert_slope(name: &str, grad: &Tensor, x: &Tensor, f: impl Fn() -> f64) {
+pub(super) fn assert_slope(name: &str, grad: &Tensor, x: &Tensor, f: impl Fn() -> f64) {
     for _ in 0..3 {
         let (slope, direction) = slope(x, &f);
         let expected = (grad * direction).sum(Kind::Double).double_value(&[]);

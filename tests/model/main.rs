@@ -9,5 +9,6 @@ mod experts;
 mod gradients;
 mod grouped;
 mod loss;
+mod orthogonality;
 mod packing;
 mod routing;
