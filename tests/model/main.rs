@@ -9,6 +9,7 @@ mod experts;
 mod gradients;
 mod grouped;
 mod loss;
+mod losses;
 mod orthogonality;
 mod packing;
 mod routing;
