@@ -13,3 +13,4 @@ mod losses;
 mod orthogonality;
 mod packing;
 mod routing;
+mod scopes;
