@@ -11,6 +11,8 @@ mod grouped;
 mod loss;
 mod losses;
 mod orthogonality;
+mod own_experts;
 mod packing;
 mod routing;
 mod scopes;
+mod sequence;

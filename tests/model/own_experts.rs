@@ -1,0 +1,223 @@
+//! Layers with experts of their own (MoLA, arXiv:2402.08562).
+
+use anyhow::Result;
+use dylora::config::{
+    Config, LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingLevel, TargetModule, load,
+};
+use dylora::eval::routing::{RouterLosses, SiteExperts};
+use dylora::model::expert::ExpertSpec;
+use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::router::RouterSpec;
+use dylora::model::routing_totals::{Labelled, add_totals};
+use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use tch::{Device, Kind, Tensor};
+
+use super::gradients::assert_slope;
+use crate::common::{
+    ROUTER_INPUTS, SCOPES, assert_close, gradients, logits, max_difference, mean_loss, on_the_host,
+    randomize, seed, tiny_base, tiny_config, tiny_lora, two_rows,
+};
+
+/// Experts of the first, the second and the third layer.
+const PER_LAYER: [i64; 3] = [1, 2, 3];
+
+/// A model of three layers, each of which routes over its own experts.
+fn model_of(lora: &LoraConfig, router: &RouterConfig) -> Result<RoutedGpt2> {
+    let base = tiny_base(Gpt2Config { n_layer: 3, ..tiny_config() });
+    let specs = ExpertSpec::all(lora, &base.config)?;
+    let spec = RouterSpec { own_experts: true, ..RouterSpec::from(router) };
+    let model = RoutedGpt2::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
+    randomize(&model)?;
+    Ok(model)
+}
+
+/// The same numbers under a router that is over all experts in every layer.
+fn over_all(model: &RoutedGpt2) -> Result<RoutedGpt2> {
+    let spec = RouterSpec { own_experts: false, ..model.router_spec().clone() };
+    let (base, specs, tensors) = (model.base(), model.specs(), model.tensors());
+    RoutedGpt2::from_tensors(base, specs, &spec, &tensors, Device::Cpu, Kind::Double)
+}
+
+fn lora() -> LoraConfig {
+    LoraConfig { experts_per_layer: Some(PER_LAYER.to_vec()), ..tiny_lora() }
+}
+
+/// Every scope, input, level and rule of routers.
+fn routers() -> Vec<RouterConfig> {
+    let mut routers = vec![];
+    for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|i| (s, i))) {
+        for level in [RoutingLevel::Token, RoutingLevel::Sequence] {
+            for top_k in [None, Some(1), Some(2)] {
+                let temperature = 0.7;
+                let default = RouterConfig::default();
+                routers.push(RouterConfig { scope, input, level, top_k, temperature, ..default });
+            }
+        }
+    }
+    routers
+}
+
+#[test]
+fn a_layer_has_the_modules_of_its_own_experts_alone() -> Result<()> {
+    let _generator = seed(240);
+    let model = model_of(&lora(), &RouterConfig::default())?;
+    for (path, experts) in model.modules() {
+        let own: Vec<usize> = (0..3).filter(|&e| experts.scaling(e).is_some()).collect();
+        assert_eq!(own, (0..PER_LAYER[path.layer] as usize).collect::<Vec<_>>(), "{path}");
+    }
+    let of = |expert: usize, spec: &ExpertSpec| {
+        let layers = (0..3).filter(|&layer| (expert as i64) < PER_LAYER[layer]).count();
+        assert_eq!(spec.modules.len(), layers * TargetModule::ALL.len());
+    };
+    model.specs().iter().enumerate().for_each(|(expert, spec)| of(expert, spec));
+    Ok(())
+}
+
+#[test]
+fn a_config_with_experts_per_layer_routes_over_a_layers_own() -> Result<()> {
+    let text = "base = { source = { path = \"x\" } }\n[data]\nseq_len = 16\n\
+                domains = [{ name = \"x\", train = [\"x\"] }]";
+    let config = |set: &[String]| -> Result<Config> { load::parse(text, set) };
+    assert!(!RouterSpec::of_config(&config(&[])?).own_experts);
+    let set = ["lora.experts_per_layer=[1, 4]".to_owned()];
+    assert!(RouterSpec::of_config(&config(&set)?).own_experts);
+    Ok(())
+}
+
+/// The weights of the experts that a layer has, `[b, t, m]` of its scores: a softmax over them alone, or the
+/// k best of it divided by their sum, found by sorting.
+fn literal(scores: &Tensor, top_k: Option<i64>) -> Tensor {
+    let exp = (scores / 0.7).exp();
+    let probs = &exp / exp.sum_dim_intlist(-1, true, Kind::Double);
+    let m = *scores.size().last().expect("scores are [b, t, m]");
+    let Some(k) = top_k.filter(|&k| k < m) else { return probs };
+    let (sorted, _) = probs.sort(-1, true);
+    let least = sorted.narrow(-1, k - 1, 1);
+    let kept = &probs * probs.ge_tensor(&least).to_kind(Kind::Double);
+    &kept / kept.sum_dim_intlist(-1, true, Kind::Double)
+}
+
+#[test]
+fn a_layers_weights_are_the_softmax_over_its_own_experts() -> Result<()> {
+    let _generator = seed(241);
+    for router in routers() {
+        let model = model_of(&lora(), &router)?;
+        let all = over_all(&model)?;
+        let source = &RoutingSource::Router;
+        let output = model.forward(&two_rows(), source, ForwardMode::EVAL, None);
+        let sites = model.sites();
+        assert!(sites.iter().all(|site| site.layer.is_some()), "each layer routes for itself");
+        assert_eq!(output.routing.len(), sites.len());
+        for (site, routing) in sites.into_iter().zip(&output.routing) {
+            let what = format!("{site}, {router:?}");
+            let m = PER_LAYER[site.layer.expect("it has one")];
+            assert_eq!(model.experts_at(site), (0..m as usize).collect::<Vec<_>>());
+            assert_eq!(routing.logits.size(), [2, 7, m]);
+            assert_close(&what, &routing.probs, &literal(&routing.logits, None), 1e-14);
+            let own = routing.weights.narrow(-1, 0, m);
+            assert_close(&what, &own, &literal(&routing.logits, router.top_k), 1e-14);
+            let absent = routing.weights.narrow(-1, m, 3 - m);
+            assert_eq!(absent.count_nonzero(None::<i64>).int64_value(&[]), 0);
+            if m == 1 {
+                assert_eq!(max_difference(&own, &own.ones_like()), 0.0, "one expert has weight 1");
+            }
+        }
+        // the scores are those of the whole router, and without experts of its own a layer shares its weight
+        // with those that it lacks
+        let whole = all.routing(&two_rows(), ForwardMode::EVAL);
+        let first = (&output.routing[0], &whole[0]);
+        assert_close("scores", &first.0.logits, &first.1.logits.narrow(-1, 0, 1), 1e-13);
+        let [own, shared] = [&model, &all].map(|model| logits(model, &two_rows(), source));
+        assert!(max_difference(&own, &shared) > 1e-3, "{router:?}");
+    }
+    Ok(())
+}
+
+/// With every expert in every layer there is nothing to leave out.
+#[test]
+fn experts_that_every_layer_has_are_routed_as_ever() -> Result<()> {
+    let _generator = seed(242);
+    for router in routers() {
+        let lora = LoraConfig { experts_per_layer: Some(vec![3; 3]), ..tiny_lora() };
+        let own = model_of(&lora, &router)?;
+        let all = over_all(&own)?;
+        let [own, all] = [own, all].map(|m| logits(&m, &two_rows(), &RoutingSource::Router));
+        assert_eq!(max_difference(&own, &all), 0.0, "{router:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn routers_over_own_experts_have_the_slopes_of_finite_differences() -> Result<()> {
+    let _generator = seed(243);
+    for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|i| (s, i))) {
+        let router = RouterConfig { scope, input, top_k: Some(2), ..RouterConfig::default() };
+        let model = model_of(&lora(), &router)?;
+        let loss = || {
+            let source = &RoutingSource::Router;
+            model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss
+        };
+        let grads = gradients(&model, &loss());
+        let routers = model.router_tensors().into_iter();
+        for (name, tensor) in routers.filter(|(name, _)| name.ends_with("weight")) {
+            let what = format!("{name}, {scope:?}, {input:?}");
+            assert_slope(&what, &grads[&name], &tensor, || loss().double_value(&[]));
+        }
+    }
+    Ok(())
+}
+
+/// A router that scores experts which its layer lacks leaves their columns without a gradient.
+#[test]
+fn the_columns_of_absent_experts_have_no_gradient() -> Result<()> {
+    let _generator = seed(244);
+    let router = RouterConfig {
+        scope: RouterScope::Layer,
+        input: RouterInput::LayerInput,
+        ..RouterConfig::default()
+    };
+    let model = model_of(&lora(), &router)?;
+    let source = &RoutingSource::Router;
+    let loss = model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss;
+    let grads = gradients(&model, &loss);
+    for (layer, m) in PER_LAYER.into_iter().enumerate() {
+        let grad = &grads[&format!("h.{layer}.router.weight")];
+        let used = grad.narrow(0, 0, m).abs().max().double_value(&[]);
+        // one expert has weight 1 whatever its score
+        assert_eq!(used > 0.0, m > 1, "layer {layer}: {used:e}");
+        let absent = grad.narrow(0, m, 3 - m).count_nonzero(None::<i64>).int64_value(&[]);
+        assert_eq!(absent, 0, "layer {layer}");
+    }
+    Ok(())
+}
+
+#[test]
+fn totals_and_losses_are_over_a_layers_own_experts() -> Result<()> {
+    let _generator = seed(245);
+    for top_k in [None, Some(2)] {
+        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let model = model_of(&lora(), &router)?;
+        let inputs = two_rows();
+        let routing = model.routing(&inputs, ForwardMode::EVAL);
+        let rows = &inputs.labelled;
+        let (groups, mut totals) = (rows.zeros_like(), vec![]);
+        let labelled = Labelled { rows, groups: &groups, num_groups: 1 };
+        add_totals(&mut totals, &routing, labelled);
+        for (layer, (m, totals)) in PER_LAYER.into_iter().zip(&totals).enumerate() {
+            assert_eq!(totals.num_experts(), m);
+            let load = totals.expert_load();
+            assert!((load.sum(Kind::Double).double_value(&[]) - 1.0).abs() < 1e-14);
+            let weights = totals.weights.sum(Kind::Double).double_value(&[]);
+            assert!((weights - totals.num_tokens as f64).abs() < 1e-12, "layer {layer}");
+        }
+        let experts: Vec<Vec<usize>> =
+            SiteExperts::of(&model).into_iter().map(|site| site.experts).collect();
+        assert_eq!(experts, [vec![0], vec![0, 1], vec![0, 1, 2]]);
+        // of a single expert every loss is at its floor
+        let of_one = on_the_host(&totals[..1]);
+        let losses = RouterLosses::new(&of_one).expect("a site");
+        assert_eq!((losses.load_balancing_loss, losses.uniform_mse), (1.0, 0.0));
+        assert_eq!(losses.routing_entropy, 0.0);
+    }
+    Ok(())
+}
