@@ -139,6 +139,11 @@ impl RoutingTotals {
         self.probs.size()[0]
     }
 
+    /// Whether every expert was chosen for every token.
+    pub fn is_dense(&self) -> bool {
+        self.dense
+    }
+
     /// Share of assignments per expert `f`, `[m]`.
     pub fn expert_load(&self) -> Tensor {
         let sums = self.assignments.sum_dim_intlist(0, false, Kind::Double);

@@ -142,7 +142,8 @@ pub fn balance_biases(model: &RoutedGpt2, totals: &[RoutingTotals], rate: f64) {
         let Some(bias) = &router.selection_bias else { continue };
         let mut surplus = Tensor::zeros(bias.size(), (Kind::Double, bias.device()));
         for (site, totals) in model.sites().into_iter().zip(totals) {
-            if site.router != index {
+            // where all experts are chosen, as before they are mature, none has more than its share
+            if site.router != index || totals.is_dense() {
                 continue;
             }
             let experts: Vec<i64> = model.experts_at(site).iter().map(|e| *e as i64).collect();

@@ -15,4 +15,5 @@ mod own_experts;
 mod packing;
 mod routing;
 mod scopes;
+mod selection_bias;
 mod sequence;
