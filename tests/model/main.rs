@@ -13,6 +13,7 @@ mod losses;
 mod orthogonality;
 mod own_experts;
 mod packing;
+mod report;
 mod routing;
 mod scopes;
 mod selection_bias;
