@@ -139,6 +139,31 @@ fn an_export_of_a_subset_of_layers_names_them() -> Result<()> {
 }
 
 #[test]
+fn an_export_keeps_layers_that_route_over_experts_of_their_own() -> Result<()> {
+    let _generator = seed(166);
+    let base = crate::common::tiny_base(tiny_config());
+    for router in ROUTERS {
+        let lora = lora("num_experts = 3\nrank = 4\nexperts_per_layer = [1, 3]");
+        let specs = ExpertSpec::all(&lora, &base.config)?;
+        let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&toml::from_str(router)?) };
+        let model = RoutedGpt2::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Float);
+        crate::common::randomize(&model)?;
+        let read = written_and_read(&model, Kind::Float)?;
+        assert_eq!((read.specs(), read.router_spec()), (&specs[..], &spec));
+        let experts = |model: &RoutedGpt2| -> Vec<Vec<usize>> {
+            model.sites().into_iter().map(|site| model.experts_at(site)).collect()
+        };
+        assert_eq!(experts(&read), experts(&model));
+        assert!(experts(&read).contains(&vec![0]), "{router}");
+        for source in sources(&model) {
+            let [before, after] = [&model, &read].map(|model| logits(model, &two_rows(), &source));
+            assert!(before.equal(&after), "{source:?}, {router}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn an_export_whose_router_is_spoiled_is_refused() -> Result<()> {
     let _generator = seed(164);
     let model = tiny_model(&lora(PLAIN), &RouterConfig::default(), Kind::Float)?;

@@ -22,7 +22,9 @@ use dylora::train::checkpoint::{self, Preferred};
 use dylora::train::{Ending, Event, Summary, Trainer, load_model};
 use tch::{Device, Tensor};
 
+mod routing;
 mod sources;
+mod windows;
 
 /// libtorch has one CPU generator: runs that draw from it must not overlap. They compute in one thread:
 /// their tensors are tiny, and a team of threads waits for itself longer than it computes.
