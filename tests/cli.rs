@@ -217,3 +217,124 @@ fn unsafe_code_lives_in_ffi_alone() {
         }
     }
 }
+
+#[test]
+fn faults_of_the_router_are_told_by_their_paths() {
+    let router = |text: &str| error(&format!("{MINIMAL}\n[router]\n{text}\n"), &[]);
+    let numbers = "temperature = 0.0\ntemperature_schedule = { start = -1.0, steps = 0 }\n\
+                   hidden_layers = 9\nhidden_width = 0\nnoise = { gaussian = 0.0 }\n\
+                   load_balancing_coef = -0.1\nuniform_mse_coef = -1.0\nz_loss_coef = nan\n\
+                   entropy_coef = inf\nbalance_bias_rate = -0.5\nwindow_steps = 0\n\
+                   collapse_share = 1.5\ndead_share = 0.0\neval = { top_k = 5 }\ntop_k = 0";
+    insta::assert_snapshot!(router(numbers), @r#"
+    `router.temperature` must be a number above 0, got 0
+    `router.temperature_schedule.start` must be a number above 0, got -1
+    `router.temperature_schedule.steps` must be at least 1, got 0
+    `router.load_balancing_coef` must be a number of at least 0, got -0.1
+    `router.uniform_mse_coef` must be a number of at least 0, got -1
+    `router.z_loss_coef` must be a number of at least 0, got NaN
+    `router.entropy_coef` must be a number, got inf
+    `router.balance_bias_rate` must be a number of at least 0, got -0.5
+    `router.collapse_share` must be a number above 0, at most 1, got 1.5
+    `router.dead_share` must be a number above 0, at most 1, got 0
+    `router.window_steps` must be at least 1, got 0
+    `router.hidden_layers` must be from 0 to 8, got 9
+    `router.hidden_width` must be at least 1, got 0
+    `router.noise.gaussian` must be a number above 0, got 0
+    `router.top_k` must be from 1 to `lora.num_experts` 4, got 0
+    `router.eval.top_k` must be from 1 to `lora.num_experts` 4, got 5
+    "#);
+    insta::assert_snapshot!(router("noise = { jitter = 1.0 }"), @"`router.noise.jitter` must be between 0 and 1, got 1");
+    insta::assert_snapshot!(router("hybrid = { tokens = 0 }"), @r#"
+    `router.hybrid` needs `router.top_k`
+    `router.hybrid.tokens` must be at least 1, got 0
+    "#);
+    insta::assert_snapshot!(router("top_k = 1\nhybrid = { plateau = { window_steps = 0, min_delta = -1.0 } }"), @r#"
+    `router.hybrid.plateau.window_steps` must be at least 1, got 0
+    `router.hybrid.plateau.min_delta` must be a number of at least 0, got -1
+    "#);
+    insta::assert_snapshot!(router("balance_bias_rate = 0.1"), @"`router.balance_bias_rate` needs `router.top_k`");
+}
+
+#[test]
+fn a_choice_of_the_router_that_is_none_is_answered_with_the_right_ones() {
+    let said = |text: &str| {
+        let message = error(&format!("{MINIMAL}\n[router]\n{text}\n"), &[]);
+        message.lines().last().expect("it has lines").to_owned()
+    };
+    let wrong = [
+        "scope = 'expert'",
+        "level = 'document'",
+        "noise = 'some'",
+        "noise = { uniform = 0.1 }",
+        "eval = { top_p = 0.9 }",
+        "hybrid = { steps = 3 }",
+        "hybrid = { plateau = { window_steps = 3 } }",
+        "temperature_schedule = { start = 2.0 }",
+        "on_collapse = 'ignore'",
+        "hidden = 2",
+    ];
+    insta::assert_snapshot!(wrong.map(said).join("\n"), @r#"
+    unknown variant `expert`, expected one of `shared`, `layer`, `module`
+    unknown variant `document`, expected `token` or `sequence`
+    unknown variant `some`, expected one of `none`, `gaussian`, `jitter`
+    unknown variant `uniform`, expected one of `none`, `gaussian`, `jitter`
+    unknown variant `top_p`, expected `dense` or `top_k`
+    unknown variant `steps`, expected `tokens` or `plateau`
+    missing field `min_delta`
+    missing field `steps`
+    unknown variant `ignore`, expected `warn` or `stop`
+    unknown field `hidden`, expected one of `input`, `scope`, `level`, `hidden_layers`, `hidden_width`, `temperature`, `temperature_schedule`, `top_k`, `hybrid`, `noise`, `eval`, `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, `dead_share`, `source`
+    "#);
+}
+
+#[test]
+fn the_losses_of_routers_need_a_router_that_decides() {
+    let text = format!(
+        "{MINIMAL}\n[train]\nrouting = \"uniform\"\n[router]\ntop_k = 2\nload_balancing_coef = 0.1\n\
+         uniform_mse_coef = 0.1\nz_loss_coef = 0.1\nentropy_coef = -0.1\nbalance_bias_rate = 0.1\n"
+    );
+    insta::assert_snapshot!(error(&text, &[]), @r#"
+    `router.load_balancing_coef` must be 0 where the router does not decide, by `uniform`
+    `router.uniform_mse_coef` must be 0 where the router does not decide, by `uniform`
+    `router.z_loss_coef` must be 0 where the router does not decide, by `uniform`
+    `router.entropy_coef` must be 0 where the router does not decide, by `uniform`
+    `router.balance_bias_rate` must be 0 where the router does not decide, by `uniform`
+    "#);
+}
+
+#[test]
+fn faults_of_experts_per_layer_and_of_orthogonality_are_told() {
+    let lora = |text: &str| error(&format!("{MINIMAL}\n[lora]\n{text}\n"), &[]);
+    insta::assert_snapshot!(lora("experts_per_layer = [0, 5, 4]"), @r#"
+    `lora.experts_per_layer[0]` must be from 1 to `lora.num_experts` 4, got 0
+    `lora.experts_per_layer[1]` must be from 1 to `lora.num_experts` 4, got 5
+    "#);
+    insta::assert_snapshot!(lora("experts_per_layer = [1, 3, 2]"), @"`lora.experts_per_layer` leaves expert 3 without a layer");
+    insta::assert_snapshot!(lora("experts_per_layer = [4]\nexperts = [{ source = { path = 'a' } }]"), @"`lora.experts_per_layer` goes with new experts, not with those from a `source`");
+    insta::assert_snapshot!(lora("orthogonality = { a = -1.0 }"), @"`lora.orthogonality` must be a number of at least 0, got -1");
+    insta::assert_snapshot!(lora("orthogonality = { b = 1.0 }"), @r#"
+    TOML parse error at line 12, column 19
+       |
+    12 | orthogonality = { b = 1.0 }
+       |                   ^
+    unknown variant `b`, expected `a` or `ba`
+    "#);
+}
+
+#[test]
+fn what_the_router_can_be_is_read_as_it_is_written() {
+    let text = format!(
+        "{MINIMAL}\n[lora]\northogonality = {{ ba = 0.5 }}\nexperts_per_layer = [2, 4]\n[router]\n\
+         input = 'layer_input'\nscope = 'module'\nlevel = 'sequence'\nhidden_layers = 2\ntop_k = 2\n\
+         temperature_schedule = {{ start = 4.0, steps = 500 }}\nnoise = {{ jitter = 0.01 }}\n\
+         hybrid = {{ plateau = {{ window_steps = 100, min_delta = 0.01 }} }}\neval = 'dense'\n\
+         entropy_coef = -0.01\non_collapse = 'stop'\n"
+    );
+    let config = load::parse(&text, &[]).unwrap();
+    load::validate(&config).unwrap();
+    // as a run keeps it, with every default filled in
+    let again = load::parse(&load::to_toml(&config), &[]).unwrap();
+    assert_eq!(again, config);
+    assert_eq!(config.router.entropy_coef, -0.01);
+}
