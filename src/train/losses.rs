@@ -49,18 +49,18 @@ pub fn router_losses(
         let mut loss = Tensor::zeros([0i64; 0], (kind, probs_nm.device()));
         if config.load_balancing_coef > 0.0 {
             let gradient_m = totals.balance_gradient().to_kind(kind);
-            loss = loss + (&probs_nm * gradient_m).sum(kind) * config.load_balancing_coef;
+            loss = &loss + (&probs_nm * gradient_m).sum(kind) * config.load_balancing_coef;
         }
         if config.uniform_mse_coef > 0.0 {
             let gradient_m = totals.uniform_gradient().to_kind(kind);
-            loss = loss + (&probs_nm * gradient_m).sum(kind) * config.uniform_mse_coef;
+            loss = &loss + (&probs_nm * gradient_m).sum(kind) * config.uniform_mse_coef;
         }
         if config.z_loss_coef > 0.0 {
             let lse_n = rows(&routing.logits, labelled).logsumexp(-1, false);
-            loss = loss + lse_n.square().sum(kind) * (config.z_loss_coef * per_token);
+            loss = &loss + lse_n.square().sum(kind) * (config.z_loss_coef * per_token);
         }
         if config.entropy_coef != 0.0 {
-            loss = loss + entropies(&probs_nm).sum(kind) * (config.entropy_coef * per_token);
+            loss = &loss + entropies(&probs_nm).sum(kind) * (config.entropy_coef * per_token);
         }
         loss
     });

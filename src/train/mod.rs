@@ -41,7 +41,7 @@ use optim::Optimizer;
 use plan::BlockStream;
 use routing_state::RoutingState;
 use stages::Stage;
-use step::SeedingPhase;
+use step::{Phase, SeedingPhase};
 
 /// What the loop tells while it runs.
 #[derive(Debug)]
@@ -362,6 +362,7 @@ impl Trainer {
             _ => 1.0,
         };
         let factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
+        let phase = Phase { seeding, lr_factor: factor };
         let result = step::step(
             &self.model,
             &self.trained,
@@ -369,8 +370,7 @@ impl Trainer {
             &self.config,
             &self.data.train,
             &blocks,
-            seeding,
-            factor,
+            phase,
         )?;
         if router.balance_bias_rate > 0.0 {
             routing_state::balance_biases(&self.model, &result.routing, router.balance_bias_rate);

@@ -71,6 +71,15 @@ pub struct SeedingPhase {
     pub domain: u32,
 }
 
+/// What a step's place in the run decides.
+#[derive(Debug, Clone, Copy)]
+pub struct Phase {
+    /// The seeding of a new expert, if the step is part of it.
+    pub seeding: Option<SeedingPhase>,
+    /// Factor of all learning rates.
+    pub lr_factor: f64,
+}
+
 /// Makes one update from `blocks`.
 ///
 /// # Errors
@@ -82,9 +91,9 @@ pub fn step(
     config: &Config,
     dataset: &TokenDataset,
     blocks: &[BlockId],
-    seeding: Option<SeedingPhase>,
-    lr_factor: f64,
+    phase: Phase,
 ) -> Result<StepResult> {
+    let Phase { seeding, lr_factor } = phase;
     let batches: Vec<Batch> =
         blocks.chunks(config.train.micro_batch_size).map(|chunk| dataset.batch(chunk)).collect();
     let counts = domain_tokens(&batches, dataset.domains.len());
@@ -175,7 +184,7 @@ pub fn gradients(
             };
             let temperature = model.router_spec().temperature;
             let seeding = losses::seeding_loss(&of_batch, temperature, labelled, seeding);
-            loss = loss + seeding * growth.seed_router_coef;
+            loss = &loss + seeding * growth.seed_router_coef;
         }
         grads.add(&loss, trained);
         let token_losses = output.token_losses.to_kind(Kind::Double);
@@ -235,7 +244,7 @@ fn losses_by_expert(
     let mut places = vec![0f64; e as usize];
     for (site, routing) in model.sites().into_iter().zip(routing) {
         let weights_ne = routing.weights.view([-1, e]).index_select(0, labelled);
-        sums = sums + weights_ne.to_kind(Kind::Double).tr().mv(token_losses);
+        sums = &sums + weights_ne.to_kind(Kind::Double).tr().mv(token_losses);
         model.experts_at(site).into_iter().for_each(|expert| places[expert] += 1.0);
     }
     sums / Tensor::from_slice(&places).clamp_min(1.0).to_device(options.1)
