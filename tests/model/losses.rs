@@ -158,7 +158,8 @@ fn after_a_step(model: &RoutedGpt2, router: RouterConfig) -> Result<[RouterLosse
 fn a_step_against_a_loss_lowers_it_and_a_negative_factor_raises_the_entropy() -> Result<()> {
     let _generator = seed(201);
     let none = RouterConfig::default();
-    let cases: [(RouterConfig, fn(&RouterLosses) -> f64, bool); 5] = [
+    type Of = fn(&RouterLosses) -> f64;
+    let cases: [(RouterConfig, Of, bool); 5] = [
         (
             RouterConfig { load_balancing_coef: 100.0, ..none.clone() },
             |losses| losses.load_balancing_loss,

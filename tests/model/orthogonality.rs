@@ -71,7 +71,7 @@ fn literal(model: &RoutedGpt2, of: Orthogonality) -> f64 {
         let tensor = |key: &str| tensors.get(&format!("{expert}.{key}"));
         let mut update = tensor("lora_b").expect("A has a B").matmul(a);
         if let (Some(a), Some(b)) = (tensor("initial_a"), tensor("initial_b")) {
-            update = update - b.matmul(a);
+            update = &update - b.matmul(a);
         }
         modules.entry(module).or_default().push((a.shallow_clone(), update));
     }

@@ -86,7 +86,7 @@ fn weights_are_those_of_the_prompts_mean_embedding_so_far() -> Result<()> {
         let mut sum = Tensor::zeros([16], crate::common::DOUBLE);
         for (t, &token) in tokens.iter().enumerate() {
             if t < prompt_len {
-                sum = sum + base.wte.get(token) + base.wpe.get(t as i64);
+                sum = &sum + base.wte.get(token) + base.wpe.get(t as i64);
             }
             let mean = &sum / (t + 1).min(prompt_len) as f64;
             let scores = of_router.weight.mv(&mean) + &of_router.bias;
@@ -181,7 +181,7 @@ fn packed_documents_have_the_weights_losses_and_gradients_of_separate_ones() -> 
             let expected = weights(&model, &alone).get(0);
             let found = of_rows.get(row).narrow(0, start, tokens.len() as i64);
             assert_close(&what, &found, &expected, 1e-13);
-            sum = sum + run(&alone);
+            sum = &sum + run(&alone);
         }
         let loss = run(&together);
         assert_close(&what, &loss, &sum, 1e-12);
