@@ -133,6 +133,65 @@ fn a_layers_weights_are_the_softmax_over_its_own_experts() -> Result<()> {
     Ok(())
 }
 
+/// As where an expert was taken out of the middle: the layers have experts 0 and 2, 1 and 2, and 1.
+#[test]
+fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
+    let _generator = seed(246);
+    let per_layer: [&[i64]; 3] = [&[0, 2], &[1, 2], &[1]];
+    let base = tiny_base(Gpt2Config { n_layer: 3, ..tiny_config() });
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    for (expert, spec) in specs.iter_mut().enumerate() {
+        spec.modules.retain(|path, _| per_layer[path.layer].contains(&(expert as i64)));
+    }
+    for top_k in [None, Some(1)] {
+        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&router) };
+        let model = RoutedGpt2::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
+        randomize(&model)?;
+        let whole = over_all(&model)?.routing(&two_rows(), ForwardMode::EVAL).remove(0).logits;
+        let routing = model.routing(&two_rows(), ForwardMode::EVAL);
+        assert_eq!(routing.len(), 3);
+        for (own, routing) in per_layer.into_iter().zip(&routing) {
+            let own = Tensor::from_slice(own);
+            let scores = whole.index_select(-1, &own);
+            assert_close("scores", &routing.logits, &scores, 1e-13);
+            let exp = scores.exp();
+            let probs = &exp / exp.sum_dim_intlist(-1, true, Kind::Double);
+            assert_close("probs", &routing.probs, &probs, 1e-13);
+            let found = routing.weights.index_select(-1, &own);
+            let (best, expected) = match top_k {
+                None => (None, probs),
+                Some(_) => {
+                    let best = probs.argmax(-1, false);
+                    let kept = best.one_hot(own.size()[0]).to_kind(Kind::Double);
+                    (Some(own.take(&best)), kept)
+                }
+            };
+            assert_close("weights", &found, &expected, 1e-13);
+            let rest = routing.weights.sum(Kind::Double) - found.sum(Kind::Double);
+            assert_eq!(rest.double_value(&[]), 0.0, "absent experts have no weight");
+            match (best.filter(|_| own.size()[0] > 1), &routing.selected) {
+                (Some(best), Some(selected)) => assert!(selected.squeeze_dim(-1).equal(&best)),
+                (best, selected) => assert!(best.is_none() && selected.is_none()),
+            }
+        }
+        let mut totals = vec![];
+        let inputs = two_rows();
+        let groups = inputs.labelled.zeros_like();
+        let labelled = Labelled { rows: &inputs.labelled, groups: &groups, num_groups: 1 };
+        add_totals(&mut totals, &routing, labelled);
+        for (totals, routing) in totals.iter().zip(&routing) {
+            let sum = totals.expert_load().sum(Kind::Double).double_value(&[]);
+            assert!((sum - 1.0).abs() < 1e-14, "{sum}");
+            let m = *routing.logits.size().last().expect("scores are [b, t, m]");
+            assert_eq!(totals.num_experts(), m);
+        }
+        let experts = model.sites().into_iter().map(|site| model.experts_at(site));
+        assert_eq!(experts.collect::<Vec<_>>(), [vec![0, 2], vec![1, 2], vec![1]]);
+    }
+    Ok(())
+}
+
 /// With every expert in every layer there is nothing to leave out.
 #[test]
 fn experts_that_every_layer_has_are_routed_as_ever() -> Result<()> {

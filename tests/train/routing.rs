@@ -108,6 +108,22 @@ fn is_top_1(step: &StepMetrics) -> bool {
     counts.into_iter().all(|count| (count - count.round()).abs() < 1e-9)
 }
 
+/// The same of each of a run's evaluations.
+fn validations_are_top_1(config: &Config) -> Result<Vec<bool>> {
+    let validation = data(config, &open_base(config)?)?.validation;
+    let blocks = validation.eval_order().into_iter();
+    let label_tokens: u64 = blocks.map(|block| validation.label_tokens(block)).sum();
+    let is_whole = |share: &f64| {
+        let count = share * label_tokens as f64;
+        (count - count.round()).abs() < 1e-6
+    };
+    let loads = metrics(config)?.into_iter().filter_map(|metrics| match metrics {
+        Metrics::Validation(validation) => validation.expert_load,
+        _ => None,
+    });
+    Ok(loads.map(|load| load.iter().all(is_whole)).collect())
+}
+
 #[test]
 fn a_hybrid_rule_by_tokens_is_dense_until_every_expert_has_had_them() -> Result<()> {
     let _alone = alone();
@@ -201,6 +217,7 @@ fn a_hybrid_rule_by_plateau_is_dense_until_the_losses_no_longer_fall() -> Result
     let overrides = [
         "router.top_k=1",
         "router.hybrid={plateau={window_steps=3, min_delta=100.0}}",
+        "train.eval_every_steps=3",
         "train.checkpoint_every_steps=1",
         "train.keep_last=99",
     ];
@@ -212,6 +229,7 @@ fn a_hybrid_rule_by_plateau_is_dense_until_the_losses_no_longer_fall() -> Result
         assert_eq!(step.mature_experts, Some(mature), "step {}", step.step);
         assert_eq!(top_k(&config, step.step)?, (step.step >= 6).then_some(1));
     }
+    assert_eq!(validations_are_top_1(&config)?, [false, true, true, true]);
     // the loss of a window is that of its tokens: with weights that sum to 1, the mean of both
     let state = checkpoint::read_state(&config.run.dir.join("checkpoints/step-00000003"))?;
     let experts = &state.routing.experts;
@@ -315,20 +333,6 @@ fn evaluation_is_without_noise_and_leaves_the_generator_alone() -> Result<()> {
 fn a_run_evaluates_by_the_rule_for_evaluation() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
-    let top_1 = |config: &Config| -> Result<Vec<bool>> {
-        let validation = data(config, &open_base(config)?)?.validation;
-        let blocks = validation.eval_order().into_iter();
-        let label_tokens: u64 = blocks.map(|block| validation.label_tokens(block)).sum();
-        let is_whole = |share: &f64| {
-            let count = share * label_tokens as f64;
-            (count - count.round()).abs() < 1e-6
-        };
-        let validations = metrics(config)?.into_iter().filter_map(|metrics| match metrics {
-            Metrics::Validation(validation) => validation.expert_load,
-            _ => None,
-        });
-        Ok(validations.map(|load| load.iter().all(is_whole)).collect())
-    };
     for (name, overrides, expected) in [
         ("same", &["router.top_k=1"][..], true),
         ("dense", &["router.top_k=1", "router.eval=dense"], false),
@@ -337,7 +341,7 @@ fn a_run_evaluates_by_the_rule_for_evaluation() -> Result<()> {
     ] {
         let config = world.config(name, overrides)?;
         train(&config, None)?;
-        assert_eq!(top_1(&config)?, [expected; 3], "{name}");
+        assert_eq!(validations_are_top_1(&config)?, [expected; 3], "{name}");
     }
     let config = world.config("x", &["router.eval={top_k=1}"])?;
     assert_eq!(config.router.eval, Some(EvalRule::TopK(1)));
