@@ -16,7 +16,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use dylora::config::{LoraConfig, ModulePath, RouterConfig, RoutingChoice, TargetModule};
+use dylora::config::{LoraConfig, ModulePath, RoutingChoice, TargetModule};
 use dylora::ffi;
 use dylora::model::RoutedGpt2;
 use dylora::model::expert::ExpertSpec;
@@ -24,6 +24,7 @@ use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::{Activation, Gpt2Config};
 use dylora::model::lora::{LoraDropout, RoutingWeights};
 use dylora::model::lora_grouped::{Assignments, Products};
+use dylora::model::router::RouterSpec;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -152,7 +153,7 @@ impl Case {
             assignments: Assignments::new(&selected, num_experts),
             x: randn(i, kind).set_requires_grad(true),
             dy: randn(o, kind),
-            leaves: model.trained(RoutingChoice::Uniform).leaves,
+            leaves: model.trained(RoutingChoice::Uniform, None).leaves,
             model,
             path,
             device,
@@ -278,7 +279,7 @@ fn model(
     let lora =
         LoraConfig { num_experts, rank, target_modules: vec![module], ..LoraConfig::default() };
     let specs = ExpertSpec::all(&lora, &base.config).expect("the config fits the base");
-    let model = RoutedGpt2::with_experts(&base, &specs, &RouterConfig::default(), device, kind);
+    let model = RoutedGpt2::with_experts(&base, &specs, &RouterSpec::default(), device, kind);
     let tensors = model.tensors().into_iter().map(|(name, tensor)| (name, random(&tensor.size())));
     model.load_some(&tensors.collect()).expect("the shapes are its own");
     model

@@ -6,14 +6,16 @@ mod common;
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, LoraInit, ModulePath, RouterConfig, RouterInput, RoutingChoice};
+use dylora::config::{
+    LoraConfig, LoraInit, ModulePath, RouterConfig, RouterInput, RouterScope, RoutingChoice,
+};
 use dylora::growth::merge::{Merged, merged, most_similar, similarity};
 use dylora::growth::{with_expert, without_expert};
 use dylora::mixture::Mixture;
 use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2::Gpt2;
 use dylora::model::parameters::expert_name;
-use dylora::model::router::Routing;
+use dylora::model::router::{RouterSpec, Routing};
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
@@ -50,7 +52,11 @@ fn lora(text: &str) -> LoraConfig {
 }
 
 fn router(input: RouterInput) -> RouterConfig {
-    RouterConfig { input, temperature: 1.3, ..RouterConfig::default() }
+    let scope = match input {
+        RouterInput::LayerInput => RouterScope::Layer,
+        _ => RouterScope::Shared,
+    };
+    RouterConfig { input, scope, temperature: 1.3, ..RouterConfig::default() }
 }
 
 /// A base, and a whole mixture on it none of whose tensors is zero.
@@ -58,7 +64,7 @@ fn random(text: &str, router: &RouterConfig) -> Result<(Gpt2, Mixture)> {
     let base = tiny_base(tiny_config());
     let model = new_model(&base, &lora(text), router, Kind::Double);
     randomize(&model)?;
-    let mixture = Mixture::new(model.specs().to_vec(), router.clone(), model.tensors());
+    let mixture = Mixture::new(model.specs().to_vec(), RouterSpec::from(router), model.tensors());
     Ok((base, Mixture { is_whole: true, ..mixture }))
 }
 

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::{LossOn, OnBadRecord, RouterConfig};
+use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted, RouterConfig};
 use dylora::data::{
     DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
 };
@@ -180,6 +180,8 @@ fn the_demos_skills_are_told_apart() -> Result<()> {
         seed: 0,
         eos_token_id: config.eos_token_id,
         cache_dir: None,
+        mixing: Mixing::default(),
+        on_exhausted: OnExhausted::default(),
     };
     let names = ["arithmetic", "code", "data2text", "verse"];
     let embeddings = |side: &str| -> Result<Vec<Vec<f64>>> {

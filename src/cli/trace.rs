@@ -120,7 +120,9 @@ fn layer_weights(output: &ForwardOutput, model: &RoutedGpt2, t: i64) -> Vec<Tens
         RoutingWeights::Ones => {
             Some(Tensor::ones([1, t, model.num_experts()], (Kind::Float, Device::Cpu)))
         }
-        RoutingWeights::PerToken(weights) => Some(weights.shallow_clone()),
+        RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _) => {
+            Some(weights.shallow_clone())
+        }
     });
     weights.collect()
 }

@@ -26,6 +26,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::expert::ExpertSpec;
+use super::lora_grouped::Assignments;
 pub use super::lora_init::Start;
 use crate::config::{DropoutMasks, ModulePath};
 
@@ -130,6 +131,8 @@ pub enum RoutingWeights {
     Ones,
     /// `[b, t, e]`.
     PerToken(Tensor),
+    /// The same with zeros but for the experts that a token chose, and which those are.
+    Chosen(Tensor, Assignments),
 }
 
 impl RoutingWeights {
@@ -139,6 +142,9 @@ impl RoutingWeights {
             Self::Off => Self::Off,
             Self::Ones => Self::Ones,
             Self::PerToken(weights) => Self::PerToken(weights.shallow_clone()),
+            Self::Chosen(weights, assignments) => {
+                Self::Chosen(weights.shallow_clone(), assignments.shallow_clone())
+            }
         }
     }
 }

@@ -11,7 +11,8 @@ use crate::config::DropoutMasks;
 
 impl LoraExperts {
     /// Adds what the experts contribute for the layer's input `x`, `[b, t, i]`, to the frozen
-    /// layer's output `y`, `[b, t, o]`, by the way that `dropout.masks` needs.
+    /// layer's output `y`, `[b, t, o]`, by the way that `dropout.masks` needs; of chosen experts, those
+    /// alone where that is faster.
     pub fn add(
         &self,
         y: Tensor,
@@ -20,6 +21,13 @@ impl LoraExperts {
         g: &RoutingWeights,
         dropout: LoraDropout,
     ) -> Tensor {
+        if let RoutingWeights::Chosen(weights, assignments) = g {
+            if dropout.masks == DropoutMasks::Shared && self.skips(x, assignments) {
+                return self.add_grouped(y, x, weights, assignments, dropout);
+            }
+            let g = RoutingWeights::PerToken(weights.shallow_clone());
+            return self.add(y, x, linear, &g, dropout);
+        }
         match (g, dropout.masks) {
             (RoutingWeights::Off, _) => y,
             // one expert, which is plain LoRA to the bit in its own order of operations
@@ -92,7 +100,9 @@ impl LoraExperts {
         let (n, rows) = z.size2().expect("rank space is [n, R]");
         let Mixing { scalings: s_e, rows: rows_er } = &self.mixing;
         match (g, rows_er) {
-            (RoutingWeights::Off, _) => unreachable!("nothing is added then"),
+            (RoutingWeights::Off | RoutingWeights::Chosen(..), _) => {
+                unreachable!("nothing is added then, or it became weights per token")
+            }
             (RoutingWeights::Ones, None) => {
                 let e = s_e.size()[0];
                 (z.view([n, e, -1]) * s_e.to_kind(kind).view([e, 1])).view([n, rows])

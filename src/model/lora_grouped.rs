@@ -92,8 +92,11 @@ impl Assignments {
 /// used it left out: the time, over that of all experts at once, is 1.0 to 1.5 at 48 to 64 rows, 0.9
 /// to 1.1 at 112, 0.90 to 0.96 at 128, 0.84 to 0.93 at 192, 0.4 to 0.5 at 1000 and 0.25 at 8000.
 const MIN_SPARED_ROWS_CPU: f64 = 128.0;
-/// The same on CUDA by `at::_grouped_mm`; a guess, not measured yet.
-const MIN_SPARED_ROWS_CUDA: f64 = 512.0;
+/// The same on CUDA by `at::_grouped_mm`.
+///
+/// `benches/experts.rs`, bf16, 8192 tokens, H200: 1.3 to 2.0 up to 1920 rows, 0.98 to 1.0 at 1984, 0.86 to
+/// 0.92 at 4032, 0.6 at 8000.
+const MIN_SPARED_ROWS_CUDA: f64 = 3072.0;
 
 /// How the products of all experts' runs are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +121,8 @@ impl LoraExperts {
         assignments: &Assignments,
         dropout: LoraDropout,
     ) -> Tensor {
-        let products = if self.can_group(x) { Products::Grouped } else { Products::Each };
+        let products =
+            if self.can_group(x.kind(), x.device()) { Products::Grouped } else { Products::Each };
         self.add_grouped_by(products, y, x, g, assignments, dropout)
     }
 
@@ -155,20 +159,31 @@ impl LoraExperts {
     /// `i + o` multiplications; the price is `k` more copies of `i + o` numbers. So what counts is the
     /// mean number of rows spared, divided by `k`, whatever the layer's shape.
     pub fn skips(&self, x: &Tensor, assignments: &Assignments) -> bool {
-        if !self.is_plain() {
-            return false;
-        }
         let (n, k) = assignments.inverse.size2().expect("it is [n, k]");
-        let num_rows: i64 = self.slots.iter().map(|slot| slot.rank).sum();
         let rows_used = self.slots.iter().map(|slot| slot.rank * assignments.counts[slot.expert]);
-        let spared = num_rows as f64 - rows_used.sum::<i64>() as f64 / n as f64;
-        let least = match x.device() {
+        let spared = self.num_rows() as f64 - rows_used.sum::<i64>() as f64 / n as f64;
+        self.is_spared_enough(spared, k, x.kind(), x.device())
+    }
+
+    /// Whether [`LoraExperts::skips`] is to be expected where each token chooses `k` of `num_experts`
+    /// experts, as many tokens each.
+    pub fn may_skip(&self, k: i64, num_experts: i64, kind: Kind, device: Device) -> bool {
+        let spared = self.num_rows() as f64 * (1.0 - k as f64 / num_experts as f64);
+        self.is_spared_enough(spared, k, kind, device)
+    }
+
+    fn num_rows(&self) -> i64 {
+        self.slots.iter().map(|slot| slot.rank).sum()
+    }
+
+    fn is_spared_enough(&self, spared: f64, k: i64, kind: Kind, device: Device) -> bool {
+        let least = match device {
             Device::Cpu => MIN_SPARED_ROWS_CPU,
             // a pair of products for each expert would wait for their launches
-            _ if !self.can_group(x) => return false,
+            _ if !self.can_group(kind, device) => return false,
             _ => MIN_SPARED_ROWS_CUDA,
         };
-        spared >= least * k as f64
+        self.is_plain() && spared >= least * k as f64
     }
 
     /// Whether every expert is a product of A and B and nothing else.
@@ -176,14 +191,14 @@ impl LoraExperts {
         self.dora.is_none() && self.initial.is_none()
     }
 
-    /// Whether `at::_grouped_mm` has a kernel for the input `x`: bf16 on CUDA, every expert of the same
+    /// Whether `at::_grouped_mm` has a kernel for inputs of `kind` on `device`: bf16 on CUDA, every expert of the same
     /// rank, and rows of 16 bytes or a multiple (`check_valid_strides_and_return_transposed` of
     /// libtorch 2.11, `GroupedMMUtils.h`).
-    pub fn can_group(&self, x: &Tensor) -> bool {
+    pub fn can_group(&self, kind: Kind, device: Device) -> bool {
         let widths = [self.lora_a.size()[1], self.lora_b.size()[1], self.slots[0].rank];
         self.mixing.rows.is_none()
-            && x.device().is_cuda()
-            && x.kind() == Kind::BFloat16
+            && device.is_cuda()
+            && kind == Kind::BFloat16
             && widths.iter().all(|width| width % 8 == 0)
     }
 

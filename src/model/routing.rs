@@ -20,6 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::inputs::Inputs;
 use super::lora::RoutingWeights;
+use super::lora_grouped::Assignments;
 use super::router::{Routing, RoutingRule};
 use super::{RoutedGpt2, wide};
 use crate::config::{RouterInput, RouterScope, RoutingChoice, RoutingLevel, TargetModule};
@@ -96,8 +97,10 @@ impl BlockWeights {
     /// The tensors in it.
     pub fn tensors(&self) -> Vec<Tensor> {
         let tensors = self.0.iter().filter_map(|(_, weights)| match weights {
-            RoutingWeights::PerToken(weights) => Some(weights.shallow_clone()),
-            _ => None,
+            RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _) => {
+                Some(weights.shallow_clone())
+            }
+            RoutingWeights::Off | RoutingWeights::Ones => None,
         });
         tensors.collect()
     }
@@ -106,10 +109,14 @@ impl BlockWeights {
     pub fn with_tensors(&self, tensors: &[Tensor]) -> Self {
         let mut tensors = tensors.iter();
         let replaced = self.0.iter().map(|(module, weights)| {
+            let mut next = || {
+                let tensor = tensors.next().expect("there are as many as there were");
+                tensor.shallow_clone()
+            };
             let weights = match weights {
-                RoutingWeights::PerToken(_) => {
-                    let tensor = tensors.next().expect("there are as many as there were");
-                    RoutingWeights::PerToken(tensor.shallow_clone())
+                RoutingWeights::PerToken(_) => RoutingWeights::PerToken(next()),
+                RoutingWeights::Chosen(_, assignments) => {
+                    RoutingWeights::Chosen(next(), assignments.shallow_clone())
                 }
                 other => other.shallow_clone(),
             };
@@ -219,7 +226,14 @@ impl<'a> RoutingPass<'a> {
             if let Some(mask) = &self.mask {
                 routing.weights = &routing.weights * mask;
             }
-            let weights = RoutingWeights::PerToken(routing.weights.shallow_clone());
+            let weights = routing.weights.shallow_clone();
+            let weights = match (&routing.selected, named) {
+                (Some(selected), None) if self.model.may_skip(site, selected) => {
+                    let assignments = Assignments::new(selected, router.num_experts());
+                    RoutingWeights::Chosen(weights, assignments)
+                }
+                _ => RoutingWeights::PerToken(weights),
+            };
             self.used.push(weights.shallow_clone());
             self.routing.push(routing);
             block.push((site.module, weights));
@@ -266,6 +280,16 @@ impl RoutedGpt2 {
                 modules.map(site).collect()
             }
         }
+    }
+
+    /// Whether some module that a site decides for may skip the experts that a token did not choose.
+    fn may_skip(&self, site: Site, selected: &Tensor) -> bool {
+        let (k, e) = (selected.size()[2], self.num_experts());
+        self.modules().any(|(path, experts)| {
+            site.layer.is_none_or(|layer| layer == path.layer)
+                && site.module.is_none_or(|module| module == path.module)
+                && experts.may_skip(k, e, self.kind, selected.device())
+        })
     }
 
     /// The experts that a layer routes over, `[m]`; none = all.
@@ -366,7 +390,9 @@ fn masked(weights: RoutingWeights, mask: Option<&Tensor>) -> RoutingWeights {
         (weights, None) => weights,
         (RoutingWeights::Off, _) => RoutingWeights::Off,
         (RoutingWeights::Ones, Some(mask)) => RoutingWeights::PerToken(mask.shallow_clone()),
-        (RoutingWeights::PerToken(weights), Some(mask)) => RoutingWeights::PerToken(weights * mask),
+        (RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _), Some(mask)) => {
+            RoutingWeights::PerToken(weights * mask)
+        }
     }
 }
 

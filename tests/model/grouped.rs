@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{
-    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, TargetModule,
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, RouterNoise,
+    TargetModule,
 };
 use dylora::model::RoutedGpt2;
 use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights};
 use dylora::model::lora_grouped::{Assignments, Products};
-use dylora::model::router::Router;
+use dylora::model::router::{Router, RouterSpec, RoutingRule};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{DOUBLE, assert_close, gradients, max_difference, seed, tiny_lora, tiny_model};
@@ -185,12 +186,14 @@ fn a_router_gets_the_same_gradient_either_way() -> Result<()> {
     let x = Tensor::randn([2, 7, 16], DOUBLE);
     let direction = Tensor::randn([2, 7, 48], DOUBLE);
     for k in 1..=3 {
-        let config = RouterConfig { top_k: Some(k), temperature: 0.7, ..RouterConfig::default() };
-        let fresh = Router::new(&config, 5, 16, Kind::Double);
+        let spec = RouterSpec::default();
+        let (noise, renormalize) = (RouterNoise::None, true);
+        let rule = RoutingRule { temperature: 0.7, top_k: Some(k), renormalize, noise };
+        let fresh = Router::new(&spec, 5, 16, Kind::Double);
         let weight = (fresh.weight * 20.0).set_requires_grad(true);
         let router = Router { weight, bias: fresh.bias.set_requires_grad(true), ..fresh };
         let run = |form| {
-            let routing = router.forward(&x);
+            let routing = router.forward(&x, &rule, None);
             let selected = routing.selected.expect("k is below E");
             let y = output(&model, &x, &routing.weights, &selected, form, LoraDropout::NONE);
             let loss = (y * &direction).sum(None);

@@ -17,7 +17,7 @@ fn random_router() -> Router {
 }
 
 fn rule(top_k: Option<i64>) -> RoutingRule {
-    RoutingRule { temperature: 1.3, top_k, noise: RouterNoise::None }
+    RoutingRule { temperature: 1.3, top_k, renormalize: true, noise: RouterNoise::None }
 }
 
 fn forward(router: &Router, x: &Tensor, top_k: Option<i64>) -> Routing {

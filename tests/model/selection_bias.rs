@@ -117,7 +117,8 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
     };
     let x = Tensor::randn([2, 50, 16], DOUBLE);
     for top_k in [Some(1), Some(2)] {
-        let rule = RoutingRule { temperature: 1.0, top_k, noise: RouterNoise::None };
+        let rule =
+            RoutingRule { temperature: 1.0, top_k, renormalize: true, noise: RouterNoise::None };
         let route = |router: &Router| router.forward(&x, &rule, None);
         let without = route(&plain);
         let same = route(&with(&[0.0; 3]));
