@@ -84,6 +84,9 @@ fn check_data(config: &Config, faults: &mut Faults) {
     if let Mixing::Temperature(temperature) = data.mixing {
         faults.above_zero("data.mixing.temperature", temperature);
     }
+    if !data.domains.is_empty() && data.domains.iter().all(|domain| domain.weight == 0.0) {
+        faults.add("data.domains", "must have one whose `weight` is above 0".into());
+    }
     for (i, domain) in data.domains.iter().enumerate() {
         let key = |field: &str| format!("data.domains[{i}].{field}");
         if domain.name.is_empty() || domain.name.contains(['/', '=']) {

@@ -4,6 +4,7 @@
 //! RUN/checkpoints/step-00000200/   config.toml            the resolved config
 //!                                  state.json             counters, data position, best metric, hashes
 //!                                  experts.json           rank, alpha, modules, options of each expert
+//!                                  skills.json            what it is known to have learned, if that is known
 //!                                  model.safetensors      experts and router, frozen ones too
 //!                                  optimizer.safetensors  moments and generator states
 //! RUN/checkpoints/last, best       symbolic links
@@ -25,6 +26,7 @@ use crate::config::{Config, load};
 use crate::durable;
 use crate::model::expert::ExpertSpec;
 use crate::model::weights::{read_tensors, write_tensors};
+use crate::skills::SkillLibrary;
 
 /// The version of the format, raised when old checkpoints can no longer be read.
 pub const FORMAT: u32 = 3;
@@ -32,6 +34,7 @@ pub const FORMAT: u32 = 3;
 const CONFIG: &str = "config.toml";
 const STATE: &str = "state.json";
 const EXPERTS: &str = "experts.json";
+const SKILLS: &str = "skills.json";
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
@@ -93,6 +96,8 @@ pub struct Checkpoint {
     pub state: TrainState,
     /// The experts' settings.
     pub experts: Vec<ExpertSpec>,
+    /// The skills that the mixture is known to have.
+    pub skills: Option<SkillLibrary>,
     /// Experts and router, or the trained base.
     pub model: BTreeMap<String, Tensor>,
     /// Moments and generator states.
@@ -162,6 +167,12 @@ pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
         .with_context(|| format!("`{}` holds no experts of this version", path.display()))
 }
 
+/// The skills that a checkpoint's mixture is known to have, on a base of width `d`.
+pub fn read_skills(dir: &Path, d: i64) -> Result<Option<SkillLibrary>> {
+    let path = dir.join(SKILLS);
+    path.exists().then(|| SkillLibrary::read(&path, d)).transpose()
+}
+
 /// The experts and the router, or the trained base, that a checkpoint holds.
 pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
@@ -206,6 +217,9 @@ fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     named(&checkpoint.optimizer, OPTIMIZER)?;
     let experts = serde_json::to_string_pretty(&checkpoint.experts)? + "\n";
     durable::write(&dir.join(EXPERTS), experts.as_bytes())?;
+    if let Some(skills) = &checkpoint.skills {
+        skills.write(&dir.join(SKILLS))?;
+    }
     durable::write(&dir.join(CONFIG), load::to_toml(&checkpoint.config).as_bytes())?;
     let state = serde_json::to_string_pretty(&checkpoint.state)? + "\n";
     durable::write(&dir.join(STATE), state.as_bytes())

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod checkpoint;
+pub mod grow;
 pub mod losses;
 pub mod metrics;
 pub mod optim;
@@ -34,12 +35,13 @@ use crate::model::gpt2::Gpt2;
 use crate::model::parameters::OldParts;
 use crate::model::router::RouterSpec;
 use crate::model::{RoutedGpt2, RoutingSource, Trained, kind_of};
+use crate::skills::SkillLibrary;
 use crate::{config, durable, ffi};
 use checkpoint::{Best, Checkpoint, Position, TrainState};
 use metrics::{Metrics, MetricsWriter, MixShare, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
-use routing_state::RoutingState;
+use routing_state::{ExpertMaturity, RoutingState};
 use stages::Stage;
 use step::{Phase, SeedingPhase};
 
@@ -98,6 +100,20 @@ pub struct Trainer {
     num_steps: u64,
     /// BLAKE3 of the frozen base and experts as they lie on the device.
     frozen_hash: Option<String>,
+    skills: Option<SkillLibrary>,
+}
+
+/// What a mixture has been through before a run.
+#[derive(Debug, Default)]
+pub struct Past {
+    /// Its stages.
+    pub stages: Vec<Stage>,
+    /// Label tokens trained on.
+    pub tokens_seen: u64,
+    /// Its experts' ways to maturity, if its rule is hybrid.
+    pub maturity: Vec<ExpertMaturity>,
+    /// The skills that it is known to have.
+    pub skills: Option<SkillLibrary>,
 }
 
 /// A mixture on a base, as a config trains it; what the mixture leaves open comes from `run.seed`.
@@ -161,6 +177,22 @@ impl Trainer {
         data: Datasets,
         device: Device,
     ) -> Result<Self> {
+        let domains = data.train.domains.iter().map(|domain| domain.name.clone()).collect();
+        let stage = Stage::new("train", domains, mixture.specs.len() as i64);
+        Self::next_stage(config, base, mixture, data, device, Past::default(), stage)
+    }
+
+    /// A new run from a mixture that has a past; `stage` is what begins. Its folder must not hold
+    /// checkpoints.
+    pub fn next_stage(
+        config: Config,
+        base: &Base,
+        mixture: &Mixture,
+        data: Datasets,
+        device: Device,
+        past: Past,
+        stage: Stage,
+    ) -> Result<Self> {
         if !checkpoint::steps(&config.run.dir)?.is_empty() {
             bail!(
                 "`{}` holds checkpoints of an earlier run\nhint: go on with `--resume`, or set \
@@ -171,11 +203,16 @@ impl Trainer {
         tch::manual_seed(config.run.seed as i64);
         let weights = base.weights()?;
         let model = build_model(&config, &weights, mixture, device)?;
-        let domains = data.train.domains.iter().map(|domain| domain.name.clone()).collect();
+        let mut routing = RoutingState::new(&config.router, model.num_experts());
+        for (expert, before) in routing.experts.iter_mut().zip(past.maturity) {
+            *expert = before;
+        }
+        let mut stages = past.stages;
+        stages.push(stage);
         let state = TrainState {
             format: checkpoint::FORMAT,
             step: 0,
-            tokens_seen: 0,
+            tokens_seen: past.tokens_seen,
             position: Position::default(),
             best: None,
             evals_without_improvement: 0,
@@ -185,10 +222,12 @@ impl Trainer {
             },
             data_fingerprint: data.train.fingerprint(),
             domain_blocks: vec![0; data.train.domains.len()],
-            routing: RoutingState::new(&config.router, model.num_experts()),
-            stages: vec![Stage::new("train", domains, model.num_experts())],
+            routing,
+            stages,
         };
-        Self::assemble(config, model, data, state)
+        let mut trainer = Self::assemble(config, model, data, state)?;
+        trainer.skills = past.skills;
+        Ok(trainer)
     }
 
     /// Goes on from the checkpoint in `dir`, to the bit on the CPU: parameters, moments, schedule,
@@ -218,6 +257,7 @@ impl Trainer {
         let in_dir = || format!("cannot resume from `{}`", dir.display());
         trainer.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
         optim::load_rng_states(&saved, device)?;
+        trainer.skills = checkpoint::read_skills(dir, base.config.n_embd)?;
         Ok(trainer)
     }
 
@@ -247,7 +287,19 @@ impl Trainer {
             Method::RoutedLora => Some(model.frozen_hash()?),
             Method::Full => None,
         };
-        Ok(Self { config, model, trained, optimizer, data, state, stream, num_steps, frozen_hash })
+        let skills = None;
+        Ok(Self {
+            config,
+            model,
+            trained,
+            optimizer,
+            data,
+            state,
+            stream,
+            num_steps,
+            frozen_hash,
+            skills,
+        })
     }
 
     /// Steps of the whole run.
@@ -542,13 +594,15 @@ impl Trainer {
         }
     }
 
-    fn save(&self) -> Result<PathBuf> {
+    /// Writes a checkpoint.
+    pub fn save(&self) -> Result<PathBuf> {
         let model = self.model.tensors();
         let experts = self.model.specs().to_vec();
         let mut optimizer = self.optimizer.state();
         optimizer.extend(optim::rng_states(self.model.device())?);
         let (config, state) = (self.config.clone(), self.state.clone());
-        let checkpoint = Checkpoint { config, state, experts, model, optimizer };
+        let skills = self.skills.clone();
+        let checkpoint = Checkpoint { config, state, experts, skills, model, optimizer };
         let train = &self.config.train;
         checkpoint::write(&self.config.run.dir, &checkpoint, train.keep_last)
     }

@@ -1,0 +1,223 @@
+//! A mixture's next stage: one expert more for one new domain, or one fewer.
+//!
+//! The new expert starts with B = 0 and a router column of zeros whose bias keeps it out: with `l` the
+//! scores of the old experts and T the temperature, the bias is
+//!
+//! ```text
+//! T (ln 1e-8 + min_t logsumexp(l_t / T))       over the tokens of the old domains
+//! ```
+//!
+//! so that it has a probability of at most 1e-8 on each of them, and no old expert's changes by more.
+//! Adam would not bring such a column up again by the language model's loss, whose gradient is as
+//! small; that is what the seeding phase is for ([`super::losses`]).
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use tch::Tensor;
+
+use crate::config::{
+    Config, DomainConfig, Duration, ExpertConfig, GrowthConfig, Method, Mixing, OnExhausted,
+    RoutingChoice,
+};
+use crate::data::TokenDataset;
+use crate::eval;
+use crate::model::{ForwardMode, RoutedGpt2, RoutingSource};
+
+/// The largest probability of a new expert on an old domain's token.
+const MAX_NEW_PROB: f64 = 1e-8;
+
+/// How an expert is added.
+#[derive(Debug, Clone)]
+pub struct Growth {
+    /// The new domain; its weight does not count.
+    pub domain: DomainConfig,
+    /// Share of the blocks that come from the earlier domains.
+    pub replay: f64,
+    /// Steps of the stage.
+    pub steps: u64,
+    /// Steps of its seeding phase.
+    pub seed_steps: u64,
+    /// Factor of the old experts' learning rate; 0 freezes them.
+    pub old_experts_rate: f64,
+    /// Factor of the learning rate of the old experts' router columns; 0 freezes them.
+    pub old_columns_rate: f64,
+    /// Factor of all learning rates after the seeding phase.
+    pub consolidation_rate: f64,
+    /// The stage's folder.
+    pub run_dir: PathBuf,
+}
+
+/// The config of the stage in which `config`'s mixture, whose routers have `temperature` now, gets one
+/// expert more.
+///
+/// # Errors
+/// A mixture that cannot grow, and a domain that it has already.
+pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Result<Config> {
+    check_can_change(config)?;
+    if config.train.routing != RoutingChoice::Router {
+        bail!(
+            "the mixture was trained with weights by `{}`, not by a router",
+            config.train.routing
+        );
+    }
+    if config.data.domains.iter().any(|domain| domain.name == growth.domain.name) {
+        bail!("the mixture has a domain `{}` already", growth.domain.name);
+    }
+    let mut grown = config.clone();
+    grown.run.dir.clone_from(&growth.run_dir);
+    let num_old = config.lora.num_experts;
+    grown.lora.num_experts = num_old + 1;
+    grown.lora.experts.resize(num_old as usize, ExpertConfig::default());
+    for expert in &mut grown.lora.experts {
+        expert.trainable = growth.old_experts_rate > 0.0;
+    }
+    grown.router.temperature = temperature;
+    grown.router.temperature_schedule = None;
+    grown.router.source = None;
+    grown.data.mixing = Mixing::Weights;
+    grown.data.on_exhausted = OnExhausted::Repeat;
+    let old_domains = &mut grown.data.domains;
+    let weight = growth.replay / old_domains.len() as f64;
+    old_domains.iter_mut().for_each(|domain| domain.weight = weight);
+    old_domains.push(DomainConfig { weight: 1.0 - growth.replay, ..growth.domain.clone() });
+    grown.train.duration = Duration::Steps(growth.steps);
+    grown.growth = Some(GrowthConfig {
+        domain: growth.domain.name.clone(),
+        old_experts_rate: growth.old_experts_rate,
+        old_columns_rate: growth.old_columns_rate,
+        seed_steps: growth.seed_steps,
+        seed_router_coef: 1.0,
+        consolidation_rate: growth.consolidation_rate,
+    });
+    Ok(grown)
+}
+
+/// The config of the mixture without expert `expert`, or with it merged into another.
+///
+/// # Errors
+/// A mixture that cannot lose an expert.
+pub fn shrunk_config(
+    config: &Config,
+    temperature: f64,
+    expert: usize,
+    run_dir: PathBuf,
+) -> Result<Config> {
+    check_can_change(config)?;
+    let mut shrunk = config.clone();
+    shrunk.run.dir = run_dir;
+    shrunk.lora.num_experts -= 1;
+    if expert < shrunk.lora.experts.len() {
+        shrunk.lora.experts.remove(expert);
+    }
+    let count = shrunk.lora.num_experts;
+    let router = &mut shrunk.router;
+    router.top_k = router.top_k.map(|k| k.min(count));
+    router.temperature = temperature;
+    router.temperature_schedule = None;
+    router.source = None;
+    if let Some(crate::config::EvalRule::TopK(k)) = &mut router.eval {
+        *k = (*k).min(count);
+    }
+    shrunk.train.routing = match config.train.routing {
+        RoutingChoice::Expert(only) if only as usize == expert => {
+            bail!("the mixture is routed to `expert:{only}` alone, which is to go")
+        }
+        RoutingChoice::Expert(only) if only as usize > expert => RoutingChoice::Expert(only - 1),
+        routing => routing,
+    };
+    shrunk.growth = None;
+    Ok(shrunk)
+}
+
+fn check_can_change(config: &Config) -> Result<()> {
+    if config.method == Method::Full {
+        bail!("a base that was trained in full has no experts");
+    }
+    if config.lora.experts_per_layer.is_some() {
+        bail!("experts are not added to or taken from a mixture with `lora.experts_per_layer`");
+    }
+    Ok(())
+}
+
+/// The bias that keeps a new expert out of each router, by what precedes the router's name, from the
+/// label tokens of every domain of `dataset` but `except`; at most `max_blocks` of each.
+///
+/// # Errors
+/// No such tokens.
+pub fn initial_biases(
+    model: &RoutedGpt2,
+    dataset: &TokenDataset,
+    except: &str,
+    max_blocks: usize,
+) -> Result<BTreeMap<String, f64>> {
+    let _no_grad = tch::no_grad_guard();
+    let temperature = model.router_spec().temperature;
+    let names = model.router_names();
+    // the router of a single expert that gets a second scores it 0
+    let mut least: BTreeMap<String, f64> = BTreeMap::new();
+    let prefix = |router: usize| names[router].trim_end_matches("router").to_owned();
+    for batch in old_blocks(dataset, except, max_blocks) {
+        let inputs = eval::inputs(&batch, &RoutingSource::Router, model.device());
+        let routing = model.routing(&inputs, ForwardMode::EVAL);
+        for (site, routing) in model.sites().into_iter().zip(routing) {
+            let lse: Tensor = (routing.logits / temperature).logsumexp(-1, false);
+            let found = lse.view([-1]).index_select(0, &inputs.labelled).min().double_value(&[]);
+            let least = least.entry(prefix(site.router)).or_insert(f64::INFINITY);
+            *least = least.min(found);
+        }
+    }
+    if least.is_empty() && model.num_experts() > 1 {
+        bail!("the earlier domains hold no label token, by which the new router column is set");
+    }
+    Ok(least
+        .into_iter()
+        .map(|(name, least)| (name, temperature * (MAX_NEW_PROB.ln() + least)))
+        .collect())
+}
+
+/// The bias that keeps a new expert out of a router that is new itself, and scores the old one 0.
+pub fn bias_beside_one(temperature: f64) -> f64 {
+    temperature * MAX_NEW_PROB.ln()
+}
+
+/// The largest change of a routing weight of the old experts on the label tokens of the old domains.
+pub fn largest_change(
+    before: &RoutedGpt2,
+    after: &RoutedGpt2,
+    dataset: &TokenDataset,
+    except: &str,
+    max_blocks: usize,
+) -> f64 {
+    let _no_grad = tch::no_grad_guard();
+    let num_old = before.num_experts();
+    let mut largest = 0f64;
+    for batch in old_blocks(dataset, except, max_blocks) {
+        let inputs = eval::inputs(&batch, &RoutingSource::Router, before.device());
+        let old = before.routing(&inputs, ForwardMode::EVAL);
+        let new = after.routing(&inputs, ForwardMode::EVAL);
+        for (old, new) in old.iter().zip(&new) {
+            let change = (new.weights.narrow(-1, 0, num_old) - &old.weights).abs();
+            let change = change.view([-1, num_old]).index_select(0, &inputs.labelled);
+            largest = largest.max(change.max().double_value(&[]));
+        }
+    }
+    largest
+}
+
+/// Blocks of the domains other than `except`, at even distances, one by one.
+fn old_blocks(
+    dataset: &TokenDataset,
+    except: &str,
+    max_blocks: usize,
+) -> impl Iterator<Item = crate::data::Batch> {
+    let order = dataset.eval_order();
+    let domains = dataset.domains.iter().enumerate().filter(move |(_, d)| d.name != except);
+    domains.flat_map(move |(index, _)| {
+        let blocks: Vec<_> = order.iter().filter(|id| id.domain as usize == index).collect();
+        let count = blocks.len().min(max_blocks);
+        let chosen: Vec<_> = (0..count).map(|i| *blocks[i * blocks.len() / count]).collect();
+        chosen.into_iter().map(|block| dataset.batch(&[block])).collect::<Vec<_>>()
+    })
+}
