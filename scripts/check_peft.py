@@ -112,6 +112,7 @@ scope = "module"
 hidden_layers = 2
 hidden_width = 24
 top_k = 2
+renormalize = false
 balance_bias_rate = 0.05""",
     "sequence": """num_experts = 3
 [router]

@@ -192,7 +192,8 @@ class Router:
             chosen_by = probs + own["selection_bias"][present] if spec["selection_bias"] else probs
             chosen = chosen_by.topk(spec["top_k"], -1).indices
             top = probs.gather(-1, chosen)
-            probs = torch.zeros_like(probs).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+            top = top / top.sum(-1, keepdim=True) if spec["renormalize"] else top
+            probs = torch.zeros_like(probs).scatter(-1, chosen, top)
         g = torch.zeros_like(scores)
         g[..., present] = probs
         return g

@@ -284,7 +284,7 @@ fn a_choice_of_the_router_that_is_none_is_answered_with_the_right_ones() {
     missing field `min_delta`
     missing field `steps`
     unknown variant `ignore`, expected `warn` or `stop`
-    unknown field `hidden`, expected one of `input`, `scope`, `level`, `hidden_layers`, `hidden_width`, `temperature`, `temperature_schedule`, `top_k`, `hybrid`, `noise`, `eval`, `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, `dead_share`, `source`
+    unknown field `hidden`, expected one of `input`, `scope`, `level`, `hidden_layers`, `hidden_width`, `temperature`, `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, `noise`, `eval`, `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, `dead_share`, `source`
     "#);
 }
 

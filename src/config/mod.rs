@@ -327,7 +327,8 @@ pub struct DomainConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
     /// By `data.mixing`: if `proportional`, how often an epoch passes over the domain (2 shows each
-    /// block twice, 0.5 every other one); else a factor of its share.
+    /// block twice, 0.5 every other one); else a factor of its share. 0 for a domain that is only
+    /// evaluated.
     #[serde(default = "one")]
     pub weight: f64,
     /// If given, only records whose `domain` field is this belong to the domain.

@@ -122,7 +122,8 @@ impl Mix {
                 let quota = quota(domain, share);
                 place(epoch, quota)..place(epoch + 1, quota)
             }
-            OnExhausted::End => 0..domain.0 as u64,
+            OnExhausted::End if share > 0.0 => 0..domain.0 as u64,
+            OnExhausted::End => 0..0,
         };
         self.domains.iter().zip(self.shares()).map(places).collect()
     }

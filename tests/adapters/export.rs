@@ -51,7 +51,7 @@ const PATTERNS: &str = r#"
 
 const SINGLE: &str = "num_experts = 1\nuse_rslora = true\nalpha = 3.0";
 
-const ROUTERS: [&str; 8] = [
+const ROUTERS: [&str; 9] = [
     "input = 'embeddings'\ntemperature = 0.7",
     "input = 'base_hidden'\ntop_k = 2",
     "input = 'layer_input'",
@@ -60,6 +60,7 @@ const ROUTERS: [&str; 8] = [
     "input = 'layer_input'\nscope = 'module'\nhidden_layers = 2\nhidden_width = 5",
     "hidden_layers = 1\ntop_k = 1\nbalance_bias_rate = 0.1",
     "top_k = 2\neval = 'dense'",
+    "top_k = 2\nrenormalize = false",
 ];
 
 #[test]

@@ -79,8 +79,9 @@ pub(super) fn routers() -> Vec<RouterConfig> {
     let mut routers = vec![];
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
         for level in [RoutingLevel::Token, RoutingLevel::Sequence] {
-            for top_k in [None, Some(2)] {
+            for (top_k, renormalize) in [(None, true), (Some(2), true), (Some(1), false)] {
                 routers.push(RouterConfig {
+                    renormalize,
                     input,
                     scope,
                     level,

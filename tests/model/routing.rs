@@ -79,6 +79,39 @@ fn routing_weights_sum_to_one_and_top_k_keeps_the_k_best() {
 }
 
 #[test]
+fn the_k_best_that_are_not_renormalised_keep_their_probs() {
+    let _generator = seed(55);
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let router = random_router();
+    for k in [1, 2, 3] {
+        let rule = RoutingRule { renormalize: false, ..rule(Some(k)) };
+        let kept = router.forward(&x, &rule, None);
+        let scaled = forward(&router, &x, Some(k));
+        assert!(kept.weights.gt(0.0).equal(&scaled.weights.gt(0.0)), "the same are chosen");
+        let expected = &kept.probs * scaled.weights.gt(0.0).to_kind(Kind::Double);
+        assert_close("weights", &kept.weights, &expected, 0.0);
+        let sums = kept.weights.sum_dim_intlist(-1, true, Kind::Double);
+        assert_close("scaled", &scaled.weights, &(&kept.weights / sums), 1e-15);
+    }
+}
+
+/// A single best expert's weight is 1 whatever its score, or, as Switch has it, its prob.
+#[test]
+fn the_weight_of_a_single_best_has_a_gradient_where_it_is_not_renormalised() {
+    let _generator = seed(56);
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let router = random_router();
+    for renormalize in [true, false] {
+        let rule = RoutingRule { renormalize, ..rule(Some(1)) };
+        let weights = router.forward(&x, &rule, None).weights;
+        let loss = (weights * Tensor::randn([2, 7, 3], DOUBLE)).sum(Kind::Double);
+        let grads = Tensor::run_backward(&[loss], &[&router.weight], false, false);
+        let size = grads[0].abs().max().double_value(&[]);
+        assert_eq!(size > 1e-12, !renormalize, "{size:e}");
+    }
+}
+
+#[test]
 fn a_temperature_divides_the_scores() {
     let _generator = seed(51);
     let x = Tensor::randn([2, 7, 16], DOUBLE);

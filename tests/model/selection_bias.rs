@@ -116,9 +116,10 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
         selection_bias: Some(Tensor::from_slice(bias)),
     };
     let x = Tensor::randn([2, 50, 16], DOUBLE);
-    for top_k in [Some(1), Some(2)] {
-        let rule =
-            RoutingRule { temperature: 1.0, top_k, renormalize: true, noise: RouterNoise::None };
+    let noise = RouterNoise::None;
+    for (top_k, renormalize) in [1, 2].into_iter().flat_map(|k| [(Some(k), true), (Some(k), false)])
+    {
+        let rule = RoutingRule { temperature: 1.0, top_k, renormalize, noise };
         let route = |router: &Router| router.forward(&x, &rule, None);
         let without = route(&plain);
         let same = route(&with(&[0.0; 3]));
@@ -133,7 +134,10 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
         assert!(share(&without) < 0.9 && share(&biased) == 1.0, "probs are at most 1");
         // the chosen are weighted by their probs alone
         let kept = &biased.probs * biased.weights.gt(0.0).to_kind(Kind::Double);
-        let expected = &kept / kept.sum_dim_intlist(-1, true, Kind::Double);
+        let expected = match renormalize {
+            true => &kept / kept.sum_dim_intlist(-1, true, Kind::Double),
+            false => kept,
+        };
         assert_close("weights", &biased.weights, &expected, 1e-15);
         let chosen = biased.weights.count_nonzero(None::<i64>).int64_value(&[]);
         assert_eq!(chosen, 100 * top_k.expect("it is top-k"));

@@ -1,7 +1,9 @@
 //! Routing by the prompt: each document's tokens by the mean features of its prompt up to them.
 
 use anyhow::Result;
-use dylora::config::{RouterConfig, RouterInput, RouterScope, RoutingLevel};
+use dylora::config::{LossOn, RouterConfig, RouterInput, RouterScope, RoutingLevel};
+use dylora::data::{MemoryDocument, MemoryDomain, TokenDataset};
+use dylora::eval;
 use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
@@ -222,6 +224,38 @@ fn the_first_token_is_routed_as_by_itself() -> Result<()> {
         assert_close(&format!("{router:?}"), &first(&a), &first(&b), 1e-13);
         let rest = |x: &Tensor| x.narrow(1, 1, 5);
         assert!(max_difference(&rest(&a), &rest(&b)) > 1e-3);
+    }
+    Ok(())
+}
+
+/// The prompt of a record, as the data room packs it; loss on the whole of it or not.
+#[test]
+fn a_datasets_records_are_routed_by_their_prompts() -> Result<()> {
+    let _generator = seed(257);
+    let router = RouterConfig { level: RoutingLevel::Sequence, ..RouterConfig::default() };
+    let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+    let weights_of = |completion: [u32; 3], loss_on| {
+        let document = |prompt: &[u32]| MemoryDocument {
+            tokens: [prompt, &completion].concat(),
+            prompt_len: prompt.len() as u32,
+            expert: None,
+        };
+        let documents = vec![document(&[7, 9, 4]), document(&[5, 6])];
+        let domain = MemoryDomain { name: "all".into(), weight: 1.0, documents };
+        let dataset = TokenDataset::in_memory(16, loss_on, vec![domain]);
+        let batch = dataset.batch(&dataset.eval_order());
+        weights(&model, &eval::inputs(&batch, &RoutingSource::Router, Device::Cpu))
+    };
+    for loss_on in [LossOn::Completion, LossOn::All] {
+        let found = weights_of([1, 2, 3], loss_on);
+        assert_close("weights", &weights_of([51, 52, 53], loss_on), &found, 0.0);
+        // positions 0 to 4 read the first document less its last token, 5 to 8 the second
+        let documents = [(0, [7, 9, 4].as_slice(), 5), (5, [5, 6].as_slice(), 4)];
+        for (start, prompt, len) in documents {
+            let alone = single(&[prompt, &[1, 2]].concat(), prompt.len());
+            let expected = weights(&model, &alone);
+            assert_close("alone", &found.narrow(1, start, len), &expected, 1e-13);
+        }
     }
     Ok(())
 }
