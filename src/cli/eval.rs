@@ -1,5 +1,7 @@
 //! `dylora eval`: loss, perplexity and routing by domain.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde_json::json;
@@ -7,10 +9,10 @@ use serde_json::json;
 use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
-use crate::config::{LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
+use crate::config::{Config, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
-use crate::eval::{EvalSettings, check_records, evaluate};
-use crate::model::RoutingSource;
+use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
+use crate::model::{RoutedGpt2, RoutingSource};
 use crate::train::checkpoint;
 use crate::train::stages::forgetting;
 
@@ -117,6 +119,35 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
         println!("{}", table::forgetting(&stages));
     }
     Ok(())
+}
+
+/// The loss of a model on its run's validation data by the rule of evaluation; none if there is no such
+/// data.
+pub fn validate(
+    model: &RoutedGpt2,
+    dataset: &TokenDataset,
+    config: &Config,
+    shared: &Shared,
+) -> Result<Option<EvalReport>> {
+    if dataset.num_blocks() == 0 {
+        return Ok(None);
+    }
+    let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
+    let settings = EvalSettings {
+        batch_size: config.train.micro_batch_size,
+        loss_chunk_tokens: config.train.loss_chunk_tokens,
+        rule: model.router_spec().eval,
+        dead_share: config.router.dead_share,
+    };
+    let source = RoutingSource::from(config.train.routing);
+    let report = evaluate(model, dataset, &source, settings, &|done, _| bar.set(done))?;
+    bar.finish();
+    Ok(Some(report))
+}
+
+/// Each domain's loss.
+pub fn losses(report: &EvalReport) -> BTreeMap<String, f64> {
+    report.domains.iter().map(|domain| (domain.name.clone(), domain.loss)).collect()
 }
 
 impl DataArgs {

@@ -1,10 +1,12 @@
 //! The command line: clap types, what commands share, and the environment, which only this room reads.
 
+mod add_expert;
 mod eval;
 mod export_adapters;
 mod merge;
 mod open;
 mod progress;
+mod remove_expert;
 mod table;
 mod trace;
 mod train;
@@ -48,6 +50,12 @@ enum Command {
     ExportAdapters(export_adapters::ExportArgs),
     /// Merge a static mixture of the experts into the base or into one PEFT adapter.
     Merge(merge::MergeArgs),
+    /// Add an expert for a new skill to a checkpoint's mixture, and train it.
+    AddExpert(add_expert::AddExpertArgs),
+    /// Remove an expert from a checkpoint's mixture, and tell what that costs.
+    RemoveExpert(remove_expert::RemoveExpertArgs),
+    /// Merge two experts of a checkpoint's mixture into one, and tell what that costs.
+    MergeExperts(remove_expert::MergeExpertsArgs),
     /// Show how one text is routed, and save the inside of its forward pass.
     Trace(trace::TraceArgs),
 }
@@ -106,6 +114,9 @@ impl Cli {
             Some(Command::Eval(args)) => eval::run(args, &shared),
             Some(Command::ExportAdapters(args)) => export_adapters::run(args, &shared),
             Some(Command::Merge(args)) => merge::run(args, &shared),
+            Some(Command::AddExpert(args)) => add_expert::run(args, &shared),
+            Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
+            Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }

@@ -77,11 +77,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         Start::New(mixture) => Trainer::new(config.clone(), &base, mixture, data, device)?,
         Start::Resume(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
     };
-    let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
-    let interrupt = interrupt_flag()?;
-    let summary = trainer.run(&interrupt, &mut |event| observe(&bar, &event));
-    bar.finish();
-    let summary = summary?;
+    let summary = run_trainer(&mut trainer, &*interrupt_flag()?, shared)?;
     drop(trainer);
     let model_dir = match (config.method, summary.ending) {
         (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
@@ -104,6 +100,18 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         ),
         Ending::Completed | Ending::StoppedEarly => Ok(()),
     }
+}
+
+/// Trains with a bar.
+pub fn run_trainer(
+    trainer: &mut Trainer,
+    interrupt: &AtomicBool,
+    shared: &Shared,
+) -> Result<Summary> {
+    let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
+    let summary = trainer.run(interrupt, &mut |event| observe(&bar, &event));
+    bar.finish();
+    summary
 }
 
 /// The resolved config and, to resume, the checkpoint.
@@ -141,7 +149,8 @@ fn check_experts(config: &Config, base: &Base) -> Result<()> {
     Ok(())
 }
 
-fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
+/// Loads the data of a config, with a bar.
+pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
     let eos = base.config.eos_token_id;
     let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
     let bar = LoadBar::new(shared.show_progress);
@@ -193,7 +202,7 @@ fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, dev
 }
 
 /// Set by the first Ctrl-C or SIGTERM; the second ends the process.
-fn interrupt_flag() -> Result<Arc<AtomicBool>> {
+pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))?;
@@ -229,7 +238,8 @@ fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     Ok(out)
 }
 
-fn print_summary(
+/// What a run came to, for people or programs.
+pub fn print_summary(
     config: &Config,
     summary: &Summary,
     model_dir: Option<&Path>,
