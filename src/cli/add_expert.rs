@@ -142,16 +142,12 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     for old in &mut grown.specs[..num_old] {
         old.trainable = growth.old_experts_rate > 0.0;
     }
-    let change = match num_old {
-        1 => 0.0,
-        _ => {
-            let after = grown.put_on(&weights, device, kind)?;
-            grow::largest_change(&model, &after, &data.train, &growth.domain, SKILL_BLOCKS)
-        }
-    };
+    let after = grown.put_on(&weights, device, kind)?;
+    let new_prob = grow::largest_new_prob(&after, &data.train, &growth.domain, SKILL_BLOCKS);
+    drop(after);
     tracing::info!(
-        "`{}` is new (most like `{}`, cosine {:.3}): expert_{num_old} is added; on the earlier domains \
-         routing weights change by at most {change:.1e}",
+        "`{}` is new (most like `{}`, cosine {:.3}): expert_{num_old} is added, at first with at most \
+         {new_prob:.1e} of the weight of a token of the earlier domains",
         growth.domain,
         similar.first().map_or("nothing", |similar| similar.name.as_str()),
         similar.first().map_or(0.0, |similar| similar.cosine),
@@ -183,7 +179,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             "domain": growth.domain,
             "expert": num_old,
             "similar": similar,
-            "largest_weight_change": change,
+            "largest_new_prob": new_prob,
             "ending": format!("{:?}", summary.ending).to_lowercase(),
             "checkpoint": summary.checkpoint,
             "stages": stages,

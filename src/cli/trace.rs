@@ -62,9 +62,9 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
             ("logits".to_owned(), logits),
         ];
         for (layer, tensor) in weights.iter().enumerate() {
-            let name = match output.weights.len() {
-                1 => "routing_weights".to_owned(),
-                _ => format!("routing_weights.{}", open.model.sites()[layer]),
+            let name = match open.model.sites().get(layer) {
+                Some(site) if site.layer.is_some() => format!("routing_weights.{site}"),
+                _ => "routing_weights".to_owned(),
             };
             tensors.push((name, tensor.shallow_clone()));
         }

@@ -106,7 +106,7 @@ fn check_data(config: &Config, faults: &mut Faults) {
                 let what = "1 with `data.mixing = \"interleaved\"`";
                 faults.in_range(&key("weight"), domain.weight, domain.weight == 1.0, what);
             }
-            _ => faults.above_zero(&key("weight"), domain.weight),
+            _ => faults.at_least_zero(&key("weight"), domain.weight),
         }
         match &domain.validation {
             Some(Validation::Fraction(fraction)) => {
@@ -396,6 +396,10 @@ fn check_routing(config: &Config, faults: &mut Faults) {
     };
     let any = (0..num_experts).any(trainable);
     if routing != RoutingChoice::Router {
+        if config.router.hybrid.is_some() {
+            let fault = format!("must be absent where the router does not decide, by `{routing}`");
+            faults.add("router.hybrid", fault);
+        }
         let rate = [("balance_bias_rate", config.router.balance_bias_rate, false)];
         for (key, coef, _) in config.router.loss_coefs().into_iter().chain(rate) {
             if coef != 0.0 {

@@ -305,7 +305,7 @@ impl RoutingReport {
             let (expert, weight) = worst.largest();
             faults.push(format!(
                 "expert_{expert} takes {weight:.3} of the routing weight at `{}`, more than {share} \
-                 ({} of {of} routers)",
+                 ({} of {of} places)",
                 worst.site,
                 over.len()
             ));
@@ -316,7 +316,7 @@ impl RoutingReport {
                 worst.dead_experts.iter().map(|expert| format!("expert_{expert}")).collect();
             faults.push(format!(
                 "{} of {} experts are dead at `{}` ({}), with less than {} of an even weight ({} of {of} \
-                 routers)",
+                 places)",
                 worst.dead_experts.len(),
                 worst.experts.len(),
                 worst.site,

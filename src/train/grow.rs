@@ -15,13 +15,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::config::{
-    Config, DomainConfig, Duration, ExpertConfig, GrowthConfig, Method, Mixing, OnExhausted,
-    RoutingChoice,
+    Config, DomainConfig, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
+    OnExhausted, RoutingChoice,
 };
-use crate::data::TokenDataset;
+use crate::data::{Batch, TokenDataset};
 use crate::eval;
 use crate::model::{ForwardMode, RoutedGpt2, RoutingSource};
 
@@ -117,7 +117,7 @@ pub fn shrunk_config(
     router.temperature = temperature;
     router.temperature_schedule = None;
     router.source = None;
-    if let Some(crate::config::EvalRule::TopK(k)) = &mut router.eval {
+    if let Some(EvalRule::TopK(k)) = &mut router.eval {
         *k = (*k).min(count);
     }
     shrunk.train.routing = match config.train.routing {
@@ -182,25 +182,24 @@ pub fn bias_beside_one(temperature: f64) -> f64 {
     temperature * MAX_NEW_PROB.ln()
 }
 
-/// The largest change of a routing weight of the old experts on the label tokens of the old domains.
-pub fn largest_change(
-    before: &RoutedGpt2,
-    after: &RoutedGpt2,
+/// The largest probability that the routers of a grown mixture give its last expert on label tokens of
+/// the old domains, in f64 from the scores: no old expert's probability has changed by more.
+pub fn largest_new_prob(
+    model: &RoutedGpt2,
     dataset: &TokenDataset,
     except: &str,
     max_blocks: usize,
 ) -> f64 {
     let _no_grad = tch::no_grad_guard();
-    let num_old = before.num_experts();
+    let (temperature, last) = (model.router_spec().temperature, model.num_experts() - 1);
     let mut largest = 0f64;
     for batch in old_blocks(dataset, except, max_blocks) {
-        let inputs = eval::inputs(&batch, &RoutingSource::Router, before.device());
-        let old = before.routing(&inputs, ForwardMode::EVAL);
-        let new = after.routing(&inputs, ForwardMode::EVAL);
-        for (old, new) in old.iter().zip(&new) {
-            let change = (new.weights.narrow(-1, 0, num_old) - &old.weights).abs();
-            let change = change.view([-1, num_old]).index_select(0, &inputs.labelled);
-            largest = largest.max(change.max().double_value(&[]));
+        let inputs = eval::inputs(&batch, &RoutingSource::Router, model.device());
+        for routing in model.routing(&inputs, ForwardMode::EVAL) {
+            let scores = routing.logits.to_kind(Kind::Double) / temperature;
+            let probs = scores.softmax(-1, Kind::Double).select(-1, last);
+            let of_labelled = probs.reshape([-1]).index_select(0, &inputs.labelled);
+            largest = largest.max(of_labelled.max().double_value(&[]));
         }
     }
     largest
@@ -211,7 +210,7 @@ fn old_blocks(
     dataset: &TokenDataset,
     except: &str,
     max_blocks: usize,
-) -> impl Iterator<Item = crate::data::Batch> {
+) -> impl Iterator<Item = Batch> {
     let order = dataset.eval_order();
     let domains = dataset.domains.iter().enumerate().filter(move |(_, d)| d.name != except);
     domains.flat_map(move |(index, _)| {

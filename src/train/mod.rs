@@ -487,7 +487,8 @@ impl Trainer {
         let report = RoutingReport::new(&totals, None, config.dead_share);
         let routed = self.config.train.routing == RoutingChoice::Router;
         let collapse = match &report {
-            Some(report) if routed => report.collapse(config),
+            // while a new expert is seeded, the router does not decide
+            Some(report) if routed && self.seeding_phase(step).is_none() => report.collapse(config),
             _ => vec![],
         };
         let domains = self.data.train.domains.iter().enumerate();

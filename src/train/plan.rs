@@ -56,6 +56,8 @@ impl ParameterCounts {
                 counts.trained += lora_a + lora_b + magnitude;
             }
         }
+        // of the last expert
+        let mut new_columns = 0;
         if specs.len() > 1 {
             let num_routers = match config.router.scope {
                 RouterScope::Shared => 1,
@@ -67,10 +69,15 @@ impl ParameterCounts {
                 }
             };
             let spec = RouterSpec::of_config(config);
-            counts.router = num_routers * spec.num_parameters(specs.len() as i64, base.n_embd);
+            let (e, d) = (specs.len() as i64, base.n_embd);
+            counts.router = num_routers * spec.num_parameters(e, d);
+            new_columns = counts.router - num_routers * spec.num_parameters(e - 1, d);
         }
         if config.train.routing == RoutingChoice::Router {
-            counts.trained += counts.router;
+            counts.trained += match &config.growth {
+                Some(growth) if growth.old_columns_rate == 0.0 => new_columns,
+                _ => counts.router,
+            };
         }
         counts
     }
