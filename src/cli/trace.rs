@@ -63,7 +63,9 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         ];
         for (layer, tensor) in weights.iter().enumerate() {
             let name = match open.model.sites().get(layer) {
-                Some(site) if site.layer.is_some() => format!("routing_weights.{site}"),
+                Some(site) if site.layer.is_some() && routing == RoutingChoice::Router => {
+                    format!("routing_weights.{site}")
+                }
                 _ => "routing_weights".to_owned(),
             };
             tensors.push((name, tensor.shallow_clone()));
