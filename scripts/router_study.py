@@ -18,7 +18,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__).parent.parent
-CONFIGS = HERE / "benchmarks/real-input"
+BASE = HERE / "benchmarks/real-input/base.toml"
+CONFIG = HERE / "benchmarks/router-study/router.toml"
 OUT = pathlib.Path("runs/router-study")
 DOMAINS = ["math", "code_alpaca", "data2text", "shakespeare"]
 
@@ -105,7 +106,7 @@ def speed(extra):
 
 def train(dylora, name, settings, device):
     out = OUT / name
-    command = [dylora, "-q", "train", "--config", CONFIGS / "router.toml", "--device", device]
+    command = [dylora, "-q", "train", "--config", CONFIG, "--device", device]
     for setting in settings + [f"run.dir={out}"]:
         command += ["--set", setting]
     subprocess.run(["rm", "-rf", out], check=True)
@@ -180,8 +181,7 @@ def main():
         return table(args.of)
     base = pathlib.Path("runs/real-input/base/model/config.json")
     if not base.exists():
-        config = CONFIGS / "base.toml"
-        command = [args.dylora, "-q", "train", "--config", config, "--device", args.device.split(",")[0]]
+        command = [args.dylora, "-q", "train", "--config", BASE, "--device", args.device.split(",")[0]]
         subprocess.run(command, check=True)
     runs = {"explore": explore, "grid": lambda: grid(args.set), "speed": lambda: speed(args.set)}
     runs = runs[args.part]()
