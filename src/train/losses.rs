@@ -86,8 +86,8 @@ pub fn seeding_loss(
     seeding: Seeding<'_>,
 ) -> Tensor {
     let terms = routing.iter().map(|routing| {
-        let log_probs =
-            (rows(&routing.logits, labelled) / temperature).log_softmax(-1, Kind::Float);
+        let scores_nm = rows(&routing.logits, labelled) / temperature;
+        let kind = scores_nm.kind();
         let at = match &routing.present {
             None => seeding.expert,
             Some(present) => {
@@ -95,12 +95,16 @@ pub fn seeding_loss(
                 of_expert.argmax(0, false).int64_value(&[])
             }
         };
-        let log_p = log_probs.select(-1, at);
-        let log_rest = (-log_p.exp()).clamp_min(-1.0 + 1e-6).log1p();
-        let is_new = seeding.is_new.to_kind(log_p.kind());
+        // ln p is the log-sigmoid of x = s_new - logsumexp of the others, and ln(1 - p) that of -x: their
+        // gradients do not vanish where p is 1 but for rounding
+        let at_1 = Tensor::from_slice(&[at]).to_device(scores_nm.device());
+        let others_nm = scores_nm.index_fill(-1, &at_1, f64::NEG_INFINITY);
+        let x_n = scores_nm.select(-1, at) - others_nm.logsumexp(-1, false);
+        let is_new = seeding.is_new.to_kind(kind);
         let is_old = -&is_new + 1.0;
-        let mean = |values: Tensor, tokens: u64| values.sum(Kind::Float) / tokens.max(1) as f64;
-        -mean(log_p * is_new, seeding.tokens[0]) - mean(log_rest * is_old, seeding.tokens[1])
+        let mean = |values: Tensor, tokens: u64| values.sum(kind) / tokens.max(1) as f64;
+        -mean(x_n.log_sigmoid() * is_new, seeding.tokens[0])
+            - mean((-x_n).log_sigmoid() * is_old, seeding.tokens[1])
     });
     terms.sum::<Tensor>() / routing.len() as f64
 }

@@ -16,5 +16,6 @@ mod packing;
 mod report;
 mod routing;
 mod scopes;
+mod seeding;
 mod selection_bias;
 mod sequence;
