@@ -143,7 +143,16 @@ impl RoutedGpt2 {
     /// need the whole forward pass, and so do those in whose training the same random numbers must come
     /// again.
     pub fn routing(&self, inputs: &Inputs, mode: ForwardMode) -> Vec<Routing> {
-        let source = &RoutingSource::Router;
+        self.routing_by(inputs, &RoutingSource::Router, mode)
+    }
+
+    /// The same where `source` lets the routers decide.
+    pub fn routing_by(
+        &self,
+        inputs: &Inputs,
+        source: &RoutingSource,
+        mode: ForwardMode,
+    ) -> Vec<Routing> {
         let x = self.embed(inputs);
         let mut pass = RoutingPass::new(self, inputs, &x, source, self.rule(mode));
         let draws_both = mode.noise != RouterNoise::None && mode.dropout.is_active();

@@ -146,7 +146,7 @@ pub fn gradients(
     let has_router = config.train.routing == RoutingChoice::Router;
     let ahead = has_router && needs_totals(&config.router) && micro_batches.len() > 1;
     let mut routing = match ahead {
-        true => totals_ahead(model, &micro_batches, mode(config), num_domains)?,
+        true => totals_ahead(model, &micro_batches, &source, mode(config), num_domains)?,
         false => vec![],
     };
     let mut grads = GradientSum::default();
@@ -281,6 +281,7 @@ fn forward(
 fn totals_ahead(
     model: &RoutedGpt2,
     micro_batches: &[MicroBatch],
+    source: &RoutingSource,
     mode: ForwardMode,
     num_domains: usize,
 ) -> Result<Vec<RoutingTotals>> {
@@ -288,7 +289,7 @@ fn totals_ahead(
     let generator = ffi::rng_state(device)?;
     let mut totals = vec![];
     for micro_batch in micro_batches {
-        let routing = tch::no_grad(|| model.routing(&micro_batch.inputs, mode));
+        let routing = tch::no_grad(|| model.routing_by(&micro_batch.inputs, source, mode));
         add_totals(&mut totals, &routing, micro_batch.labelled(num_domains));
     }
     ffi::set_rng_state(device, &generator)?;

@@ -7,6 +7,7 @@ use dylora::eval;
 use dylora::model::lora::RoutingWeights;
 use dylora::model::parameters::OldParts;
 use dylora::model::router::Routing;
+use dylora::model::routing_totals::RoutingTotals;
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use dylora::train::losses::{Seeding, seeding_loss};
 use dylora::train::step::{self, SeedingPhase, StepGradients};
@@ -132,6 +133,29 @@ fn gradients(
     });
     let trained = model.trained(RoutingChoice::Router, None);
     step::gradients(model, &trained, &config, batches, Some(PHASE), 2)
+}
+
+#[test]
+fn a_seeding_steps_gradients_do_not_depend_on_how_it_is_cut() -> Result<()> {
+    let _generator = seed(402);
+    let dataset = two_domains(7, 6);
+    for router in routers() {
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let whole = gradients(&model, &router, &[], &cut(&dataset, &[], false), 1.0)?;
+        let totals = |of: &StepGradients| {
+            Tensor::cat(&of.routing.iter().map(RoutingTotals::flat).collect::<Vec<_>>(), 0)
+        };
+        for (sizes, reversed) in [(vec![1; 20], false), (vec![2, 1], true)] {
+            let batches = cut(&dataset, &sizes, reversed);
+            let cut = gradients(&model, &router, &[], &batches, 1.0)?;
+            let what = format!("{router:?}, {sizes:?}");
+            assert_close(&what, &totals(&cut), &totals(&whole), 1e-10);
+            for (a, b) in cut.grads.iter().zip(&whole.grads) {
+                assert_close(&what, a, b, 1e-10);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The formula over all label tokens at once, the mean over the sites.
