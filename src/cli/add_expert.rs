@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::eval::{losses, validate};
 use super::open::open_base;
-use super::train::{interrupt_flag, load_data, print_summary, run_trainer};
+use super::train::{conclude, interrupt_flag, load_data, print_summary, run_trainer};
 use super::{Shared, device, table, usage};
 use crate::config::{self, Config, DeviceChoice, DomainConfig, Validation};
 use crate::data::{Datasets, TokenDataset};
@@ -22,7 +22,7 @@ use crate::skills::{
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::grow::{self, Growth};
 use crate::train::stages::Stage;
-use crate::train::{Ending, Past, Trainer, load_mixture};
+use crate::train::{Past, Trainer, load_mixture};
 
 /// Blocks by which a skill is told, and by which the new router column is kept out of old data.
 const SKILL_BLOCKS: usize = 32;
@@ -110,7 +110,9 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     let model = mixture.put_on(&weights, device, kind)?;
     let growth = config.growth.as_ref().expect("it was just set");
 
-    let mut skills = library(&dir, &model, &old_config, &data, &state.stages)?;
+    let before = validate(&model, &data.validation, &config, shared)?;
+    let before = before.context("the new domain has validation data")?;
+    let mut skills = library(&dir, &model, &old_config, &data, &before)?;
     let new = embed(
         &model,
         &data.train,
@@ -120,8 +122,6 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     )?;
     let similar = skills.compare(&new.mean);
     let rule = SkillRule { threshold: args.threshold, by: args.compare };
-    let before = validate(&model, &data.validation, &config, shared)?;
-    let before = before.context("the new domain has validation data")?;
     if let Some(known) = skills.known(&new.mean, rule) {
         let covers = known.expert.or_else(|| covering_expert(&before, &growth.domain));
         let told = known_message(&growth.domain, known, covers, &similar, args.threshold);
@@ -139,8 +139,8 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     tch::manual_seed(config.run.seed as i64);
     let spec = ExpertSpec::new(&config.lora, num_old, &base.config)?;
     let mut grown = growth::with_expert(&mixture, &weights, spec, &bias)?;
-    for old in &mut grown.specs[..num_old] {
-        old.trainable = growth.old_experts_rate > 0.0;
+    for (expert, spec) in grown.specs.iter_mut().enumerate() {
+        spec.trainable = grow::is_trainable(&config, expert);
     }
     let after = grown.put_on(&weights, device, kind)?;
     let new_prob = grow::largest_new_prob(&after, &data.train, &growth.domain, SKILL_BLOCKS);
@@ -152,6 +152,9 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
         similar.first().map_or("nothing", |similar| similar.name.as_str()),
         similar.first().map_or(0.0, |similar| similar.cosine),
     );
+    if config.router.hybrid.is_some() {
+        tracing::info!("by `router.hybrid`, routing is dense until expert_{num_old} is mature too");
+    }
     drop(model);
 
     let mut past =
@@ -180,7 +183,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             "expert": num_old,
             "similar": similar,
             "largest_new_prob": new_prob,
-            "ending": format!("{:?}", summary.ending).to_lowercase(),
+            "ending": summary.ending.name(),
             "checkpoint": summary.checkpoint,
             "stages": stages,
             "forgetting": crate::train::stages::forgetting(&stages),
@@ -191,11 +194,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
         println!("\nloss of each domain after each stage (forgetting matrix)");
         println!("{}", table::forgetting(&stages));
     }
-    if summary.ending == Ending::Interrupted {
-        let dir = config.run.dir.display();
-        tracing::warn!("interrupted; go on with `dylora train --resume {dir}`");
-    }
-    Ok(())
+    conclude(&config, summary.ending)
 }
 
 fn check(args: &AddExpertArgs) -> Result<()> {
@@ -204,6 +203,9 @@ fn check(args: &AddExpertArgs) -> Result<()> {
     }
     if args.steps == 0 {
         bail!("`--steps` must be at least 1, got 0");
+    }
+    if let Some(seed_steps) = args.seed_steps.filter(|n| !(1..=args.steps).contains(n)) {
+        bail!("`--seed-steps` must be from 1 to `--steps` {}, got {seed_steps}", args.steps);
     }
     if !(-1.0..=1.0).contains(&args.threshold) {
         bail!("`--threshold` must be from -1 to 1, got {}", args.threshold);
@@ -255,32 +257,26 @@ fn configure(args: &AddExpertArgs, config: &Config, temperature: f64) -> Result<
     Ok(config)
 }
 
-/// The skills of the checkpoint; those of its domains that are not in its library are embedded now.
+/// The skills of the checkpoint; of one that has no library yet, those of the domains it was trained on.
 fn library(
     dir: &Path,
     model: &RoutedGpt2,
     config: &Config,
     data: &Datasets,
-    stages: &[Stage],
+    before: &EvalReport,
 ) -> Result<SkillLibrary> {
-    let known = checkpoint::read_skills(dir, model.base().config.n_embd)?;
-    let mut library = match known {
-        Some(library) => library,
-        None => SkillLibrary::new(SkillCenter::default().of(model)?),
-    };
-    let learned = |name: &String| stages.iter().any(|stage| stage.learned.contains(name));
-    for domain in &config.data.domains {
-        let is_known = library.skills.iter().any(|skill| skill.name == domain.name);
-        if is_known || !learned(&domain.name) {
-            continue;
-        }
+    if let Some(known) = checkpoint::read_skills(dir, model.base().config.n_embd)? {
+        return Ok(known);
+    }
+    let mut library = SkillLibrary::new(SkillCenter::default().of(model)?);
+    for domain in config.data.domains.iter().filter(|domain| domain.weight > 0.0) {
         let index = domain_index(&data.train, &domain.name)?;
         let embedding = embed(model, &data.train, index, 8, Some(SKILL_BLOCKS))?;
         library.skills.push(Skill {
             name: domain.name.clone(),
             embedding: embedding.mean,
             label_tokens: embedding.label_tokens,
-            expert: None,
+            expert: covering_expert(before, &domain.name),
         });
     }
     Ok(library)

@@ -194,6 +194,12 @@ fn weights(
         Weights::Mean => {
             let routing = routed.and_then(|report| report.routing.as_ref());
             let routing = routing.context("`--weights mean` needs a router")?;
+            if open.model.router_spec().own_experts {
+                return Err(usage(anyhow!(
+                    "where layers have experts of their own (`lora.experts_per_layer`) there is no one mean: \
+                     name the weights"
+                )));
+            }
             routing.mean_routing_weights.clone()
         }
         Weights::Fixed(RoutingChoice::Uniform) => vec![1.0 / count as f64; count],
@@ -219,7 +225,8 @@ fn measure(
     shared: &Shared,
 ) -> Result<EvalReport> {
     let bar = CountBar::new(shared.show_progress, "measuring", dataset.num_blocks() as u64);
-    let settings = EvalSettings::default();
+    let rule = open.model.router_spec().eval;
+    let settings = EvalSettings { rule, ..EvalSettings::default() };
     let report = evaluate(&open.model, dataset, source, settings, &|done, _| bar.set(done));
     bar.finish();
     report

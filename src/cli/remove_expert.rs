@@ -113,6 +113,10 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     let temperature = mixture.router.temperature;
     let new_config =
         grow::shrunk_config(&config, temperature, shrunk.gone, run_dir).map_err(usage)?;
+    let mut shrunk = shrunk;
+    for (expert, spec) in shrunk.mixture.specs.iter_mut().enumerate() {
+        spec.trainable = grow::is_trainable(&new_config, expert);
+    }
     let smaller = shrunk.mixture.put_on(&weights, device, kind)?;
     let after = validate(&smaller, &data.validation, &new_config, shared)?;
     drop(smaller);
@@ -209,6 +213,8 @@ fn shares(before: Option<&EvalReport>, a: usize, b: usize) -> [f64; 2] {
 }
 
 fn renumber(mut skills: SkillLibrary, shrunk: &Shrunk) -> SkillLibrary {
+    let is_lost = |expert| expert == Some(shrunk.gone) && shrunk.merged_into.is_none();
+    skills.skills.retain(|skill| !is_lost(skill.expert));
     for skill in &mut skills.skills {
         skill.expert = match skill.expert {
             Some(expert) if expert == shrunk.gone => shrunk.merged_into,

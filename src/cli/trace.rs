@@ -53,7 +53,8 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let inputs = Inputs::document(&tokens, open.model.device());
     let mut recorder = Recorder::default();
     let source = RoutingSource::from(routing);
-    let output = open.model.forward(&inputs, &source, ForwardMode::EVAL, Some(&mut recorder));
+    let mode = ForwardMode { rule: open.model.router_spec().eval, ..ForwardMode::EVAL };
+    let output = open.model.forward(&inputs, &source, mode, Some(&mut recorder));
     let weights = layer_weights(&output, &open.model, tokens.len() as i64);
     if let Some(file) = &args.out {
         let logits = open.model.logits(&output.hidden);

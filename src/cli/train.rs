@@ -86,8 +86,13 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         _ => None,
     };
     print_summary(&config, &summary, model_dir.as_deref(), args.json)?;
+    conclude(&config, summary.ending)
+}
+
+/// What an ending means for the process.
+pub fn conclude(config: &Config, ending: Ending) -> Result<()> {
     let dir = config.run.dir.display();
-    match summary.ending {
+    match ending {
         Ending::Interrupted => {
             tracing::warn!("interrupted; go on with `dylora train --resume {dir}`");
             Ok(())
@@ -246,12 +251,7 @@ pub fn print_summary(
     json: bool,
 ) -> Result<()> {
     let state = &summary.state;
-    let ending = match summary.ending {
-        Ending::Completed => "completed",
-        Ending::StoppedEarly => "stopped_early",
-        Ending::Interrupted => "interrupted",
-        Ending::Collapsed => "collapsed",
-    };
+    let ending = summary.ending.name();
     if json {
         let json = json!({
             "ending": ending,

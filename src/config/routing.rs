@@ -157,7 +157,8 @@ pub enum RoutingLevel {
     #[default]
     Token,
     /// Each token by the mean features of its document's prompt up to it: all of a completion by those
-    /// of the whole prompt. A document without a prompt counts as one, up to each token.
+    /// of the whole prompt. A document without a prompt counts as one, up to each token, and so does a
+    /// window of a long document that begins after its prompt.
     Sequence,
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow};
 
 use super::{
     BaseSource, Config, Duration, EvalRule, GroupConfig, Maturity, Method, Mixing, ModulePattern,
-    RouterNoise, RoutingChoice, TargetModule, Validation,
+    RouterNoise, RoutingChoice, RoutingLevel, TargetModule, Validation,
 };
 
 /// Checks what types cannot and reports every fault at once, by dotted path.
@@ -261,6 +261,10 @@ fn check_router(config: &Config, faults: &mut Faults) {
         faults.add("router.hidden_layers", fault);
     }
     faults.at_least_one("router.hidden_width", router.hidden_width);
+    if router.noise != RouterNoise::None && router.level == RoutingLevel::Sequence {
+        let fault = "is drawn for each token, and does not go with `router.level = \"sequence\"`";
+        faults.add("router.noise", fault.into());
+    }
     match router.noise {
         RouterNoise::None => {}
         RouterNoise::Gaussian(std) => faults.above_zero("router.noise.gaussian", std),
@@ -285,8 +289,9 @@ fn check_router(config: &Config, faults: &mut Faults) {
         ("balance_bias_rate", router.balance_bias_rate > 0.0),
     ];
     for (key, is_set) in needs_top_k {
-        if is_set && router.top_k.is_none() {
-            faults.add(&format!("router.{key}"), "needs `router.top_k`".into());
+        if is_set && router.top_k.is_none_or(|k| k >= num_experts) {
+            let fault = format!("needs a `router.top_k` below `lora.num_experts` {num_experts}");
+            faults.add(&format!("router.{key}"), fault);
         }
     }
     match router.hybrid {
@@ -322,6 +327,16 @@ fn check_growth(config: &Config, faults: &mut Faults) {
     if !config.data.domains.iter().any(|domain| domain.name == growth.domain) {
         let fault = format!("must name one of `data.domains`, got `{}`", growth.domain);
         faults.add("growth.domain", fault);
+    }
+    if config.method == Method::Full {
+        faults.add("growth", "is for `method = \"routed_lora\"`".into());
+    }
+    if config.lora.experts_per_layer.is_some() {
+        let fault = "does not go with `lora.experts_per_layer`, of which a new expert has no part";
+        faults.add("growth", fault.into());
+    }
+    if growth.seed_steps == 0 {
+        faults.add("growth.seed_steps", "must be at least 1, got 0".into());
     }
     if config.lora.num_experts < 2 {
         let fault = format!("needs an old and a new expert, got {}", config.lora.num_experts);

@@ -242,9 +242,9 @@ impl SiteReport {
 /// How tokens were routed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RoutingReport {
-    /// Mean routing weight of each expert, over the sites that have it, `[e]`.
+    /// Mean routing weight of each expert, `[e]`; 0 at a site that lacks it.
     pub mean_routing_weights: Vec<f64>,
-    /// Share of assignments of each expert, likewise, `[e]`.
+    /// Share of assignments of each expert, likewise, `[e]`; sums to 1.
     pub expert_load: Vec<f64>,
     /// Mean entropy of routing_probs over the sites, nats.
     pub routing_entropy: f64,
@@ -274,14 +274,13 @@ impl RoutingReport {
         let count = sites.len() as f64;
         let mean = |of: &dyn Fn(&SiteReport) -> f64| sites.iter().map(of).sum::<f64>() / count;
         let mean_by_expert = |of: &dyn Fn(&SiteReport) -> &Vec<f64>| -> Vec<f64> {
-            let mut sums = vec![(0.0, 0); num_experts];
+            let mut sums = vec![0.0; num_experts];
             for site in &sites {
                 for (expert, value) in site.experts.iter().zip(of(site)) {
-                    sums[*expert].0 += value;
-                    sums[*expert].1 += 1;
+                    sums[*expert] += value / count;
                 }
             }
-            sums.into_iter().map(|(sum, count)| sum / f64::from(count.max(1))).collect()
+            sums
         };
         let information = mean(&|site| site.mutual_information.unwrap_or(0.0));
         Some(Self {

@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::config::{RouterInput, RouterScope, RoutingChoice, RoutingLevel};
+use crate::config::{EvalRule, RouterInput, RouterScope, RoutingChoice, RoutingLevel};
 use crate::durable;
 use crate::mixture::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase, ManifestRouter,
@@ -253,6 +253,11 @@ fn describe_router(spec: &RouterSpec) -> String {
                 "; the {k} largest with `selection_bias` added are kept, without it renormalised"
             )
         }
+    };
+    let chosen = match spec.eval {
+        None => chosen,
+        Some(EvalRule::Dense) => chosen + "; in evaluation, all of them",
+        Some(EvalRule::TopK(k)) => format!("{chosen}; in evaluation, the {k} largest"),
     };
     let own = match spec.own_experts {
         true => " A layer's softmax is over the experts that it has.",

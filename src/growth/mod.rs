@@ -105,7 +105,12 @@ pub fn with_expert(
         let Some((prefix, key)) = row_tensor(name) else { continue };
         has_router = true;
         let row = tensor.narrow(0, 0, 1).zeros_like();
-        let row = if key == BIAS { row.fill(initial_bias(prefix)) } else { row };
+        let row = match key {
+            BIAS => row.fill(initial_bias(prefix)),
+            // chosen after every old expert, as its probability asks
+            SELECTION_BIAS => row.fill(tensor.min().double_value(&[])),
+            _ => row,
+        };
         *tensor = Tensor::cat(&[&*tensor, &row], 0);
     }
     if !has_router {

@@ -297,6 +297,11 @@ impl RoutedGpt2 {
         self.present.get(layer?)?.as_ref()
     }
 
+    /// The experts that a site routes over, `[m]`; none = all.
+    pub fn present_at(&self, site: Site) -> Option<&Tensor> {
+        self.present_experts(site.layer)
+    }
+
     /// The experts that a site routes over.
     pub fn experts_at(&self, site: Site) -> Vec<usize> {
         match self.present_experts(site.layer) {

@@ -15,10 +15,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::config::{
-    Config, DomainConfig, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
+    self, Config, DomainConfig, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
     OnExhausted, RoutingChoice,
 };
 use crate::data::{Batch, TokenDataset};
@@ -70,9 +70,6 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
     let num_old = config.lora.num_experts;
     grown.lora.num_experts = num_old + 1;
     grown.lora.experts.resize(num_old as usize, ExpertConfig::default());
-    for expert in &mut grown.lora.experts {
-        expert.trainable = growth.old_experts_rate > 0.0;
-    }
     grown.router.temperature = temperature;
     grown.router.temperature_schedule = None;
     grown.router.source = None;
@@ -92,6 +89,15 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
         consolidation_rate: growth.consolidation_rate,
     });
     Ok(grown)
+}
+
+/// Whether expert `expert` is trained in a stage of `config`: as its own setting says, and in a growing
+/// mixture not where the old experts' rate is 0.
+pub fn is_trainable(config: &Config, expert: usize) -> bool {
+    let own = config.lora.experts.get(expert).is_none_or(|expert| expert.trainable);
+    let is_old = (expert as i64) < config.lora.num_experts - 1;
+    let frozen = config.growth.as_ref().is_some_and(|growth| growth.old_experts_rate == 0.0);
+    own && !(is_old && frozen)
 }
 
 /// The config of the mixture without expert `expert`, or with it merged into another.
@@ -121,6 +127,9 @@ pub fn shrunk_config(
         *k = (*k).min(count);
     }
     shrunk.train.routing = match config.train.routing {
+        RoutingChoice::Record => {
+            bail!("the mixture is routed by records, which name its experts by number")
+        }
         RoutingChoice::Expert(only) if only as usize == expert => {
             bail!("the mixture is routed to `expert:{only}` alone, which is to go")
         }
@@ -128,6 +137,7 @@ pub fn shrunk_config(
         routing => routing,
     };
     shrunk.growth = None;
+    config::load::validate(&shrunk)?;
     Ok(shrunk)
 }
 
@@ -142,7 +152,7 @@ fn check_can_change(config: &Config) -> Result<()> {
 }
 
 /// The bias that keeps a new expert out of each router, by what precedes the router's name, from the
-/// label tokens of every domain of `dataset` but `except`; at most `max_blocks` of each.
+/// tokens, prompts too, of every domain of `dataset` but `except`; at most `max_blocks` of each.
 ///
 /// # Errors
 /// No such tokens.
@@ -155,21 +165,21 @@ pub fn initial_biases(
     let _no_grad = tch::no_grad_guard();
     let temperature = model.router_spec().temperature;
     let names = model.router_names();
-    // the router of a single expert that gets a second scores it 0
     let mut least: BTreeMap<String, f64> = BTreeMap::new();
     let prefix = |router: usize| names[router].trim_end_matches("router").to_owned();
     for batch in old_blocks(dataset, except, max_blocks) {
         let inputs = eval::inputs(&batch, &RoutingSource::Router, model.device());
+        let rows = token_rows(&batch, model.device());
         let routing = model.routing(&inputs, ForwardMode::EVAL);
         for (site, routing) in model.sites().into_iter().zip(routing) {
             let lse: Tensor = (routing.logits / temperature).logsumexp(-1, false);
-            let found = lse.view([-1]).index_select(0, &inputs.labelled).min().double_value(&[]);
+            let found = lse.view([-1]).index_select(0, &rows).min().double_value(&[]);
             let least = least.entry(prefix(site.router)).or_insert(f64::INFINITY);
             *least = least.min(found);
         }
     }
     if least.is_empty() && model.num_experts() > 1 {
-        bail!("the earlier domains hold no label token, by which the new router column is set");
+        bail!("the earlier domains hold no token, by which the new router column is set");
     }
     Ok(least
         .into_iter()
@@ -182,8 +192,8 @@ pub fn bias_beside_one(temperature: f64) -> f64 {
     temperature * MAX_NEW_PROB.ln()
 }
 
-/// The largest probability that the routers of a grown mixture give its last expert on label tokens of
-/// the old domains, in f64 from the scores: no old expert's probability has changed by more.
+/// The largest probability that the routers of a grown mixture give its last expert on the tokens of the
+/// old domains, in f64 from the scores: no old expert's probability has changed by more.
 pub fn largest_new_prob(
     model: &RoutedGpt2,
     dataset: &TokenDataset,
@@ -195,14 +205,22 @@ pub fn largest_new_prob(
     let mut largest = 0f64;
     for batch in old_blocks(dataset, except, max_blocks) {
         let inputs = eval::inputs(&batch, &RoutingSource::Router, model.device());
+        let rows = token_rows(&batch, model.device());
         for routing in model.routing(&inputs, ForwardMode::EVAL) {
             let scores = routing.logits.to_kind(Kind::Double) / temperature;
             let probs = scores.softmax(-1, Kind::Double).select(-1, last);
-            let of_labelled = probs.reshape([-1]).index_select(0, &inputs.labelled);
-            largest = largest.max(of_labelled.max().double_value(&[]));
+            let of_tokens = probs.reshape([-1]).index_select(0, &rows);
+            largest = largest.max(of_tokens.max().double_value(&[]));
         }
     }
     largest
+}
+
+/// The positions of a batch that hold a token, in the flattened `[b t]`.
+fn token_rows(batch: &Batch, device: Device) -> Tensor {
+    let ids = batch.document_ids.iter().zip(0i64..);
+    let rows: Vec<i64> = ids.filter(|(id, _)| **id >= 0).map(|(_, row)| row).collect();
+    Tensor::from_slice(&rows).to_device(device)
 }
 
 /// Blocks of the domains other than `except`, at even distances, one by one.

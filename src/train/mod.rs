@@ -73,6 +73,18 @@ pub enum Ending {
     Collapsed,
 }
 
+impl Ending {
+    /// The name in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::StoppedEarly => "stopped_early",
+            Self::Interrupted => "interrupted",
+            Self::Collapsed => "collapsed",
+        }
+    }
+}
+
 /// What a run came to.
 #[derive(Debug)]
 pub struct Summary {
@@ -424,8 +436,10 @@ impl Trainer {
             &blocks,
             phase,
         )?;
-        if router.balance_bias_rate > 0.0 {
-            routing_state::balance_biases(&self.model, &result.routing, router.balance_bias_rate);
+        if router.balance_bias_rate > 0.0 && seeding.is_none() {
+            let old_rate = self.config.growth.as_ref().map(|growth| growth.old_columns_rate);
+            let rate = router.balance_bias_rate;
+            routing_state::balance_biases(&self.model, &result.routing, rate, old_rate);
         }
         let totals = eval::routing::fetch(SiteExperts::of(&self.model), &result.routing)?;
         let state = &mut self.state;
@@ -481,9 +495,14 @@ impl Trainer {
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<bool> {
         let (config, step) = (&self.config.router, self.state.step);
-        let Some((num_steps, totals)) = self.state.routing.take_window(config, step) else {
+        let seeding_ends =
+            self.seeding_phase(step).is_some() && self.seeding_phase(step + 1).is_none();
+        let ends =
+            step.is_multiple_of(config.window_steps) || step == self.num_steps || seeding_ends;
+        if !ends {
             return Ok(false);
-        };
+        }
+        let (num_steps, totals) = self.state.routing.take_window();
         let report = RoutingReport::new(&totals, None, config.dead_share);
         let routed = self.config.train.routing == RoutingChoice::Router;
         let collapse = match &report {
@@ -639,7 +658,7 @@ fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
         .collect();
     bail!(
         "the config differs from the run that is resumed: {}\nhint: a resumed run may change its \
-         duration, its device and how often it evaluates and saves, nothing else",
+         duration, its device, how often it evaluates and saves and when it stops, nothing else",
         differing.first().map_or("it has other keys", String::as_str)
     );
 }

@@ -89,16 +89,9 @@ impl RoutingState {
         }
     }
 
-    /// The totals of the window, if step `step` is its last; the next one is then begun.
-    pub fn take_window(
-        &mut self,
-        config: &RouterConfig,
-        step: u64,
-    ) -> Option<(u64, Vec<SiteTotals>)> {
-        if !step.is_multiple_of(config.window_steps) {
-            return None;
-        }
-        Some((std::mem::take(&mut self.window_steps), std::mem::take(&mut self.window)))
+    /// The steps and totals of the window; the next one is begun.
+    pub fn take_window(&mut self) -> (u64, Vec<SiteTotals>) {
+        (std::mem::take(&mut self.window_steps), std::mem::take(&mut self.window))
     }
 }
 
@@ -135,24 +128,36 @@ pub fn temperature(config: &RouterConfig, step: u64) -> f64 {
 }
 
 /// Moves each router's selection bias by `rate` towards the experts that had less than their share of
-/// the step's assignments (arXiv:2408.15664, algorithm 1: `b_i + u sign(mean load - load_i)`).
-pub fn balance_biases(model: &RoutedGpt2, totals: &[RoutingTotals], rate: f64) {
+/// the step's assignments (arXiv:2408.15664, algorithm 1: `b_i + u sign(mean load - load_i)`). With
+/// `old_rate`, those of all experts but the last move by that part of it.
+pub fn balance_biases(
+    model: &RoutedGpt2,
+    totals: &[RoutingTotals],
+    rate: f64,
+    old_rate: Option<f64>,
+) {
     let _no_grad = tch::no_grad_guard();
-    for (index, router) in model.routers().iter().enumerate() {
-        let Some(bias) = &router.selection_bias else { continue };
-        let mut surplus = Tensor::zeros(bias.size(), (Kind::Double, bias.device()));
-        for (site, totals) in model.sites().into_iter().zip(totals) {
-            // where all experts are chosen, as before they are mature, none has more than its share
-            if site.router != index || totals.is_dense() {
-                continue;
-            }
-            let experts: Vec<i64> = model.experts_at(site).iter().map(|e| *e as i64).collect();
-            let experts = Tensor::from_slice(&experts).to_device(bias.device());
-            let share = totals.expert_load() - 1.0 / totals.num_experts() as f64;
-            surplus = surplus.index_add(0, &experts, &share);
-        }
+    let biases = model.routers().iter().map(|router| router.selection_bias.as_ref());
+    let mut surplus: Vec<Option<Tensor>> =
+        biases.map(|bias| bias.map(|bias| bias.to_kind(Kind::Double).zeros_like())).collect();
+    for (site, totals) in model.sites().into_iter().zip(totals) {
+        // where all experts are chosen, as before they are mature, none has more than its share
+        let Some(sum) = surplus[site.router].as_mut().filter(|_| !totals.is_dense()) else {
+            continue;
+        };
+        let share = totals.expert_load() - 1.0 / totals.num_experts() as f64;
+        *sum = match model.present_at(site) {
+            None => &*sum + share,
+            Some(experts) => sum.index_add(0, experts, &share),
+        };
+    }
+    for (router, surplus) in model.routers().iter().zip(surplus) {
+        let (Some(bias), Some(surplus)) = (&router.selection_bias, surplus) else { continue };
         // loads are quotients of whole numbers: what is even but for rounding stays
         let direction = surplus.sign() * surplus.abs().ge(1e-12).to_kind(Kind::Double);
+        if let Some(old_rate) = old_rate {
+            let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);
+        }
         let moved = bias - (direction * rate).to_kind(bias.kind());
         bias.shallow_clone().copy_(&moved);
     }

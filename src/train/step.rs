@@ -136,7 +136,8 @@ pub fn gradients(
     num_domains: usize,
 ) -> Result<StepGradients> {
     let device = model.device();
-    let label_tokens: u64 = batches.iter().map(Batch::label_tokens).sum();
+    let label_counts = domain_tokens(batches, num_domains);
+    let label_tokens: u64 = label_counts.iter().sum();
     let source = match seeding {
         Some(_) => RoutingSource::RecordOrRouter,
         None => RoutingSource::from(config.train.routing),
@@ -144,7 +145,9 @@ pub fn gradients(
     let micro_batches: Vec<MicroBatch> =
         batches.iter().map(|batch| MicroBatch::new(batch, &source, seeding, model)).collect();
     let has_router = config.train.routing == RoutingChoice::Router;
-    let ahead = has_router && needs_totals(&config.router) && micro_batches.len() > 1;
+    // while a new expert is seeded, the router decides on a part of the tokens only
+    let counts = has_router && seeding.is_none();
+    let ahead = counts && needs_totals(&config.router) && micro_batches.len() > 1;
     let mut routing = match ahead {
         true => totals_ahead(model, &micro_batches, &source, mode(config), num_domains)?,
         false => vec![],
@@ -169,19 +172,15 @@ pub fn gradients(
             add_totals(&mut routing, &of_batch, micro_batch.labelled(num_domains));
         }
         let mut loss = output.loss;
-        if has_router {
+        if counts {
             let others = router_losses(&config.router, &of_batch, &routing, labelled, label_tokens);
             loss = others.into_iter().fold(loss, |loss, other| loss + other);
         }
         if let (Some(phase), Some(growth)) = (seeding, &config.growth) {
             let is_new = micro_batch.label_domains.eq(i64::from(phase.domain));
-            let counts = domain_tokens(batches, num_domains);
-            let new = counts[phase.domain as usize];
-            let seeding = Seeding {
-                expert: phase.expert,
-                is_new: &is_new,
-                tokens: [new, label_tokens - new],
-            };
+            let new = label_counts[phase.domain as usize];
+            let tokens = [new, label_tokens - new];
+            let seeding = Seeding { expert: phase.expert, is_new: &is_new, tokens };
             let temperature = model.router_spec().temperature;
             let seeding = losses::seeding_loss(&of_batch, temperature, labelled, seeding);
             loss = &loss + seeding * growth.seed_router_coef;
