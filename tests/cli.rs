@@ -246,14 +246,16 @@ fn faults_of_the_router_are_told_by_their_paths() {
     "#);
     insta::assert_snapshot!(router("noise = { jitter = 1.0 }"), @"`router.noise.jitter` must be between 0 and 1, got 1");
     insta::assert_snapshot!(router("hybrid = { tokens = 0 }"), @r#"
-    `router.hybrid` needs `router.top_k`
+    `router.hybrid` needs a `router.top_k` below `lora.num_experts` 4
     `router.hybrid.tokens` must be at least 1, got 0
     "#);
     insta::assert_snapshot!(router("top_k = 1\nhybrid = { plateau = { window_steps = 0, min_delta = -1.0 } }"), @r#"
     `router.hybrid.plateau.window_steps` must be at least 1, got 0
     `router.hybrid.plateau.min_delta` must be a number of at least 0, got -1
     "#);
-    insta::assert_snapshot!(router("balance_bias_rate = 0.1"), @"`router.balance_bias_rate` needs `router.top_k`");
+    insta::assert_snapshot!(router("balance_bias_rate = 0.1"), @"`router.balance_bias_rate` needs a `router.top_k` below `lora.num_experts` 4");
+    insta::assert_snapshot!(router("top_k = 4\nbalance_bias_rate = 0.1"), @"`router.balance_bias_rate` needs a `router.top_k` below `lora.num_experts` 4");
+    insta::assert_snapshot!(router("level = 'sequence'\nnoise = { jitter = 0.1 }"), @r#"`router.noise` is drawn for each token, and does not go with `router.level = "sequence"`"#);
 }
 
 #[test]
@@ -326,7 +328,7 @@ fn faults_of_experts_per_layer_and_of_orthogonality_are_told() {
 fn what_the_router_can_be_is_read_as_it_is_written() {
     let text = format!(
         "{MINIMAL}\n[lora]\northogonality = {{ ba = 0.5 }}\nexperts_per_layer = [2, 4]\n[router]\n\
-         input = 'layer_input'\nscope = 'module'\nlevel = 'sequence'\nhidden_layers = 2\ntop_k = 2\n\
+         input = 'layer_input'\nscope = 'module'\nhidden_layers = 2\ntop_k = 2\n\
          temperature_schedule = {{ start = 4.0, steps = 500 }}\nnoise = {{ jitter = 0.01 }}\n\
          hybrid = {{ plateau = {{ window_steps = 100, min_delta = 0.01 }} }}\neval = 'dense'\n\
          entropy_coef = -0.01\non_collapse = 'stop'\n"

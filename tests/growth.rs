@@ -198,6 +198,21 @@ fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
     Ok(())
 }
 
+/// Old experts' selection biases below zero do not let a new one with no probability in before them.
+#[test]
+fn an_added_expert_takes_no_place_among_the_k_best() -> Result<()> {
+    let _generator = seed(312);
+    let router = RouterConfig { top_k: Some(2), balance_bias_rate: 0.1, ..RouterConfig::default() };
+    let (base, mut mixture) = random(PLAIN, &router)?;
+    mixture.tensors.insert("router.selection_bias".into(), Tensor::from_slice(&[-0.4, -0.2, 0.0]));
+    let (before, routing_before) = routed(&put_on(&mixture, &base)?);
+    let larger = with_expert(&mixture, &base, mixture.specs[0].clone(), &|_| -40.0)?;
+    let (after, routing) = routed(&put_on(&larger, &base)?);
+    assert_close("logits", &after, &before, 1e-6);
+    assert_close("weights", &routing[0].weights.narrow(-1, 0, 3), &routing_before[0].weights, 1e-6);
+    Ok(())
+}
+
 #[test]
 fn an_expert_added_far_below_changes_nothing_and_starts_fresh() -> Result<()> {
     let _generator = seed(304);

@@ -131,13 +131,14 @@ fn weights_are_means_over_tokens_and_loads_over_assignments() {
 }
 
 #[test]
-fn an_experts_figures_are_means_over_the_sites_that_have_it() {
+fn an_experts_figures_are_means_over_all_sites_and_sum_to_one() {
     let mut one = site("h.0", &[[8.0]]);
     one.experts = vec![0];
     let mut two = site("h.1", &[[2.0, 6.0]]);
     two.experts = vec![0, 2];
     let report = report(&[one, two], None, 0.1);
-    assert_eq!(report.mean_routing_weights, [(1.0 + 0.25) / 2.0, 0.0, 0.75]);
+    assert_eq!(report.mean_routing_weights, [(1.0 + 0.25) / 2.0, 0.0, 0.75 / 2.0]);
+    assert_eq!(report.expert_load.iter().sum::<f64>(), 1.0);
     assert_eq!(report.sites[1].largest(), (2, 0.75));
 }
 
@@ -168,8 +169,8 @@ fn what_is_wrong_names_the_worst_site() {
     let config = RouterConfig::default();
     let faults = report(&totals, None, config.dead_share).collapse(&config);
     insta::assert_snapshot!(faults.join("\n"), @r"
-    expert_1 takes 0.980 of the routing weight at `h.1`, more than 0.9 (2 of 4 routers)
-    1 of 3 experts are dead at `h.1` (expert_2), with less than 0.05 of an even weight (1 of 4 routers)
+    expert_1 takes 0.980 of the routing weight at `h.1`, more than 0.9 (2 of 4 places)
+    1 of 3 experts are dead at `h.1` (expert_2), with less than 0.05 of an even weight (1 of 4 places)
     ");
     assert!(report(&totals[..1], None, config.dead_share).collapse(&config).is_empty());
     // a site of a single expert has nothing to decide
@@ -177,7 +178,7 @@ fn what_is_wrong_names_the_worst_site() {
     let strict = RouterConfig { collapse_share: 0.4, dead_share: 0.7, ..config };
     let faults = report(&totals[..1], None, strict.dead_share).collapse(&strict);
     insta::assert_snapshot!(faults.join("\n"), @r"
-    expert_0 takes 0.500 of the routing weight at `h.0`, more than 0.4 (1 of 1 routers)
-    1 of 3 experts are dead at `h.0` (expert_2), with less than 0.7 of an even weight (1 of 1 routers)
+    expert_0 takes 0.500 of the routing weight at `h.0`, more than 0.4 (1 of 1 places)
+    1 of 3 experts are dead at `h.0` (expert_2), with less than 0.7 of an even weight (1 of 1 places)
     ");
 }

@@ -53,10 +53,26 @@ fn a_planted_collapse_is_told_after_every_window() -> Result<()> {
         assert!(information < 1e-20, "{information}");
     }
     insta::assert_snapshot!(windows[3].collapse.join("\n"), @r"
-    expert_1 takes 1.000 of the routing weight at `all layers`, more than 0.9 (1 of 1 routers)
-    2 of 3 experts are dead at `all layers` (expert_0, expert_2), with less than 0.05 of an even weight (1 of 1 routers)
+    expert_1 takes 1.000 of the routing weight at `all layers`, more than 0.9 (1 of 1 places)
+    2 of 3 experts are dead at `all layers` (expert_0, expert_2), with less than 0.05 of an even weight (1 of 1 places)
     ");
     assert!(summary.state.routing.collapsed);
+    Ok(())
+}
+
+/// A run of 12 steps: what the last whole window leaves is a window too, and a run shorter than one has one.
+#[test]
+fn the_last_steps_are_a_window_of_their_own() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    for (steps, expected) in [(5, vec![(5, 5), (10, 5), (12, 2)]), (50, vec![(12, 12)])] {
+        let window = format!("router.window_steps={steps}");
+        let config = world.config(&format!("run-{steps}"), &[&window])?;
+        let (windows, _) = train_from_bias(&config, &PLANTED)?;
+        let found: Vec<_> = windows.iter().map(|w| (w.step, w.window_steps)).collect();
+        assert_eq!(found, expected);
+        assert!(windows.iter().all(|window| !window.collapse.is_empty()));
+    }
     Ok(())
 }
 
