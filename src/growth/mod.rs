@@ -75,8 +75,8 @@ pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
     Ok(smaller)
 }
 
-/// The mixture with one more expert, the last. Its router row is zero but for a bias; its own tensors
-/// are left to [`Mixture::put_on`], which draws them as for a fresh model (by the default start B is
+/// The mixture with one more expert, the last. Its router row is zero but for a bias, and its selection
+/// bias is the least, so that it is chosen by its score alone; its own tensors are left to [`Mixture::put_on`], which draws them as for a fresh model (by the default start B is
 /// zero). To a single expert, which has no router, comes one that reads nothing yet: weights zero,
 /// bias 0 for the old and `initial_bias` for the new. To learn its shape, a model is drawn, from
 /// libtorch's default CPU generator.
@@ -104,12 +104,11 @@ pub fn with_expert(
     for (name, tensor) in &mut larger.tensors {
         let Some((prefix, key)) = row_tensor(name) else { continue };
         has_router = true;
-        let row = tensor.narrow(0, 0, 1).zeros_like();
+        let row = tensor.narrow(0, 0, 1);
         let row = match key {
-            BIAS => row.fill(initial_bias(prefix)),
-            // chosen after every old expert, as its probability asks
-            SELECTION_BIAS => row.fill(tensor.min().double_value(&[])),
-            _ => row,
+            BIAS => row.full_like(initial_bias(prefix)),
+            SELECTION_BIAS => tensor.amin(0, true),
+            _ => row.zeros_like(),
         };
         *tensor = Tensor::cat(&[&*tensor, &row], 0);
     }
