@@ -22,6 +22,7 @@ use dylora::train::checkpoint::{self, Preferred};
 use dylora::train::{Ending, Event, Summary, Trainer, load_model};
 use tch::{Device, Tensor};
 
+mod growth;
 mod new_columns;
 mod routing;
 mod sources;

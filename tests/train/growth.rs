@@ -1,0 +1,367 @@
+//! A mixture that gets one expert more: what its router does at first, and a whole stage of training.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::Result;
+use dylora::base::Base;
+use dylora::config::{Config, DomainConfig, Validation};
+use dylora::growth::with_expert;
+use dylora::mixture::Mixture;
+use dylora::model::expert::ExpertSpec;
+use dylora::model::weights::read_tensors;
+use dylora::skills::{Skill, SkillCenter, SkillLibrary, embed};
+use dylora::train::grow::{self, Growth};
+use dylora::train::metrics::Metrics;
+use dylora::train::routing_state::ExpertMaturity;
+use dylora::train::stages::Stage;
+use dylora::train::{Past, Summary, Trainer, checkpoint, load_mixture, schedule};
+use tch::{Device, Kind, Tensor};
+
+use crate::routing::{metrics, steps, windows};
+use crate::{World, alone, data, open_base, record, tensors, train};
+
+/// A third domain of a world.
+pub(crate) fn third_domain(world: &World) -> Result<DomainConfig> {
+    let mut files = vec![];
+    for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
+        let lines: Vec<String> =
+            (first..first + records).map(|n| record(n, 5).to_string()).collect();
+        let file = world.path(&format!("third.{split}.jsonl"));
+        fs_err::write(&file, lines.join("\n"))?;
+        files.push(file.display().to_string());
+    }
+    let validation = Some(Validation::Files(files.split_off(1)));
+    Ok(DomainConfig {
+        name: "third".into(),
+        train: files,
+        validation,
+        weight: 1.0,
+        record_domain: None,
+    })
+}
+
+/// A stage of six steps, four of them of seeding, in which what is old is frozen.
+pub(crate) fn growth(world: &World, run: &str) -> Result<Growth> {
+    Ok(Growth {
+        domain: third_domain(world)?,
+        replay: 0.5,
+        steps: 6,
+        seed_steps: 4,
+        old_experts_rate: 0.0,
+        old_columns_rate: 0.0,
+        consolidation_rate: 0.25,
+        run_dir: world.path(run),
+    })
+}
+
+/// A stage that may begin.
+struct NextStage {
+    config: Config,
+    base: Base,
+    mixture: Mixture,
+    past: Past,
+    stage: Stage,
+}
+
+/// The stage that comes after two experts were trained for four steps on two domains.
+fn next_stage(world: &World, overrides: &[&str], growth: &Growth) -> Result<NextStage> {
+    let common = ["lora.num_experts=2", "train.duration={steps=4}", "train.eval_every_steps=2"];
+    let first = world.config("first", &[&common[..], overrides].concat())?;
+    if !first.run.dir.exists() {
+        train(&first, None)?;
+    }
+    let dir = checkpoint::find(&first.run.dir, checkpoint::Preferred::Last)?;
+    let state = checkpoint::read_state(&dir)?;
+    let old = load_mixture(&dir, &first, &state)?;
+    let mut config = grow::grown_config(&first, old.router.temperature, growth)?;
+    config.train.checkpoint_every_steps = Some(1);
+    config.train.keep_last = 99;
+    let base = open_base(&config)?;
+    let weights = base.weights()?;
+    let model = old.put_on(&weights, Device::Cpu, Kind::Float)?;
+    let train_data = data(&config, &base)?.train;
+    let biases = grow::initial_biases(&model, &train_data, "third", 99)?;
+    let spec = ExpertSpec::new(&config.lora, 2, &base.config)?;
+    let mut mixture = with_expert(&old, &weights, spec, &|prefix| biases[prefix])?;
+    for old in &mut mixture.specs[..2] {
+        old.trainable = growth.old_experts_rate > 0.0;
+    }
+    let embedding = embed(&model, &train_data, 2, 8, None)?;
+    let mut skills = SkillLibrary::new(SkillCenter::default().of(&model)?);
+    skills.skills.push(Skill {
+        name: "third".into(),
+        embedding: embedding.mean,
+        label_tokens: embedding.label_tokens,
+        expert: Some(2),
+    });
+    let past = Past {
+        stages: state.stages,
+        tokens_seen: state.tokens_seen,
+        maturity: state.routing.experts,
+        skills: Some(skills),
+    };
+    let stage = Stage::new("add third", vec!["third".into()], 3);
+    Ok(NextStage { config, base, mixture, past, stage })
+}
+
+impl NextStage {
+    fn trainer(self) -> Result<Trainer> {
+        let data = data(&self.config, &self.base)?;
+        let Self { config, base, mixture, past, stage } = self;
+        Trainer::next_stage(config, &base, &mixture, data, Device::Cpu, past, stage)
+    }
+
+    fn run(self) -> Result<Summary> {
+        self.trainer()?.run(&AtomicBool::new(false), &mut |_| ())
+    }
+}
+
+fn model_of(checkpoint: &Path) -> Result<BTreeMap<String, Tensor>> {
+    read_tensors(&checkpoint.join("model.safetensors"))
+}
+
+/// A mixture's tensors as they are now.
+fn copies(mixture: &Mixture) -> BTreeMap<String, Tensor> {
+    mixture.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect()
+}
+
+/// The checkpoint of a step.
+fn at_step(config: &Config, step: u64) -> PathBuf {
+    config.run.dir.join(format!("checkpoints/step-{step:08}"))
+}
+
+/// Whether `tensor`, of this name, belongs to one of the first two experts.
+fn is_old(name: &str) -> bool {
+    name.contains(".expert_0.") || name.contains(".expert_1.")
+}
+
+#[test]
+fn frozen_old_parts_are_the_same_to_the_bit_after_a_stage_and_the_new_ones_are_not() -> Result<()> {
+    let _alone = alone();
+    for scope in ["shared", "layer", "module"] {
+        let world = World::new()?;
+        let scope = format!("router.scope={scope}");
+        let overrides = [scope.as_str(), "router.hidden_layers=1", "router.hidden_width=6"];
+        let next = next_stage(&world, &overrides, &growth(&world, "grown")?)?;
+        let before = copies(&next.mixture);
+        let after = model_of(&next.run()?.checkpoint)?;
+        let (mut old, mut new) = (0, 0);
+        for (name, before) in &before {
+            let after = &after[name];
+            if is_old(name) || name.contains(".hidden.") {
+                assert!(after.equal(before), "{scope}: `{name}` has moved");
+                old += 1;
+            } else if name.contains("router") {
+                assert!(after.narrow(0, 0, 2).equal(&before.narrow(0, 0, 2)), "{scope}: `{name}`");
+                assert!(!after.get(2).equal(&before.get(2)), "{scope}: `{name}` has not moved");
+                new += 1;
+            } else {
+                panic!("`{name}` is of no part");
+            }
+        }
+        assert!(old > 0 && new > 0, "{old} {new}");
+        for (name, tensor) in after.iter().filter(|(name, _)| name.ends_with("expert_2.lora_b")) {
+            assert!(tensor.abs().max().double_value(&[]) > 1e-3, "`{name}` has not moved");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_hash_of_what_is_frozen_covers_the_old_experts_alone() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let next = next_stage(&world, &[], &growth(&world, "grown")?)?;
+    let weights = next.base.weights()?;
+    let model = next.mixture.put_on(&weights, Device::Cpu, Kind::Float)?;
+    let hash = model.frozen_hash()?;
+    assert_ne!(hash, model.base().hash()?);
+    assert_eq!(next.run()?.frozen_hash, Some(hash.clone()));
+    let tensors = model.tensors();
+    let nudge = |name: &str| tch::no_grad(|| tensors[name].shallow_clone().g_add_scalar_(1e-3));
+    let _ = (nudge("h.0.attn.c_attn.expert_2.lora_a"), nudge("router.weight"));
+    assert_eq!(model.frozen_hash()?, hash);
+    let _ = nudge("h.1.mlp.c_fc.expert_1.lora_b");
+    assert_ne!(model.frozen_hash()?, hash);
+    Ok(())
+}
+
+/// Adam's first step is `learning_rate * g / (|g| + eps')`: the learning rate wherever there is a gradient.
+#[test]
+fn old_parts_move_by_their_factor_of_the_learning_rate() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let no_decay = "optimizer.adapters={learning_rate=2e-2, weight_decay=0.0}";
+    let overrides = [no_decay, "lora.dropout=0.0", "router.hidden_layers=1"];
+    let mut growth = growth(&world, "grown")?;
+    (growth.old_experts_rate, growth.old_columns_rate) = (0.125, 0.5);
+    let next = next_stage(&world, &overrides, &growth)?;
+    let (config, before) = (next.config.clone(), copies(&next.mixture));
+    next.run()?;
+    let rates = steps(&config)?.remove(0).learning_rates;
+    let factor = rates["adapters"] / 2e-2;
+    for (group, rate) in
+        [("adapters_at_0.125", 2e-2 * 0.125), ("router", 5e-2), ("router_at_0.5", 5e-2 * 0.5)]
+    {
+        assert!((rates[group] - rate * factor).abs() < 1e-12, "{rates:?}");
+    }
+    let after = model_of(&at_step(&config, 1))?;
+    let moved = |name: &str, rows: Option<(i64, i64)>| {
+        let of =
+            |tensor: &Tensor| rows.map_or(tensor.copy(), |(at, len)| tensor.narrow(0, at, len));
+        (of(&after[name]) - of(&before[name])).abs().max().double_value(&[])
+    };
+    for (name, rows, rate) in [
+        ("h.0.attn.c_attn.expert_0.lora_a", None, 2e-2 * 0.125),
+        ("h.1.mlp.c_fc.expert_1.lora_b", None, 2e-2 * 0.125),
+        ("router.weight", Some((0, 2)), 5e-2 * 0.5),
+        ("router.bias", Some((0, 2)), 5e-2 * 0.5),
+        ("router.hidden.0.weight", None, 5e-2 * 0.5),
+        ("router.weight", Some((2, 1)), 5e-2),
+    ] {
+        let (moved, expected) = (moved(name, rows), rate * factor);
+        assert!((moved / expected - 1.0).abs() < 2e-3, "`{name}`: {moved} is not {expected}");
+    }
+    // B was 0
+    let new = after["h.1.mlp.c_fc.expert_2.lora_b"].abs().max().double_value(&[]);
+    assert!((new / (2e-2 * factor) - 1.0).abs() < 2e-3, "{new}");
+    Ok(())
+}
+
+#[test]
+fn seeding_gives_the_new_domain_to_the_new_expert_and_the_router_decides_after_it() -> Result<()> {
+    let _alone = alone();
+    for (input, checkpointing, accum) in
+        [("base_hidden", false, 2), ("layer_input", true, 1), ("layer_input", false, 2)]
+    {
+        let world = World::new()?;
+        let overrides = [
+            format!("router.input={input}"),
+            format!("train.gradient_checkpointing={checkpointing}"),
+            format!("train.grad_accum_steps={accum}"),
+            "train.micro_batch_size=6".into(),
+            "router.window_steps=1".into(),
+        ];
+        let overrides = overrides.each_ref().map(String::as_str);
+        let next = next_stage(&world, &overrides, &growth(&world, "grown")?)?;
+        let config = next.config.clone();
+        next.run()?;
+        let mut seen = BTreeMap::new();
+        for window in windows(&config)? {
+            let seeding = window.step <= 4;
+            for (domain, weights) in &window.domain_routing_weights {
+                let what = format!("{input}, step {}, `{domain}`: {weights:?}", window.step);
+                assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{what}");
+                if domain == "third" && seeding {
+                    assert_eq!(weights[..], [0.0, 0.0, 1.0], "{what}");
+                } else {
+                    assert!(weights.iter().all(|weight| *weight > 0.0), "{what}");
+                }
+                *seen.entry((domain.clone(), seeding)).or_insert(0) += 1;
+            }
+        }
+        assert_eq!(seen.len(), 6, "{seen:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn all_learning_rates_have_the_rate_of_consolidation_after_seeding() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let mut growth = growth(&world, "grown")?;
+    growth.old_experts_rate = 0.5;
+    let next = next_stage(&world, &[], &growth)?;
+    let config = next.config.clone();
+    next.run()?;
+    for step in steps(&config)? {
+        let rate = if step.step <= 4 { 1.0 } else { 0.25 };
+        let factor = rate * schedule::factor(config.schedule, step.step, 6);
+        let expected = [("adapters", 2e-2), ("adapters_at_0.5", 1e-2), ("router", 5e-2)];
+        let expected = expected.map(|(name, of_group)| (name.to_owned(), of_group * factor));
+        assert_eq!(step.learning_rates, expected.into(), "step {}", step.step);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stage_that_was_interrupted_equals_an_unbroken_one_to_the_bit() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let hybrid = ["router.top_k=1", "router.hybrid={tokens=40}", "router.window_steps=4"];
+    let mut growth = growth(&world, "grown")?;
+    growth.old_columns_rate = 0.1;
+    let next = next_stage(&world, &hybrid, &growth)?;
+    let (config, skills) = (next.config.clone(), next.past.skills.clone());
+    let unbroken = next.run()?;
+    assert!(unbroken.state.routing.experts.iter().any(|expert| expert.is_mature));
+    assert_eq!(unbroken.state.stages.len(), 2);
+    let of_run = steps(&config)?;
+    // in the seeding phase, at its end, and after it
+    for from in [2, 4, 5] {
+        let mut again = config.clone();
+        again.run.dir = world.path(&format!("from-{from}"));
+        let base = open_base(&again)?;
+        let all_data = data(&again, &base)?;
+        let dir = at_step(&config, from);
+        let mut trainer = Trainer::resume(again.clone(), &base, all_data, Device::Cpu, &dir)?;
+        let resumed = trainer.run(&AtomicBool::new(false), &mut |_| ())?;
+        assert_eq!(steps(&again)?, of_run[from as usize..], "from {from}");
+        assert_eq!(resumed.state, unbroken.state, "from {from}");
+        assert_eq!(resumed.frozen_hash, unbroken.frozen_hash);
+        let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
+        assert!(left.keys().eq(right.keys()));
+        for (name, tensor) in &left {
+            assert!(tensor.equal(&right[name]), "from {from}: `{name}` differs");
+        }
+        let width = base.config.n_embd;
+        assert_eq!(checkpoint::read_skills(&resumed.checkpoint, width)?, skills);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_stage_is_evaluated_beside_those_before_it() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let next = next_stage(&world, &[], &growth(&world, "grown")?)?;
+    let (before, tokens) = (next.past.stages.clone(), next.past.tokens_seen);
+    let (config, state) = (next.config.clone(), next.run()?.state);
+    assert_eq!(state.stages[..1], before);
+    assert_eq!(state.stages[0].learned, ["up", "down"]);
+    let stage = &state.stages[1];
+    assert_eq!((stage.name.as_str(), stage.step, stage.num_experts), ("add third", 6, 3));
+    assert!(stage.losses.keys().eq(["down", "third", "up"]));
+    let validations = metrics(&config)?.into_iter().filter_map(|metrics| match metrics {
+        Metrics::Validation(validation) => Some(validation),
+        _ => None,
+    });
+    let last = validations.last().expect("there is one at the end");
+    assert_eq!((last.step, last.domain_losses), (6, stage.losses.clone()));
+    assert!(state.tokens_seen > tokens && tokens > 0);
+    Ok(())
+}
+
+#[test]
+fn a_new_expert_makes_hybrid_routing_dense_until_it_is_mature() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let hybrid = ["router.top_k=1", "router.hybrid={tokens=60}"];
+    let mut next = next_stage(&world, &hybrid, &growth(&world, "grown")?)?;
+    let mature = ExpertMaturity { is_mature: true, tokens: 60.0, ..ExpertMaturity::default() };
+    next.past.maturity = vec![mature; 2];
+    let config = next.config.clone();
+    let state = next.run()?.state;
+    assert!(state.routing.experts.iter().all(|expert| expert.is_mature), "{state:?}");
+    let counts: Vec<u64> = steps(&config)?.iter().filter_map(|step| step.mature_experts).collect();
+    assert_eq!((counts[0], counts[5], counts.len()), (2, 3, 6), "{counts:?}");
+    for (step, count) in (1..).zip(counts) {
+        let dir = at_step(&config, step);
+        let mixture = load_mixture(&dir, &config, &checkpoint::read_state(&dir)?)?;
+        let top_k = (count == 3).then_some(1);
+        assert_eq!(mixture.router.top_k, top_k, "after step {step}");
+    }
+    Ok(())
+}
