@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 
@@ -19,7 +19,7 @@ use crate::model::{RoutedGpt2, kind_of};
 use crate::skills::SkillLibrary;
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::stages::Stage;
-use crate::train::{Past, Trainer, grow, load_mixture};
+use crate::train::{Past, Trainer, check_new_run, grow, load_mixture};
 
 /// What both commands are given.
 #[derive(Debug, Args)]
@@ -54,7 +54,7 @@ pub struct MergeExpertsArgs {
     #[command(flatten)]
     shrink: ShrinkArgs,
     /// Which two, as `0,2` [default: those whose updates are most alike].
-    #[arg(long, value_name = "A,B", value_delimiter = ',', num_args = 2)]
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
     experts: Option<Vec<usize>>,
 }
 
@@ -96,7 +96,11 @@ struct Shrunk {
 fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     let dir = checkpoint::find(&args.checkpoint, Preferred::Best)?;
     let (config, state) = (checkpoint::read_config(&dir)?, checkpoint::read_state(&dir)?);
+    grow::check_can_change(&config).map_err(usage)?;
+    let run_dir = std::path::absolute(&args.out)?;
+    check_new_run(&run_dir)?;
     let mixture = load_mixture(&dir, &config, &state)?;
+    check(change, &mixture).map_err(usage)?;
     let device = device(args.device.unwrap_or(config.run.device))?;
     let base = open_base(&config.base, shared)?;
     let weights = base.weights()?;
@@ -107,13 +111,11 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     let kind = kind_of(config.base.dtype);
     let model = mixture.put_on(&weights, device, kind)?;
     let before = validate(&model, &data.validation, &config, shared)?;
-    let shrunk = apply(change, &mixture, &model, before.as_ref()).map_err(usage)?;
+    let mut shrunk = apply(change, &mixture, &model, before.as_ref()).map_err(usage)?;
     drop(model);
-    let run_dir = std::path::absolute(&args.out)?;
     let temperature = mixture.router.temperature;
     let new_config =
         grow::shrunk_config(&config, temperature, shrunk.gone, run_dir).map_err(usage)?;
-    let mut shrunk = shrunk;
     for (expert, spec) in shrunk.mixture.specs.iter_mut().enumerate() {
         spec.trainable = grow::is_trainable(&new_config, expert);
     }
@@ -157,6 +159,23 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     Ok(())
 }
 
+/// Checks what can be said before anything is measured.
+fn check(change: &Change, mixture: &Mixture) -> Result<()> {
+    let experts = match *change {
+        Change::Remove(expert) => vec![expert],
+        Change::Merge(Some((a, b))) => vec![a, b],
+        Change::Merge(None) if mixture.specs.len() == 1 => {
+            bail!("a single expert has none to merge with")
+        }
+        Change::Merge(None) => vec![],
+    };
+    experts.into_iter().try_for_each(|expert| growth::check_expert(mixture, expert))?;
+    if mixture.specs.len() == 1 {
+        bail!("the only expert cannot be removed");
+    }
+    Ok(())
+}
+
 fn apply(
     change: &Change,
     mixture: &Mixture,
@@ -177,7 +196,7 @@ fn apply(
                 Some(pair) => pair,
                 None => {
                     let most = merge::most_similar(&similarity);
-                    let (a, b, _) = most.context("a single expert has none to merge with")?;
+                    let (a, b, _) = most.expect("it was checked that there are two");
                     (a, b)
                 }
             };

@@ -19,9 +19,16 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
     let text = fs_err::read_to_string(path).map_err(|error| {
         anyhow!("cannot read the config: {error}\nhint: `configs/` has one for each kind of run")
     })?;
-    let name = path.display().to_string();
-    let mut config = parse(&text, overrides).with_context(|| format!("in `{name}`"))?;
-    validate(&config).with_context(|| format!("in `{name}`"))?;
+    resolve(&text, overrides).with_context(|| format!("in `{}`", path.display()))
+}
+
+/// As [`load`], from the file's text.
+///
+/// # Errors
+/// The same.
+pub fn resolve(text: &str, overrides: &[String]) -> Result<Config> {
+    let mut config = parse(text, overrides)?;
+    validate(&config)?;
     make_absolute(&mut config)?;
     Ok(config)
 }

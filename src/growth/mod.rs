@@ -130,7 +130,11 @@ fn new_router(mixture: &Mixture, base: &Gpt2) -> BTreeMap<String, Tensor> {
     rows.map(|(name, tensor)| (name, tensor.zeros_like())).collect()
 }
 
-fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
+/// Checks that a mixture has an expert.
+///
+/// # Errors
+/// An expert that is not there, by how many there are.
+pub fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
     let count = mixture.specs.len();
     if expert >= count {
         bail!("there is no expert {expert}, the mixture has {count} from 0");

@@ -128,7 +128,7 @@ pub fn shrunk_config(
     }
     shrunk.train.routing = match config.train.routing {
         RoutingChoice::Record => {
-            bail!("the mixture is routed by records, which name its experts by number")
+            bail!("the mixture is routed by `record`, and records name experts by number")
         }
         RoutingChoice::Expert(only) if only as usize == expert => {
             bail!("the mixture is routed to `expert:{only}` alone, which is to go")
@@ -137,11 +137,19 @@ pub fn shrunk_config(
         routing => routing,
     };
     shrunk.growth = None;
+    // a single expert has no router beside it: something must be left to train
+    if count == 1 {
+        shrunk.lora.experts.iter_mut().for_each(|expert| expert.trainable = true);
+    }
     config::load::validate(&shrunk)?;
     Ok(shrunk)
 }
 
-fn check_can_change(config: &Config) -> Result<()> {
+/// Checks that a mixture may get or lose an expert at all.
+///
+/// # Errors
+/// A base that was trained in full, and layers with different experts.
+pub fn check_can_change(config: &Config) -> Result<()> {
     if config.method == Method::Full {
         bail!("a base that was trained in full has no experts");
     }

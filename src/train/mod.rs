@@ -180,6 +180,21 @@ pub fn load_mixture(dir: &Path, config: &Config, state: &TrainState) -> Result<M
     Ok(Mixture { is_whole: true, routing, base_hash: state.base_hash.clone(), ..mixture })
 }
 
+/// Checks that a folder may become a new run's.
+///
+/// # Errors
+/// A folder with checkpoints.
+pub fn check_new_run(run_dir: &Path) -> Result<()> {
+    if !checkpoint::steps(run_dir)?.is_empty() {
+        bail!(
+            "`{}` holds checkpoints of an earlier run\nhint: go on with `train --resume`, or name \
+             another folder",
+            run_dir.display()
+        );
+    }
+    Ok(())
+}
+
 impl Trainer {
     /// A new run from a mixture. Its folder must not hold checkpoints.
     pub fn new(
@@ -205,13 +220,7 @@ impl Trainer {
         past: Past,
         stage: Stage,
     ) -> Result<Self> {
-        if !checkpoint::steps(&config.run.dir)?.is_empty() {
-            bail!(
-                "`{}` holds checkpoints of an earlier run\nhint: go on with `--resume`, or set \
-                 another `run.dir`",
-                config.run.dir.display()
-            );
-        }
+        check_new_run(&config.run.dir)?;
         tch::manual_seed(config.run.seed as i64);
         let weights = base.weights()?;
         let model = build_model(&config, &weights, mixture, device)?;

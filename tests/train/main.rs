@@ -26,6 +26,7 @@ mod growth;
 mod new_columns;
 mod routing;
 mod sources;
+mod stages;
 mod windows;
 
 /// libtorch has one CPU generator: runs that draw from it must not overlap. They compute in one thread:

@@ -1,0 +1,272 @@
+//! The configs of a mixture's stages, and what it has forgotten.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use dylora::cli::describe;
+use dylora::config::{
+    Config, DomainConfig, Duration, EvalRule, GrowthConfig, Mixing, OnExhausted, RoutingChoice,
+    load,
+};
+use dylora::train::grow::{Growth, grown_config, shrunk_config};
+use dylora::train::stages::{Stage, forgetting};
+
+/// Three experts, of which the second has a rank of its own, on two domains.
+fn config(overrides: &[&str]) -> Result<Config> {
+    let text = r#"
+        base = { source = { path = "/base" } }
+        run.dir = "/old"
+        [data]
+        seq_len = 128
+        mixing = { temperature = 2.0 }
+        on_exhausted = "end"
+        [[data.domains]]
+        name = "math"
+        train = ["/math.jsonl"]
+        weight = 3.0
+        [[data.domains]]
+        name = "code"
+        train = ["/code.jsonl"]
+        [lora]
+        num_experts = 3
+        rank = 8
+        experts = [{}, { rank = 4 }]
+        [router]
+        temperature = 0.5
+        temperature_schedule = { start = 4.0, steps = 100 }
+        top_k = 3
+        eval = { top_k = 2 }
+        [train]
+        duration = { epochs = 3 }
+    "#;
+    let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
+    load::resolve(text, &overrides)
+}
+
+fn growth() -> Growth {
+    let domain = DomainConfig {
+        name: "verse".into(),
+        train: vec!["/verse.jsonl".into()],
+        validation: None,
+        weight: 7.0,
+        record_domain: None,
+    };
+    Growth {
+        domain,
+        replay: 0.25,
+        steps: 50,
+        seed_steps: 20,
+        old_experts_rate: 0.0,
+        old_columns_rate: 0.5,
+        consolidation_rate: 0.2,
+        run_dir: "/new".into(),
+    }
+}
+
+fn trainable(config: &Config) -> Vec<bool> {
+    config.lora.experts.iter().map(|expert| expert.trainable).collect()
+}
+
+#[test]
+fn a_grown_config_has_one_expert_and_one_domain_more() -> Result<()> {
+    let old = config(&[])?;
+    let grown = grown_config(&old, 1.25, &growth())?;
+    assert_eq!(grown.run.dir, PathBuf::from("/new"));
+    assert_eq!(grown.lora.num_experts, 4);
+    // the new one is not listed: it is as `[lora]` says, and trainable
+    assert_eq!(trainable(&grown), [false; 3]);
+    assert_eq!(grown.lora.of_expert(1).rank, 4);
+    assert_eq!(grown.lora.of_expert(3).rank, 8);
+    let weights: Vec<(&str, f64)> =
+        grown.data.domains.iter().map(|d| (d.name.as_str(), d.weight)).collect();
+    assert_eq!(weights, [("math", 0.125), ("code", 0.125), ("verse", 0.75)]);
+    assert_eq!(
+        (grown.data.mixing, grown.data.on_exhausted),
+        (Mixing::Weights, OnExhausted::Repeat)
+    );
+    assert_eq!((grown.router.temperature, grown.router.temperature_schedule), (1.25, None));
+    assert_eq!((grown.router.top_k, grown.router.eval), (Some(3), Some(EvalRule::TopK(2))));
+    assert_eq!(grown.train.duration, Duration::Steps(50));
+    let expected = GrowthConfig {
+        domain: "verse".into(),
+        old_experts_rate: 0.0,
+        old_columns_rate: 0.5,
+        seed_steps: 20,
+        seed_router_coef: 1.0,
+        consolidation_rate: 0.2,
+    };
+    assert_eq!(grown.growth, Some(expected));
+    // all else stays
+    assert_eq!((&grown.base, &grown.optimizer), (&old.base, &old.optimizer));
+    Ok(())
+}
+
+#[test]
+fn old_experts_with_a_rate_are_trainable_even_if_an_earlier_stage_froze_them() -> Result<()> {
+    let frozen = grown_config(&config(&[])?, 1.0, &growth())?;
+    let mut next = Growth { old_experts_rate: 0.1, replay: 0.0, ..growth() };
+    next.domain.name = "sums".into();
+    let grown = grown_config(&frozen, 1.0, &next)?;
+    assert_eq!(trainable(&grown), [true; 4]);
+    // without replay, what is old is evaluated only
+    let weights: Vec<f64> = grown.data.domains.iter().map(|domain| domain.weight).collect();
+    assert_eq!(weights, [0.0, 0.0, 0.0, 1.0]);
+    Ok(())
+}
+
+#[test]
+fn a_grown_config_reads_back_as_itself() -> Result<()> {
+    let grown = grown_config(&config(&[])?, 1.25, &growth())?;
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("config.toml");
+    let text = load::to_toml(&grown);
+    assert!(text.contains("\n[growth]\ndomain = \"verse\"\n"), "{text}");
+    fs_err::write(&file, text)?;
+    assert_eq!(load::load(&file, &[])?, grown);
+    assert!(!load::to_toml(&config(&[])?).contains("growth"));
+    Ok(())
+}
+
+#[test]
+fn faults_of_growth_are_told_by_their_paths() -> Result<()> {
+    let mut grown = grown_config(&config(&["router.top_k=1"])?, 1.0, &growth())?;
+    (grown.lora.num_experts, grown.router.eval) = (1, None);
+    grown.lora.experts.truncate(1);
+    grown.train.routing = RoutingChoice::Uniform;
+    grown.growth = Some(GrowthConfig {
+        domain: "prose".into(),
+        old_experts_rate: -1.0,
+        old_columns_rate: f64::NAN,
+        seed_steps: 0,
+        seed_router_coef: f64::INFINITY,
+        consolidation_rate: 0.0,
+    });
+    insta::assert_snapshot!(describe(&load::validate(&grown).unwrap_err()), @r"
+    `growth.domain` must name one of `data.domains`, got `prose`
+    `lora.num_experts` needs an old and a new expert, got 1
+    `growth.old_experts_rate` must be a number of at least 0, got -1
+    `growth.old_columns_rate` must be a number of at least 0, got NaN
+    `growth.seed_router_coef` must be a number of at least 0, got inf
+    `growth.consolidation_rate` must be a number above 0, got 0
+    `train.routing` must be `router` where an expert is added, got `uniform`
+    `train.routing` must reach an expert that is trainable, got `uniform`
+    ");
+    Ok(())
+}
+
+#[test]
+fn what_cannot_grow_says_why() -> Result<()> {
+    let refused = |overrides: &[&str], growth: Growth| -> Result<String> {
+        Ok(describe(&grown_config(&config(overrides)?, 1.0, &growth).unwrap_err()))
+    };
+    let mut known = growth();
+    known.domain.name = "code".into();
+    let messages = [
+        refused(&["method=full"], growth())?,
+        refused(&["lora.num_experts=3", "lora.experts_per_layer=[3, 2]"], growth())?,
+        refused(&["train.routing=uniform"], growth())?,
+        refused(&[], known)?,
+    ];
+    insta::assert_snapshot!(messages.join("\n"), @r"
+    a base that was trained in full has no experts
+    experts are not added to or taken from a mixture with `lora.experts_per_layer`
+    the mixture was trained with weights by `uniform`, not by a router
+    the mixture has a domain `code` already
+    ");
+    Ok(())
+}
+
+fn shrunk(overrides: &[&str], expert: usize) -> Result<Config> {
+    shrunk_config(&config(overrides)?, 1.25, expert, "/new".into())
+}
+
+#[test]
+fn a_shrunk_config_has_one_expert_less_and_rules_that_fit() -> Result<()> {
+    let old = config(&[])?;
+    let without = shrunk(&[], 0)?;
+    assert_eq!(without.run.dir, PathBuf::from("/new"));
+    assert_eq!((without.lora.num_experts, without.lora.of_expert(0).rank), (2, 4));
+    assert_eq!((without.router.top_k, without.router.eval), (Some(2), Some(EvalRule::TopK(2))));
+    assert_eq!((without.router.temperature, without.router.temperature_schedule), (1.25, None));
+    assert_eq!((&without.data, &without.train), (&old.data, &old.train));
+    // an expert that is not listed is like the others
+    let without = shrunk(&[], 2)?;
+    assert_eq!([0, 1].map(|expert| without.lora.of_expert(expert).rank), [8, 4]);
+    let last = shrunk_config(&without, 1.0, 0, "/new".into())?;
+    assert_eq!((last.router.top_k, last.router.eval), (Some(1), Some(EvalRule::TopK(1))));
+    Ok(())
+}
+
+#[test]
+fn routing_by_one_expert_follows_its_number() -> Result<()> {
+    assert_eq!(shrunk(&["train.routing=expert:2"], 0)?.train.routing, RoutingChoice::Expert(1));
+    assert_eq!(shrunk(&["train.routing=expert:1"], 2)?.train.routing, RoutingChoice::Expert(1));
+    assert_eq!(shrunk(&["train.routing=all"], 2)?.train.routing, RoutingChoice::All);
+    Ok(())
+}
+
+/// Else the checkpoint's config, in which nothing trains, could not be read again.
+#[test]
+fn what_was_frozen_beside_a_new_expert_is_free_once_it_is_gone() -> Result<()> {
+    let grown = grown_config(&config(&[])?, 1.0, &growth())?;
+    let mut shrunk = shrunk_config(&grown, 1.0, 3, "/new".into())?;
+    assert_eq!((trainable(&shrunk), &shrunk.growth), (vec![true; 3], &None));
+    for _ in 0..2 {
+        shrunk.lora.experts[0].trainable = false;
+        shrunk = shrunk_config(&shrunk, 1.0, 1, "/new".into())?;
+        load::validate(&shrunk)?;
+    }
+    assert_eq!((shrunk.lora.num_experts, trainable(&shrunk)), (1, vec![true]));
+    Ok(())
+}
+
+#[test]
+fn what_cannot_shrink_says_why() -> Result<()> {
+    let refused = |overrides: &[&str]| -> Result<String> {
+        Ok(describe(&shrunk_config(&config(overrides)?, 1.0, 1, "/new".into()).unwrap_err()))
+    };
+    let messages = [
+        refused(&["method=full"])?,
+        refused(&["lora.experts_per_layer=[3, 2]"])?,
+        refused(&["train.routing=expert:1"])?,
+        refused(&["train.routing=record"])?,
+    ];
+    insta::assert_snapshot!(messages.join("\n"), @r"
+    a base that was trained in full has no experts
+    experts are not added to or taken from a mixture with `lora.experts_per_layer`
+    the mixture is routed to `expert:1` alone, which is to go
+    the mixture is routed by `record`, and records name experts by number
+    ");
+    Ok(())
+}
+
+fn stage(name: &str, learned: &[&str], losses: &[(&str, f64)]) -> Stage {
+    let learned = learned.iter().map(|name| (*name).to_owned()).collect();
+    let losses = losses.iter().map(|(name, loss)| ((*name).to_owned(), *loss));
+    Stage { losses: losses.collect(), ..Stage::new(name, learned, 2) }
+}
+
+#[test]
+fn forgetting_is_the_loss_now_less_that_after_the_stage_it_was_learned_in() {
+    assert_eq!(forgetting(&[]), BTreeMap::new());
+    let mut stages = vec![
+        // what is not learned yet may be measured
+        stage(
+            "train",
+            &["math", "code", "unseen"],
+            &[("math", 2.0), ("code", 1.5), ("verse", 5.0)],
+        ),
+        stage("add verse", &["verse"], &[("math", 2.5), ("code", 1.25), ("verse", 3.0)]),
+    ];
+    let of = |stages: &[Stage]| forgetting(stages).into_iter().collect::<Vec<_>>();
+    let expected = [("code", -0.25), ("math", 0.5), ("verse", 0.0)];
+    assert_eq!(of(&stages), expected.map(|(name, rise)| (name.to_owned(), rise)));
+    // against the stage it was learned in, not the one before
+    stages.push(stage("remove expert_0", &[], &[("math", 4.0), ("verse", 3.125), ("other", 1.0)]));
+    let expected = [("math", 2.0), ("verse", 0.125)];
+    assert_eq!(of(&stages), expected.map(|(name, rise)| (name.to_owned(), rise)));
+    // a stage that was not evaluated tells nothing
+    stages.push(stage("add x", &["x"], &[]));
+    assert_eq!(of(&stages), []);
+}
