@@ -5,24 +5,31 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
+use tch::Device;
 
 use super::eval::{losses, validate};
 use super::open::open_base;
 use super::train::{conclude, interrupt_flag, load_data, print_summary, run_trainer};
 use super::{Shared, device, table, usage};
-use crate::config::{self, Config, DeviceChoice, DomainConfig, Validation};
+use crate::base::Base;
+use crate::config::{
+    self, Config, DeviceChoice, DomainConfig, GrowthConfig, RouterConfig, Validation,
+};
 use crate::data::{Datasets, TokenDataset};
 use crate::eval::EvalReport;
 use crate::growth;
-use crate::model::RoutedGpt2;
+use crate::mixture::Mixture;
 use crate::model::expert::ExpertSpec;
+use crate::model::gpt2::Gpt2;
+use crate::model::router::RouterSpec;
+use crate::model::{RoutedGpt2, kind_of};
 use crate::skills::{
-    Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
+    Embedding, Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
 };
-use crate::train::checkpoint::{self, Preferred};
+use crate::train::checkpoint::{self, Preferred, TrainState};
 use crate::train::grow::{self, Growth};
-use crate::train::stages::Stage;
-use crate::train::{Past, Trainer, load_mixture};
+use crate::train::stages::{Stage, forgetting};
+use crate::train::{Past, Trainer, check_new_run, load_mixture, routing_state};
 
 /// Blocks by which a skill is told, and by which the new router column is kept out of old data.
 const SKILL_BLOCKS: usize = 32;
@@ -92,101 +99,65 @@ fn parse_comparison(text: &str) -> Result<SkillComparison> {
     }
 }
 
+/// A mixture that is to grow, and what it is to learn.
+struct Start {
+    dir: PathBuf,
+    state: TrainState,
+    old_config: Config,
+    config: Config,
+    growth: GrowthConfig,
+    mixture: Mixture,
+    base: Base,
+    weights: Gpt2,
+    data: Datasets,
+    device: Device,
+}
+
+/// What the new data is, beside the skills that are known.
+struct Compared {
+    skills: SkillLibrary,
+    new: Embedding,
+    /// The known skills, the most similar first.
+    similar: Vec<Similarity>,
+}
+
 /// Runs the command.
 pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     check(&args).map_err(usage)?;
-    let dir = checkpoint::find(&args.checkpoint, Preferred::Best)?;
-    let (old_config, state) = (checkpoint::read_config(&dir)?, checkpoint::read_state(&dir)?);
-    let mixture = load_mixture(&dir, &old_config, &state)?;
-    let config = configure(&args, &old_config, mixture.router.temperature).map_err(usage)?;
-    let device = device(args.device.unwrap_or(config.run.device))?;
-    let base = open_base(&config.base, shared)?;
-    let weights = base.weights()?;
-    if let Some(expected) = &state.base_hash {
-        base.check_hash(&weights, expected, "the checkpoint was trained on")?;
-    }
-    let data = load_data(&config, &base, shared)?;
-    let kind = crate::model::kind_of(config.base.dtype);
-    let model = mixture.put_on(&weights, device, kind)?;
-    let growth = config.growth.as_ref().expect("it was just set");
-
-    let before = validate(&model, &data.validation, &config, shared)?;
-    let before = before.context("the new domain has validation data")?;
-    let mut skills = library(&dir, &model, &old_config, &data, &before)?;
-    let new = embed(
-        &model,
-        &data.train,
-        domain_index(&data.train, &growth.domain)?,
-        8,
-        Some(SKILL_BLOCKS),
-    )?;
-    let similar = skills.compare(&new.mean);
-    let rule = SkillRule { threshold: args.threshold, by: args.compare };
-    if let Some(known) = skills.known(&new.mean, rule) {
-        let covers = known.expert.or_else(|| covering_expert(&before, &growth.domain));
-        let told = known_message(&growth.domain, known, covers, &similar, args.threshold);
-        match args.force {
-            true => tracing::warn!("{told}; an expert is added all the same"),
-            false => bail!("{told}\nhint: `--force` adds an expert all the same"),
-        }
-    }
-
-    let biases = grow::initial_biases(&model, &data.train, &growth.domain, SKILL_BLOCKS)?;
-    let temperature = mixture.router.temperature;
-    let bias =
-        |prefix: &str| biases.get(prefix).copied().unwrap_or(grow::bias_beside_one(temperature));
-    let num_old = mixture.specs.len();
-    tch::manual_seed(config.run.seed as i64);
-    let spec = ExpertSpec::new(&config.lora, num_old, &base.config)?;
-    let mut grown = growth::with_expert(&mixture, &weights, spec, &bias)?;
-    for (expert, spec) in grown.specs.iter_mut().enumerate() {
-        spec.trainable = grow::is_trainable(&config, expert);
-    }
-    let after = grown.put_on(&weights, device, kind)?;
-    let new_prob = grow::largest_new_prob(&after, &data.train, &growth.domain, SKILL_BLOCKS);
-    drop(after);
+    let start = Start::open(&args, shared)?;
+    let Start { config, growth, .. } = &start;
+    let model = start.put_on(&start.mixture)?;
+    let before = validate(&model, &start.data.validation, config, shared)?;
+    let compared = compare(&args, &start, &model, before.as_ref())?;
+    let (grown, new_prob) = grow(&start, &model)?;
+    drop(model);
+    let num_old = start.mixture.specs.len();
+    let (name, cosine) =
+        compared.similar.first().map_or(("nothing", 0.0), |s| (s.name.as_str(), s.cosine));
     tracing::info!(
-        "`{}` is new (most like `{}`, cosine {:.3}): expert_{num_old} is added, at first with at most \
-         {new_prob:.1e} of the weight of a token of the earlier domains",
+        "`{}` is new (most like `{name}`, cosine {cosine:.3}): expert_{num_old} is added, at first with \
+         at most {new_prob:.1e} of the weight of a token of the earlier domains",
         growth.domain,
-        similar.first().map_or("nothing", |similar| similar.name.as_str()),
-        similar.first().map_or(0.0, |similar| similar.cosine),
     );
     if config.router.hybrid.is_some() {
         tracing::info!("by `router.hybrid`, routing is dense until expert_{num_old} is mature too");
     }
-    drop(model);
-
-    let mut past =
-        Past { stages: state.stages.clone(), tokens_seen: state.tokens_seen, ..Past::default() };
-    if let Some(last) = past.stages.last_mut() {
-        last.losses = losses(&before);
-    }
-    past.maturity = state.routing.experts.clone();
-    skills.skills.push(Skill {
-        name: growth.domain.clone(),
-        embedding: new.mean,
-        label_tokens: new.label_tokens,
-        expert: Some(num_old),
-    });
-    past.skills = Some(skills);
-    let name = format!("add {}", growth.domain);
-    let stage = Stage::new(&name, vec![growth.domain.clone()], num_old as i64 + 1);
-    let mut trainer =
-        Trainer::next_stage(config.clone(), &base, &grown, data, device, past, stage)?;
+    let (config, similar) = (start.config.clone(), compared.similar.clone());
+    let domain = growth.domain.clone();
+    let mut trainer = start.train(&grown, compared, before.as_ref())?;
     let summary = run_trainer(&mut trainer, &*interrupt_flag()?, shared)?;
     let stages = trainer.state().stages.clone();
     drop(trainer);
     if args.json {
         let json = json!({
-            "domain": growth.domain,
+            "domain": domain,
             "expert": num_old,
             "similar": similar,
             "largest_new_prob": new_prob,
             "ending": summary.ending.name(),
             "checkpoint": summary.checkpoint,
             "stages": stages,
-            "forgetting": crate::train::stages::forgetting(&stages),
+            "forgetting": forgetting(&stages),
         });
         println!("{}", serde_json::to_string_pretty(&json)?);
     } else {
@@ -195,6 +166,108 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
         println!("{}", table::forgetting(&stages));
     }
     conclude(&config, summary.ending)
+}
+
+impl Start {
+    fn open(args: &AddExpertArgs, shared: &Shared) -> Result<Self> {
+        let dir = checkpoint::find(&args.checkpoint, Preferred::Best)?;
+        let (old_config, state) = (checkpoint::read_config(&dir)?, checkpoint::read_state(&dir)?);
+        let temperature = routing_state::temperature(&old_config.router, state.step.max(1));
+        let config = configure(args, &old_config, temperature).map_err(usage)?;
+        check_new_run(&config.run.dir)?;
+        let mut mixture = load_mixture(&dir, &old_config, &state)?;
+        mixture.router = RouterSpec {
+            temperature: routing_state::temperature(&config.router, 1),
+            top_k: state.routing.top_k(&config.router),
+            ..RouterSpec::of_config(&config)
+        };
+        let device = device(args.device.unwrap_or(config.run.device))?;
+        let base = open_base(&config.base, shared)?;
+        let weights = base.weights()?;
+        if let Some(expected) = &state.base_hash {
+            base.check_hash(&weights, expected, "the checkpoint was trained on")?;
+        }
+        let data = load_data(&config, &base, shared)?;
+        let growth = config.growth.clone().expect("it was just set");
+        Ok(Self { dir, state, old_config, config, growth, mixture, base, weights, data, device })
+    }
+
+    fn put_on(&self, mixture: &Mixture) -> Result<RoutedGpt2> {
+        mixture.put_on(&self.weights, self.device, kind_of(self.config.base.dtype))
+    }
+
+    /// The stage that begins with the grown mixture.
+    fn train(
+        self,
+        grown: &Mixture,
+        compared: Compared,
+        before: Option<&EvalReport>,
+    ) -> Result<Trainer> {
+        let Compared { mut skills, new, .. } = compared;
+        let (domain, num_old) = (self.growth.domain, self.mixture.specs.len());
+        skills.skills.push(Skill {
+            name: domain.clone(),
+            embedding: new.mean,
+            label_tokens: new.label_tokens,
+            expert: Some(num_old),
+        });
+        let mut past = Past {
+            stages: self.state.stages,
+            tokens_seen: self.state.tokens_seen,
+            maturity: self.state.routing.experts,
+            skills: Some(skills),
+        };
+        if let (Some(last), Some(before)) = (past.stages.last_mut(), before) {
+            last.losses = losses(before);
+        }
+        let stage = Stage::new(&format!("add {domain}"), vec![domain], num_old as i64 + 1);
+        let Self { config, base, data, device, .. } = self;
+        Trainer::next_stage(config, &base, grown, data, device, past, stage)
+    }
+}
+
+/// Compares the new data with the known skills.
+///
+/// # Errors
+/// A skill that is known, unless an expert is added all the same.
+fn compare(
+    args: &AddExpertArgs,
+    start: &Start,
+    model: &RoutedGpt2,
+    before: Option<&EvalReport>,
+) -> Result<Compared> {
+    let (train, domain) = (&start.data.train, &start.growth.domain);
+    let skills = library(&start.dir, model, &start.old_config, &start.data, before)?;
+    let new = embed(model, train, domain_index(train, domain)?, 8, Some(SKILL_BLOCKS))?;
+    let similar = skills.compare(&new.mean);
+    let rule = SkillRule { threshold: args.threshold, by: args.compare };
+    if let Some(known) = skills.known(&new.mean, rule) {
+        let covers = known.expert.or_else(|| covering_expert(before?, domain));
+        let told = known_message(domain, known, covers, &similar, args);
+        match args.force {
+            true => tracing::warn!("{told}; an expert is added all the same"),
+            false => bail!("{told}\nhint: `--force` adds an expert all the same"),
+        }
+    }
+    Ok(Compared { skills, new, similar })
+}
+
+/// The mixture with one expert more, and the largest probability that it has on a token of the earlier
+/// domains.
+fn grow(start: &Start, model: &RoutedGpt2) -> Result<(Mixture, f64)> {
+    let Start { config, mixture, data, growth, .. } = start;
+    let biases = grow::initial_biases(model, &data.train, &growth.domain, SKILL_BLOCKS)?;
+    let beside_one = grow::bias_beside_one(mixture.router.temperature);
+    let bias = |prefix: &str| biases.get(prefix).copied().unwrap_or(beside_one);
+    tch::manual_seed(config.run.seed as i64);
+    let spec = ExpertSpec::new(&config.lora, mixture.specs.len(), &start.base.config)?;
+    let mut grown = growth::with_expert(mixture, &start.weights, spec, &bias)?;
+    for (expert, spec) in grown.specs.iter_mut().enumerate() {
+        spec.trainable = grow::is_trainable(config, expert);
+    }
+    let after = start.put_on(&grown)?;
+    let new_prob = grow::largest_new_prob(&after, &data.train, &growth.domain, SKILL_BLOCKS);
+    Ok((grown, new_prob))
 }
 
 fn check(args: &AddExpertArgs) -> Result<()> {
@@ -219,8 +292,11 @@ fn configure(args: &AddExpertArgs, config: &Config, temperature: f64) -> Result<
         Some(name) => name.clone(),
         None => {
             let file = Path::new(&args.data[0]).file_name().and_then(|name| name.to_str());
-            let file = file.with_context(|| format!("`{}` names no file", args.data[0]))?;
-            file.split('.').next().unwrap_or(file).to_owned()
+            let name = file.and_then(|file| file.split('.').next());
+            let name = name.filter(|name| !name.is_empty() && !name.contains(['*', '?', '[', '{']));
+            let say =
+                || format!("`{}` gives the domain no name\nhint: `--domain NAME`", args.data[0]);
+            name.with_context(say)?.to_owned()
         }
     };
     let absolute = |files: &[String]| -> Result<Vec<String>> {
@@ -252,9 +328,40 @@ fn configure(args: &AddExpertArgs, config: &Config, temperature: f64) -> Result<
         run_dir: std::path::absolute(&args.out)?,
     };
     let grown = grow::grown_config(config, temperature, &growth)?;
-    let config = config::load::parse(&config::load::to_toml(&grown), &args.set)?;
-    config::load::validate(&config)?;
+    let config = config::load::resolve(&config::load::to_toml(&grown), &args.set)?;
+    check_same_shape(&config, &grown)?;
     Ok(config)
+}
+
+/// Checks that `--set` leaves what the mixture's tensors depend on.
+fn check_same_shape(config: &Config, grown: &Config) -> Result<()> {
+    let parts = |config: &Config| {
+        let RouterConfig { input, scope, level, hidden_layers, hidden_width, .. } = config.router;
+        [
+            ("method", json!(config.method)),
+            ("lora.num_experts", json!(config.lora.num_experts)),
+            ("lora.experts_per_layer", json!(config.lora.experts_per_layer)),
+            ("growth.domain", json!(config.growth.as_ref().map(|growth| &growth.domain))),
+            ("router.input", json!(input)),
+            ("router.scope", json!(scope)),
+            ("router.level", json!(level)),
+            ("router.hidden_layers", json!(hidden_layers)),
+            ("router.hidden_width", json!(hidden_width)),
+        ]
+    };
+    // beside a single expert, the router is new
+    let is_free = |key: &str| key.starts_with("router.") && grown.lora.num_experts == 2;
+    for ((key, now), (_, was)) in parts(config).into_iter().zip(parts(grown)) {
+        if now != was && !is_free(key) {
+            bail!("`{key}` must stay {was} where an expert is added, got {now}");
+        }
+    }
+    let has_bias = |config: &Config| config.router.balance_bias_rate > 0.0;
+    if has_bias(config) != has_bias(grown) && !is_free("router.balance_bias_rate") {
+        let what = if has_bias(grown) { "above 0" } else { "0" };
+        bail!("`router.balance_bias_rate` must stay {what} where an expert is added");
+    }
+    Ok(())
 }
 
 /// The skills of the checkpoint; of one that has no library yet, those of the domains it was trained on.
@@ -263,7 +370,7 @@ fn library(
     model: &RoutedGpt2,
     config: &Config,
     data: &Datasets,
-    before: &EvalReport,
+    before: Option<&EvalReport>,
 ) -> Result<SkillLibrary> {
     if let Some(known) = checkpoint::read_skills(dir, model.base().config.n_embd)? {
         return Ok(known);
@@ -276,7 +383,7 @@ fn library(
             name: domain.name.clone(),
             embedding: embedding.mean,
             label_tokens: embedding.label_tokens,
-            expert: covering_expert(before, &domain.name),
+            expert: before.and_then(|before| covering_expert(before, &domain.name)),
         });
     }
     Ok(library)
@@ -299,12 +406,16 @@ fn known_message(
     known: &Skill,
     covers: Option<usize>,
     similar: &[Similarity],
-    threshold: f64,
+    args: &AddExpertArgs,
 ) -> String {
     let cosine = similar.first().map_or(0.0, |similar| similar.cosine);
+    let rule = match args.compare {
+        SkillComparison::Max => format!("known from {} on", args.threshold),
+        SkillComparison::Median => format!("known from a median of {} on", args.threshold),
+    };
     let expert = covers.map_or("expert_0".to_owned(), |expert| format!("expert_{expert}"));
     format!(
-        "`{domain}` is no new skill: it is like `{}` (cosine {cosine:.3}, known from {threshold} on), which \
+        "`{domain}` is no new skill: it is like `{}` (cosine {cosine:.3}, {rule}), which \
          {expert} covers",
         known.name
     )

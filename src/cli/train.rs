@@ -89,7 +89,10 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     conclude(&config, summary.ending)
 }
 
-/// What an ending means for the process.
+/// Says how a run goes on that was interrupted, and what may be done about one that has collapsed.
+///
+/// # Errors
+/// A collapse.
 pub fn conclude(config: &Config, ending: Ending) -> Result<()> {
     let dir = config.run.dir.display();
     match ending {

@@ -23,6 +23,7 @@ use dylora::train::{Ending, Event, Summary, Trainer, load_model};
 use tch::{Device, Tensor};
 
 mod growth;
+mod lifecycle;
 mod new_columns;
 mod routing;
 mod sources;

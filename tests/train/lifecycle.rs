@@ -1,0 +1,274 @@
+//! The commands by which a mixture gets and loses experts, as a person calls them.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result};
+use dylora::model::weights::{read_tensors, write_tensors};
+use serde_json::Value;
+
+use crate::growth::third_domain;
+use crate::{World, alone, train};
+
+/// A world whose first run, of two experts on two domains, is done, as a person would go on with it: from its
+/// folder, with relative paths.
+struct Life {
+    world: World,
+}
+
+impl Life {
+    fn new() -> Result<Self> {
+        let world = World::new()?;
+        third_domain(&world)?;
+        let overrides = ["lora.num_experts=2", "train.duration={steps=3}", "lora.dropout=0.0"];
+        train(&world.config("two", &overrides)?, None)?;
+        Ok(Self { world })
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<Output> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+        command.args(arguments).current_dir(self.world.dir.path());
+        Ok(command.env("DYLORA_CACHE", self.world.path("cache")).output()?)
+    }
+
+    /// What a command that succeeds prints as JSON.
+    fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let output = self.run(&[arguments, &["--json", "-q"]].concat())?;
+        serde_json::from_slice(&output.stdout).with_context(|| message(&output))
+    }
+
+    /// The exit code and message of a command that fails.
+    fn fault(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        let output = self.run(&[arguments, &["-q"]].concat())?;
+        assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+        Ok((output.status.code(), message(&output)))
+    }
+}
+
+fn message(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Every file under a folder, with what is in it.
+fn contents(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut files = vec![];
+    for entry in fs_err::read_dir(dir)? {
+        let path = entry?.path();
+        match path.is_dir() {
+            true => files.extend(contents(&path)?),
+            false => files.push((path.display().to_string(), fs_err::read(&path)?)),
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+const ADD: [&str; 9] = [
+    "add-expert",
+    "--checkpoint",
+    "two",
+    "--data",
+    "third.train.jsonl",
+    "--validation",
+    "third.validation.jsonl",
+    "--steps",
+    "2",
+];
+
+#[test]
+fn experts_come_and_go_by_commands() -> Result<()> {
+    let _alone = alone();
+    let life = Life::new()?;
+    a_fault_of_usage_costs_nothing(&life)?;
+    a_known_skill_gets_no_expert_unless_forced(&life)?;
+    an_expert_is_added(&life)?;
+    experts_are_removed_and_merged(&life)?;
+    Ok(())
+}
+
+fn a_fault_of_usage_costs_nothing(life: &Life) -> Result<()> {
+    let before = contents(life.world.dir.path())?;
+    let add = |more: &[&'static str]| [&ADD[..], more].concat();
+    let remove = ["remove-expert", "--checkpoint", "two", "--out", "x", "--expert"];
+    let merge = ["merge-experts", "--checkpoint", "two", "--out", "x", "--experts"];
+    for (arguments, code, said) in [
+        (add(&["--out", "x", "--domain", "up"]), 2, "the mixture has a domain `up` already"),
+        (
+            add(&["--out", "x", "--replay", "1"]),
+            2,
+            "`--replay` must be at least 0 and below 1, got 1",
+        ),
+        (add(&["--out", "x", "--replay", "nan"]), 2, "`--replay` must be"),
+        (add(&["--out", "x", "--steps", "0"]), 2, "cannot be used multiple times"),
+        (add(&["--out", "two"]), 1, "/two` holds checkpoints of an earlier run"),
+        (
+            add(&["--out", "x", "--data", "*.jsonl", "--set", "data.mixing=interleaved"]),
+            2,
+            "`data.domains[0].weight` must be 1 with `data.mixing = \"interleaved\"`, got 0.125",
+        ),
+        (
+            add(&["--out", "x", "--set", "lora.num_experts=4"]),
+            2,
+            "`lora.num_experts` must stay 3 where an expert is added, got 4",
+        ),
+        (
+            add(&["--out", "x", "--set", "router.scope=layer"]),
+            2,
+            "`router.scope` must stay \"shared\" where an expert is added, got \"layer\"",
+        ),
+        (
+            add(&["--out", "x", "--consolidation-rate", "0"]),
+            2,
+            "`growth.consolidation_rate` must be a number above 0, got 0",
+        ),
+        ([&remove[..], &["2"]].concat(), 2, "there is no expert 2, the mixture has 2 from 0"),
+        ([&merge[..], &["0,2"]].concat(), 2, "there is no expert 2, the mixture has 2 from 0"),
+        ([&merge[..], &["1,1"]].concat(), 2, "`--experts` must name two experts, got [1, 1]"),
+    ] {
+        let (found, message) = life.fault(&arguments)?;
+        assert_eq!(found, Some(code), "{arguments:?}: {message}");
+        assert!(message.contains(said), "{arguments:?}: {message}");
+    }
+    let (code, message) = life.fault(&[
+        "add-expert",
+        "--checkpoint",
+        "two",
+        "--data",
+        "*.train.jsonl",
+        "--out",
+        "x",
+    ])?;
+    assert_eq!(code, Some(2), "{message}");
+    assert!(message.contains("gives the domain no name\nhint: `--domain NAME`"), "{message}");
+    assert!(contents(life.world.dir.path())? == before, "something was written");
+    Ok(())
+}
+
+fn a_known_skill_gets_no_expert_unless_forced(life: &Life) -> Result<()> {
+    let add = [
+        "add-expert",
+        "--checkpoint",
+        "two",
+        "--data",
+        "up.train.jsonl",
+        "--domain",
+        "again",
+        "--steps",
+        "1",
+        "--out",
+        "forced",
+    ];
+    let (code, message) = life.fault(&add)?;
+    assert_eq!(code, Some(1), "{message}");
+    assert!(
+        message.starts_with(
+            "error: `again` is no new skill: it is like `up` (cosine 1.000, known \
+                             from 0.93 on), which expert_"
+        ),
+        "{message}"
+    );
+    assert!(
+        message.ends_with("covers\nhint: `--force` adds an expert all the same\n"),
+        "{message}"
+    );
+    assert!(!life.world.path("forced").exists());
+    let added = life.json(&[&add[..], &["--force"]].concat())?;
+    assert_eq!((&added["expert"], &added["domain"]), (&2.into(), &"again".into()));
+    Ok(())
+}
+
+fn an_expert_is_added(life: &Life) -> Result<()> {
+    let add = [&ADD[..], &["--out", "three", "--threshold", "1", "--replay", "0.5"]].concat();
+    let added = life.json(&add)?;
+    assert_eq!((&added["ending"], &added["expert"]), (&"completed".into(), &2.into()));
+    assert!(added["largest_new_prob"].as_f64() <= Some(1.001e-8), "{added}");
+    assert!(life.world.path("three/checkpoints/step-00000002/skills.json").exists());
+    let before = contents(&life.world.path("three"))?;
+    let (code, message) = life.fault(&add)?;
+    assert_eq!(code, Some(1), "{message}");
+    assert!(message.contains("/three` holds checkpoints of an earlier run"), "{message}");
+    assert!(contents(&life.world.path("three"))? == before, "the run has changed");
+
+    let report = life.json(&["eval", "--checkpoint", "three"])?;
+    assert_eq!(report["stages"], added["stages"]);
+    assert_eq!(report["forgetting"], added["forgetting"]);
+    let output = life.run(&["eval", "--checkpoint", "three", "-q"])?;
+    let text = String::from_utf8(output.stdout)?;
+    let (_, matrix) = text.split_once("(forgetting matrix)\n").context("there is a matrix")?;
+    let rows: Vec<Vec<&str>> = matrix
+        .lines()
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    assert_eq!(rows[0], ["stage", "experts", "up", "down", "third"]);
+    assert_eq!((rows[2][0], rows[2][1]), ("1 train", "2"));
+    assert_eq!((rows[3][0], rows[3][1]), ("2 add third", "3"));
+    assert_eq!(rows[4][0], "since it was learned");
+    let number = |row: usize, column: usize| rows[row][column].parse::<f64>();
+    for column in [2, 3] {
+        let rise = number(3, column)? - number(2, column)?;
+        assert!((number(4, column)? - rise).abs() < 2e-4, "{matrix}");
+    }
+    assert_eq!(rows[4][4], "+0.0000");
+    Ok(())
+}
+
+fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
+    // expert 2 becomes expert 0, for the router too
+    let dir = life.world.path("three/checkpoints/step-00000002");
+    let mut tensors = read_tensors(&dir.join("model.safetensors"))?;
+    let copies: Vec<_> = tensors
+        .iter()
+        .filter(|(name, _)| name.contains(".expert_0."))
+        .map(|(name, tensor)| (name.replace(".expert_0.", ".expert_2."), tensor.copy()))
+        .collect();
+    tensors.extend(copies);
+    for (name, tensor) in tensors.iter().filter(|(name, _)| name.starts_with("router")) {
+        assert_eq!(tensor.size()[0], 3, "{name}");
+        tensor.get(2).copy_(&tensor.get(0));
+    }
+    write_tensors(&dir.join("model.safetensors"), tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
+    let checkpoint = dir.to_str().context("UTF-8")?;
+
+    let merged = life.json(&["merge-experts", "--checkpoint", checkpoint, "--out", "merged"])?;
+    assert_eq!(merged["change"], "merge expert_0 expert_2");
+    let told = merged["told"].as_str().context("text")?;
+    assert!(told.contains("the cosine of their updates is 1.000"), "{told}");
+    assert!(told.ends_with("the merged one is 0.00 % off for its rank"), "{told}");
+    let loss = |when: &str| merged[when]["loss"].as_f64().context("a number");
+    assert!((loss("before")? - loss("after")?).abs() < 1e-5, "{merged}");
+
+    let removed = ["remove-expert", "--checkpoint", "three", "--expert", "2", "--out", "removed"];
+    let removed = life.json(&removed)?;
+    assert_eq!(removed["change"], "remove expert_2");
+    let one = ["remove-expert", "--checkpoint", "removed", "--expert", "0", "--out", "one"];
+    life.json(&one)?;
+    let last = ["remove-expert", "--checkpoint", "one", "--expert", "0", "--out", "none"];
+    let (code, message) = life.fault(&last)?;
+    assert_eq!(code, Some(2), "{message}");
+    assert!(message.contains("the only expert cannot be removed"), "{message}");
+    let (code, message) = life.fault(&["merge-experts", "--checkpoint", "one", "--out", "none"])?;
+    assert_eq!(code, Some(2), "{message}");
+    assert!(message.contains("a single expert has none to merge with"), "{message}");
+
+    for (run, count) in [("merged", 2), ("removed", 2), ("one", 1)] {
+        let report = life.json(&["eval", "--checkpoint", run])?;
+        let stages = report["stages"].as_array().context("a list")?;
+        assert_eq!(stages.last().context("a stage")?["num_experts"], count, "{run}");
+        let resumed =
+            life.json(&["train", "--resume", run, "--set", "train.duration={steps=1}"])?;
+        assert_eq!((&resumed["ending"], &resumed["step"]), (&"completed".into(), &1.into()));
+        let out = format!("{run}-export");
+        let export = ["export-adapters", "--checkpoint", run, "--out", &out, "-q"];
+        assert!(life.run(&export)?.status.success());
+        let last = format!("{out}/expert_{}/adapter_config.json", count - 1);
+        assert!(life.world.path(&last).exists(), "{last}");
+    }
+    // from one expert to two: a router comes
+    let add =
+        ["add-expert", "--checkpoint", "one", "--data", "up.train.jsonl", "--domain", "again"];
+    let more = ["--steps", "2", "--force", "--out", "two-again", "--set", "router.scope=layer"];
+    let added = life.json(&[&add[..], &more[..]].concat())?;
+    assert_eq!(added["expert"], 1);
+    assert!(added["largest_new_prob"].as_f64() <= Some(1.001e-8), "{added}");
+    Ok(())
+}
