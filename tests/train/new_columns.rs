@@ -101,11 +101,14 @@ impl Old {
         let _no_grad = tch::no_grad_guard();
         let mut largest = 0f64;
         for block in self.blocks() {
-            let inputs =
-                eval::inputs(&self.data.batch(&[block]), &RoutingSource::Router, Device::Cpu);
+            let batch = self.data.batch(&[block]);
+            let inputs = eval::inputs(&batch, &RoutingSource::Router, Device::Cpu);
+            let ids = batch.document_ids.iter().zip(0i64..);
+            let tokens: Vec<i64> = ids.filter(|(id, _)| **id >= 0).map(|(_, row)| row).collect();
+            let tokens = Tensor::from_slice(&tokens);
             for routing in model.routing(&inputs, ForwardMode::EVAL) {
                 let e = model.num_experts();
-                let scores = routing.logits.view([-1, e]).index_select(0, &inputs.labelled);
+                let scores = routing.logits.view([-1, e]).index_select(0, &tokens);
                 for scores in Vec::<Vec<f64>>::try_from(scores.to_kind(Kind::Double)).unwrap() {
                     let temperature = model.router_spec().temperature;
                     let last = scores[e as usize - 1];

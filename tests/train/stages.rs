@@ -9,7 +9,7 @@ use dylora::config::{
     Config, DomainConfig, Duration, EvalRule, GrowthConfig, Mixing, OnExhausted, RoutingChoice,
     load,
 };
-use dylora::train::grow::{Growth, grown_config, shrunk_config};
+use dylora::train::grow::{Growth, grown_config, is_trainable, shrunk_config};
 use dylora::train::stages::{Stage, forgetting};
 
 /// Three experts, of which the second has a rank of its own, on two domains.
@@ -74,8 +74,9 @@ fn a_grown_config_has_one_expert_and_one_domain_more() -> Result<()> {
     let grown = grown_config(&old, 1.25, &growth())?;
     assert_eq!(grown.run.dir, PathBuf::from("/new"));
     assert_eq!(grown.lora.num_experts, 4);
-    // the new one is not listed: it is as `[lora]` says, and trainable
-    assert_eq!(trainable(&grown), [false; 3]);
+    // what is frozen by its own setting stays so whatever the rate of the old is
+    assert_eq!(trainable(&grown), [true; 3]);
+    assert_eq!([0, 1, 2, 3].map(|e| is_trainable(&grown, e)), [false, false, false, true]);
     assert_eq!(grown.lora.of_expert(1).rank, 4);
     assert_eq!(grown.lora.of_expert(3).rank, 8);
     let weights: Vec<(&str, f64)> =
@@ -108,7 +109,7 @@ fn old_experts_with_a_rate_are_trainable_even_if_an_earlier_stage_froze_them() -
     let mut next = Growth { old_experts_rate: 0.1, replay: 0.0, ..growth() };
     next.domain.name = "sums".into();
     let grown = grown_config(&frozen, 1.0, &next)?;
-    assert_eq!(trainable(&grown), [true; 4]);
+    assert_eq!([0, 1, 2, 3, 4].map(|e| is_trainable(&grown, e)), [true; 5]);
     // without replay, what is old is evaluated only
     let weights: Vec<f64> = grown.data.domains.iter().map(|domain| domain.weight).collect();
     assert_eq!(weights, [0.0, 0.0, 0.0, 1.0]);
@@ -144,13 +145,13 @@ fn faults_of_growth_are_told_by_their_paths() -> Result<()> {
     });
     insta::assert_snapshot!(describe(&load::validate(&grown).unwrap_err()), @r"
     `growth.domain` must name one of `data.domains`, got `prose`
+    `growth.seed_steps` must be at least 1, got 0
     `lora.num_experts` needs an old and a new expert, got 1
     `growth.old_experts_rate` must be a number of at least 0, got -1
     `growth.old_columns_rate` must be a number of at least 0, got NaN
     `growth.seed_router_coef` must be a number of at least 0, got inf
     `growth.consolidation_rate` must be a number above 0, got 0
     `train.routing` must be `router` where an expert is added, got `uniform`
-    `train.routing` must reach an expert that is trainable, got `uniform`
     ");
     Ok(())
 }
