@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use anyhow::{Result, anyhow};
 
 use super::{
-    BaseSource, Config, Duration, EvalRule, GroupConfig, Maturity, Method, Mixing, ModulePattern,
-    RouterNoise, RoutingChoice, RoutingLevel, TargetModule, Validation,
+    BaseSource, Config, Duration, EvalRule, GroupConfig, LoraConfig, Maturity, Method, Mixing,
+    ModulePattern, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, TargetModule,
+    Validation,
 };
 
 /// Checks what types cannot and reports every fault at once, by dotted path.
@@ -276,6 +277,12 @@ fn check_router(config: &Config, faults: &mut Faults) {
     if router.source.is_some() && num_experts == 1 {
         faults.add("router.source", "needs more than one expert: one has no router".into());
     }
+    check_rule(router, num_experts, faults);
+    check_layers(&config.lora, faults);
+}
+
+/// Checks how scores become weights.
+fn check_rule(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
     let top_k = router.top_k.map(|k| ("router.top_k", k));
     let eval_k = router.eval.and_then(EvalRule::top_k).map(|k| ("router.eval.top_k", k));
     for (key, k) in top_k.into_iter().chain(eval_k) {
@@ -305,18 +312,22 @@ fn check_router(config: &Config, faults: &mut Faults) {
         }
         None => {}
     }
-    if let Some(layers) = &config.lora.experts_per_layer {
+}
+
+/// Checks how many experts each layer has.
+fn check_layers(lora: &LoraConfig, faults: &mut Faults) {
+    if let Some(layers) = &lora.experts_per_layer {
         let key = "lora.experts_per_layer";
         for (layer, &count) in layers.iter().enumerate() {
-            if !(1..=num_experts).contains(&count) {
-                let range = format!("from 1 to `lora.num_experts` {num_experts}");
+            if !(1..=lora.num_experts).contains(&count) {
+                let range = format!("from 1 to `lora.num_experts` {}", lora.num_experts);
                 faults.add(&format!("{key}[{layer}]"), format!("must be {range}, got {count}"));
             }
         }
-        if layers.iter().max().is_some_and(|&most| most < num_experts) {
-            faults.add(key, format!("leaves expert {} without a layer", num_experts - 1));
+        if layers.iter().max().is_some_and(|&most| most < lora.num_experts) {
+            faults.add(key, format!("leaves expert {} without a layer", lora.num_experts - 1));
         }
-        if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
+        if lora.experts.iter().any(|expert| expert.source.is_some()) {
             faults.add(key, "goes with new experts, not with those from a `source`".into());
         }
     }

@@ -16,8 +16,8 @@ pub mod schedule;
 pub mod stages;
 pub mod step;
 pub mod tensorboard;
+mod watch;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -26,19 +26,19 @@ use anyhow::{Context, Result, bail};
 use tch::Device;
 
 use crate::base::Base;
-use crate::config::{Config, Method, OnCollapse, RoutingChoice};
-use crate::data::{Datasets, TokenDataset};
+use crate::config::{Config, Method, OnCollapse};
+use crate::data::Datasets;
 use crate::eval::routing::{RouterLosses, SiteExperts};
-use crate::eval::{self, EvalReport, EvalSettings, RoutingReport, check_records, evaluate};
+use crate::eval::{self, RoutingReport, check_records};
 use crate::mixture::Mixture;
 use crate::model::gpt2::Gpt2;
 use crate::model::parameters::OldParts;
 use crate::model::router::RouterSpec;
-use crate::model::{RoutedGpt2, RoutingSource, Trained, kind_of};
+use crate::model::{RoutedGpt2, Trained, kind_of};
 use crate::skills::SkillLibrary;
 use crate::{config, durable, ffi};
-use checkpoint::{Best, Checkpoint, Position, TrainState};
-use metrics::{Metrics, MetricsWriter, MixShare, StepMetrics, ValidationMetrics, WindowMetrics};
+use checkpoint::{Checkpoint, Position, TrainState};
+use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
 use routing_state::{ExpertMaturity, RoutingState};
@@ -494,133 +494,6 @@ impl Trainer {
         let domain = domains.iter().position(|domain| domain.name == growth.domain);
         let domain = domain.expect("the config was checked") as u32;
         Some(SeedingPhase { expert: self.model.num_experts() - 1, domain })
-    }
-
-    /// Tells of the window that the step just done ends, if it ends one, and says whether the run must
-    /// stop because of it.
-    fn close_window(
-        &mut self,
-        writer: &mut MetricsWriter,
-        observe: &mut dyn FnMut(Event<'_>),
-    ) -> Result<bool> {
-        let (config, step) = (&self.config.router, self.state.step);
-        let seeding_ends =
-            self.seeding_phase(step).is_some() && self.seeding_phase(step + 1).is_none();
-        let ends =
-            step.is_multiple_of(config.window_steps) || step == self.num_steps || seeding_ends;
-        if !ends {
-            return Ok(false);
-        }
-        let (num_steps, totals) = self.state.routing.take_window();
-        let report = RoutingReport::new(&totals, None, config.dead_share);
-        let routed = self.config.train.routing == RoutingChoice::Router;
-        let collapse = match &report {
-            // while a new expert is seeded, the router does not decide
-            Some(report) if routed && self.seeding_phase(step).is_none() => report.collapse(config),
-            _ => vec![],
-        };
-        let domains = self.data.train.domains.iter().enumerate();
-        let by_domain = domains.filter_map(|(index, domain)| {
-            let report = RoutingReport::new(&totals, Some(index), config.dead_share)?;
-            Some((domain.name.clone(), report.mean_routing_weights))
-        });
-        let metrics = WindowMetrics {
-            step,
-            window_steps: num_steps,
-            mix: self.mix(),
-            domain_routing_weights: by_domain.collect(),
-            routing: report,
-            collapse,
-        };
-        let is_collapsed = !metrics.collapse.is_empty();
-        if is_collapsed && !self.state.routing.collapsed {
-            tracing::warn!(
-                "the routing has collapsed by step {step}: {}",
-                metrics.collapse.join("; ")
-            );
-        }
-        self.state.routing.collapsed = is_collapsed;
-        observe(Event::Window(&metrics));
-        writer.write(&Metrics::Window(metrics))?;
-        Ok(is_collapsed && self.config.router.on_collapse == OnCollapse::Stop)
-    }
-
-    /// The share of the blocks so far that each domain had, and should have had.
-    fn mix(&self) -> BTreeMap<String, MixShare> {
-        let total: u64 = self.state.domain_blocks.iter().sum();
-        let domains = self.data.train.domains.iter().zip(&self.state.domain_blocks);
-        let asked = self.data.train.mix();
-        let share = |((domain, &blocks), asked): ((&crate::data::Domain, &u64), f64)| {
-            let realised = blocks as f64 / total.max(1) as f64;
-            (domain.name.clone(), MixShare { asked, realised })
-        };
-        domains.zip(asked).map(share).collect()
-    }
-
-    /// Evaluates and keeps the best and the early-stopping counter.
-    fn validate(
-        &mut self,
-        writer: &mut MetricsWriter,
-        observe: &mut dyn FnMut(Event<'_>),
-    ) -> Result<()> {
-        let started = Instant::now();
-        let report = {
-            let observe = std::cell::RefCell::new(&mut *observe);
-            let progress = |done, all| (observe.borrow_mut())(Event::Evaluating(done, all));
-            self.evaluate(&self.data.validation, &progress)?
-        };
-        if !report.loss.is_finite() {
-            bail!("the validation loss of step {} is {}", self.state.step, report.loss);
-        }
-        let metrics = self.validation_metrics(&report, started.elapsed().as_secs_f64());
-        if let Some(stage) = self.state.stages.last_mut() {
-            stage.step = self.state.step;
-            stage.losses.clone_from(&metrics.domain_losses);
-        }
-        observe(Event::Validation(&metrics));
-        writer.write(&Metrics::Validation(metrics))?;
-        // as transformers' EarlyStoppingCallback: a smaller fall is a new best, but no improvement
-        let min_delta = self.config.train.early_stopping.map_or(0.0, |s| s.min_delta);
-        let falls_by = |delta| self.state.best.is_none_or(|best| report.loss < best.loss - delta);
-        let (is_best, improves) = (falls_by(0.0), falls_by(min_delta));
-        if is_best {
-            self.state.best = Some(Best { step: self.state.step, loss: report.loss });
-        }
-        self.state.evals_without_improvement =
-            if improves { 0 } else { self.state.evals_without_improvement + 1 };
-        Ok(())
-    }
-
-    /// Evaluates the model as it stands.
-    pub fn evaluate(
-        &self,
-        dataset: &TokenDataset,
-        progress: &dyn Fn(u64, u64),
-    ) -> Result<EvalReport> {
-        let settings = EvalSettings {
-            batch_size: self.config.train.micro_batch_size,
-            loss_chunk_tokens: self.config.train.loss_chunk_tokens,
-            rule: self.model.router_spec().eval,
-            dead_share: self.config.router.dead_share,
-        };
-        let source = RoutingSource::from(self.config.train.routing);
-        evaluate(&self.model, dataset, &source, settings, progress)
-    }
-
-    fn validation_metrics(&self, report: &EvalReport, eval_secs: f64) -> ValidationMetrics {
-        let losses = report.domains.iter().map(|domain| (domain.name.clone(), domain.loss));
-        let routing = report.routing.as_ref();
-        ValidationMetrics {
-            step: self.state.step,
-            tokens_seen: self.state.tokens_seen,
-            loss: report.loss,
-            token_loss: report.token_loss,
-            domain_losses: losses.collect(),
-            routing_entropy: routing.map(|routing| routing.routing_entropy),
-            expert_load: routing.map(|routing| routing.expert_load.clone()),
-            mutual_information: routing.and_then(|routing| routing.mutual_information),
-            eval_secs,
-        }
     }
 
     /// Writes a checkpoint.

@@ -176,14 +176,9 @@ pub fn gradients(
             let others = router_losses(&config.router, &of_batch, &routing, labelled, label_tokens);
             loss = others.into_iter().fold(loss, |loss, other| loss + other);
         }
-        if let (Some(phase), Some(growth)) = (seeding, &config.growth) {
-            let is_new = micro_batch.label_domains.eq(i64::from(phase.domain));
-            let new = label_counts[phase.domain as usize];
-            let tokens = [new, label_tokens - new];
-            let seeding = Seeding { expert: phase.expert, is_new: &is_new, tokens };
-            let temperature = model.router_spec().temperature;
-            let seeding = losses::seeding_loss(&of_batch, temperature, labelled, seeding);
-            loss = &loss + seeding * growth.seed_router_coef;
+        if let Some(phase) = seeding {
+            let seeding = seeding_part(model, config, micro_batch, &of_batch, phase, &label_counts);
+            loss = &loss + seeding;
         }
         grads.add(&loss, trained);
         let token_losses = output.token_losses.to_kind(Kind::Double);
@@ -196,6 +191,24 @@ pub fn gradients(
     }
     let grads = grads.of_parameters(trained);
     Ok(StepGradients { grads, domain_sums, routing, expert_losses, orthogonality })
+}
+
+/// The seeding loss of a micro-batch with its factor; `label_counts` are the step's, by domain.
+fn seeding_part(
+    model: &RoutedGpt2,
+    config: &Config,
+    micro_batch: &MicroBatch,
+    routing: &[Routing],
+    phase: SeedingPhase,
+    label_counts: &[u64],
+) -> Tensor {
+    let coef = config.growth.as_ref().map_or(0.0, |growth| growth.seed_router_coef);
+    let is_new = micro_batch.label_domains.eq(i64::from(phase.domain));
+    let new = label_counts[phase.domain as usize];
+    let tokens = [new, label_counts.iter().sum::<u64>() - new];
+    let seeding = Seeding { expert: phase.expert, is_new: &is_new, tokens };
+    let temperature = model.router_spec().temperature;
+    losses::seeding_loss(routing, temperature, &micro_batch.inputs.labelled, seeding) * coef
 }
 
 impl MicroBatch {
