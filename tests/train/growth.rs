@@ -334,11 +334,11 @@ fn a_stage_is_evaluated_beside_those_before_it() -> Result<()> {
     let stage = &state.stages[1];
     assert_eq!((stage.name.as_str(), stage.step, stage.num_experts), ("add third", 6, 3));
     assert!(stage.losses.keys().eq(["down", "third", "up"]));
-    let validations = metrics(&config)?.into_iter().filter_map(|metrics| match metrics {
+    let mut validations = metrics(&config)?.into_iter().filter_map(|metrics| match metrics {
         Metrics::Validation(validation) => Some(validation),
         _ => None,
     });
-    let last = validations.last().expect("there is one at the end");
+    let last = validations.next_back().expect("there is one at the end");
     assert_eq!((last.step, last.domain_losses), (6, stage.losses.clone()));
     assert!(state.tokens_seen > tokens && tokens > 0);
     Ok(())
