@@ -639,6 +639,45 @@ fn a_dataset_is_mixed_as_asked() {
     assert_eq!(of_second(Mixing::Interleaved, OnExhausted::End), (0.5, 10));
 }
 
+#[test]
+fn a_domain_of_weight_0_is_evaluated_only() {
+    use OnExhausted::{End, Repeat};
+    for mixing in [Mixing::Proportional, Mixing::Temperature(2.0), Mixing::Weights] {
+        for on_exhausted in [Repeat, End] {
+            let what = format!("{mixing:?}, {on_exhausted:?}");
+            let dataset = mixed([(30, 1.0), (20, 0.0), (10, 2.0)], mixing, on_exhausted);
+            let without = mixed([(30, 1.0), (10, 2.0)], mixing, on_exhausted).mix();
+            let mix = dataset.mix();
+            assert_eq!((mix[1], [mix[0], mix[2]]), (0.0, [without[0], without[1]]), "{what}");
+            for epoch in 0..4 {
+                let order = dataset.epoch_order(3, epoch);
+                assert_eq!(order.len() as u64, dataset.epoch_blocks(epoch), "{what}");
+                let of = |domain| order.iter().filter(|id| id.domain == domain).count();
+                assert_eq!(of(1), 0, "{what}");
+                match on_exhausted {
+                    End => assert_eq!((of(0), of(2)), (30, 10), "{what}"),
+                    Repeat => assert!(of(0) > 0 && of(2) > 0, "{what}"),
+                }
+            }
+            let evaluated = dataset.eval_order().into_iter().filter(|id| id.domain == 1);
+            assert_eq!(evaluated.count(), 20);
+        }
+    }
+}
+
+#[test]
+fn some_domain_has_a_weight_and_an_interleaved_one_has_no_other_than_1() {
+    let fault = |data: &str| {
+        let text = format!("[base]\nsource.path = \"base\"\n[data]\nseq_len = 4\n{data}");
+        let domain = "[[data.domains]]\nname = \"d\"\ntrain = [\"f\"]\nweight = 0\n";
+        let config = config_file::parse(&format!("{text}\n{domain}"), &[]).expect("valid TOML");
+        message(config_file::validate(&config))
+    };
+    assert_eq!(fault(""), "`data.domains` must have one whose `weight` is above 0");
+    let interleaved = fault("mixing = \"interleaved\"");
+    assert!(interleaved.contains("`data.domains[0].weight` must be 1 with"), "{interleaved}");
+}
+
 /// A run resumes in the order that it began with, or not at all.
 #[test]
 fn the_fingerprint_changes_with_the_mixing() {
