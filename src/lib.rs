@@ -27,12 +27,19 @@
 //! | expert | one LoRA pair on each target module; expert e over all modules is one PEFT adapter | |
 //! | rank, alpha, scaling | r; alpha; alpha / r | |
 //! | lora_a, lora_b | an expert's down- and up-projection; B is 0 at the start | `[r, i]`, `[o, r]` |
-//! | router, router_logits | the linear layer that scores experts; its raw scores | `[b, t, e]` |
-//! | routing_probs | softmax over all experts | `[b, t, e]` |
+//! | router, router_logits | the layer or MLP that scores experts; its raw scores | `[b, t, e]` |
+//! | site | a place where a router decides: for all layers, a layer or a module ([`model::routing`]) | |
+//! | routing_probs | softmax over all experts, or over those that the layer has | `[b, t, e]` |
 //! | routing_weights | what mixes the experts: probs, the top k renormalised, or given ([`model::routing`]) | `[b, t, e]` |
 //! | selected_experts, top_k | the k chosen; absent = all | `[b, t, k]` |
 //! | expert_load | share of assignments per expert, sums to 1 | `[e]` |
-//! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::router`]) | scalar |
+//! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::routing_totals`]) | scalar |
+//! | uniform_mse | mean squared distance of the mean routing_probs from 1 / E | scalar |
+//! | router_z_loss | mean squared logsumexp of the logits | scalar |
+//! | selection_bias | added to routing_probs where the k best are chosen, not where they weigh | `[e]` |
+//! | mature | of an expert under the hybrid rule: has had its tokens, or no longer improves | |
+//! | dead | of an expert: has less than `dead_share` of an even weight over a window of steps | |
+//! | mutual_information | of expert and domain, nats ([`eval::routing`]) | scalar |
 //! | routing_entropy | mean entropy of routing_probs, nats | scalar |
 //! | document, block | a text; `seq_len` tokens of packed documents | `[t]` |
 //! | mix | each domain's share of the training blocks, by `data.mixing`; sums to 1 | `[d]` |
@@ -40,6 +47,8 @@
 //! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
 //! | tokens_seen | target tokens trained on | |
 //! | skill | what a domain asks of the base: the mean of its last hidden states ([`skills`]) | `[d]` |
+//! | skill | what a domain is to the base: a mean hidden state ([`skills`]) | `[d]` |
+//! | stage | a run in a mixture's life, at whose end each domain is scored ([`train::stages`]) | |
 //! | checkpoint, export | all that resuming needs; what others load (PEFT) | |
 
 #![warn(missing_docs)]
