@@ -37,6 +37,15 @@ impl Life {
         serde_json::from_slice(&output.stdout).with_context(|| message(&output))
     }
 
+    /// The names of the skills that a run's last checkpoint knows, and the expert of the last.
+    fn skills(&self, run: &str) -> Result<(Vec<String>, Value)> {
+        let file = self.world.path(run).join("checkpoints/last/skills.json");
+        let library: Value = serde_json::from_str(&fs_err::read_to_string(file)?)?;
+        let skills = library["skills"].as_array().context("a list")?;
+        let names = skills.iter().filter_map(|skill| skill["name"].as_str().map(String::from));
+        Ok((names.collect(), skills.last().context("a skill")?["expert"].clone()))
+    }
+
     /// The exit code and message of a command that fails.
     fn fault(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
         let output = self.run(&[arguments, &["-q"]].concat())?;
@@ -83,7 +92,7 @@ fn experts_come_and_go_by_commands() -> Result<()> {
     a_known_skill_gets_no_expert_unless_forced(&life)?;
     an_expert_is_added(&life)?;
     experts_are_removed_and_merged(&life)?;
-    Ok(())
+    an_expert_is_added_without_validation_files(&life)
 }
 
 fn a_fault_of_usage_costs_nothing(life: &Life) -> Result<()> {
@@ -240,6 +249,15 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
     let removed = ["remove-expert", "--checkpoint", "three", "--expert", "2", "--out", "removed"];
     let removed = life.json(&removed)?;
     assert_eq!(removed["change"], "remove expert_2");
+    let (names, expert) = life.skills("merged")?;
+    assert_eq!((names.join(" "), expert), ("up down third".into(), 0.into()));
+    // what is gone may be learned anew
+    assert_eq!(life.skills("removed")?.0, ["up", "down"]);
+    let again = ["add-expert", "--checkpoint", "removed", "--data", "third.train.jsonl"];
+    let more = ["--domain", "anew", "--steps", "1", "--threshold", "0.9999", "--out", "anew"];
+    life.json(&[&again[..], &more[..]].concat())?;
+    let (names, expert) = life.skills("anew")?;
+    assert_eq!((names.join(" "), expert), ("up down anew".into(), 2.into()));
     let one = ["remove-expert", "--checkpoint", "removed", "--expert", "0", "--out", "one"];
     life.json(&one)?;
     let last = ["remove-expert", "--checkpoint", "one", "--expert", "0", "--out", "none"];
@@ -270,5 +288,25 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
     let added = life.json(&[&add[..], &more[..]].concat())?;
     assert_eq!(added["expert"], 1);
     assert!(added["largest_new_prob"].as_f64() <= Some(1.001e-8), "{added}");
+    Ok(())
+}
+
+/// The earlier domains have none at all; of the new one, some is held out.
+fn an_expert_is_added_without_validation_files(life: &Life) -> Result<()> {
+    let overrides = ["lora.num_experts=2", "train.duration={steps=1}"];
+    let mut bare = life.world.config("bare", &overrides)?;
+    bare.data.domains.iter_mut().for_each(|domain| domain.validation = None);
+    train(&bare, None)?;
+    let text = fs_err::read_to_string(life.world.path("third.train.jsonl"))?;
+    let two: Vec<&str> = text.lines().take(2).collect();
+    fs_err::write(life.world.path("two.jsonl"), two.join("\n"))?;
+    let add = ["add-expert", "--checkpoint", "bare", "--steps", "1", "--threshold", "1", "--data"];
+    let (code, message) = life.fault(&[&add[..], &["two.jsonl", "--out", "x"]].concat())?;
+    assert_eq!(code, Some(1), "{message}");
+    assert!(message.contains("of domain `two` holds out none of its 2 documents"), "{message}");
+    let added = life.json(&[&add[..], &["third.train.jsonl", "--out", "bare-three"]].concat())?;
+    assert_eq!((&added["expert"], &added["domain"]), (&2.into(), &"third".into()));
+    let forgetting = added["forgetting"].as_object().context("an object")?;
+    assert!(forgetting.keys().eq(["third"]), "{added}");
     Ok(())
 }
