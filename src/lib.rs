@@ -47,7 +47,6 @@
 //! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
 //! | tokens_seen | target tokens trained on | |
 //! | skill | what a domain asks of the base: the mean of its last hidden states ([`skills`]) | `[d]` |
-//! | skill | what a domain is to the base: a mean hidden state ([`skills`]) | `[d]` |
 //! | stage | a run in a mixture's life, at whose end each domain is scored ([`train::stages`]) | |
 //! | checkpoint, export | all that resuming needs; what others load (PEFT) | |
 

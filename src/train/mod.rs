@@ -298,7 +298,8 @@ impl Trainer {
         let old = config.growth.as_ref().map(|growth| OldParts {
             num_experts: model.specs().len() - 1,
             experts_rate: growth.old_experts_rate,
-            columns_rate: growth.old_columns_rate,
+            // beside a single expert, all of the router is new
+            columns_rate: if model.specs().len() > 2 { growth.old_columns_rate } else { 1.0 },
         });
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
@@ -404,7 +405,8 @@ impl Trainer {
     /// Whether enough evaluations in a row have brought no improvement.
     fn stops_early(&self) -> bool {
         let stopping = self.config.train.early_stopping;
-        stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience)
+        let seeds = self.seeding_phase(self.state.step + 1).is_some();
+        stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience) && !seeds
     }
 
     /// Whether the step just done is followed by an evaluation.
