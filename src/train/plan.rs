@@ -75,7 +75,7 @@ impl ParameterCounts {
         }
         if config.train.routing == RoutingChoice::Router {
             counts.trained += match &config.growth {
-                Some(growth) if growth.old_columns_rate == 0.0 => new_columns,
+                Some(growth) if growth.old_columns_rate == 0.0 && specs.len() > 2 => new_columns,
                 _ => counts.router,
             };
         }
