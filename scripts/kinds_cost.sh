@@ -64,11 +64,11 @@ row "DoRA, dropout 0.05" "$dylora" lora.use_dora=true lora.dropout=0.05
 row "plain, dropout 0.05" "$dylora" lora.dropout=0.05
 row "OLoRA" "$dylora" lora.init=olora
 row "router on the base's last hidden state" "$dylora" router.input=base_hidden
-row "a router in each layer" "$dylora" router.input=layer_input
+row "a router in each layer" "$dylora" router.input=layer_input router.scope=layer
 row "load-balancing loss, two micro-batches" "$dylora" router.load_balancing_coef=0.01 \
   train.micro_batch_size=$((batch / 2)) train.grad_accum_steps=2
 row "load-balancing loss, two micro-batches, a router in each layer" "$dylora" router.load_balancing_coef=0.01 \
-  router.input=layer_input train.micro_batch_size=$((batch / 2)) train.grad_accum_steps=2
+  router.input=layer_input router.scope=layer train.micro_batch_size=$((batch / 2)) train.grad_accum_steps=2
 row "all four linears, r = 16, eight experts" "$dylora" "$all" lora.rank=16 lora.num_experts=8
 row "all four linears, r = 16, eight experts, DoRA" "$dylora" "$all" lora.rank=16 lora.num_experts=8 lora.use_dora=true
 [ -z "$older" ] || row "all four linears, r = 16, eight experts, older binary" "$older" "$all" lora.rank=16 lora.num_experts=8
