@@ -84,7 +84,7 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
     Ok(())
 }
 
-/// Closed forms: 4 blocks, d = 128, all four linear layers, E = 4, r = 8.
+/// Closed forms: 4 blocks, d = 128, all four linear layers, E = 4, r = 8, a router for each layer.
 #[test]
 fn a_dry_run_counts_parameters_and_data_and_writes_nothing() -> Result<()> {
     let cache = tempfile::tempdir()?;
@@ -99,7 +99,7 @@ fn a_dry_run_counts_parameters_and_data_and_writes_nothing() -> Result<()> {
     assert_eq!(parameters["base"], base);
     assert_eq!(parameters["lora_a"], 4 * 4 * 8 * (3 * d + 4 * d));
     assert_eq!(parameters["lora_b"], 4 * 4 * 8 * (3 * d + d + 4 * d + d));
-    assert_eq!(parameters["router"], 4 * (d + 1));
+    assert_eq!(parameters["router"], 4 * 4 * (d + 1));
     let domains = json["train"].as_array().context("a list")?;
     let names: Vec<&str> = domains.iter().filter_map(|domain| domain["name"].as_str()).collect();
     assert_eq!(names, ["arithmetic", "code", "data2text", "verse"]);
