@@ -83,8 +83,11 @@ impl Base {
         }
     }
 
-    /// Checks that `weights`, in f32, are those that `expected` is the BLAKE3 of; `of` ends "that ..".
-    pub fn check_hash(&self, weights: &Gpt2, expected: &str, of: &str) -> Result<()> {
+    /// Reads the weights, which must be those that `expected`, if it is known, is the BLAKE3 of in f32; `of`
+    /// ends "that ..".
+    pub fn weights_of(&self, expected: Option<&str>, of: &str) -> Result<Gpt2> {
+        let weights = self.weights()?;
+        let Some(expected) = expected else { return Ok(weights) };
         let found = weights.hash()?;
         if found != expected {
             bail!(
@@ -94,7 +97,7 @@ impl Base {
                 &expected[..expected.len().min(12)]
             );
         }
-        Ok(())
+        Ok(weights)
     }
 
     /// The tokenizer, which most work needs.

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 use tch::Device;
 
-use super::eval::{losses, validate};
+use super::eval::validate;
 use super::open::open_base;
 use super::train::{conclude, interrupt_flag, load_data, print_summary, run_trainer};
 use super::{Shared, device, table, usage};
@@ -29,7 +29,7 @@ use crate::skills::{
 use crate::train::checkpoint::{self, Preferred, TrainState};
 use crate::train::grow::{self, Growth};
 use crate::train::stages::{Stage, forgetting};
-use crate::train::{Past, Trainer, check_new_run, load_mixture, routing_state};
+use crate::train::{Past, Trainer, check_new_run, checkpoint_base, load_mixture, routing_state};
 
 /// Blocks by which a skill is told, and by which the new router column is kept out of old data.
 const SKILL_BLOCKS: usize = 32;
@@ -183,10 +183,7 @@ impl Start {
         };
         let device = device(args.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
-        let weights = base.weights()?;
-        if let Some(expected) = &state.base_hash {
-            base.check_hash(&weights, expected, "the checkpoint was trained on")?;
-        }
+        let weights = checkpoint_base(&base, &state)?;
         let data = load_data(&config, &base, shared)?;
         let growth = config.growth.clone().expect("it was just set");
         Ok(Self { dir, state, old_config, config, growth, mixture, base, weights, data, device })
@@ -218,7 +215,7 @@ impl Start {
             skills: Some(skills),
         };
         if let (Some(last), Some(before)) = (past.stages.last_mut(), before) {
-            last.losses = losses(before);
+            last.losses = before.domain_losses();
         }
         let stage = Stage::new(&format!("add {domain}"), vec![domain], num_old as i64 + 1);
         let Self { config, base, data, device, .. } = self;

@@ -1,7 +1,5 @@
 //! `dylora eval`: loss, perplexity and routing by domain.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Result, anyhow};
 use clap::Args;
 use serde_json::json;
@@ -133,21 +131,11 @@ pub fn validate(
         return Ok(None);
     }
     let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-    let settings = EvalSettings {
-        batch_size: config.train.micro_batch_size,
-        loss_chunk_tokens: config.train.loss_chunk_tokens,
-        rule: model.router_spec().eval,
-        dead_share: config.router.dead_share,
-    };
+    let settings = EvalSettings::of_run(config, model.router_spec().eval);
     let source = RoutingSource::from(config.train.routing);
     let report = evaluate(model, dataset, &source, settings, &|done, _| bar.set(done))?;
     bar.finish();
     Ok(Some(report))
-}
-
-/// Each domain's loss.
-pub fn losses(report: &EvalReport) -> BTreeMap<String, f64> {
-    report.domains.iter().map(|domain| (domain.name.clone(), domain.loss)).collect()
 }
 
 impl DataArgs {

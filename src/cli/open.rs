@@ -113,11 +113,8 @@ impl ModelArgs {
                 hub => Mixture::of_adapters(&[hub], &base.config, &find)?,
             }),
         };
-        let weights = base.weights()?;
         let base_hash = mixture.as_ref().and_then(|mixture| mixture.base_hash.clone());
-        if let Some(expected) = &base_hash {
-            base.check_hash(&weights, expected, "the adapters belong to")?;
-        }
+        let weights = base.weights_of(base_hash.as_deref(), "the adapters belong to")?;
         let routing = mixture.as_ref().map_or(RoutingChoice::Router, |mixture| mixture.routing);
         let model = match mixture {
             None => RoutedGpt2::plain(&weights, device, kind, false),

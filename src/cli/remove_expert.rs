@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 
-use super::eval::{losses, validate};
+use super::eval::validate;
 use super::open::{device_name, open_base};
 use super::train::load_data;
 use super::{Shared, device, table, usage};
@@ -19,7 +19,7 @@ use crate::model::{RoutedGpt2, kind_of};
 use crate::skills::SkillLibrary;
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::stages::Stage;
-use crate::train::{Past, Trainer, check_new_run, grow, load_mixture};
+use crate::train::{Past, Trainer, check_new_run, checkpoint_base, grow, load_mixture};
 
 /// What both commands are given.
 #[derive(Debug, Args)]
@@ -103,10 +103,7 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     check(change, &mixture).map_err(usage)?;
     let device = device(args.device.unwrap_or(config.run.device))?;
     let base = open_base(&config.base, shared)?;
-    let weights = base.weights()?;
-    if let Some(expected) = &state.base_hash {
-        base.check_hash(&weights, expected, "the checkpoint was trained on")?;
-    }
+    let weights = checkpoint_base(&base, &state)?;
     let data = load_data(&config, &base, shared)?;
     let kind = kind_of(config.base.dtype);
     let model = mixture.put_on(&weights, device, kind)?;
@@ -125,7 +122,7 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
 
     let mut past = Past { stages: state.stages, tokens_seen: state.tokens_seen, ..Past::default() };
     if let (Some(last), Some(before)) = (past.stages.last_mut(), &before) {
-        last.losses = losses(before);
+        last.losses = before.domain_losses();
     }
     past.maturity = state.routing.experts;
     if shrunk.gone < past.maturity.len() {
@@ -134,7 +131,7 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     let skills = checkpoint::read_skills(&dir, base.config.n_embd)?;
     past.skills = skills.map(|skills| renumber(skills, &shrunk));
     let mut stage = Stage::new(&shrunk.name, vec![], new_config.lora.num_experts);
-    stage.losses = after.as_ref().map(losses).unwrap_or_default();
+    stage.losses = after.as_ref().map(EvalReport::domain_losses).unwrap_or_default();
     let trainer =
         Trainer::next_stage(new_config, &base, &shrunk.mixture, data, device, past, stage)?;
     let written = trainer.save()?;

@@ -8,11 +8,13 @@
 
 pub mod routing;
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, bail};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{EvalRule, RouterConfig, RoutingChoice};
+use crate::config::{Config, EvalRule, RouterConfig, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
 use crate::model::loss::LossSettings;
 use crate::model::router::Routing;
@@ -59,6 +61,13 @@ pub struct DomainReport {
     pub routing: Option<RoutingReport>,
 }
 
+impl EvalReport {
+    /// Each domain's loss, nats, by its name.
+    pub fn domain_losses(&self) -> BTreeMap<String, f64> {
+        self.domains.iter().map(|domain| (domain.name.clone(), domain.loss)).collect()
+    }
+}
+
 /// Batches and chunks of an evaluation.
 #[derive(Debug, Clone, Copy)]
 pub struct EvalSettings {
@@ -70,6 +79,18 @@ pub struct EvalSettings {
     pub rule: Option<EvalRule>,
     /// Dead is an expert with less than this part of an even weight.
     pub dead_share: f64,
+}
+
+impl EvalSettings {
+    /// As a run evaluates: its micro-batches and chunks, by `rule`.
+    pub fn of_run(config: &Config, rule: Option<EvalRule>) -> Self {
+        Self {
+            batch_size: config.train.micro_batch_size,
+            loss_chunk_tokens: config.train.loss_chunk_tokens,
+            rule,
+            dead_share: config.router.dead_share,
+        }
+    }
 }
 
 impl Default for EvalSettings {

@@ -74,10 +74,7 @@ impl RoutingTotals {
     /// The totals of a batch's label tokens.
     pub fn new(routing: &Routing, labelled: Labelled<'_>) -> Self {
         let _no_grad = tch::no_grad_guard();
-        let of_rows = |x: &Tensor| {
-            let width = *x.size().last().expect("routing tensors are [b, t, _]");
-            x.detach().view([-1, width]).index_select(0, labelled.rows).to_kind(Kind::Double)
-        };
+        let of_rows = |x: &Tensor| rows(x, labelled.rows).to_kind(Kind::Double);
         let own = |x_ne: Tensor| match &routing.present {
             Some(experts) => x_ne.index_select(1, experts),
             None => x_ne,
@@ -168,6 +165,12 @@ impl RoutingTotals {
         let m = self.num_experts() as f64;
         (self.mean_probs() - 1.0 / m) * (2.0 / m / self.num_tokens as f64)
     }
+}
+
+/// The positions `at`, `[n]` of the flattened `[b t]`, of `x`, `[b, t, m]`: `[n, m]`.
+pub fn rows(x: &Tensor, at: &Tensor) -> Tensor {
+    let width = *x.size().last().expect("routing tensors are [b, t, _]");
+    x.view([-1, width]).index_select(0, at)
 }
 
 /// The entropy of each row of `probs`, `[n, m]`: `[n]`, nats.

@@ -15,11 +15,11 @@
 //!
 //! Letters of shapes: `n` labelled positions of the micro-batch, `m` the layer's experts.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::config::RouterConfig;
 use crate::model::router::Routing;
-use crate::model::routing_totals::{RoutingTotals, entropies};
+use crate::model::routing_totals::{RoutingTotals, entropies, rows};
 
 /// Whether a loss depends on the mean over all micro-batches of a step.
 pub fn needs_totals(config: &RouterConfig) -> bool {
@@ -88,13 +88,9 @@ pub fn seeding_loss(
     let terms = routing.iter().map(|routing| {
         let scores_nm = rows(&routing.logits, labelled) / temperature;
         let kind = scores_nm.kind();
-        let at = match &routing.present {
-            None => seeding.expert,
-            Some(present) => {
-                let of_expert = present.eq(seeding.expert).to_kind(Kind::Int64);
-                of_expert.argmax(0, false).int64_value(&[])
-            }
-        };
+        // a config with `[growth]` has every expert in every layer
+        assert!(routing.present.is_none(), "a layer of a growing mixture has all experts");
+        let at = seeding.expert;
         // ln p is the log-sigmoid of x = s_new - logsumexp of the others, and ln(1 - p) that of -x: their
         // gradients do not vanish where p is 1 but for rounding
         let at_1 = Tensor::from_slice(&[at]).to_device(scores_nm.device());
@@ -107,10 +103,4 @@ pub fn seeding_loss(
             - mean((-x_n).log_sigmoid() * is_old, seeding.tokens[1])
     });
     terms.sum::<Tensor>() / routing.len() as f64
-}
-
-/// The labelled positions of `x`, `[b, t, m]`: `[n, m]`.
-fn rows(x: &Tensor, labelled: &Tensor) -> Tensor {
-    let width = *x.size().last().expect("routing tensors are [b, t, _]");
-    x.view([-1, width]).index_select(0, labelled)
 }

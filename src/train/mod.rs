@@ -153,11 +153,8 @@ pub fn build_model(
 /// # Errors
 /// A base other than the one that the checkpoint was trained on.
 pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
-    let weights = base.weights()?;
     let state = checkpoint::read_state(dir)?;
-    if let Some(expected) = &state.base_hash {
-        base.check_hash(&weights, expected, "the checkpoint was trained on")?;
-    }
+    let weights = checkpoint_base(base, &state)?;
     let mixture = load_mixture(dir, config, &state)?;
     let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
     let model = build_model(config, &weights, &mixture, device).with_context(in_dir)?;
@@ -165,6 +162,14 @@ pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> R
         model.load(&mixture.tensors).with_context(in_dir)?;
     }
     Ok(model)
+}
+
+/// The weights of the base that a checkpoint was trained on.
+///
+/// # Errors
+/// A base other than that.
+pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Gpt2> {
+    base.weights_of(state.base_hash.as_deref(), "the checkpoint was trained on")
 }
 
 /// The experts and routers of a checkpoint, by the rule of its last step.

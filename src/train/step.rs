@@ -17,7 +17,7 @@ use crate::data::{Batch, BlockId, TokenDataset};
 use crate::model::lora::LoraDropout;
 use crate::model::loss::{ChunkedLoss, LossSettings};
 use crate::model::router::Routing;
-use crate::model::routing_totals::{Labelled, RoutingTotals, add_totals};
+use crate::model::routing_totals::{Labelled, RoutingTotals, add_totals, rows};
 use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Trained};
 use crate::{eval, ffi};
 
@@ -255,7 +255,7 @@ fn losses_by_expert(
     let mut sums = Tensor::zeros([e], options);
     let mut places = vec![0f64; e as usize];
     for (site, routing) in model.sites().into_iter().zip(routing) {
-        let weights_ne = routing.weights.view([-1, e]).index_select(0, labelled);
+        let weights_ne = rows(&routing.weights, labelled);
         sums = &sums + weights_ne.to_kind(Kind::Double).tr().mv(token_losses);
         model.experts_at(site).into_iter().for_each(|expert| places[expert] += 1.0);
     }

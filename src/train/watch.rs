@@ -115,25 +115,19 @@ impl Trainer {
         dataset: &TokenDataset,
         progress: &dyn Fn(u64, u64),
     ) -> Result<EvalReport> {
-        let settings = EvalSettings {
-            batch_size: self.config.train.micro_batch_size,
-            loss_chunk_tokens: self.config.train.loss_chunk_tokens,
-            rule: self.model.router_spec().eval,
-            dead_share: self.config.router.dead_share,
-        };
+        let settings = EvalSettings::of_run(&self.config, self.model.router_spec().eval);
         let source = RoutingSource::from(self.config.train.routing);
         evaluate(&self.model, dataset, &source, settings, progress)
     }
 
     fn validation_metrics(&self, report: &EvalReport, eval_secs: f64) -> ValidationMetrics {
-        let losses = report.domains.iter().map(|domain| (domain.name.clone(), domain.loss));
         let routing = report.routing.as_ref();
         ValidationMetrics {
             step: self.state.step,
             tokens_seen: self.state.tokens_seen,
             loss: report.loss,
             token_loss: report.token_loss,
-            domain_losses: losses.collect(),
+            domain_losses: report.domain_losses(),
             routing_entropy: routing.map(|routing| routing.routing_entropy),
             expert_load: routing.map(|routing| routing.expert_load.clone()),
             mutual_information: routing.and_then(|routing| routing.mutual_information),
