@@ -1,4 +1,4 @@
-// A C ABI over the parts of libtorch 2.11.0 that tch does not reach. Declared to Rust in src/ffi.rs.
+// A C ABI over the parts of libtorch 2.11.0 that tch does not reach. Declared to Rust in src/ffi/mod.rs.
 //
 // Every function that can fail returns -1 or nullptr and leaves a message for dylora_take_error.
 // Tensors are borrowed by pointer; a returned tensor is owned by the caller.
@@ -11,33 +11,14 @@
 #include <torch/custom_class.h>
 #include <torch/version.h>
 
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <vector>
+
+#include "error.h"
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-static thread_local char *last_error = nullptr;
-static void set_error(const char *message) {
-  free(last_error);
-  last_error = strdup(message);
-}
-#define TRY(fail, ...)                  \
-  try {                                 \
-    __VA_ARGS__                         \
-  } catch (const c10::Error &e) {       \
-    set_error(e.what_without_backtrace()); \
-    return fail;                        \
-  } catch (const std::exception &e) {   \
-    set_error(e.what());                \
-    return fail;                        \
-  } catch (...) {                       \
-    set_error("unknown C++ exception"); \
-    return fail;                        \
-  }
 
 static std::vector<Tensor> list(Tensor *const *tensors, size_t n) {
   std::vector<Tensor> v;
@@ -136,11 +117,7 @@ struct Permutation : torch::autograd::Function<Permutation> {
 };
 
 extern "C" {
-char *dylora_take_error() {
-  char *e = last_error;
-  last_error = nullptr;
-  return e;
-}
+char *dylora_take_error() { return take_error(); }
 
 const char *dylora_torch_version() { return TORCH_VERSION; }
 

@@ -28,8 +28,8 @@ pub use routing::{
     RoutingChoice, RoutingLevel, TemperatureSchedule,
 };
 pub use train::{
-    Duration, EarlyStopping, GroupConfig, OptimizerConfig, SaveDtype, ScheduleConfig, ScheduleKind,
-    TrainConfig,
+    Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
+    ScheduleKind, TrainConfig,
 };
 
 /// A whole run. `method` comes first in the file; the rest are sections.

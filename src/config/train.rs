@@ -21,6 +21,8 @@ pub struct TrainConfig {
     pub label_smoothing: f64,
     /// Keep only each block's input and compute its inside again in the backward pass.
     pub gradient_checkpointing: bool,
+    /// How a step is computed.
+    pub kernels: Kernels,
     /// Positions whose logits are in memory at once.
     pub loss_chunk_tokens: i64,
     /// Evaluate each so many steps, beside the end; absent = only at the end.
@@ -47,6 +49,7 @@ impl Default for TrainConfig {
             grad_accum_steps: 1,
             label_smoothing: 0.0,
             gradient_checkpointing: false,
+            kernels: Kernels::Auto,
             loss_chunk_tokens: 1024,
             eval_every_steps: None,
             checkpoint_every_steps: None,
@@ -55,6 +58,18 @@ impl Default for TrainConfig {
             early_stopping: None,
         }
     }
+}
+
+/// How a step is computed. The results agree but for rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kernels {
+    /// The fastest way that the device, the dtype and the experts' kinds allow: fused operations with
+    /// backward passes of their own, and on CUDA own kernels and graphs.
+    #[default]
+    Auto,
+    /// libtorch's operations one by one, differentiated by autograd.
+    Reference,
 }
 
 /// The dtype of saved weights.

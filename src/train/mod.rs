@@ -529,6 +529,7 @@ fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
         config.train.eval_every_steps = None;
         config.train.checkpoint_every_steps = None;
         config.train.keep_last = 1;
+        config.train.kernels = config::Kernels::Auto;
         config.train.early_stopping = None;
         config.router.on_collapse = OnCollapse::Warn;
         config.router.collapse_share = 1.0;

@@ -1,12 +1,14 @@
 //! The parts of libtorch that tch does not reach, through the C++ shim in `csrc/shim.cpp`, and the
 //! loading of libtorch's CUDA part at run time. The one place of `unsafe`.
 
+pub mod cuda;
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
@@ -52,12 +54,20 @@ unsafe extern "C" {
 }
 
 fn last_error() -> anyhow::Error {
-    // SAFETY: the shim returns null or a string from strdup, and gives up its ownership
+    // SAFETY: as `taken` wants
+    unsafe { taken(dylora_take_error()) }
+}
+
+/// The error of a message.
+///
+/// # Safety
+/// `pointer` must be null or a string from strdup whose ownership is given up.
+unsafe fn taken(pointer: *mut c_char) -> anyhow::Error {
+    if pointer.is_null() {
+        return anyhow!("libtorch failed without a message");
+    }
+    // SAFETY: a C string of our own
     let message = unsafe {
-        let pointer = dylora_take_error();
-        if pointer.is_null() {
-            return anyhow!("libtorch failed without a message");
-        }
         let message = CStr::from_ptr(pointer).to_string_lossy().into_owned();
         libc::free(pointer.cast());
         message
@@ -312,12 +322,17 @@ pub fn libtorch_path() -> Result<PathBuf> {
 
 fn open_globally(library: &Path) -> Result<()> {
     let name = CString::new(library.as_os_str().as_encoded_bytes())?;
-    // SAFETY: a C string; the library's constructors register CUDA with libtorch, as in Python
-    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    let loaded = try_open(&name, libc::RTLD_NOW | libc::RTLD_GLOBAL);
+    loaded.map(|_| ()).context("cannot load libtorch's CUDA part")
+}
+
+fn try_open(name: &CStr, flags: c_int) -> Result<*mut c_void> {
+    // SAFETY: a C string; constructors of the library register it with libtorch, as in Python
+    let handle = unsafe { libc::dlopen(name.as_ptr(), flags) };
     if handle.is_null() {
         // SAFETY: dlopen just failed, so dlerror returns a C string
         let message = unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned();
-        bail!("cannot load libtorch's CUDA part: {message}");
+        bail!(message);
     }
-    Ok(())
+    Ok(handle)
 }

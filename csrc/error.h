@@ -1,0 +1,30 @@
+// How the C ABI reports a failure: -1 or nullptr, and a message that the caller takes.
+#pragma once
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <cstring>
+
+static thread_local char *last_error = nullptr;
+static void set_error(const char *message) {
+  free(last_error);
+  last_error = strdup(message);
+}
+static char *take_error() {
+  char *e = last_error;
+  last_error = nullptr;
+  return e;
+}
+#define TRY(fail, ...)                     \
+  try {                                    \
+    __VA_ARGS__                            \
+  } catch (const c10::Error &e) {          \
+    set_error(e.what_without_backtrace()); \
+    return fail;                           \
+  } catch (const std::exception &e) {      \
+    set_error(e.what());                   \
+    return fail;                           \
+  } catch (...) {                          \
+    set_error("unknown C++ exception");    \
+    return fail;                           \
+  }
