@@ -1,4 +1,4 @@
-// What needs CUDA itself: graphs. A shared object of its own, embedded in the binary and loaded once libtorch's CUDA
+// What needs CUDA itself: graphs, own kernels, matrix products with chosen algorithms. A shared object of its own, embedded in the binary and loaded once libtorch's CUDA
 // part is, so that the same binary runs without CUDA. Declared to Rust in src/ffi/cuda.rs.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAGraph.h>
@@ -6,7 +6,16 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <cuda.h>
+
+#include <memory>
+#include <string>
+
 #include "error.h"
+#include "gemm.h"
+#include "kernels.h"
+
+using at::Tensor;
 
 // A graph and the stream that it was captured on.
 struct Graph {
@@ -24,9 +33,235 @@ struct Graph {
   }
 };
 
+// ---- Own kernels: csrc/kernels.cu, compiled at run time.
+
+// The driver and NVRTC, from the library through which libtorch itself reaches them.
+struct Compiler {
+  CUresult (*module_load)(CUmodule *, const void *);
+  CUresult (*get_function)(CUfunction *, CUmodule, const char *);
+  CUresult (*set_attribute)(CUfunction, CUfunction_attribute, int);
+  CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **,
+                     void **);
+  CUresult (*device_attribute)(int *, CUdevice_attribute, CUdevice);
+  int (*version)(int *, int *);
+  int (*create)(void **, const char *, const char *, int, const char *const *, const char *const *);
+  int (*compile)(void *, int, const char *const *);
+  int (*log_size)(void *, size_t *);
+  int (*log)(void *, char *);
+  int (*cubin_size)(void *, size_t *);
+  int (*cubin)(void *, char *);
+  int (*destroy)(void **);
+  void open(const char *library) {
+    void *handle = dlopen(library, RTLD_NOW);
+    TORCH_CHECK(handle, dlerror());
+    get(handle, module_load, "cuModuleLoadData");
+    get(handle, get_function, "cuModuleGetFunction");
+    get(handle, set_attribute, "cuFuncSetAttribute");
+    get(handle, launch, "cuLaunchKernel");
+    get(handle, device_attribute, "cuDeviceGetAttribute");
+    get(handle, version, "nvrtcVersion");
+    get(handle, create, "nvrtcCreateProgram");
+    get(handle, compile, "nvrtcCompileProgram");
+    get(handle, log_size, "nvrtcGetProgramLogSize");
+    get(handle, log, "nvrtcGetProgramLog");
+    get(handle, cubin_size, "nvrtcGetCUBINSize");
+    get(handle, cubin, "nvrtcGetCUBIN");
+    get(handle, destroy, "nvrtcDestroyProgram");
+  }
+  template <class F> void get(void *handle, F &f, const char *name) {
+    f = (F)dlsym(handle, name);
+    TORCH_CHECK(f, "no `", name, "`: ", dlerror());
+  }
+};
+static Compiler compiler;
+
+enum Name { AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy, NAMES };
+static const char *const names[NAMES] = {"add_norm",      "norm_backward", "weigh",    "weigh_backward", "refresh",
+                                         "gelu",          "gelu_backward", "pack_qkv", "cross_entropy"};
+// Kernels of one width on one device, for bf16 and f32.
+struct Module {
+  CUfunction functions[2][NAMES];
+};
+static std::map<std::pair<int, int64_t>, Module> modules;
+static std::map<int, Module> latest;  // for kernels that do not depend on the width
+
+static int dtype_index(at::ScalarType kind) { return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1; }
+static const Module *module_of(const Tensor &x, int64_t width) {
+  if (!x.is_cuda() || dtype_index(x.scalar_type()) < 0) return nullptr;
+  auto found = modules.find({x.device().index(), width});
+  return found == modules.end() ? nullptr : &found->second;
+}
+static const Module *any_module(const Tensor &x) {
+  if (!x.is_cuda() || dtype_index(x.scalar_type()) < 0) return nullptr;
+  auto found = latest.find(x.device().index());
+  return found == latest.end() ? nullptr : &found->second;
+}
+
+template <class... Args>
+static void run(const Module *module, Name name, const Tensor &like, int64_t blocks, int threads, int shared,
+                Args... args) {
+  if (blocks == 0) return;
+  void *pointers[] = {(void *)&args...};
+  auto f = module->functions[dtype_index(like.scalar_type())][name];
+  auto stream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
+  auto status = compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
+  TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+}
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static void *at_or_null(const Tensor &x) { return x.defined() ? x.data_ptr() : nullptr; }
+static int64_t ld(const Tensor &x) { return x.defined() ? x.stride(0) : 0; }
+// Rows that begin at 16 bytes and have contiguous columns.
+static bool packs(const Tensor &x) {
+  if (!x.defined()) return true;
+  const auto size = x.element_size();
+  return x.stride(1) == 1 && x.stride(0) * size % 16 == 0 && (uint64_t)x.data_ptr() % 16 == 0 && x.size(1) * size % 16 == 0;
+}
+
+static bool apply_to(at::ScalarType kind, int64_t width) {
+  const int device = c10::cuda::current_device();
+  return dtype_index(kind) >= 0 && modules.count({device, width});
+}
+static bool add_norm(const Tensor &x, const Tensor &y, const Tensor &w, const Tensor &b, double eps, const Tensor &sum,
+                     const Tensor &a, const Tensor &mean, const Tensor &rstd) {
+  auto module = module_of(x, x.size(1));
+  if (!module || !packs(x) || !packs(y) || !packs(a)) return false;
+  run(module, AddNorm, x, ceil_div(x.size(0), 8), 256, 0, x.data_ptr(), ld(x), at_or_null(y), ld(y), w.data_ptr(),
+      b.data_ptr(), (float)eps, y.defined() ? sum.data_ptr() : nullptr, a.data_ptr(), ld(a), mean.data_ptr(),
+      rstd.data_ptr(), x.size(0));
+  return true;
+}
+static bool norm_backward(const Tensor &da, const Tensor &x, const Tensor &mean, const Tensor &rstd, const Tensor &w,
+                          const Tensor &residual, const Tensor &dx) {
+  auto module = module_of(x, x.size(1));
+  if (!module || !packs(da) || !packs(residual) || !packs(dx) || !x.is_contiguous()) return false;
+  run(module, NormBackward, x, ceil_div(x.size(0), 8), 256, 0, da.data_ptr(), ld(da), x.data_ptr(), mean.data_ptr(),
+      rstd.data_ptr(), w.data_ptr(), at_or_null(residual), ld(residual), dx.data_ptr(), ld(dx), x.size(0));
+  return true;
+}
+static bool weigh(const Tensor &u, const Tensor &g, const Mixing &mixing, const Tensor &v) {
+  auto module = any_module(u);
+  if (!module) return false;
+  const int64_t total = u.numel();
+  run(module, Weigh, u, ceil_div(total, 256), 256, 0, u.data_ptr(), ld(u), at_or_null(g),
+      (int)mixing.runs.size(0), mixing.expert_of.data_ptr(), mixing.scaling.data_ptr(), v.data_ptr(), ld(v),
+      (int)u.size(1), total);
+  return true;
+}
+static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g, const Mixing &mixing, const Tensor &du,
+                           const Tensor &dg, bool adds) {
+  auto module = any_module(u);
+  const int columns = (int)u.size(1), warps = columns <= 1024 ? 8 : 2;
+  if (!module || columns > 4096) return false;
+  run(module, WeighBackward, u, ceil_div(u.size(0), warps), 32 * warps, columns * warps * 4, dv.data_ptr(), ld(dv),
+      u.data_ptr(), ld(u), at_or_null(g), (int)mixing.runs.size(0), mixing.expert_of.data_ptr(),
+      mixing.scaling.data_ptr(), mixing.runs.data_ptr(), du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
+      u.size(0));
+  return true;
+}
+static bool refresh(const Tensor &a, const Tensor &b, const Tensor &packed) {
+  auto module = any_module(packed);
+  if (!module || a.scalar_type() != at::kFloat || !a.is_contiguous() || !b.is_contiguous()) return false;
+  run(module, Refresh, packed, ceil_div(a.numel() + b.numel(), 256), 256, 0, a.data_ptr(), b.data_ptr(),
+      packed.data_ptr(), ld(packed), (int)a.size(1), (int)b.size(1), (int)a.size(0));
+  return true;
+}
+static bool gelu(const Tensor &z, const Tensor &out) {
+  auto module = any_module(z);
+  if (!module || !packs(z) || !packs(out)) return false;
+  const int64_t n = z.size(0) * (z.size(1) * z.element_size() / 16);
+  run(module, Gelu, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), out.data_ptr(), ld(out), (int)z.size(1), n);
+  return true;
+}
+static bool gelu_backward(const Tensor &z, const Tensor &dout, const Tensor &dz) {
+  auto module = any_module(z);
+  if (!module || !packs(z) || !packs(dout) || !packs(dz)) return false;
+  const int64_t n = z.size(0) * (z.size(1) * z.element_size() / 16);
+  run(module, GeluBackward, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), dout.data_ptr(), ld(dout), dz.data_ptr(),
+      ld(dz), (int)z.size(1), n);
+  return true;
+}
+static bool pack_qkv(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out) {
+  auto module = any_module(out);
+  if (!module || !packs(out)) return false;
+  const int64_t width = out.size(1) / 3;
+  for (const Tensor *x : {&q, &k, &v})
+    if (!x->transpose(1, 2).is_contiguous() || (uint64_t)x->data_ptr() % 16) return false;
+  if (width * out.element_size() % 16) return false;
+  const int64_t n = out.size(0) * (width * out.element_size() / 16);
+  run(module, PackQkv, out, ceil_div(n, 256), 256, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), ld(out),
+      (int)width, n);
+  return true;
+}
+static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vocabulary, double smoothing,
+                          const Tensor &scale, const Tensor &losses, const Tensor &smoothed) {
+  auto module = any_module(logits);
+  if (!module || !packs(logits)) return false;
+  run(module, CrossEntropy, logits, logits.size(0), 1024, 0, logits.data_ptr(), ld(logits), labels.data_ptr(),
+      (int)vocabulary, (int)logits.size(1), (float)smoothing, at_or_null(scale), losses.data_ptr(), smoothed.data_ptr());
+  return true;
+}
+
+static const Kernels table{apply_to, add_norm, norm_backward, weigh,         weigh_backward, refresh,
+                           gelu,     gelu_backward, pack_qkv, cross_entropy, lt::gemm};
+
 #pragma GCC visibility push(default)
 extern "C" {
 char *dylora_cuda_take_error() { return take_error(); }
+
+// Opens what compiles and launches kernels. `library` is libtorch's libcaffe2_nvrtc.so.
+int dylora_cuda_open_compiler(const char *library) {
+  TRY(-1, {
+    compiler.open(library);
+    return 0;
+  })
+}
+// What identifies compiled code: compute capability and NVRTC's version, as [major, minor, major, minor].
+int dylora_cuda_target(int device, int *out) {
+  TRY(-1, {
+    TORCH_CHECK(!compiler.device_attribute(out, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device));
+    TORCH_CHECK(!compiler.device_attribute(out + 1, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device));
+    TORCH_CHECK(!compiler.version(out + 2, out + 3));
+    return 0;
+  })
+}
+// Machine code of `source`; the caller frees it with dylora_cuda_free.
+char *dylora_cuda_compile(const char *source, const char *const *options, int n, size_t *size) {
+  TRY(nullptr, {
+    void *program = nullptr;
+    TORCH_CHECK(!compiler.create(&program, source, "kernels.cu", 0, nullptr, nullptr), "NVRTC does not start");
+    std::unique_ptr<void *, void (*)(void **)> guard(&program, [](void **p) { compiler.destroy(p); });
+    if (compiler.compile(program, n, options)) {
+      size_t length = 0;
+      compiler.log_size(program, &length);
+      std::string log(length, 0);
+      compiler.log(program, &log[0]);
+      TORCH_CHECK(false, "NVRTC: ", log);
+    }
+    TORCH_CHECK(!compiler.cubin_size(program, size) && *size > 0, "NVRTC made no code");
+    auto code = (char *)malloc(*size);
+    compiler.cubin(program, code);
+    return code;
+  })
+}
+void dylora_cuda_free(void *p) { free(p); }
+// Loads machine code for activations of `width` on the current device.
+int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
+  TRY(-1, {
+    CUmodule loaded;
+    auto status = compiler.module_load(&loaded, code);
+    TORCH_CHECK(status == 0, "the driver refuses the kernels: CUDA error ", (int)status);
+    Module module;
+    for (int kind = 0; kind < 2; ++kind)
+      for (int i = 0; i < NAMES; ++i) {
+        const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
+        TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()), "no kernel ", name);
+      }
+    modules[{device, width}] = module;
+    latest[device] = module;
+    return 0;
+  })
+}
+const Kernels *dylora_cuda_kernels() { return &table; }
 
 // An empty graph.
 Graph *dylora_cuda_graph_new() {

@@ -5,12 +5,12 @@
 #include <cstdlib>
 #include <cstring>
 
-static thread_local char *last_error = nullptr;
-static void set_error(const char *message) {
+inline thread_local char *last_error = nullptr;
+inline void set_error(const char *message) {
   free(last_error);
   last_error = strdup(message);
 }
-static char *take_error() {
+inline char *take_error() {
   char *e = last_error;
   last_error = nullptr;
   return e;

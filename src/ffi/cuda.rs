@@ -4,11 +4,13 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
-use super::{taken, try_open};
+use super::{libtorch_path, taken, try_open};
+use crate::durable;
 
 static IMAGE: &[u8] = include_bytes!(env!("DYLORA_CUDA_LIBRARY"));
 
@@ -16,6 +18,13 @@ static IMAGE: &[u8] = include_bytes!(env!("DYLORA_CUDA_LIBRARY"));
 #[derive(Debug)]
 struct Library {
     take_error: unsafe extern "C" fn() -> *mut c_char,
+    open_compiler: unsafe extern "C" fn(*const c_char) -> c_int,
+    target: unsafe extern "C" fn(c_int, *mut c_int) -> c_int,
+    compile:
+        unsafe extern "C" fn(*const c_char, *const *const c_char, c_int, *mut usize) -> *mut c_char,
+    free: unsafe extern "C" fn(*mut c_void),
+    load_kernels: unsafe extern "C" fn(*const c_char, c_int, i64) -> c_int,
+    kernels: unsafe extern "C" fn() -> *const c_void,
     graph_new: unsafe extern "C" fn() -> *mut c_void,
     graph_enter: unsafe extern "C" fn(*mut c_void) -> c_int,
     graph_leave: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -59,6 +68,12 @@ fn open() -> Result<Library> {
     unsafe {
         Ok(Library {
             take_error: symbol(handle, c"dylora_cuda_take_error")?,
+            open_compiler: symbol(handle, c"dylora_cuda_open_compiler")?,
+            target: symbol(handle, c"dylora_cuda_target")?,
+            compile: symbol(handle, c"dylora_cuda_compile")?,
+            free: symbol(handle, c"dylora_cuda_free")?,
+            load_kernels: symbol(handle, c"dylora_cuda_load_kernels")?,
+            kernels: symbol(handle, c"dylora_cuda_kernels")?,
             graph_new: symbol(handle, c"dylora_cuda_graph_new")?,
             graph_enter: symbol(handle, c"dylora_cuda_graph_enter")?,
             graph_leave: symbol(handle, c"dylora_cuda_graph_leave")?,
@@ -83,6 +98,67 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
     }
     // SAFETY: a pointer to a function of type `F`, says the caller
     Ok(unsafe { std::mem::transmute_copy(&pointer) })
+}
+
+/// The kernels' source.
+static SOURCE: &str = include_str!("../../csrc/kernels.cu");
+
+static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
+
+/// Names the folder where compiled kernels are kept; without one they are compiled in each process (1 to
+/// 2 s). The first call counts.
+pub fn keep_code_in(dir: &Path) {
+    let _ = CODE_CACHE.set(dir.to_owned());
+}
+
+/// The devices and widths that there are kernels for.
+static PREPARED: Mutex<Vec<(usize, i64)>> = Mutex::new(vec![]);
+
+unsafe extern "C" {
+    fn dylora_set_kernels(table: *const c_void);
+}
+
+/// Makes the kernels for activations of `width` columns on a CUDA device, for which [`super::fused`]
+/// then uses them. Machine code is kept by the source's hash, the GPU's architecture, the compiler's
+/// version and the shape.
+///
+/// - `vocabulary`: rows of the head that logits are taken with
+///
+/// # Errors
+/// A libtorch without CUDA or without NVRTC, a GPU that NVRTC does not know.
+pub fn prepare_kernels(device: usize, width: i64, vocabulary: i64) -> Result<()> {
+    let mut prepared = PREPARED.lock().expect("nothing panics while it is held");
+    if prepared.contains(&(device, width)) {
+        return Ok(());
+    }
+    let library = library()?;
+    if prepared.is_empty() {
+        let nvrtc = libtorch_path()?.with_file_name("libcaffe2_nvrtc.so");
+        let nvrtc = CString::new(nvrtc.as_os_str().as_encoded_bytes())?;
+        // SAFETY: a C string
+        library.check(unsafe { (library.open_compiler)(nvrtc.as_ptr()) })?;
+    }
+    let mut target = [0; 4];
+    // SAFETY: the library writes four numbers
+    library.check(unsafe { (library.target)(device as c_int, target.as_mut_ptr()) })?;
+    // a row of 16-byte packs of bf16 over 1024 threads
+    let vocabulary_packs = (vocabulary + 8 * 1024 - 1) / (8 * 1024);
+    let [major, minor, ..] = target;
+    let options = [
+        format!("-arch=sm_{major}{minor}"),
+        format!("-DWIDTH={width}"),
+        format!("-DVOCABULARY_PACKS={}", vocabulary_packs.clamp(1, 16)),
+        "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
+        "-std=c++17".to_owned(),
+    ];
+    let code = library.code(&options, target)?;
+    // SAFETY: machine code that NVRTC made, or a file named by the hash of what it is made from
+    library
+        .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })?;
+    // SAFETY: a table that lives as long as the process
+    unsafe { dylora_set_kernels((library.kernels)()) };
+    prepared.push((device, width));
+    Ok(())
 }
 
 /// A sequence of kernels that runs as one (CUDA graph). It holds addresses: the tensors that it reads and
@@ -145,7 +221,7 @@ impl Graph {
     }
 
     fn check(&self, status: c_int) -> Result<()> {
-        if status < 0 { Err(self.library.error()) } else { Ok(()) }
+        self.library.check(status)
     }
 }
 
@@ -157,6 +233,51 @@ impl Drop for Graph {
 }
 
 impl Library {
+    fn check(&self, status: c_int) -> Result<()> {
+        if status < 0 { Err(self.error()) } else { Ok(()) }
+    }
+
+    /// Machine code of the kernels for a target, from the cache if it is there.
+    fn code(&self, options: &[String], target: [c_int; 4]) -> Result<Vec<u8>> {
+        let key = format!("{SOURCE}\0{options:?}\0{target:?}");
+        let name = format!("{}.cubin", blake3::hash(key.as_bytes()).to_hex());
+        let path = CODE_CACHE.get().map(|dir| dir.join(name));
+        if let Some(path) = &path
+            && let Ok(code) = fs_err::read(path)
+        {
+            return Ok(code);
+        }
+        tracing::info!("compiling the kernels for this GPU");
+        let code = self.compile(options)?;
+        if let Some(path) = &path {
+            let dir = path.parent().expect("a file lies in a folder");
+            let kept = fs_err::create_dir_all(dir).map_err(anyhow::Error::from);
+            if let Err(error) = kept.and_then(|()| durable::replace(path, &code)) {
+                tracing::warn!("the compiled kernels cannot be kept: {error:#}");
+            }
+        }
+        Ok(code)
+    }
+
+    fn compile(&self, options: &[String]) -> Result<Vec<u8>> {
+        let source = CString::new(SOURCE)?;
+        let options =
+            options.iter().map(|o| CString::new(o.as_str())).collect::<Result<Vec<_>, _>>()?;
+        let pointers: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
+        let mut size = 0;
+        // SAFETY: C strings; the library returns `size` bytes of its own, freed below
+        unsafe {
+            let (n, options) = (pointers.len() as c_int, pointers.as_ptr());
+            let code = (self.compile)(source.as_ptr(), options, n, &mut size);
+            if code.is_null() {
+                return Err(self.error()).context("cannot compile the kernels");
+            }
+            let copy = std::slice::from_raw_parts(code.cast::<u8>(), size).to_vec();
+            (self.free)(code.cast());
+            Ok(copy)
+        }
+    }
+
     fn error(&self) -> anyhow::Error {
         // SAFETY: as `taken` wants
         unsafe { taken((self.take_error)()) }

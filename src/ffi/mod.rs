@@ -2,6 +2,7 @@
 //! loading of libtorch's CUDA part at run time. The one place of `unsafe`.
 
 pub mod cuda;
+pub mod fused;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -4,15 +4,17 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::fused::Stream;
 use super::gpt2::AttentionMask;
 use super::inputs::Inputs;
 use super::lora::{LoraDropout, RoutingWeights};
 use super::loss::{ChunkedLoss, LossSettings, chunked_cross_entropy};
 use super::router::{RouterSpec, Routing, RoutingRule};
 use super::routing::{BlockWeights, RoutingPass, RoutingSource};
-use super::{RoutedBlock, RoutedGpt2};
-use crate::config::{EvalRule, ModulePath, RouterNoise, TargetModule};
+use super::{RoutedBlock, RoutedGpt2, wide};
+use crate::config::{EvalRule, Kernels, ModulePath, RouterNoise, TargetModule};
 use crate::ffi;
+use crate::ffi::fused::HeadLoss;
 
 /// How a forward pass is carried out.
 #[derive(Debug, Clone, Copy)]
@@ -110,7 +112,11 @@ impl RoutedBlock {
 
     fn shallow_clone(&self) -> Self {
         let experts = self.experts.iter().map(|(&m, experts)| (m, experts.shallow_clone()));
-        Self { block: self.block.shallow_clone(), experts: experts.collect() }
+        Self {
+            block: self.block.shallow_clone(),
+            experts: experts.collect(),
+            fused: self.clone_fused(),
+        }
     }
 }
 
@@ -174,6 +180,22 @@ impl RoutedGpt2 {
 
     fn run_blocks(
         &self,
+        x: Tensor,
+        inputs: &Inputs,
+        pass: RoutingPass<'_>,
+        mode: ForwardMode,
+        recorder: Option<&mut Recorder>,
+    ) -> ForwardOutput {
+        let fuses = self.kernels == Kernels::Auto && recorder.is_none() && !self.trains_base;
+        if fuses && !mode.gradient_checkpointing {
+            return self.run_fused(&x, inputs, pass, mode);
+        }
+        self.run_whole(x, inputs, pass, mode, recorder)
+    }
+
+    /// Block by block with the residual stream between them whole.
+    fn run_whole(
+        &self,
         mut x: Tensor,
         inputs: &Inputs,
         mut pass: RoutingPass<'_>,
@@ -207,6 +229,43 @@ impl RoutedGpt2 {
         ForwardOutput { hidden: self.base.ln_f.forward(&x), weights: used, routing }
     }
 
+    /// The same with what a block adds left to the next LayerNorm, where blocks are fused.
+    fn run_fused(
+        &self,
+        x: &Tensor,
+        inputs: &Inputs,
+        mut pass: RoutingPass<'_>,
+        mode: ForwardMode,
+    ) -> ForwardOutput {
+        let mut stream = Stream::new(x);
+        let mut before = None;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            if !block.may_fuse(mode.dropout) {
+                let x = stream.whole();
+                let g = pass.block(layer, &|| block.block.ln_1.forward(&x));
+                stream = Stream::new(&block.forward(&x, &inputs.mask, &g, mode.dropout, None));
+                before = None;
+                continue;
+            }
+            let (forward, backward) = block.rooms(before);
+            let (sum, normed) = stream.normed(&block.block.ln_1, forward, backward);
+            let g = pass.block(layer, &|| sum.shaped(&normed));
+            let x = sum.whole();
+            if block.fuses(&x, &g, mode.dropout) {
+                stream = block.fused(sum, &normed, &inputs.mask, &g, mode.dropout);
+                before = Some(block);
+            } else {
+                stream = Stream::new(&block.forward(&x, &inputs.mask, &g, mode.dropout, None));
+                before = None;
+            }
+        }
+        let backward = before.map_or(0, |block| block.room(TargetModule::MlpCProj));
+        let (_, hidden) = stream.normed(&self.base.ln_f, 0, backward);
+        let hidden = stream.shaped(&hidden);
+        let RoutingPass { used, routing, .. } = pass;
+        ForwardOutput { hidden, weights: used, routing }
+    }
+
     /// One block under gradient checkpointing; the second run draws the dropout masks of the first.
     fn checkpointed(
         &self,
@@ -227,6 +286,7 @@ impl RoutedGpt2 {
         if !block.experts.is_empty() {
             activations.extend(g.tensors());
         }
+        let fuses = self.kernels == Kernels::Auto;
         let (block, mask, g) = (block.shallow_clone(), mask.shallow_clone(), g.shallow_clone());
         let device = x.device();
         let rng_before =
@@ -237,7 +297,10 @@ impl RoutedGpt2 {
                 [] => g.shallow_clone(),
                 tensors => g.with_tensors(tensors),
             };
-            let forward = || block.forward(&activations[0], &mask, &g, dropout, None);
+            let forward = || match fuses && block.fuses(&activations[0], &g, dropout) {
+                true => block.fused_alone(&activations[0], &mask, &g, dropout),
+                false => block.forward(&activations[0], &mask, &g, dropout, None),
+            };
             match &rng_before {
                 Some(state) if has_run.get() => with_rng(device, state, forward),
                 _ => {
@@ -266,6 +329,17 @@ impl RoutedGpt2 {
         let output = self.forward(inputs, source, mode, None);
         let d = self.base.config.n_embd;
         let hidden_nd = output.hidden.view([-1, d]).index_select(0, &inputs.labelled);
+        let fused = HeadLoss {
+            vocabulary: self.base.config.vocab_size,
+            label_smoothing: settings.label_smoothing,
+            chunk_tokens: settings.chunk_tokens,
+        };
+        let scale = Tensor::from(settings.scale).to_kind(wide(self.kind)).to_device(self.device());
+        if let Some((loss, token_losses)) =
+            self.fused_loss(&hidden_nd, &inputs.labels, &scale, fused)
+        {
+            return (ChunkedLoss { loss, token_losses }, output.routing);
+        }
         let loss = chunked_cross_entropy(&hidden_nd, &self.base.lm_head, &inputs.labels, settings);
         (loss, output.routing)
     }

@@ -93,9 +93,9 @@ pub struct Block {
     pub ln_2: LayerNorm,
     /// The four linear layers.
     pub linears: BTreeMap<TargetModule, Linear>,
-    n_head: i64,
-    attention_scale: f64,
-    activation: Activation,
+    pub(super) n_head: i64,
+    pub(super) attention_scale: f64,
+    pub(super) activation: Activation,
 }
 
 impl Block {

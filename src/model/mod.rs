@@ -16,6 +16,7 @@
 pub mod adapter;
 pub mod expert;
 pub mod forward;
+mod fused;
 pub mod gpt2;
 pub mod gpt2_config;
 pub mod inputs;
@@ -36,9 +37,10 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Dtype, ModulePath, RouterScope, TargetModule};
+use crate::config::{Dtype, Kernels, ModulePath, RouterScope, TargetModule};
 use expert::ExpertSpec;
 pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
+use fused::FusedModule;
 use gpt2::{Block, Gpt2};
 pub use inputs::{Inputs, Rows};
 use lora::{LoraExperts, Start};
@@ -52,6 +54,8 @@ struct RoutedBlock {
     block: Block,
     /// Of the modules that some expert targets.
     experts: BTreeMap<TargetModule, LoraExperts>,
+    /// What the fused way needs of them; none where the base is trained.
+    fused: Option<BTreeMap<TargetModule, FusedModule>>,
 }
 
 /// The model: base, experts, routers.
@@ -67,6 +71,9 @@ pub struct RoutedGpt2 {
     present: Vec<Option<Tensor>>,
     trains_base: bool,
     kind: Kind,
+    kernels: Kernels,
+    /// The head with rows of zeros behind it, of which `base.lm_head` is a view; with kernels.
+    padded_head: Option<Tensor>,
 }
 
 impl RoutedGpt2 {
@@ -83,9 +90,13 @@ impl RoutedGpt2 {
         let blocks = base
             .blocks
             .iter()
-            .map(|block| RoutedBlock { block: block.shallow_clone(), experts: BTreeMap::new() })
+            .map(|block| RoutedBlock {
+                block: block.shallow_clone(),
+                experts: BTreeMap::new(),
+                fused: None,
+            })
             .collect();
-        Self {
+        let mut model = Self {
             base,
             blocks,
             specs: vec![],
@@ -94,7 +105,11 @@ impl RoutedGpt2 {
             present: vec![],
             trains_base,
             kind,
-        }
+            kernels: Kernels::Auto,
+            padded_head: None,
+        };
+        model.prepare_fused();
+        model
     }
 
     /// A frozen base with new experts and, for more than one, new routers, all from libtorch's
@@ -160,6 +175,7 @@ impl RoutedGpt2 {
         }
         model.router_spec = router.clone();
         model.specs = specs.to_vec();
+        model.prepare_fused();
         if router.own_experts {
             let of_layer = |layer| {
                 let experts = model.experts_in(layer);

@@ -18,6 +18,7 @@ use std::fmt;
 
 use tch::{Device, Kind, Tensor};
 
+use super::fused::{FlatBlock, FlatWeights};
 use super::inputs::Inputs;
 use super::lora::RoutingWeights;
 use super::lora_grouped::Assignments;
@@ -92,6 +93,21 @@ impl BlockWeights {
 
     pub fn shallow_clone(&self) -> Self {
         Self(self.0.iter().map(|(module, g)| (*module, g.shallow_clone())).collect())
+    }
+
+    /// The same over flattened tokens, `[M, e]`; modules that share weights share a tensor.
+    pub fn flat(&self, num_tokens: i64) -> FlatBlock {
+        let flat = self.0.iter().map(|(module, weights)| {
+            let weights = match weights {
+                RoutingWeights::Off => FlatWeights::Off,
+                RoutingWeights::Ones => FlatWeights::Ones,
+                RoutingWeights::PerToken(g) | RoutingWeights::Chosen(g, _) => {
+                    FlatWeights::PerToken(g.reshape([num_tokens, -1]).contiguous())
+                }
+            };
+            (*module, weights)
+        });
+        FlatBlock(flat.collect())
     }
 
     /// The tensors in it.

@@ -1,0 +1,431 @@
+// The elementwise and row-wise kernels of the fused block and loss. Compiled by NVRTC at run time for the GPU at hand;
+// csrc/fused.cpp has each one's twin in libtorch operations, which is its definition.
+//
+// A matrix argument is a pointer and the elements from one row to the next; its columns are contiguous and its rows
+// aligned to 16 bytes. Everything is computed in f32. `bf16` and `f32` name the dtype of activations.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct bf16 {
+  u16 bits;
+};
+static __device__ __forceinline__ float wide(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+static __device__ __forceinline__ float wide(float x) { return x; }
+static __device__ __forceinline__ u32 pair(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  u32 out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+#else
+  u32 l = __float_as_uint(low), h = __float_as_uint(high);
+  l = (l + 0x7fff + ((l >> 16) & 1)) >> 16;
+  h = (h + 0x7fff + ((h >> 16) & 1)) & 0xffff0000;
+  return l | h;
+#endif
+}
+static __device__ __forceinline__ void put(bf16 *p, float x) { p->bits = (u16)pair(x, 0.f); }
+static __device__ __forceinline__ void put(float *p, float x) { *p = x; }
+
+// 16 bytes of a row.
+template <class T> struct Pack;
+template <> struct Pack<bf16> {
+  static constexpr int N = 8;
+  static __device__ __forceinline__ void load(const bf16 *p, float *x) {
+    const uint4 v = *(const uint4 *)p;
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = __uint_as_float(w[i] << 16);
+      x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000);
+    }
+  }
+  static __device__ __forceinline__ void store(bf16 *p, const float *x) {
+    *(uint4 *)p = make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
+  }
+};
+template <> struct Pack<float> {
+  static constexpr int N = 4;
+  static __device__ __forceinline__ void load(const float *p, float *x) {
+    const float4 v = *(const float4 *)p;
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  }
+  static __device__ __forceinline__ void store(float *p, const float *x) {
+    *(float4 *)p = make_float4(x[0], x[1], x[2], x[3]);
+  }
+};
+
+static __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+  return x;
+}
+static __device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, o));
+  return x;
+}
+
+// sum = x + y (or x, if y is null), kept in `sum` (if not null); a = LayerNorm(sum) w + b. One warp a row; WIDTH is d.
+template <class T>
+static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, const T *b, float eps, T *sum,
+                                T *a, i64 lda, float *mean, float *rstd, i64 rows) {
+  constexpr int N = Pack<T>::N, PER_LANE = (WIDTH / N + 31) / 32;
+  const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  float v[PER_LANE][N];
+  float total = 0;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    const int c = (k * 32 + lane) * N;
+    if (c >= WIDTH) continue;
+    Pack<T>::load(x + row * ldx + c, v[k]);
+    if (y) {
+      float u[N];
+      T kept[N];
+      Pack<T>::load(y + row * ldy + c, u);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        put(&kept[i], v[k][i] + u[i]);
+        v[k][i] = wide(kept[i]);  // as it is kept
+      }
+    }
+    if (sum) Pack<T>::store(sum + row * WIDTH + c, v[k]);
+#pragma unroll
+    for (int i = 0; i < N; ++i) total += v[k][i];
+  }
+  const float mu = warp_sum(total) / WIDTH;
+  float squares = 0;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    if ((k * 32 + lane) * N >= WIDTH) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares += (v[k][i] - mu) * (v[k][i] - mu);
+  }
+  const float rs = rsqrtf(warp_sum(squares) / WIDTH + eps);
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    const int c = (k * 32 + lane) * N;
+    if (c >= WIDTH) continue;
+    float ws[N], bs[N];
+    Pack<T>::load(w + c, ws);
+    Pack<T>::load(b + c, bs);
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[k][i] = (v[k][i] - mu) * rs * ws[i] + bs[i];
+    Pack<T>::store(a + row * lda + c, v[k]);
+  }
+  if (lane == 0) mean[row] = mu, rstd[row] = rs;
+}
+
+// dx = gradient of LayerNorm at x for da, plus `residual` if it is not null.
+template <class T>
+static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const float *mean, const float *rstd,
+                                     const T *w, const T *residual, i64 ldr, T *dx, i64 lddx, i64 rows) {
+  constexpr int N = Pack<T>::N, PER_LANE = (WIDTH / N + 31) / 32;
+  const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  const float mu = mean[row], rs = rstd[row];
+  float g[PER_LANE][N], h[PER_LANE][N];
+  float sum_g = 0, sum_gh = 0;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    const int c = (k * 32 + lane) * N;
+    if (c >= WIDTH) continue;
+    float ws[N];
+    Pack<T>::load(da + row * ldda + c, g[k]);
+    Pack<T>::load(x + row * WIDTH + c, h[k]);
+    Pack<T>::load(w + c, ws);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      g[k][i] *= ws[i];
+      h[k][i] = (h[k][i] - mu) * rs;
+      sum_g += g[k][i];
+      sum_gh += g[k][i] * h[k][i];
+    }
+  }
+  const float c1 = warp_sum(sum_g) / WIDTH, c2 = warp_sum(sum_gh) / WIDTH;
+#pragma unroll
+  for (int k = 0; k < PER_LANE; ++k) {
+    const int c = (k * 32 + lane) * N;
+    if (c >= WIDTH) continue;
+    float r[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) r[i] = 0;
+    if (residual) Pack<T>::load(residual + row * ldr + c, r);
+#pragma unroll
+    for (int i = 0; i < N; ++i) r[i] += (g[k][i] - c1 - h[k][i] * c2) * rs;
+    Pack<T>::store(dx + row * lddx + c, r);
+  }
+}
+
+// v = u times its column's scaling and the routing weight of its column's expert (1 if g is null). A column without an
+// expert has scaling 0.
+template <class T>
+static __device__ void weigh(const T *u, i64 ldu, const float *g, int experts, const int *expert_of, const float *scaling,
+                             T *v, i64 ldv, int columns, i64 total) {
+  const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= total) return;
+  const i64 row = i / columns;
+  const int c = (int)(i - row * columns);
+  const float factor = g ? g[row * experts + expert_of[c]] * scaling[c] : scaling[c];
+  put(v + row * ldv + c, wide(u[row * ldu + c]) * factor);
+}
+
+// du = dv times the same factor; dg = sum over an expert's columns of dv u scaling (if dg is not null; added to dg if
+// `adds`). One warp a row. An expert's columns are the runs [first, second) and [third, fourth) of `runs`.
+template <class T>
+static __device__ void weigh_backward(const T *dv, i64 lddv, const T *u, i64 ldu, const float *g, int experts,
+                                      const int *expert_of, const float *scaling, const int4 *runs, T *du, i64 lddu,
+                                      float *dg, int adds, int columns, i64 rows) {
+  extern __shared__ float products[];
+  const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  if (row >= rows) return;
+  float *p = products + (threadIdx.x / 32) * columns;
+  for (int c = lane; c < columns; c += 32) {
+    const float d = wide(dv[row * lddv + c]) * scaling[c];
+    put(du + row * lddu + c, g ? d * g[row * experts + expert_of[c]] : d);
+    if (dg) p[c] = d * wide(u[row * ldu + c]);
+  }
+  if (!dg) return;
+  __syncwarp();
+  // 2^k lanes sum one expert, all in the same order for the same shape
+  int group = 32;
+  while (group > 1 && 32 / group < experts) group >>= 1;
+  for (int first = 0; first < experts; first += 32 / group) {
+    const int e = first + lane / group;
+    float sum = 0;
+    if (e < experts) {
+      const int4 run = runs[e];
+      for (int c = run.x + lane % group; c < run.y; c += group) sum += p[c];
+      for (int c = run.z + lane % group; c < run.w; c += group) sum += p[c];
+    }
+    for (int o = group / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+    if (e < experts && lane % group == 0) {
+      float *out = dg + row * experts + e;
+      *out = adds ? *out + sum : sum;
+    }
+  }
+}
+
+// The experts' parts of a packed weight [W A^T; B^T 0] from A [r, i] and B^T [r, o] in f32; the rest is left.
+template <class T>
+static __device__ void refresh(const float *a, const float *b, T *packed, i64 ld, int in, int out, int ranks) {
+  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  const i64 of_b = (i64)ranks * out, of_a = (i64)ranks * in;
+  if (t < of_b) {
+    const i64 r = t / out;
+    put(packed + (in + r) * ld + (t - r * out), b[t]);
+  } else if (t < of_b + of_a) {
+    const i64 row = (t - of_b) / ranks, r = (t - of_b) - row * ranks;
+    put(packed + row * ld + out + r, a[r * in + row]);
+  }
+}
+
+static __device__ __forceinline__ float tanh_of(float x) {
+  const float e = __expf(-2.f * fabsf(x));
+  return copysignf((1.f - e) / (1.f + e), x);
+}
+#define ROOT_2_OVER_PI 0.7978845608028654f
+
+// out = gelu(z), tanh form; `columns` is a multiple of the pack.
+template <class T> static __device__ void gelu(const T *z, i64 ldz, T *out, i64 ldo, int columns, i64 packs) {
+  constexpr int N = Pack<T>::N;
+  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (t >= packs) return;
+  const int per_row = columns / N;
+  const i64 row = t / per_row;
+  const int c = (int)(t - row * per_row) * N;
+  float x[N];
+  Pack<T>::load(z + row * ldz + c, x);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    x[i] = 0.5f * x[i] * (1.f + tanh_of(ROOT_2_OVER_PI * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+  Pack<T>::store(out + row * ldo + c, x);
+}
+// dz = dout gelu'(z)
+template <class T>
+static __device__ void gelu_backward(const T *z, i64 ldz, const T *dout, i64 ldo, T *dz, i64 lddz, int columns,
+                                     i64 packs) {
+  constexpr int N = Pack<T>::N;
+  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (t >= packs) return;
+  const int per_row = columns / N;
+  const i64 row = t / per_row;
+  const int c = (int)(t - row * per_row) * N;
+  float x[N], d[N];
+  Pack<T>::load(z + row * ldz + c, x);
+  Pack<T>::load(dout + row * ldo + c, d);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float h = tanh_of(ROOT_2_OVER_PI * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+    const float slope = ROOT_2_OVER_PI * (1.f + 3.f * 0.044715f * x[i] * x[i]);
+    d[i] *= 0.5f * (1.f + h) + 0.5f * x[i] * (1.f - h * h) * slope;
+  }
+  Pack<T>::store(dz + row * lddz + c, d);
+}
+
+// [dq | dk | dv] of each token from three tensors [b, t, h, c] in that memory order.
+template <class T>
+static __device__ void pack_qkv(const T *q, const T *k, const T *v, T *out, i64 ldo, int width, i64 packs) {
+  constexpr int N = Pack<T>::N;
+  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (t >= packs) return;
+  const int per_row = width / N;
+  const i64 row = t / per_row;
+  const int c = (int)(t - row * per_row) * N;
+  float x[N];
+  Pack<T>::load(q + row * width + c, x);
+  Pack<T>::store(out + row * ldo + c, x);
+  Pack<T>::load(k + row * width + c, x);
+  Pack<T>::store(out + row * ldo + width + c, x);
+  Pack<T>::load(v + row * width + c, x);
+  Pack<T>::store(out + row * ldo + 2 * width + c, x);
+}
+
+static __device__ float block_reduce(float x, float *scratch, bool is_max) {
+  x = is_max ? warp_max(x) : warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  const int warps = blockDim.x / 32;
+  x = threadIdx.x % 32 < warps ? scratch[threadIdx.x % 32] : (is_max ? -INFINITY : 0.f);
+  return is_max ? warp_max(x) : warp_sum(x);
+}
+
+// One block a position. losses = logsumexp(z) - z_label; smoothed = logsumexp(z) - (1 - s) z_label - s mean(z); both 0
+// where the label is negative. With `scale`, logits become the gradient of scale * smoothed; columns from `vocabulary`
+// to `padded` become 0. THREADS * REGISTERS packs of a row stay in registers.
+template <class T>
+static __device__ void cross_entropy(T *logits, i64 ld, const i64 *labels, int vocabulary, int padded, float smoothing,
+                                     const float *scale, float *losses, float *smoothed) {
+  constexpr int N = Pack<T>::N, KEPT = VOCABULARY_PACKS;
+  __shared__ float scratch[32];
+  const i64 row = blockIdx.x;
+  T *z = logits + row * ld;
+  const i64 label = labels[row];
+  const int packs = padded / N;
+  if (label < 0) {
+    if (threadIdx.x == 0) losses[row] = 0, smoothed[row] = 0;
+    const float zero[N] = {};
+    if (scale)
+      for (int p = threadIdx.x; p < packs; p += blockDim.x) Pack<T>::store(z + p * N, zero);
+    return;
+  }
+  const float at_label = wide(z[label]);
+  uint4 kept[KEPT];
+  float top = -INFINITY, total = 0;
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int p = k * blockDim.x + threadIdx.x;
+    if (p >= packs) continue;
+    kept[k] = *(const uint4 *)(z + p * N);
+    float x[N];
+    Pack<T>::load((const T *)&kept[k], x);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (p * N + i < vocabulary) top = fmaxf(top, x[i]), total += x[i];
+  }
+  for (int p = KEPT * blockDim.x + threadIdx.x; p < packs; p += blockDim.x) {
+    float x[N];
+    Pack<T>::load(z + p * N, x);
+    for (int i = 0; i < N; ++i)
+      if (p * N + i < vocabulary) top = fmaxf(top, x[i]), total += x[i];
+  }
+  top = block_reduce(top, scratch, true);
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int p = k * blockDim.x + threadIdx.x;
+    if (p >= packs) continue;
+    float x[N];
+    Pack<T>::load((const T *)&kept[k], x);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (p * N + i < vocabulary) sum += __expf(x[i] - top);
+  }
+  for (int p = KEPT * blockDim.x + threadIdx.x; p < packs; p += blockDim.x) {
+    float x[N];
+    Pack<T>::load(z + p * N, x);
+    for (int i = 0; i < N; ++i)
+      if (p * N + i < vocabulary) sum += __expf(x[i] - top);
+  }
+  const float lse = logf(block_reduce(sum, scratch, false)) + top;
+  if (smoothing > 0) total = block_reduce(total, scratch, false);
+  if (threadIdx.x == 0) {
+    losses[row] = lse - at_label;
+    smoothed[row] = lse - (1.f - smoothing) * at_label - smoothing * (total / vocabulary);
+  }
+  if (!scale) return;
+  const float s = *scale, even = smoothing / vocabulary;
+#pragma unroll
+  for (int k = 0; k < KEPT; ++k) {
+    const int p = k * blockDim.x + threadIdx.x;
+    if (p >= packs) continue;
+    float x[N];
+    Pack<T>::load((const T *)&kept[k], x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int c = p * N + i;
+      const float d = __expf(x[i] - lse) - even - (c == label ? 1.f - smoothing : 0.f);
+      x[i] = c < vocabulary ? d * s : 0.f;
+    }
+    Pack<T>::store(z + p * N, x);
+  }
+  for (int p = KEPT * blockDim.x + threadIdx.x; p < packs; p += blockDim.x) {
+    float x[N];
+    Pack<T>::load(z + p * N, x);
+    for (int i = 0; i < N; ++i) {
+      const int c = p * N + i;
+      const float d = __expf(x[i] - lse) - even - (c == label ? 1.f - smoothing : 0.f);
+      x[i] = c < vocabulary ? d * s : 0.f;
+    }
+    Pack<T>::store(z + p * N, x);
+  }
+}
+
+#define KERNELS(T, NAME)                                                                                               \
+  extern "C" __global__ void add_norm_##NAME(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, const T *b,         \
+                                             float eps, T *sum, T *a, i64 lda, float *mean, float *rstd, i64 rows) {   \
+    add_norm<T>(x, ldx, y, ldy, w, b, eps, sum, a, lda, mean, rstd, rows);                                             \
+  }                                                                                                                    \
+  extern "C" __global__ void norm_backward_##NAME(const T *da, i64 ldda, const T *x, const float *mean,                \
+                                                  const float *rstd, const T *w, const T *residual, i64 ldr, T *dx,    \
+                                                  i64 lddx, i64 rows) {                                                \
+    norm_backward<T>(da, ldda, x, mean, rstd, w, residual, ldr, dx, lddx, rows);                                       \
+  }                                                                                                                    \
+  extern "C" __global__ void weigh_##NAME(const T *u, i64 ldu, const float *g, int experts, const int *expert_of,      \
+                                          const float *scaling, T *v, i64 ldv, int columns, i64 total) {               \
+    weigh<T>(u, ldu, g, experts, expert_of, scaling, v, ldv, columns, total);                                          \
+  }                                                                                                                    \
+  extern "C" __global__ void weigh_backward_##NAME(const T *dv, i64 lddv, const T *u, i64 ldu, const float *g,         \
+                                                   int experts, const int *expert_of, const float *scaling,            \
+                                                   const int4 *runs, T *du, i64 lddu, float *dg, int adds,             \
+                                                   int columns, i64 rows) {                                            \
+    weigh_backward<T>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs, du, lddu, dg, adds, columns, rows);      \
+  }                                                                                                                    \
+  extern "C" __global__ void refresh_##NAME(const float *a, const float *b, T *packed, i64 ld, int in, int out,        \
+                                            int ranks) {                                                               \
+    refresh<T>(a, b, packed, ld, in, out, ranks);                                                                      \
+  }                                                                                                                    \
+  extern "C" __global__ void gelu_##NAME(const T *z, i64 ldz, T *out, i64 ldo, int columns, i64 packs) {               \
+    gelu<T>(z, ldz, out, ldo, columns, packs);                                                                         \
+  }                                                                                                                    \
+  extern "C" __global__ void gelu_backward_##NAME(const T *z, i64 ldz, const T *dout, i64 ldo, T *dz, i64 lddz,        \
+                                                  int columns, i64 packs) {                                            \
+    gelu_backward<T>(z, ldz, dout, ldo, dz, lddz, columns, packs);                                                     \
+  }                                                                                                                    \
+  extern "C" __global__ void pack_qkv_##NAME(const T *q, const T *k, const T *v, T *out, i64 ldo, int width,           \
+                                             i64 packs) {                                                              \
+    pack_qkv<T>(q, k, v, out, ldo, width, packs);                                                                      \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(1024)                                                                   \
+      cross_entropy_##NAME(T *logits, i64 ld, const i64 *labels, int vocabulary, int padded, float smoothing,          \
+                           const float *scale, float *losses, float *smoothed) {                                       \
+    cross_entropy<T>(logits, ld, labels, vocabulary, padded, smoothing, scale, losses, smoothed);                      \
+  }
+KERNELS(bf16, bf16)
+KERNELS(float, f32)
