@@ -183,6 +183,28 @@ int dylora_memory_stats(int device, int64_t *out) {
     return 0;
   })
 }
+// The peak begins anew at what is allocated now, after the allocator has given back what it holds unused.
+int dylora_reset_peak_memory(int device) {
+  TRY(-1, {
+    at::accelerator::emptyCache();
+    at::accelerator::resetPeakStats(device);
+    return 0;
+  })
+}
+
+// The name of a CUDA device as the driver knows it; -1 without a driver. CUDA's headers are not at hand here, and the
+// driver's C API is stable.
+int dylora_cuda_name(int device, char *out, int capacity) {
+  void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
+  if (!driver) return -1;
+  auto init = (int (*)(unsigned))dlsym(driver, "cuInit");
+  auto get = (int (*)(int *, int))dlsym(driver, "cuDeviceGet");
+  auto name = (int (*)(char *, int, int))dlsym(driver, "cuDeviceGetName");
+  int handle;
+  const bool known = init && get && name && !init(0) && !get(&handle, device) && !name(out, capacity, handle);
+  return known ? 0 : -1;
+}
+
 int dylora_synchronize(int device) {
   TRY(-1, {
     at::accelerator::synchronizeDevice(device);

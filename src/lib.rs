@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! config -> hub -> data  \
-//!               -> model -> base -> mixture -> growth -> eval -> skills -> train -> export
-//!                                                                          (cli -> main)
+//!               -> model -> base -> mixture -> growth -> eval -> skills -> train -> bench -> export
+//!                                                                                   (cli -> main)
 //! ```
 //!
 //! A module uses only what stands to its left. For a target linear layer with frozen weight W and
@@ -71,6 +71,8 @@ pub mod eval;
 pub mod skills;
 
 pub mod train;
+
+pub mod bench;
 
 pub mod export;
 

@@ -1,6 +1,7 @@
 //! The command line: clap types, what commands share, and the environment, which only this room reads.
 
 mod add_expert;
+mod bench;
 mod eval;
 mod export_adapters;
 mod merge;
@@ -58,6 +59,8 @@ enum Command {
     MergeExperts(remove_expert::MergeExpertsArgs),
     /// Show how one text is routed, and save the inside of its forward pass.
     Trace(trace::TraceArgs),
+    /// Measure the mixture here: tokens/s, memory, and what it costs beside other ways to compute it.
+    Bench(bench::BenchArgs),
 }
 
 /// A fault in how dylora was called or configured; the process exits with 2.
@@ -118,6 +121,7 @@ impl Cli {
             Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
+            Some(Command::Bench(args)) => bench::run(args, &shared),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }
     }

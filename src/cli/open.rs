@@ -44,7 +44,7 @@ pub struct ModelArgs {
     pub device: Option<DeviceChoice>,
 }
 
-fn parse_dtype(text: &str) -> Result<Dtype> {
+pub fn parse_dtype(text: &str) -> Result<Dtype> {
     match text {
         "f32" => Ok(Dtype::F32),
         "bf16" => Ok(Dtype::Bf16),
@@ -191,7 +191,7 @@ pub fn open_base(config: &BaseConfig, shared: &Shared) -> Result<Base> {
 }
 
 /// A folder if there is one, else a Hub id.
-fn base_source(text: &str) -> Result<BaseSource> {
+pub fn base_source(text: &str) -> Result<BaseSource> {
     let path = PathBuf::from(text);
     let looks_like_id = text.split('/').count() <= 2 && !text.starts_with(['.', '/', '~']);
     if path.exists() || !looks_like_id {

@@ -37,6 +37,8 @@ unsafe extern "C" {
     fn dylora_rng_state(device: c_int) -> *mut C_tensor;
     fn dylora_set_rng_state(device: c_int, state: TensorPtr) -> c_int;
     fn dylora_memory_stats(device: c_int, out: *mut i64) -> c_int;
+    fn dylora_reset_peak_memory(device: c_int) -> c_int;
+    fn dylora_cuda_name(device: c_int, out: *mut c_char, capacity: c_int) -> c_int;
     fn dylora_synchronize(device: c_int) -> c_int;
     fn dylora_checkpoint(
         run: SegmentRun,
@@ -174,18 +176,66 @@ pub fn set_rng_state(device: Device, state: &Tensor) -> Result<()> {
 /// The most memory in use so far, bytes: of the process on the CPU (resident), of the allocator on
 /// CUDA.
 pub fn peak_memory_bytes(device: Device) -> Result<u64> {
-    if let Device::Cuda(index) = device {
-        let mut stats = [0i64; 4];
-        // SAFETY: the shim writes four numbers
-        check(unsafe { dylora_memory_stats(index as c_int, stats.as_mut_ptr()) })?;
-        return Ok(stats[1] as u64);
+    match device {
+        Device::Cuda(index) => Ok(cuda_memory(index)?[1] as u64),
+        _ => process_memory("VmHWM:"),
     }
+}
+
+/// The memory in use, bytes, counted like [`peak_memory_bytes`].
+pub fn memory_bytes(device: Device) -> Result<u64> {
+    match device {
+        Device::Cuda(index) => Ok(cuda_memory(index)?[0] as u64),
+        _ => process_memory("VmRSS:"),
+    }
+}
+
+/// Gives back memory that is held unused, and lets [`peak_memory_bytes`] begin anew from what is left.
+///
+/// # Errors
+/// On the CPU, a kernel that does not let a process write to its `/proc/self/clear_refs`.
+pub fn reset_peak_memory(device: Device) -> Result<()> {
+    if let Device::Cuda(index) = device {
+        // SAFETY: no pointers go in
+        return check(unsafe { dylora_reset_peak_memory(index as c_int) });
+    }
+    // SAFETY: no pointers go in
+    unsafe { libc::malloc_trim(0) };
+    Ok(fs_err::write("/proc/self/clear_refs", "5")?)
+}
+
+/// `[allocated, peak allocated, free, total]`, bytes.
+fn cuda_memory(index: usize) -> Result<[i64; 4]> {
+    let mut stats = [0i64; 4];
+    // SAFETY: the shim writes four numbers
+    check(unsafe { dylora_memory_stats(index as c_int, stats.as_mut_ptr()) })?;
+    Ok(stats)
+}
+
+/// A line of `/proc/self/status`, bytes.
+fn process_memory(key: &str) -> Result<u64> {
     let status = fs_err::read_to_string("/proc/self/status")?;
     let kib = status
         .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .find_map(|line| line.strip_prefix(key))
         .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.map(|kib| kib * 1024).ok_or_else(|| anyhow!("`/proc/self/status` has no `VmHWM`"))
+    kib.map(|kib| kib * 1024).ok_or_else(|| anyhow!("`/proc/self/status` has no `{key}`"))
+}
+
+/// What a device is, as `NVIDIA H100 80GB HBM3` or the processor's name; none if the system does not say.
+pub fn device_model(device: Device) -> Option<String> {
+    let Device::Cuda(index) = device else {
+        let info = fs_err::read_to_string("/proc/cpuinfo").ok()?;
+        let line = info.lines().find(|line| line.starts_with("model name"))?;
+        return Some(line.split_once(':')?.1.trim().to_owned());
+    };
+    let mut buffer = [0u8; 256];
+    // SAFETY: the driver writes a C string within the capacity
+    let status = unsafe {
+        dylora_cuda_name(index as c_int, buffer.as_mut_ptr().cast(), buffer.len() as c_int)
+    };
+    let name = CStr::from_bytes_until_nul(&buffer).ok()?.to_str().ok()?;
+    (status == 0 && !name.is_empty()).then(|| name.to_owned())
 }
 
 /// Waits until a CUDA device has done all its work; nothing to wait for on the CPU.

@@ -1,0 +1,54 @@
+//! N passes: one forward pass for each expert, their logits blended by the router's weights, then the
+//! loss, as DyLoRA-MoE first did:
+//!
+//! ```text
+//! z = sum_e g_e z_e,   z_e = the logits with expert e alone at weight 1,   loss = -log softmax(z)_y
+//! ```
+//!
+//! It is not the mixture that one pass trains: that weighs the experts in each layer. All passes and
+//! all their logits stay in memory until the backward pass. A pass computes the stack of all experts,
+//! those that are not meant at weight 0; the base is most of its cost.
+//!
+//! Letters of shapes: `n` labelled positions, `d` width, `e` expert, `v` vocabulary.
+
+use anyhow::{Result, bail};
+use tch::{Kind, Tensor};
+
+use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource};
+
+/// The sum of the losses of a batch's labelled positions, nats, 0-dim; differentiable with respect to
+/// experts and router.
+///
+/// # Errors
+/// A model whose layers are not routed alike.
+pub fn summed_loss(model: &RoutedGpt2, inputs: &Inputs, mode: ForwardMode) -> Result<Tensor> {
+    let routing = model.routing(inputs, mode);
+    let weights_ne = match &routing[..] {
+        [] => None,
+        [shared] => {
+            let e = model.num_experts();
+            Some(shared.weights.view([-1, e]).index_select(0, &inputs.labelled))
+        }
+        _ => bail!("N passes need one router for all layers"),
+    };
+    let d = model.base().config.n_embd;
+    let mut blended = None;
+    for expert in 0..model.num_experts() {
+        let source = RoutingSource::Expert(expert);
+        let hidden = model.forward(inputs, &source, mode, None).hidden;
+        let hidden_nd = hidden.view([-1, d]).index_select(0, &inputs.labelled);
+        let mut logits_nv = model.logits(&hidden_nd);
+        if let Some(weights_ne) = &weights_ne {
+            let weight_n1 = weights_ne.narrow(1, expert, 1).to_kind(logits_nv.kind());
+            logits_nv = &logits_nv * weight_n1;
+        }
+        blended = Some(blended.map_or_else(|| logits_nv.shallow_clone(), |sum| sum + &logits_nv));
+    }
+    let Some(logits_nv) = blended else { bail!("a bare base has no experts to pass through") };
+    let logits_nv = match logits_nv.kind() {
+        Kind::Double => logits_nv,
+        _ => logits_nv.to_kind(Kind::Float),
+    };
+    let none = None::<&Tensor>;
+    Ok(logits_nv.cross_entropy_loss(&inputs.labels, none, tch::Reduction::Sum, -100, 0.0))
+}

@@ -1,0 +1,238 @@
+//! What a row of the bench is: a config of its own, and what one of its steps does.
+
+use std::str::FromStr;
+
+use anyhow::{Result, bail};
+use tch::Device;
+use tch::{Kind, Tensor};
+
+use super::passes;
+use crate::config::{Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
+use crate::data::{Batch, BlockId, TokenDataset};
+use crate::eval;
+use crate::model::expert::ExpertSpec;
+use crate::model::gpt2::Gpt2;
+use crate::model::lora::LoraDropout;
+use crate::model::loss::LossSettings;
+use crate::model::router::RouterSpec;
+use crate::model::{ForwardMode, RoutedGpt2, RoutingSource, Trained, kind_of};
+use crate::train::optim::{GradientSum, Optimizer};
+use crate::train::step::{self, Phase};
+
+/// A way to compute, by what it is measured for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Row {
+    /// The base without experts, forward and backward: what any training on a frozen base costs. Its
+    /// position embeddings are the one leaf that wants a gradient, so that the backward pass goes
+    /// through every block, as it does under adapters.
+    Base,
+    /// One LoRA of rank r: what a mixture costs beside it is the mixture's price.
+    SingleLora,
+    /// One LoRA of rank E r: as many parameters as the mixture.
+    SingleLoraWide,
+    /// The mixture in one pass, its experts stacked: what `dylora train` runs.
+    OnePass,
+    /// The mixture in one pass, expert after expert (`lora.dropout_masks = "per_expert"`).
+    OnePassLoop,
+    /// A pass of the base alone, whose last hidden state the router reads, and then the mixture
+    /// (`router.input = "base_hidden"`).
+    TwoPasses,
+    /// One pass for each expert, the logits blended.
+    NPasses,
+    /// The loss of the mixture in one pass, without gradients.
+    Eval,
+}
+
+impl Row {
+    /// All, in the order of the table.
+    pub const ALL: [Self; 8] = [
+        Self::Base,
+        Self::SingleLora,
+        Self::SingleLoraWide,
+        Self::OnePass,
+        Self::OnePassLoop,
+        Self::TwoPasses,
+        Self::NPasses,
+        Self::Eval,
+    ];
+
+    /// Its name in tables and arguments.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::SingleLora => "single_lora",
+            Self::SingleLoraWide => "single_lora_wide",
+            Self::OnePass => "one_pass",
+            Self::OnePassLoop => "one_pass_loop",
+            Self::TwoPasses => "two_passes",
+            Self::NPasses => "n_passes",
+            Self::Eval => "eval",
+        }
+    }
+
+    /// The config of this row, from that of the mixture.
+    ///
+    /// # Errors
+    /// N passes with routers of single layers.
+    pub fn config(self, mixture: &Config) -> Result<Config> {
+        let mut config = mixture.clone();
+        let lora = &mut config.lora;
+        match self {
+            Self::Base => config.train.routing = RoutingChoice::None,
+            Self::SingleLora => lora.num_experts = 1,
+            Self::SingleLoraWide => {
+                // the scaling stays alpha / rank
+                lora.rank *= lora.num_experts;
+                lora.alpha *= lora.num_experts as f64;
+                lora.num_experts = 1;
+            }
+            Self::OnePass | Self::Eval => {}
+            Self::OnePassLoop => lora.dropout_masks = DropoutMasks::PerExpert,
+            Self::TwoPasses => config.router.input = RouterInput::BaseHidden,
+            Self::NPasses if config.router.scope != RouterScope::Shared => {
+                bail!("N passes need one router for all layers: `--routers shared`")
+            }
+            Self::NPasses => {}
+        }
+        Ok(config)
+    }
+
+    /// The experts of `config`, which is this row's.
+    pub fn experts(self, config: &Config, base: &Gpt2) -> Result<Vec<ExpertSpec>> {
+        match self {
+            Self::Base => Ok(vec![]),
+            _ => ExpertSpec::all(&config.lora, &base.config),
+        }
+    }
+}
+
+impl FromStr for Row {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let row = Self::ALL.into_iter().find(|row| row.name() == text);
+        row.ok_or_else(|| {
+            let names = Self::ALL.map(|row| format!("`{}`", row.name()));
+            anyhow::anyhow!("`{text}` is no row, use {}", names.join(", "))
+        })
+    }
+}
+
+/// A row's model, ready for its first step.
+pub(super) struct Subject {
+    row: Row,
+    config: Config,
+    model: RoutedGpt2,
+    trained: Trained,
+    optimizer: Optimizer,
+}
+
+impl Subject {
+    /// The row's model on a base that lies on `device` in the config's dtype, with new experts and
+    /// routers, by `run.seed`.
+    pub fn new(row: Row, config: Config, base: &Gpt2, device: Device) -> Result<Self> {
+        tch::manual_seed(config.run.seed as i64);
+        let kind = kind_of(config.base.dtype);
+        let specs = row.experts(&config, base)?;
+        let router = RouterSpec::of_config(&config);
+        let model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
+        let trained = match row {
+            Row::Base => {
+                let leaf = model.base().wpe.set_requires_grad(true);
+                Trained { leaves: vec![leaf], parameters: vec![] }
+            }
+            _ => model.trained(config.train.routing, None),
+        };
+        let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
+        Ok(Self { row, config, model, trained, optimizer })
+    }
+
+    /// One step on `blocks`; gives the mean loss of their label tokens before it, nats.
+    pub fn step(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
+        match self.row {
+            Row::Base => self.backward_of_base(dataset, blocks),
+            Row::NPasses => self.train_in_passes(dataset, blocks),
+            Row::Eval => self.evaluate(dataset, blocks),
+            _ => self.train(dataset, blocks),
+        }
+    }
+
+    /// The step of `dylora train`.
+    fn train(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
+        let phase = Phase { seeding: None, lr_factor: 1.0 };
+        let Self { config, model, trained, optimizer, .. } = self;
+        Ok(step::step(model, trained, optimizer, config, dataset, blocks, phase)?.loss)
+    }
+
+    /// A step without an update, for there is nothing to train.
+    fn backward_of_base(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
+        let batches = self.batches(dataset, blocks);
+        let label_tokens = label_tokens(&batches);
+        let mut grads = GradientSum::default();
+        let mut sum = 0.0;
+        for batch in &batches {
+            let (loss, token_losses) = self.loss(batch, Some(1.0 / label_tokens));
+            grads.add(&loss, &self.trained);
+            sum += token_losses.sum(Kind::Double).double_value(&[]);
+        }
+        Ok(sum / label_tokens)
+    }
+
+    /// A step with N passes for each micro-batch, otherwise as the others.
+    fn train_in_passes(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
+        let batches = self.batches(dataset, blocks);
+        let label_tokens = label_tokens(&batches);
+        let mut grads = GradientSum::default();
+        let mut sum = 0.0;
+        for batch in &batches {
+            let inputs = eval::inputs(batch, &RoutingSource::Router, self.model.device());
+            let loss = passes::summed_loss(&self.model, &inputs, self.training_mode())?;
+            grads.add(&(&loss / label_tokens), &self.trained);
+            sum += loss.double_value(&[]);
+        }
+        let grads = grads.of_parameters(&self.trained);
+        let _norm = self.optimizer.clip(&grads)?;
+        self.optimizer.update(&grads, 1.0)?;
+        Ok(sum / label_tokens)
+    }
+
+    fn evaluate(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
+        let _no_grad = tch::no_grad_guard();
+        let batches = self.batches(dataset, blocks);
+        let mut sum = 0.0;
+        for batch in &batches {
+            sum += self.loss(batch, None).1.sum(Kind::Double).double_value(&[]);
+        }
+        Ok(sum / label_tokens(&batches))
+    }
+
+    /// The loss of a batch with its sum scaled, if gradients are wanted, and that of each label token.
+    fn loss(&self, batch: &Batch, scale: Option<f64>) -> (Tensor, Tensor) {
+        let source = RoutingSource::from(self.config.train.routing);
+        let inputs = eval::inputs(batch, &source, self.model.device());
+        let settings = LossSettings {
+            chunk_tokens: self.config.train.loss_chunk_tokens,
+            label_smoothing: 0.0,
+            scale: scale.unwrap_or(1.0),
+            with_grad: scale.is_some(),
+        };
+        let mode = if scale.is_some() { self.training_mode() } else { ForwardMode::EVAL };
+        let (loss, _) = self.model.loss(&inputs, &source, mode, settings);
+        (loss.loss, loss.token_losses)
+    }
+
+    fn training_mode(&self) -> ForwardMode {
+        let lora = &self.config.lora;
+        let dropout = LoraDropout { probability: lora.dropout, masks: lora.dropout_masks };
+        ForwardMode { dropout, ..ForwardMode::EVAL }
+    }
+
+    fn batches(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Vec<Batch> {
+        let micro_batches = blocks.chunks(self.config.train.micro_batch_size);
+        micro_batches.map(|blocks| dataset.batch(blocks)).collect()
+    }
+}
+
+fn label_tokens(batches: &[Batch]) -> f64 {
+    batches.iter().map(Batch::label_tokens).sum::<u64>() as f64
+}
