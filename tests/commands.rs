@@ -189,3 +189,35 @@ fn exports_are_opened_and_merged(
     assert!((loss(&of_merged, "loss")? - fixed).abs() < 1e-5, "{of_merged} is not {fixed}");
     Ok(())
 }
+
+#[test]
+fn bench_prints_its_setting_and_each_row() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let run = |arguments: &[&str]| -> Result<String> {
+        let common = ["bench", "--device=cpu", "--base=demo/base", "--seq-len=32", "--steps=1"];
+        let output = dylora(&cache, &[&common[..], arguments].concat())?;
+        assert!(output.status.success(), "{}", stderr(&output));
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let json = |text: String| -> Result<Vec<Value>> {
+        Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+    };
+    let lines =
+        json(run(&["--batch=2", "--json", "--modules=all", "--documents=12", "--warmup=1"])?)?;
+    let (header, rows) = lines.split_first().context("a header")?;
+    assert_eq!((&header["kind"], &header["dtype"]), (&"header".into(), &"f32".into()));
+    assert_eq!(header["lora"]["target_modules"].as_array().map(Vec::len), Some(4));
+    assert_eq!(rows.len(), 8);
+    for row in rows {
+        assert_eq!((&row["kind"], &row["error"]), (&"row".into(), &Value::Null), "{row}");
+        assert!(row["step_ms"].as_f64() > Some(0.0) && row["tokens_per_step"] == 64, "{row}");
+    }
+    // each row's peak is its own, though the larger batch came first
+    let rows = json(run(&["--batch=64,1", "--json", "--rows=one_pass", "--warmup=0"])?)?;
+    let peak = |row: &Value| row["peak_memory_bytes"].as_u64().context("a peak");
+    assert!(peak(&rows[1])? > peak(&rows[2])? + (16 << 20), "{} {}", rows[1], rows[2]);
+    let text = run(&["--rows=one_pass,single_lora", "--batch=2", "--warmup=0"])?;
+    assert!(text.contains("| one_pass ") && !text.contains("| base "), "{text}");
+    assert!(text.contains("at batch 2, one_pass takes "), "{text}");
+    Ok(())
+}

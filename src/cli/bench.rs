@@ -238,9 +238,7 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
         for &row in &rows {
             let report = bench.measure(row, batch);
             if args.json {
-                let mut line = serde_json::to_value(&report)?;
-                line["kind"] = json!("row");
-                print_line(&line)?;
+                print_line(&row_line(&report)?)?;
             }
             reports.push(report);
             bar.set(reports.len() as u64);
@@ -349,6 +347,9 @@ fn header(
     device_model: &str,
 ) -> Value {
     let config = &settings.config;
+    let mut train = json!(config.train);
+    // each row has its own
+    train.as_object_mut().expect("a struct is an object").shift_remove("micro_batch_size");
     json!({
         "kind": "header",
         "dylora_version": env!("CARGO_PKG_VERSION"),
@@ -372,9 +373,21 @@ fn header(
         "mfu_formula": FORMULA,
         "lora": config.lora,
         "router": config.router,
-        "train": config.train,
+        "train": train,
         "optimizer": config.optimizer,
     })
+}
+
+/// A row's line, which says what it is first.
+fn row_line(report: &RowReport) -> Result<Value> {
+    let mut line = json!({ "kind": "row" });
+    let (Value::Object(line_map), Value::Object(report)) =
+        (&mut line, serde_json::to_value(report)?)
+    else {
+        unreachable!("structs are objects")
+    };
+    line_map.extend(report);
+    Ok(line)
 }
 
 fn print_line(value: &Value) -> Result<()> {

@@ -1,0 +1,209 @@
+//! The bench: what its rows compute, what it counts, and that a row which fails lets others follow.
+
+mod common;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use dylora::bench::flops::FlopsPerToken;
+use dylora::bench::{Bench, BenchSettings, Figures, Row, passes};
+use dylora::cli::{Cli, UsageError, describe};
+use dylora::config::{Config, LoraConfig, RouterConfig, RouterScope, TargetModule, load};
+use dylora::model::expert::ExpertSpec;
+use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::{ForwardMode, RoutingSource};
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
+
+use common::{gradients, logits, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows};
+
+fn config(set: &[&str]) -> Config {
+    let text = "[base]\nsource = { path = 'base' }\n[data]\nseq_len = 16\nloss_on = 'all'\n\
+                [[data.domains]]\nname = 'random'\ntrain = ['random']\n\
+                [lora]\nrank = 2\ntarget_modules = ['attn.c_attn', 'mlp.c_fc']\n\
+                [train]\nduration = { steps = 9 }\n";
+    let set: Vec<String> = set.iter().map(|&item| item.to_owned()).collect();
+    load::resolve(text, &set).expect("the config is sound")
+}
+
+/// Figures of rows on a tiny base: one step to warm up, two that count.
+fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Figures>> {
+    let settings = BenchSettings {
+        config: config(set),
+        warmup: 1,
+        steps: 2,
+        document_median: None,
+        peak_flops: Some(1e12),
+    };
+    let bench = Bench::new(settings, &tiny_base(tiny_config()), Device::Cpu);
+    let measure = |&row: &Row| {
+        let report = bench.measure(row, micro_batch_size);
+        report.figures.with_context(|| format!("{row:?}: {:?}", report.error))
+    };
+    rows.iter().map(measure).collect()
+}
+
+/// SPEED's two settings, by hand: P = 12 * 12 * 768^2 + 50257 * 768 = 123,532,032, A = 2 * 12 * 1024 * 768
+/// = 18,874,368; Lo = 12 * 32 * (768 + 2304) and 12 * 128 * (3072 + 1536 + 3840 + 3840).
+#[test]
+fn a_step_has_the_operations_of_the_formula() -> Result<()> {
+    let base = Gpt2Config::from_json(&json!({ "model_type": "gpt2" }))?;
+    let flops = |num_experts, rank, modules: &[TargetModule]| -> Result<FlopsPerToken> {
+        let target_modules = modules.to_vec();
+        let lora = LoraConfig { num_experts, rank, target_modules, ..LoraConfig::default() };
+        Ok(FlopsPerToken::new(&base, &ExpertSpec::all(&lora, &base)?, 1024))
+    };
+    let s1 = flops(4, 8, &[TargetModule::AttnCAttn])?;
+    let terms = FlopsPerToken { base: 123_532_032, attention: 18_874_368, experts: 1_179_648 };
+    assert_eq!(s1, terms);
+    assert_eq!((s1.training() as f64 / 1e5).round() / 10.0, 557.8);
+    assert_eq!(s1.evaluation(), 2 * 123_532_032 + 18_874_368 + 2 * 1_179_648);
+    let s2 = flops(8, 16, &TargetModule::ALL)?;
+    assert_eq!(s2.experts, 18_874_368);
+    assert_eq!((s2.training() as f64 / 1e5).round() / 10.0, 664.0);
+    Ok(())
+}
+
+/// B is 0 at the start, so every way is the base.
+#[test]
+fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
+    let _guard = seed(1);
+    let rows = measure(&Row::ALL, 2, &[])?;
+    for (row, figures) in Row::ALL.iter().zip(&rows) {
+        let difference = (figures.first_loss - rows[0].first_loss).abs();
+        assert!(difference < 1e-5, "{row:?}: {figures:?}");
+        assert_eq!((figures.tokens_per_step, figures.warmup_ms.len()), (32, 1));
+        assert_eq!(figures.first_step_ms, figures.warmup_ms[0]);
+        let [min, max] = [figures.min_step_ms, figures.max_step_ms];
+        assert!(min <= figures.step_ms && figures.step_ms <= max && min > 0.0, "{figures:?}");
+        let mfu = figures.tokens_per_sec * figures.flops_per_token as f64 / 1e12;
+        assert_eq!(figures.mfu, Some(mfu));
+    }
+    let flops = |row| rows[Row::ALL.iter().position(|&r| r == row).unwrap()].flops_per_token;
+    assert!(flops(Row::Base) < flops(Row::SingleLora));
+    assert!(flops(Row::SingleLora) < flops(Row::OnePass));
+    assert_eq!(flops(Row::SingleLoraWide), flops(Row::OnePass));
+    assert!(flops(Row::Eval) < flops(Row::Base));
+    Ok(())
+}
+
+#[test]
+fn rows_that_compute_the_same_train_alike_and_others_do_not() -> Result<()> {
+    let _guard = seed(2);
+    let last = |rows: &[Row], set: &[&str]| -> Result<Vec<f64>> {
+        Ok(measure(rows, 2, set)?.iter().map(|figures| figures.last_loss).collect())
+    };
+    let set = ["optimizer.adapters.learning_rate=0.1"];
+    let rows = [Row::OnePass, Row::OnePassLoop, Row::NPasses, Row::SingleLora, Row::Base];
+    let losses = last(&rows, &set)?;
+    assert!((losses[0] - losses[1]).abs() < 1e-4, "{losses:?}");
+    for other in &losses[2..] {
+        assert!((losses[0] - other).abs() > 1e-3, "{losses:?}");
+    }
+    // of a single expert there is but one pass
+    let losses = last(&rows, &[set[0], "lora.num_experts=1"])?;
+    for same in &losses[1..4] {
+        assert!((losses[0] - same).abs() < 1e-4, "{losses:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn accumulation_leaves_the_step_as_it_is() -> Result<()> {
+    let _guard = seed(3);
+    for row in [Row::Base, Row::OnePass, Row::NPasses, Row::Eval] {
+        tch::manual_seed(3);
+        let whole = measure(&[row], 4, &[])?.remove(0);
+        tch::manual_seed(3);
+        let parts = measure(&[row], 2, &["train.grad_accum_steps=2"])?.remove(0);
+        assert_eq!(whole.tokens_per_step, parts.tokens_per_step);
+        for (a, b) in [(whole.first_loss, parts.first_loss), (whole.last_loss, parts.last_loss)] {
+            assert!((a - b).abs() < 1e-4, "{row:?}: {a} and {b}");
+        }
+    }
+    Ok(())
+}
+
+/// Reference: the logits of each expert given by hand, blended and scored here, in f64.
+#[test]
+fn n_passes_blend_the_experts_logits_by_the_routers_weights() -> Result<()> {
+    let _guard = seed(4);
+    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let inputs = two_rows();
+    let weights_bte = model.routing(&inputs, ForwardMode::EVAL).remove(0).weights;
+    let mut blended_btv = Tensor::zeros([2, 7, 61], common::DOUBLE);
+    for (expert, one_hot) in [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]].iter().enumerate()
+    {
+        let given = RoutingSource::Given(Tensor::from_slice(one_hot));
+        let z = logits(&model, &inputs, &given);
+        blended_btv = &blended_btv + z * weights_bte.narrow(-1, expert as i64, 1);
+    }
+    let log_probs = blended_btv.log_softmax(-1, Kind::Double).view([-1, 61]);
+    let of_labels = log_probs.index_select(0, &inputs.labelled);
+    let expected = -of_labels.gather(1, &inputs.labels.unsqueeze(-1), false).sum(Kind::Double);
+    let loss = passes::summed_loss(&model, &inputs, ForwardMode::EVAL)?;
+    common::assert_close("loss", &loss, &expected, 1e-9);
+    for (name, gradient) in gradients(&model, &loss) {
+        assert!(gradient.abs().max().double_value(&[]) > 1e-6, "`{name}` has no gradient");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
+    let _guard = seed(5);
+    let mut config = config(&[]);
+    let mut vast = config.clone();
+    vast.lora.rank = 1 << 45;
+    config.router.scope = RouterScope::Layer;
+    let settings =
+        BenchSettings { config, warmup: 0, steps: 1, document_median: Some(5.0), peak_flops: None };
+    let bench = Bench::new(settings.clone(), &tiny_base(tiny_config()), Device::Cpu);
+    let report = bench.measure(Row::NPasses, 2);
+    assert!(report.figures.is_none());
+    let error = report.error.context("an error")?;
+    assert!(error.contains("one router for all layers"), "{error}");
+    // 2^45 rows of 16 numbers fit nowhere, which libtorch says by a panic
+    let vast = BenchSettings { config: vast, ..settings };
+    let report = Bench::new(vast, &tiny_base(tiny_config()), Device::Cpu).measure(Row::OnePass, 2);
+    let error = report.error.context("an error")?;
+    assert!(error.contains("allocate") && !error.contains("Exception raised"), "{error}");
+    let report = bench.measure(Row::OnePass, 2);
+    assert!(report.error.is_none() && report.figures.is_some(), "{report:?}");
+    Ok(())
+}
+
+#[test]
+fn faults_of_the_arguments_are_faults_of_usage() {
+    let said = |arguments: &[&str]| {
+        let arguments = [&["dylora", "bench", "--device=cpu"], arguments].concat();
+        match Cli::try_parse_from(arguments) {
+            Err(error) => {
+                assert_eq!(error.exit_code(), 2);
+                error.to_string()
+            }
+            Ok(cli) => {
+                let error = cli.run().unwrap_err();
+                assert!(error.is::<UsageError>(), "{error:#}");
+                describe(&error)
+            }
+        }
+    };
+    for (fault, expected) in [
+        (&["--rows=two"][..], "`two` is no row, use `base`, `single_lora`"),
+        (&["--modules=c_attn"], "must be `all` or some of `attn.c_attn`"),
+        (&["--size=gpt3"], "must be `gpt2`, `gpt2-medium`"),
+        (&["--size=gpt2", "--base=demo/base"], "cannot be used with"),
+        (&["--base=demo/base", "--seq-len=512"], "`--seq-len` must be at most the base's 256"),
+        (&["--preset=s3"], "must be `s1` or `s2`"),
+        (&["--routers=expert"], "must be `shared`, `layer` or `module`"),
+        (&["--steps=0"], "`--steps` must be at least 1, got 0"),
+        (&["--batch=2,0"], "`--batch` must be at least 1, got 0"),
+        (&["--rank=0"], "`lora.rank` must be at least 1, got 0"),
+        (&["--dropout=1"], "`lora.dropout` must be at least 0 and below 1, got 1"),
+        (&["--accumulate=0"], "`train.grad_accum_steps` must be at least 1, got 0"),
+        (&["--documents=-1"], "`--documents` must be a number above 0, got -1"),
+    ] {
+        let found = said(fault);
+        assert!(found.contains(expected), "{fault:?}: {found}");
+    }
+}
