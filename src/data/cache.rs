@@ -174,16 +174,14 @@ fn write_index<W: Write>(
 /// Reads a cache file. Nothing in it is trusted before its checksum has been found right, and
 /// nothing after that leads to a panic.
 fn read(path: &Path, key: &blake3::Hash) -> Result<TokenFile> {
-    let mut file = File::open(path)?;
-    let mut head = [0; CHECKED_FROM as usize];
-    file.read_exact(&mut head)?;
+    let map = ffi::map_file(path)?;
+    let (head, rest) = map.split_at_checked(CHECKED_FROM as usize).context("it ends early")?;
     ensure!(head.starts_with(&MAGIC), "it is no cache of tokens");
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(&mut file)?;
+    hasher.update_rayon(rest);
     ensure!(hasher.finalize().as_bytes() == &head[MAGIC.len()..], "its checksum is wrong");
-    file.seek(SeekFrom::Start(CHECKED_FROM))?;
-    let file_bytes = file.metadata()?.len();
-    let mut reader = IndexReader { inner: std::io::BufReader::new(file), at: CHECKED_FROM };
+    let file_bytes = map.len() as u64;
+    let mut reader = IndexReader { inner: rest, at: CHECKED_FROM };
     ensure!(reader.array::<32>()? == *key.as_bytes(), "it belongs to another source");
     let mut index = read_index(&mut reader, file_bytes)?;
     let offset = reader.at;
@@ -194,8 +192,6 @@ fn read(path: &Path, key: &blake3::Hash) -> Result<TokenFile> {
             == Some(file_bytes),
         "its length is wrong"
     );
-    let map = ffi::map_file(path)?;
-    ensure!(map.len() as u64 == file_bytes, "it has changed meanwhile");
     index.tokens = Tokens::Mapped { map, offset: usize::try_from(offset)? };
     Ok(index)
 }

@@ -310,22 +310,21 @@ impl TokenDataset {
         for (row, id) in ids.iter().enumerate() {
             let mut at = row * self.seq_len;
             for (piece_index, piece) in (0..).zip(self.pieces(*id)) {
-                let num_tokens = piece.len as usize + 1;
-                let num_prompt = piece.num_prompt();
+                let len = piece.len as usize;
                 tokens.clear();
                 let file = &self.files[piece.file as usize];
-                file.tokens.read(piece.start, num_tokens, &mut tokens);
-                for (position, pair) in (0..).zip(tokens.windows(2)) {
-                    batch.input_ids[at] = i64::from(pair[0]);
-                    if position >= i64::from(piece.first_label) {
-                        batch.labels[at] = i64::from(pair[1]);
-                    }
-                    batch.position_ids[at] = position;
-                    batch.document_ids[at] = piece_index;
-                    batch.expert_ids[at] = piece.expert.max(BASE_EXPERT).into();
-                    batch.prompt[at] = position < i64::from(num_prompt);
-                    at += 1;
-                }
+                file.tokens.read(piece.start, len + 1, &mut tokens);
+                let place = at..at + len;
+                widen(&tokens[..len], &mut batch.input_ids[place.clone()]);
+                let first_label = len.min(piece.first_label as usize);
+                widen(&tokens[first_label + 1..], &mut batch.labels[at + first_label..at + len]);
+                let positions = batch.position_ids[place.clone()].iter_mut();
+                (0..).zip(positions).for_each(|(position, at)| *at = position);
+                batch.document_ids[place.clone()].fill(piece_index);
+                batch.expert_ids[place].fill(piece.expert.max(BASE_EXPERT).into());
+                let num_prompt = len.min(piece.num_prompt() as usize);
+                batch.prompt[at..at + num_prompt].fill(true);
+                at += len;
             }
         }
         batch
@@ -402,6 +401,10 @@ impl Domain {
     pub fn num_blocks(&self) -> usize {
         self.blocks.num_blocks()
     }
+}
+
+fn widen(tokens: &[u32], ids: &mut [i64]) {
+    tokens.iter().zip(ids).for_each(|(&token, id)| *id = token.into());
 }
 
 fn memory_file(documents: &[MemoryDocument]) -> TokenFile {

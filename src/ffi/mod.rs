@@ -3,6 +3,7 @@
 
 pub mod cuda;
 pub mod fused;
+mod memory;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,6 +13,8 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, anyhow, bail};
 use tch::{Device, Tensor};
 use torch_sys::C_tensor;
+
+pub use self::memory::{FileBytes, with_bytes};
 
 type TensorPtr = *const C_tensor;
 type SegmentRun = extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mut C_tensor;

@@ -191,12 +191,17 @@ impl RoutedGpt2 {
 
     /// BLAKE3 of what is not trained: the base, and the frozen experts if there are any.
     pub fn frozen_hash(&self) -> Result<String> {
-        let (base, experts) = (self.base.hash()?, self.frozen_tensors());
+        self.frozen_hash_beside(self.base.hash()?)
+    }
+
+    /// [`RoutedGpt2::frozen_hash`], where the hash of the base as it lies on the device is known.
+    pub fn frozen_hash_beside(&self, base_hash: String) -> Result<String> {
+        let experts = self.frozen_tensors();
         if experts.is_empty() {
-            return Ok(base);
+            return Ok(base_hash);
         }
         let mut hasher = blake3::Hasher::new();
-        hasher.update(base.as_bytes());
+        hasher.update(base_hash.as_bytes());
         weights::hash_tensors(&mut hasher, &experts)?;
         Ok(hasher.finalize().to_hex().to_string())
     }

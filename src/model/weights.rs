@@ -10,9 +10,17 @@ use tch::{Device, Kind, Tensor};
 
 use super::gpt2::Gpt2;
 use super::gpt2_config::Gpt2Config;
-use crate::durable;
+use crate::ffi::FileBytes;
+use crate::{durable, ffi};
+
+/// Bytes of the length that a safetensors file begins with.
+const HEADER_LEN: usize = 8;
 
 /// Reads the base from one safetensors file or several shards, in `kind`, on the CPU.
+///
+/// What the file holds in `kind` is not copied but mapped into memory, where pages are read when they are first used;
+/// writing into such a tensor does not change the file. A file whose header leaves its numbers unaligned, as some
+/// older ones do, is read into memory.
 ///
 /// Names with and without the `transformer.` prefix are read, the causal-mask buffers `attn.bias` and
 /// `attn.masked_bias` that old files carry are left out, and a tied head may be stored if it equals
@@ -25,8 +33,10 @@ pub fn read_gpt2(config: &Gpt2Config, files: &[PathBuf], kind: Kind) -> Result<G
     let mut tensors = BTreeMap::new();
     let mut stored_head = None;
     for file in files {
-        let add = |name: String, tensor: Tensor| -> Result<()> {
-            let Some(name) = canonical_name(&name) else { return Ok(()) };
+        let bytes = open(file)?;
+        let add = |name: &str, view: &TensorView<'_>| -> Result<()> {
+            let Some(name) = canonical_name(name) else { return Ok(()) };
+            let tensor = share(&bytes, view).with_context(|| format!("tensor `{name}`"))?;
             if config.tied_head && name == "lm_head.weight" {
                 stored_head = Some(tensor);
                 return Ok(());
@@ -45,7 +55,7 @@ pub fn read_gpt2(config: &Gpt2Config, files: &[PathBuf], kind: Kind) -> Result<G
             }
             Ok(())
         };
-        for_each_tensor(file, add).with_context(|| format!("in `{}`", file.display()))?;
+        for_each_tensor(&bytes, file, add).with_context(|| format!("in `{}`", file.display()))?;
     }
     assert!(!files.is_empty(), "the hub room finds at least one file");
     let missing: Vec<_> = expected.keys().filter(|name| !tensors.contains_key(*name)).collect();
@@ -76,15 +86,32 @@ fn canonical_name(name: &str) -> Option<String> {
     Some(format!("transformer.{name}"))
 }
 
+/// A safetensors file in memory, mapped if its numbers are aligned there.
+fn open(file: &Path) -> Result<FileBytes> {
+    let bytes = FileBytes::map(file)?;
+    // the header's length, the header, the numbers; a broken file is told of where it is parsed
+    let header: Option<[u8; HEADER_LEN]> = bytes.get(..HEADER_LEN).and_then(|b| b.try_into().ok());
+    let start = header.map_or(0, u64::from_le_bytes).saturating_add(HEADER_LEN as u64);
+    match usize::try_from(start) {
+        Ok(start) if start < bytes.len() && !start.is_multiple_of(HEADER_LEN) => {
+            FileBytes::read(file, start)
+        }
+        _ => Ok(bytes),
+    }
+}
+
 /// Hands each tensor of a safetensors file to `take`, in the order of names.
-fn for_each_tensor(file: &Path, mut take: impl FnMut(String, Tensor) -> Result<()>) -> Result<()> {
-    let bytes = crate::ffi::map_file(file)?;
-    let parsed = SafeTensors::deserialize(&bytes)
+fn for_each_tensor(
+    bytes: &[u8],
+    file: &Path,
+    mut take: impl FnMut(&str, &TensorView<'_>) -> Result<()>,
+) -> Result<()> {
+    let parsed = SafeTensors::deserialize(bytes)
         .with_context(|| format!("`{}` is no whole safetensors file", file.display()))?;
     let mut views: Vec<_> = parsed.iter().collect();
     views.sort_unstable_by_key(|(name, _)| *name);
     for (name, view) in views {
-        take(name.to_owned(), to_tensor(&view).with_context(|| format!("tensor `{name}`"))?)?;
+        take(name, &view)?;
     }
     Ok(())
 }
@@ -92,8 +119,9 @@ fn for_each_tensor(file: &Path, mut take: impl FnMut(String, Tensor) -> Result<(
 /// Reads every tensor of a safetensors file, as stored, on the CPU.
 pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
-    for_each_tensor(file, |name, tensor| {
-        tensors.insert(name, tensor);
+    for_each_tensor(&ffi::map_file(file)?, file, |name, view| {
+        let tensor = copy(view).with_context(|| format!("tensor `{name}`"))?;
+        tensors.insert(name.to_owned(), tensor);
         Ok(())
     })?;
     Ok(tensors)
@@ -110,8 +138,26 @@ pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
     Ok(())
 }
 
-fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
-    let kind = match view.dtype() {
+/// A tensor over its bytes in `bytes`, or a copy of them if they are not aligned.
+fn share(bytes: &FileBytes, view: &TensorView<'_>) -> Result<Tensor> {
+    let (kind, shape) = (kind_of(view)?, shape_of(view));
+    let at = view.data().as_ptr();
+    if at.align_offset(kind.elt_size_in_bytes()) != 0 {
+        return copy(view);
+    }
+    bytes.tensor(at.addr() - bytes.as_ptr().addr(), &shape, kind)
+}
+
+fn copy(view: &TensorView<'_>) -> Result<Tensor> {
+    Ok(Tensor::f_from_data_size(view.data(), &shape_of(view), kind_of(view)?)?)
+}
+
+fn shape_of(view: &TensorView<'_>) -> Vec<i64> {
+    view.shape().iter().map(|&n| n as i64).collect()
+}
+
+fn kind_of(view: &TensorView<'_>) -> Result<Kind> {
+    Ok(match view.dtype() {
         Dtype::F32 => Kind::Float,
         Dtype::F16 => Kind::Half,
         Dtype::BF16 => Kind::BFloat16,
@@ -120,9 +166,7 @@ fn to_tensor(view: &TensorView<'_>) -> Result<Tensor> {
         Dtype::U8 => Kind::Uint8,
         Dtype::BOOL => Kind::Bool,
         other => bail!("has dtype `{other:?}`; use f32, f16 or bf16"),
-    };
-    let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-    Ok(Tensor::f_from_data_size(view.data(), &shape, kind)?)
+    })
 }
 
 /// A tensor on its way into a file.
@@ -179,7 +223,7 @@ fn store(tensor: &Tensor) -> Result<Stored> {
     Ok(Stored { dtype, shape, bytes: tensor_bytes(&tensor)? })
 }
 
-/// Adds each tensor's name, dtype, shape and bytes to a hash.
+/// Adds each tensor's name, dtype, shape and bytes to a hash, on all cores.
 pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
     hasher: &mut blake3::Hasher,
     tensors: impl IntoIterator<Item = &'a (N, Tensor)>,
@@ -188,7 +232,7 @@ pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
         let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
         let (name, kind, size) = (name.as_ref(), tensor.kind(), tensor.size());
         hasher.update(format!("{name} {kind:?} {size:?}\n").as_bytes());
-        hasher.update(&tensor_bytes(&tensor)?);
+        ffi::with_bytes(&tensor, |bytes| hasher.update_rayon(bytes));
     }
     Ok(())
 }

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tch::Device;
+use tch::{Device, Kind};
 
 use crate::base::Base;
 use crate::config::{Config, Method, OnCollapse};
@@ -311,7 +311,7 @@ impl Trainer {
         let num_steps = plan::num_steps(&config, &data.train);
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
-            Method::RoutedLora => Some(model.frozen_hash()?),
+            Method::RoutedLora => Some(frozen_hash(&model, state.base_hash.clone())?),
             Method::Full => None,
         };
         let skills = None;
@@ -514,6 +514,18 @@ impl Trainer {
         let checkpoint = Checkpoint { config, state, experts, skills, model, optimizer };
         let train = &self.config.train;
         checkpoint::write(&self.config.run.dir, &checkpoint, train.keep_last)
+    }
+}
+
+/// BLAKE3 of what is frozen, where `base_hash`, if it is known, is that of the base as it was read: in f32 on the CPU.
+fn frozen_hash(model: &RoutedGpt2, base_hash: Option<String>) -> Result<String> {
+    let wte = &model.base().wte;
+    match base_hash {
+        // it computes in the very numbers that were read
+        Some(hash) if (wte.device(), wte.kind()) == (Device::Cpu, Kind::Float) => {
+            model.frozen_hash_beside(hash)
+        }
+        _ => model.frozen_hash(),
     }
 }
 

@@ -1,0 +1,113 @@
+//! Tensors over the bytes of a file, and the bytes of tensors, without a copy.
+
+use std::ffi::c_void;
+use std::io::Read;
+use std::ops::Deref;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow, ensure};
+use memmap2::{Advice, MmapMut, MmapOptions};
+use tch::{Device, Kind, Tensor};
+use torch_sys::C_tensor;
+
+unsafe extern "C" {
+    fn dylora_owned_view(
+        view: *const C_tensor,
+        drop: extern "C" fn(*mut c_void),
+        owner: *mut c_void,
+    ) -> *mut C_tensor;
+}
+
+/// What the first byte that matters of [`FileBytes::read`] is aligned to, as libtorch's own tensors are.
+const ALIGNMENT: usize = 64;
+
+/// The content of a file, which tensors can share. What is written into such a tensor is the process's own:
+/// the file never changes.
+#[derive(Debug, Clone)]
+pub struct FileBytes {
+    map: Arc<MmapMut>,
+    /// Where the file begins in the map.
+    start: usize,
+}
+
+impl FileBytes {
+    /// Maps a file: a page is read when it is first used, and processes that map the same file share it.
+    /// The file must not be written in place meanwhile; replacing it by renaming leaves the map whole.
+    pub fn map(path: &Path) -> Result<Self> {
+        let file = fs_err::File::open(path)?;
+        // SAFETY: a private map; a writer that shrinks the file could end the process, not corrupt it
+        let map = unsafe { MmapOptions::new().map_copy(file.file()) };
+        let map = map.map_err(|error| anyhow!("cannot map `{}`: {error}", path.display()))?;
+        Ok(Self { map: Arc::new(map), start: 0 })
+    }
+
+    /// Reads a file so that its byte `at` lies as libtorch's own tensors do, at a multiple of 64.
+    pub fn read(path: &Path, at: usize) -> Result<Self> {
+        let mut file = fs_err::File::open(path)?;
+        let len = usize::try_from(file.metadata()?.len())?;
+        let start = at.next_multiple_of(ALIGNMENT) - at;
+        let mut map = MmapMut::map_anon((start + len).max(1))?;
+        // fewer and faster page faults, where the system has large pages
+        let _ = map.advise(Advice::HugePage);
+        file.read_exact(&mut map[start..start + len])?;
+        Ok(Self { map: Arc::new(map), start })
+    }
+
+    /// A tensor on the CPU over the bytes from `offset` on, without a copy; the bytes stay as long as it does.
+    ///
+    /// # Errors
+    /// Bytes that end too early, or that are not aligned to the dtype's size.
+    pub fn tensor(&self, offset: usize, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        let element = kind.elt_size_in_bytes();
+        let num_bytes = shape
+            .iter()
+            .try_fold(element, |bytes, &n| bytes.checked_mul(usize::try_from(n).ok()?))
+            .and_then(|bytes| bytes.checked_add(offset));
+        ensure!(num_bytes.is_some_and(|end| end <= self.len()), "the bytes end too early");
+        let data = self[offset..].as_ptr();
+        ensure!(data.align_offset(element) == 0, "the bytes are not aligned");
+        let mut strides = vec![1; shape.len()];
+        for i in (1..shape.len()).rev() {
+            strides[i - 1] = strides[i] * shape[i];
+        }
+        let owner = Box::into_raw(Box::new(Arc::clone(&self.map)));
+        // SAFETY: the bytes are there and aligned, as was just checked; the map is writable memory, and the
+        // tensor that is returned owns a share of it, which it drops once
+        unsafe {
+            let view = Tensor::from_blob(data, shape, &strides, kind, Device::Cpu);
+            super::owned(dylora_owned_view(view.as_ptr(), drop_owner, owner.cast()))
+        }
+    }
+}
+
+impl Deref for FileBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map[self.start..]
+    }
+}
+
+extern "C" fn drop_owner(owner: *mut c_void) {
+    // SAFETY: called once, with the pointer that `FileBytes::tensor` made with `Box::into_raw`
+    drop(unsafe { Box::from_raw(owner.cast::<Arc<MmapMut>>()) });
+}
+
+/// Hands the bytes of a contiguous tensor on the CPU to `take`, without a copy.
+///
+/// # Panics
+/// If it is anything else.
+pub fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> T {
+    assert!(
+        tensor.device() == Device::Cpu && tensor.is_contiguous(),
+        "bytes lie in a row on the CPU"
+    );
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if len == 0 {
+        return take(&[]);
+    }
+    // SAFETY: a contiguous tensor's numbers are that many bytes from its data pointer on; `tensor` keeps
+    // them alive, and nothing writes to it while it is borrowed here
+    take(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) })
+}
