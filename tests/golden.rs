@@ -310,6 +310,45 @@ fn names_with_and_without_prefix_are_the_same_base() -> Result<()> {
     Ok(())
 }
 
+/// As the file of OpenAI's GPT-2 on the Hub has them, whose header is 14283 bytes long.
+#[test]
+fn numbers_that_are_not_aligned_in_their_file_are_the_same_base() -> Result<()> {
+    let spoiled = Spoiled::new()?;
+    let file = spoiled.write("model.safetensors", |_| true)?;
+    let read = |file| read_gpt2(&spoiled.config, &[file], Kind::Float);
+    let expected = read(file.clone())?.hash()?;
+    let bytes = fs_err::read(&file)?;
+    let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into()?))?;
+    for spaces in 1..=8 {
+        let shifted = spoiled.folder.path().join(format!("{spaces}.safetensors"));
+        let length = (header + spaces).to_le_bytes();
+        let (text, numbers) = bytes[8..].split_at(header);
+        fs_err::write(&shifted, [&length, text, &b"        "[..spaces], numbers].concat())?;
+        let base = read(shifted)?;
+        assert_eq!(base.hash()?, expected, "{spaces} spaces");
+        let element = Kind::Float.elt_size_in_bytes();
+        assert_eq!(base.wte.data_ptr() as usize % element, 0, "{spaces} spaces");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_base_is_its_own_though_its_file_is_mapped() -> Result<()> {
+    let spoiled = Spoiled::new()?;
+    let file = spoiled.write("model.safetensors", |_| true)?;
+    let bytes = fs_err::read(&file)?;
+    let read = || read_gpt2(&spoiled.config, std::slice::from_ref(&file), Kind::Float);
+    let (mut written, kept) = (read()?, read()?);
+    let hash = kept.hash()?;
+    let _ = tch::no_grad(|| written.wte.fill_(1.0));
+    assert_ne!(written.hash()?, hash);
+    assert_eq!(kept.hash()?, hash);
+    assert!(fs_err::read(&file)? == bytes, "the file has changed");
+    drop(spoiled);
+    assert_eq!(kept.hash()?, hash, "the file is gone");
+    Ok(())
+}
+
 #[test]
 fn missing_extra_misshapen_and_doubled_tensors_are_named() -> Result<()> {
     let mut spoiled = Spoiled::new()?;

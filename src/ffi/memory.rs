@@ -111,3 +111,61 @@ pub fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> T {
     // them alive, and nothing writes to it while it is borrowed here
     take(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().expect("a temporary file can be made");
+        fs_err::write(file.path(), bytes).expect("it is writable");
+        file
+    }
+
+    #[test]
+    fn tensors_share_the_bytes_and_keep_them() -> Result<()> {
+        let numbers = [0.5f32, -1.0, 2.0, 3.0, 4.0, 5.0];
+        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        for open in [FileBytes::map, |path: &Path| FileBytes::read(path, 4)] {
+            let file = file(&bytes);
+            let shared = open(file.path())?;
+            assert_eq!(*shared, *bytes);
+            let tensor = shared.tensor(4, &[2, 2], Kind::Float)?;
+            let at = shared[4..].as_ptr();
+            assert_eq!(tensor.data_ptr().cast_const().cast(), at, "no copy");
+            assert_eq!(with_bytes(&tensor, <[u8]>::to_vec), &bytes[4..20]);
+            let map = Arc::clone(&shared.map);
+            drop((file, shared));
+            assert_eq!(Vec::<f32>::try_from(tensor.get(1))?, &numbers[3..5]);
+            assert_eq!(Arc::strong_count(&map), 2);
+            drop(tensor);
+            assert_eq!(Arc::strong_count(&map), 1, "the tensor gave its share back");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn bytes_are_read_to_where_they_are_aligned() -> Result<()> {
+        let file = file(&[7; 100]);
+        for at in [0, 1, 63, 64, 99] {
+            let bytes = FileBytes::read(file.path(), at)?;
+            assert_eq!(bytes.len(), 100);
+            assert_eq!(bytes[at..].as_ptr().align_offset(ALIGNMENT), 0, "{at}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn tensors_beyond_the_bytes_or_off_their_alignment_are_refused() -> Result<()> {
+        let bytes = FileBytes::map(file(&[0; 16]).path())?;
+        for (offset, shape) in [(0, vec![5]), (16, vec![1]), (8, vec![i64::MAX, 4]), (0, vec![-1])]
+        {
+            let error = bytes.tensor(offset, &shape, Kind::Float).expect_err("it is too long");
+            assert_eq!(error.to_string(), "the bytes end too early", "{shape:?}");
+        }
+        let error = bytes.tensor(2, &[1], Kind::Float).expect_err("floats lie at multiples of 4");
+        assert_eq!(error.to_string(), "the bytes are not aligned");
+        assert_eq!(bytes.tensor(16, &[0, 3], Kind::Float)?.size(), [0, 3]);
+        Ok(())
+    }
+}
