@@ -53,6 +53,7 @@ def arguments():
     parser.add_argument("--warmup", type=int, default=5, metavar="N")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="on the CPU")
     parser.add_argument("--start", action="store_true", help="also the time from start to the end of the first step")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `dylora bench` alone")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="every figure, a JSON object a line")
     args = parser.parse_args()
     if unknown := set(args.rows) - set(ROWS):
@@ -117,6 +118,8 @@ def run_dylora(args, rows, batches, base=None, steps=None, warmup=None):
         "--steps": args.steps if steps is None else steps, "--warmup": args.warmup if warmup is None else warmup,
     }.items():
         command += [flag, str(value)] if value is not None else []
+    for item in args.set:
+        command += ["--set", item]
     return lines_of(command)
 
 
@@ -248,7 +251,8 @@ def main():
         f"block, {documents}, {args.accumulate} forward(s) a step, dropout {args.dropout}; {packages}\n"
     )
     table(args, results)
-    print()
+    peak = "resident set over that with the base alone" if args.device == "cpu" else "allocator"
+    print(f"\nGiB: peak of the {peak}; ratios of several pairs: median (least to most)\n")
     conclusions(args, results)
     if starts:
         for who, secs in starts.items():

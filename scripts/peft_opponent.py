@@ -199,13 +199,13 @@ def measure(setting, row, batch, device):
         loss_of = torch.compile(opponent, mode=mode, dynamic=False)
     data = batches(setting, batch, base.config.vocab_size, device)
     accumulate = setting["accumulate"]
-    autocast = row == "single_lora" and setting["dtype"] == "bf16"
+    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, row == "single_lora" and setting["dtype"] == "bf16")
 
     def step():
         total = 0.0
         for _ in range(accumulate):
             ids, labels, more = next(data)
-            with torch.set_grad_enabled(row != "eval"), torch.autocast(device, torch.bfloat16, enabled=autocast):
+            with torch.set_grad_enabled(row != "eval"), autocast:
                 loss = loss_of(ids, labels, more)
             if row != "eval":
                 (loss / accumulate).backward()
@@ -243,6 +243,8 @@ def measure(setting, row, batch, device):
 def main():
     setting = json.loads(sys.argv[1])
     device = setting["device"]
+    if device != "cpu":
+        torch.cuda.set_device(device if ":" in device else 0)
     for batch in setting["batches"]:
         for row in setting["rows"]:
             report = {"kind": "row", "row": row, "micro_batch_size": batch, "error": None}

@@ -42,7 +42,7 @@ fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Fi
     rows.iter().map(measure).collect()
 }
 
-/// SPEED's two settings, by hand: P = 12 * 12 * 768^2 + 50257 * 768 = 123,532,032, A = 2 * 12 * 1024 * 768
+/// The presets s1 and s2 on GPT-2 124M, by hand: P = 12 * 12 * 768^2 + 50257 * 768 = 123,532,032, A = 2 * 12 * 1024 * 768
 /// = 18,874,368; Lo = 12 * 32 * (768 + 2304) and 12 * 128 * (3072 + 1536 + 3840 + 3840).
 #[test]
 fn a_step_has_the_operations_of_the_formula() -> Result<()> {
@@ -201,6 +201,8 @@ fn faults_of_the_arguments_are_faults_of_usage() {
         (&["--rank=0"], "`lora.rank` must be at least 1, got 0"),
         (&["--dropout=1"], "`lora.dropout` must be at least 0 and below 1, got 1"),
         (&["--accumulate=0"], "`train.grad_accum_steps` must be at least 1, got 0"),
+        (&["--set=router.top_k=9"], "`router.top_k` must be from 1 to `lora.num_experts` 4, got 9"),
+        (&["--set=lora.rnak=9"], "unknown field `rnak`"),
         (&["--documents=-1"], "`--documents` must be a number above 0, got -1"),
     ] {
         let found = said(fault);

@@ -5,10 +5,12 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// Runs the binary on the CPU with a token cache of its own.
+/// Runs the binary on the CPU with a token cache of its own, and in one thread: models this small run many
+/// times slower on two where others use the cores as well.
 fn dylora(cache: &tempfile::TempDir, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
-    Ok(command.args(arguments).env("DYLORA_CACHE", cache.path()).output()?)
+    command.args(arguments).env("DYLORA_CACHE", cache.path()).env("OMP_NUM_THREADS", "1");
+    Ok(command.output()?)
 }
 
 fn json(output: &Output) -> Result<Value> {
@@ -202,11 +204,18 @@ fn bench_prints_its_setting_and_each_row() -> Result<()> {
     let json = |text: String| -> Result<Vec<Value>> {
         Ok(text.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
     };
-    let lines =
-        json(run(&["--batch=2", "--json", "--modules=all", "--documents=12", "--warmup=1"])?)?;
+    let lines = json(run(&[
+        "--batch=2",
+        "--json",
+        "--modules=all",
+        "--documents=12",
+        "--warmup=1",
+        "--set=router.top_k=2",
+    ])?)?;
     let (header, rows) = lines.split_first().context("a header")?;
     assert_eq!((&header["kind"], &header["dtype"]), (&"header".into(), &"f32".into()));
     assert_eq!(header["lora"]["target_modules"].as_array().map(Vec::len), Some(4));
+    assert_eq!(header["router"]["top_k"], 2);
     assert_eq!(rows.len(), 8);
     for row in rows {
         assert_eq!((&row["kind"], &row["error"]), (&"row".into(), &Value::Null), "{row}");

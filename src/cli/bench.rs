@@ -1,18 +1,17 @@
 //! `dylora bench`: how fast the mixture is here, and what it costs beside other ways to compute.
 
-use std::io::Write;
 use std::str::FromStr;
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 use tch::Device;
 
-use super::open::{base_source, device_name, open_base, parse_dtype};
+use super::bench_report::{as_text, header, print_line, row_line};
+use super::open::{base_source, open_base, parse_dtype};
 use super::progress::CountBar;
-use super::{Shared, device, table, usage};
-use crate::bench::data::LENGTH_SIGMA;
-use crate::bench::{Bench, BenchSettings, Figures, Row, RowReport};
+use super::{Shared, device, usage};
+use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
     BaseConfig, BaseSource, Config, DataConfig, DeviceChoice, DomainConfig, Dtype, Duration,
     HubSource, LoraConfig, LossOn, Method, Mixing, OnBadRecord, OnExhausted, OptimizerConfig,
@@ -24,11 +23,6 @@ use crate::model::gpt2_config::Gpt2Config;
 
 /// The dense bf16 peak of NVIDIA's H100 SXM and H200, TFLOP/s (NVIDIA H100 data sheet, without sparsity).
 const HOPPER_TFLOPS: f64 = 989.4;
-
-/// How [`crate::bench::flops`] counts, in one line.
-const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P + 3A + 6Lo in training, 2P + A + 2Lo \
-                       in evaluation; P = 12 L d^2 + V d, A = 2 L T d, Lo = sum of r (in + out) over experts and \
-                       modules";
 
 /// Arguments of `dylora bench`.
 #[derive(Debug, Args)]
@@ -76,6 +70,9 @@ pub struct BenchArgs {
     /// The device's peak, for the MFU [default: 989.4 on an H100 or H200 in bf16, else no MFU].
     #[arg(long, value_name = "TFLOPS")]
     peak_tflops: Option<f64>,
+    /// Set any other key of the mixture's config, repeatable, as `router.top_k=2`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Print JSON: a line for the setting, then a line for each row.
     #[arg(long)]
     json: bool,
@@ -210,8 +207,9 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let device = device(args.device)?;
     let on_cuda = matches!(device, Device::Cuda(_));
     let dtype = args.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
-    let config = args.config(dtype)?;
-    args.check(&config).map_err(usage)?;
+    args.check().map_err(usage)?;
+    let text = load::to_toml(&args.config(dtype)?);
+    let config = load::resolve(&text, &args.set).map_err(usage)?;
     let (label, weights) = args.weights(&config.base, shared)?;
     let device_model = ffi::device_model(device).unwrap_or_else(|| "unknown".into());
     let hopper = device_model.contains("H100") || device_model.contains("H200");
@@ -301,7 +299,8 @@ impl BenchArgs {
         })
     }
 
-    fn check(&self, config: &Config) -> Result<()> {
+    /// Checks what the config does not.
+    fn check(&self) -> Result<()> {
         if self.steps == 0 {
             bail!("`--steps` must be at least 1, got 0");
         }
@@ -314,7 +313,7 @@ impl BenchArgs {
                 bail!("`{flag}` must be a number above 0, got {value}");
             }
         }
-        load::validate(config)
+        Ok(())
     }
 
     /// The base's name and weights, f32 on the CPU.
@@ -336,160 +335,4 @@ impl BenchArgs {
         tch::manual_seed(self.seed as i64);
         Ok((format!("{} (random weights)", size.name), Gpt2::random(size.config())))
     }
-}
-
-/// What holds for all rows.
-fn header(
-    settings: &BenchSettings,
-    label: &str,
-    shape: &Gpt2Config,
-    device: Device,
-    device_model: &str,
-) -> Value {
-    let config = &settings.config;
-    let mut train = json!(config.train);
-    // each row has its own
-    train.as_object_mut().expect("a struct is an object").shift_remove("micro_batch_size");
-    json!({
-        "kind": "header",
-        "dylora_version": env!("CARGO_PKG_VERSION"),
-        "libtorch_version": ffi::torch_version(),
-        "device": device_name(device),
-        "device_model": device_model,
-        "threads": tch::get_num_threads(),
-        "base": label,
-        "shape": shape.to_json(match config.base.dtype {
-            Dtype::F32 => "float32",
-            Dtype::Bf16 => "bfloat16",
-        }),
-        "dtype": config.base.dtype,
-        "seq_len": config.data.seq_len,
-        "document_median": settings.document_median,
-        "document_sigma": settings.document_median.map(|_| LENGTH_SIGMA),
-        "warmup": settings.warmup,
-        "steps": settings.steps,
-        "seed": config.run.seed,
-        "peak_tflops": settings.peak_flops.map(|flops| flops / 1e12),
-        "mfu_formula": FORMULA,
-        "lora": config.lora,
-        "router": config.router,
-        "train": train,
-        "optimizer": config.optimizer,
-    })
-}
-
-/// A row's line, which says what it is first.
-fn row_line(report: &RowReport) -> Result<Value> {
-    let mut line = json!({ "kind": "row" });
-    let (Value::Object(line_map), Value::Object(report)) =
-        (&mut line, serde_json::to_value(report)?)
-    else {
-        unreachable!("structs are objects")
-    };
-    line_map.extend(report);
-    Ok(line)
-}
-
-fn print_line(value: &Value) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    // a row at a time, for whoever waits for it
-    Ok(writeln!(out, "{value}").and_then(|()| out.flush())?)
-}
-
-/// What people read.
-fn as_text(header: &Value, reports: &[RowReport]) -> String {
-    let text = |key: &str| header[key].as_str().unwrap_or("").to_owned();
-    let lora = &header["lora"];
-    let modules: Vec<&str> =
-        lora["target_modules"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let documents = match header["document_median"].as_f64() {
-        None => "one document a block".into(),
-        Some(median) => format!("packed documents of median {median} tokens"),
-    };
-    let mut out = format!(
-        "dylora {}, libtorch {}, {} ({}), {} thread(s)\n{} in {}, {} tokens a block, {documents}, {} forward(s) a step\n\
-         {} experts of rank {}, alpha {}, dropout {} on {}; routers: {}\n{} steps after {} to warm up\n\n",
-        text("dylora_version"),
-        text("libtorch_version"),
-        text("device"),
-        text("device_model"),
-        header["threads"],
-        text("base"),
-        text("dtype"),
-        header["seq_len"],
-        header["train"]["grad_accum_steps"],
-        lora["num_experts"],
-        lora["rank"],
-        lora["alpha"],
-        lora["dropout"],
-        modules.join(", "),
-        header["router"]["scope"].as_str().unwrap_or(""),
-        header["steps"],
-        header["warmup"],
-    );
-    let columns = [
-        "row",
-        "batch",
-        "tokens/s",
-        "ms a step",
-        "min",
-        "max",
-        "peak",
-        "over base",
-        "MFU %",
-        "first step, ms",
-        "first loss",
-    ];
-    let rows = reports.iter().map(|report| {
-        let head = [report.row.to_owned(), report.micro_batch_size.to_string()];
-        let figures = match &report.figures {
-            Some(figures) => cells(figures),
-            None => vec!["-".into(); columns.len() - head.len()],
-        };
-        head.into_iter().chain(figures).collect()
-    });
-    out += &table::table(&columns, rows.collect()).to_string();
-    for report in reports {
-        if let Some(error) = &report.error {
-            out += &format!("\n{} at batch {}: {error}", report.row, report.micro_batch_size);
-        }
-    }
-    for ratio in mixture_costs(reports) {
-        out += &format!("\n{ratio}");
-    }
-    match header["peak_tflops"].as_f64() {
-        Some(peak) => out + &format!("\n{FORMULA}; peak {peak} TFLOP/s"),
-        None => out,
-    }
-}
-
-fn cells(figures: &Figures) -> Vec<String> {
-    let ms = |ms: f64| format!("{ms:.2}");
-    let memory = |bytes: Option<u64>| bytes.map_or("-".into(), |n| table::bytes(n as i64));
-    vec![
-        table::count(figures.tokens_per_sec.round() as u64),
-        ms(figures.step_ms),
-        ms(figures.min_step_ms),
-        ms(figures.max_step_ms),
-        memory(figures.peak_memory_bytes),
-        memory(figures.extra_memory_bytes),
-        figures.mfu.map_or("-".into(), |mfu| format!("{:.1}", 100.0 * mfu)),
-        format!("{:.0}", figures.first_step_ms),
-        format!("{:.4}", figures.first_loss),
-    ]
-}
-
-/// How much longer a step of the mixture takes than one of a single LoRA, at each batch size.
-fn mixture_costs(reports: &[RowReport]) -> Vec<String> {
-    let step_ms = |row: Row, batch: usize| {
-        let report = reports.iter().find(|r| r.row == row.name() && r.micro_batch_size == batch)?;
-        Some(report.figures.as_ref()?.step_ms)
-    };
-    let mut batches: Vec<usize> = reports.iter().map(|report| report.micro_batch_size).collect();
-    batches.dedup();
-    let cost = |batch| {
-        let ratio = step_ms(Row::OnePass, batch)? / step_ms(Row::SingleLora, batch)?;
-        Some(format!("at batch {batch}, one_pass takes {ratio:.3} times as long as single_lora"))
-    };
-    batches.into_iter().filter_map(cost).collect()
 }

@@ -2,6 +2,7 @@
 
 mod add_expert;
 mod bench;
+mod bench_report;
 mod eval;
 mod export_adapters;
 mod merge;
