@@ -13,7 +13,9 @@ fn main() {
     let lib = env::var("DEP_TCH_LIBTORCH_LIB")
         .expect("torch-sys did not say where libtorch is; run `scripts/setup` first");
     let root = PathBuf::from(&lib).parent().expect("libtorch's lib folder has a parent").to_owned();
-    compiler(&root).files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/memory.cpp"]).compile("dylora_shim");
+    compiler(&root)
+        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/memory.cpp"])
+        .compile("dylora_shim");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");

@@ -135,7 +135,8 @@ impl Subject {
         let kind = kind_of(config.base.dtype);
         let specs = row.experts(&config, base)?;
         let router = RouterSpec::of_config(&config);
-        let model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
+        let mut model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
+        model.set_kernels(config.train.kernels);
         let trained = match row {
             Row::Base => {
                 let leaf = model.base().wpe.set_requires_grad(true);

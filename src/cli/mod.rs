@@ -108,6 +108,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         // libtorch looks for CUDA once, at its first use
         let cuda = ffi::load_cuda();
+        ffi::cuda::keep_code_in(&token_cache().join("kernels"));
         if self.version {
             println!("{}", version(cuda));
             return Ok(());

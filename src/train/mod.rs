@@ -139,13 +139,15 @@ pub fn build_model(
     device: Device,
 ) -> Result<RoutedGpt2> {
     let kind = kind_of(config.base.dtype);
-    match config.method {
-        Method::Full => Ok(RoutedGpt2::plain(base, device, kind, true)),
+    let mut model = match config.method {
+        Method::Full => RoutedGpt2::plain(base, device, kind, true),
         Method::RoutedLora => {
             tch::manual_seed(config.run.seed as i64);
-            mixture.put_on(base, device, kind)
+            mixture.put_on(base, device, kind)?
         }
-    }
+    };
+    model.set_kernels(config.train.kernels);
+    Ok(model)
 }
 
 /// The model of a checkpoint: its experts and router on the base, or the trained base.

@@ -1,0 +1,304 @@
+//! Loss and gradients of one step, both ways.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use dylora::config::{
+    DropoutMasks, ExpertConfig, Kernels, LoraConfig, LoraInit, RouterConfig, RouterInput,
+    RouterScope, TargetModule,
+};
+use dylora::ffi;
+use dylora::model::expert::ExpertSpec;
+use dylora::model::gpt2::Gpt2;
+use dylora::model::gpt2_config::{Activation, Gpt2Config};
+use dylora::model::lora::LoraDropout;
+use dylora::model::loss::LossSettings;
+use dylora::model::router::RouterSpec;
+use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use tch::{Device, Kind, Tensor};
+
+use crate::common::{randomize, seed, tiny_config};
+
+/// A mixture on a base, and a batch.
+struct Case {
+    name: String,
+    base: Gpt2Config,
+    lora: LoraConfig,
+    router: RouterConfig,
+    batch: usize,
+    seq_len: usize,
+    /// Lengths of the packed documents; none = each row is one.
+    documents: Option<Vec<usize>>,
+    dropout: f64,
+    label_smoothing: f64,
+    checkpointing: bool,
+}
+
+fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraConfig {
+    LoraConfig {
+        num_experts: num_experts as i64,
+        rank,
+        alpha: 1.5 * rank as f64,
+        target_modules: target_modules.to_vec(),
+        ..LoraConfig::default()
+    }
+}
+
+fn shape(heads: i64, head_size: i64, vocab_size: i64, n_positions: i64) -> Gpt2Config {
+    let n_embd = heads * head_size;
+    Gpt2Config {
+        n_head: heads,
+        n_embd,
+        n_inner: 4 * n_embd,
+        vocab_size,
+        n_positions,
+        ..tiny_config()
+    }
+}
+
+fn case(name: &str) -> Case {
+    Case {
+        name: name.into(),
+        base: shape(2, 16, 53, 64),
+        lora: lora(3, 4, &TargetModule::ALL),
+        router: RouterConfig::default(),
+        batch: 2,
+        seq_len: 24,
+        documents: None,
+        dropout: 0.0,
+        label_smoothing: 0.0,
+        checkpointing: false,
+    }
+}
+
+fn cases(on_gpu: bool) -> Vec<Case> {
+    use TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
+    let mut cases = vec![];
+    for num_experts in [1, 3, 6, 16] {
+        for rank in [1, 4, 12, 64] {
+            let lora = lora(num_experts, rank, &TargetModule::ALL);
+            cases.push(Case { lora, ..case(&format!("E {num_experts}, r {rank}")) });
+        }
+    }
+    for modules in [&[AttnCAttn][..], &[AttnCProj], &[MlpCFc], &[MlpCProj], &[AttnCProj, MlpCFc]] {
+        let lora = lora(4, 8, modules);
+        cases.push(Case { lora, ..case(&format!("{modules:?}")) });
+    }
+    let experts = vec![
+        ExpertConfig { rank: Some(2), ..ExpertConfig::default() },
+        ExpertConfig { rank: Some(5), alpha: Some(3.0), ..ExpertConfig::default() },
+        ExpertConfig {
+            rank: Some(16),
+            target_modules: Some(vec![AttnCAttn]),
+            ..ExpertConfig::default()
+        },
+    ];
+    cases.push(Case { lora: LoraConfig { experts, ..case("").lora }, ..case("mixed ranks") });
+    let init = LoraConfig { init: LoraInit::Pissa, ..case("").lora };
+    cases.push(Case { lora: init, ..case("pissa") });
+    let longest = if on_gpu { 1024 } else { 130 };
+    for seq_len in [1, 2, 7, 33, 64, 127, longest] {
+        let base = shape(2, 16, 53, 1024);
+        let batch = if seq_len == 33 { 1 } else { 2 };
+        cases.push(Case { base, seq_len, batch, ..case(&format!("T {seq_len}, batch {batch}")) });
+    }
+    for head_size in [16, 24, 64, 96, 128] {
+        cases.push(Case {
+            base: shape(2, head_size, 53, 64),
+            ..case(&format!("head size {head_size}"))
+        });
+    }
+    for vocab_size in [53, 1000, 50257] {
+        cases.push(Case { base: shape(2, 16, vocab_size, 64), ..case(&format!("v {vocab_size}")) });
+    }
+    cases.push(Case { base: shape(3, 5, 53, 64), ..case("a width that is no multiple of 8") });
+    let exact = Gpt2Config { activation: Activation::Gelu, ..shape(2, 16, 53, 64) };
+    cases.push(Case { base: exact, ..case("exact gelu") });
+    let untied = Gpt2Config { tied_head: false, ..shape(2, 16, 53, 64) };
+    cases.push(Case { base: untied, ..case("untied head") });
+    cases.push(Case { label_smoothing: 0.1, ..case("label smoothing") });
+    cases.push(Case { dropout: 0.2, ..case("dropout") });
+    cases.push(Case { dropout: 0.2, lora: lora(4, 8, &[AttnCAttn]), ..case("dropout, c_attn") });
+    cases.push(Case { checkpointing: true, ..case("checkpointing") });
+    cases.push(Case { documents: Some(vec![5, 1, 11, 7]), ..case("packed documents") });
+    for scope in [RouterScope::Layer, RouterScope::Module] {
+        for input in [RouterInput::Embeddings, RouterInput::LayerInput] {
+            let router = RouterConfig { scope, input, ..RouterConfig::default() };
+            cases.push(Case { router, ..case(&format!("{scope:?} routers on {input:?}")) });
+        }
+    }
+    let router = RouterConfig { input: RouterInput::BaseHidden, ..RouterConfig::default() };
+    cases.push(Case { router, ..case("router on base_hidden") });
+    let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+    cases.push(Case { router, ..case("top 2") });
+    cases
+}
+
+impl Case {
+    fn inputs(&self, device: Device) -> Inputs {
+        let n = self.batch * self.seq_len;
+        let ids = Tensor::randint(self.base.vocab_size, [n as i64], (Kind::Int64, Device::Cpu));
+        let ids = Vec::<i64>::try_from(ids).expect("integers");
+        let mut positions: Vec<i64> = vec![];
+        let mut documents: Vec<i64> = vec![];
+        for _ in 0..self.batch {
+            let lengths = self.documents.clone().unwrap_or_else(|| vec![self.seq_len]);
+            for (document, length) in lengths.into_iter().enumerate() {
+                positions.extend(0..length as i64);
+                documents.extend(std::iter::repeat_n(document as i64, length));
+            }
+        }
+        let label = |(at, id): (usize, &i64)| {
+            if at % 5 == 3 { -100 } else { (id * 7 + 1) % self.base.vocab_size }
+        };
+        let labels: Vec<i64> = ids.iter().enumerate().map(label).collect();
+        let rows = Rows {
+            num_rows: self.batch,
+            seq_len: self.seq_len,
+            input_ids: &ids,
+            labels: &labels,
+            position_ids: &positions,
+            document_ids: &documents,
+            expert_ids: None,
+            prompt: None,
+        };
+        Inputs::new(rows, device)
+    }
+
+    fn model(
+        &self,
+        base: &Gpt2,
+        device: Device,
+        kind: Kind,
+        tensors: Option<&BTreeMap<String, Tensor>>,
+    ) -> Result<RoutedGpt2> {
+        let specs = ExpertSpec::all(&self.lora, &self.base)?;
+        let router = RouterSpec::from(&self.router);
+        let model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
+        match tensors {
+            None => randomize(&model)?,
+            Some(tensors) => model.load(tensors)?,
+        }
+        Ok(model)
+    }
+
+    /// The loss and every gradient, in f64 on the CPU.
+    fn step(&self, model: &RoutedGpt2, inputs: &Inputs) -> Result<(f64, BTreeMap<String, Tensor>)> {
+        let settings = LossSettings {
+            chunk_tokens: 17,
+            label_smoothing: self.label_smoothing,
+            scale: 1.0 / inputs.labelled.size()[0] as f64,
+            with_grad: true,
+        };
+        let dropout = LoraDropout { probability: self.dropout, masks: DropoutMasks::Shared };
+        let mode = ForwardMode {
+            dropout,
+            gradient_checkpointing: self.checkpointing,
+            ..ForwardMode::EVAL
+        };
+        tch::manual_seed(11);
+        let (loss, _) = model.loss(inputs, &RoutingSource::Router, mode, settings);
+        let trained = model.trained(dylora::config::RoutingChoice::Router, None);
+        let grads = Tensor::run_backward(&[&loss.loss], &trained.leaves, false, false);
+        let grads: Vec<Tensor> = grads
+            .into_iter()
+            .zip(&trained.leaves)
+            .map(|(grad, leaf)| if grad.defined() { grad } else { leaf.zeros_like().detach() })
+            .collect();
+        let grads = trained.split(&grads).into_iter().zip(&trained.parameters);
+        let exact = |x: Tensor| x.to_device(Device::Cpu).to_kind(Kind::Double);
+        let grads = grads.map(|(grad, parameter)| (parameter.name.clone(), exact(grad))).collect();
+        Ok((loss.loss.double_value(&[]), grads))
+    }
+}
+
+fn norm(x: &Tensor) -> f64 {
+    x.norm().double_value(&[])
+}
+
+/// Norm of the difference over the norm of the reference, over all tensors of one kind (`lora_a`, ..).
+fn distances(a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>) -> BTreeMap<String, f64> {
+    assert!(a.keys().eq(b.keys()));
+    let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+    for (name, a) in a {
+        let kind = name.rsplit('.').next().expect("names have parts").to_owned();
+        let (difference, size) = sums.entry(kind).or_default();
+        *difference += norm(&(a - &b[name])).powi(2);
+        *size += norm(&b[name]).powi(2);
+    }
+    let ratio = |(difference, size): (f64, f64)| match size {
+        0.0 => difference.sqrt(),
+        _ => (difference / size).sqrt(),
+    };
+    sums.into_iter().map(|(kind, sums)| (kind, ratio(sums))).collect()
+}
+
+/// Loss within 1e-5 and gradients within 1e-4 of their norm in f32, 1e-10 and 1e-9 in f64; in bf16 no farther
+/// from the gradients in f64 than the reference's own in bf16, but for a fifth.
+#[test]
+fn fused_steps_are_the_references() -> Result<()> {
+    let _generator = seed(900);
+    let on_gpu = std::env::var("DYLORA_TEST_DEVICE").is_ok_and(|device| device == "cuda");
+    let device = match on_gpu {
+        true => {
+            ffi::load_cuda().map_err(anyhow::Error::msg)?;
+            Device::Cuda(0)
+        }
+        false => Device::Cpu,
+    };
+    let mut faults = vec![];
+    for case in cases(on_gpu) {
+        tch::manual_seed(5);
+        let tensors = case.base.parameter_shapes().into_iter().map(|(name, shape)| {
+            let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
+            (name, Tensor::randn(&shape, (Kind::Double, Device::Cpu)) * 0.08 + mean)
+        });
+        let base = Gpt2::new(case.base.clone(), tensors.collect());
+        let exact = case.model(&base, Device::Cpu, Kind::Double, None)?;
+        let tensors = exact.tensors();
+        tch::manual_seed(6);
+        let on_cpu = case.inputs(Device::Cpu);
+        tch::manual_seed(6);
+        let inputs = case.inputs(device);
+        let compare = |kind: Kind| -> Result<_> {
+            let mut model = case.model(&base, device, kind, Some(&tensors))?;
+            let fused = case.step(&model, &inputs)?;
+            model.set_kernels(Kernels::Reference);
+            Ok((fused, case.step(&model, &inputs)?))
+        };
+        let kinds: &[Kind] =
+            if on_gpu { &[Kind::Float, Kind::BFloat16] } else { &[Kind::Double, Kind::Float] };
+        for &kind in kinds {
+            let (fused, reference) = compare(kind)?;
+            let of_loss = (fused.0 - reference.0).abs();
+            let of_grads = distances(&fused.1, &reference.1);
+            let (loss_bound, bound) = match kind {
+                Kind::Double => (1e-10, 1e-9),
+                Kind::Float => (1e-5, 1e-4),
+                _ => (2e-2, f64::INFINITY),
+            };
+            let mut is_good = of_loss <= loss_bound && of_grads.values().all(|d| *d <= bound);
+            let mut extra = String::new();
+            // masks of dropout are another device's own
+            if kind == Kind::BFloat16 && case.dropout == 0.0 {
+                let truth = case.step(&exact, &on_cpu)?;
+                let (ours, theirs) =
+                    (distances(&fused.1, &truth.1), distances(&reference.1, &truth.1));
+                is_good &= ours.iter().all(|(name, d)| *d <= 1.2 * theirs[name] + 1e-3);
+                extra = format!(", from f64: {ours:?} against {theirs:?}");
+            }
+            let line = format!(
+                "{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads:?}{extra}",
+                case.name
+            );
+            if on_gpu {
+                println!("{} {line}", if is_good { "ok  " } else { "FAIL" });
+            }
+            if !is_good {
+                faults.push(line);
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    Ok(())
+}
