@@ -135,6 +135,10 @@ fn cases(on_gpu: bool) -> Vec<Case> {
 }
 
 impl Case {
+    fn rank(&self) -> i64 {
+        self.lora.rank
+    }
+
     fn inputs(&self, device: Device) -> Inputs {
         let n = self.batch * self.seq_len;
         let ids = Tensor::randint(self.base.vocab_size, [n as i64], (Kind::Int64, Device::Cpu));
@@ -176,7 +180,21 @@ impl Case {
         let router = RouterSpec::from(&self.router);
         let model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
         match tensors {
-            None => randomize(&model)?,
+            None => {
+                randomize(&model)?;
+                // updates about as large as the base's weights
+                let smaller = |(name, tensor): (String, Tensor)| {
+                    let factor = if name.contains("lora_") {
+                        0.5 / (self.rank() as f64).sqrt()
+                    } else {
+                        1.0
+                    };
+                    (name, &tensor * factor)
+                };
+                let tensors =
+                    model.tensors().into_iter().filter(|(name, _)| !name.contains("initial"));
+                model.load_some(&tensors.map(smaller).collect())?;
+            }
             Some(tensors) => model.load(tensors)?,
         }
         Ok(model)
@@ -216,37 +234,54 @@ fn norm(x: &Tensor) -> f64 {
     x.norm().double_value(&[])
 }
 
-/// Norm of the difference over the norm of the reference, over all tensors of one kind (`lora_a`, ..).
-fn distances(a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>) -> BTreeMap<String, f64> {
-    assert!(a.keys().eq(b.keys()));
-    let mut sums: BTreeMap<String, (f64, f64)> = BTreeMap::new();
-    for (name, a) in a {
-        let kind = name.rsplit('.').next().expect("names have parts").to_owned();
-        let (difference, size) = sums.entry(kind).or_default();
-        *difference += norm(&(a - &b[name])).powi(2);
-        *size += norm(&b[name]).powi(2);
-    }
-    let ratio = |(difference, size): (f64, f64)| match size {
-        0.0 => difference.sqrt(),
-        _ => (difference / size).sqrt(),
-    };
-    sums.into_iter().map(|(kind, sums)| (kind, ratio(sums))).collect()
+/// Norm of the difference over the norm of the reference, over experts and over routers.
+#[derive(Debug, Clone, Copy)]
+struct Distances {
+    experts: f64,
+    routers: f64,
 }
 
-/// Loss within 1e-5 and gradients within 1e-4 of their norm in f32, 1e-10 and 1e-9 in f64; in bf16 no farther
-/// from the gradients in f64 than the reference's own in bf16, but for a fifth.
+impl Distances {
+    fn new(a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>) -> Self {
+        assert!(a.keys().eq(b.keys()));
+        let ratio = |is_expert: bool| {
+            let names = a.keys().filter(|name| name.contains("lora_") == is_expert);
+            let squares =
+                names.map(|name| (norm(&(&a[name] - &b[name])).powi(2), norm(&b[name]).powi(2)));
+            let (difference, size) =
+                squares.fold((0.0, 0.0), |sum, new| (sum.0 + new.0, sum.1 + new.1));
+            if size > 0.0 { f64::sqrt(difference / size) } else { f64::sqrt(difference) }
+        };
+        Self { experts: ratio(true), routers: ratio(false) }
+    }
+
+    fn largest(self) -> f64 {
+        self.experts.max(self.routers)
+    }
+}
+
+impl std::fmt::Display for Distances {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1e} of experts, {:.1e} of routers", self.experts, self.routers)
+    }
+}
+
+/// Loss within 1e-5 and gradients within 1e-4 of their norm in f32, 1e-10 and 1e-9 in f64. In bf16 gradients
+/// are as far from those in f64 as the reference's own in bf16: by the geometric mean over all cases no
+/// farther than 1.05 times, and in none, where chance decides, farther than twice.
 #[test]
 fn fused_steps_are_the_references() -> Result<()> {
-    let _generator = seed(900);
     let on_gpu = std::env::var("DYLORA_TEST_DEVICE").is_ok_and(|device| device == "cuda");
     let device = match on_gpu {
         true => {
+            // before any other call of libtorch
             ffi::load_cuda().map_err(anyhow::Error::msg)?;
             Device::Cuda(0)
         }
         false => Device::Cpu,
     };
-    let mut faults = vec![];
+    let _generator = seed(900);
+    let (mut faults, mut ratios) = (vec![], vec![]);
     for case in cases(on_gpu) {
         tch::manual_seed(5);
         let tensors = case.base.parameter_shapes().into_iter().map(|(name, shape)| {
@@ -271,24 +306,29 @@ fn fused_steps_are_the_references() -> Result<()> {
         for &kind in kinds {
             let (fused, reference) = compare(kind)?;
             let of_loss = (fused.0 - reference.0).abs();
-            let of_grads = distances(&fused.1, &reference.1);
+            let of_grads = Distances::new(&fused.1, &reference.1);
             let (loss_bound, bound) = match kind {
                 Kind::Double => (1e-10, 1e-9),
                 Kind::Float => (1e-5, 1e-4),
                 _ => (2e-2, f64::INFINITY),
             };
-            let mut is_good = of_loss <= loss_bound && of_grads.values().all(|d| *d <= bound);
+            let mut is_good = of_loss <= loss_bound && of_grads.largest() <= bound;
             let mut extra = String::new();
             // masks of dropout are another device's own
             if kind == Kind::BFloat16 && case.dropout == 0.0 {
                 let truth = case.step(&exact, &on_cpu)?;
-                let (ours, theirs) =
-                    (distances(&fused.1, &truth.1), distances(&reference.1, &truth.1));
-                is_good &= ours.iter().all(|(name, d)| *d <= 1.2 * theirs[name] + 1e-3);
-                extra = format!(", from f64: {ours:?} against {theirs:?}");
+                let ours = Distances::new(&fused.1, &truth.1);
+                let theirs = Distances::new(&reference.1, &truth.1);
+                is_good &= ours.experts <= 2.0 * theirs.experts;
+                is_good &= ours.routers <= 2.0 * theirs.routers;
+                ratios.push(ours.experts / theirs.experts);
+                if theirs.routers > 0.0 {
+                    ratios.push(ours.routers / theirs.routers);
+                }
+                extra = format!(", from f64: {ours} against {theirs}");
             }
             let line = format!(
-                "{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads:?}{extra}",
+                "{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads}{extra}",
                 case.name
             );
             if on_gpu {
@@ -298,6 +338,14 @@ fn fused_steps_are_the_references() -> Result<()> {
                 faults.push(line);
             }
         }
+    }
+    if on_gpu {
+        let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
+        println!(
+            "in bf16, distance from f64 over the reference's: {mean:.3}, {} numbers",
+            ratios.len()
+        );
+        assert!(mean <= 1.05, "{mean}");
     }
     assert!(faults.is_empty(), "{}", faults.join("\n"));
     Ok(())
