@@ -129,15 +129,16 @@ int dylora_libtorch_path(char *out, size_t capacity) {
   return 0;
 }
 
-// One AdamW update of n tensors. `step` is a 0-dim f32 tensor with the number of this update, from 1.
+// One AdamW update of n tensors, by 0-dim tensors on their device: `step`, f32, the number of this update, from 1; `lr`,
+// f64 on the CPU and f32 on CUDA; `found_inf`, f32, 1 if nothing is to be updated.
 int dylora_adamw(Tensor *const *params, Tensor *const *grads, Tensor *const *exp_avgs, Tensor *const *exp_avg_sqs,
-                 size_t n, Tensor *step, double lr, double beta1, double beta2, double weight_decay, double eps) {
+                 size_t n, Tensor *step, Tensor *lr, Tensor *found_inf, double beta1, double beta2, double weight_decay, double eps) {
   TRY(-1, {
     at::NoGradGuard no_grad;
     auto p = list(params, n), g = list(grads, n), m = list(exp_avgs, n), v = list(exp_avg_sqs, n);
     std::vector<Tensor> steps(n, *step);
-    at::_fused_adamw_(p, g, m, v, /*max_exp_avg_sqs=*/{}, steps, lr, beta1, beta2, weight_decay, eps,
-                      /*amsgrad=*/false, /*maximize=*/false);
+    at::_fused_adamw_(p, g, m, v, /*max_exp_avg_sqs=*/{}, steps, *lr, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, *found_inf);
     return 0;
   })
 }
@@ -205,6 +206,12 @@ int dylora_cuda_name(int device, char *out, int capacity) {
   return known ? 0 : -1;
 }
 
+int dylora_empty_cache() {
+  TRY(-1, {
+    at::accelerator::emptyCache();
+    return 0;
+  })
+}
 int dylora_synchronize(int device) {
   TRY(-1, {
     at::accelerator::synchronizeDevice(device);

@@ -16,9 +16,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{Config, EvalRule, RouterConfig, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
+use crate::model::inputs::{Extent, HostInputs};
 use crate::model::loss::LossSettings;
 use crate::model::router::Routing;
-use crate::model::routing_totals::{Labelled, RoutingTotals, add_totals};
+use crate::model::routing_totals::{RoutingTotals, add_totals};
 use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use routing::SiteExperts;
 pub use routing::{RoutingReport, SiteReport};
@@ -129,9 +130,7 @@ pub fn evaluate(
             let (loss, routing) = score(model, &inputs, source, settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();
-            let groups = label_domains(&batch, device);
-            let labelled = Labelled { rows: &inputs.labelled, groups: &groups, num_groups };
-            add_totals(&mut totals, &routing, labelled);
+            add_totals(&mut totals, &routing, inputs.label_rows(num_groups));
             done += chunk.len() as u64;
             progress(done, num_blocks);
         }
@@ -177,7 +176,7 @@ fn score(
     let loss_settings = LossSettings {
         chunk_tokens: settings.loss_chunk_tokens,
         label_smoothing: 0.0,
-        scale: 1.0,
+        scale: Tensor::ones([], (Kind::Float, model.device())),
         with_grad: false,
     };
     let mode = ForwardMode { rule: settings.rule, ..ForwardMode::EVAL };
@@ -211,10 +210,17 @@ pub fn check_records(
     }
 }
 
-/// A batch of the data room as the model takes it, to be routed by `source`.
+/// A batch of the data room as the model takes it, to be routed by `source`; the groups of its tokens are the
+/// domains.
 pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
+    let rows = rows(batch, source);
+    Inputs::of(&HostInputs::new(rows, Extent::of(&rows), &batch.domains, device), device)
+}
+
+/// The rows of a batch, to be routed by `source`.
+pub fn rows<'a>(batch: &'a Batch, source: &RoutingSource) -> Rows<'a> {
     let by_record = matches!(source, RoutingSource::Record | RoutingSource::RecordOrRouter);
-    let rows = Rows {
+    Rows {
         num_rows: batch.num_rows,
         seq_len: batch.seq_len,
         input_ids: &batch.input_ids,
@@ -223,17 +229,5 @@ pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
         document_ids: &batch.document_ids,
         expert_ids: by_record.then_some(&batch.expert_ids[..]),
         prompt: Some(&batch.prompt),
-    };
-    Inputs::new(rows, device)
-}
-
-/// The domain of each labelled position of a batch, in the order of [`Inputs::labelled`], `[n]`.
-pub fn label_domains(batch: &Batch, device: Device) -> Tensor {
-    let rows = batch.labels.chunks(batch.seq_len).zip(&batch.domains);
-    let domains: Vec<i64> = rows
-        .flat_map(|(labels, &domain)| {
-            labels.iter().filter(|&&label| label >= 0).map(move |_| i64::from(domain))
-        })
-        .collect();
-    Tensor::from_slice(&domains).to_device(device)
+    }
 }

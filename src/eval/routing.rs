@@ -48,10 +48,19 @@ pub fn fetch(sites: Vec<SiteExperts>, totals: &[RoutingTotals]) -> Result<Vec<Si
         return Ok(vec![]);
     }
     let flat: Vec<Tensor> = totals.iter().map(RoutingTotals::flat).collect();
-    let mut numbers = Vec::<f64>::try_from(Tensor::cat(&flat, 0))?.into_iter();
-    let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
-    let fetched = sites.into_iter().zip(totals).map(|(SiteExperts { site, experts }, totals)| {
-        let groups = totals.tokens.size()[0] as usize;
+    let num_groups = totals[0].tokens.size()[0] as usize;
+    let numbers = Vec::<f64>::try_from(Tensor::cat(&flat, 0))?;
+    Ok(of_numbers(sites, num_groups, &mut numbers.into_iter()))
+}
+
+/// The totals of `sites` from the numbers of [`RoutingTotals::flat`], one after the other.
+pub fn of_numbers(
+    sites: Vec<SiteExperts>,
+    groups: usize,
+    numbers: &mut dyn Iterator<Item = f64>,
+) -> Vec<SiteTotals> {
+    let mut take = |n: usize| -> Vec<f64> { numbers.take(n).collect() };
+    let fetched = sites.into_iter().map(|SiteExperts { site, experts }| {
         let m = experts.len();
         let (tokens, probs) = (take(groups), take(m));
         let rows = |flat: Vec<f64>| flat.chunks(m).map(<[f64]>::to_vec).collect();
@@ -60,7 +69,7 @@ pub fn fetch(sites: Vec<SiteExperts>, totals: &[RoutingTotals]) -> Result<Vec<Si
         let squared_lse = take(1)[0];
         SiteTotals { site, experts, tokens, probs, weights, assignments, entropy, squared_lse }
     });
-    Ok(fetched.collect())
+    fetched.collect()
 }
 
 /// A place where routing is decided, by name, and its experts.

@@ -30,7 +30,8 @@ unsafe extern "C" {
         exp_avg_sqs: *const TensorPtr,
         n: usize,
         step: TensorPtr,
-        lr: f64,
+        lr: TensorPtr,
+        found_inf: TensorPtr,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
@@ -43,6 +44,7 @@ unsafe extern "C" {
     fn dylora_reset_peak_memory(device: c_int) -> c_int;
     fn dylora_cuda_name(device: c_int, out: *mut c_char, capacity: c_int) -> c_int;
     fn dylora_synchronize(device: c_int) -> c_int;
+    fn dylora_empty_cache() -> c_int;
     fn dylora_checkpoint(
         run: SegmentRun,
         drop: extern "C" fn(*mut c_void),
@@ -110,11 +112,9 @@ pub fn torch_version() -> &'static str {
     unsafe { CStr::from_ptr(dylora_torch_version()) }.to_str().expect("a version is ASCII")
 }
 
-/// The hyperparameters of one AdamW update of one group of tensors.
+/// The hyperparameters of AdamW for one group of tensors.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
-    /// Learning rate of this update.
-    pub lr: f64,
     /// Decay rates of the moments.
     pub betas: [f64; 2],
     /// Decoupled weight decay.
@@ -123,16 +123,27 @@ pub struct AdamW {
     pub eps: f64,
 }
 
+/// What tells one update from others: 0-dim tensors, so that the host need not know them.
+#[derive(Debug)]
+pub struct AdamWUpdate {
+    /// Which update it is, from 1, f32.
+    pub number: Tensor,
+    /// Learning rate: f64 on the CPU, f32 on CUDA.
+    pub lr: Tensor,
+    /// 1 where a gradient is not finite, and nothing is to be updated; else 0, f32.
+    pub found_inf: Tensor,
+}
+
 /// One AdamW update in place (`at::_fused_adamw_`, arXiv:1711.05101, algorithm 2).
 ///
 /// - `exp_avgs`, `exp_avg_sqs`: the moments, shaped, typed and laid out like `params` and `grads`
-/// - `step`: 0-dim f32 tensor on the same device, the number of this update, from 1
+/// - `update`: what tells this update from others, all of it on the same device
 pub fn adamw(
     params: &[Tensor],
     grads: &[Tensor],
     exp_avgs: &[Tensor],
     exp_avg_sqs: &[Tensor],
-    step: &Tensor,
+    update: &AdamWUpdate,
     settings: AdamW,
 ) -> Result<()> {
     let n = params.len();
@@ -145,8 +156,9 @@ pub fn adamw(
             pointers(exp_avgs).as_ptr(),
             pointers(exp_avg_sqs).as_ptr(),
             n,
-            step.as_ptr(),
-            settings.lr,
+            update.number.as_ptr(),
+            update.lr.as_ptr(),
+            update.found_inf.as_ptr(),
             settings.betas[0],
             settings.betas[1],
             settings.weight_decay,
@@ -246,6 +258,15 @@ pub fn synchronize(device: Device) -> Result<()> {
     match device {
         // SAFETY: no pointers go in
         Device::Cuda(index) => check(unsafe { dylora_synchronize(index as c_int) }),
+        _ => Ok(()),
+    }
+}
+
+/// Gives memory that a CUDA device's allocator keeps for later back to the device; nothing to give on the CPU.
+pub fn empty_cache(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: no pointers go in
+        Device::Cuda(_) => check(unsafe { dylora_empty_cache() }),
         _ => Ok(()),
     }
 }

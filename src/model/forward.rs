@@ -140,8 +140,9 @@ impl RoutedGpt2 {
     }
 
     fn rule(&self, mode: ForwardMode) -> RoutingRule {
-        let RouterSpec { temperature, top_k, renormalize, .. } = self.router_spec;
+        let RouterSpec { top_k, renormalize, .. } = self.router_spec;
         let top_k = mode.rule.map_or(top_k, EvalRule::top_k);
+        let temperature = self.temperature.shallow_clone();
         RoutingRule { temperature, top_k, renormalize, noise: mode.noise }
     }
 

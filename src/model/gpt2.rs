@@ -16,6 +16,7 @@ use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::gpt2_config::{Activation, Gpt2Config};
+use super::inputs::Documents;
 use crate::config::TargetModule;
 
 /// A linear layer as GPT-2 keeps it (`Conv1D`): the weight is `[in, out]`.
@@ -70,8 +71,8 @@ impl LayerNorm {
 pub enum AttentionMask {
     /// All of them: each row is one document.
     Causal,
-    /// Those of its own document: `[b, 1, t, t]`, true where attention is allowed.
-    Documents(Tensor),
+    /// Those of its own document.
+    Documents(Documents),
 }
 
 impl AttentionMask {
@@ -79,7 +80,7 @@ impl AttentionMask {
     pub fn shallow_clone(&self) -> Self {
         match self {
             Self::Causal => Self::Causal,
-            Self::Documents(mask) => Self::Documents(mask.shallow_clone()),
+            Self::Documents(documents) => Self::Documents(documents.shallow_clone()),
         }
     }
 }
@@ -124,7 +125,7 @@ impl Block {
         let (q, k, v) = (heads.get(0), heads.get(1), heads.get(2));
         let (mask, is_causal) = match mask {
             AttentionMask::Causal => (None, true),
-            AttentionMask::Documents(mask) => (Some(mask), false),
+            AttentionMask::Documents(documents) => (Some(documents.mask()), false),
         };
         let scale = Some(self.attention_scale);
         let y =

@@ -14,14 +14,14 @@
 use tch::{Kind, Tensor};
 
 /// How the loss is taken.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct LossSettings {
     /// Positions of a chunk.
     pub chunk_tokens: i64,
     /// Share of the target's probability that is spread evenly.
     pub label_smoothing: f64,
-    /// What the sum over positions is multiplied with: 1 / label tokens of the step.
-    pub scale: f64,
+    /// What the sum over positions is multiplied with, 0-dim: 1 / label tokens of the step.
+    pub scale: Tensor,
     /// Whether gradients will be asked for.
     pub with_grad: bool,
 }
@@ -35,7 +35,8 @@ pub struct ChunkedLoss {
     pub token_losses: Tensor,
 }
 
-/// The loss of `hidden`, `[n, d]`, against `labels`, `[n]`, under the head `[v, d]`.
+/// The loss of `hidden`, `[n, d]`, against `labels`, `[n]`, under the head `[v, d]`. A position of label
+/// -100 has a loss of zero and no gradient.
 ///
 /// Gradients are computed here, not in the backward pass, where anything needs them.
 pub fn chunked_cross_entropy(
@@ -44,9 +45,9 @@ pub fn chunked_cross_entropy(
     labels: &Tensor,
     settings: LossSettings,
 ) -> ChunkedLoss {
-    let sums = tch::no_grad(|| chunk_sums(hidden, head, labels, settings));
+    let sums = tch::no_grad(|| chunk_sums(hidden, head, labels, &settings));
     let token_losses = Tensor::cat(&sums.token_losses, 0);
-    let mut loss = sums.loss * settings.scale;
+    let mut loss = &sums.loss * settings.scale.to_kind(sums.loss.kind());
     // loss + (x . dx - (x . dx without graph)): the value is the loss's to the bit, the gradient dx
     let mut attach = |x: &Tensor, dx: &Tensor| {
         let product = (x.to_kind(dx.kind()) * dx).sum(loss.kind());
@@ -73,11 +74,12 @@ fn chunk_sums(
     hidden: &Tensor,
     head: &Tensor,
     labels: &Tensor,
-    settings: LossSettings,
+    settings: &LossSettings,
 ) -> ChunkSums {
     let kind = hidden.kind();
     // bf16 logits become f32 at once; f64 stays f64
     let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+    let scale = settings.scale.to_kind(wide);
     let head_compute = head.detach().to_kind(kind);
     let mut sums = ChunkSums {
         loss: Tensor::zeros([], (wide, hidden.device())),
@@ -91,16 +93,18 @@ fn chunk_sums(
     for start in (0..n.max(1)).step_by(settings.chunk_tokens as usize) {
         let len = settings.chunk_tokens.min(n - start);
         let h_cd = hidden.detach().narrow(0, start, len);
-        let y_c1 = labels.narrow(0, start, len).unsqueeze(-1);
+        let labels_c1 = labels.narrow(0, start, len).unsqueeze(-1);
+        let counts_c1 = labels_c1.ge(0).to_kind(wide);
+        let y_c1 = labels_c1.clamp_min(0);
         let logits_cv = h_cd.matmul(&head_compute.tr()).to_kind(wide);
         let lse_c1 = logits_cv.logsumexp(-1, true);
         let label_logits_c1 = logits_cv.gather(-1, &y_c1, false);
-        sums.token_losses.push((&lse_c1 - &label_logits_c1).squeeze_dim(-1));
+        sums.token_losses.push(((&lse_c1 - &label_logits_c1) * &counts_c1).squeeze_dim(-1));
         let mut loss_c1 = &lse_c1 - label_logits_c1 * (1.0 - smoothing);
         if smoothing > 0.0 {
             loss_c1 -= logits_cv.mean_dim(-1, true, wide) * smoothing;
         }
-        sums.loss += loss_c1.sum(wide);
+        sums.loss += (loss_c1 * &counts_c1).sum(wide);
         if !settings.with_grad {
             continue;
         }
@@ -110,7 +114,7 @@ fn chunk_sums(
         }
         let on_label = Tensor::full([len, 1], smoothing - 1.0, (wide, hidden.device()));
         let d_logits_cv =
-            (d_logits_cv.scatter_add_(-1, &y_c1, &on_label) * settings.scale).to_kind(kind);
+            (d_logits_cv.scatter_add_(-1, &y_c1, &on_label) * (counts_c1 * &scale)).to_kind(kind);
         sums.d_hidden.push(d_logits_cv.matmul(&head_compute));
         if let Some(d_head) = &mut sums.d_head {
             *d_head += d_logits_cv.tr().matmul(&h_cd).to_kind(wide);

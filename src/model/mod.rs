@@ -67,6 +67,8 @@ pub struct RoutedGpt2 {
     /// One, or one for each layer or target module; none with fewer than two experts.
     routers: Vec<Router>,
     router_spec: RouterSpec,
+    /// The present temperature of the router's rule, 0-dim, f64, on the device.
+    temperature: Tensor,
     /// The experts that each layer routes over, `[m]`; none = all.
     present: Vec<Option<Tensor>>,
     trains_base: bool,
@@ -102,6 +104,7 @@ impl RoutedGpt2 {
             specs: vec![],
             routers: vec![],
             router_spec: RouterSpec::default(),
+            temperature: Tensor::ones([], (Kind::Double, device)),
             present: vec![],
             trains_base,
             kind,
@@ -174,6 +177,7 @@ impl RoutedGpt2 {
             model.routers = (0..count).map(new).collect();
         }
         model.router_spec = router.clone();
+        model.set_rule(router.temperature, router.top_k);
         model.specs = specs.to_vec();
         model.prepare_fused();
         if router.own_experts {
@@ -231,8 +235,14 @@ impl RoutedGpt2 {
         &self.router_spec
     }
 
+    /// The temperature that divides the scores, 0-dim, f64; one tensor for the model's life.
+    pub fn temperature(&self) -> &Tensor {
+        &self.temperature
+    }
+
     /// Sets the rule by which scores become weights.
     pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
+        let _ = self.temperature.fill_(temperature);
         self.router_spec.temperature = temperature;
         self.router_spec.top_k = top_k;
     }

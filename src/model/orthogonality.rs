@@ -6,7 +6,7 @@
 //!
 //! Letters of shapes: `e` experts of a module, `R` sum of their ranks.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::RoutedGpt2;
 use super::lora::LoraExperts;
@@ -57,7 +57,7 @@ impl LoraExperts {
     /// `[e, rows]`.
     fn members(&self, rows: i64, with_initial: bool) -> Tensor {
         let stack = self.lora_a.size()[0];
-        let options = (Kind::Double, tch::Device::Cpu);
+        let options = (self.lora_a.kind(), self.lora_a.device());
         let members = Tensor::zeros([self.slots.len() as i64, rows], options);
         for (row, slot) in (0..).zip(&self.slots) {
             let of_expert = members.get(row);
@@ -66,6 +66,6 @@ impl LoraExperts {
                 let _ = of_expert.narrow(0, stack + start, slot.rank).fill_(1.0);
             }
         }
-        members.to_kind(self.lora_a.kind()).to_device(self.lora_a.device())
+        members
     }
 }

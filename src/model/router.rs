@@ -94,10 +94,10 @@ impl RouterSpec {
 }
 
 /// How scores become weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug)]
 pub struct RoutingRule {
-    /// Divides the scores.
-    pub temperature: f64,
+    /// Divides the scores, 0-dim.
+    pub temperature: Tensor,
     /// How many experts a token keeps; none = all.
     pub top_k: Option<i64>,
     /// Whether their weights are divided by their sum.
@@ -194,7 +194,7 @@ impl Router {
             RouterNoise::Gaussian(std) => &logits + logits.randn_like() * std,
             _ => logits.shallow_clone(),
         };
-        let probs = (noisy / rule.temperature).softmax(-1, self.weight.kind());
+        let probs = (noisy / &rule.temperature).softmax(-1, self.weight.kind());
         let m = *probs.size().last().expect("routing_probs are [b, t, m]");
         let (weights, selected) = match rule.top_k {
             Some(k) if k < m => {

@@ -16,7 +16,7 @@
 
 use std::fmt;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::fused::{FlatBlock, FlatWeights};
 use super::inputs::Inputs;
@@ -244,7 +244,7 @@ impl<'a> RoutingPass<'a> {
             }
             let weights = routing.weights.shallow_clone();
             let weights = match (&routing.selected, named) {
-                (Some(selected), None) if self.model.may_skip(site, selected) => {
+                (Some(selected), None) if self.model.may_skip(site, selected.size()[2]) => {
                     let assignments = Assignments::new(selected, router.num_experts());
                     RoutingWeights::Chosen(weights, assignments)
                 }
@@ -299,13 +299,23 @@ impl RoutedGpt2 {
     }
 
     /// Whether some module that a site decides for may skip the experts that a token did not choose.
-    fn may_skip(&self, site: Site, selected: &Tensor) -> bool {
-        let (k, e) = (selected.size()[2], self.num_experts());
+    fn may_skip(&self, site: Site, k: i64) -> bool {
+        let e = self.num_experts();
         self.modules().any(|(path, experts)| {
             site.layer.is_none_or(|layer| layer == path.layer)
                 && site.module.is_none_or(|module| module == path.module)
-                && experts.may_skip(k, e, self.kind, selected.device())
+                && experts.may_skip(k, e, self.kind, self.device())
         })
+    }
+
+    /// Whether some module may skip the experts that a token did not choose: how much is computed then
+    /// depends on the numbers.
+    pub fn skips_experts(&self) -> bool {
+        let chooses = |site: &Site| {
+            let m = self.present_at(*site).map_or(self.num_experts(), |experts| experts.size()[0]);
+            self.router_spec.top_k.filter(|k| *k < m)
+        };
+        self.sites().into_iter().any(|site| chooses(&site).is_some_and(|k| self.may_skip(site, k)))
     }
 
     /// The experts that a layer routes over, `[m]`; none = all.
@@ -353,8 +363,10 @@ impl RoutedGpt2 {
             RoutingSource::Router | RoutingSource::RecordOrRouter | RoutingSource::All => {
                 RoutingWeights::Ones
             }
-            RoutingSource::Uniform => every(Tensor::full([e], 1.0 / e as f64, (kind, Device::Cpu))),
-            RoutingSource::Expert(expert) => every(Tensor::from(*expert).one_hot(e)),
+            RoutingSource::Uniform => every(Tensor::full([e], 1.0 / e as f64, (kind, x.device()))),
+            RoutingSource::Expert(expert) => {
+                every(Tensor::arange(e, (Kind::Int64, x.device())).eq(*expert))
+            }
             RoutingSource::Record => {
                 RoutingWeights::PerToken(one_hot(&named_experts(inputs), e, kind))
             }
@@ -368,23 +380,12 @@ impl RoutedGpt2 {
         if self.specs.iter().all(|spec| spec.alora_invocation_tokens.is_empty()) {
             return None;
         }
-        let mut mask = vec![1f32; inputs.host.input_ids.len() * self.specs.len()];
-        for (expert, spec) in self.specs.iter().enumerate() {
-            if spec.alora_invocation_tokens.is_empty() {
-                continue;
-            }
-            for document in inputs.host.documents() {
-                let tokens = &inputs.host.input_ids[document.clone()];
-                let inactive =
-                    last_start(tokens, &spec.alora_invocation_tokens).unwrap_or(tokens.len());
-                for position in document.start..document.start + inactive {
-                    mask[position * self.specs.len() + expert] = 0.0;
-                }
-            }
-        }
-        let (b, t) = inputs.input_ids.size2().expect("token ids are [b, t]");
-        let mask = Tensor::from_slice(&mask).view([b, t, self.specs.len() as i64]);
-        Some(mask.to_kind(wide(self.kind)).to_device(inputs.input_ids.device()))
+        let kind = wide(self.kind);
+        let active = self.specs.iter().map(|spec| match &spec.alora_invocation_tokens[..] {
+            [] => inputs.input_ids.ones_like().to_kind(kind),
+            tokens => inputs.from_last(tokens, kind),
+        });
+        Some(Tensor::stack(&active.collect::<Vec<_>>(), -1))
     }
 }
 
@@ -415,9 +416,4 @@ fn masked(weights: RoutingWeights, mask: Option<&Tensor>) -> RoutingWeights {
             RoutingWeights::PerToken(weights * mask)
         }
     }
-}
-
-/// Where `wanted`, which is not empty, occurs last in `tokens`.
-fn last_start(tokens: &[i64], wanted: &[i64]) -> Option<usize> {
-    tokens.windows(wanted.len()).rposition(|window| window == wanted)
 }

@@ -34,6 +34,17 @@ pub struct Labelled<'a> {
     pub groups: &'a Tensor,
     /// How many groups there are.
     pub num_groups: i64,
+    /// Which of them count, `[n]`; none = all.
+    pub counted: Option<&'a Tensor>,
+}
+
+impl Labelled<'_> {
+    /// `x`, `[n]` or `[n, _]`, with zeros where a token does not count.
+    pub fn only_counted(&self, x: Tensor) -> Tensor {
+        let Some(counted) = self.counted else { return x };
+        let counted = if x.dim() > 1 { counted.unsqueeze(-1) } else { counted.shallow_clone() };
+        x * counted
+    }
 }
 
 /// Adds a batch's totals to those of each place so far; `totals` is empty before the first batch.
@@ -50,9 +61,7 @@ pub fn add_totals(totals: &mut Vec<RoutingTotals>, routing: &[Routing], labelled
 /// Sums over label tokens at one place; those of several batches add up.
 #[derive(Debug)]
 pub struct RoutingTotals {
-    /// Label tokens.
-    pub num_tokens: i64,
-    /// The same by group, `[g]`, f64.
+    /// Label tokens by group, `[g]`, f64.
     pub tokens: Tensor,
     /// Sum of routing_probs, `[m]`, f64.
     pub probs: Tensor,
@@ -75,6 +84,7 @@ impl RoutingTotals {
     pub fn new(routing: &Routing, labelled: Labelled<'_>) -> Self {
         let _no_grad = tch::no_grad_guard();
         let of_rows = |x: &Tensor| rows(x, labelled.rows).to_kind(Kind::Double);
+        let counted = |x: Tensor| labelled.only_counted(x);
         let own = |x_ne: Tensor| match &routing.present {
             Some(experts) => x_ne.index_select(1, experts),
             None => x_ne,
@@ -85,27 +95,29 @@ impl RoutingTotals {
             shape[0] = labelled.num_groups;
             Tensor::zeros(shape, options).index_add(0, labelled.groups, x)
         };
-        let probs_nm = of_rows(&routing.probs);
+        let probs_nm = counted(of_rows(&routing.probs));
         let n = labelled.rows.size()[0];
-        let weights = by_group(&own(of_rows(&routing.weights)));
+        let weights = by_group(&own(counted(of_rows(&routing.weights))));
         let (assignments, assignments_per_token) = match &routing.selected {
             None => (by_group(&probs_nm), 1),
             Some(selected) => {
                 let e = *routing.weights.size().last().expect("routing_weights are [b, t, e]");
-                let selected_nk = of_rows(selected).to_kind(Kind::Int64);
+                let selected_nk = rows(selected, labelled.rows);
                 let k = selected_nk.size()[1];
-                let counts_ne = selected_nk.one_hot(e).sum_dim_intlist(1, false, Kind::Double);
-                (by_group(&own(counts_ne)), k)
+                let every_e = Tensor::arange(e, (Kind::Int64, options.1));
+                let chosen_nke = selected_nk.unsqueeze(-1).eq_tensor(&every_e);
+                let counts_ne = chosen_nke.sum_dim_intlist(1, false, Kind::Double);
+                (by_group(&own(counted(counts_ne))), k)
             }
         };
         Self {
-            num_tokens: n,
-            tokens: by_group(&Tensor::ones([n], options)),
+            tokens: by_group(&counted(Tensor::ones([n], options))),
             probs: probs_nm.sum_dim_intlist(0, false, Kind::Double),
             weights,
             assignments,
             entropy: by_group(&entropies(&probs_nm)),
-            squared_lse: of_rows(&routing.logits).logsumexp(-1, false).square().sum(Kind::Double),
+            squared_lse: counted(of_rows(&routing.logits).logsumexp(-1, false).square())
+                .sum(Kind::Double),
             assignments_per_token,
             dense: routing.selected.is_none(),
         }
@@ -113,7 +125,6 @@ impl RoutingTotals {
 
     /// Adds another batch's totals.
     pub fn add(&mut self, other: &Self) {
-        self.num_tokens += other.num_tokens;
         self.tokens = &self.tokens + &other.tokens;
         self.probs = &self.probs + &other.probs;
         self.weights = &self.weights + &other.weights;
@@ -136,6 +147,17 @@ impl RoutingTotals {
         self.probs.size()[0]
     }
 
+    /// Label tokens, 0-dim, f64.
+    pub fn num_tokens(&self) -> Tensor {
+        self.tokens.sum(Kind::Double)
+    }
+
+    /// `value / num_tokens`, 0-dim.
+    fn per_token(&self, value: f64) -> Tensor {
+        let num_tokens = self.num_tokens();
+        num_tokens.full_like(value) / num_tokens
+    }
+
     /// Whether every expert was chosen for every token.
     pub fn is_dense(&self) -> bool {
         self.dense
@@ -144,12 +166,12 @@ impl RoutingTotals {
     /// Share of assignments per expert `f`, `[m]`.
     pub fn expert_load(&self) -> Tensor {
         let sums = self.assignments.sum_dim_intlist(0, false, Kind::Double);
-        sums / (self.num_tokens * self.assignments_per_token) as f64
+        sums / (self.num_tokens() * self.assignments_per_token as f64)
     }
 
     /// Mean routing_probs `P`, `[m]`.
     fn mean_probs(&self) -> Tensor {
-        &self.probs / self.num_tokens as f64
+        &self.probs / self.num_tokens()
     }
 
     /// `d load_balancing_loss / d probs`, the same for each token, `[m]`: the loss depends on a
@@ -157,13 +179,13 @@ impl RoutingTotals {
     /// probs has the gradient of the loss over all batches of the totals.
     pub fn balance_gradient(&self) -> Tensor {
         let factor = if self.dense { 2.0 } else { 1.0 };
-        self.expert_load() * (factor * self.num_experts() as f64 / self.num_tokens as f64)
+        self.expert_load() * self.per_token(factor * self.num_experts() as f64)
     }
 
     /// `d uniform_mse / d probs`, likewise, `[m]`.
     pub fn uniform_gradient(&self) -> Tensor {
         let m = self.num_experts() as f64;
-        (self.mean_probs() - 1.0 / m) * (2.0 / m / self.num_tokens as f64)
+        (self.mean_probs() - 1.0 / m) * self.per_token(2.0 / m)
     }
 }
 

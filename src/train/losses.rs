@@ -15,11 +15,11 @@
 //!
 //! Letters of shapes: `n` labelled positions of the micro-batch, `m` the layer's experts.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::config::RouterConfig;
 use crate::model::router::Routing;
-use crate::model::routing_totals::{RoutingTotals, entropies, rows};
+use crate::model::routing_totals::{Labelled, RoutingTotals, entropies, rows};
 
 /// Whether a loss depends on the mean over all micro-batches of a step.
 pub fn needs_totals(config: &RouterConfig) -> bool {
@@ -30,21 +30,20 @@ pub fn needs_totals(config: &RouterConfig) -> bool {
 /// none if every factor is 0.
 ///
 /// - `totals`: of the whole step where [`needs_totals`]
-/// - `labelled`: the micro-batch's labelled positions, `[n]`
-/// - `label_tokens`: of the whole step
+/// - `labelled`: the micro-batch's labelled positions
+/// - `per_token`: 1 / label tokens of the whole step, 0-dim, f64
 pub fn router_losses(
     config: &RouterConfig,
     routing: &[Routing],
     totals: &[RoutingTotals],
-    labelled: &Tensor,
-    label_tokens: u64,
+    labelled: Labelled<'_>,
+    per_token: &Tensor,
 ) -> Option<Tensor> {
     if routing.is_empty() || config.loss_coefs().iter().all(|(_, coef, _)| *coef == 0.0) {
         return None;
     }
-    let per_token = 1.0 / label_tokens as f64;
     let terms = routing.iter().zip(totals).map(|(routing, totals)| {
-        let probs_nm = rows(&routing.probs, labelled);
+        let probs_nm = labelled.only_counted(rows(&routing.probs, labelled.rows));
         let kind = probs_nm.kind();
         let mut loss = Tensor::zeros([0i64; 0], (kind, probs_nm.device()));
         if config.load_balancing_coef > 0.0 {
@@ -56,11 +55,13 @@ pub fn router_losses(
             loss = &loss + (&probs_nm * gradient_m).sum(kind) * config.uniform_mse_coef;
         }
         if config.z_loss_coef > 0.0 {
-            let lse_n = rows(&routing.logits, labelled).logsumexp(-1, false);
-            loss = &loss + lse_n.square().sum(kind) * (config.z_loss_coef * per_token);
+            let lse_n = rows(&routing.logits, labelled.rows).logsumexp(-1, false);
+            let squares_n = labelled.only_counted(lse_n.square());
+            loss = &loss + squares_n.sum(kind) * (per_token * config.z_loss_coef).to_kind(kind);
         }
         if config.entropy_coef != 0.0 {
-            loss = &loss + entropies(&probs_nm).sum(kind) * (config.entropy_coef * per_token);
+            let coef = (per_token * config.entropy_coef).to_kind(kind);
+            loss = &loss + entropies(&probs_nm).sum(kind) * coef;
         }
         loss
     });
@@ -72,33 +73,37 @@ pub fn router_losses(
 pub struct Seeding<'a> {
     /// The new expert.
     pub expert: i64,
-    /// Whether a labelled position is of the new domain, `[n]`.
-    pub is_new: &'a Tensor,
-    /// Label tokens of the step in the new domain and in the others.
-    pub tokens: [u64; 2],
+    /// The new domain, as a group of tokens.
+    pub group: i64,
+    /// Label tokens of the step in the new domain and in the others, 0-dim, f64.
+    pub tokens: [&'a Tensor; 2],
 }
 
 /// The seeding loss of one micro-batch.
 pub fn seeding_loss(
     routing: &[Routing],
-    temperature: f64,
-    labelled: &Tensor,
+    temperature: &Tensor,
+    labelled: Labelled<'_>,
     seeding: Seeding<'_>,
 ) -> Tensor {
     let terms = routing.iter().map(|routing| {
-        let scores_nm = rows(&routing.logits, labelled) / temperature;
+        let scores_nm = rows(&routing.logits, labelled.rows) / temperature;
         let kind = scores_nm.kind();
         // a config with `[growth]` has every expert in every layer
         assert!(routing.present.is_none(), "a layer of a growing mixture has all experts");
         let at = seeding.expert;
         // ln p is the log-sigmoid of x = s_new - logsumexp of the others, and ln(1 - p) that of -x: their
         // gradients do not vanish where p is 1 but for rounding
-        let at_1 = Tensor::from_slice(&[at]).to_device(scores_nm.device());
-        let others_nm = scores_nm.index_fill(-1, &at_1, f64::NEG_INFINITY);
+        let m = *scores_nm.size().last().expect("scores are [n, m]");
+        let is_new_m = Tensor::arange(m, (Kind::Int64, scores_nm.device())).eq(at);
+        let others_nm = scores_nm.masked_fill(&is_new_m, f64::NEG_INFINITY);
         let x_n = scores_nm.select(-1, at) - others_nm.logsumexp(-1, false);
-        let is_new = seeding.is_new.to_kind(kind);
-        let is_old = -&is_new + 1.0;
-        let mean = |values: Tensor, tokens: u64| values.sum(kind) / tokens.max(1) as f64;
+        let is_new = labelled.groups.eq(seeding.group).to_kind(kind);
+        let is_old = labelled.only_counted(-&is_new + 1.0);
+        let is_new = labelled.only_counted(is_new);
+        let mean = |values: Tensor, tokens: &Tensor| {
+            values.sum(kind) / tokens.clamp_min(1.0).to_kind(kind)
+        };
         -mean(x_n.log_sigmoid() * is_new, seeding.tokens[0])
             - mean((-x_n).log_sigmoid() * is_old, seeding.tokens[1])
     });

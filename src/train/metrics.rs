@@ -112,6 +112,10 @@ pub struct StepMetrics {
     /// Wall-clock time of the step.
     #[serde(deserialize_with = "number")]
     pub step_secs: f64,
+    /// Wall-clock time in which the device had nothing to do: from the end of the step before, or of an
+    /// evaluation or checkpoint after it, to the launch of this one.
+    #[serde(default, deserialize_with = "number")]
+    pub host_secs: f64,
     /// Positions of the step, padding included, per second of it.
     #[serde(deserialize_with = "number")]
     pub tokens_per_sec: f64,
@@ -424,6 +428,7 @@ mod tests {
             learning_rates: [("adapters".into(), 1e-3), ("router".into(), 5e-4)].into(),
             label_tokens: 900,
             step_secs: 0.5,
+            host_secs: 0.25,
             tokens_per_sec: 2048.0,
             peak_memory_bytes: 3 << 29,
         })

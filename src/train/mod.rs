@@ -1,16 +1,21 @@
 //! Training: [`Trainer`] holds a run's model, optimizer, data and counters; [`Trainer::run`] is the
-//! loop. One step is in [`step`], what is saved in [`checkpoint`], what is reported in [`metrics`].
+//! loop. One step is in [`step`] and [`gradients`], as a CUDA graph in [`graph`], what is saved in [`checkpoint`], what is reported in [`metrics`].
 //!
 //! ```text
 //! blocks -> step (forwards, gradients, clip, AdamW) -> metrics -> evaluation -> checkpoint
 //! ```
+//!
+//! While a step runs on the device, the host prepares the data of the next.
 
 pub mod checkpoint;
+pub mod gradients;
+pub mod graph;
 pub mod grow;
 pub mod losses;
 pub mod metrics;
 pub mod optim;
 pub mod plan;
+pub mod prepared;
 pub mod routing_state;
 pub mod schedule;
 pub mod stages;
@@ -27,9 +32,9 @@ use tch::{Device, Kind};
 
 use crate::base::Base;
 use crate::config::{Config, Method, OnCollapse};
-use crate::data::Datasets;
-use crate::eval::routing::{RouterLosses, SiteExperts};
-use crate::eval::{self, RoutingReport, check_records};
+use crate::data::{BlockId, Datasets};
+use crate::eval::routing::RouterLosses;
+use crate::eval::{RoutingReport, check_records};
 use crate::mixture::Mixture;
 use crate::model::gpt2::Gpt2;
 use crate::model::parameters::OldParts;
@@ -38,12 +43,13 @@ use crate::model::{RoutedGpt2, Trained, kind_of};
 use crate::skills::SkillLibrary;
 use crate::{config, durable, ffi};
 use checkpoint::{Checkpoint, Position, TrainState};
+use graph::Capture;
 use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
 use routing_state::{ExpertMaturity, RoutingState};
 use stages::Stage;
-use step::{Phase, SeedingPhase};
+use step::{Prepared, SeedingPhase, StepResult, Stepper};
 
 /// What the loop tells while it runs.
 #[derive(Debug)]
@@ -105,14 +111,37 @@ pub struct Trainer {
     config: Config,
     model: RoutedGpt2,
     trained: Trained,
-    optimizer: Optimizer,
+    stepper: Stepper,
     data: Datasets,
     state: TrainState,
+    /// Behind the blocks of `ready`.
     stream: BlockStream,
+    /// The data of the next step, if it is prepared already.
+    ready: Option<Ready>,
+    /// Since when the device has had nothing to do.
+    idle_since: Option<Instant>,
     num_steps: u64,
     /// BLAKE3 of the frozen base and experts as they lie on the device.
     frozen_hash: Option<String>,
     skills: Option<SkillLibrary>,
+}
+
+/// The data of a step, and where the stream of blocks stands behind it.
+#[derive(Debug)]
+struct Ready {
+    blocks: Vec<BlockId>,
+    data: Prepared,
+    position: Position,
+    epoch: f64,
+}
+
+/// What a step was launched with.
+#[derive(Debug, Clone, Copy)]
+struct Launched {
+    started: Instant,
+    host_secs: f64,
+    temperature: f64,
+    lr_factor: f64,
 }
 
 /// What a mixture has been through before a run.
@@ -283,7 +312,7 @@ impl Trainer {
         let mut trainer = Self::assemble(config, model, data, state)?;
         let saved = checkpoint::read_optimizer(dir)?;
         let in_dir = || format!("cannot resume from `{}`", dir.display());
-        trainer.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
+        trainer.stepper.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
         optim::load_rng_states(&saved, device)?;
         trainer.skills = checkpoint::read_skills(dir, base.config.n_embd)?;
         Ok(trainer)
@@ -310,6 +339,7 @@ impl Trainer {
         });
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
+        let stepper = Stepper::new(optimizer, Capture::of(model.device()), model.device());
         let num_steps = plan::num_steps(&config, &data.train);
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
@@ -321,10 +351,12 @@ impl Trainer {
             config,
             model,
             trained,
-            optimizer,
+            stepper,
             data,
             state,
             stream,
+            ready: None,
+            idle_since: None,
             num_steps,
             frozen_hash,
             skills,
@@ -377,11 +409,13 @@ impl Trainer {
             let stop = interrupt.load(Ordering::Relaxed);
             if self.evaluates_now() {
                 self.validate(&mut writer, observe)?;
+                self.idle_since = None;
             }
             if stop || collapsed || self.saves_now() {
                 let path = self.save()?;
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
+                self.idle_since = None;
             }
             if collapsed {
                 return self.finish(Ending::Collapsed, saved);
@@ -432,53 +466,74 @@ impl Trainer {
 
     fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
-        let per_step = self.config.train.micro_batch_size * self.config.train.grad_accum_steps;
-        let blocks = self.stream.take(&self.data.train, per_step);
         let step = self.state.step + 1;
+        let ready = match self.ready.take() {
+            Some(ready) => ready,
+            None => self.prepare(step),
+        };
         let router = &self.config.router;
         let temperature = routing_state::temperature(router, step);
         self.model.set_rule(temperature, self.state.routing.top_k(router));
-        let seeding = self.seeding_phase(step);
         let rate = match &self.config.growth {
-            Some(growth) if seeding.is_none() => growth.consolidation_rate,
+            Some(growth) if ready.data.seeding.is_none() => growth.consolidation_rate,
             _ => 1.0,
         };
-        let factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
-        let phase = Phase { seeding, lr_factor: factor };
-        let result = step::step(
-            &self.model,
-            &self.trained,
-            &mut self.optimizer,
-            &self.config,
-            &self.data.train,
-            &blocks,
-            phase,
-        )?;
-        if router.balance_bias_rate > 0.0 && seeding.is_none() {
-            let old_rate = self.config.growth.as_ref().map(|growth| growth.old_columns_rate);
-            let rate = router.balance_bias_rate;
-            routing_state::balance_biases(&self.model, &result.routing, rate, old_rate);
+        let lr_factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
+        let host_secs = self.idle_since.unwrap_or(started).elapsed().as_secs_f64();
+        let (model, trained) = (&self.model, &self.trained);
+        let pending = self.stepper.launch(model, trained, &self.config, &ready.data, lr_factor)?;
+        if step < self.num_steps {
+            self.ready = Some(self.prepare(step + 1));
         }
-        let totals = eval::routing::fetch(SiteExperts::of(&self.model), &result.routing)?;
+        let result = self.stepper.wait(pending)?;
+        self.idle_since = Some(Instant::now());
         let state = &mut self.state;
-        state.routing.note(router, step, &totals, result.expert_losses.as_deref());
-        self.model.set_rule(temperature, state.routing.top_k(router));
+        let expert_losses = result.expert_losses.as_deref();
+        state.routing.note(&self.config.router, step, &result.routing, expert_losses);
         state.step = step;
         state.tokens_seen += result.label_tokens;
-        state.position = self.stream.position();
-        for block in &blocks {
+        state.position = ready.position;
+        for block in &ready.blocks {
             state.domain_blocks[block.domain as usize] += 1;
         }
-        let losses = RouterLosses::new(&totals);
-        let routing = RoutingReport::new(&totals, None, router.dead_share);
-        let step_secs = started.elapsed().as_secs_f64();
-        let tokens = (blocks.len() * self.data.train.seq_len) as f64;
+        self.model.set_rule(temperature, self.state.routing.top_k(&self.config.router));
+        self.step_metrics(&ready, result, Launched { started, host_secs, temperature, lr_factor })
+    }
+
+    /// The data of step `step`, which are the next blocks of the stream.
+    fn prepare(&mut self, step: u64) -> Ready {
+        let train = &self.config.train;
+        let dataset = &self.data.train;
+        let per_step = train.micro_batch_size * train.grad_accum_steps;
+        let blocks = self.stream.take(dataset, per_step);
+        let batches = blocks.chunks(train.micro_batch_size).map(|chunk| dataset.batch(chunk));
+        let batches: Vec<_> = batches.collect();
+        let seeding = self.seeding_phase(step);
+        let num_domains = dataset.domains.len();
+        let data = self.stepper.prepare(&self.model, &self.config, &batches, seeding, num_domains);
+        Ready { blocks, data, position: self.stream.position(), epoch: self.stream.epoch() }
+    }
+
+    /// What is reported of the step just done.
+    fn step_metrics(
+        &self,
+        ready: &Ready,
+        result: StepResult,
+        launched: Launched,
+    ) -> Result<StepMetrics> {
+        let losses = RouterLosses::new(&result.routing);
+        let routing = RoutingReport::new(&result.routing, None, self.config.router.dead_share);
+        let domains = self.data.train.domains.iter().zip(&result.domain_losses);
+        let step_secs = launched.started.elapsed().as_secs_f64();
+        let tokens = (ready.blocks.len() * self.data.train.seq_len) as f64;
         Ok(StepMetrics {
-            step,
-            epoch: self.stream.epoch(),
+            step: self.state.step,
+            epoch: ready.epoch,
             tokens_seen: self.state.tokens_seen,
             loss: result.loss,
-            domain_losses: result.domain_losses,
+            domain_losses: domains
+                .filter_map(|(d, loss)| Some((d.name.clone(), (*loss)?)))
+                .collect(),
             load_balancing_loss: losses.map(|losses| losses.load_balancing_loss),
             uniform_mse: losses.map(|losses| losses.uniform_mse),
             router_z_loss: losses.map(|losses| losses.router_z_loss),
@@ -486,16 +541,16 @@ impl Trainer {
             orthogonality: result.orthogonality,
             expert_load: routing.map(|routing| routing.expert_load),
             mature_experts: self.state.routing.mature_experts(),
-            temperature: losses.map(|_| temperature),
+            temperature: losses.map(|_| launched.temperature),
             grad_norm: result.grad_norm,
-            learning_rates: self.optimizer.learning_rates(factor),
+            learning_rates: self.stepper.optimizer.learning_rates(launched.lr_factor),
             label_tokens: result.label_tokens,
             step_secs,
+            host_secs: launched.host_secs,
             tokens_per_sec: tokens / step_secs,
             peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
         })
     }
-
     /// The seeding of a new expert, if step `step` is part of it.
     fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
         let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;
@@ -509,7 +564,7 @@ impl Trainer {
     pub fn save(&self) -> Result<PathBuf> {
         let model = self.model.tensors();
         let experts = self.model.specs().to_vec();
-        let mut optimizer = self.optimizer.state();
+        let mut optimizer = self.stepper.optimizer.state();
         optimizer.extend(optim::rng_states(self.model.device())?);
         let (config, state) = (self.config.clone(), self.state.clone());
         let skills = self.skills.clone();

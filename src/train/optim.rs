@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::OptimizerConfig;
-use crate::ffi::{self, AdamW};
+use crate::ffi::{self, AdamW, AdamWUpdate};
 use crate::model::{ParameterGroup, Trained, TrainedParameter};
 
 /// The optimizer of a run.
@@ -83,23 +83,45 @@ impl Optimizer {
         ffi::clip_grad_norm(grads, self.max_grad_norm)
     }
 
-    /// One update with learning rates scaled by `factor`.
-    pub fn update(&mut self, grads: &[Tensor], factor: f64) -> Result<()> {
-        self.step += 1;
-        for group in &self.groups {
-            let device = group.params[0].device();
-            let step = Tensor::full([0i64; 0], self.step as f64, (Kind::Float, device));
-            let settings = AdamW {
-                lr: group.learning_rate * factor,
-                betas: self.betas,
-                weight_decay: group.weight_decay,
-                eps: self.eps,
+    /// What [`Optimizer::update`] is told of the next update: which one it is, from 1, and each group's
+    /// learning rate, scaled by `factor`.
+    pub fn scalars(&self, factor: f64) -> Vec<f64> {
+        let rates = self.groups.iter().map(|group| group.learning_rate * factor);
+        [(self.step + 1) as f64].into_iter().chain(rates).collect()
+    }
+
+    /// One update; the host looks at none of its numbers.
+    ///
+    /// - `scalars`: of [`Optimizer::scalars`], f64, `[1 + groups]`, on the parameters' device
+    /// - `is_finite`: whether to update anything, 0-dim
+    pub fn update(&self, grads: &[Tensor], scalars: &Tensor, is_finite: &Tensor) -> Result<()> {
+        // libtorch reads the rate as f32 on CUDA and in full on the CPU
+        let kind = if scalars.device().is_cuda() { Kind::Float } else { Kind::Double };
+        let number = scalars.get(0).to_kind(Kind::Float);
+        let found_inf = is_finite.logical_not().to_kind(Kind::Float);
+        for (i, group) in (1..).zip(&self.groups) {
+            let update = AdamWUpdate {
+                number: number.shallow_clone(),
+                lr: scalars.get(i).to_kind(kind),
+                found_inf: found_inf.shallow_clone(),
             };
+            let settings =
+                AdamW { betas: self.betas, weight_decay: group.weight_decay, eps: self.eps };
             let grads: Vec<_> = group.indices.iter().map(|&i| grads[i].shallow_clone()).collect();
             let (m, v) = (&group.exp_avgs, &group.exp_avg_sqs);
-            ffi::adamw(&group.params, &grads, m, v, &step, settings)?;
+            ffi::adamw(&group.params, &grads, m, v, &update, settings)?;
         }
         Ok(())
+    }
+
+    /// Takes note that the update was made.
+    pub fn count_update(&mut self) {
+        self.step += 1;
+    }
+
+    /// Updates so far.
+    pub fn num_updates(&self) -> u64 {
+        self.step
     }
 
     /// Each group's learning rate under `factor`.

@@ -136,6 +136,17 @@ pub fn balance_biases(
     rate: f64,
     old_rate: Option<f64>,
 ) {
+    balance_biases_if(None, model, totals, rate, old_rate);
+}
+
+/// The same where `is_finite`, 0-dim, is true; else nothing moves.
+pub fn balance_biases_if(
+    is_finite: Option<&Tensor>,
+    model: &RoutedGpt2,
+    totals: &[RoutingTotals],
+    rate: f64,
+    old_rate: Option<f64>,
+) {
     let _no_grad = tch::no_grad_guard();
     let biases = model.routers().iter().map(|router| router.selection_bias.as_ref());
     let mut surplus: Vec<Option<Tensor>> =
@@ -158,7 +169,10 @@ pub fn balance_biases(
         if let Some(old_rate) = old_rate {
             let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);
         }
-        let moved = bias - (direction * rate).to_kind(bias.kind());
+        let mut moved = bias - (direction * rate).to_kind(bias.kind());
+        if let Some(is_finite) = is_finite {
+            moved = moved.where_self(is_finite, bias);
+        }
         bias.shallow_clone().copy_(&moved);
     }
 }

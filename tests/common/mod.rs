@@ -185,7 +185,7 @@ pub fn mean_loss(num_labels: i64) -> LossSettings {
     LossSettings {
         chunk_tokens: 5,
         label_smoothing: 0.0,
-        scale: 1.0 / num_labels as f64,
+        scale: (1.0 / num_labels as f64).into(),
         with_grad: true,
     }
 }
@@ -242,7 +242,7 @@ pub fn gradients(model: &RoutedGpt2, loss: &Tensor) -> BTreeMap<String, Tensor> 
 /// domain.
 pub fn add_of_one_domain(totals: &mut Vec<RoutingTotals>, routing: &[Routing], rows: &Tensor) {
     let groups = rows.zeros_like();
-    add_totals(totals, routing, Labelled { rows, groups: &groups, num_groups: 1 });
+    add_totals(totals, routing, Labelled { rows, groups: &groups, num_groups: 1, counted: None });
 }
 
 /// The totals of places that route over all of their experts, on the host.

@@ -188,7 +188,7 @@ fn a_router_gets_the_same_gradient_either_way() -> Result<()> {
     for k in 1..=3 {
         let spec = RouterSpec::default();
         let (noise, renormalize) = (RouterNoise::None, true);
-        let rule = RoutingRule { temperature: 0.7, top_k: Some(k), renormalize, noise };
+        let rule = RoutingRule { temperature: 0.7.into(), top_k: Some(k), renormalize, noise };
         let fresh = Router::new(&spec, 5, 16, Kind::Double);
         let weight = (fresh.weight * 20.0).set_requires_grad(true);
         let router = Router { weight, bias: fresh.bias.set_requires_grad(true), ..fresh };

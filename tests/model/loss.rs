@@ -31,8 +31,12 @@ fn chunked_loss_and_gradients_are_those_of_torchs_cross_entropy() {
             let plain =
                 logits.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
             for chunk_tokens in [1, 7, 23, 1000] {
-                let settings =
-                    LossSettings { chunk_tokens, label_smoothing, scale: 0.25, with_grad: true };
+                let settings = LossSettings {
+                    chunk_tokens,
+                    label_smoothing,
+                    scale: 0.25.into(),
+                    with_grad: true,
+                };
                 let what = |part: &str| format!("{part}, {chunk_tokens} a chunk, {kind:?}");
                 let loss = chunked_cross_entropy(&hidden, &head, &labels, settings);
                 let value = expected.double_value(&[]);
@@ -52,8 +56,12 @@ fn the_loss_does_not_depend_on_the_chunk_size() {
     let _generator = seed(31);
     let (hidden, head, labels) = problem(Kind::Float);
     let loss = |chunk_tokens| {
-        let settings =
-            LossSettings { chunk_tokens, label_smoothing: 0.1, scale: 1.0 / 23.0, with_grad: true };
+        let settings = LossSettings {
+            chunk_tokens,
+            label_smoothing: 0.1,
+            scale: (1.0 / 23.0).into(),
+            with_grad: true,
+        };
         chunked_cross_entropy(&hidden, &head, &labels, settings).loss
     };
     let whole = loss(23);

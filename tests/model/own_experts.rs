@@ -178,7 +178,8 @@ fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
         let mut totals = vec![];
         let inputs = two_rows();
         let groups = inputs.labelled.zeros_like();
-        let labelled = Labelled { rows: &inputs.labelled, groups: &groups, num_groups: 1 };
+        let labelled =
+            Labelled { rows: &inputs.labelled, groups: &groups, num_groups: 1, counted: None };
         add_totals(&mut totals, &routing, labelled);
         for (totals, routing) in totals.iter().zip(&routing) {
             let sum = totals.expert_load().sum(Kind::Double).double_value(&[]);
@@ -260,14 +261,17 @@ fn totals_and_losses_are_over_a_layers_own_experts() -> Result<()> {
         let routing = model.routing(&inputs, ForwardMode::EVAL);
         let rows = &inputs.labelled;
         let (groups, mut totals) = (rows.zeros_like(), vec![]);
-        let labelled = Labelled { rows, groups: &groups, num_groups: 1 };
+        let labelled = Labelled { rows, groups: &groups, num_groups: 1, counted: None };
         add_totals(&mut totals, &routing, labelled);
         for (layer, (m, totals)) in PER_LAYER.into_iter().zip(&totals).enumerate() {
             assert_eq!(totals.num_experts(), m);
             let load = totals.expert_load();
             assert!((load.sum(Kind::Double).double_value(&[]) - 1.0).abs() < 1e-14);
             let weights = totals.weights.sum(Kind::Double).double_value(&[]);
-            assert!((weights - totals.num_tokens as f64).abs() < 1e-12, "layer {layer}");
+            assert!(
+                (weights - totals.num_tokens().double_value(&[])).abs() < 1e-12,
+                "layer {layer}"
+            );
         }
         let experts: Vec<Vec<usize>> =
             SiteExperts::of(&model).into_iter().map(|site| site.experts).collect();

@@ -174,8 +174,8 @@ fn random_router(hidden: Vec<(Tensor, Tensor)>, width: i64) -> Router {
     }
 }
 
-const fn rule(noise: RouterNoise) -> RoutingRule {
-    RoutingRule { temperature: 0.7, top_k: None, renormalize: true, noise }
+fn rule(noise: RouterNoise) -> RoutingRule {
+    RoutingRule { temperature: Tensor::from(0.7), top_k: None, renormalize: true, noise }
 }
 
 /// `W2 relu(W1 relu(W0 x + b0) + b1) + b2`, one number at a time.

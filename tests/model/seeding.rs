@@ -7,7 +7,7 @@ use dylora::eval;
 use dylora::model::lora::RoutingWeights;
 use dylora::model::parameters::OldParts;
 use dylora::model::router::Routing;
-use dylora::model::routing_totals::RoutingTotals;
+use dylora::model::routing_totals::{Labelled, RoutingTotals};
 use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
 use dylora::train::losses::{Seeding, seeding_loss};
 use dylora::train::step::{self, SeedingPhase, StepGradients};
@@ -114,6 +114,18 @@ fn two_domains(num_old: u32, num_new: u32) -> TokenDataset {
     TokenDataset::in_memory(16, LossOn::Completion, domains)
 }
 
+/// A growth by the domain `new`, all of it at full rates.
+pub(super) fn growth(seed_router_coef: f64) -> GrowthConfig {
+    GrowthConfig {
+        domain: "new".into(),
+        old_experts_rate: 1.0,
+        old_columns_rate: 1.0,
+        seed_steps: 1,
+        seed_router_coef,
+        consolidation_rate: 1.0,
+    }
+}
+
 /// A step of the seeding phase with every other loss that there is.
 fn gradients(
     model: &RoutedGpt2,
@@ -123,14 +135,7 @@ fn gradients(
     seed_router_coef: f64,
 ) -> Result<StepGradients> {
     let mut config = config(router, overrides)?;
-    config.growth = Some(GrowthConfig {
-        domain: "new".into(),
-        old_experts_rate: 1.0,
-        old_columns_rate: 1.0,
-        seed_steps: 1,
-        seed_router_coef,
-        consolidation_rate: 1.0,
-    });
+    config.growth = Some(growth(seed_router_coef));
     let trained = model.trained(RoutingChoice::Router, None);
     step::gradients(model, &trained, &config, batches, Some(PHASE), 2)
 }
@@ -192,13 +197,14 @@ fn the_seeding_loss_adds_the_gradient_of_the_formula_over_all_tokens() -> Result
         let inputs = eval::inputs(&batch, &RoutingSource::RecordOrRouter, Device::Cpu);
         let source = &RoutingSource::RecordOrRouter;
         let routing = model.forward(&inputs, source, ForwardMode::EVAL, None).routing;
-        let is_new = eval::label_domains(&batch, Device::Cpu).eq(1);
+        let is_new = inputs.groups.eq(1);
         let count = is_new.to_kind(Kind::Int64).sum(Kind::Int64).int64_value(&[]) as u64;
         let tokens = [count, batch.label_tokens() - count];
         assert!(tokens[0] * 2 < tokens[1], "{tokens:?} are to be uneven");
         let expected = literal(&routing, 0.7, &inputs.labelled, &is_new);
-        let phase = Seeding { expert: PHASE.expert, is_new: &is_new, tokens };
-        let found = seeding_loss(&routing, 0.7, &inputs.labelled, phase);
+        let tokens = tokens.map(|count| Tensor::from(count as f64));
+        let phase = Seeding { expert: PHASE.expert, group: 1, tokens: tokens.each_ref() };
+        let found = seeding_loss(&routing, &0.7.into(), inputs.label_rows(2), phase);
         assert_close(&format!("{router:?}"), &found, &expected, 1e-12);
 
         let trained = model.trained(RoutingChoice::Router, None);
@@ -231,9 +237,11 @@ fn site(scores: &[[f64; 3]], kind: Kind) -> Routing {
 
 fn loss_of(routing: &Routing, is_new: &[bool], tokens: [u64; 2]) -> Tensor {
     let rows = Tensor::arange(is_new.len() as i64, (Kind::Int64, Device::Cpu));
-    let is_new = Tensor::from_slice(is_new);
-    let phase = Seeding { expert: 2, is_new: &is_new, tokens };
-    seeding_loss(std::slice::from_ref(routing), 1.0, &rows, phase)
+    let groups = Tensor::from_slice(is_new).to_kind(Kind::Int64);
+    let labelled = Labelled { rows: &rows, groups: &groups, num_groups: 2, counted: None };
+    let tokens = tokens.map(|count| Tensor::from(count as f64));
+    let phase = Seeding { expert: 2, group: 1, tokens: tokens.each_ref() };
+    seeding_loss(std::slice::from_ref(routing), &1.0.into(), labelled, phase)
 }
 
 #[test]

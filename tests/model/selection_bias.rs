@@ -119,7 +119,7 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
     let noise = RouterNoise::None;
     for (top_k, renormalize) in [1, 2].into_iter().flat_map(|k| [(Some(k), true), (Some(k), false)])
     {
-        let rule = RoutingRule { temperature: 1.0, top_k, renormalize, noise };
+        let rule = RoutingRule { temperature: 1.0.into(), top_k, renormalize, noise };
         let route = |router: &Router| router.forward(&x, &rule, None);
         let without = route(&plain);
         let same = route(&with(&[0.0; 3]));

@@ -18,7 +18,8 @@ pub(crate) fn metrics(config: &Config) -> Result<Vec<Metrics>> {
         let mut metrics: Metrics = serde_json::from_str(line)?;
         match &mut metrics {
             Metrics::Train(step) => {
-                (step.step_secs, step.tokens_per_sec, step.peak_memory_bytes) = (0.0, 0.0, 0);
+                (step.step_secs, step.host_secs) = (0.0, 0.0);
+                (step.tokens_per_sec, step.peak_memory_bytes) = (0.0, 0);
             }
             Metrics::Validation(validation) => validation.eval_secs = 0.0,
             Metrics::Window(_) => {}

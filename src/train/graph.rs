@@ -1,0 +1,256 @@
+//! Whole steps as CUDA graphs: what launches thousands of kernels one by one becomes one launch.
+//!
+//! ```text
+//! steps 1, 2 of a shape    as without a graph, but on the graph's stream (handles and workspaces are made)
+//! step 3                   captured, which runs nothing, and replayed
+//! steps 4, ..              the numbers are copied to where the captured step reads them; replayed
+//! ```
+//!
+//! So the updates are those of a run without graphs, in the same order. A step's shape is its [`Key`]; as sizes
+//! are rounded up, there are few. The graphs share one memory: what a step leaves there must be fetched before
+//! the next one.
+//!
+//! Random numbers: a replay draws new ones, as many as the step without a graph, from the device's generator,
+//! whose state is right whenever no step is in the queue; so it is what a checkpoint saves.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use anyhow::{Result, anyhow};
+use tch::{Device, Tensor};
+
+use super::gradients::rewinds_generators;
+use super::prepared::SeedingPhase;
+use super::step::StepOutput;
+use crate::config::{Config, Kernels, Method};
+use crate::ffi;
+use crate::ffi::cuda::Graph;
+use crate::model::RoutedGpt2;
+use crate::model::inputs::InputLayout;
+
+/// Steps of a shape before it is captured.
+const WARM_UP_STEPS: u32 = 2;
+/// Most shapes that are captured.
+const MAX_GRAPHS: usize = 16;
+
+/// Whether steps are captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capture {
+    /// No.
+    Off,
+    /// Yes, where the step can be.
+    Graph,
+    /// As `Graph`, through the same memory, but run anew each time: on any device, to compare with.
+    Rerun,
+}
+
+impl Capture {
+    /// What suits a device.
+    pub fn of(device: Device) -> Self {
+        if device.is_cuda() { Self::Graph } else { Self::Off }
+    }
+}
+
+/// The shape of a step: what the host decides and the kernels have built in.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct Key {
+    /// Of the micro-batches.
+    pub layouts: Vec<InputLayout>,
+    /// Experts that a token keeps.
+    pub top_k: Option<i64>,
+    /// The seeding of a new expert.
+    pub seeding: Option<SeedingPhase>,
+}
+
+/// Runs a step whose numbers are in the micro-batches' tensors and in that of the scalars.
+type Run<'a> = dyn Fn(&[Tensor], &Tensor) -> Result<StepOutput> + 'a;
+
+/// The graphs of a run.
+#[derive(Debug)]
+pub(super) struct Graphs {
+    capture: Capture,
+    device: Device,
+    shapes: HashMap<Key, Shape>,
+    /// The first has the memory of all, and the stream that steps warm up on.
+    graphs: Vec<Graph>,
+    num_recorded: usize,
+    /// Why the last step could not be captured.
+    told: Option<&'static str>,
+}
+
+/// Steps of one shape.
+#[derive(Debug)]
+struct Shape {
+    /// What the captured step reads.
+    flats: Vec<Tensor>,
+    scalars: Tensor,
+    num_steps: u32,
+    recorded: Option<Recorded>,
+}
+
+/// A captured step.
+#[derive(Debug)]
+enum Recorded {
+    /// Which of the graphs, and what it leaves in its memory.
+    Graph(usize, StepOutput),
+    /// It runs anew.
+    Rerun,
+}
+
+impl Graphs {
+    pub fn new(capture: Capture, device: Device) -> Self {
+        Self {
+            capture,
+            device,
+            shapes: HashMap::new(),
+            graphs: vec![],
+            num_recorded: 0,
+            told: None,
+        }
+    }
+
+    /// Whether steps by `model`'s present rule can be captured; if not, the log says why, once.
+    pub fn can_capture(&mut self, model: &RoutedGpt2, config: &Config) -> bool {
+        if self.capture == Capture::Off {
+            return false;
+        }
+        let reason = why_not(model, config);
+        if let Some(reason) = reason.filter(|_| reason != self.told) {
+            tracing::info!("the steps run without a CUDA graph: {reason}");
+            self.told = Some(reason);
+        }
+        reason.is_none()
+    }
+
+    /// Runs a step of shape `key`, whose numbers are `flats` and `scalars`.
+    pub fn run(
+        &mut self,
+        key: Key,
+        flats: Vec<Tensor>,
+        scalars: Tensor,
+        run: &Run<'_>,
+    ) -> Result<StepOutput> {
+        let is_full = self.shapes.len() >= MAX_GRAPHS && !self.shapes.contains_key(&key);
+        if self.capture == Capture::Off || is_full {
+            return run(&flats, &scalars);
+        }
+        let mut shape = match self.shapes.remove(&key) {
+            Some(mut shape) => {
+                shape.fill(&flats, &scalars);
+                shape
+            }
+            None => Shape::new(&flats, &scalars),
+        };
+        let output = self.run_shape(&mut shape, run);
+        if self.capture == Capture::Off {
+            self.shapes.clear();
+        } else {
+            self.shapes.insert(key, shape);
+        }
+        output
+    }
+
+    fn run_shape(&mut self, shape: &mut Shape, run: &Run<'_>) -> Result<StepOutput> {
+        shape.num_steps = shape.num_steps.saturating_add(1);
+        if shape.num_steps <= WARM_UP_STEPS {
+            return self.warm_up(shape, run);
+        }
+        if shape.recorded.is_none() {
+            match self.record(shape, run) {
+                Ok(recorded) => shape.recorded = Some(recorded),
+                Err(error) => {
+                    tracing::warn!(
+                        "the step cannot be captured; steps run without a CUDA graph: {error:#}"
+                    );
+                    self.capture = Capture::Off;
+                    return run(&shape.flats, &shape.scalars);
+                }
+            }
+        }
+        match shape.recorded.as_ref().expect("it was just recorded") {
+            Recorded::Graph(graph, output) => {
+                self.graphs[*graph].replay()?;
+                Ok(output.shallow_clone())
+            }
+            Recorded::Rerun => run(&shape.flats, &shape.scalars),
+        }
+    }
+
+    fn warm_up(&mut self, shape: &Shape, run: &Run<'_>) -> Result<StepOutput> {
+        let run = || run(&shape.flats, &shape.scalars);
+        if self.capture == Capture::Rerun {
+            return run();
+        }
+        if self.graphs.is_empty() {
+            match Graph::new() {
+                Ok(graph) => self.graphs.push(graph),
+                Err(error) => {
+                    tracing::warn!("the steps run without a CUDA graph: {error:#}");
+                    self.capture = Capture::Off;
+                    return run();
+                }
+            }
+        }
+        self.graphs[0].warm_up(run)
+    }
+
+    fn record(&mut self, shape: &Shape, run: &Run<'_>) -> Result<Recorded> {
+        if self.capture == Capture::Rerun {
+            return Ok(Recorded::Rerun);
+        }
+        // what the steps before have left to the allocator, the graph's own memory cannot use
+        ffi::empty_cache(self.device)?;
+        let has_recorded = self.num_recorded > 0;
+        let index = if has_recorded { self.graphs.len() } else { 0 };
+        if has_recorded {
+            self.graphs.push(Graph::new()?);
+        }
+        let memory_of = has_recorded.then(|| &self.graphs[0]);
+        let run = || caught(|| run(&shape.flats, &shape.scalars));
+        let output = self.graphs[index].capture(memory_of, run)?;
+        self.num_recorded += 1;
+        tracing::debug!("captured step shape {}", self.num_recorded);
+        Ok(Recorded::Graph(index, output))
+    }
+}
+
+impl Shape {
+    fn new(flats: &[Tensor], scalars: &Tensor) -> Self {
+        let flats = flats.iter().map(Tensor::copy).collect();
+        Self { flats, scalars: scalars.copy(), num_steps: 0, recorded: None }
+    }
+
+    /// Puts a step's numbers where the captured one reads them.
+    fn fill(&mut self, flats: &[Tensor], scalars: &Tensor) {
+        for (to, from) in self.flats.iter_mut().zip(flats) {
+            to.copy_(from);
+        }
+        self.scalars.copy_(scalars);
+    }
+}
+
+/// Why a step cannot be captured.
+fn why_not(model: &RoutedGpt2, config: &Config) -> Option<&'static str> {
+    if config.train.kernels == Kernels::Reference {
+        return Some("`train.kernels` is `reference`");
+    }
+    if config.method == Method::Full {
+        return Some("the base itself is trained");
+    }
+    if rewinds_generators(config) {
+        return Some("random numbers must come twice, for which the generator is set back");
+    }
+    if model.skips_experts() {
+        return Some("experts that a token does not choose are skipped, which is faster here");
+    }
+    None
+}
+
+/// A panic of libtorch's as an error, so that the capture is ended whatever happens.
+fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+        let message = panic.downcast_ref::<String>().map(String::as_str);
+        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(anyhow!("{}", message.unwrap_or("a panic without a message")))
+    })
+}

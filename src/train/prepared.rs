@@ -1,0 +1,142 @@
+//! What a step is made from: its micro-batches and the few numbers that change from step to step, first on the
+//! host, then on the device. Nothing else of a step does, so that steps of one shape are the same kernels.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::config::Config;
+use crate::data::Batch;
+use crate::eval;
+use crate::model::inputs::{Extent, HostInputs, InputLayout};
+use crate::model::{Inputs, RoutedGpt2, RoutingSource, Rows};
+
+/// Which phase of its growth a mixture is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SeedingPhase {
+    /// The new expert, which gets all of the new domain's tokens.
+    pub expert: i64,
+    /// The new domain, as an index in the dataset.
+    pub domain: u32,
+}
+
+/// A step's micro-batches on the host.
+#[derive(Debug)]
+pub struct Prepared {
+    micro_batches: Vec<HostInputs>,
+    /// Label tokens of each domain.
+    pub label_counts: Vec<u64>,
+    /// The seeding of a new expert, if the step is part of it.
+    pub seeding: Option<SeedingPhase>,
+    /// Whether the sizes are rounded up, so that there are few of them.
+    pub is_rounded: bool,
+    device: Device,
+}
+
+impl Prepared {
+    /// Lays out a step's micro-batches for `model`'s device.
+    ///
+    /// - `is_rounded`: whether to round their sizes up, all of them to the same
+    pub fn new(
+        model: &RoutedGpt2,
+        config: &Config,
+        batches: &[Batch],
+        seeding: Option<SeedingPhase>,
+        num_domains: usize,
+        is_rounded: bool,
+    ) -> Self {
+        let device = model.device();
+        let source = source(config, seeding);
+        let named: Vec<Option<Vec<i64>>> =
+            batches.iter().map(|batch| Some(named_experts(batch, seeding?))).collect();
+        let rows = batches.iter().zip(&named).map(|(batch, named)| {
+            let rows = eval::rows(batch, &source);
+            Rows { expert_ids: named.as_deref().or(rows.expert_ids), ..rows }
+        });
+        let rows: Vec<Rows<'_>> = rows.collect();
+        let rounded = is_rounded.then(|| Extent::rounded(&rows));
+        let micro_batches = rows.into_iter().zip(batches).map(|(rows, batch)| {
+            let extent = rounded.unwrap_or_else(|| Extent::of(&rows));
+            HostInputs::new(rows, extent, &batch.domains, device)
+        });
+        let micro_batches = micro_batches.collect();
+        let label_counts = domain_tokens(batches, num_domains);
+        Self { micro_batches, label_counts, seeding, is_rounded, device }
+    }
+
+    /// The shapes of the micro-batches.
+    pub fn layouts(&self) -> Vec<InputLayout> {
+        self.micro_batches.iter().map(|batch| batch.layout.clone()).collect()
+    }
+
+    /// The micro-batches' numbers on the device.
+    pub fn flats(&self) -> Vec<Tensor> {
+        self.micro_batches.iter().map(|batch| batch.to_device(self.device)).collect()
+    }
+
+    /// The numbers beside them, on the device; the host does not wait for them to arrive.
+    ///
+    /// - `update`: of the optimizer's update
+    pub fn scalars(&self, update: &[f64]) -> Tensor {
+        let all: u64 = self.label_counts.iter().sum();
+        let new = self.seeding.map_or(0, |phase| self.label_counts[phase.domain as usize]);
+        let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64];
+        numbers.extend_from_slice(update);
+        let numbers = Tensor::from_slice(&numbers);
+        let pinned = self.device.is_cuda().then(|| numbers.pin_memory(self.device));
+        pinned.unwrap_or(numbers).to_device_(self.device, Kind::Double, true, false)
+    }
+
+    /// The step whose numbers are in `flats` and `scalars`.
+    pub fn tensors(&self, flats: &[Tensor], scalars: &Tensor) -> StepTensors {
+        let layouts = self.micro_batches.iter().map(|batch| &batch.layout);
+        StepTensors {
+            micro_batches: layouts.zip(flats).map(|(of, flat)| of.inputs(flat)).collect(),
+            per_token: scalars.get(0),
+            seeded_tokens: [scalars.get(1), scalars.get(2)],
+            update: scalars.narrow(0, 3, scalars.size()[0] - 3),
+            seeding: self.seeding,
+            num_domains: self.label_counts.len(),
+        }
+    }
+}
+
+/// A step's numbers on the device, and the shape of it.
+#[derive(Debug)]
+pub struct StepTensors {
+    /// The micro-batches; the groups of their tokens are the domains.
+    pub micro_batches: Vec<Inputs>,
+    /// 1 / label tokens of the step, 0-dim, f64.
+    pub per_token: Tensor,
+    /// Label tokens of the domain that is seeded and of the others, 0-dim, f64.
+    pub seeded_tokens: [Tensor; 2],
+    /// What the optimizer is told of the update, f64.
+    pub update: Tensor,
+    /// The seeding of a new expert, if the step is part of it.
+    pub seeding: Option<SeedingPhase>,
+    /// Domains.
+    pub num_domains: usize,
+}
+
+/// What decides the routing weights of a step.
+pub fn source(config: &Config, seeding: Option<SeedingPhase>) -> RoutingSource {
+    match seeding {
+        Some(_) => RoutingSource::RecordOrRouter,
+        None => RoutingSource::from(config.train.routing),
+    }
+}
+
+/// The new expert at each position of the new domain, elsewhere -1, `[b t]`.
+fn named_experts(batch: &Batch, phase: SeedingPhase) -> Vec<i64> {
+    let of_row = |&domain| if domain == phase.domain { phase.expert } else { -1 };
+    batch.domains.iter().map(of_row).flat_map(|e| std::iter::repeat_n(e, batch.seq_len)).collect()
+}
+
+/// Label tokens of each domain.
+fn domain_tokens(batches: &[Batch], num_domains: usize) -> Vec<u64> {
+    let mut counts = vec![0; num_domains];
+    for batch in batches {
+        for (labels, &domain) in batch.labels.chunks(batch.seq_len).zip(&batch.domains) {
+            counts[domain as usize] += labels.iter().filter(|&&label| label >= 0).count() as u64;
+        }
+    }
+    counts
+}
