@@ -177,13 +177,14 @@ impl HostInputs {
         let labelled: Vec<usize> =
             (0..rows.labels.len()).filter(|&i| rows.labels[i] >= 0).collect();
         let fillers = extent.num_labelled - labelled.len();
-        let mut extend = |of: &dyn Fn(usize) -> i64, filler: i64| {
+        let mut extend = |of: &dyn Fn(usize) -> i64, filler: &dyn Fn(usize) -> i64| {
             flat.extend(labelled.iter().map(|&i| of(i)));
-            flat.extend(std::iter::repeat_n(filler, fillers));
+            flat.extend((0..fillers).map(filler));
         };
-        extend(&|i| i as i64, 0);
-        extend(&|i| rows.labels[i], IGNORED);
-        extend(&|i| i64::from(groups[i / rows.seq_len]), 0);
+        // different positions, since gradients of one position are added one after the other
+        extend(&|i| i as i64, &|filler| (filler % rows.labels.len()) as i64);
+        extend(&|i| rows.labels[i], &|_| IGNORED);
+        extend(&|i| i64::from(groups[i / rows.seq_len]), &|_| 0);
         if let Some(packed) = extent.packed {
             let ends = rows.document_ends();
             let total = (rows.num_rows * rows.seq_len) as i64;
@@ -290,7 +291,7 @@ pub struct Inputs {
     pub position_ids: Tensor,
     /// Where attention stops.
     pub mask: AttentionMask,
-    /// Indices of the labelled positions in the flattened `[b t]`, `[n]`; 0 in fillers.
+    /// Indices of the labelled positions in the flattened `[b t]`, `[n]`; any in fillers.
     pub labelled: Tensor,
     /// Their targets, `[n]`; -100 in fillers.
     pub labels: Tensor,
@@ -343,7 +344,7 @@ impl Inputs {
 
     /// 1 from the last occurrence of `wanted`, which is not empty, in its document on, and in padding; 0
     /// elsewhere, `[b, t]`.
-    pub(super) fn from_last(&self, wanted: &[i64], kind: Kind) -> Tensor {
+    pub(super) fn active_from_last(&self, wanted: &[i64], kind: Kind) -> Tensor {
         let options = (Kind::Int64, self.input_ids.device());
         let (b, t) = self.input_ids.size2().expect("token ids are [b, t]");
         let padding = self.document_ids.lt(0);

@@ -177,7 +177,7 @@ impl RoutedGpt2 {
             model.routers = (0..count).map(new).collect();
         }
         model.router_spec = router.clone();
-        model.set_rule(router.temperature, router.top_k);
+        let _ = model.temperature.fill_(router.temperature);
         model.specs = specs.to_vec();
         model.prepare_fused();
         if router.own_experts {
@@ -242,7 +242,9 @@ impl RoutedGpt2 {
 
     /// Sets the rule by which scores become weights.
     pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
-        let _ = self.temperature.fill_(temperature);
+        if temperature != self.router_spec.temperature {
+            let _ = self.temperature.fill_(temperature);
+        }
         self.router_spec.temperature = temperature;
         self.router_spec.top_k = top_k;
     }

@@ -383,7 +383,7 @@ impl RoutedGpt2 {
         let kind = wide(self.kind);
         let active = self.specs.iter().map(|spec| match &spec.alora_invocation_tokens[..] {
             [] => inputs.input_ids.ones_like().to_kind(kind),
-            tokens => inputs.from_last(tokens, kind),
+            tokens => inputs.active_from_last(tokens, kind),
         });
         Some(Tensor::stack(&active.collect::<Vec<_>>(), -1))
     }

@@ -34,14 +34,14 @@ fn loss_and_gradients_of_a_mixture_are_torch_autograds() -> Result<()> {
     let _generator = seed(111);
     let (model, expected) = (mixed(&MIXED)?, expected("mixtures")?);
     let inputs = inputs(&expected["input_ids"], Some(&expected["labels"]))?;
-    let settings = mean_loss(inputs.labels.size()[0]);
+    let settings = || mean_loss(inputs.labels.size()[0]);
     let strip = |name: &str| name.strip_prefix("routed.grad.").map(str::to_owned);
     let expected_grads: BTreeMap<String, Tensor> =
         expected.iter().filter_map(|(n, t)| Some((strip(n)?, t.shallow_clone()))).collect();
     for masks in BOTH_WAYS {
         let weights = expected["routing_weights"].copy().set_requires_grad(true);
         let given = RoutingSource::Given(weights.shallow_clone());
-        let (loss, _) = model.loss(&inputs, &given, mode(masks, 0.0), settings);
+        let (loss, _) = model.loss(&inputs, &given, mode(masks, 0.0), settings());
         let loss = loss.loss;
         assert_close("loss", &loss, &expected["routed.loss"], 1e-10);
         let of_weights = Tensor::run_backward(&[&loss], &[&weights], true, false);
