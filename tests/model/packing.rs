@@ -2,13 +2,17 @@
 
 use anyhow::Result;
 use dylora::config::RouterConfig;
+use dylora::model::expert::ExpertSpec;
+use dylora::model::lora::RoutingWeights;
+use dylora::model::router::RouterSpec;
 use dylora::model::routing_totals::RoutingTotals;
 use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
     ROUTER_INPUTS, add_of_one_domain, assert_close, assert_same_gradients, gradients, logits,
-    losses_of, max_difference, mean_loss, rows, seed, tiny_lora, tiny_model,
+    losses_of, max_difference, mean_loss, rows, seed, tiny_base, tiny_config, tiny_lora,
+    tiny_model,
 };
 
 const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
@@ -153,5 +157,54 @@ fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
         0.0
     );
     assert_eq!(document.labelled.size(), [0]);
+    Ok(())
+}
+
+/// Against PEFT's rule document by document: active from the last occurrence on, never without one.
+#[test]
+fn an_invocation_counts_within_its_own_document() -> Result<()> {
+    let _generator = seed(44);
+    let base = tiny_base(tiny_config());
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    let wanted: [&[i64]; 3] = [&[1, 2], &[], &[2, 1, 2]];
+    for (spec, wanted) in specs.iter_mut().zip(wanted) {
+        spec.alora_invocation_tokens = wanted.to_vec();
+    }
+    let router = RouterSpec::default();
+    let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
+    let (mut found_any, mut found_none) = (false, false);
+    for _ in 0..40 {
+        let tokens = Tensor::randint_low(1, 3, [2, 12], (Kind::Int64, Device::Cpu));
+        let tokens = Vec::<i64>::try_from(tokens.view([-1]))?;
+        let rows = Rows {
+            num_rows: 2,
+            seq_len: 12,
+            input_ids: &tokens,
+            labels: &[-100; 24],
+            position_ids: &[0; 24],
+            document_ids: &[
+                0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, -1, //
+                -1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, -1,
+            ],
+            expert_ids: None,
+            prompt: None,
+        };
+        let inputs = Inputs::new(rows, Device::Cpu);
+        let output = model.forward(&inputs, &RoutingSource::All, ForwardMode::EVAL, None);
+        let [RoutingWeights::PerToken(active)] = &output.weights[..] else { panic!("masked") };
+        let mut expected = vec![1f64; 24 * 3];
+        for (start, end) in [(0, 5), (5, 7), (7, 11), (13, 16), (16, 23)] {
+            for (expert, wanted) in wanted.iter().enumerate().filter(|(_, w)| !w.is_empty()) {
+                let document = &tokens[start..end];
+                let last = document.windows(wanted.len()).rposition(|window| window == *wanted);
+                let inactive = last.unwrap_or(document.len());
+                (found_any, found_none) = (found_any | last.is_some(), found_none | last.is_none());
+                (start..start + inactive).for_each(|at| expected[at * 3 + expert] = 0.0);
+            }
+        }
+        let expected = Tensor::from_slice(&expected).view([2, 12, 3]);
+        assert_eq!(max_difference(active, &expected), 0.0, "{tokens:?}");
+    }
+    assert!(found_any && found_none);
     Ok(())
 }

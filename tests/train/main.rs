@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
@@ -19,6 +19,7 @@ use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::Gpt2Config;
 use dylora::model::weights::read_tensors;
 use dylora::train::checkpoint::{self, Preferred};
+use dylora::train::optim::load_rng_states;
 use dylora::train::{Ending, Event, Summary, Trainer, load_model};
 use tch::{Device, Tensor};
 
@@ -218,6 +219,46 @@ fn a_resumed_run_equals_an_unbroken_one_to_the_bit() -> Result<()> {
     assert_eq!(left.len(), right.len());
     for (name, tensor) in &left {
         assert!(tensor.equal(&right[name]), "`{name}` differs");
+    }
+    Ok(())
+}
+
+/// The next step's data is prepared while a step runs: what was prepared when somebody asked to stop is neither
+/// lost nor repeated, by the trainer that goes on nor by one that resumes, at the end of an epoch too.
+#[test]
+fn an_interrupted_run_goes_on_with_the_very_next_blocks() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    // some three steps an epoch
+    let set = ["train.duration={steps=9}", "train.grad_accum_steps=4", "train.eval_every_steps=9"];
+    let (losses, unbroken) = train(&world.config("unbroken", &set)?, None)?;
+    for at in [1, 3, 8] {
+        let config = world.config(&format!("interrupted-{at}"), &set)?;
+        let base = open_base(&config)?;
+        let mixture = mixture(&config, &base)?;
+        let mut trainer =
+            Trainer::new(config.clone(), &base, &mixture, data(&config, &base)?, Device::Cpu)?;
+        let interrupt = AtomicBool::new(false);
+        let mut seen = vec![];
+        let first = trainer.run(&interrupt, &mut |event| {
+            if let Event::Step(metrics) = event {
+                seen.push(metrics.loss);
+                interrupt.store(metrics.step == at, Ordering::Relaxed);
+            }
+        })?;
+        assert_eq!((first.ending, first.state.step), (Ending::Interrupted, at));
+        let rng = checkpoint::read_optimizer(&first.checkpoint)?;
+        let (rest, resumed) = train(&config, Some(&first.checkpoint))?;
+        assert_eq!(rest, losses[at as usize..]);
+        assert_eq!(resumed.state, unbroken.state);
+        load_rng_states(&rng, Device::Cpu)?;
+        let second = trainer.run(&AtomicBool::new(false), &mut |event| {
+            if let Event::Step(metrics) = event {
+                seen.push(metrics.loss);
+            }
+        })?;
+        assert_eq!(seen, losses);
+        assert_eq!(second.state, unbroken.state);
     }
     Ok(())
 }
