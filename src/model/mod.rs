@@ -19,6 +19,7 @@ pub mod forward;
 mod fused;
 pub mod gpt2;
 pub mod gpt2_config;
+pub mod host_inputs;
 pub mod inputs;
 pub mod lora;
 mod lora_forward;

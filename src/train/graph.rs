@@ -6,7 +6,7 @@
 //! steps 4, ..              the numbers are copied to where the captured step reads them; replayed
 //! ```
 //!
-//! So the updates are those of a run without graphs, in the same order. A step's shape is its [`Key`]; as sizes
+//! So the updates are those of a run without graphs, in the same order. A step's shape is what the host decides; as sizes
 //! are rounded up, there are few. The graphs share one memory: what a step leaves there must be fetched before
 //! the next one.
 //!

@@ -1,0 +1,136 @@
+//! The trainer's next step: its data, its place in the schedules, what is kept and reported of it.
+//!
+//! ```text
+//! host     launch | prepare the next | wait, note, report | launch | ..
+//! device          |     the step     |       idle         |        | ..
+//! ```
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use super::checkpoint::Position;
+use super::metrics::StepMetrics;
+use super::step::{Prepared, SeedingPhase, StepResult};
+use super::{Trainer, routing_state, schedule};
+use crate::data::BlockId;
+use crate::eval::RoutingReport;
+use crate::eval::routing::RouterLosses;
+use crate::ffi;
+
+/// The data of a step, and where the stream of blocks stands behind it.
+#[derive(Debug)]
+pub(super) struct Ready {
+    blocks: Vec<BlockId>,
+    data: Prepared,
+    position: Position,
+    epoch: f64,
+}
+
+/// What a step was launched with.
+#[derive(Debug, Clone, Copy)]
+struct Launched {
+    started: Instant,
+    host_secs: f64,
+    temperature: f64,
+    lr_factor: f64,
+}
+
+impl Trainer {
+    /// Makes the next step of the run, and prepares the data of the one after while the device works.
+    pub(super) fn step(&mut self) -> Result<StepMetrics> {
+        let started = Instant::now();
+        let step = self.state.step + 1;
+        let ready = match self.ready.take() {
+            Some(ready) => ready,
+            None => self.prepare(step),
+        };
+        let router = &self.config.router;
+        let temperature = routing_state::temperature(router, step);
+        self.model.set_rule(temperature, self.state.routing.top_k(router));
+        let rate = match &self.config.growth {
+            Some(growth) if ready.data.seeding.is_none() => growth.consolidation_rate,
+            _ => 1.0,
+        };
+        let lr_factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
+        let host_secs = self.idle_since.unwrap_or(started).elapsed().as_secs_f64();
+        let (model, trained) = (&self.model, &self.trained);
+        let pending = self.stepper.launch(model, trained, &self.config, &ready.data, lr_factor)?;
+        if step < self.num_steps {
+            self.ready = Some(self.prepare(step + 1));
+        }
+        let result = self.stepper.wait(pending)?;
+        self.idle_since = Some(Instant::now());
+        let state = &mut self.state;
+        let expert_losses = result.expert_losses.as_deref();
+        state.routing.note(&self.config.router, step, &result.routing, expert_losses);
+        state.step = step;
+        state.tokens_seen += result.label_tokens;
+        state.position = ready.position;
+        for block in &ready.blocks {
+            state.domain_blocks[block.domain as usize] += 1;
+        }
+        self.model.set_rule(temperature, self.state.routing.top_k(&self.config.router));
+        self.step_metrics(&ready, result, Launched { started, host_secs, temperature, lr_factor })
+    }
+
+    /// The data of step `step`, which are the next blocks of the stream.
+    fn prepare(&mut self, step: u64) -> Ready {
+        let train = &self.config.train;
+        let dataset = &self.data.train;
+        let per_step = train.micro_batch_size * train.grad_accum_steps;
+        let blocks = self.stream.take(dataset, per_step);
+        let batches = blocks.chunks(train.micro_batch_size).map(|chunk| dataset.batch(chunk));
+        let batches: Vec<_> = batches.collect();
+        let seeding = self.seeding_phase(step);
+        let num_domains = dataset.domains.len();
+        let data = self.stepper.prepare(&self.model, &self.config, &batches, seeding, num_domains);
+        Ready { blocks, data, position: self.stream.position(), epoch: self.stream.epoch() }
+    }
+
+    /// What is reported of the step just done.
+    fn step_metrics(
+        &self,
+        ready: &Ready,
+        result: StepResult,
+        launched: Launched,
+    ) -> Result<StepMetrics> {
+        let losses = RouterLosses::new(&result.routing);
+        let routing = RoutingReport::new(&result.routing, None, self.config.router.dead_share);
+        let domains = self.data.train.domains.iter().zip(&result.domain_losses);
+        let step_secs = launched.started.elapsed().as_secs_f64();
+        let tokens = (ready.blocks.len() * self.data.train.seq_len) as f64;
+        Ok(StepMetrics {
+            step: self.state.step,
+            epoch: ready.epoch,
+            tokens_seen: self.state.tokens_seen,
+            loss: result.loss,
+            domain_losses: domains
+                .filter_map(|(d, loss)| Some((d.name.clone(), (*loss)?)))
+                .collect(),
+            load_balancing_loss: losses.map(|losses| losses.load_balancing_loss),
+            uniform_mse: losses.map(|losses| losses.uniform_mse),
+            router_z_loss: losses.map(|losses| losses.router_z_loss),
+            routing_entropy: losses.map(|losses| losses.routing_entropy),
+            orthogonality: result.orthogonality,
+            expert_load: routing.map(|routing| routing.expert_load),
+            mature_experts: self.state.routing.mature_experts(),
+            temperature: losses.map(|_| launched.temperature),
+            grad_norm: result.grad_norm,
+            learning_rates: self.stepper.optimizer.learning_rates(launched.lr_factor),
+            label_tokens: result.label_tokens,
+            step_secs,
+            host_secs: launched.host_secs,
+            tokens_per_sec: tokens / step_secs,
+            peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
+        })
+    }
+    /// The seeding of a new expert, if step `step` is part of it.
+    pub(super) fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
+        let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;
+        let domains = &self.data.train.domains;
+        let domain = domains.iter().position(|domain| domain.name == growth.domain);
+        let domain = domain.expect("the config was checked") as u32;
+        Some(SeedingPhase { expert: self.model.num_experts() - 1, domain })
+    }
+}
