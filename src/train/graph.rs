@@ -6,9 +6,9 @@
 //! steps 4, ..              the numbers are copied to where the captured step reads them; replayed
 //! ```
 //!
-//! So the updates are those of a run without graphs, in the same order. A step's shape is what the host decides; as sizes
-//! are rounded up, there are few. The graphs share one memory: what a step leaves there must be fetched before
-//! the next one.
+//! So the updates are those of a run without graphs, in the same order. A step's shape is what the host
+//! decides; as sizes are rounded up, there are few. The graphs share one memory: what a step leaves there must
+//! be fetched before the next one.
 //!
 //! Random numbers: a replay draws new ones, as many as the step without a graph, from the device's generator,
 //! whose state is right whenever no step is in the queue; so it is what a checkpoint saves.
@@ -74,7 +74,7 @@ pub(super) struct Graphs {
     /// The first has the memory of all, and the stream that steps warm up on.
     graphs: Vec<Graph>,
     num_recorded: usize,
-    /// Why the last step could not be captured.
+    /// Why steps could not be captured, as the log says last.
     told: Option<&'static str>,
 }
 
@@ -115,11 +115,17 @@ impl Graphs {
             return false;
         }
         let reason = why_not(model, config);
-        if let Some(reason) = reason.filter(|_| reason != self.told) {
-            tracing::info!("the steps run without a CUDA graph: {reason}");
-            self.told = Some(reason);
+        if let Some(reason) = reason {
+            self.tell(reason);
         }
         reason.is_none()
+    }
+
+    fn tell(&mut self, reason: &'static str) {
+        if self.told != Some(reason) {
+            tracing::info!("steps run without a CUDA graph: {reason}");
+            self.told = Some(reason);
+        }
     }
 
     /// Runs a step of shape `key`, whose numbers are `flats` and `scalars`.
@@ -131,6 +137,9 @@ impl Graphs {
         run: &Run<'_>,
     ) -> Result<StepOutput> {
         let is_full = self.shapes.len() >= MAX_GRAPHS && !self.shapes.contains_key(&key);
+        if is_full {
+            self.tell("there are graphs of too many shapes already");
+        }
         if self.capture == Capture::Off || is_full {
             return run(&flats, &scalars);
         }
@@ -185,7 +194,7 @@ impl Graphs {
             match Graph::new() {
                 Ok(graph) => self.graphs.push(graph),
                 Err(error) => {
-                    tracing::warn!("the steps run without a CUDA graph: {error:#}");
+                    tracing::warn!("steps run without a CUDA graph: {error:#}");
                     self.capture = Capture::Off;
                     return run();
                 }
