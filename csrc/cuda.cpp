@@ -117,6 +117,16 @@ static bool packs(const Tensor &x) {
   return x.stride(1) == 1 && x.stride(0) * size % 16 == 0 && (uint64_t)x.data_ptr() % 16 == 0 && x.size(1) * size % 16 == 0;
 }
 
+static int capability() {
+  static int of_first = [] {
+    int major = 0, minor = 0;
+    const int device = c10::cuda::current_device();
+    compiler.device_attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
+    compiler.device_attribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
+    return 10 * major + minor;
+  }();
+  return of_first;
+}
 static bool apply_to(at::ScalarType kind, int64_t width) {
   const int device = c10::cuda::current_device();
   return dtype_index(kind) >= 0 && modules.count({device, width});
@@ -201,7 +211,7 @@ static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vo
   return true;
 }
 
-static const Kernels table{apply_to, add_norm, norm_backward, weigh,         weigh_backward, refresh,
+static const Kernels table{capability, apply_to, add_norm, norm_backward, weigh,         weigh_backward, refresh,
                            gelu,     gelu_backward, pack_qkv, cross_entropy, lt::gemm};
 
 #pragma GCC visibility push(default)
@@ -284,6 +294,8 @@ int dylora_cuda_graph_leave(Graph *g) {
 // there is lost once the other runs.
 int dylora_cuda_graph_begin(Graph *g, Graph *memory_of) {
   TRY(-1, {
+    // the allocator keeps blocks by stream
+    if (memory_of) g->side = memory_of->side;
     g->enter();
     auto pool = memory_of ? memory_of->graph.pool() : c10::MempoolId_t{0, 0};
     g->graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);

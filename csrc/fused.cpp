@@ -251,8 +251,8 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
 struct Attention {
   int64_t batch, seq, heads;
   double scale;
-  Tensor mask;        // true where attention is allowed, [b, 1, t, t]; undefined where rows are single documents
-  Tensor cu_seqlens;  // where documents begin in the flattened tokens, then M, int32; with `mask`
+  Tensor mask;        // true where attention is allowed, [b, 1, t, t]; undefined where it is not needed
+  Tensor cu_seqlens;  // where documents begin in the flattened tokens, then M, int32; undefined if rows are documents
   int64_t max_len;    // tokens of the longest document, at most
 };
 enum class Way { Generic, CuDnn, Variable };
@@ -264,12 +264,15 @@ struct KeptAttention {
   Tensor output, lse, seed, offset;
 };
 
+// Whether there is a fused kernel of libtorch's for activations like `x` and heads of this size.
+bool has_fused_attention(const Tensor &x, int64_t head_size) {
+  return x.is_cuda() && kernels() && x.scalar_type() == at::kBFloat16 && head_size % 8 == 0 && head_size <= 128 &&
+         kernels()->capability() >= 80;
+}
 Way way_of(const Attention &at_, const Tensor &qkv) {
-  const int64_t c = qkv.size(1) / 3 / at_.heads;
-  if (!qkv.is_cuda() || !kernels() || qkv.scalar_type() != at::kBFloat16 || c % 8 != 0 || c > 128 || at_.seq < 2)
-    return Way::Generic;
-  if (!at_.mask.defined()) return Way::CuDnn;
-  return at_.cu_seqlens.defined() ? Way::Variable : Way::Generic;
+  if (!has_fused_attention(qkv, qkv.size(1) / 3 / at_.heads)) return Way::Generic;
+  if (at_.cu_seqlens.defined()) return Way::Variable;
+  return at_.seq < 2 ? Way::Generic : Way::CuDnn;
 }
 
 // Multi-head attention of qkv [M, 3d] to [M, d].
@@ -657,6 +660,8 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_module *mo
     return 0;
   })
 }
+
+int dylora_attends_by_length(const Tensor *like, int64_t head_size) { return has_fused_attention(*like, head_size); }
 
 // out = [loss, token losses]
 int dylora_head_loss(const Tensor *hidden, const Tensor *head, const Tensor *labels, const Tensor *scale,

@@ -15,6 +15,8 @@ enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 
 // Matrices are 2-dim with contiguous columns; optional tensors may be undefined.
 struct Kernels {
+  // Compute capability of the current device, times ten.
+  int (*capability)();
   // Whether there are kernels for activations of this dtype and width.
   bool (*apply_to)(at::ScalarType kind, int64_t width);
   // sum = x + y, a = LayerNorm(sum); without y, sum is not written.

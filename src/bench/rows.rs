@@ -16,8 +16,9 @@ use crate::model::lora::LoraDropout;
 use crate::model::loss::LossSettings;
 use crate::model::router::RouterSpec;
 use crate::model::{ForwardMode, RoutedGpt2, RoutingSource, Trained, kind_of};
+use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
-use crate::train::step::{self, Phase};
+use crate::train::step::Stepper;
 
 /// A way to compute, by what it is measured for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,7 +125,7 @@ pub(super) struct Subject {
     config: Config,
     model: RoutedGpt2,
     trained: Trained,
-    optimizer: Optimizer,
+    stepper: Stepper,
 }
 
 impl Subject {
@@ -145,7 +146,8 @@ impl Subject {
             _ => model.trained(config.train.routing, None),
         };
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
-        Ok(Self { row, config, model, trained, optimizer })
+        let stepper = Stepper::new(optimizer, Capture::of(device), device);
+        Ok(Self { row, config, model, trained, stepper })
     }
 
     /// One step on `blocks`; gives the mean loss of their label tokens before it, nats.
@@ -160,9 +162,11 @@ impl Subject {
 
     /// The step of `dylora train`.
     fn train(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
-        let phase = Phase { seeding: None, lr_factor: 1.0 };
-        let Self { config, model, trained, optimizer, .. } = self;
-        Ok(step::step(model, trained, optimizer, config, dataset, blocks, phase)?.loss)
+        let batches = self.batches(dataset, blocks);
+        let Self { config, model, trained, stepper, .. } = self;
+        let step = stepper.prepare(model, config, &batches, None, dataset.domains.len());
+        let pending = stepper.launch(model, trained, config, &step, 1.0)?;
+        Ok(stepper.wait(pending)?.loss)
     }
 
     /// A step without an update, for there is nothing to train.
@@ -192,8 +196,11 @@ impl Subject {
             sum += loss.double_value(&[]);
         }
         let grads = grads.of_parameters(&self.trained);
-        let _norm = self.optimizer.clip(&grads)?;
-        self.optimizer.update(&grads, 1.0)?;
+        let optimizer = &mut self.stepper.optimizer;
+        let norm = optimizer.clip(&grads)?;
+        let scalars = Tensor::from_slice(&optimizer.scalars(1.0)).to_device(self.model.device());
+        optimizer.update(&grads, &scalars, &norm.isfinite())?;
+        optimizer.count_update();
         Ok(sum / label_tokens)
     }
 
@@ -214,7 +221,7 @@ impl Subject {
         let settings = LossSettings {
             chunk_tokens: self.config.train.loss_chunk_tokens,
             label_smoothing: 0.0,
-            scale: scale.unwrap_or(1.0),
+            scale: Tensor::from(scale.unwrap_or(1.0)).to_device(self.model.device()),
             with_grad: scale.is_some(),
         };
         let mode = if scale.is_some() { self.training_mode() } else { ForwardMode::EVAL };

@@ -61,6 +61,7 @@ unsafe extern "C" {
         dropout: f64,
         out: *mut *mut C_tensor,
     ) -> c_int;
+    fn dylora_attends_by_length(like: TensorPtr, head_size: i64) -> c_int;
     fn dylora_head_loss(
         hidden: TensorPtr,
         head: TensorPtr,
@@ -148,7 +149,8 @@ pub struct Attention<'a> {
     pub heads: i64,
     /// Factor of the scores.
     pub scale: f64,
-    /// True where attention is allowed, `[b, 1, t, t]`; none = wherever it is causal.
+    /// True where attention is allowed, `[b, 1, t, t]`; none = wherever it is causal, or by `cu_seqlens`
+    /// where [`attends_by_length`].
     pub mask: Option<&'a Tensor>,
     /// Where documents begin in the flattened tokens, then `M`, int32; the same documents as `mask`'s.
     pub cu_seqlens: Option<&'a Tensor>,
@@ -184,6 +186,13 @@ pub fn norm(x: &Tensor, y: Option<&Tensor>, norm: &Norm<'_>) -> Result<(Tensor, 
     let raw = raw_norm(norm);
     // SAFETY: live tensors; the shim keeps references of its own
     pair(|out| unsafe { dylora_fused_norm(x.as_ptr(), or_null(y), &raw, out) })
+}
+
+/// Whether attention within documents needs their lengths alone, not a mask, for activations like this
+/// and heads of this size.
+pub fn attends_by_length(like: &Tensor, head_size: i64) -> bool {
+    // SAFETY: a live tensor
+    unsafe { dylora_attends_by_length(like.as_ptr(), head_size) != 0 }
 }
 
 /// A block without its first LayerNorm: two tensors whose sum is the block's output.

@@ -11,7 +11,7 @@ use super::lora::{LoraDropout, RoutingWeights};
 use super::loss::{ChunkedLoss, LossSettings, chunked_cross_entropy};
 use super::router::{RouterSpec, Routing, RoutingRule};
 use super::routing::{BlockWeights, RoutingPass, RoutingSource};
-use super::{RoutedBlock, RoutedGpt2, wide};
+use super::{RoutedBlock, RoutedGpt2};
 use crate::config::{EvalRule, Kernels, ModulePath, RouterNoise, TargetModule};
 use crate::ffi;
 use crate::ffi::fused::HeadLoss;
@@ -329,15 +329,18 @@ impl RoutedGpt2 {
     ) -> (ChunkedLoss, Vec<Routing>) {
         let output = self.forward(inputs, source, mode, None);
         let d = self.base.config.n_embd;
-        let hidden_nd = output.hidden.view([-1, d]).index_select(0, &inputs.labelled);
+        let hidden_nd = output.hidden.reshape([-1, d]);
+        let hidden_nd = match inputs.every_position {
+            true => hidden_nd,
+            false => hidden_nd.index_select(0, &inputs.labelled),
+        };
         let fused = HeadLoss {
             vocabulary: self.base.config.vocab_size,
             label_smoothing: settings.label_smoothing,
             chunk_tokens: settings.chunk_tokens,
         };
-        let scale = Tensor::from(settings.scale).to_kind(wide(self.kind)).to_device(self.device());
         if let Some((loss, token_losses)) =
-            self.fused_loss(&hidden_nd, &inputs.labels, &scale, fused)
+            self.fused_loss(&hidden_nd, &inputs.labels, &settings.scale, fused)
         {
             return (ChunkedLoss { loss, token_losses }, output.routing);
         }

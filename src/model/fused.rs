@@ -170,7 +170,7 @@ impl RoutedBlock {
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Stream {
-        let [b, t, _] = stream.shape;
+        let [b, t, d] = stream.shape;
         let modules = self.fused.as_ref().expect("the caller asked `fuses`");
         let flat = g.flat(b * t);
         let factors: BTreeMap<_, _> =
@@ -202,7 +202,12 @@ impl RoutedBlock {
         };
         let (mask, cu_seqlens, max_len) = match mask {
             AttentionMask::Causal => (None, None, t),
-            AttentionMask::Documents(mask) => (Some(mask), None, t),
+            AttentionMask::Documents(documents) => {
+                // the mask is made where it is needed only
+                let by_length = ffi::fused::attends_by_length(&stream.x, d / self.block.n_head);
+                let mask = (!by_length).then(|| documents.mask());
+                (mask, Some(&documents.cu_seqlens), documents.max_len)
+            }
         };
         let attention = Attention {
             batch: b,

@@ -105,7 +105,7 @@ impl Extent {
     }
 
     /// What holds each of several batches, rounded up: the labelled positions to eighths of the positions of
-    /// the largest, but at least 64, the documents and the longest of them to powers of two.
+    /// the largest, but at least 64 and at most all of them, the documents and the longest of them to powers of two.
     pub fn rounded(batches: &[Rows<'_>]) -> Self {
         let positions = batches.iter().map(|rows| rows.num_rows * rows.seq_len).max().unwrap_or(0);
         let part = positions.div_ceil(LABEL_PARTS).max(MIN_LABEL_PART);
@@ -123,7 +123,7 @@ impl Extent {
             longest: a.longest.max(b.longest),
         };
         Self {
-            num_labelled: num_labelled.unwrap_or(0).max(1).next_multiple_of(part),
+            num_labelled: num_labelled.unwrap_or(0).max(1).next_multiple_of(part).min(positions),
             is_rounded: true,
             packed: packed.reduce(larger).filter(|_| is_packed),
         }
@@ -138,6 +138,14 @@ pub struct InputLayout {
     pub(super) extent: Extent,
     pub(super) names_experts: bool,
     pub(super) marks_prompts: bool,
+}
+
+impl InputLayout {
+    /// Whether the labelled positions are all there are, in their order; those without a label are
+    /// fillers.
+    pub(super) fn labels_every_position(&self) -> bool {
+        self.extent.is_rounded && self.extent.num_labelled == self.num_rows * self.seq_len
+    }
 }
 
 /// A batch on the host: all of its numbers in one int64 tensor.
@@ -165,8 +173,9 @@ impl HostInputs {
         let mut flat = [rows.input_ids, rows.position_ids, rows.document_ids].concat();
         flat.extend(rows.expert_ids.unwrap_or_default());
         flat.extend(rows.prompt.unwrap_or_default().iter().map(|&reads| i64::from(reads)));
+        let is_every = layout.labels_every_position();
         let labelled: Vec<usize> =
-            (0..rows.labels.len()).filter(|&i| rows.labels[i] >= 0).collect();
+            (0..rows.labels.len()).filter(|&i| is_every || rows.labels[i] >= 0).collect();
         let fillers = extent.num_labelled - labelled.len();
         let mut extend = |of: &dyn Fn(usize) -> i64, filler: &dyn Fn(usize) -> i64| {
             flat.extend(labelled.iter().map(|&i| of(i)));

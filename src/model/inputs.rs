@@ -62,6 +62,8 @@ pub struct Inputs {
     pub mask: AttentionMask,
     /// Indices of the labelled positions in the flattened `[b t]`, `[n]`; any in fillers.
     pub labelled: Tensor,
+    /// Whether these are all positions in their order.
+    pub every_position: bool,
     /// Their targets, `[n]`; -100 in fillers.
     pub labels: Tensor,
     /// Which of them are no fillers, `[n]`; none = all.
@@ -188,6 +190,7 @@ impl InputLayout {
             position_ids,
             mask,
             labelled,
+            every_position: self.labels_every_position(),
             labels,
             counted,
             groups,
