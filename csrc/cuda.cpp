@@ -81,6 +81,7 @@ static const char *const names[NAMES] = {"add_norm",      "norm_backward", "weig
 // Kernels of one width on one device, for bf16 and f32.
 struct Module {
   CUfunction functions[2][NAMES];
+  int shared_memory;  // what a block of cross_entropy can have, bytes
 };
 static std::map<std::pair<int, int64_t>, Module> modules;
 static std::map<int, Module> latest;  // for kernels that do not depend on the width
@@ -206,8 +207,11 @@ static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vo
                           const Tensor &scale, const Tensor &losses, const Tensor &smoothed) {
   auto module = any_module(logits);
   if (!module || !packs(logits)) return false;
-  run(module, CrossEntropy, logits, logits.size(0), 1024, 0, logits.data_ptr(), ld(logits), labels.data_ptr(),
-      (int)vocabulary, (int)logits.size(1), (float)smoothing, at_or_null(scale), losses.data_ptr(), smoothed.data_ptr());
+  const int64_t bytes = logits.size(1) * logits.element_size();
+  const bool keeps = bytes <= module->shared_memory;
+  run(module, CrossEntropy, logits, logits.size(0), 512, keeps ? (int)bytes : 0, logits.data_ptr(), ld(logits),
+      labels.data_ptr(), (int)vocabulary, (int)logits.size(1), (float)smoothing, at_or_null(scale), losses.data_ptr(),
+      smoothed.data_ptr(), (int)keeps);
   return true;
 }
 
@@ -266,6 +270,12 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
         TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()), "no kernel ", name);
       }
+    compiler.device_attribute(&module.shared_memory, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device);
+    module.shared_memory -= 1024;  // its own
+    for (auto &functions : module.functions)
+      if (compiler.set_attribute(functions[CrossEntropy], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                 module.shared_memory))
+        module.shared_memory = 0;
     modules[{device, width}] = module;
     latest[device] = module;
     return 0;

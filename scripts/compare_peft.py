@@ -48,6 +48,8 @@ def arguments():
     parser.add_argument("--documents", type=float, metavar="MEDIAN", help="packed documents of this median length")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, metavar="NAME,..", help=f"of {ROWS}")
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="also under torch.compile")
+    parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
+    parser.add_argument("--compile-rows", type=lambda text: text.split(","), default=COMPILED, metavar="NAME,..")
     parser.add_argument("--padded-vocab", action="store_true", help="PEFT's vocabulary as a multiple of 64")
     parser.add_argument("--steps", type=int, default=10, metavar="N")
     parser.add_argument("--warmup", type=int, default=5, metavar="N")
@@ -134,12 +136,12 @@ def run_peft(args, rows, batches, compiled=None, base=None, steps=None, warmup=N
 
 
 def measure(args, results):
-    compiled = [row for row in args.rows if row in COMPILED] if args.compile else []
+    compiled = [row for row in args.rows if row in COMPILED and row in args.compile_rows] if args.compile else []
     if args.device != "cpu":
         results.add("dylora", run_dylora(args, args.rows, args.batches))
         results.add("peft", run_peft(args, args.rows, args.batches))
         if compiled:
-            results.add("peft_compiled", run_peft(args, compiled, args.batches, args.compile))
+            results.add("peft_compiled", run_peft(args, compiled, args.compile_batches or args.batches, args.compile))
         return
     for batch in args.batches:
         for row in args.rows:

@@ -208,7 +208,7 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let on_cuda = matches!(device, Device::Cuda(_));
     let dtype = args.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
     args.check().map_err(usage)?;
-    let text = load::to_toml(&args.config(dtype)?);
+    let text = load::to_toml(&args.config(dtype, on_cuda)?);
     let config = load::resolve(&text, &args.set).map_err(usage)?;
     let (label, weights) = args.weights(&config.base, shared)?;
     let device_model = ffi::device_model(device).unwrap_or_else(|| "unknown".into());
@@ -251,7 +251,7 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
 
 impl BenchArgs {
     /// The mixture's config; its micro-batch size is each row's own.
-    fn config(&self, dtype: Dtype) -> Result<Config> {
+    fn config(&self, dtype: Dtype, on_cuda: bool) -> Result<Config> {
         let size = self.size.map_or("gpt2", |size| size.name);
         let source = match &self.base {
             Some(text) => base_source(text)?,
@@ -291,6 +291,8 @@ impl BenchArgs {
             train: TrainConfig {
                 duration: Duration::Steps((self.warmup + self.steps).max(1) as u64),
                 grad_accum_steps: self.accumulate,
+                // as the configs for GPT-2 have it: small chunks save memory, and cost time on a GPU
+                loss_chunk_tokens: if on_cuda { 4096 } else { 1024 },
                 ..TrainConfig::default()
             },
             optimizer: OptimizerConfig { max_grad_norm: Some(1.0), ..OptimizerConfig::default() },

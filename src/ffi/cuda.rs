@@ -120,13 +120,11 @@ unsafe extern "C" {
 
 /// Makes the kernels for activations of `width` columns on a CUDA device, for which [`super::fused`]
 /// then uses them. Machine code is kept by the source's hash, the GPU's architecture, the compiler's
-/// version and the shape.
-///
-/// - `vocabulary`: rows of the head that logits are taken with
+/// version and the width.
 ///
 /// # Errors
 /// A libtorch without CUDA or without NVRTC, a GPU that NVRTC does not know.
-pub fn prepare_kernels(device: usize, width: i64, vocabulary: i64) -> Result<()> {
+pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
     let mut prepared = PREPARED.lock().expect("nothing panics while it is held");
     if prepared.contains(&(device, width)) {
         return Ok(());
@@ -141,13 +139,10 @@ pub fn prepare_kernels(device: usize, width: i64, vocabulary: i64) -> Result<()>
     let mut target = [0; 4];
     // SAFETY: the library writes four numbers
     library.check(unsafe { (library.target)(device as c_int, target.as_mut_ptr()) })?;
-    // a row of 16-byte packs of bf16 over 1024 threads
-    let vocabulary_packs = (vocabulary + 8 * 1024 - 1) / (8 * 1024);
     let [major, minor, ..] = target;
     let options = [
         format!("-arch=sm_{major}{minor}"),
         format!("-DWIDTH={width}"),
-        format!("-DVOCABULARY_PACKS={}", vocabulary_packs.clamp(1, 16)),
         "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         "-std=c++17".to_owned(),
     ];

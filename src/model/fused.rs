@@ -310,7 +310,7 @@ impl RoutedGpt2 {
             tracing::info!("no kernels for this shape or dtype: libtorch's operations are used");
             return false;
         }
-        match ffi::cuda::prepare_kernels(device, d, self.base.config.vocab_size) {
+        match ffi::cuda::prepare_kernels(device, d) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!("no kernels, libtorch's operations are used: {error:#}");

@@ -205,7 +205,7 @@ impl Case {
         let settings = LossSettings {
             chunk_tokens: 17,
             label_smoothing: self.label_smoothing,
-            scale: 1.0 / inputs.labelled.size()[0] as f64,
+            scale: Tensor::from(1.0 / inputs.labelled.size()[0] as f64).to_device(model.device()),
             with_grad: true,
         };
         let dropout = LoraDropout { probability: self.dropout, masks: DropoutMasks::Shared };
@@ -266,20 +266,25 @@ impl std::fmt::Display for Distances {
     }
 }
 
+/// Where the tests run.
+pub(super) fn device() -> Result<Device> {
+    match std::env::var("DYLORA_TEST_DEVICE").as_deref() {
+        Ok("cuda") => {
+            // before any other call of libtorch
+            ffi::load_cuda().map_err(anyhow::Error::msg)?;
+            Ok(Device::Cuda(0))
+        }
+        _ => Ok(Device::Cpu),
+    }
+}
+
 /// Loss within 1e-5 and gradients within 1e-4 of their norm in f32, 1e-10 and 1e-9 in f64. In bf16 gradients
 /// are as far from those in f64 as the reference's own in bf16: by the geometric mean over all cases no
 /// farther than 1.05 times, and in none, where chance decides, farther than twice.
 #[test]
 fn fused_steps_are_the_references() -> Result<()> {
-    let on_gpu = std::env::var("DYLORA_TEST_DEVICE").is_ok_and(|device| device == "cuda");
-    let device = match on_gpu {
-        true => {
-            // before any other call of libtorch
-            ffi::load_cuda().map_err(anyhow::Error::msg)?;
-            Device::Cuda(0)
-        }
-        false => Device::Cpu,
-    };
+    let device = device()?;
+    let on_gpu = device.is_cuda();
     let _generator = seed(900);
     let (mut faults, mut ratios) = (vec![], vec![]);
     for case in cases(on_gpu) {

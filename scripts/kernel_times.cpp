@@ -1,0 +1,67 @@
+// Says where a program's GPU time goes: loaded by CUDA itself into any program that CUDA_INJECTION64_PATH names it to, it
+// sums the kernels of the program's last KERNEL_TIMES_MS milliseconds (default 500) by name and prints them to stderr at
+// its end. Graphs are seen kernel by kernel. scripts/kernel_times builds it and runs a command under it.
+#include <cupti.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+struct Kernel {
+  uint64_t start, end;
+  const std::string *name;
+};
+static std::vector<Kernel> kernels;
+static std::map<std::string, int> names;
+static std::mutex mutex;
+
+static void CUPTIAPI request(uint8_t **buffer, size_t *size, size_t *max_records) {
+  *size = 8 << 20;
+  *buffer = (uint8_t *)aligned_alloc(8, *size);
+  *max_records = 0;
+}
+static void CUPTIAPI completed(CUcontext, uint32_t, uint8_t *buffer, size_t, size_t valid) {
+  std::lock_guard<std::mutex> lock(mutex);
+  CUpti_Activity *record = nullptr;
+  while (cuptiActivityGetNextRecord(buffer, valid, &record) == CUPTI_SUCCESS) {
+    if (record->kind != CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL) continue;
+    auto kernel = (KERNEL_RECORD *)record;
+    auto name = names.emplace(kernel->name ? kernel->name : "?", 0).first;
+    kernels.push_back({kernel->start, kernel->end, &name->first});
+  }
+  free(buffer);
+}
+static void report() {
+  cuptiActivityFlushAll(1);
+  std::lock_guard<std::mutex> lock(mutex);
+  if (kernels.empty()) return;
+  const char *wanted = getenv("KERNEL_TIMES_MS");
+  const uint64_t window = (uint64_t)((wanted ? atof(wanted) : 500) * 1e6);
+  uint64_t last = 0;
+  for (auto &k : kernels) last = std::max(last, k.end);
+  std::map<std::string, std::pair<double, int>> sums;
+  double busy = 0;
+  for (auto &k : kernels) {
+    if (k.start + window < last) continue;
+    auto &sum = sums[*k.name];
+    sum.first += (double)(k.end - k.start), sum.second += 1, busy += (double)(k.end - k.start);
+  }
+  std::vector<std::pair<std::string, std::pair<double, int>>> rows(sums.begin(), sums.end());
+  std::sort(rows.begin(), rows.end(), [](auto &a, auto &b) { return a.second.first > b.second.first; });
+  fprintf(stderr, "kernels of the last %.0f ms: busy %.1f %%\n", window / 1e6, busy / window * 100);
+  for (auto &row : rows)
+    if (row.second.first > busy * 0.002)
+      fprintf(stderr, "%6.2f %% %8.3f ms %6d x %8.1f us  %.110s\n", row.second.first / busy * 100, row.second.first / 1e6,
+              row.second.second, row.second.first / row.second.second / 1e3, row.first.c_str());
+}
+extern "C" int InitializeInjection(void) {
+  if (cuptiActivityRegisterCallbacks(request, completed) != CUPTI_SUCCESS) return 1;
+  cuptiActivityEnable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
+  atexit(report);
+  return 1;
+}
