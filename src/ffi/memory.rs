@@ -1,13 +1,13 @@
 //! Tensors over the bytes of a file, and the bytes of tensors, without a copy.
 
 use std::ffi::c_void;
-use std::io::Read;
 use std::ops::Deref;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, anyhow, ensure};
-use memmap2::{Advice, MmapMut, MmapOptions};
+use anyhow::{Context, Result, anyhow, ensure};
+use memmap2::{MmapMut, MmapOptions};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
@@ -21,6 +21,9 @@ unsafe extern "C" {
 
 /// What the first byte that matters of [`FileBytes::read`] is aligned to, as libtorch's own tensors are.
 const ALIGNMENT: usize = 64;
+
+/// A smaller part of a file is not worth a thread.
+const MIN_PART_LEN: usize = 1 << 20;
 
 /// The content of a file, which tensors can share. What is written into such a tensor is the process's own:
 /// the file never changes.
@@ -42,15 +45,26 @@ impl FileBytes {
         Ok(Self { map: Arc::new(map), start: 0 })
     }
 
-    /// Reads a file so that its byte `at` lies as libtorch's own tensors do, at a multiple of 64.
+    /// Reads a file, on all cores, so that its byte `at` lies as libtorch's own tensors do, at a multiple of 64.
     pub fn read(path: &Path, at: usize) -> Result<Self> {
-        let mut file = fs_err::File::open(path)?;
+        let file = fs_err::File::open(path)?;
         let len = usize::try_from(file.metadata()?.len())?;
         let start = at.next_multiple_of(ALIGNMENT) - at;
         let mut map = MmapMut::map_anon((start + len).max(1))?;
-        // fewer and faster page faults, where the system has large pages
-        let _ = map.advise(Advice::HugePage);
-        file.read_exact(&mut map[start..start + len])?;
+        // most of the time goes into the pages' first touch, which each core does for its part
+        let num_parts = std::thread::available_parallelism().map_or(1, usize::from);
+        let part_len = len.div_ceil(num_parts).max(MIN_PART_LEN);
+        std::thread::scope(|scope| {
+            let parts = map[start..start + len].chunks_mut(part_len).enumerate();
+            let read = |(i, part): (usize, &mut [u8])| {
+                file.file().read_exact_at(part, (i * part_len) as u64)
+            };
+            let threads: Vec<_> = parts.map(|part| scope.spawn(move || read(part))).collect();
+            let mut done =
+                threads.into_iter().map(|t| t.join().expect("reading returns its errors"));
+            done.try_for_each(|done| done)
+        })
+        .with_context(|| format!("cannot read `{}`", path.display()))?;
         Ok(Self { map: Arc::new(map), start })
     }
 
@@ -146,10 +160,12 @@ mod tests {
 
     #[test]
     fn bytes_are_read_to_where_they_are_aligned() -> Result<()> {
-        let file = file(&[7; 100]);
+        // several parts, the last of them short
+        let content: Vec<u8> = (0..2 * MIN_PART_LEN as u32 + 5).map(|i| (i / 3) as u8).collect();
+        let file = file(&content);
         for at in [0, 1, 63, 64, 99] {
             let bytes = FileBytes::read(file.path(), at)?;
-            assert_eq!(bytes.len(), 100);
+            assert!(*bytes == *content, "{at}");
             assert_eq!(bytes[at..].as_ptr().align_offset(ALIGNMENT), 0, "{at}");
         }
         Ok(())
