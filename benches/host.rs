@@ -138,6 +138,7 @@ fn metrics() -> StepMetrics {
         learning_rates: [("adapters".into(), 1e-4), ("router".into(), 1e-3)].into(),
         label_tokens: 32_768,
         step_secs: 0.053_217_891,
+        host_secs: 0.000_217_891,
         tokens_per_sec: 612_345.678_9,
         peak_memory_bytes: 9 << 30,
     }

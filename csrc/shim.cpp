@@ -172,15 +172,12 @@ int dylora_set_rng_state(int device, Tensor *state) {
   })
 }
 
-// CUDA memory of a device, bytes: [allocated, peak allocated, free, total]
+// What libtorch's allocator has given out on a CUDA device, bytes: [now, at most so far]
 int dylora_memory_stats(int device, int64_t *out) {
   TRY(-1, {
     auto stats = at::accelerator::getDeviceStats(device);
-    auto info = at::accelerator::getMemoryInfo(device);
     out[0] = stats.allocated_bytes[0].current;
     out[1] = stats.allocated_bytes[0].peak;
-    out[2] = info.first;
-    out[3] = info.second;
     return 0;
   })
 }
@@ -211,6 +208,10 @@ int dylora_empty_cache() {
     at::accelerator::emptyCache();
     return 0;
   })
+}
+// The same numbers in memory that a GPU can read by itself.
+Tensor *dylora_pinned(Tensor *t) {
+  TRY(nullptr, { return new Tensor(t->pin_memory()); })
 }
 int dylora_synchronize(int device) {
   TRY(-1, {

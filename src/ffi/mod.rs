@@ -43,6 +43,7 @@ unsafe extern "C" {
     fn dylora_memory_stats(device: c_int, out: *mut i64) -> c_int;
     fn dylora_reset_peak_memory(device: c_int) -> c_int;
     fn dylora_cuda_name(device: c_int, out: *mut c_char, capacity: c_int) -> c_int;
+    fn dylora_pinned(tensor: TensorPtr) -> *mut C_tensor;
     fn dylora_synchronize(device: c_int) -> c_int;
     fn dylora_empty_cache() -> c_int;
     fn dylora_checkpoint(
@@ -219,10 +220,10 @@ pub fn reset_peak_memory(device: Device) -> Result<()> {
     Ok(fs_err::write("/proc/self/clear_refs", "5")?)
 }
 
-/// `[allocated, peak allocated, free, total]`, bytes.
-fn cuda_memory(index: usize) -> Result<[i64; 4]> {
-    let mut stats = [0i64; 4];
-    // SAFETY: the shim writes four numbers
+/// `[allocated, peak allocated]`, bytes.
+fn cuda_memory(index: usize) -> Result<[i64; 2]> {
+    let mut stats = [0i64; 2];
+    // SAFETY: the shim writes two numbers
     check(unsafe { dylora_memory_stats(index as c_int, stats.as_mut_ptr()) })?;
     Ok(stats)
 }
@@ -251,6 +252,12 @@ pub fn device_model(device: Device) -> Option<String> {
     };
     let name = CStr::from_bytes_until_nul(&buffer).ok()?.to_str().ok()?;
     (status == 0 && !name.is_empty()).then(|| name.to_owned())
+}
+
+/// The same numbers in memory that a GPU reads by itself, so that the host need not wait for a transfer.
+pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
+    // SAFETY: a live tensor
+    owned(unsafe { dylora_pinned(tensor.as_ptr()) })
 }
 
 /// Waits until a CUDA device has done all its work; nothing to wait for on the CPU.

@@ -8,6 +8,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::ffi;
+
 /// The label of a position without loss.
 pub(super) const IGNORED: i64 = -100;
 /// Of how many parts the largest number of labelled positions is made when it is rounded.
@@ -194,7 +196,10 @@ impl HostInputs {
             flat.extend(std::iter::repeat_n(total, empty));
         }
         let flat = Tensor::from_slice(&flat);
-        let flat = if device.is_cuda() { flat.pin_memory(device) } else { flat };
+        let flat = match device.is_cuda() {
+            true => ffi::pinned(&flat).expect("a GPU in use has memory to pin"),
+            false => flat,
+        };
         Self { flat, layout }
     }
 

@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::Config;
 use crate::data::Batch;
 use crate::eval;
+use crate::ffi;
 use crate::model::inputs::{Extent, HostInputs, InputLayout};
 use crate::model::{Inputs, RoutedGpt2, RoutingSource, Rows};
 
@@ -81,8 +82,11 @@ impl Prepared {
         let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64];
         numbers.extend_from_slice(update);
         let numbers = Tensor::from_slice(&numbers);
-        let pinned = self.device.is_cuda().then(|| numbers.pin_memory(self.device));
-        pinned.unwrap_or(numbers).to_device_(self.device, Kind::Double, true, false)
+        let numbers = match self.device.is_cuda() {
+            true => ffi::pinned(&numbers).expect("a GPU in use has memory to pin"),
+            false => numbers,
+        };
+        numbers.to_device_(self.device, Kind::Double, true, false)
     }
 
     /// The step whose numbers are in `flats` and `scalars`.

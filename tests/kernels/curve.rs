@@ -6,7 +6,6 @@ use dylora::config::{Config, Kernels, RoutingChoice, load};
 use dylora::data::Batch;
 use dylora::model::RoutedGpt2;
 use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2::Gpt2;
 use dylora::model::gpt2_config::Gpt2Config;
 use dylora::model::router::RouterSpec;
 use dylora::train::graph::Capture;
@@ -14,14 +13,14 @@ use dylora::train::optim::Optimizer;
 use dylora::train::step::Stepper;
 use tch::{Device, Kind};
 
-use crate::common::{seed, tiny_config};
+use crate::common::{seed, tiny_base, tiny_config};
 use crate::shapes::device;
 
 const NUM_STEPS: usize = 100;
 
 fn config(more: &str) -> Result<Config> {
     let text = format!(
-        "[base]\npath = \"none\"\n[data]\nseq_len = 32\n[[data.domains]]\nname = \"random\"\ntrain = [\"none\"]\n\
+        "[base]\nsource = {{ path = \"none\" }}\n[data]\nseq_len = 32\n[[data.domains]]\nname = \"random\"\ntrain = [\"none\"]\n\
          [lora]\nnum_experts = 3\nrank = 4\nalpha = 12\ntarget_modules = [\"attn.c_attn\", \"mlp.c_fc\", \"mlp.c_proj\"]\n\
          [optimizer]\nmax_grad_norm = 1.0\n[optimizer.adapters]\nlearning_rate = 0.01\n\
          [optimizer.router]\nlearning_rate = 0.01\n[train]\nloss_chunk_tokens = 50\n{more}"
@@ -33,7 +32,7 @@ fn config(more: &str) -> Result<Config> {
 fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Result<Vec<f64>> {
     let shape = Gpt2Config { n_embd: 32, n_inner: 128, n_layer: 3, ..tiny_config() };
     tch::manual_seed(21);
-    let base = Gpt2::random(shape);
+    let base = tiny_base(shape);
     let specs = ExpertSpec::all(&config.lora, &base.config)?;
     let mut model =
         RoutedGpt2::with_experts(&base, &specs, &RouterSpec::of_config(config), device, kind);
