@@ -47,7 +47,8 @@ def arguments():
     parser.add_argument("--accumulate", type=int, default=1, metavar="N")
     parser.add_argument("--documents", type=float, metavar="MEDIAN", help="packed documents of this median length")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, metavar="NAME,..", help=f"of {ROWS}")
-    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE", help="also under torch.compile")
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE",
+                        help="also under torch.compile; `blocks` compiles block by block, in a fraction of the time")
     parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
     parser.add_argument("--compile-rows", type=lambda text: text.split(","), default=COMPILED, metavar="NAME,..")
     parser.add_argument("--padded-vocab", action="store_true", help="PEFT's vocabulary as a multiple of 64")

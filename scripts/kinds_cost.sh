@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What kinds of experts and router inputs cost in training: GPT-2's shape of 124 million random parameters, bf16,
 # four experts of r = 8 on c_attn (or as the row says), packed text. One run of STEPS steps for each row; tokens/s is
-# the median over the steps but the first five, peak memory that of the last.
+# the median over the steps but the first five, peak memory that of the last; idle is the share of these steps' time in
+# which the GPU had nothing to do (host_secs).
 #
 #     PYTHON=python3 scripts/kinds_cost.sh DYLORA [OLDER_DYLORA]     (PYTHON needs transformers)
 #
@@ -45,14 +46,15 @@ name, file, first = sys.argv[1:]
 lines = [json.loads(line) for line in open(file)]
 lines = [line for line in lines if line["kind"] == "train"]
 speed = statistics.median(line["tokens_per_sec"] for line in lines[5:])
+idle, busy = (statistics.median(line[key] for line in lines[5:]) for key in ["host_secs", "step_secs"])
 if not os.path.exists(first):
     open(first, "w").write(str(speed))
 ratio = float(open(first).read()) / speed
-print(f"| {name:<58} | {speed:8,.0f} | {ratio:12.2f} | {lines[-1]['peak_memory_bytes'] / 2**30:9.2f} |")
+print(f"| {name:<58} | {speed:8,.0f} | {ratio:12.2f} | {lines[-1]['peak_memory_bytes'] / 2**30:9.2f} | {100 * idle / (idle + busy):7.2f} |")
 PYTHON
 }
 all='lora.target_modules=["attn.c_attn","attn.c_proj","mlp.c_fc","mlp.c_proj"]'
-printf '| %-58s | tokens/s | time, of 1st | peak, GiB |\n|%s|---------:|-------------:|----------:|\n' \
+printf '| %-58s | tokens/s | time, of 1st | peak, GiB | idle, %% |\n|%s|---------:|-------------:|----------:|--------:|\n' \
   "four experts, router on embeddings" "$(printf -- '-%.0s' {1..60})"
 row "plain LoRA, even ranks" "$dylora"
 [ -z "$older" ] || row "the same by the older binary" "$older"
