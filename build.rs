@@ -38,8 +38,10 @@ fn compiler(libtorch: &Path) -> cc::Build {
 /// Makes `library`, which is empty if CUDA's headers are not there.
 fn compile_cuda(libtorch: &Path, library: &Path) {
     let places = [libtorch.join("cuda/include"), PathBuf::from("/usr/local/cuda/include")];
-    let Some(headers) = places.iter().find(|place| place.join("cuda_runtime_api.h").exists())
-    else {
+    let is_whole = |place: &&PathBuf| {
+        ["cuda.h", "cuda_runtime_api.h"].iter().all(|header| place.join(header).exists())
+    };
+    let Some(headers) = places.iter().find(is_whole) else {
         println!(
             "cargo:warning=CUDA's headers are absent: the binary will have no fast path on CUDA"
         );

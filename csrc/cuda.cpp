@@ -4,6 +4,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cuda.h>
@@ -17,20 +18,31 @@
 
 using at::Tensor;
 
-// A graph and the stream that it was captured on.
+// A graph, the stream that it is captured on, and the memory that it has to itself or shares with others.
 struct Graph {
   at::cuda::CUDAGraph graph;
+  c10::DeviceIndex device;
   c10::cuda::CUDAStream side, previous;
-  Graph() : side(c10::cuda::getStreamFromPool()), previous(c10::cuda::getCurrentCUDAStream()) {}
+  c10::MempoolId_t memory;
+  explicit Graph(c10::DeviceIndex device)
+      : device(device), side(c10::cuda::getStreamFromPool(false, device)),
+        previous(c10::cuda::getCurrentCUDAStream(device)), memory(at::cuda::graph_pool_handle()) {}
   void enter() {
-    previous = c10::cuda::getCurrentCUDAStream();
+    previous = c10::cuda::getCurrentCUDAStream(device);
     c10::cuda::device_synchronize();
     c10::cuda::setCurrentCUDAStream(side);
   }
-  void leave() {
-    side.synchronize();
-    c10::cuda::setCurrentCUDAStream(previous);
+  void leave() { c10::cuda::setCurrentCUDAStream(previous); }
+  // What a capture that failed leaves behind: the allocator's detour, and a generator that counts for a graph.
+  void give_up(const at::Generator &generator) {
+    leave();
+    c10::cuda::CUDACachingAllocator::endAllocateToPool(device, memory);
+    c10::cuda::CUDACachingAllocator::releasePool(device, memory);
+    at::Generator current = at::globalContext().defaultGenerator(at::Device(at::kCUDA, device));
+    current.graphsafe_set_state(generator);
+    cudaGetLastError();
   }
+  at::Generator before;  // the generator's state when the capture began
 };
 
 // ---- Own kernels: csrc/kernels.cu, compiled at run time.
@@ -104,6 +116,7 @@ static void run(const Module *module, Name name, const Tensor &like, int64_t blo
   if (blocks == 0) return;
   void *pointers[] = {(void *)&args...};
   auto f = module->functions[dtype_index(like.scalar_type())][name];
+  c10::cuda::CUDAGuard guard(like.device());
   auto stream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
   auto status = compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
@@ -261,6 +274,8 @@ void dylora_cuda_free(void *p) { free(p); }
 // Loads machine code for activations of `width` on the current device.
 int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
   TRY(-1, {
+    c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);
+    c10::cuda::device_synchronize();  // which makes the device's context
     CUmodule loaded;
     auto status = compiler.module_load(&loaded, code);
     TORCH_CHECK(status == 0, "the driver refuses the kernels: CUDA error ", (int)status);
@@ -283,13 +298,17 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
 }
 const Kernels *dylora_cuda_kernels() { return &table; }
 
-// An empty graph.
-Graph *dylora_cuda_graph_new() {
-  TRY(nullptr, { return new Graph(); })
+// An empty graph on a device.
+Graph *dylora_cuda_graph_new(int device) {
+  TRY(nullptr, {
+    c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);
+    return new Graph((c10::DeviceIndex)device);
+  })
 }
 // What runs between enter and leave runs on the graph's stream, so that a warm-up makes handles and workspaces there.
 int dylora_cuda_graph_enter(Graph *g) {
   TRY(-1, {
+    c10::cuda::CUDAGuard guard(g->device);
     g->enter();
     return 0;
   })
@@ -297,6 +316,7 @@ int dylora_cuda_graph_enter(Graph *g) {
 int dylora_cuda_graph_leave(Graph *g) {
   TRY(-1, {
     g->leave();
+    g->side.synchronize();
     return 0;
   })
 }
@@ -304,28 +324,37 @@ int dylora_cuda_graph_leave(Graph *g) {
 // there is lost once the other runs.
 int dylora_cuda_graph_begin(Graph *g, Graph *memory_of) {
   TRY(-1, {
+    c10::cuda::CUDAGuard guard(g->device);
     // the allocator keeps blocks by stream
-    if (memory_of) g->side = memory_of->side;
+    if (memory_of) g->side = memory_of->side, g->memory = memory_of->memory;
+    g->before = at::globalContext().defaultGenerator(at::Device(at::kCUDA, g->device)).clone();
     g->enter();
-    auto pool = memory_of ? memory_of->graph.pool() : c10::MempoolId_t{0, 0};
-    g->graph.capture_begin(pool, cudaStreamCaptureModeThreadLocal);
+    try {
+      g->graph.capture_begin(g->memory, cudaStreamCaptureModeThreadLocal);
+    } catch (...) {
+      g->leave();
+      throw;
+    }
     return 0;
   })
 }
 int dylora_cuda_graph_end(Graph *g) {
   TRY(-1, {
+    c10::cuda::CUDAGuard guard(g->device);
     try {
       g->graph.capture_end();
     } catch (...) {
-      c10::cuda::setCurrentCUDAStream(g->previous);
+      g->give_up(g->before);
       throw;
     }
-    c10::cuda::setCurrentCUDAStream(g->previous);
+    g->before = at::Generator();
+    g->leave();
     return 0;
   })
 }
 int dylora_cuda_graph_replay(Graph *g) {
   TRY(-1, {
+    c10::cuda::CUDAGuard guard(g->device);
     g->graph.replay();
     return 0;
   })

@@ -73,7 +73,8 @@ struct Module {
   Tensor weight, bias;  // [i, o], [o]
   Tensor packed;        // [i + R, o + R]; undefined without kernels
   Mixing mixing;        // undefined without experts
-  int64_t ranks = 0;    // columns that are not there to fill up
+  int64_t ranks;        // columns that are not there to fill up
+  double scaling;       // of a single expert
   bool has_experts() const { return mixing.rows.defined(); }
   bool is_packed() const { return packed.defined(); }
   int64_t room() const { return is_packed() ? mixing.expert_of.size(0) : 0; }
@@ -128,7 +129,7 @@ Tensor forward(const Module &m, const Experts &e, const Tensor &x, double dropou
   if (!e.g.defined() && m.mixing.rows.size(0) == 1) {
     // one expert, plain LoRA in PEFT's order of operations
     kept.v = kept.u;
-    return affine(x, m.weight, m.bias).add_(kept.u.mm(b).mul_(m.mixing.rows[0][0].item()));
+    return affine(x, m.weight, m.bias).add_(kept.u.mm(b).mul_(m.scaling));
   }
   kept.v = kept.u * factors(e.g.defined() ? e.g.detach() : e.g, m, kind);
   return affine(x, m.weight, m.bias).addmm_(kept.v, b);
@@ -166,7 +167,7 @@ Tensor experts_backward(const Module &m, const Experts &e, const Kept &kept, con
   const bool single = !e.g.defined() && m.mixing.rows.size(0) == 1;
   const Tensor f = factors(g, m, kind);
   grads.b = product(kept.v, true, dy, false, {}, wide, true);
-  if (single) grads.b.mul_(m.mixing.rows[0][0].item());
+  if (single) grads.b.mul_(m.scaling);
   const Tensor du = dv.mul_(f);
   grads.a = product(du, true, x, false, {}, wide, true);
   return du;
@@ -605,6 +606,7 @@ struct dylora_module {
   const Tensor *weight, *bias, *packed, *expert_of, *scaling, *runs, *rows;
   const Tensor *a, *b, *g;
   int64_t ranks;
+  double single_scaling;
 };
 struct dylora_norm {
   const Tensor *weight, *bias;
@@ -650,7 +652,7 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_module *mo
     for (int k = 0; k < MODULES; ++k) {
       const auto &m = modules[k];
       config->modules[k] = {*m.weight, *m.bias, or_none(m.packed),
-                            {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs), or_none(m.rows)}, m.ranks};
+                            {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs), or_none(m.rows)}, m.ranks, m.single_scaling};
       for (auto t : {m.a, m.b, m.g}) inputs.push_back(t ? *t : none);
     }
     config->keeps = false;

@@ -3,6 +3,7 @@
 #pragma once
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -70,6 +71,7 @@ struct Product {
   Desc desc;
   Layout a, b, out;
   Algo algo;
+  bool exists;  // whether there is one
 };
 typedef std::array<int64_t, 16> Key;
 constexpr size_t WORKSPACE = 64 << 20;
@@ -146,6 +148,7 @@ inline bool gemm(const at::Tensor &out, const at::Tensor &a, bool ta, const at::
   TORCH_CHECK(a.stride(1) == 1 && b.stride(1) == 1 && out.stride(1) == 1, "gemm: columns must be contiguous");
   if (m == 0 || n == 0 || k == 0) return false;
   std::lock_guard<std::mutex> lock(s.mutex);
+  c10::cuda::CUDAGuard guard(out.device());
   auto &device = s.devices[out.device().index()];
   const auto stream = c10::cuda::getCurrentCUDAStream(out.device().index()).stream();
   if (!device.first) {
@@ -189,15 +192,15 @@ inline bool gemm(const at::Tensor &out, const at::Tensor &a, bool ta, const at::
     const auto status =
         s.api.heuristic(device.first, p.desc, p.b, p.a, p.out, p.out, preference, CANDIDATES, results, &n_results);
     s.api.pref_destroy(preference);
-    if (status || !n_results) return false;
-    int best = 0;
+    int best = status || !n_results ? -1 : 0;
     const bool captures = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-    if (n_results > 1 && !captures)
+    if (best == 0 && n_results > 1 && !captures)
       best = fastest(s, device.first, device.second, p, results, n_results, at, stream);
-    if (best < 0) return false;
-    p.algo = results[best].algo;
+    p.exists = best >= 0;
+    if (p.exists) p.algo = results[best].algo;
     found = s.products.emplace(key, p).first;
   }
+  if (!found->second.exists) return false;
   point(found->second);
   const auto status = launch(s, device.first, device.second, found->second, found->second.algo, at, stream);
   TORCH_CHECK(status == 0, "cublasLtMatmul failed with status ", status);

@@ -209,6 +209,13 @@ int dylora_empty_cache() {
     return 0;
   })
 }
+// Makes a CUDA device the current one of this thread.
+int dylora_use_device(int device) {
+  TRY(-1, {
+    at::accelerator::setDeviceIndex(device);
+    return 0;
+  })
+}
 // The same numbers in memory that a GPU can read by itself.
 Tensor *dylora_pinned(Tensor *t) {
   TRY(nullptr, { return new Tensor(t->pin_memory()); })

@@ -97,7 +97,11 @@ class Opponent(nn.Module):
         if self.row == "n_passes":
             return self.n_passes(ids, labels, more)
         if self.row == "two_passes":
-            states = self.peft(input_ids=ids, output_hidden_states=True, **more).hidden_states[-1]
+            # as PEFT's own X-LoRA takes them: the base alone, without gradients
+            self.activate([])
+            with torch.no_grad():
+                states = self.gpt2.transformer(input_ids=ids, **more).last_hidden_state
+            self.activate(self.names)
             Weights.now = self.weights(states)
         elif self.row != "single_lora":
             Weights.now = self.weights(self.gpt2.transformer.wte(ids))

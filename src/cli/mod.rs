@@ -108,7 +108,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         // libtorch looks for CUDA once, at its first use
         let cuda = ffi::load_cuda();
-        ffi::cuda::keep_code_in(&token_cache().join("kernels"));
+        ffi::cuda::keep_code_in(&own_cache().join("kernels"));
         if self.version {
             println!("{}", version(cuda));
             return Ok(());
@@ -157,6 +157,7 @@ fn device(choice: DeviceChoice) -> Result<Device> {
             if index as i64 >= count {
                 return Err(usage(anyhow!("there is no `cuda:{index}`, only {count} device(s)")));
             }
+            ffi::use_device(Device::Cuda(index))?;
             Ok(Device::Cuda(index))
         }
     }
@@ -175,11 +176,13 @@ fn user_cache() -> PathBuf {
     variable("XDG_CACHE_HOME").map_or_else(|| home(".cache"), PathBuf::from)
 }
 
-/// Where token caches go: `DYLORA_CACHE`, else `dylora` in the user's cache.
+/// Where caches of our own go: `DYLORA_CACHE`, else `dylora` in the user's cache.
+fn own_cache() -> PathBuf {
+    variable("DYLORA_CACHE").map_or_else(|| user_cache().join("dylora"), PathBuf::from)
+}
+
 fn token_cache() -> PathBuf {
-    variable("DYLORA_CACHE")
-        .map_or_else(|| user_cache().join("dylora"), PathBuf::from)
-        .join("tokens")
+    own_cache().join("tokens")
 }
 
 /// How to reach the Hub, by huggingface_hub's variables: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,

@@ -4,6 +4,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
@@ -25,7 +26,7 @@ struct Library {
     free: unsafe extern "C" fn(*mut c_void),
     load_kernels: unsafe extern "C" fn(*const c_char, c_int, i64) -> c_int,
     kernels: unsafe extern "C" fn() -> *const c_void,
-    graph_new: unsafe extern "C" fn() -> *mut c_void,
+    graph_new: unsafe extern "C" fn(c_int) -> *mut c_void,
     graph_enter: unsafe extern "C" fn(*mut c_void) -> c_int,
     graph_leave: unsafe extern "C" fn(*mut c_void) -> c_int,
     graph_begin: unsafe extern "C" fn(*mut c_void, *mut c_void) -> c_int,
@@ -146,10 +147,15 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
         "-DINFINITY=__int_as_float(0x7f800000)".to_owned(),
         "-std=c++17".to_owned(),
     ];
-    let code = library.code(&options, target)?;
-    // SAFETY: machine code that NVRTC made, or a file named by the hash of what it is made from
-    library
-        .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })?;
+    let load = |code: &[u8]| {
+        // SAFETY: machine code that NVRTC made, or a file named by the hash of what it is made from
+        library
+            .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })
+    };
+    let kept = library.kept_code(&options, target);
+    if !kept.is_some_and(|code| load(&code).is_ok()) {
+        load(&library.new_code(&options, target)?)?;
+    }
     // SAFETY: a table that lives as long as the process
     unsafe { dylora_set_kernels((library.kernels)()) };
     prepared.push((device, width));
@@ -168,11 +174,11 @@ pub struct Graph {
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// An empty graph on the current device.
-    pub fn new() -> Result<Self> {
+    /// An empty graph on a CUDA device.
+    pub fn new(device: usize) -> Result<Self> {
         let library = library()?;
         // SAFETY: no pointers go in
-        let pointer = unsafe { (library.graph_new)() };
+        let pointer = unsafe { (library.graph_new)(device as c_int) };
         if pointer.is_null() {
             return Err(library.error());
         }
@@ -184,10 +190,11 @@ impl Graph {
     pub fn warm_up<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         // SAFETY: a live graph
         self.check(unsafe { (self.library.graph_enter)(self.pointer) })?;
-        let result = f();
+        let result = catch_unwind(AssertUnwindSafe(f));
         // SAFETY: as above
-        self.check(unsafe { (self.library.graph_leave)(self.pointer) })?;
-        result
+        let left = self.check(unsafe { (self.library.graph_leave)(self.pointer) });
+        let result = result.unwrap_or_else(|panic| resume_unwind(panic))?;
+        left.map(|()| result)
     }
 
     /// Captures the kernels that `f` launches, which do not run yet. What `f` returns lives in the
@@ -232,22 +239,26 @@ impl Library {
         if status < 0 { Err(self.error()) } else { Ok(()) }
     }
 
-    /// Machine code of the kernels for a target, from the cache if it is there.
-    fn code(&self, options: &[String], target: [c_int; 4]) -> Result<Vec<u8>> {
+    /// Where machine code of the kernels for a target is kept.
+    fn place(options: &[String], target: [c_int; 4]) -> Option<PathBuf> {
         let key = format!("{SOURCE}\0{options:?}\0{target:?}");
         let name = format!("{}.cubin", blake3::hash(key.as_bytes()).to_hex());
-        let path = CODE_CACHE.get().map(|dir| dir.join(name));
-        if let Some(path) = &path
-            && let Ok(code) = fs_err::read(path)
-        {
-            return Ok(code);
-        }
+        CODE_CACHE.get().map(|dir| dir.join(name))
+    }
+
+    /// Code that an earlier process has kept.
+    fn kept_code(&self, options: &[String], target: [c_int; 4]) -> Option<Vec<u8>> {
+        fs_err::read(Self::place(options, target)?).ok().filter(|code| !code.is_empty())
+    }
+
+    /// Compiles the kernels for a target and keeps their code.
+    fn new_code(&self, options: &[String], target: [c_int; 4]) -> Result<Vec<u8>> {
         tracing::info!("compiling the kernels for this GPU");
         let code = self.compile(options)?;
-        if let Some(path) = &path {
+        if let Some(path) = Self::place(options, target) {
             let dir = path.parent().expect("a file lies in a folder");
             let kept = fs_err::create_dir_all(dir).map_err(anyhow::Error::from);
-            if let Err(error) = kept.and_then(|()| durable::replace(path, &code)) {
+            if let Err(error) = kept.and_then(|()| durable::replace(&path, &code)) {
                 tracing::warn!("the compiled kernels cannot be kept: {error:#}");
             }
         }

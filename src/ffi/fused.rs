@@ -22,6 +22,7 @@ struct RawModule {
     b: TensorPtr,
     g: TensorPtr,
     ranks: i64,
+    single_scaling: f64,
 }
 
 #[repr(C)]
@@ -85,6 +86,8 @@ pub struct Mixing {
     pub runs: Tensor,
     /// The scaling where a column is the expert's, else 0: `[e, R]`, in the experts' dtype.
     pub rows: Tensor,
+    /// The scaling, if there is a single expert.
+    pub single_scaling: f64,
 }
 
 /// The experts of a linear layer.
@@ -226,6 +229,7 @@ pub fn block(
             b: or_null(experts.map(|experts| experts.b)),
             g: or_null(experts.and_then(|experts| experts.g)),
             ranks: experts.map_or(0, |experts| experts.a.size()[0]),
+            single_scaling: mixing.map_or(0.0, |mixing| mixing.single_scaling),
         }
     });
     let raw_attention = RawAttention {

@@ -32,6 +32,7 @@ pub struct FileBytes {
     map: Arc<MmapMut>,
     /// Where the file begins in the map.
     start: usize,
+    len: usize,
 }
 
 impl FileBytes {
@@ -42,7 +43,8 @@ impl FileBytes {
         // SAFETY: a private map; a writer that shrinks the file could end the process, not corrupt it
         let map = unsafe { MmapOptions::new().map_copy(file.file()) };
         let map = map.map_err(|error| anyhow!("cannot map `{}`: {error}", path.display()))?;
-        Ok(Self { map: Arc::new(map), start: 0 })
+        let len = map.len();
+        Ok(Self { map: Arc::new(map), start: 0, len })
     }
 
     /// Reads a file, on all cores, so that its byte `at` lies as libtorch's own tensors do, at a multiple of 64.
@@ -65,7 +67,7 @@ impl FileBytes {
             done.try_for_each(|done| done)
         })
         .with_context(|| format!("cannot read `{}`", path.display()))?;
-        Ok(Self { map: Arc::new(map), start })
+        Ok(Self { map: Arc::new(map), start, len })
     }
 
     /// A tensor on the CPU over the bytes from `offset` on, without a copy; the bytes stay as long as it does.
@@ -99,7 +101,7 @@ impl Deref for FileBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.map[self.start..]
+        &self.map[self.start..self.start + self.len]
     }
 }
 

@@ -43,6 +43,7 @@ unsafe extern "C" {
     fn dylora_memory_stats(device: c_int, out: *mut i64) -> c_int;
     fn dylora_reset_peak_memory(device: c_int) -> c_int;
     fn dylora_cuda_name(device: c_int, out: *mut c_char, capacity: c_int) -> c_int;
+    fn dylora_use_device(device: c_int) -> c_int;
     fn dylora_pinned(tensor: TensorPtr) -> *mut C_tensor;
     fn dylora_synchronize(device: c_int) -> c_int;
     fn dylora_empty_cache() -> c_int;
@@ -252,6 +253,15 @@ pub fn device_model(device: Device) -> Option<String> {
     };
     let name = CStr::from_bytes_until_nul(&buffer).ok()?.to_str().ok()?;
     (status == 0 && !name.is_empty()).then(|| name.to_owned())
+}
+
+/// Makes a CUDA device the one on which streams, kernels and graphs of this thread are made.
+pub fn use_device(device: Device) -> Result<()> {
+    match device {
+        // SAFETY: no pointers go in
+        Device::Cuda(index) => check(unsafe { dylora_use_device(index as c_int) }),
+        _ => Ok(()),
+    }
 }
 
 /// The same numbers in memory that a GPU reads by itself, so that the host need not wait for a transfer.

@@ -27,6 +27,8 @@ use crate::ffi::fused::{Attention, Experts, HeadLoss, Mixing, Module, Norm};
 
 /// Columns of a rank space come in multiples of this: rows of 16 bytes for any dtype.
 const COLUMNS: i64 = 8;
+/// The most columns of a rank space that the kernels take: a row of it lies in shared memory.
+const MAX_COLUMNS: i64 = 4096;
 /// Rows of a padded head come in multiples of this.
 const HEAD_ROWS: i64 = 64;
 
@@ -67,17 +69,19 @@ impl FusedModule {
             scaling: Tensor::from_slice(&scaling).to_device(device),
             runs: Tensor::from_slice(runs.as_flattened()).view([-1, 4]).to_device(device),
             rows: rows.to_kind(wide(kind)).to_device(device),
+            single_scaling: experts.slots[0].scaling,
         };
         Self { mixing, packed: None }
     }
 
     fn shallow_clone(&self) -> Self {
-        let Mixing { expert_of, scaling, runs, rows } = &self.mixing;
+        let Mixing { expert_of, scaling, runs, rows, single_scaling } = &self.mixing;
         let mixing = Mixing {
             expert_of: expert_of.shallow_clone(),
             scaling: scaling.shallow_clone(),
             runs: runs.shallow_clone(),
             rows: rows.shallow_clone(),
+            single_scaling: *single_scaling,
         };
         Self { mixing, packed: self.packed.as_ref().map(Tensor::shallow_clone) }
     }
@@ -285,7 +289,8 @@ impl RoutedGpt2 {
             let mut modules = BTreeMap::new();
             for (&module, experts) in &block.experts {
                 let mut fused = FusedModule::new(experts, num_experts, self.kind);
-                if has_kernels && experts.dora.is_none() {
+                let fits = fused.mixing.expert_of.size()[0] <= MAX_COLUMNS;
+                if has_kernels && fits && experts.dora.is_none() {
                     let linear =
                         block.block.linears.get_mut(&module).expect("a block has all four");
                     linear.weight = fused.pack(&linear.weight);
@@ -310,7 +315,8 @@ impl RoutedGpt2 {
             tracing::info!("no kernels for this shape or dtype: libtorch's operations are used");
             return false;
         }
-        match ffi::cuda::prepare_kernels(device, d) {
+        let prepared = ffi::use_device(self.device());
+        match prepared.and_then(|()| ffi::cuda::prepare_kernels(device, d)) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!("no kernels, libtorch's operations are used: {error:#}");

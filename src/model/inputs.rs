@@ -35,11 +35,11 @@ impl Documents {
         self.mask.get_or_init(|| same_document(&self.ids).unsqueeze(1))
     }
 
-    /// Another handle to the same, with a mask that is made.
+    /// Another handle to the same.
     pub fn shallow_clone(&self) -> Self {
         Self {
             ids: self.ids.shallow_clone(),
-            mask: self.mask().shallow_clone().into(),
+            mask: self.mask.get().map_or_else(OnceCell::new, |mask| mask.shallow_clone().into()),
             cu_seqlens: self.cu_seqlens.shallow_clone(),
             max_len: self.max_len,
         }

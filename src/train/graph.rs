@@ -1,9 +1,9 @@
 //! Whole steps as CUDA graphs: what launches thousands of kernels one by one becomes one launch.
 //!
 //! ```text
-//! steps 1, 2 of a shape    as without a graph, but on the graph's stream (handles and workspaces are made)
-//! step 3                   captured, which runs nothing, and replayed
-//! steps 4, ..              the numbers are copied to where the captured step reads them; replayed
+//! steps 1, 2      as without a graph, but on the graph's stream (handles and workspaces are made)
+//! step 3          captured, which runs nothing, and replayed; later, the first step of another shape likewise
+//! steps 4, ..     the numbers are copied to where the captured step reads them; replayed
 //! ```
 //!
 //! So the updates are those of a run without graphs, in the same order. A step's shape is what the host
@@ -28,10 +28,10 @@ use crate::ffi::cuda::Graph;
 use crate::model::RoutedGpt2;
 use crate::model::inputs::InputLayout;
 
-/// Steps of a shape before it is captured.
+/// Steps before the first capture.
 const WARM_UP_STEPS: u32 = 2;
 /// Most shapes that are captured.
-const MAX_GRAPHS: usize = 16;
+const MAX_GRAPHS: usize = 64;
 
 /// Whether steps are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,7 +161,8 @@ impl Graphs {
 
     fn run_shape(&mut self, shape: &mut Shape, run: &Run<'_>) -> Result<StepOutput> {
         shape.num_steps = shape.num_steps.saturating_add(1);
-        if shape.num_steps <= WARM_UP_STEPS {
+        // once there is a graph, a step without one would need as much memory again as its own
+        if shape.num_steps <= WARM_UP_STEPS && self.num_recorded == 0 {
             return self.warm_up(shape, run);
         }
         if shape.recorded.is_none() {
@@ -172,6 +173,9 @@ impl Graphs {
                         "the step cannot be captured; steps run without a CUDA graph: {error:#}"
                     );
                     self.capture = Capture::Off;
+                    // and with it the memory that the graphs have
+                    self.graphs.clear();
+                    ffi::empty_cache(self.device)?;
                     return run(&shape.flats, &shape.scalars);
                 }
             }
@@ -185,13 +189,18 @@ impl Graphs {
         }
     }
 
+    fn new_graph(&self) -> Result<Graph> {
+        let Device::Cuda(device) = self.device else { unreachable!("graphs are CUDA's") };
+        Graph::new(device)
+    }
+
     fn warm_up(&mut self, shape: &Shape, run: &Run<'_>) -> Result<StepOutput> {
         let run = || run(&shape.flats, &shape.scalars);
         if self.capture == Capture::Rerun {
             return run();
         }
         if self.graphs.is_empty() {
-            match Graph::new() {
+            match self.new_graph() {
                 Ok(graph) => self.graphs.push(graph),
                 Err(error) => {
                     tracing::warn!("steps run without a CUDA graph: {error:#}");
@@ -212,7 +221,7 @@ impl Graphs {
         let has_recorded = self.num_recorded > 0;
         let index = if has_recorded { self.graphs.len() } else { 0 };
         if has_recorded {
-            self.graphs.push(Graph::new()?);
+            self.graphs.push(self.new_graph()?);
         }
         let memory_of = has_recorded.then(|| &self.graphs[0]);
         let run = || caught(|| run(&shape.flats, &shape.scalars));

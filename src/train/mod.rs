@@ -503,7 +503,8 @@ fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
         .collect();
     bail!(
         "the config differs from the run that is resumed: {}\nhint: a resumed run may change its \
-         duration, its device, how often it evaluates and saves and when it stops, nothing else",
+         duration, its device and kernels, how often it evaluates and saves and when it stops, \
+         nothing else",
         differing.first().map_or("it has other keys", String::as_str)
     );
 }

@@ -32,6 +32,7 @@ struct Case {
     dropout: f64,
     label_smoothing: f64,
     checkpointing: bool,
+    source: RoutingSource,
 }
 
 fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraConfig {
@@ -68,6 +69,7 @@ fn case(name: &str) -> Case {
         dropout: 0.0,
         label_smoothing: 0.0,
         checkpointing: false,
+        source: RoutingSource::Router,
     }
 }
 
@@ -131,6 +133,29 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases.push(Case { router, ..case("router on base_hidden") });
     let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
     cases.push(Case { router, ..case("top 2") });
+    cases.push(Case { checkpointing: true, dropout: 0.2, ..case("checkpointing with dropout") });
+    let documents = Some(vec![5, 1, 11, 7]);
+    cases.push(Case { checkpointing: true, documents, ..case("checkpointing packed documents") });
+    let single = lora(1, 4, &TargetModule::ALL);
+    let odd = shape(3, 5, 53, 64);
+    cases.push(Case { lora: single, base: odd, ..case("E 1, a width that is no multiple of 8") });
+    let wide = lora(16, 300, &[AttnCAttn]);
+    cases.push(Case { lora: wide, ..case("more columns than the kernels take") });
+    let frozen = ExpertConfig { trainable: false, ..ExpertConfig::default() };
+    let experts = vec![ExpertConfig::default(), frozen, ExpertConfig::default()];
+    cases.push(Case { lora: LoraConfig { experts, ..case("").lora }, ..case("a frozen expert") });
+    let alora = ExpertConfig { alora_invocation_tokens: vec![3], ..ExpertConfig::default() };
+    let experts = vec![ExpertConfig::default(), alora, ExpertConfig::default()];
+    cases.push(Case { lora: LoraConfig { experts, ..case("").lora }, ..case("an aLoRA expert") });
+    let given = Tensor::from_slice(&[0.2, -0.5, 1.5]);
+    for source in [
+        RoutingSource::Uniform,
+        RoutingSource::All,
+        RoutingSource::Expert(1),
+        RoutingSource::Given(given),
+    ] {
+        cases.push(Case { name: format!("{source:?}"), source, ..case("") });
+    }
     cases
 }
 
@@ -215,7 +240,7 @@ impl Case {
             ..ForwardMode::EVAL
         };
         tch::manual_seed(11);
-        let (loss, _) = model.loss(inputs, &RoutingSource::Router, mode, settings);
+        let (loss, _) = model.loss(inputs, &self.source, mode, settings);
         let trained = model.trained(dylora::config::RoutingChoice::Router, None);
         let grads = Tensor::run_backward(&[&loss.loss], &trained.leaves, false, false);
         let grads: Vec<Tensor> = grads
