@@ -153,7 +153,7 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
             .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })
     };
     let kept = library.kept_code(&options, target);
-    if !kept.is_some_and(|code| load(&code).is_ok()) {
+    if kept.is_none_or(|code| load(&code).is_err()) {
         load(&library.new_code(&options, target)?)?;
     }
     // SAFETY: a table that lives as long as the process
