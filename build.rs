@@ -1,4 +1,4 @@
-//! Compiles the C++ shim (`csrc/shim.cpp`, `csrc/fused.cpp`) against the libtorch that torch-sys was built with, and sets
+//! Compiles the C++ shim (`csrc/*.cpp`) against the libtorch that torch-sys was built with, and sets
 //! the run-time search path, so that the binary finds libtorch without `LD_LIBRARY_PATH`. What needs CUDA
 //! (`csrc/cuda.cpp`) becomes a shared object that the binary holds and loads where there is CUDA; of CUDA
 //! it needs headers alone.
@@ -14,7 +14,7 @@ fn main() {
         .expect("torch-sys did not say where libtorch is; run `scripts/setup` first");
     let root = PathBuf::from(&lib).parent().expect("libtorch's lib folder has a parent").to_owned();
     compiler(&root)
-        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/memory.cpp"])
+        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/head_loss.cpp", "csrc/memory.cpp"])
         .compile("dylora_shim");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");

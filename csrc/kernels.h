@@ -1,5 +1,5 @@
-// What the CUDA part (csrc/cuda.cpp) offers to the fused operations (csrc/fused.cpp): own kernels and matrix products
-// with chosen algorithms. Each function returns false, having done nothing, where it does not apply.
+// What the CUDA part (csrc/cuda.cpp) offers to the fused operations (csrc/fused.cpp, csrc/head_loss.cpp): own kernels,
+// and matrix products with chosen algorithms. Each function returns false, having done nothing, where it does not apply.
 #pragma once
 #include <ATen/ATen.h>
 

@@ -1,5 +1,5 @@
-//! The fused transformer block and loss of `csrc/fused.cpp`: what they compute, and that their gradients
-//! are those of the formulas, is said there. All matrices are `[M, n]` with `M = b t` tokens.
+//! The fused transformer block and loss of `csrc/fused.cpp` and `csrc/head_loss.cpp`: what they compute is said
+//! there. All matrices are `[M, n]` with `M = b t` tokens.
 
 use std::ffi::c_int;
 

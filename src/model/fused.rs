@@ -4,7 +4,7 @@
 //!
 //! Between blocks the residual stream is a pair, `x` and what the last block adds to it, since the next
 //! LayerNorm can add them in passing. On CUDA a module's weight lies in one matrix with its experts' (see
-//! `csrc/fused.cpp`), of which the base's weight is a view, and the head has rows of zeros up to a
+//! `csrc/linear.h`), of which the base's weight is a view, and the head has rows of zeros up to a
 //! multiple of 64, without which its products take several times as long.
 //!
 //! Not fused: DoRA, masks of dropout for each expert, top-k that skips experts, a base that is trained.

@@ -1,0 +1,104 @@
+// Causal multi-head attention over tokens [M, 3d], by the fastest of libtorch's kernels that applies, and its backward
+// pass: cuDNN's where rows are single documents, FlashAttention by lengths where documents are packed, else
+// scaled_dot_product_attention, differentiated by autograd.
+#pragma once
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <vector>
+
+#include "linear.h"
+
+namespace fused {
+struct Attention {
+  int64_t batch, seq, heads;
+  double scale;
+  Tensor mask;        // true where attention is allowed, [b, 1, t, t]; undefined where it is not needed
+  Tensor cu_seqlens;  // where documents begin in the flattened tokens, then M, int32; undefined if rows are documents
+  int64_t max_len;    // tokens of the longest document, at most
+};
+enum class Way { Generic, CuDnn, Variable };
+
+// What the backward pass of attention needs; `inputs` and `output` are a graph of their own on the generic way.
+struct KeptAttention {
+  Way way = Way::Generic;
+  std::vector<Tensor> inputs;
+  Tensor output, lse, seed, offset;
+};
+
+// Whether there is a fused kernel of libtorch's for activations like `x` and heads of this size.
+inline bool has_fused_attention(const Tensor &x, int64_t head_size) {
+  return x.is_cuda() && kernels() && x.scalar_type() == at::kBFloat16 && head_size % 8 == 0 && head_size <= 128 &&
+         kernels()->capability() >= 80;
+}
+inline Way way_of(const Attention &at_, const Tensor &qkv) {
+  if (!has_fused_attention(qkv, qkv.size(1) / 3 / at_.heads)) return Way::Generic;
+  if (at_.cu_seqlens.defined()) return Way::Variable;
+  return at_.seq < 2 ? Way::Generic : Way::CuDnn;
+}
+
+// Multi-head attention of qkv [M, 3d] to [M, d].
+inline Tensor attention_forward(const Attention &at_, const Tensor &qkv, bool keeps, KeptAttention &kept) {
+  const int64_t m = qkv.size(0), d = qkv.size(1) / 3, c = d / at_.heads;
+  kept.way = way_of(at_, qkv);
+  if (kept.way == Way::Variable) {
+    const auto parts = qkv.view({m, 3, at_.heads, c}).unbind(1);
+    auto out = at::_flash_attention_forward(parts[0], parts[1], parts[2], at_.cu_seqlens, at_.cu_seqlens, at_.max_len,
+                                            at_.max_len, 0.0, true, false, at_.scale);
+    kept.inputs = {qkv}, kept.output = std::get<0>(out), kept.lse = std::get<1>(out);
+    kept.seed = std::get<2>(out), kept.offset = std::get<3>(out);
+    return kept.output.view({m, d});
+  }
+  const auto heads = qkv.view({at_.batch, at_.seq, 3, at_.heads, c}).permute({2, 0, 3, 1, 4}).unbind(0);
+  if (kept.way == Way::CuDnn) {
+    try {
+      auto out = at::_scaled_dot_product_cudnn_attention(heads[0], heads[1], heads[2], {}, keeps, 0.0, true, false,
+                                                         at_.scale);
+      kept.inputs = {qkv}, kept.output = std::get<0>(out), kept.lse = std::get<1>(out);
+      kept.seed = std::get<6>(out), kept.offset = std::get<7>(out);
+      return kept.output.transpose(1, 2).reshape({m, d});
+    } catch (const c10::Error &) {
+      kept = {};  // this GPU or shape is not cuDNN's
+    }
+  }
+  at::AutoGradMode graph(keeps);
+  for (const auto &x : heads) kept.inputs.push_back(x.detach().set_requires_grad(keeps));
+  const std::optional<Tensor> mask = at_.mask.defined() ? std::optional<Tensor>(at_.mask) : std::nullopt;
+  kept.output = at::scaled_dot_product_attention(kept.inputs[0], kept.inputs[1], kept.inputs[2], mask, 0.0,
+                                                 !mask.has_value(), at_.scale);
+  return kept.output.detach().transpose(1, 2).reshape({m, d});
+}
+
+// The gradient of qkv, [M, 3d], with `room` behind it.
+inline Tensor attention_backward(const Attention &at_, const KeptAttention &kept, const Tensor &dout, int64_t room) {
+  const int64_t m = dout.size(0), d = dout.size(1), c = d / at_.heads;
+  Tensor out = roomy(m, 3 * d, room, dout.options());
+  const Tensor rows = dout.contiguous();
+  Tensor q, k, v;
+  if (kept.way == Way::Variable) {
+    const auto parts = kept.inputs[0].view({m, 3, at_.heads, c}).unbind(1);
+    auto grads = at::_flash_attention_backward(rows.view({m, at_.heads, c}), parts[0], parts[1], parts[2], kept.output,
+                                               kept.lse, at_.cu_seqlens, at_.cu_seqlens, at_.max_len, at_.max_len, 0.0,
+                                               true, kept.seed, kept.offset, at_.scale);
+    auto of_batch = [&](const Tensor &x) { return x.view({1, m, at_.heads, c}).transpose(1, 2); };
+    q = of_batch(std::get<0>(grads)), k = of_batch(std::get<1>(grads)), v = of_batch(std::get<2>(grads));
+  } else {
+    const Tensor of_heads = rows.view({at_.batch, at_.seq, at_.heads, c}).transpose(1, 2);
+    if (kept.way == Way::CuDnn) {
+      const auto heads = kept.inputs[0].view({at_.batch, at_.seq, 3, at_.heads, c}).permute({2, 0, 3, 1, 4}).unbind(0);
+      auto grads = at::_scaled_dot_product_cudnn_attention_backward(
+          of_heads, heads[0], heads[1], heads[2], kept.output, kept.lse, kept.seed, kept.offset, {}, {}, {}, at_.seq,
+          at_.seq, 0.0, true, at_.scale);
+      q = std::get<0>(grads), k = std::get<1>(grads), v = std::get<2>(grads);
+    } else {
+      auto grads = torch::autograd::grad({kept.output}, kept.inputs, {of_heads});
+      q = grads[0], k = grads[1], v = grads[2];
+    }
+  }
+  if (kernels() && out.is_cuda() && kernels()->pack_qkv(q, k, v, out)) return out;
+  const Tensor parts[] = {q, k, v};
+  for (int j = 0; j < 3; ++j)
+    columns(out, j * d, d).copy_(parts[j].transpose(1, 2).reshape({m, d}));
+  return out;
+}
+}  // namespace fused

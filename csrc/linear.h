@@ -1,0 +1,176 @@
+// A linear layer of the frozen base with its experts, and its backward pass.
+//
+// y = x W + b + ((x A^T) * f) B^T with f = g[expert of the column] * scaling. On CUDA a module with experts has a packed
+// weight [W A^T; B^T 0] of (i + R) x (o + R). With v = (x A^T) * f written behind x, forward is one product
+// [x | v] [W; B^T], and with du behind dy, so is backward: dx = [dy | du] [W | A^T]^T. For this the producers of x and dy
+// leave room for R columns in each row.
+//
+// Letters of shapes: M = b t tokens, i in, o out, e expert, R columns of a module's rank space.
+#pragma once
+#include <ATen/ATen.h>
+
+#include "kernels.h"
+
+namespace fused {
+using at::Tensor;
+
+inline Tensor columns(const Tensor &x, int64_t from, int64_t n) { return x.narrow(1, from, n); }
+
+// The matrix with `room` more columns in each row than `x`, its view, which has them.
+inline Tensor with_room(const Tensor &x, int64_t room) {
+  return x.variable_data().as_strided({x.size(0), x.size(1) + room}, {x.stride(0), 1});
+}
+// An [M, n] matrix whose rows have `room` columns behind them.
+inline Tensor roomy(int64_t m, int64_t n, int64_t room, const at::TensorOptions &options) {
+  return columns(at::empty({m, n + room}, options), 0, n);
+}
+
+// out = a b (each transposed if it says so), in the dtype of `out`.
+inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb, Tensor out = {}, at::ScalarType kind = at::kFloat,
+               bool wide = false) {
+  const Tensor x = ta ? a.t() : a, y = tb ? b.t() : b;
+  const bool narrow_cuda = a.is_cuda() && a.scalar_type() == at::kBFloat16;
+  if (narrow_cuda && kernels()) {
+    if (!out.defined())
+      out = at::empty({x.size(0), y.size(1)}, a.options().dtype(wide ? kind : a.scalar_type()));
+    if (kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {})) return out;
+  }
+  if (wide && a.scalar_type() != kind) {
+    const Tensor result = a.is_cuda() ? at::mm(x, y, kind) : at::mm(x, y).to(kind);
+    return result;
+  }
+  if (out.defined()) {
+    if (out.is_contiguous()) return at::mm_out(out, x, y);
+    return out.copy_(at::mm(x, y));
+  }
+  return at::mm(x, y);
+}
+
+// x W + b
+inline Tensor affine(const Tensor &x, const Tensor &w, const Tensor &b) {
+  if (x.is_cuda() && kernels()) {
+    Tensor out = at::empty({x.size(0), w.size(1)}, x.options());
+    if (kernels()->gemm(out, x, false, w, false, Epilogue::Bias, b, {})) return out;
+  }
+  return at::addmm(b, x, w);
+}
+
+// One of a block's four linear layers.
+struct Module {
+  Tensor weight, bias;  // [i, o], [o]
+  Tensor packed;        // [i + R, o + R]; undefined without kernels
+  Mixing mixing;        // undefined without experts
+  int64_t ranks;        // columns that are not there to fill up
+  double scaling;       // of a single expert
+  bool has_experts() const { return mixing.rows.defined(); }
+  bool is_packed() const { return packed.defined(); }
+  int64_t room() const { return is_packed() ? mixing.expert_of.size(0) : 0; }
+  int64_t in() const { return weight.size(0); }
+  int64_t out() const { return weight.size(1); }
+};
+// Its differentiable inputs: A, B^T in f32 (or f64) and the routing weights [M, e], undefined if all are 1.
+struct Experts {
+  Tensor a, b, g;
+};
+// What the backward pass of a module needs.
+struct Kept {
+  Tensor x;        // [M, i], with v behind it if packed
+  Tensor u, v;     // [M, R]; v only if it is not behind x
+  Tensor mask;     // of dropout, [M, i]
+};
+struct Grads {
+  Tensor a, b;
+};
+
+inline Tensor factors(const Tensor &g, const Module &m, at::ScalarType kind) {
+  const auto f = g.defined() ? g.matmul(m.mixing.rows) : m.mixing.rows.sum(0, true);
+  return f.to(kind);
+}
+
+// The forward pass of a module; `x` has the module's room behind it. A module with experts keeps what it must.
+inline Tensor forward(const Module &m, const Experts &e, const Tensor &x, double dropout, Kept &kept) {
+  if (!m.has_experts()) return affine(x, m.weight, m.bias);
+  const auto kind = x.scalar_type();
+  Tensor dropped = x;
+  if (dropout > 0) {
+    if (x.is_cuda()) {
+      std::tie(dropped, kept.mask) = at::native_dropout(x.contiguous(), dropout, true);
+    } else {
+      // the random numbers of at::dropout
+      kept.mask = at::empty_like(x).bernoulli_(1 - dropout).div_(1 - dropout);
+      dropped = x * kept.mask;
+    }
+  }
+  kept.x = x;
+  if (m.is_packed()) {
+    const int64_t r = m.room(), i = m.in(), o = m.out();
+    const Tensor packed = m.packed;
+    TORCH_CHECK(kernels()->refresh(e.a.detach(), e.b.detach(), packed));
+    kept.u = product(dropped, false, columns(packed.narrow(0, 0, i), o, r), false);
+    const Tensor full = with_room(x, r);
+    TORCH_CHECK(kernels()->weigh(kept.u, e.g.defined() ? e.g.detach() : e.g, m.mixing, columns(full, i, r)));
+    return affine(full, columns(packed, 0, o), m.bias);
+  }
+  const Tensor a = e.a.detach().to(kind), b = e.b.detach().to(kind);
+  kept.u = dropped.mm(a.t());
+  if (!e.g.defined() && m.mixing.rows.size(0) == 1) {
+    // one expert, plain LoRA in PEFT's order of operations
+    kept.v = kept.u;
+    return affine(x, m.weight, m.bias).add_(kept.u.mm(b).mul_(m.scaling));
+  }
+  kept.v = kept.u * factors(e.g.defined() ? e.g.detach() : e.g, m, kind);
+  return affine(x, m.weight, m.bias).addmm_(kept.v, b);
+}
+
+inline Tensor dropped_again(const Kept &kept, double dropout) {
+  if (!kept.mask.defined()) return kept.x;
+  return kept.x.is_cuda() ? at::native_dropout_backward(kept.x, kept.mask, 1 / (1 - dropout)) : kept.x * kept.mask;
+}
+
+// The gradients of A, B^T and, added to `dg`, of the routing weights. du is left behind dy if packed, else returned.
+inline Tensor experts_backward(const Module &m, const Experts &e, const Kept &kept, const Tensor &dy, double dropout, Grads &grads,
+                        Tensor &dg) {
+  const auto kind = dy.scalar_type(), wide = e.a.scalar_type();
+  const bool wants_g = e.g.defined() && e.g.requires_grad();
+  const Tensor g = e.g.defined() ? e.g.detach() : e.g;
+  const Tensor x = dropped_again(kept, dropout);
+  if (m.is_packed()) {
+    const int64_t r = m.room(), i = m.in(), o = m.out();
+    const Tensor dv = product(dy, false, columns(m.packed.narrow(0, i, r), 0, o), true);
+    const Tensor du = columns(with_room(dy, r), o, r), v = columns(with_room(kept.x, r), i, r);
+    const bool adds = dg.defined();
+    if (wants_g && !adds) dg = at::empty_like(g);
+    TORCH_CHECK(kernels()->weigh_backward(dv, kept.u, g, m.mixing, du, wants_g ? dg : Tensor(), adds));
+    grads.b = product(v, true, dy, false, {}, wide, true).narrow(0, 0, m.ranks);
+    grads.a = product(du, true, x, false, {}, wide, true).narrow(0, 0, m.ranks);
+    return du;
+  }
+  const Tensor b = e.b.detach().to(kind);
+  Tensor dv = dy.mm(b.t());
+  if (wants_g) {
+    const Tensor new_dg = (dv * kept.u).to(wide).mm(m.mixing.rows.t());
+    dg = dg.defined() ? dg + new_dg : new_dg;
+  }
+  const bool single = !e.g.defined() && m.mixing.rows.size(0) == 1;
+  const Tensor f = factors(g, m, kind);
+  grads.b = product(kept.v, true, dy, false, {}, wide, true);
+  if (single) grads.b.mul_(m.scaling);
+  const Tensor du = dv.mul_(f);
+  grads.a = product(du, true, x, false, {}, wide, true);
+  return du;
+}
+
+// dx = dy W^T + du A (with dropout's mask); `dy` has du behind it if packed.
+inline Tensor input_backward(const Module &m, const Experts &e, const Kept &kept, const Tensor &dy, const Tensor &du,
+                      double dropout) {
+  if (!m.has_experts()) return product(dy, false, m.weight, true);
+  const int64_t r = m.room(), i = m.in(), o = m.out();
+  if (m.is_packed() && !kept.mask.defined()) return product(with_room(dy, r), false, m.packed.narrow(0, 0, i), true);
+  Tensor dx = product(dy, false, m.weight, true);
+  if (!kept.mask.defined()) return dx.addmm_(du, e.a.detach().to(dy.scalar_type()));
+  const Tensor through = m.is_packed() ? product(du, false, columns(m.packed.narrow(0, 0, i), o, r), true)
+                                       : du.mm(e.a.detach().to(dy.scalar_type()));
+  return dx.is_cuda() ? dx.add_(at::native_dropout_backward(through, kept.mask, 1 / (1 - dropout)))
+                      : dx.addcmul_(through, kept.mask);
+}
+}  // namespace fused
