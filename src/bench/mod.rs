@@ -121,7 +121,8 @@ impl Bench {
     pub fn measure(&self, row: Row, micro_batch_size: usize) -> RowReport {
         let measured = catch_unwind(AssertUnwindSafe(|| self.figures(row, micro_batch_size)));
         // libtorch reports through tch's panics what it cannot do, such as allocate
-        let measured = measured.unwrap_or_else(|panic| Err(from_panic(panic.as_ref())));
+        let measured = measured
+            .unwrap_or_else(|panic| Err(anyhow!("{}", ffi::panic_message(panic.as_ref()).trim())));
         let (figures, error) = match measured {
             Ok(figures) => (Some(figures), None),
             Err(error) => (None, Some(format!("{error:#}"))),
@@ -213,15 +214,4 @@ fn median(sorted: &[f64]) -> f64 {
         1 => sorted[middle],
         _ => (sorted[middle - 1] + sorted[middle]) / 2.0,
     }
-}
-
-/// A panic's message without libtorch's stack.
-fn from_panic(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message");
-    let text = text.split("\nException raised from").next().unwrap_or(text);
-    anyhow!("{}", text.trim())
 }

@@ -205,13 +205,7 @@ fn hub_settings() -> HubSettings {
 /// What a panic says to people: out of memory is theirs to mend, a reader of stdout that has gone, as
 /// `| head` does, is nobody's fault and no error; anything else is a bug.
 pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
-    let text = panic
-        .downcast_ref::<String>()
-        .map(String::as_str)
-        .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("no message");
-    // libtorch's messages go on with its own stack
-    let text = text.split("\nException raised from").next().unwrap_or(text);
+    let text = ffi::panic_message(panic);
     let lower = text.to_lowercase();
     if lower.contains("failed printing to stdout") && lower.contains("broken pipe") {
         return Ok(());

@@ -37,17 +37,10 @@ struct Library {
 
 static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
 
+/// The shared object, loaded at the first call; libtorch's CUDA part must be there ([`super::load_cuda`]).
 fn library() -> Result<&'static Library> {
     let library = LIBRARY.get_or_init(|| open().map_err(|error| format!("{error:#}")));
     library.as_ref().map_err(|error| anyhow!("{error}"))
-}
-
-/// Loads the shared object, once.
-///
-/// # Errors
-/// A libtorch whose CUDA part is not loaded ([`super::load_cuda`]) or of another version.
-pub fn load() -> Result<()> {
-    library().map(|_| ())
 }
 
 fn open() -> Result<Library> {

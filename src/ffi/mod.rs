@@ -178,6 +178,16 @@ pub fn clip_grad_norm(grads: &[Tensor], max_norm: Option<f64>) -> Result<Tensor>
     })
 }
 
+/// What a panic says, without libtorch's own stack: what tch's operations cannot do, they tell so.
+pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("no message");
+    text.split("\nException raised from").next().unwrap_or(text)
+}
+
 /// The state of a device's random number generator, a `u8` tensor on the CPU.
 pub fn rng_state(device: Device) -> Result<Tensor> {
     // SAFETY: no pointers go in

@@ -241,24 +241,27 @@ impl RoutedGpt2 {
         let mut stream = Stream::new(x);
         let mut before = None;
         for (layer, block) in self.blocks.iter().enumerate() {
-            if !block.may_fuse(mode.dropout) {
-                let x = stream.whole();
-                let g = pass.block(layer, &|| block.block.ln_1.forward(&x));
-                stream = Stream::new(&block.forward(&x, &inputs.mask, &g, mode.dropout, None));
-                before = None;
-                continue;
-            }
-            let (forward, backward) = block.rooms(before);
-            let (sum, normed) = stream.normed(&block.block.ln_1, forward, backward);
-            let g = pass.block(layer, &|| sum.shaped(&normed));
-            let x = sum.whole();
-            if block.fuses(&x, &g, mode.dropout) {
-                stream = block.fused(sum, &normed, &inputs.mask, &g, mode.dropout);
-                before = Some(block);
+            let (sum, normed) = if block.may_fuse(mode.dropout) {
+                let (forward, backward) = block.rooms(before);
+                let (sum, normed) = stream.normed(&block.block.ln_1, forward, backward);
+                (sum, Some(normed))
             } else {
-                stream = Stream::new(&block.forward(&x, &inputs.mask, &g, mode.dropout, None));
-                before = None;
-            }
+                (Stream::new(&stream.whole()), None)
+            };
+            let x = sum.whole();
+            let g = pass.block(layer, &|| match &normed {
+                Some(normed) => sum.shaped(normed),
+                None => block.block.ln_1.forward(&x),
+            });
+            (stream, before) = match normed {
+                Some(normed) if block.fuses(&x, &g, mode.dropout) => {
+                    (block.fused(sum, &normed, &inputs.mask, &g, mode.dropout), Some(block))
+                }
+                _ => {
+                    let x = block.forward(&x, &inputs.mask, &g, mode.dropout, None);
+                    (Stream::new(&x), None)
+                }
+            };
         }
         let backward = before.map_or(0, |block| block.room(TargetModule::MlpCProj));
         let (_, hidden) = stream.normed(&self.base.ln_f, 0, backward);

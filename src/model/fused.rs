@@ -181,18 +181,15 @@ impl RoutedBlock {
             self.experts.iter().map(|(&module, experts)| (module, experts.factors())).collect();
         let module = |at: TargetModule| {
             let linear = &self.block.linears[&at];
-            let weights = flat.of(at);
-            let experts = match (factors.get(&at), weights) {
-                (None, _) | (_, FlatWeights::Off) => None,
-                (Some((a, b)), weights) => {
-                    let FusedModule { mixing, packed } = &modules[&at];
-                    let g = match weights {
-                        FlatWeights::PerToken(g) => Some(g),
-                        _ => None,
-                    };
-                    Some(Experts { a, b, g, mixing, packed: packed.as_ref() })
-                }
-            };
+            let experts = factors.get(&at).and_then(|(a, b)| {
+                let g = match flat.of(at) {
+                    RoutingWeights::Off => return None,
+                    RoutingWeights::Ones => None,
+                    RoutingWeights::PerToken(g) | RoutingWeights::Chosen(g, _) => Some(g),
+                };
+                let FusedModule { mixing, packed } = &modules[&at];
+                Some(Experts { a, b, g, mixing, packed: packed.as_ref() })
+            });
             Module { weight: &linear.weight, bias: &linear.bias, experts }
         };
         let modules = TargetModule::ALL.map(module);
@@ -248,26 +245,6 @@ impl RoutedBlock {
         let (forward, _) = self.rooms(None);
         let (stream, normed) = Stream::new(x).normed(&self.block.ln_1, forward, 0);
         self.fused(stream, &normed, mask, g, dropout).whole()
-    }
-}
-
-/// Routing weights of a module over flattened tokens.
-#[derive(Debug)]
-pub(super) enum FlatWeights {
-    Off,
-    Ones,
-    /// `[M, e]`.
-    PerToken(Tensor),
-}
-
-/// Those of a block.
-#[derive(Debug)]
-pub(super) struct FlatBlock(pub Vec<(Option<TargetModule>, FlatWeights)>);
-
-impl FlatBlock {
-    fn of(&self, module: TargetModule) -> &FlatWeights {
-        let weights = self.0.iter().find(|(of, _)| of.is_none_or(|of| of == module));
-        weights.map_or(&FlatWeights::Off, |(_, weights)| weights)
     }
 }
 
@@ -329,7 +306,7 @@ impl RoutedGpt2 {
         let head = &self.base.lm_head;
         let (v, d) = head.size2().expect("the head is [v, d]");
         let rows = (v + HEAD_ROWS - 1) / HEAD_ROWS * HEAD_ROWS;
-        if rows == v || self.padded_head.is_some() {
+        if rows == v {
             return;
         }
         let padded = Tensor::zeros([rows, d], (head.kind(), head.device()));

@@ -83,6 +83,13 @@ impl RoutedGpt2 {
     /// A base that computes in `kind` on `device`, without experts. With `trains_base` its
     /// parameters stay in f32 and are trained.
     pub fn plain(base: &Gpt2, device: Device, kind: Kind, trains_base: bool) -> Self {
+        let mut model = Self::bare(base, device, kind, trains_base);
+        model.prepare_fused();
+        model
+    }
+
+    /// The same before it is made ready for the fused way.
+    fn bare(base: &Gpt2, device: Device, kind: Kind, trains_base: bool) -> Self {
         let parameter_kind = if trains_base { wide(kind) } else { kind };
         let base = base.to(device, parameter_kind);
         if trains_base {
@@ -99,7 +106,7 @@ impl RoutedGpt2 {
                 fused: None,
             })
             .collect();
-        let mut model = Self {
+        Self {
             base,
             blocks,
             specs: vec![],
@@ -111,9 +118,7 @@ impl RoutedGpt2 {
             kind,
             kernels: Kernels::Auto,
             padded_head: None,
-        };
-        model.prepare_fused();
-        model
+        }
     }
 
     /// A frozen base with new experts and, for more than one, new routers, all from libtorch's
@@ -154,7 +159,7 @@ impl RoutedGpt2 {
         kind: Kind,
         start: Start,
     ) -> Self {
-        let mut model = Self::plain(base, device, kind, false);
+        let mut model = Self::bare(base, device, kind, false);
         if start == Start::Fresh && specs.iter().any(ExpertSpec::starts_from_base) {
             tracing::info!("factorising the base's weights, where the experts start");
         }

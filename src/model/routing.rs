@@ -18,7 +18,6 @@ use std::fmt;
 
 use tch::{Kind, Tensor};
 
-use super::fused::{FlatBlock, FlatWeights};
 use super::inputs::Inputs;
 use super::lora::RoutingWeights;
 use super::lora_grouped::Assignments;
@@ -95,19 +94,11 @@ impl BlockWeights {
         Self(self.0.iter().map(|(module, g)| (*module, g.shallow_clone())).collect())
     }
 
-    /// The same over flattened tokens, `[M, e]`; modules that share weights share a tensor.
-    pub fn flat(&self, num_tokens: i64) -> FlatBlock {
-        let flat = self.0.iter().map(|(module, weights)| {
-            let weights = match weights {
-                RoutingWeights::Off => FlatWeights::Off,
-                RoutingWeights::Ones => FlatWeights::Ones,
-                RoutingWeights::PerToken(g) | RoutingWeights::Chosen(g, _) => {
-                    FlatWeights::PerToken(g.reshape([num_tokens, -1]).contiguous())
-                }
-            };
-            (*module, weights)
-        });
-        FlatBlock(flat.collect())
+    /// The same with tensors over flattened tokens, `[b t, e]`; modules that share weights share a tensor.
+    pub fn flat(&self, num_tokens: i64) -> Self {
+        let tensors = self.tensors();
+        let flat = tensors.iter().map(|g| g.reshape([num_tokens, -1]).contiguous());
+        self.with_tensors(&flat.collect::<Vec<_>>())
     }
 
     /// The tensors in it.

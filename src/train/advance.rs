@@ -125,6 +125,7 @@ impl Trainer {
             peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
         })
     }
+
     /// The seeding of a new expert, if step `step` is part of it.
     pub(super) fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
         let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;

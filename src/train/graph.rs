@@ -266,9 +266,6 @@ fn why_not(model: &RoutedGpt2, config: &Config) -> Option<&'static str> {
 
 /// A panic of libtorch's as an error, so that the capture is ended whatever happens.
 fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
-        let message = panic.downcast_ref::<String>().map(String::as_str);
-        let message = message.or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(anyhow!("{}", message.unwrap_or("a panic without a message")))
-    })
+    catch_unwind(AssertUnwindSafe(f))
+        .unwrap_or_else(|panic| Err(anyhow!("{}", ffi::panic_message(panic.as_ref()))))
 }
