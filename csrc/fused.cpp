@@ -65,37 +65,27 @@ struct BlockKept : torch::CustomClassHolder {
   bool x_has_grad = false, a_has_grad = false;
 };
 
+const char *form(const BlockConfig &c) { return c.tanh_gelu ? "tanh" : "none"; }
+
 // gelu(fc(x)), with the second module's room behind it; keeps what is before the activation.
 Tensor up_and_gelu(const BlockConfig &c, const Experts &e, const Tensor &x, Kept &kept, Tensor &up) {
   const Module &fc = c.modules[Fc];
   const int64_t room = c.modules[MlpProj].room(), m = x.size(0), inner = fc.out();
-  const char *form = c.tanh_gelu ? "tanh" : "none";
-  const bool direct = !fc.has_experts() || fc.is_packed();
-  if (c.tanh_gelu && kernels() && x.is_cuda() && x.scalar_type() == at::kBFloat16 && direct) {
-    Tensor input = x, weight = fc.weight;
-    if (fc.has_experts()) {
-      // as `forward`, up to the product
-      Tensor dropped = x;
-      if (c.dropout > 0) std::tie(dropped, kept.mask) = at::native_dropout(x.contiguous(), c.dropout, true);
-      kept.x = x;
-      const int64_t r = fc.room(), i = fc.in();
-      TORCH_CHECK(kernels()->refresh(e.a.detach(), e.b.detach(), fc.packed));
-      kept.u = product(dropped, false, columns(fc.packed.narrow(0, 0, i), inner, r), false);
-      input = with_room(x, r), weight = columns(fc.packed, 0, inner);
-      TORCH_CHECK(kernels()->weigh(kept.u, e.g.defined() ? e.g.detach() : e.g, fc.mixing, columns(input, i, r)));
-    }
-    Tensor out = roomy(m, inner, room, x.options());
+  const bool has_kernel = c.tanh_gelu && kernels() && x.is_cuda();
+  if (has_kernel && x.scalar_type() == at::kBFloat16 && inner % 8 == 0 && fc.is_one_product()) {
+    const auto of = operands(fc, e, x, c.dropout, kept);
+    const Tensor out = roomy(m, inner, room, x.options());
     up = at::empty({m, inner}, x.options());
-    if (inner % 8 == 0 && kernels()->gemm(out, input, false, weight, false, Epilogue::GeluAuxBias, fc.bias, up)) return out;
-    up = affine(input, weight, fc.bias);
-    if (kernels()->gelu(up, out)) return out;
-    return out.copy_(at::gelu(up, form));
+    if (kernels()->gemm(out, of.x, false, of.weight, false, Epilogue::GeluAuxBias, fc.bias, up)) return out;
+    up = affine(of.x, of.weight, fc.bias);
+  } else {
+    up = forward(fc, e, x, c.dropout, kept);
   }
-  up = forward(fc, e, x, c.dropout, kept);
-  if (room == 0) return at::gelu(up, form);
-  Tensor out = roomy(m, inner, room, x.options());
-  if (c.tanh_gelu && kernels()->gelu(up, out)) return out;
-  return out.copy_(at::gelu(up, form));
+  if (has_kernel) {
+    const Tensor out = roomy(m, inner, room, x.options());
+    if (kernels()->gelu(up, out)) return out;
+  }
+  return in_room(at::gelu(up, form(c)), room);
 }
 
 // The gradient before the activation, with fc's room behind it, from that of the block's output `dy` (with du behind
@@ -104,26 +94,18 @@ Tensor gelu_and_down_backward(const BlockConfig &c, const Experts &e, const Kept
                               const Tensor &dy, const Tensor &du) {
   const Module &proj = c.modules[MlpProj];
   const int64_t room = c.modules[Fc].room(), m = dy.size(0), inner = proj.in();
-  if (c.tanh_gelu && kernels() && dy.is_cuda() && dy.scalar_type() == at::kBFloat16 && !kept.mask.defined() &&
-      inner % 8 == 0 && (!proj.has_experts() || proj.is_packed())) {
-    Tensor dz = roomy(m, inner, room, dy.options());
-    const Tensor full = with_room(dy, proj.room());
+  const bool has_kernel = c.tanh_gelu && kernels() && dy.is_cuda();
+  if (has_kernel && dy.scalar_type() == at::kBFloat16 && !kept.mask.defined() && inner % 8 == 0 && proj.is_one_product()) {
+    const Tensor dz = roomy(m, inner, room, dy.options()), full = with_room(dy, proj.room());
     const Tensor weight = proj.has_experts() ? proj.packed.narrow(0, 0, inner) : proj.weight;
     if (kernels()->gemm(dz, full, false, weight, true, Epilogue::DGelu, {}, up)) return dz;
   }
   const Tensor dgelu = input_backward(proj, e, kept, dy, du, c.dropout);
-  if (room > 0 || (kernels() && dy.is_cuda())) {
-    Tensor dz = roomy(m, inner, room, dy.options());
-    if (c.tanh_gelu && kernels()->gelu_backward(up, dgelu, dz)) return dz;
-    return dz.copy_(at::gelu_backward(dgelu, up, c.tanh_gelu ? "tanh" : "none"));
+  if (has_kernel) {
+    const Tensor dz = roomy(m, inner, room, dy.options());
+    if (kernels()->gelu_backward(up, dgelu, dz)) return dz;
   }
-  return at::gelu_backward(dgelu, up, c.tanh_gelu ? "tanh" : "none");
-}
-
-// A gradient with contiguous columns and `room` behind each row.
-Tensor in_room(const Tensor &x, int64_t room) {
-  const bool fits = x.stride(1) == 1 && (room == 0 || x.stride(0) == x.size(1) + room);
-  return fits ? x : roomy(x.size(0), x.size(1), room, x.options()).copy_(x);
+  return in_room(at::gelu_backward(dgelu, up, form(c)), room);
 }
 
 // From (x, a) with a = LayerNorm(x), both [M, d], to (x', y): the block's output is x' + y. `inputs` are x, a, then A,
@@ -139,12 +121,10 @@ struct BlockFunction : torch::autograd::Function<BlockFunction> {
     const bool keeps = c.keeps;
     auto kept = c10::make_intrusive<BlockKept>();
     const Tensor x = inputs[0], a = inputs[1].variable_data();
-    const int64_t m = x.size(0), d = x.size(1);
     Tensor qkv = fused::forward(c.modules[CAttn], experts(inputs, CAttn), a, c.dropout, kept->modules[CAttn]);
     Tensor attended = attention_forward(c.attention, qkv, keeps, kept->attention);
     qkv = Tensor();
-    const int64_t room = c.modules[AttnProj].room();
-    if (room > 0) attended = roomy(m, d, room, x.options()).copy_(attended);
+    attended = in_room(attended, c.modules[AttnProj].room());
     Tensor y = fused::forward(c.modules[AttnProj], experts(inputs, AttnProj), attended, c.dropout, kept->modules[AttnProj]);
     const Tensor normed = add_norm(*c.norm, x, y, kept->norm);
     const Tensor sum = kept->norm.sum;
@@ -229,7 +209,6 @@ extern "C" {
 struct dylora_module {
   const Tensor *weight, *bias, *packed, *expert_of, *scaling, *runs, *rows;
   const Tensor *a, *b, *g;
-  int64_t ranks;
   double single_scaling;
 };
 struct dylora_norm {
@@ -276,7 +255,7 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_module *mo
     for (int k = 0; k < MODULES; ++k) {
       const auto &m = modules[k];
       config->modules[k] = {*m.weight, *m.bias, or_none(m.packed),
-                            {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs), or_none(m.rows)}, m.ranks, m.single_scaling};
+                            {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs), or_none(m.rows)}, m.single_scaling};
       for (auto t : {m.a, m.b, m.g}) inputs.push_back(t ? *t : none);
     }
     config->keeps = false;

@@ -34,7 +34,7 @@ struct HeadLoss : torch::autograd::Function<HeadLoss> {
             kernels()->cross_entropy(logits, y, vocabulary, smoothing, with_grad ? factor : Tensor(), of_losses,
                                      of_smoothed)))
         logits = plain(logits, y, vocabulary, smoothing, with_grad, factor, of_losses, of_smoothed);
-      if (with_grad) product(logits, false, head, false, dhidden.narrow(0, start, len));
+      if (with_grad) product_into(dhidden.narrow(0, start, len), logits, false, head, false);
     }
     if (with_grad) ctx->save_for_backward({dhidden});
     ctx->mark_non_differentiable({losses});

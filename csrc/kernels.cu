@@ -231,14 +231,27 @@ static __device__ __forceinline__ float tanh_of(float x) {
 }
 #define ROOT_2_OVER_PI 0.7978845608028654f
 
+// The pack of a matrix of `columns` that is the thread's, of `packs` in all.
+template <class T> struct Place {
+  i64 row;
+  int column;
+  bool is_inside;
+  __device__ __forceinline__ Place(int columns, i64 packs) {
+    const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    const int per_row = columns / Pack<T>::N;
+    row = t / per_row;
+    column = (int)(t - row * per_row) * Pack<T>::N;
+    is_inside = t < packs;
+  }
+};
+
 // out = gelu(z), tanh form; `columns` is a multiple of the pack.
 template <class T> static __device__ void gelu(const T *z, i64 ldz, T *out, i64 ldo, int columns, i64 packs) {
   constexpr int N = Pack<T>::N;
-  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (t >= packs) return;
-  const int per_row = columns / N;
-  const i64 row = t / per_row;
-  const int c = (int)(t - row * per_row) * N;
+  const Place<T> at(columns, packs);
+  if (!at.is_inside) return;
+  const i64 row = at.row;
+  const int c = at.column;
   float x[N];
   Pack<T>::load(z + row * ldz + c, x);
 #pragma unroll
@@ -251,11 +264,10 @@ template <class T>
 static __device__ void gelu_backward(const T *z, i64 ldz, const T *dout, i64 ldo, T *dz, i64 lddz, int columns,
                                      i64 packs) {
   constexpr int N = Pack<T>::N;
-  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (t >= packs) return;
-  const int per_row = columns / N;
-  const i64 row = t / per_row;
-  const int c = (int)(t - row * per_row) * N;
+  const Place<T> at(columns, packs);
+  if (!at.is_inside) return;
+  const i64 row = at.row;
+  const int c = at.column;
   float x[N], d[N];
   Pack<T>::load(z + row * ldz + c, x);
   Pack<T>::load(dout + row * ldo + c, d);
@@ -272,11 +284,10 @@ static __device__ void gelu_backward(const T *z, i64 ldz, const T *dout, i64 ldo
 template <class T>
 static __device__ void pack_qkv(const T *q, const T *k, const T *v, T *out, i64 ldo, int width, i64 packs) {
   constexpr int N = Pack<T>::N;
-  const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (t >= packs) return;
-  const int per_row = width / N;
-  const i64 row = t / per_row;
-  const int c = (int)(t - row * per_row) * N;
+  const Place<T> at(width, packs);
+  if (!at.is_inside) return;
+  const i64 row = at.row;
+  const int c = at.column;
   float x[N];
   Pack<T>::load(q + row * width + c, x);
   Pack<T>::store(out + row * ldo + c, x);

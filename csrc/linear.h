@@ -25,25 +25,33 @@ inline Tensor roomy(int64_t m, int64_t n, int64_t room, const at::TensorOptions 
   return columns(at::empty({m, n + room}, options), 0, n);
 }
 
-// out = a b (each transposed if it says so), in the dtype of `out`.
-inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb, Tensor out = {}, at::ScalarType kind = at::kFloat,
-               bool wide = false) {
+// `x` with contiguous columns and `room` more behind each row.
+inline Tensor in_room(const Tensor &x, int64_t room) {
+  const bool fits = x.stride(1) == 1 && (room == 0 || x.stride(0) == x.size(1) + room);
+  return fits ? x : roomy(x.size(0), x.size(1), room, x.options()).copy_(x);
+}
+
+// out = a b (each transposed if it says so), if there is a fast way.
+inline bool fast_product(const Tensor &out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
+  return kernels() && a.is_cuda() && a.scalar_type() == at::kBFloat16 &&
+         kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
+}
+// The same in any case; `out` has the dtype of a and b.
+inline void product_into(Tensor out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
+  if (!fast_product(out, a, ta, b, tb)) at::mm_out(out, ta ? a.t() : a, tb ? b.t() : b);
+}
+// a b in `kind`
+inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb, at::ScalarType kind) {
   const Tensor x = ta ? a.t() : a, y = tb ? b.t() : b;
-  const bool narrow_cuda = a.is_cuda() && a.scalar_type() == at::kBFloat16;
-  if (narrow_cuda && kernels()) {
-    if (!out.defined())
-      out = at::empty({x.size(0), y.size(1)}, a.options().dtype(wide ? kind : a.scalar_type()));
-    if (kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {})) return out;
+  if (a.is_cuda()) {
+    const Tensor out = at::empty({x.size(0), y.size(1)}, a.options().dtype(kind));
+    if (fast_product(out, a, ta, b, tb)) return out;
   }
-  if (wide && a.scalar_type() != kind) {
-    const Tensor result = a.is_cuda() ? at::mm(x, y, kind) : at::mm(x, y).to(kind);
-    return result;
-  }
-  if (out.defined()) {
-    if (out.is_contiguous()) return at::mm_out(out, x, y);
-    return out.copy_(at::mm(x, y));
-  }
-  return at::mm(x, y);
+  if (a.scalar_type() == kind) return at::mm(x, y);
+  return a.is_cuda() ? at::mm(x, y, kind) : at::mm(x, y).to(kind);
+}
+inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb) {
+  return product(a, ta, b, tb, a.scalar_type());
 }
 
 // x W + b
@@ -60,10 +68,11 @@ struct Module {
   Tensor weight, bias;  // [i, o], [o]
   Tensor packed;        // [i + R, o + R]; undefined without kernels
   Mixing mixing;        // undefined without experts
-  int64_t ranks;        // columns that are not there to fill up
   double scaling;       // of a single expert
   bool has_experts() const { return mixing.rows.defined(); }
   bool is_packed() const { return packed.defined(); }
+  // Whether its forward pass is one product with `operands`.
+  bool is_one_product() const { return !has_experts() || is_packed(); }
   int64_t room() const { return is_packed() ? mixing.expert_of.size(0) : 0; }
   int64_t in() const { return weight.size(0); }
   int64_t out() const { return weight.size(1); }
@@ -71,6 +80,7 @@ struct Module {
 // Its differentiable inputs: A, B^T in f32 (or f64) and the routing weights [M, e], undefined if all are 1.
 struct Experts {
   Tensor a, b, g;
+  Tensor weights() const { return g.defined() ? g.detach() : g; }
 };
 // What the backward pass of a module needs.
 struct Kept {
@@ -82,43 +92,58 @@ struct Grads {
   Tensor a, b;
 };
 
-inline Tensor factors(const Tensor &g, const Module &m, at::ScalarType kind) {
-  const auto f = g.defined() ? g.matmul(m.mixing.rows) : m.mixing.rows.sum(0, true);
+// f of what is not packed, [M, R] or [1, R]
+inline Tensor factors(const Module &m, const Experts &e, at::ScalarType kind) {
+  const auto f = e.g.defined() ? e.weights().matmul(m.mixing.rows) : m.mixing.rows.sum(0, true);
   return f.to(kind);
 }
+// One expert at weight 1: plain LoRA, in PEFT's order of operations.
+inline bool is_plain(const Module &m, const Experts &e) { return !e.g.defined() && m.mixing.rows.size(0) == 1; }
 
-// The forward pass of a module; `x` has the module's room behind it. A module with experts keeps what it must.
-inline Tensor forward(const Module &m, const Experts &e, const Tensor &x, double dropout, Kept &kept) {
-  if (!m.has_experts()) return affine(x, m.weight, m.bias);
-  const auto kind = x.scalar_type();
-  Tensor dropped = x;
-  if (dropout > 0) {
-    if (x.is_cuda()) {
-      std::tie(dropped, kept.mask) = at::native_dropout(x.contiguous(), dropout, true);
-    } else {
-      // the random numbers of at::dropout
-      kept.mask = at::empty_like(x).bernoulli_(1 - dropout).div_(1 - dropout);
-      dropped = x * kept.mask;
-    }
+// x as the experts read it; keeps the mask.
+inline Tensor dropped(const Tensor &x, double dropout, Kept &kept) {
+  if (dropout == 0) return x;
+  Tensor out;
+  if (x.is_cuda()) {
+    std::tie(out, kept.mask) = at::native_dropout(x.contiguous(), dropout, true);
+    return out;
   }
+  // the random numbers of at::dropout
+  kept.mask = at::empty_like(x).bernoulli_(1 - dropout).div_(1 - dropout);
+  return x * kept.mask;
+}
+
+// The operands of the one product that a packed module, or one without experts, is: x and W, or [x | v] and [W; B^T].
+struct Operands {
+  Tensor x, weight;
+};
+// `x` has the module's room behind it. A module with experts keeps what it must.
+inline Operands operands(const Module &m, const Experts &e, const Tensor &x, double dropout, Kept &kept) {
+  if (!m.has_experts()) return {x, m.weight};
+  const int64_t r = m.room(), i = m.in(), o = m.out();
+  TORCH_CHECK(kernels()->refresh(e.a.detach(), e.b.detach(), m.packed));
   kept.x = x;
-  if (m.is_packed()) {
-    const int64_t r = m.room(), i = m.in(), o = m.out();
-    const Tensor packed = m.packed;
-    TORCH_CHECK(kernels()->refresh(e.a.detach(), e.b.detach(), packed));
-    kept.u = product(dropped, false, columns(packed.narrow(0, 0, i), o, r), false);
-    const Tensor full = with_room(x, r);
-    TORCH_CHECK(kernels()->weigh(kept.u, e.g.defined() ? e.g.detach() : e.g, m.mixing, columns(full, i, r)));
-    return affine(full, columns(packed, 0, o), m.bias);
+  kept.u = product(dropped(x, dropout, kept), false, columns(m.packed.narrow(0, 0, i), o, r), false);
+  const Tensor full = with_room(x, r);
+  TORCH_CHECK(kernels()->weigh(kept.u, e.weights(), m.mixing, columns(full, i, r)));
+  return {full, columns(m.packed, 0, o)};
+}
+
+// The forward pass of a module; as `operands`.
+inline Tensor forward(const Module &m, const Experts &e, const Tensor &x, double dropout, Kept &kept) {
+  if (m.is_one_product()) {
+    const auto of = operands(m, e, x, dropout, kept);
+    return affine(of.x, of.weight, m.bias);
   }
+  const auto kind = x.scalar_type();
   const Tensor a = e.a.detach().to(kind), b = e.b.detach().to(kind);
-  kept.u = dropped.mm(a.t());
-  if (!e.g.defined() && m.mixing.rows.size(0) == 1) {
-    // one expert, plain LoRA in PEFT's order of operations
+  kept.x = x;
+  kept.u = dropped(x, dropout, kept).mm(a.t());
+  if (is_plain(m, e)) {
     kept.v = kept.u;
     return affine(x, m.weight, m.bias).add_(kept.u.mm(b).mul_(m.scaling));
   }
-  kept.v = kept.u * factors(e.g.defined() ? e.g.detach() : e.g, m, kind);
+  kept.v = kept.u * factors(m, e, kind);
   return affine(x, m.weight, m.bias).addmm_(kept.v, b);
 }
 
@@ -128,21 +153,20 @@ inline Tensor dropped_again(const Kept &kept, double dropout) {
 }
 
 // The gradients of A, B^T and, added to `dg`, of the routing weights. du is left behind dy if packed, else returned.
-inline Tensor experts_backward(const Module &m, const Experts &e, const Kept &kept, const Tensor &dy, double dropout, Grads &grads,
-                        Tensor &dg) {
+inline Tensor experts_backward(const Module &m, const Experts &e, const Kept &kept, const Tensor &dy, double dropout,
+                               Grads &grads, Tensor &dg) {
   const auto kind = dy.scalar_type(), wide = e.a.scalar_type();
   const bool wants_g = e.g.defined() && e.g.requires_grad();
-  const Tensor g = e.g.defined() ? e.g.detach() : e.g;
   const Tensor x = dropped_again(kept, dropout);
   if (m.is_packed()) {
-    const int64_t r = m.room(), i = m.in(), o = m.out();
+    const int64_t r = m.room(), i = m.in(), o = m.out(), ranks = e.a.size(0);
     const Tensor dv = product(dy, false, columns(m.packed.narrow(0, i, r), 0, o), true);
     const Tensor du = columns(with_room(dy, r), o, r), v = columns(with_room(kept.x, r), i, r);
     const bool adds = dg.defined();
-    if (wants_g && !adds) dg = at::empty_like(g);
-    TORCH_CHECK(kernels()->weigh_backward(dv, kept.u, g, m.mixing, du, wants_g ? dg : Tensor(), adds));
-    grads.b = product(v, true, dy, false, {}, wide, true).narrow(0, 0, m.ranks);
-    grads.a = product(du, true, x, false, {}, wide, true).narrow(0, 0, m.ranks);
+    if (wants_g && !adds) dg = at::empty_like(e.weights());
+    TORCH_CHECK(kernels()->weigh_backward(dv, kept.u, e.weights(), m.mixing, du, wants_g ? dg : Tensor(), adds));
+    grads.b = product(v, true, dy, false, wide).narrow(0, 0, ranks);
+    grads.a = product(du, true, x, false, wide).narrow(0, 0, ranks);
     return du;
   }
   const Tensor b = e.b.detach().to(kind);
@@ -151,18 +175,16 @@ inline Tensor experts_backward(const Module &m, const Experts &e, const Kept &ke
     const Tensor new_dg = (dv * kept.u).to(wide).mm(m.mixing.rows.t());
     dg = dg.defined() ? dg + new_dg : new_dg;
   }
-  const bool single = !e.g.defined() && m.mixing.rows.size(0) == 1;
-  const Tensor f = factors(g, m, kind);
-  grads.b = product(kept.v, true, dy, false, {}, wide, true);
-  if (single) grads.b.mul_(m.scaling);
-  const Tensor du = dv.mul_(f);
-  grads.a = product(du, true, x, false, {}, wide, true);
+  grads.b = product(kept.v, true, dy, false, wide);
+  if (is_plain(m, e)) grads.b.mul_(m.scaling);
+  const Tensor du = dv.mul_(factors(m, e, kind));
+  grads.a = product(du, true, x, false, wide);
   return du;
 }
 
 // dx = dy W^T + du A (with dropout's mask); `dy` has du behind it if packed.
 inline Tensor input_backward(const Module &m, const Experts &e, const Kept &kept, const Tensor &dy, const Tensor &du,
-                      double dropout) {
+                             double dropout) {
   if (!m.has_experts()) return product(dy, false, m.weight, true);
   const int64_t r = m.room(), i = m.in(), o = m.out();
   if (m.is_packed() && !kept.mask.defined()) return product(with_room(dy, r), false, m.packed.narrow(0, 0, i), true);

@@ -28,14 +28,14 @@ inline Tensor add_norm(const NormConfig &c, const Tensor &x, const Tensor &y, No
   kept.sum = y.defined() ? x + y : x;
   Tensor a;
   std::tie(a, kept.mean, kept.rstd) = at::native_layer_norm(kept.sum, {d}, c.w, c.b, c.eps);
-  return c.room_forward > 0 ? roomy(m, d, c.room_forward, x.options()).copy_(a) : a;
+  return in_room(a, c.room_forward);
 }
 
 // The gradient of the sum: that of its LayerNorm for `da`, plus `residual`, which may be undefined.
 inline Tensor norm_backward(const NormConfig &c, const Tensor &da, const NormKept &kept, const Tensor &residual) {
   const Tensor &x = kept.sum;
   const int64_t m = x.size(0), d = x.size(1);
-  const Tensor rows = da.stride(1) == 1 ? da : da.contiguous();
+  const Tensor rows = in_room(da, 0);
   if (kernels() && x.is_cuda() && kernels()->apply_to(x.scalar_type(), d)) {
     Tensor dx = roomy(m, d, c.room_backward, x.options());
     if (kernels()->norm_backward(rows, x, kept.mean, kept.rstd, c.w, residual, dx)) return dx;
@@ -43,6 +43,6 @@ inline Tensor norm_backward(const NormConfig &c, const Tensor &da, const NormKep
   Tensor dx = std::get<0>(at::native_layer_norm_backward(rows.contiguous(), x, {d}, kept.mean.view({m, 1}),
                                                          kept.rstd.view({m, 1}), c.w, c.b, {true, false, false}));
   if (residual.defined()) dx.add_(residual);
-  return c.room_backward > 0 ? roomy(m, d, c.room_backward, x.options()).copy_(dx) : dx;
+  return in_room(dx, c.room_backward);
 }
 }  // namespace fused

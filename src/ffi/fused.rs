@@ -21,7 +21,6 @@ struct RawModule {
     a: TensorPtr,
     b: TensorPtr,
     g: TensorPtr,
-    ranks: i64,
     single_scaling: f64,
 }
 
@@ -228,7 +227,6 @@ pub fn block(
             a: or_null(experts.map(|experts| experts.a)),
             b: or_null(experts.map(|experts| experts.b)),
             g: or_null(experts.and_then(|experts| experts.g)),
-            ranks: experts.map_or(0, |experts| experts.a.size()[0]),
             single_scaling: mixing.map_or(0.0, |mixing| mixing.single_scaling),
         }
     });
