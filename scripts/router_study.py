@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The router study: rules of routing, with and without balancing, beside single LoRAs of the same size.
 
-    scripts/router_study.py DYLORA explore|grid|speed [--jobs 6] [--minutes 9]
-    scripts/router_study.py - table explore|grid|speed
+    scripts/router_study.py DYLORA explore|grid|scale|speed [--jobs 6] [--minutes 9]
+    scripts/router_study.py - table explore|grid|scale|speed
 
 Wants what scripts/real_input.sh wants; trains the base first if there is none. A run that is done is not
 made again, so that a study can be made in parts. Results go to runs/router-study/PART.jsonl.
@@ -90,6 +90,27 @@ def grid(extra):
     return runs
 
 
+def scale(extra):
+    """Mixtures whose update is as large as the single LoRA's: alpha times E, with top-k times E / k. Three seeds."""
+    layer = ["router.input=layer_input", "router.scope=layer"]
+    runs = {}
+    for seed in range(3):
+        for experts, rates in [(4, ["2e-3", "3e-3", "4e-3"]), (8, ["2e-3", "3e-3"])]:
+            dense = [f"lora.num_experts={experts}", f"lora.alpha={16 * experts}"]
+            kinds = {f"single-r{8 * experts}": single(8 * experts), f"E{experts}-dense-layer": dense + layer}
+            if experts == 4:
+                top_2 = ["lora.alpha=32", *layer, "router.top_k=2", *BALANCES["loss"]]
+                kinds["E4-uniform"] = dense + ["train.routing=uniform"]
+                kinds["E4-dense-embeddings"] = dense
+                kinds["E4-dense-module"] = dense + ["router.input=layer_input", "router.scope=module"]
+                kinds["E4-top-2-layer"] = top_2
+            for name, setting in kinds.items():
+                for rate in rates if "single" in name or "dense-layer" in name else ["3e-3"]:
+                    rated = [f"optimizer.adapters.learning_rate={rate}", f"run.seed={seed}"]
+                    runs[f"{name}-{rate}-{seed}"] = extra + setting + rated
+    return runs
+
+
 def speed(extra):
     """Steps alone, one after the other."""
     runs = {}
@@ -146,7 +167,7 @@ def table(part):
         if "error" in run:
             print(run["name"], run["error"], file=sys.stderr)
             continue
-        name = run["name"].rsplit("-", 1)[0] if part == "grid" else run["name"]
+        name = run["name"].rsplit("-", 1)[0] if part in ["grid", "scale"] else run["name"]
         groups.setdefault(name, []).append(run)
     head = ["run", "n", "mean loss", "±"] + DOMAINS
     print("| " + " | ".join(head + ["largest weight", "dead", "information", "tokens/s"]) + " |")
@@ -170,7 +191,7 @@ def table(part):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("dylora", metavar="DYLORA")
-    parser.add_argument("part", choices=["explore", "grid", "speed", "table"])
+    parser.add_argument("part", choices=["explore", "grid", "scale", "speed", "table"])
     parser.add_argument("of", nargs="?")
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--minutes", type=float, default=9)
@@ -183,8 +204,8 @@ def main():
     if not base.exists():
         command = [args.dylora, "-q", "train", "--config", BASE, "--device", args.device.split(",")[0]]
         subprocess.run(command, check=True)
-    runs = {"explore": explore, "grid": lambda: grid(args.set), "speed": lambda: speed(args.set)}
-    runs = runs[args.part]()
+    parts = {"grid": grid, "scale": scale, "speed": speed}
+    runs = explore() if args.part == "explore" else parts[args.part](args.set)
     OUT.mkdir(parents=True, exist_ok=True)
     done = {run["name"] for run in results(args.part) if "error" not in run}
     todo = {name: settings for name, settings in runs.items() if name not in done}

@@ -22,8 +22,8 @@ fn config(more: &str) -> Result<Config> {
     let text = format!(
         "[base]\nsource = {{ path = \"none\" }}\n[data]\nseq_len = 32\n[[data.domains]]\nname = \"random\"\ntrain = [\"none\"]\n\
          [lora]\nnum_experts = 3\nrank = 4\nalpha = 12\ntarget_modules = [\"attn.c_attn\", \"mlp.c_fc\", \"mlp.c_proj\"]\n\
-         [optimizer]\nmax_grad_norm = 1.0\n[optimizer.adapters]\nlearning_rate = 0.01\n\
-         [optimizer.router]\nlearning_rate = 0.01\n[train]\nloss_chunk_tokens = 50\n{more}"
+         [optimizer]\nmax_grad_norm = 1.0\n[optimizer.adapters]\nlearning_rate = 0.005\n\
+         [optimizer.router]\nlearning_rate = 0.005\n[train]\nloss_chunk_tokens = 50\n{more}"
     );
     load::parse(&text, &[])
 }
@@ -34,8 +34,11 @@ fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Resul
     tch::manual_seed(21);
     let base = tiny_base(shape);
     let specs = ExpertSpec::all(&config.lora, &base.config)?;
-    let mut model =
-        RoutedGpt2::with_experts(&base, &specs, &RouterSpec::of_config(config), device, kind);
+    let router = RouterSpec::of_config(config);
+    // the same start in every dtype
+    let start = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
+    let mut model = RoutedGpt2::with_experts(&base, &specs, &router, device, kind);
+    model.load(&start.tensors().into_iter().collect())?;
     model.set_kernels(kernels);
     let trained = model.trained(RoutingChoice::Router, None);
     let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
@@ -67,30 +70,41 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-/// Within 1e-9 nats at every step in f64 and 1e-4 in f32, while the loss falls by more than one: dense and
-/// top-2, with the load-balancing loss, routers for each layer, packed documents, two micro-batches in every
-/// other step, and on CUDA through graphs. In bf16, where at this learning rate rounding alone parts two runs
-/// by some hundredths, the difference is printed; there gradients are bounded (`fused_steps_are_the_references`).
+/// Against the reference's losses in f64, while they fall by more than one: within 1e-9 nats at every step in
+/// f64, 1e-5 in f32, and in bf16 twice the reference's own distance. Dense and top-2, with the load-balancing
+/// loss, routers for each layer, packed documents, two micro-batches in every other step, and on CUDA through
+/// graphs. (At twice this learning rate rounding grows until the reference in f32 is 7e-4 from its f64.)
 #[test]
 fn a_hundred_steps_follow_the_references_losses() -> Result<()> {
-    let (device, kinds) = match device()? {
-        Device::Cpu => (Device::Cpu, vec![(Kind::Double, 1e-9), (Kind::Float, 1e-4)]),
-        device => (device, vec![(Kind::Float, 1e-4), (Kind::BFloat16, f64::INFINITY)]),
+    let device = device()?;
+    let kinds: &[Kind] = match device {
+        Device::Cpu => &[Kind::Double, Kind::Float],
+        _ => &[Kind::Double, Kind::Float, Kind::BFloat16],
     };
     let _generator = seed(910);
     for more in
         ["", "[router]\nscope = \"layer\"\nload_balancing_coef = 0.01", "[router]\ntop_k = 2"]
     {
         let config = config(more)?;
-        for &(kind, bound) in &kinds {
+        let exact = curve(&config, device, Kind::Double, Kernels::Reference)?;
+        let (first, last) = (exact[0], exact[NUM_STEPS - 1]);
+        assert!(last < first - 1.0, "{exact:?}");
+        for &kind in kinds {
+            let bound = match kind {
+                Kind::Double => 1e-9,
+                Kind::Float => 1e-5,
+                _ => {
+                    let reference = curve(&config, device, kind, Kernels::Reference)?;
+                    2.0 * largest_difference(&reference, &exact)
+                }
+            };
             let fused = curve(&config, device, kind, Kernels::Auto)?;
-            let reference = curve(&config, device, kind, Kernels::Reference)?;
-            let difference = largest_difference(&fused, &reference);
-            let (first, last) = (fused[0], fused[NUM_STEPS - 1]);
-            let line =
-                format!("{more:?} in {kind:?}: {first:.3} to {last:.3}, apart {difference:.1e}");
+            let difference = largest_difference(&fused, &exact);
+            let line = format!(
+                "{more:?} in {kind:?}: {first:.3} to {last:.3}, apart {difference:.1e}, bound {bound:.1e}"
+            );
             println!("{line}");
-            assert!(difference <= bound && last < first - 1.0, "{line}");
+            assert!(difference <= bound, "{line}");
         }
     }
     Ok(())
