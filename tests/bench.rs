@@ -73,6 +73,7 @@ fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
         assert!(difference < 1e-5, "{row:?}: {figures:?}");
         assert_eq!((figures.tokens_per_step, figures.warmup_ms.len()), (32, 1));
         assert_eq!(figures.first_step_ms, figures.warmup_ms[0]);
+        assert_eq!((figures.compile_ms, figures.capture_ms), (0.0, 0.0), "on the CPU");
         let [min, max] = [figures.min_step_ms, figures.max_step_ms];
         assert!(min <= figures.step_ms && figures.step_ms <= max && min > 0.0, "{figures:?}");
         let mfu = figures.tokens_per_sec * figures.flops_per_token as f64 / 1e12;

@@ -17,7 +17,7 @@ pub mod passes;
 pub mod rows;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow};
 use serde::Serialize;
@@ -87,10 +87,14 @@ pub struct Figures {
     pub flops_per_token: i64,
     /// Share of the device's peak.
     pub mfu: Option<f64>,
-    /// From nothing but the base to a model, milliseconds.
+    /// From nothing but the base to a model, milliseconds, with `compile_ms`.
     pub build_ms: f64,
-    /// The first step, with all compilation and capture that comes before it can end, milliseconds.
+    /// Compiling and loading the CUDA kernels, milliseconds; 0 where an earlier row did that.
+    pub compile_ms: f64,
+    /// The first step, in which on CUDA the algorithms of the products are timed, milliseconds.
     pub first_step_ms: f64,
+    /// Capturing steps as CUDA graphs, milliseconds, in all: one shape of step in the third step.
+    pub capture_ms: f64,
     /// When it ended, seconds since 1970.
     pub first_step_unix_secs: f64,
     /// The steps that are not counted, milliseconds.
@@ -144,10 +148,11 @@ impl Bench {
         );
         let can_reset = ffi::reset_peak_memory(self.device).is_ok();
         let before = ffi::memory_bytes(self.device)?;
-        let started = Instant::now();
+        let (started, kernels_took) = (Instant::now(), ffi::cuda::kernels_took());
         let mut subject = Subject::new(row, config, &self.base, self.device)?;
         ffi::synchronize(self.device)?;
         let build_ms = ms_since(started);
+        let compile_ms = to_ms(ffi::cuda::kernels_took() - kernels_took);
         let (mut all_ms, mut losses, mut first_step_unix_secs) = (vec![], vec![], 0.0);
         for _ in 0..warmup + steps {
             let blocks = stream.take(&dataset, per_step);
@@ -181,7 +186,9 @@ impl Bench {
             flops_per_token,
             mfu: peak_flops.map(|peak| tokens_per_sec * flops_per_token as f64 / peak),
             build_ms,
+            compile_ms,
             first_step_ms: all_ms[0],
+            capture_ms: to_ms(subject.capture_time()),
             first_step_unix_secs,
             warmup_ms: all_ms[..warmup].to_vec(),
             first_loss: losses[0],
@@ -204,7 +211,11 @@ impl Bench {
 }
 
 fn ms_since(start: Instant) -> f64 {
-    start.elapsed().as_secs_f64() * 1e3
+    to_ms(start.elapsed())
+}
+
+fn to_ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 /// The median of sorted numbers, of which there is one at least.

@@ -1,6 +1,7 @@
 //! What a row of the bench is: a config of its own, and what one of its steps does.
 
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use tch::Device;
@@ -148,6 +149,11 @@ impl Subject {
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(device), device);
         Ok(Self { row, config, model, trained, stepper })
+    }
+
+    /// [`Stepper::capture_time`].
+    pub fn capture_time(&self) -> Duration {
+        self.stepper.capture_time()
     }
 
     /// One step on `blocks`; gives the mean loss of their label tokens before it, nats.

@@ -79,7 +79,7 @@ pub fn print_line(value: &Value) -> Result<()> {
 
 /// What people read.
 pub fn as_text(header: &Value, reports: &[RowReport]) -> String {
-    const COLUMNS: [&str; 11] = [
+    const COLUMNS: [&str; 13] = [
         "row",
         "batch",
         "tokens/s",
@@ -89,7 +89,9 @@ pub fn as_text(header: &Value, reports: &[RowReport]) -> String {
         "peak",
         "over base",
         "MFU %",
-        "first step, ms",
+        "compile, ms",
+        "first step",
+        "capture",
         "first loss",
     ];
     let rows = reports.iter().map(|report| {
@@ -165,7 +167,9 @@ fn cells(figures: &Figures) -> Vec<String> {
         memory(figures.peak_memory_bytes),
         memory(figures.extra_memory_bytes),
         figures.mfu.map_or("-".into(), |mfu| format!("{:.1}", 100.0 * mfu)),
+        format!("{:.0}", figures.compile_ms),
         format!("{:.0}", figures.first_step_ms),
+        format!("{:.0}", figures.capture_ms),
         format!("{:.4}", figures.first_loss),
     ]
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -105,8 +106,13 @@ pub fn keep_code_in(dir: &Path) {
     let _ = CODE_CACHE.set(dir.to_owned());
 }
 
-/// The devices and widths that there are kernels for.
-static PREPARED: Mutex<Vec<(usize, i64)>> = Mutex::new(vec![]);
+/// The devices and widths that there are kernels for, and how long it took to make them.
+static PREPARED: Mutex<(Vec<(usize, i64)>, Duration)> = Mutex::new((vec![], Duration::ZERO));
+
+/// How long this process has spent on kernels so far: compiling, or reading what was kept, and loading.
+pub fn kernels_took() -> Duration {
+    PREPARED.lock().expect("nothing panics while it is held").1
+}
 
 unsafe extern "C" {
     fn dylora_set_kernels(table: *const c_void);
@@ -119,7 +125,9 @@ unsafe extern "C" {
 /// # Errors
 /// A libtorch without CUDA or without NVRTC, a GPU that NVRTC does not know.
 pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
-    let mut prepared = PREPARED.lock().expect("nothing panics while it is held");
+    let started = Instant::now();
+    let mut guard = PREPARED.lock().expect("nothing panics while it is held");
+    let (prepared, took) = &mut *guard;
     if prepared.contains(&(device, width)) {
         return Ok(());
     }
@@ -152,6 +160,7 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
     // SAFETY: a table that lives as long as the process
     unsafe { dylora_set_kernels((library.kernels)()) };
     prepared.push((device, width));
+    *took += started.elapsed();
     Ok(())
 }
 

@@ -15,6 +15,7 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use tch::{Device, Tensor};
@@ -74,6 +75,8 @@ pub(super) struct Graphs {
     /// The first has the memory of all, and the stream that steps warm up on.
     graphs: Vec<Graph>,
     num_recorded: usize,
+    /// How long the captures took.
+    pub capture_time: Duration,
     /// Why steps could not be captured, as the log says last.
     told: Option<&'static str>,
 }
@@ -105,6 +108,7 @@ impl Graphs {
             shapes: HashMap::new(),
             graphs: vec![],
             num_recorded: 0,
+            capture_time: Duration::ZERO,
             told: None,
         }
     }
@@ -216,6 +220,7 @@ impl Graphs {
         if self.capture == Capture::Rerun {
             return Ok(Recorded::Rerun);
         }
+        let started = Instant::now();
         // what the steps before have left to the allocator, the graph's own memory cannot use
         ffi::empty_cache(self.device)?;
         let has_recorded = self.num_recorded > 0;
@@ -227,6 +232,7 @@ impl Graphs {
         let run = || caught(|| run(&shape.flats, &shape.scalars));
         let output = self.graphs[index].capture(memory_of, run)?;
         self.num_recorded += 1;
+        self.capture_time += started.elapsed();
         tracing::debug!("captured step shape {}", self.num_recorded);
         Ok(Recorded::Graph(index, output))
     }

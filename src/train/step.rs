@@ -5,6 +5,8 @@
 //! never waits for the host. Where a loss or gradient is not finite, the update is skipped on the device,
 //! and `wait` tells.
 
+use std::time::Duration;
+
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
@@ -83,6 +85,11 @@ impl Stepper {
     /// A maker of steps on `device`.
     pub fn new(optimizer: Optimizer, capture: Capture, device: Device) -> Self {
         Self { optimizer, graphs: Graphs::new(capture, device) }
+    }
+
+    /// How long it took to capture steps as CUDA graphs, of all steps so far.
+    pub fn capture_time(&self) -> Duration {
+        self.graphs.capture_time
     }
 
     /// Lays out a step's data. It may be done while the step before is in the queue.
