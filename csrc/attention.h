@@ -5,6 +5,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "linear.h"
@@ -31,10 +33,16 @@ inline bool has_fused_attention(const Tensor &x, int64_t head_size) {
   return x.is_cuda() && kernels() && x.scalar_type() == at::kBFloat16 && head_size % 8 == 0 && head_size <= 128 &&
          kernels()->capability() >= 80;
 }
+// Lengths and head sizes that cuDNN has refused on this GPU.
+inline std::set<std::pair<int64_t, int64_t>> &refused() {
+  static thread_local std::set<std::pair<int64_t, int64_t>> shapes;
+  return shapes;
+}
 inline Way way_of(const Attention &at_, const Tensor &qkv) {
-  if (!has_fused_attention(qkv, qkv.size(1) / 3 / at_.heads)) return Way::Generic;
+  const int64_t head_size = qkv.size(1) / 3 / at_.heads;
+  if (!has_fused_attention(qkv, head_size)) return Way::Generic;
   if (at_.cu_seqlens.defined()) return Way::Variable;
-  return at_.seq < 2 ? Way::Generic : Way::CuDnn;
+  return at_.seq < 2 || refused().count({at_.seq, head_size}) ? Way::Generic : Way::CuDnn;
 }
 
 // Multi-head attention of qkv [M, 3d] to [M, d].
@@ -57,8 +65,10 @@ inline Tensor attention_forward(const Attention &at_, const Tensor &qkv, bool ke
       kept.inputs = {qkv}, kept.output = std::get<0>(out), kept.lse = std::get<1>(out);
       kept.seed = std::get<6>(out), kept.offset = std::get<7>(out);
       return kept.output.transpose(1, 2).reshape({m, d});
-    } catch (const c10::Error &) {
-      kept = {};  // this GPU or shape is not cuDNN's
+    } catch (const c10::Error &error) {
+      TORCH_WARN_ONCE("cuDNN has no attention for this GPU or shape, another is used: ", error.what_without_backtrace());
+      refused().insert({at_.seq, c});
+      kept = {};
     }
   }
   at::AutoGradMode graph(keeps);

@@ -1,6 +1,8 @@
-// What needs CUDA itself: graphs, own kernels, matrix products with chosen algorithms. A shared object of its own, embedded in the binary and loaded once libtorch's CUDA
-// part is, so that the same binary runs without CUDA. Declared to Rust in src/ffi/cuda.rs.
+// What needs CUDA itself: graphs, own kernels, matrix products with chosen algorithms. A shared object of its own,
+// embedded in the binary and loaded once libtorch's CUDA part is, so that the same binary runs without CUDA. Declared to
+// Rust in src/ffi/cuda.rs.
 #include <ATen/ATen.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
@@ -33,13 +35,29 @@ struct Graph {
     c10::cuda::setCurrentCUDAStream(side);
   }
   void leave() { c10::cuda::setCurrentCUDAStream(previous); }
-  // What a capture that failed leaves behind: the allocator's detour, and a generator that counts for a graph.
-  void give_up(const at::Generator &generator) {
+  // Clears away what a capture that failed leaves behind, as far as it got: a generator that counts for a graph, the
+  // allocators' detours. A detour that has ended already says so, which is no fault.
+  void give_up() {
     leave();
-    c10::cuda::CUDACachingAllocator::endAllocateToPool(device, memory);
-    c10::cuda::CUDACachingAllocator::releasePool(device, memory);
-    at::Generator current = at::globalContext().defaultGenerator(at::Device(at::kCUDA, device));
-    current.graphsafe_set_state(generator);
+    auto attempt = [](auto clear) {
+      try {
+        clear();
+      } catch (const c10::Error &) {
+      }
+    };
+    attempt([&] {
+      at::Generator current = at::globalContext().defaultGenerator(at::Device(at::kCUDA, device));
+      current.graphsafe_set_state(before);
+    });
+    attempt([&] {
+      c10::cuda::CUDACachingAllocator::endAllocateToPool(device, memory);
+      c10::cuda::CUDACachingAllocator::releasePool(device, memory);
+    });
+    attempt([&] {
+      at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(memory);
+      at::getHostAllocator(at::kCUDA)->release_pool(memory);
+    });
+    before = at::Generator();
     cudaGetLastError();
   }
   at::Generator before;  // the generator's state when the capture began
@@ -332,7 +350,7 @@ int dylora_cuda_graph_begin(Graph *g, Graph *memory_of) {
     try {
       g->graph.capture_begin(g->memory, cudaStreamCaptureModeThreadLocal);
     } catch (...) {
-      g->leave();
+      g->give_up();
       throw;
     }
     return 0;
@@ -344,7 +362,7 @@ int dylora_cuda_graph_end(Graph *g) {
     try {
       g->graph.capture_end();
     } catch (...) {
-      g->give_up(g->before);
+      g->give_up();
       throw;
     }
     g->before = at::Generator();

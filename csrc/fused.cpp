@@ -72,7 +72,7 @@ Tensor up_and_gelu(const BlockConfig &c, const Experts &e, const Tensor &x, Kept
   const Module &fc = c.modules[Fc];
   const int64_t room = c.modules[MlpProj].room(), m = x.size(0), inner = fc.out();
   const bool has_kernel = c.tanh_gelu && kernels() && x.is_cuda();
-  if (has_kernel && x.scalar_type() == at::kBFloat16 && inner % 8 == 0 && fc.is_one_product()) {
+  if (has_kernel && may_be_fast(x) && inner % 8 == 0 && fc.is_one_product()) {
     const auto of = operands(fc, e, x, c.dropout, kept);
     const Tensor out = roomy(m, inner, room, x.options());
     up = at::empty({m, inner}, x.options());
@@ -95,7 +95,7 @@ Tensor gelu_and_down_backward(const BlockConfig &c, const Experts &e, const Kept
   const Module &proj = c.modules[MlpProj];
   const int64_t room = c.modules[Fc].room(), m = dy.size(0), inner = proj.in();
   const bool has_kernel = c.tanh_gelu && kernels() && dy.is_cuda();
-  if (has_kernel && dy.scalar_type() == at::kBFloat16 && !kept.mask.defined() && inner % 8 == 0 && proj.is_one_product()) {
+  if (has_kernel && may_be_fast(dy) && !kept.mask.defined() && inner % 8 == 0 && proj.is_one_product()) {
     const Tensor dz = roomy(m, inner, room, dy.options()), full = with_room(dy, proj.room());
     const Tensor weight = proj.has_experts() ? proj.packed.narrow(0, 0, inner) : proj.weight;
     if (kernels()->gemm(dz, full, false, weight, true, Epilogue::DGelu, {}, up)) return dz;
@@ -124,14 +124,17 @@ struct BlockFunction : torch::autograd::Function<BlockFunction> {
     Tensor qkv = fused::forward(c.modules[CAttn], experts(inputs, CAttn), a, c.dropout, kept->modules[CAttn]);
     Tensor attended = attention_forward(c.attention, qkv, keeps, kept->attention);
     qkv = Tensor();
+    if (!keeps) kept->modules[CAttn] = {}, kept->attention = {};
     attended = in_room(attended, c.modules[AttnProj].room());
     Tensor y = fused::forward(c.modules[AttnProj], experts(inputs, AttnProj), attended, c.dropout, kept->modules[AttnProj]);
     const Tensor normed = add_norm(*c.norm, x, y, kept->norm);
     const Tensor sum = kept->norm.sum;
     // not the output itself, whose graph would hold it
     kept->norm.sum = sum.variable_data();
-    y = Tensor();
+    y = attended = Tensor();
+    if (!keeps) kept->modules[AttnProj] = {}, kept->norm = {};
     Tensor up = up_and_gelu(c, experts(inputs, Fc), normed, kept->modules[Fc], kept->up);
+    if (!keeps) kept->modules[Fc] = {}, kept->up = Tensor();
     y = fused::forward(c.modules[MlpProj], experts(inputs, MlpProj), up, c.dropout, kept->modules[MlpProj]);
     if (keeps) {
       auto saved = inputs;

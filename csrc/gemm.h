@@ -153,8 +153,10 @@ inline bool gemm(const at::Tensor &out, const at::Tensor &a, bool ta, const at::
   const auto stream = c10::cuda::getCurrentCUDAStream(out.device().index()).stream();
   if (!device.first) {
     if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return false;
+    // which may throw, before anything is kept
+    const at::Tensor workspace = at::empty({(int64_t)WORKSPACE}, out.options().dtype(at::kByte));
     if (s.api.create(&device.first)) return false;
-    device.second = at::empty({(int64_t)WORKSPACE}, out.options().dtype(at::kByte));
+    device.second = workspace;
   }
   const Operands at{a.data_ptr(), b.data_ptr(), out.data_ptr(), bias.defined() ? bias.data_ptr() : nullptr,
                     aux.defined() ? aux.data_ptr() : nullptr};
@@ -203,7 +205,7 @@ inline bool gemm(const at::Tensor &out, const at::Tensor &a, bool ta, const at::
   if (!found->second.exists) return false;
   point(found->second);
   const auto status = launch(s, device.first, device.second, found->second, found->second.algo, at, stream);
-  TORCH_CHECK(status == 0, "cublasLtMatmul failed with status ", status);
-  return true;
+  found->second.exists = status == 0;
+  return found->second.exists;
 }
 }  // namespace lt

@@ -31,10 +31,11 @@ inline Tensor in_room(const Tensor &x, int64_t room) {
   return fits ? x : roomy(x.size(0), x.size(1), room, x.options()).copy_(x);
 }
 
+// Whether cuBLASLt may compute products with `x`.
+inline bool may_be_fast(const Tensor &x) { return kernels() && x.is_cuda() && x.scalar_type() == at::kBFloat16; }
 // out = a b (each transposed if it says so), if there is a fast way.
 inline bool fast_product(const Tensor &out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
-  return kernels() && a.is_cuda() && a.scalar_type() == at::kBFloat16 &&
-         kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
+  return may_be_fast(a) && kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
 }
 // The same in any case; `out` has the dtype of a and b.
 inline void product_into(Tensor out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
@@ -43,7 +44,7 @@ inline void product_into(Tensor out, const Tensor &a, bool ta, const Tensor &b, 
 // a b in `kind`
 inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb, at::ScalarType kind) {
   const Tensor x = ta ? a.t() : a, y = tb ? b.t() : b;
-  if (a.is_cuda()) {
+  if (may_be_fast(a)) {
     const Tensor out = at::empty({x.size(0), y.size(1)}, a.options().dtype(kind));
     if (fast_product(out, a, ta, b, tb)) return out;
   }
@@ -56,7 +57,7 @@ inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb) {
 
 // x W + b
 inline Tensor affine(const Tensor &x, const Tensor &w, const Tensor &b) {
-  if (x.is_cuda() && kernels()) {
+  if (may_be_fast(x)) {
     Tensor out = at::empty({x.size(0), w.size(1)}, x.options());
     if (kernels()->gemm(out, x, false, w, false, Epilogue::Bias, b, {})) return out;
   }

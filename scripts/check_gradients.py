@@ -14,6 +14,7 @@ farther from those in f64 than PEFT's in bf16. Needs scripts/reference_env.
 import argparse
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -75,8 +76,7 @@ class Mixture(Opponent):
 
     def weights(self, x):
         x = x + self.gpt2.transformer.wpe(torch.arange(x.shape[1], device=x.device))
-        scores = F.linear(x, self.router.weight.to(x.dtype), self.router.bias.to(x.dtype))
-        return (scores.to(self.router.weight.dtype) / TEMPERATURE).softmax(-1)
+        return (self.router(x.to(self.router.weight.dtype)) / TEMPERATURE).softmax(-1)
 
     def loss(self, ids):
         if self.router.weight.dtype != torch.float64:
@@ -137,6 +137,7 @@ def step_of_dylora(args, setting, dtype, kernels):
     )
     for e in range(setting["experts"]):
         text += f'[[lora.experts]]\nsource = {{ path = "{args.folder / f"expert_{e}"}" }}\n'
+    shutil.rmtree(run, ignore_errors=True)
     config = args.folder / f"{dtype}-{kernels}.toml"
     config.write_text(text)
     dylora("train", "--config", config)

@@ -96,7 +96,9 @@ class Results:
 
     def ratios(self, a, b, key):
         """One for each pair of runs; `a` and `b` are (who, row, batch)."""
-        return [x[key] / y[key] for x, y in zip(self.of(*a), self.of(*b)) if x[key] and y[key]]
+        others = {line.get("pair"): line[key] for line in self.of(*b)}
+        pairs = [(line[key], others.get(line.get("pair"))) for line in self.of(*a)]
+        return [x / y for x, y in pairs if x and y]
 
 
 def lines_of(command):

@@ -178,8 +178,9 @@ def batches(setting, batch, vocab_size, device):
                 positions[row, at : at + length] = torch.arange(length)
                 at, number = at + length, number + 1
         labels = ids.masked_fill(positions == 0, -100)  # transformers shifts them
+        documents = documents.to(device)
         mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
-        more = {"use_cache": False, "position_ids": positions.to(device), "attention_mask": mask.to(device)}
+        more = {"use_cache": False, "position_ids": positions.to(device), "attention_mask": mask}
         yield ids.to(device), labels.to(device), more
 
 

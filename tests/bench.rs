@@ -7,7 +7,9 @@ use clap::Parser;
 use dylora::bench::flops::FlopsPerToken;
 use dylora::bench::{Bench, BenchSettings, Figures, Row, passes};
 use dylora::cli::{Cli, UsageError, describe};
-use dylora::config::{Config, LoraConfig, RouterConfig, RouterScope, TargetModule, load};
+use dylora::config::{
+    Config, ExpertConfig, LoraConfig, RouterConfig, RouterScope, TargetModule, load,
+};
 use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2_config::Gpt2Config;
 use dylora::model::{ForwardMode, RoutingSource};
@@ -163,6 +165,11 @@ fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
     assert!(report.figures.is_none());
     let error = report.error.context("an error")?;
     assert!(error.contains("one router for all layers"), "{error}");
+    let mut uneven = settings.clone();
+    uneven.config.lora.experts = vec![ExpertConfig { rank: Some(3), ..ExpertConfig::default() }];
+    let uneven = Bench::new(uneven, &tiny_base(tiny_config()), Device::Cpu);
+    let error = uneven.measure(Row::SingleLoraWide, 2).error.context("an error")?;
+    assert!(error.contains("no meaning where ranks differ"), "{error}");
     // 2^45 rows of 16 numbers fit nowhere, which libtorch says by a panic
     let vast = BenchSettings { config: vast, ..settings };
     let report = Bench::new(vast, &tiny_base(tiny_config()), Device::Cpu).measure(Row::OnePass, 2);
@@ -198,6 +205,12 @@ fn faults_of_the_arguments_are_faults_of_usage() {
         (&["--preset=s3"], "must be `s1` or `s2`"),
         (&["--routers=expert"], "must be `shared`, `layer` or `module`"),
         (&["--steps=0"], "`--steps` must be at least 1, got 0"),
+        (
+            &["--set", "data.seq_len=2048"],
+            "`--set data.seq_len` has no effect on the bench: use `--seq-len`",
+        ),
+        (&["--set=train.micro_batch_size = 3"], "use `--batch`"),
+        (&["--set", "lora.experts=[{source={path='x'}}]"], "the bench draws new experts"),
         (&["--batch=2,0"], "`--batch` must be at least 1, got 0"),
         (&["--rank=0"], "`lora.rank` must be at least 1, got 0"),
         (&["--dropout=1"], "`lora.dropout` must be at least 0 and below 1, got 1"),

@@ -16,7 +16,7 @@ use crate::model::gpt2::Gpt2;
 use crate::model::lora::LoraDropout;
 use crate::model::loss::LossSettings;
 use crate::model::router::RouterSpec;
-use crate::model::{ForwardMode, RoutedGpt2, RoutingSource, Trained, kind_of};
+use crate::model::{Compute, ForwardMode, RoutedGpt2, RoutingSource, Trained};
 use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
 use crate::train::step::Stepper;
@@ -75,13 +75,19 @@ impl Row {
     /// The config of this row, from that of the mixture.
     ///
     /// # Errors
-    /// N passes with routers of single layers.
+    /// N passes with routers of single layers; a wide LoRA where experts have ranks of their own.
     pub fn config(self, mixture: &Config) -> Result<Config> {
         let mut config = mixture.clone();
         let lora = &mut config.lora;
         match self {
             Self::Base => config.train.routing = RoutingChoice::None,
-            Self::SingleLora => lora.num_experts = 1,
+            Self::SingleLora => {
+                lora.num_experts = 1;
+                lora.experts.truncate(1);
+            }
+            Self::SingleLoraWide if !lora.experts.is_empty() || !lora.rank_pattern.is_empty() => {
+                bail!("one LoRA of rank E r has no meaning where ranks differ")
+            }
             Self::SingleLoraWide => {
                 // the scaling stays alpha / rank
                 lora.rank *= lora.num_experts;
@@ -134,11 +140,10 @@ impl Subject {
     /// routers, by `run.seed`.
     pub fn new(row: Row, config: Config, base: &Gpt2, device: Device) -> Result<Self> {
         tch::manual_seed(config.run.seed as i64);
-        let kind = kind_of(config.base.dtype);
         let specs = row.experts(&config, base)?;
         let router = RouterSpec::of_config(&config);
-        let mut model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
-        model.set_kernels(config.train.kernels);
+        let compute = Compute::of_config(&config);
+        let model = RoutedGpt2::with_experts(base, &specs, &router, device, compute);
         let trained = match row {
             Row::Base => {
                 let leaf = model.base().wpe.set_requires_grad(true);

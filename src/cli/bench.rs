@@ -21,6 +21,15 @@ use crate::ffi;
 use crate::model::gpt2::Gpt2;
 use crate::model::gpt2_config::Gpt2Config;
 
+/// Keys that `--set` does not reach, and the flags that do.
+const KEYS_OF_FLAGS: [(&str, &str); 5] = [
+    ("base.source", "--base"),
+    ("base.dtype", "--dtype"),
+    ("data.seq_len", "--seq-len"),
+    ("run.device", "--device"),
+    ("train.micro_batch_size", "--batch"),
+];
+
 /// The dense bf16 peak of NVIDIA's H100 SXM and H200, TFLOP/s (NVIDIA H100 data sheet, without sparsity).
 const HOPPER_TFLOPS: f64 = 989.4;
 
@@ -58,12 +67,12 @@ pub struct BenchArgs {
     /// two_passes, n_passes, eval.
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     rows: Vec<Row>,
-    /// Steps that count.
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    steps: usize,
-    /// Steps before them that do not.
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    warmup: usize,
+    /// Steps that count [default: 30 on CUDA, 10 on the CPU].
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Steps before them that do not; the first replays of a CUDA graph are slow [default: 10 on CUDA, 5 on the CPU].
+    #[arg(long, value_name = "N")]
+    warmup: Option<usize>,
     /// Seeds weights, tokens and dropout.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
@@ -208,8 +217,15 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let on_cuda = matches!(device, Device::Cuda(_));
     let dtype = args.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
     args.check().map_err(usage)?;
-    let text = load::to_toml(&args.config(dtype, on_cuda)?);
+    let (warmup, steps) = if on_cuda { (10, 30) } else { (5, 10) };
+    let (warmup, steps) = (args.warmup.unwrap_or(warmup), args.steps.unwrap_or(steps));
+    let text = load::to_toml(&args.config(dtype, on_cuda, warmup + steps)?);
     let config = load::resolve(&text, &args.set).map_err(usage)?;
+    if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
+        return Err(usage(anyhow!(
+            "`lora.experts` must have no `source`: the bench draws new experts"
+        )));
+    }
     let (label, weights) = args.weights(&config.base, shared)?;
     let device_model = ffi::device_model(device).unwrap_or_else(|| "unknown".into());
     let hopper = device_model.contains("H100") || device_model.contains("H200");
@@ -217,8 +233,8 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let peak_tflops = args.peak_tflops.or(known);
     let settings = BenchSettings {
         config,
-        warmup: args.warmup,
-        steps: args.steps,
+        warmup,
+        steps,
         document_median: args.documents,
         peak_flops: peak_tflops.map(|tflops| tflops * 1e12),
     };
@@ -251,7 +267,7 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
 
 impl BenchArgs {
     /// The mixture's config; its micro-batch size is each row's own.
-    fn config(&self, dtype: Dtype, on_cuda: bool) -> Result<Config> {
+    fn config(&self, dtype: Dtype, on_cuda: bool, num_steps: usize) -> Result<Config> {
         let size = self.size.map_or("gpt2", |size| size.name);
         let source = match &self.base {
             Some(text) => base_source(text)?,
@@ -289,7 +305,7 @@ impl BenchArgs {
             lora,
             router: RouterConfig { scope: mixture.routers, ..RouterConfig::default() },
             train: TrainConfig {
-                duration: Duration::Steps((self.warmup + self.steps).max(1) as u64),
+                duration: Duration::Steps(num_steps as u64),
                 grad_accum_steps: self.accumulate,
                 // as the configs for GPT-2 have it: small chunks save memory, and cost time on a GPU
                 loss_chunk_tokens: if on_cuda { 4096 } else { 1024 },
@@ -303,11 +319,17 @@ impl BenchArgs {
 
     /// Checks what the config does not.
     fn check(&self) -> Result<()> {
-        if self.steps == 0 {
+        if self.steps == Some(0) {
             bail!("`--steps` must be at least 1, got 0");
         }
         if self.batch.contains(&0) {
             bail!("`--batch` must be at least 1, got 0");
+        }
+        let keys = self.set.iter().filter_map(|item| Some(item.split_once('=')?.0.trim()));
+        for set in keys {
+            if let Some((key, flag)) = KEYS_OF_FLAGS.iter().find(|(key, _)| set.starts_with(key)) {
+                bail!("`--set {key}` has no effect on the bench: use `{flag}`");
+            }
         }
         for (flag, value) in [("--documents", self.documents), ("--peak-tflops", self.peak_tflops)]
         {

@@ -274,10 +274,14 @@ pub fn use_device(device: Device) -> Result<()> {
     }
 }
 
-/// The same numbers in memory that a GPU reads by itself, so that the host need not wait for a transfer.
-pub fn pinned(tensor: &Tensor) -> Result<Tensor> {
+/// The same numbers where a transfer to `device` best begins: for a GPU in memory that it reads by itself, so that
+/// the host need not wait; if there is none to be had, where they are.
+pub fn staged(tensor: Tensor, device: Device) -> Tensor {
+    if !device.is_cuda() {
+        return tensor;
+    }
     // SAFETY: a live tensor
-    owned(unsafe { dylora_pinned(tensor.as_ptr()) })
+    owned(unsafe { dylora_pinned(tensor.as_ptr()) }).unwrap_or(tensor)
 }
 
 /// Waits until a CUDA device has done all its work; nothing to wait for on the CPU.

@@ -21,11 +21,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::config::{AdapterSource, Config, Method, RoutingChoice};
 use crate::hub::AdapterFiles;
-use crate::model::RoutedGpt2;
 use crate::model::adapter::{self, Adapter};
 use crate::model::expert::ExpertSpec;
 use crate::model::gpt2::Gpt2;
@@ -33,6 +32,7 @@ use crate::model::gpt2_config::Gpt2Config;
 use crate::model::parameters::expert_name;
 use crate::model::router::RouterSpec;
 use crate::model::weights::{check_numbers, read_tensors};
+use crate::model::{Compute, RoutedGpt2};
 
 /// The version of `dylora.json`.
 pub const FORMAT: u32 = 3;
@@ -234,12 +234,17 @@ impl Mixture {
     ///
     /// # Errors
     /// A tensor that does not fit, by name.
-    pub fn put_on(&self, base: &Gpt2, device: Device, kind: Kind) -> Result<RoutedGpt2> {
-        let (specs, router) = (&self.specs, &self.router);
+    pub fn put_on(
+        &self,
+        base: &Gpt2,
+        device: Device,
+        compute: impl Into<Compute>,
+    ) -> Result<RoutedGpt2> {
+        let (specs, router, compute) = (&self.specs, &self.router, compute.into());
         if self.is_whole {
-            return RoutedGpt2::from_tensors(base, specs, router, &self.tensors, device, kind);
+            return RoutedGpt2::from_tensors(base, specs, router, &self.tensors, device, compute);
         }
-        let model = RoutedGpt2::with_experts(base, specs, router, device, kind);
+        let model = RoutedGpt2::with_experts(base, specs, router, device, compute);
         model.load_some(&self.tensors)?;
         Ok(model)
     }

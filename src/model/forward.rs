@@ -291,6 +291,12 @@ impl RoutedGpt2 {
             activations.extend(g.tensors());
         }
         let fuses = self.kernels == Kernels::Auto;
+        // before it is cloned, so that all blocks share one mask
+        if let AttentionMask::Documents(documents) = mask
+            && !(fuses && block.may_fuse(dropout) && block.attends_by_length(x))
+        {
+            documents.mask();
+        }
         let (block, mask, g) = (block.shallow_clone(), mask.shallow_clone(), g.shallow_clone());
         let device = x.device();
         let rng_before =

@@ -154,9 +154,17 @@ impl RoutedBlock {
 
     /// The same whatever the weights are.
     pub(super) fn may_fuse(&self, dropout: LoraDropout) -> bool {
-        self.fused.is_some()
-            && dropout.masks == DropoutMasks::Shared
-            && self.experts.values().all(|experts| experts.dora.is_none())
+        self.fused.is_some() && dropout.masks == DropoutMasks::Shared && !self.has_dora()
+    }
+
+    fn has_dora(&self) -> bool {
+        self.experts.values().any(|experts| experts.dora.is_some())
+    }
+
+    /// Whether the fused way takes packed documents by their lengths, without a mask; `x` is `[.., d]`.
+    pub(super) fn attends_by_length(&self, x: &Tensor) -> bool {
+        let d = *x.size().last().expect("activations have a width");
+        ffi::fused::attends_by_length(x, d / self.block.n_head)
     }
 
     /// Columns behind the rows of what `module` reads and of its output's gradient.
@@ -174,7 +182,7 @@ impl RoutedBlock {
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Stream {
-        let [b, t, d] = stream.shape;
+        let [b, t, _] = stream.shape;
         let modules = self.fused.as_ref().expect("the caller asked `fuses`");
         let flat = g.flat(b * t);
         let factors: BTreeMap<_, _> =
@@ -205,7 +213,7 @@ impl RoutedBlock {
             AttentionMask::Causal => (None, None, t),
             AttentionMask::Documents(documents) => {
                 // the mask is made where it is needed only
-                let by_length = ffi::fused::attends_by_length(&stream.x, d / self.block.n_head);
+                let by_length = self.attends_by_length(&stream.x);
                 let mask = (!by_length).then(|| documents.mask());
                 (mask, Some(&documents.cu_seqlens), documents.max_len)
             }
@@ -249,15 +257,13 @@ impl RoutedBlock {
 }
 
 impl RoutedGpt2 {
-    /// Chooses how forward and backward passes are computed.
-    pub fn set_kernels(&mut self, kernels: Kernels) {
-        self.kernels = kernels;
-    }
-
-    /// Makes ready for the fused way, if there is a frozen base.
+    /// Makes ready for the fused way, if it is wanted and the base is frozen.
     pub(super) fn prepare_fused(&mut self) {
-        if self.trains_base {
+        if self.trains_base || self.kernels == Kernels::Reference {
             return;
+        }
+        if self.blocks.iter().any(RoutedBlock::has_dora) {
+            tracing::info!("blocks with DoRA experts take libtorch's operations one by one");
         }
         let num_experts = self.specs.len();
         let has_kernels = self.prepare_kernels();

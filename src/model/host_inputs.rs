@@ -195,12 +195,7 @@ impl HostInputs {
             flat.extend(ends);
             flat.extend(std::iter::repeat_n(total, empty));
         }
-        let flat = Tensor::from_slice(&flat);
-        let flat = match device.is_cuda() {
-            true => ffi::pinned(&flat).expect("a GPU in use has memory to pin"),
-            false => flat,
-        };
-        Self { flat, layout }
+        Self { flat: ffi::staged(Tensor::from_slice(&flat), device), layout }
     }
 
     /// The numbers on `device`; the host does not wait for them to arrive.

@@ -38,7 +38,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Dtype, Kernels, ModulePath, RouterScope, TargetModule};
+use crate::config::{Config, Dtype, Kernels, ModulePath, RouterScope, TargetModule};
 use expert::ExpertSpec;
 pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
 use fused::FusedModule;
@@ -79,17 +79,45 @@ pub struct RoutedGpt2 {
     padded_head: Option<Tensor>,
 }
 
+/// What a model computes in, and how; of a dtype alone, with [`Kernels::Auto`].
+#[derive(Debug, Clone, Copy)]
+pub struct Compute {
+    /// The dtype of the base and of activations.
+    pub kind: Kind,
+    /// How forward and backward passes are computed.
+    pub kernels: Kernels,
+}
+
+impl Compute {
+    /// As a config says.
+    pub fn of_config(config: &Config) -> Self {
+        Self { kind: kind_of(config.base.dtype), kernels: config.train.kernels }
+    }
+}
+
+impl From<Kind> for Compute {
+    fn from(kind: Kind) -> Self {
+        Self { kind, kernels: Kernels::Auto }
+    }
+}
+
 impl RoutedGpt2 {
-    /// A base that computes in `kind` on `device`, without experts. With `trains_base` its
+    /// A base that computes on `device`, without experts. With `trains_base` its
     /// parameters stay in f32 and are trained.
-    pub fn plain(base: &Gpt2, device: Device, kind: Kind, trains_base: bool) -> Self {
-        let mut model = Self::bare(base, device, kind, trains_base);
+    pub fn plain(
+        base: &Gpt2,
+        device: Device,
+        compute: impl Into<Compute>,
+        trains_base: bool,
+    ) -> Self {
+        let mut model = Self::bare(base, device, compute.into(), trains_base);
         model.prepare_fused();
         model
     }
 
     /// The same before it is made ready for the fused way.
-    fn bare(base: &Gpt2, device: Device, kind: Kind, trains_base: bool) -> Self {
+    fn bare(base: &Gpt2, device: Device, compute: Compute, trains_base: bool) -> Self {
+        let Compute { kind, kernels } = compute;
         let parameter_kind = if trains_base { wide(kind) } else { kind };
         let base = base.to(device, parameter_kind);
         if trains_base {
@@ -116,7 +144,7 @@ impl RoutedGpt2 {
             present: vec![],
             trains_base,
             kind,
-            kernels: Kernels::Auto,
+            kernels,
             padded_head: None,
         }
     }
@@ -128,9 +156,9 @@ impl RoutedGpt2 {
         specs: &[ExpertSpec],
         router: &RouterSpec,
         device: Device,
-        kind: Kind,
+        compute: impl Into<Compute>,
     ) -> Self {
-        Self::assemble(base, specs, router, device, kind, Start::Fresh)
+        Self::assemble(base, specs, router, device, compute.into(), Start::Fresh)
     }
 
     /// A frozen base with the experts and routers of `tensors`, which are all of
@@ -144,9 +172,9 @@ impl RoutedGpt2 {
         router: &RouterSpec,
         tensors: &BTreeMap<String, Tensor>,
         device: Device,
-        kind: Kind,
+        compute: impl Into<Compute>,
     ) -> Result<Self> {
-        let model = Self::assemble(base, specs, router, device, kind, Start::Empty);
+        let model = Self::assemble(base, specs, router, device, compute.into(), Start::Empty);
         model.load(tensors)?;
         Ok(model)
     }
@@ -156,10 +184,11 @@ impl RoutedGpt2 {
         specs: &[ExpertSpec],
         router: &RouterSpec,
         device: Device,
-        kind: Kind,
+        compute: Compute,
         start: Start,
     ) -> Self {
-        let mut model = Self::bare(base, device, kind, false);
+        let mut model = Self::bare(base, device, compute, false);
+        let kind = compute.kind;
         if start == Start::Fresh && specs.iter().any(ExpertSpec::starts_from_base) {
             tracing::info!("factorising the base's weights, where the experts start");
         }

@@ -53,9 +53,10 @@ impl Trainer {
             _ => 1.0,
         };
         let lr_factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
-        let host_secs = self.idle_since.unwrap_or(started).elapsed().as_secs_f64();
         let (model, trained) = (&self.model, &self.trained);
         let pending = self.stepper.launch(model, trained, &self.config, &ready.data, lr_factor)?;
+        let idle = pending.busy_from.duration_since(self.idle_since.unwrap_or(started));
+        let host_secs = idle.as_secs_f64();
         if step < self.num_steps {
             self.ready = Some(self.prepare(step + 1));
         }

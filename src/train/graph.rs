@@ -77,6 +77,8 @@ pub(super) struct Graphs {
     num_recorded: usize,
     /// How long the captures took.
     pub capture_time: Duration,
+    /// Steps that ran as graphs.
+    pub num_replays: u64,
     /// Why steps could not be captured, as the log says last.
     told: Option<&'static str>,
 }
@@ -109,6 +111,7 @@ impl Graphs {
             graphs: vec![],
             num_recorded: 0,
             capture_time: Duration::ZERO,
+            num_replays: 0,
             told: None,
         }
     }
@@ -187,6 +190,7 @@ impl Graphs {
         match shape.recorded.as_ref().expect("it was just recorded") {
             Recorded::Graph(graph, output) => {
                 self.graphs[*graph].replay()?;
+                self.num_replays += 1;
                 Ok(output.shallow_clone())
             }
             Recorded::Rerun => run(&shape.flats, &shape.scalars),

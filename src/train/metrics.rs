@@ -113,7 +113,8 @@ pub struct StepMetrics {
     #[serde(deserialize_with = "number")]
     pub step_secs: f64,
     /// Wall-clock time in which the device had nothing to do: from the end of the step before, or of an
-    /// evaluation or checkpoint after it, to the launch of this one.
+    /// evaluation or checkpoint after it, until this one was in its queue (without a graph: until its first kernel
+    /// was; gaps within the step do not count).
     #[serde(default, deserialize_with = "number")]
     pub host_secs: f64,
     /// Positions of the step, padding included, per second of it.

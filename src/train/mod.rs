@@ -39,7 +39,7 @@ use crate::mixture::Mixture;
 use crate::model::gpt2::Gpt2;
 use crate::model::parameters::OldParts;
 use crate::model::router::RouterSpec;
-use crate::model::{RoutedGpt2, Trained, kind_of};
+use crate::model::{Compute, RoutedGpt2, Trained};
 use crate::skills::SkillLibrary;
 use crate::{config, durable};
 use checkpoint::{Checkpoint, Position, TrainState};
@@ -149,16 +149,14 @@ pub fn build_model(
     mixture: &Mixture,
     device: Device,
 ) -> Result<RoutedGpt2> {
-    let kind = kind_of(config.base.dtype);
-    let mut model = match config.method {
-        Method::Full => RoutedGpt2::plain(base, device, kind, true),
+    let compute = Compute::of_config(config);
+    match config.method {
+        Method::Full => Ok(RoutedGpt2::plain(base, device, compute, true)),
         Method::RoutedLora => {
             tch::manual_seed(config.run.seed as i64);
-            mixture.put_on(base, device, kind)?
+            mixture.put_on(base, device, compute)
         }
-    };
-    model.set_kernels(config.train.kernels);
-    Ok(model)
+    }
 }
 
 /// The model of a checkpoint: its experts and router on the base, or the trained base.

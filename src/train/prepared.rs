@@ -81,11 +81,7 @@ impl Prepared {
         let new = self.seeding.map_or(0, |phase| self.label_counts[phase.domain as usize]);
         let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64];
         numbers.extend_from_slice(update);
-        let numbers = Tensor::from_slice(&numbers);
-        let numbers = match self.device.is_cuda() {
-            true => ffi::pinned(&numbers).expect("a GPU in use has memory to pin"),
-            false => numbers,
-        };
+        let numbers = ffi::staged(Tensor::from_slice(&numbers), self.device);
         numbers.to_device_(self.device, Kind::Double, true, false)
     }
 

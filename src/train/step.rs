@@ -5,7 +5,7 @@
 //! never waits for the host. Where a loss or gradient is not finite, the update is skipped on the device,
 //! and `wait` tells.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
@@ -55,6 +55,9 @@ pub struct Stepper {
 pub struct Pending {
     output: StepOutput,
     label_counts: Vec<u64>,
+    /// From when on the device has had work: for a graph once all of it was in the queue, else before the first
+    /// kernel was.
+    pub busy_from: Instant,
 }
 
 /// What a step leaves on the device.
@@ -116,19 +119,25 @@ impl Stepper {
         step: &Prepared,
         lr_factor: f64,
     ) -> Result<Pending> {
+        let mut busy_from = Instant::now();
+        let num_replays = self.graphs.num_replays;
         let optimizer = &self.optimizer;
         let scalars = step.scalars(&optimizer.scalars(lr_factor));
         let run = |flats: &[Tensor], scalars: &Tensor| {
             on_device(model, trained, optimizer, config, &step.tensors(flats, scalars))
         };
-        let output = if step.is_rounded {
+        // by a hybrid rule that has just become sparse, the step cannot be captured though its data is rounded
+        let output = if step.is_rounded && self.graphs.can_capture(model, config) {
             let top_k = model.router_spec().top_k;
             let key = Key { layouts: step.layouts(), top_k, seeding: step.seeding };
             self.graphs.run(key, step.flats(), scalars, &run)?
         } else {
             run(&step.flats(), &scalars)?
         };
-        Ok(Pending { output, label_counts: step.label_counts.clone() })
+        if self.graphs.num_replays > num_replays {
+            busy_from = Instant::now();
+        }
+        Ok(Pending { output, label_counts: step.label_counts.clone(), busy_from })
     }
 
     /// Waits for a step and fetches its numbers.
@@ -137,7 +146,7 @@ impl Stepper {
     /// A loss or gradient that is NaN or infinite; the parameters, the optimizer and the selection biases
     /// are then as before the step.
     pub fn wait(&mut self, pending: Pending) -> Result<StepResult> {
-        let Pending { output: StepOutput { numbers, parts }, label_counts } = pending;
+        let Pending { output: StepOutput { numbers, parts }, label_counts, .. } = pending;
         let mut numbers = Vec::<f64>::try_from(numbers)?.into_iter();
         let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
         let grad_norm = take(1)[0];

@@ -4,10 +4,10 @@ use anyhow::Result;
 use dylora::bench::data::random_tokens;
 use dylora::config::{Config, Kernels, RoutingChoice, load};
 use dylora::data::Batch;
-use dylora::model::RoutedGpt2;
 use dylora::model::expert::ExpertSpec;
 use dylora::model::gpt2_config::Gpt2Config;
 use dylora::model::router::RouterSpec;
+use dylora::model::{Compute, RoutedGpt2};
 use dylora::train::graph::Capture;
 use dylora::train::optim::Optimizer;
 use dylora::train::step::Stepper;
@@ -37,9 +37,9 @@ fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Resul
     let router = RouterSpec::of_config(config);
     // the same start in every dtype
     let start = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
-    let mut model = RoutedGpt2::with_experts(&base, &specs, &router, device, kind);
+    let compute = Compute { kind, kernels };
+    let model = RoutedGpt2::with_experts(&base, &specs, &router, device, compute);
     model.load(&start.tensors().into_iter().collect())?;
-    model.set_kernels(kernels);
     let trained = model.trained(RoutingChoice::Router, None);
     let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
     let capture = match kernels {
@@ -63,6 +63,8 @@ fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Resul
         let pending = stepper.launch(&model, &trained, config, &prepared, 1.0)?;
         losses.push(stepper.wait(pending)?.loss);
     }
+    let is_captured = !stepper.capture_time().is_zero();
+    assert_eq!(is_captured, capture == Capture::Graph, "{kernels:?} on {device:?}");
     Ok(losses)
 }
 

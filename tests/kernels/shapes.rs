@@ -14,7 +14,7 @@ use dylora::model::gpt2_config::{Activation, Gpt2Config};
 use dylora::model::lora::LoraDropout;
 use dylora::model::loss::LossSettings;
 use dylora::model::router::RouterSpec;
-use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use dylora::model::{Compute, ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{randomize, seed, tiny_config};
@@ -198,12 +198,12 @@ impl Case {
         &self,
         base: &Gpt2,
         device: Device,
-        kind: Kind,
+        compute: impl Into<Compute>,
         tensors: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<RoutedGpt2> {
         let specs = ExpertSpec::all(&self.lora, &self.base)?;
         let router = RouterSpec::from(&self.router);
-        let model = RoutedGpt2::with_experts(base, &specs, &router, device, kind);
+        let model = RoutedGpt2::with_experts(base, &specs, &router, device, compute);
         match tensors {
             None => {
                 randomize(&model)?;
@@ -279,10 +279,6 @@ impl Distances {
         };
         Self { experts: ratio(true), routers: ratio(false) }
     }
-
-    fn largest(self) -> f64 {
-        self.experts.max(self.routers)
-    }
 }
 
 impl std::fmt::Display for Distances {
@@ -297,6 +293,8 @@ pub(super) fn device() -> Result<Device> {
         Ok("cuda") => {
             // before any other call of libtorch
             ffi::load_cuda().map_err(anyhow::Error::msg)?;
+            // without kernels the operations of the reference would be compared with themselves
+            ffi::cuda::prepare_kernels(0, 32)?;
             Ok(Device::Cuda(0))
         }
         _ => Ok(Device::Cpu),
@@ -326,13 +324,16 @@ fn fused_steps_are_the_references() -> Result<()> {
         tch::manual_seed(6);
         let inputs = case.inputs(device);
         let compare = |kind: Kind| -> Result<_> {
-            let mut model = case.model(&base, device, kind, Some(&tensors))?;
-            let fused = case.step(&model, &inputs)?;
-            model.set_kernels(Kernels::Reference);
-            Ok((fused, case.step(&model, &inputs)?))
+            let step = |kernels: Kernels| {
+                let compute = Compute { kind, kernels };
+                case.step(&case.model(&base, device, compute, Some(&tensors))?, &inputs)
+            };
+            Ok((step(Kernels::Auto)?, step(Kernels::Reference)?))
         };
-        let kinds: &[Kind] =
-            if on_gpu { &[Kind::Float, Kind::BFloat16] } else { &[Kind::Double, Kind::Float] };
+        let kinds: &[Kind] = match on_gpu {
+            true => &[Kind::Float, Kind::BFloat16],
+            false => &[Kind::Double, Kind::Float, Kind::BFloat16],
+        };
         for &kind in kinds {
             let (fused, reference) = compare(kind)?;
             let of_loss = (fused.0 - reference.0).abs();
@@ -340,9 +341,13 @@ fn fused_steps_are_the_references() -> Result<()> {
             let (loss_bound, bound) = match kind {
                 Kind::Double => (1e-10, 1e-9),
                 Kind::Float => (1e-5, 1e-4),
+                // with dropout f64 has other masks on another device, so that the two are compared
+                _ if case.dropout > 0.0 => (2e-2, 0.1),
                 _ => (2e-2, f64::INFINITY),
             };
-            let mut is_good = of_loss <= loss_bound && of_grads.largest() <= bound;
+            // where a NaN is in one, each comparison fails
+            let mut is_good =
+                of_loss <= loss_bound && of_grads.experts <= bound && of_grads.routers <= bound;
             let mut extra = String::new();
             // masks of dropout are another device's own
             if kind == Kind::BFloat16 && case.dropout == 0.0 {
@@ -369,14 +374,12 @@ fn fused_steps_are_the_references() -> Result<()> {
             }
         }
     }
-    if on_gpu {
-        let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
-        println!(
-            "in bf16, distance from f64 over the reference's: {mean:.3}, {} numbers",
-            ratios.len()
-        );
-        assert!(mean <= 1.05, "{mean}");
-    }
+    let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
+    println!(
+        "in bf16, distance from f64 over the reference's: {mean:.3}, {} numbers",
+        ratios.len()
+    );
+    assert!(mean <= 1.05, "{mean}");
     assert!(faults.is_empty(), "{}", faults.join("\n"));
     Ok(())
 }
