@@ -42,7 +42,7 @@ struct Graph {
     auto attempt = [](auto clear) {
       try {
         clear();
-      } catch (const c10::Error &) {
+      } catch (...) {
       }
     };
     attempt([&] {
