@@ -13,17 +13,17 @@ farther from those in f64 than PEFT's in bf16. Needs scripts/reference_env.
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 import torch.nn.functional as F
 from clients import BASE, DEVICE, dylora, randomise
 from compare_peft import PRESETS
 from peft import LoraConfig, get_peft_model
-from peft_opponent import Opponent, Weights
+from peft_opponent import Opponent, Weights, load_base
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -150,12 +150,9 @@ def step_of_dylora(args, setting, dtype, kernels):
 
 
 def step_of_peft(args, setting, dtype, router, ids):
-    base = GPT2LMHeadModel.from_pretrained(args.folder / "base", dtype=dtype, attn_implementation="sdpa")
-    for module in base.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    base.loss_type = "ForCausalLM"
-    mixture = Mixture("one_pass", base.to(DEVICE), setting | {"dropout": 0.0})
+    name = "bf16" if dtype == torch.bfloat16 else "f32"
+    base = load_base({"base": args.folder / "base", "dtype": name}, DEVICE).to(dtype)
+    mixture = Mixture("one_pass", base, setting | {"dropout": 0.0})
     parameters = dict(mixture.named_parameters())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     loaded = {f"router.{key}": tensor for key, tensor in router.items()}
@@ -184,10 +181,6 @@ def distances(grads, exact):
     return {name: ((grads[name].double() - t).norm() / t.norm()).item() for name, t in exact.items()}
 
 
-def mean(values):
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def main():
     args = arguments()
     args.folder = args.folder.resolve()
@@ -213,8 +206,8 @@ def main():
     for name, (loss, grads) in rows.items():
         _, dtype, *kernels = name.split()
         found, theirs = distances(grads, exact), distances(rows[f"PEFT {dtype}"][1], exact)
-        ratio, largest = mean([found[t] / theirs[t] for t in exact]), max(found.values())
-        print(f"| {name} | {loss - exact_loss:+.1e} | {mean(found.values()):.1e} | {largest:.1e} | {ratio:.3f} |")
+        ratio, largest = geometric_mean(found[t] / theirs[t] for t in exact), max(found.values())
+        print(f"| {name} | {loss - exact_loss:+.1e} | {geometric_mean(found.values()):.1e} | {largest:.1e} | {ratio:.3f} |")
         close = abs(loss - exact_loss) <= 1e-5 and largest <= 1e-4 if dtype == "f32" else ratio <= 1
         if kernels == ["auto"] and not close:
             sys.exit(f"{name} is too far from f64")

@@ -93,10 +93,10 @@ pub struct Figures {
     pub compile_ms: f64,
     /// The first step, in which on CUDA the algorithms of the products are timed, milliseconds.
     pub first_step_ms: f64,
-    /// Capturing steps as CUDA graphs, milliseconds, in all: one shape of step in the third step.
-    pub capture_ms: f64,
     /// When it ended, seconds since 1970.
     pub first_step_unix_secs: f64,
+    /// Capturing steps as CUDA graphs, milliseconds, in all: one shape of step in the third step.
+    pub capture_ms: f64,
     /// The steps that are not counted, milliseconds.
     pub warmup_ms: Vec<f64>,
     /// Mean loss of the first step, nats.
@@ -188,8 +188,8 @@ impl Bench {
             build_ms,
             compile_ms,
             first_step_ms: all_ms[0],
-            capture_ms: to_ms(subject.capture_time()),
             first_step_unix_secs,
+            capture_ms: to_ms(subject.capture_time()),
             warmup_ms: all_ms[..warmup].to_vec(),
             first_loss: losses[0],
             last_loss: losses[losses.len() - 1],
