@@ -74,6 +74,16 @@ impl Base {
         Ok(Self { label, source, config: shape, tokenizer, tokenizer_file, files })
     }
 
+    /// The files that it is read from; none of a random base but its tokenizer.
+    pub fn input_files(&self) -> Vec<PathBuf> {
+        let mut files: Vec<PathBuf> = self.tokenizer_file.iter().cloned().collect();
+        if let Some(found) = &self.files {
+            files.push(found.config.clone());
+            files.extend(found.weights.iter().cloned());
+        }
+        files
+    }
+
     /// Reads the weights, or draws them from libtorch's default generator; f32 on the CPU.
     pub fn weights(&self) -> Result<Gpt2> {
         match &self.files {

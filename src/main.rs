@@ -1,11 +1,11 @@
 //! The `dylora` binary: parse, log to stderr, run, print the error, exit.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
-use dylora::cli::{Cli, UsageError, describe, from_panic};
+use dylora::cli::{Cli, Stderr, from_panic, report};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -15,16 +15,19 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("DYLORA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .without_time()
         .init();
+    // below that, the HTTP client writes requests byte by byte, with their token
+    log::set_max_level(log::max_level().min(log::LevelFilter::Debug));
     // libtorch reports through tch's panics what it cannot do, such as allocate
     std::panic::set_hook(Box::new(|panic| tracing::debug!("{panic}")));
     let result = catch_unwind(AssertUnwindSafe(|| cli.run()))
         .unwrap_or_else(|panic| from_panic(panic.as_ref()));
     let Err(error) = result else { return ExitCode::SUCCESS };
-    eprintln!("error: {}", describe(&error));
-    ExitCode::from(if error.is::<UsageError>() { 2 } else { 1 })
+    let (message, exit_code) = report(&error);
+    let _ = writeln!(Stderr, "{message}");
+    ExitCode::from(exit_code)
 }

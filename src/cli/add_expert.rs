@@ -9,8 +9,9 @@ use tch::Device;
 
 use super::eval::validate;
 use super::open::open_base;
-use super::train::{conclude, interrupt_flag, load_data, print_summary, run_trainer};
-use super::{Shared, device, table, usage};
+use super::signals::Interrupt;
+use super::train::{conclude, load_data, run_trainer, summary_text};
+use super::{Shared, device, print_result, table, usage};
 use crate::base::Base;
 use crate::config::{
     self, Config, DeviceChoice, DomainConfig, GrowthConfig, RouterConfig, Validation,
@@ -145,7 +146,8 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     let (config, similar) = (start.config.clone(), compared.similar.clone());
     let domain = growth.domain.clone();
     let mut trainer = start.train(&grown, compared, before.as_ref())?;
-    let summary = run_trainer(&mut trainer, &*interrupt_flag()?, shared)?;
+    let interrupt = Interrupt::listen()?;
+    let summary = run_trainer(&mut trainer, interrupt.flag(), shared)?;
     let stages = trainer.state().stages.clone();
     drop(trainer);
     if args.json {
@@ -159,13 +161,13 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             "stages": stages,
             "forgetting": forgetting(&stages),
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
+        print_result(&serde_json::to_string_pretty(&json)?)?;
     } else {
-        print_summary(&config, &summary, None, false)?;
-        println!("\nloss of each domain after each stage (forgetting matrix)");
-        println!("{}", table::forgetting(&stages));
+        print_result(&summary_text(&config, &summary, None, false)?)?;
+        print_result("\nloss of each domain after each stage (forgetting matrix)")?;
+        print_result(&table::forgetting(&stages).to_string())?;
     }
-    conclude(&config, summary.ending)
+    conclude(&config, summary.ending, &interrupt)
 }
 
 impl Start {

@@ -8,7 +8,10 @@ use serde_json::json;
 
 use super::open::ModelArgs;
 use super::{Shared, table};
-use crate::export::peft::{self, Layout};
+use crate::export::{
+    self,
+    peft::{self, Layout},
+};
 
 /// Arguments of `dylora export-adapters`.
 #[derive(Debug, Args)]
@@ -22,7 +25,7 @@ pub struct ExportArgs {
     /// folder, for a router on the base's last hidden state).
     #[arg(long, value_name = "dylora|xlora", default_value = "dylora", value_parser = parse_layout)]
     format: Layout,
-    /// Replace the folder if it is there.
+    /// Replace the folder if it is there, dylora wrote it, and nothing else is in it.
     #[arg(long)]
     overwrite: bool,
     /// Print JSON.
@@ -40,9 +43,11 @@ fn parse_layout(text: &str) -> Result<Layout> {
 
 /// Runs the command.
 pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
+    // before anything is read
+    let early = args.model.output(&args.out, args.overwrite)?;
+    early.check_folder(export::is_unmarked_output)?;
     let open = args.model.open(shared)?;
-    let provenance = open.provenance()?;
-    peft::export(&args.out, &open.model, &provenance, args.format, args.overwrite)?;
+    peft::export(&open.output(early), &open.model, &open.provenance()?, args.format)?;
     let files = files(&args.out)?;
     if args.json {
         let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();

@@ -14,11 +14,11 @@ use super::progress::CountBar;
 use super::{Shared, table, usage};
 use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
-use crate::durable;
+use crate::durable::output::Output;
 use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
-use crate::export::hugging_face;
 use crate::export::merge::{self, MergeInto};
 use crate::export::peft::write_adapter;
+use crate::export::{self, hugging_face};
 use crate::model::RoutingSource;
 
 /// Arguments of `dylora merge`.
@@ -42,7 +42,7 @@ pub struct MergeArgs {
     /// The folder to make.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Replace the folder if it is there.
+    /// Replace the folder if it is there, dylora wrote it, and nothing else is in it.
     #[arg(long)]
     overwrite: bool,
     /// Print JSON.
@@ -105,7 +105,8 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         return Err(usage(anyhow!("`--save-dtype` is for `--as base`: an adapter is always f32")));
     }
     // before anything is measured
-    durable::check_free(&args.out, args.overwrite)?;
+    let early = args.model.output(&args.out, args.overwrite)?;
+    early.check_folder(export::is_unmarked_output)?;
     let open = args.model.open(shared)?;
     if open.model.num_experts() == 0 {
         return Err(usage(anyhow!("name `--checkpoint` or `--adapters`: a base has no experts")));
@@ -141,14 +142,15 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         }
         _ => None,
     };
+    let out = open.output(early);
     match args.form {
         MergeInto::Base => {
             let merged = merge::into_base(&open.model, &open.base.weights()?, &weights)?;
             let tokenizer = open.base.tokenizer_file.as_deref();
             let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
-            hugging_face::export(&args.out, &merged, dtype, tokenizer, args.overwrite)?;
+            hugging_face::export(&out, &merged, dtype, tokenizer)?;
         }
-        MergeInto::Adapter => write_merged_adapter(&args, &open, &weights)?,
+        MergeInto::Adapter => write_merged_adapter(&out, &open, &weights)?,
     }
     print(&args, &open, &weights, cost.as_ref())
 }
@@ -244,15 +246,15 @@ fn cost_table(cost: &Cost) -> comfy_table::Table {
     table::table(&["loss (nats)", "routed", "static", "cost of fixing the weights"], rows)
 }
 
-fn write_merged_adapter(args: &MergeArgs, open: &OpenModel, weights: &[f64]) -> Result<()> {
+fn write_merged_adapter(out: &Output, open: &OpenModel, weights: &[f64]) -> Result<()> {
     let adapter = merge::into_adapter(&open.model, weights)?;
     let provenance = open.provenance()?;
     let base = &open.model.base().config;
     let card = merge::adapter_card(&adapter, &provenance, weights);
-    durable::folder(&args.out, args.overwrite, |dir| {
+    out.write_folder(export::is_unmarked_output, |dir| {
         write_adapter(dir, &adapter, base, &provenance, &card)
     })
-    .with_context(|| format!("cannot write `{}`", args.out.display()))
+    .with_context(|| format!("cannot write `{}`", out.path.display()))
 }
 
 fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost>) -> Result<()> {

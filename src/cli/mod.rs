@@ -9,21 +9,27 @@ mod merge;
 mod open;
 mod progress;
 mod remove_expert;
+mod signals;
+mod stderr;
 mod table;
 mod trace;
 mod train;
 
 use std::env;
 use std::fmt;
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
 use clap::{ArgAction, Parser, Subcommand};
 use tch::Device;
 
+use signals::Interrupted;
+pub use stderr::Stderr;
+
 use crate::config::DeviceChoice;
 use crate::ffi;
-use crate::hub::HubSettings;
+use crate::hub::{HubLimits, HubSettings};
 
 /// Train a Mixture of LoRA Experts on GPT-2, end to end.
 #[derive(Debug, Parser)]
@@ -76,6 +82,28 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// What people are told of an error, and the exit code of the process.
+pub fn report(error: &anyhow::Error) -> (String, u8) {
+    if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
+        return (interrupted.to_string(), interrupted.exit_code);
+    }
+    (format!("error: {}", describe(error)), if error.is::<UsageError>() { 2 } else { 1 })
+}
+
+/// Prints a result. A reader that has gone, as `| head` goes, is no fault.
+///
+/// # Errors
+/// Standard output that takes nothing, such as a full disk.
+fn print_result(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow!("cannot write to standard output: {error}"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Marks an error as one of usage or config.
 fn usage(error: anyhow::Error) -> anyhow::Error {
     UsageError(describe(&error)).into()
@@ -110,8 +138,7 @@ impl Cli {
         let cuda = ffi::load_cuda();
         ffi::cuda::keep_code_in(&own_cache().join("kernels"));
         if self.version {
-            println!("{}", version(cuda));
-            return Ok(());
+            return print_result(&version(cuda));
         }
         let shared = Shared { show_progress: !self.quiet };
         match self.command {
@@ -199,6 +226,7 @@ fn hub_settings() -> HubSettings {
         cache_dir: variable("HF_HUB_CACHE").map_or_else(|| hf_home.join("hub"), PathBuf::from),
         token: token.filter(|token| !token.is_empty()),
         offline,
+        limits: HubLimits::default(),
     }
 }
 
@@ -207,8 +235,11 @@ fn hub_settings() -> HubSettings {
 pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
     let text = ffi::panic_message(panic);
     let lower = text.to_lowercase();
-    if lower.contains("failed printing to stdout") && lower.contains("broken pipe") {
-        return Ok(());
+    if let Some((_, fault)) = text.split_once("failed printing to stdout: ") {
+        return match lower.contains("broken pipe") {
+            true => Ok(()),
+            false => Err(anyhow!("cannot write to standard output: {fault}")),
+        };
     }
     if lower.contains("out of memory") || lower.contains("can't allocate memory") {
         bail!(

@@ -1,6 +1,6 @@
 //! Opening what a command works on: a checkpoint's model, adapters on a base, or a bare base.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
@@ -13,11 +13,13 @@ use crate::config::{
     AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
     RoutingChoice,
 };
+use crate::durable::{folder, output::Output};
 use crate::export::peft::Provenance;
 use crate::hub::{self, AdapterFiles};
 use crate::mixture::Mixture;
 use crate::model::{RoutedGpt2, kind_of};
-use crate::train::{self, checkpoint};
+use crate::train;
+use crate::train::checkpoint::{self, Preferred};
 
 /// Which model: a checkpoint, adapters on a base, or a bare base.
 #[derive(Debug, Args)]
@@ -69,6 +71,20 @@ pub struct OpenModel {
 }
 
 impl ModelArgs {
+    /// Where a command writes that opens this model, as far as its inputs can be named before that.
+    pub fn output(&self, path: &Path, overwrite: bool) -> Result<Output> {
+        let mut inputs: Vec<PathBuf> = self.tokenizer.iter().cloned().collect();
+        // its files, not the folder: another may well be made in it
+        let entries = self.base.as_ref().and_then(|base| fs_err::read_dir(base).ok());
+        let entries = entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+        inputs.extend(entries.filter(|path| path.is_file()));
+        inputs.extend(self.adapters.iter().map(PathBuf::from));
+        let checkpoint = self.checkpoint.as_ref();
+        inputs.extend(checkpoint.and_then(|dir| checkpoint::find(dir, Preferred::Best).ok()));
+        let working_folder = std::env::current_dir()?;
+        Ok(Output { path: path.to_owned(), overwrite, inputs, working_folder })
+    }
+
     /// Opens the model.
     pub fn open(&self, shared: &Shared) -> Result<OpenModel> {
         let source = self.base.as_deref().map(base_source).transpose()?;
@@ -80,7 +96,7 @@ impl ModelArgs {
             let base = open_base(&config, shared)?;
             return self.open_on(base, device, kind_of(dtype), shared);
         };
-        let dir = checkpoint::find(dir, checkpoint::Preferred::Best)?;
+        let dir = checkpoint::find(dir, Preferred::Best)?;
         let mut config = checkpoint::read_config(&dir)?;
         if let Some(source) = source {
             config.base.source = source;
@@ -125,6 +141,13 @@ impl ModelArgs {
 }
 
 impl OpenModel {
+    /// The output with what is known as inputs since the model is open.
+    pub fn output(&self, mut early: Output) -> Output {
+        early.inputs.extend(self.base.input_files());
+        early.inputs.extend(self.checkpoint.clone());
+        early
+    }
+
     /// What an export of the model says about where it comes from.
     pub fn provenance(&self) -> Result<Provenance> {
         let (base_name, revision) = match &self.base.source {
@@ -193,6 +216,7 @@ pub fn open_base(config: &BaseConfig, shared: &Shared) -> Result<Base> {
 /// A folder if there is one, else a Hub id.
 pub fn base_source(text: &str) -> Result<BaseSource> {
     let path = PathBuf::from(text);
+    folder::restore(&path)?;
     let looks_like_id = text.split('/').count() <= 2 && !text.starts_with(['.', '/', '~']);
     if path.exists() || !looks_like_id {
         return Ok(BaseSource::Path(std::path::absolute(path)?));

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::open::{ModelArgs, OpenModel};
 use super::{Shared, table, usage};
 use crate::config::RoutingChoice;
+use crate::durable::output::Output;
 use crate::model::lora::RoutingWeights;
 use crate::model::weights::write_tensors;
 use crate::model::{
@@ -32,6 +33,9 @@ pub struct TraceArgs {
     /// they differ) and `hidden_states.{layer}` here.
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
+    /// Replace the file of `--out` if it is there.
+    #[arg(long, requires = "out")]
+    overwrite: bool,
     /// What routes the tokens: router, uniform, all, expert:N or none [default: the run's, or router].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
@@ -42,7 +46,12 @@ pub struct TraceArgs {
 
 /// Runs the command.
 pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
+    let out = args.out.as_ref().map(|file| args.model.output(file, args.overwrite)).transpose()?;
+    // before the model is read
+    out.as_ref().map_or(Ok(()), Output::check_file)?;
     let open = args.model.open(shared)?;
+    let out = out.map(|early| open.output(early));
+    out.as_ref().map_or(Ok(()), Output::check_file)?;
     let routing = open.routing(args.routing)?;
     if routing == RoutingChoice::Record {
         let hint = "hint: name an expert with `--routing expert:N`";
@@ -56,7 +65,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let mode = ForwardMode { rule: open.model.router_spec().eval, ..ForwardMode::EVAL };
     let output = open.model.forward(&inputs, &source, mode, Some(&mut recorder));
     let weights = layer_weights(&output, &open.model, tokens.len() as i64);
-    if let Some(file) = &args.out {
+    if let Some(out) = &out {
         let logits = open.model.logits(&output.hidden);
         let mut tensors = vec![
             ("input_ids".to_owned(), inputs.input_ids.shallow_clone()),
@@ -74,8 +83,9 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         for (layer, hidden) in recorder.hidden_states.iter().enumerate() {
             tensors.push((format!("hidden_states.{layer}"), hidden.shallow_clone()));
         }
-        write_tensors(file, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))
-            .with_context(|| format!("cannot write `{}`", file.display()))?;
+        let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        out.write_file(|file| write_tensors(file, named))
+            .with_context(|| format!("cannot write `{}`", out.path.display()))?;
     }
     let text_of = |&id: &i64| match &open.base.tokenizer {
         Some(tokenizer) => tokenizer.decode(&[id as u32]).unwrap_or_default(),

@@ -1,7 +1,6 @@
 //! `dylora train`: a run from its config, or from where it stopped.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -11,11 +10,13 @@ use tch::Device;
 
 use super::open::{device_name, open_base, open_mixture};
 use super::progress::{LoadBar, TrainBar};
-use super::{Shared, device, table, token_cache, usage};
+use super::signals::Interrupt;
+use super::{Shared, device, print_result, table, token_cache, usage};
 use crate::base::Base;
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
-use crate::export::hugging_face;
+use crate::durable::output::Output;
+use crate::export::{self, hugging_face};
 use crate::mixture::Mixture;
 use crate::model::expert::ExpertSpec;
 use crate::train::checkpoint::{self, Preferred};
@@ -72,12 +73,17 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     if args.dry_run {
         return dry_run(&config, &specs, &base, &data, args.json);
     }
+    if config.method == Method::Full {
+        // before the run, whose end it would be otherwise
+        model_output(&config).check_folder(export::is_unmarked_output)?;
+    }
     tell(&config, &specs, &base, &data, device);
     let mut trainer = match &start {
         Start::New(mixture) => Trainer::new(config.clone(), &base, mixture, data, device)?,
         Start::Resume(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
     };
-    let summary = run_trainer(&mut trainer, &*interrupt_flag()?, shared)?;
+    let interrupt = Interrupt::listen()?;
+    let summary = run_trainer(&mut trainer, interrupt.flag(), shared)?;
     drop(trainer);
     let model_dir = match (config.method, summary.ending) {
         (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
@@ -85,21 +91,18 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         }
         _ => None,
     };
-    print_summary(&config, &summary, model_dir.as_deref(), args.json)?;
-    conclude(&config, summary.ending)
+    print_result(&summary_text(&config, &summary, model_dir.as_deref(), args.json)?)?;
+    conclude(&config, summary.ending, &interrupt)
 }
 
-/// Says how a run goes on that was interrupted, and what may be done about one that has collapsed.
+/// What a run that did not reach its end has for an exit code, and how to go on.
 ///
 /// # Errors
-/// A collapse.
-pub fn conclude(config: &Config, ending: Ending) -> Result<()> {
+/// An interruption, which says the command that resumes, and a collapse, with what may be done about it.
+pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Result<()> {
     let dir = config.run.dir.display();
     match ending {
-        Ending::Interrupted => {
-            tracing::warn!("interrupted; go on with `dylora train --resume {dir}`");
-            Ok(())
-        }
+        Ending::Interrupted => Err(interrupt.error(&config.run.dir).into()),
         Ending::Collapsed => bail!(
             "the routing has collapsed, and `router.on_collapse` is `stop`\nhint: try \
              `router.load_balancing_coef`, `router.balance_bias_rate`, a smaller \
@@ -209,16 +212,6 @@ fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, dev
     }
 }
 
-/// Set by the first Ctrl-C or SIGTERM; the second ends the process.
-pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&flag))?;
-        signal_hook::flag::register(signal, Arc::clone(&flag))?;
-    }
-    Ok(flag)
-}
-
 fn observe(bar: &TrainBar, event: &Event<'_>) {
     match event {
         Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
@@ -240,19 +233,23 @@ fn observe(bar: &TrainBar, event: &Event<'_>) {
 fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     let dir = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&dir, config, base, Device::Cpu)?;
-    let out = config.run.dir.join("model");
     let tokenizer = base.tokenizer_file.as_deref();
-    hugging_face::export(&out, model.base(), config.train.save_dtype, tokenizer, true)?;
-    Ok(out)
+    hugging_face::export(&model_output(config), model.base(), config.train.save_dtype, tokenizer)?;
+    Ok(model_output(config).path)
+}
+
+/// Where a full training puts its model.
+fn model_output(config: &Config) -> Output {
+    Output { overwrite: true, ..Output::new(&config.run.dir.join("model")) }
 }
 
 /// What a run came to, for people or programs.
-pub fn print_summary(
+pub fn summary_text(
     config: &Config,
     summary: &Summary,
     model_dir: Option<&Path>,
     json: bool,
-) -> Result<()> {
+) -> Result<String> {
     let state = &summary.state;
     let ending = summary.ending.name();
     if json {
@@ -266,25 +263,21 @@ pub fn print_summary(
             "model_dir": model_dir,
             "frozen_blake3": summary.frozen_hash,
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
+        return Ok(serde_json::to_string_pretty(&json)?);
     }
-    println!(
-        "{ending} after step {}, {} target tokens",
-        state.step,
-        table::count(state.tokens_seen)
+    let tokens = table::count(state.tokens_seen);
+    let mut lines = vec![format!("{ending} after step {}, {tokens} target tokens", state.step)];
+    lines.extend(
+        state
+            .best
+            .map(|best| format!("best validation loss {:.4} at step {}", best.loss, best.step)),
     );
-    if let Some(best) = state.best {
-        println!("best validation loss {:.4} at step {}", best.loss, best.step);
-    }
-    if let Some(hash) = &summary.frozen_hash {
-        println!("what is frozen is unchanged: BLAKE3 {}.. before and after", &hash[..16]);
-    }
-    println!("checkpoint: {}", summary.checkpoint.display());
-    if let Some(dir) = model_dir {
-        println!("Hugging Face folder: {}", dir.display());
-    }
-    Ok(())
+    lines.extend(summary.frozen_hash.as_ref().map(|hash| {
+        format!("what is frozen is unchanged: BLAKE3 {}.. before and after", &hash[..16])
+    }));
+    lines.push(format!("checkpoint: {}", summary.checkpoint.display()));
+    lines.extend(model_dir.map(|dir| format!("Hugging Face folder: {}", dir.display())));
+    Ok(lines.join("\n"))
 }
 
 fn dry_run(

@@ -1,5 +1,6 @@
 //! A base as a folder that transformers loads: `config.json`, `model.safetensors`, tokenizer.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -8,25 +9,29 @@ use tch::{Kind, Tensor};
 
 use super::peft::write_json;
 use crate::config::SaveDtype;
-use crate::durable;
+use crate::durable::{self, output::Output};
 use crate::model::gpt2::Gpt2;
+use crate::model::gpt2_config::Gpt2Config;
 use crate::model::weights::{read_gpt2, write_tensors};
 
-/// Writes `base` in `dtype` to `dir`, with the tokenizer beside it, reads it back and compares.
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+/// Writes `base` in `dtype` to `out`, with the tokenizer beside it, reads it back and compares.
+///
+/// # Errors
+/// What [`Output::write_folder`] says.
 pub fn export(
-    dir: &Path,
+    out: &Output,
     base: &Gpt2,
     dtype: SaveDtype,
     tokenizer_file: Option<&Path>,
-    overwrite: bool,
 ) -> Result<()> {
-    let (kind, name) = match dtype {
-        SaveDtype::F32 => (Kind::Float, "float32"),
-        SaveDtype::F16 => (Kind::Half, "float16"),
-        SaveDtype::Bf16 => (Kind::BFloat16, "bfloat16"),
-    };
-    durable::folder(dir, overwrite, |dir| {
-        let file = dir.join("model.safetensors");
+    let (kind, name) = kind_of(dtype);
+    out.write_folder(super::is_unmarked_output, |dir| {
+        let file = dir.join(WEIGHTS);
         let parameters: Vec<(String, Tensor)> = base
             .named_parameters()
             .into_iter()
@@ -39,9 +44,9 @@ pub fn export(
                 bail!("tensor `{name}` was written, but reads back differently");
             }
         }
-        write_json(&dir.join("config.json"), &base.config.to_json(name))?;
+        write_json(&dir.join(CONFIG), &base.config.to_json(name))?;
         let Some(tokenizer_file) = tokenizer_file else { return Ok(()) };
-        durable::write(&dir.join("tokenizer.json"), &fs_err::read(tokenizer_file)?)?;
+        durable::write(&dir.join(TOKENIZER), &fs_err::read(tokenizer_file)?)?;
         let end_of_text = "<|endoftext|>";
         let tokenizer_config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -50,7 +55,35 @@ pub fn export(
             "eos_token": end_of_text,
             "unk_token": end_of_text,
         });
-        write_json(&dir.join("tokenizer_config.json"), &tokenizer_config)
+        write_json(&dir.join(TOKENIZER_CONFIG), &tokenizer_config)
     })
-    .with_context(|| format!("cannot export to `{}`", dir.display()))
+    .with_context(|| format!("cannot export to `{}`", out.path.display()))
+}
+
+/// The dtype and its name in `config.json`.
+fn kind_of(dtype: SaveDtype) -> (Kind, &'static str) {
+    match dtype {
+        SaveDtype::F32 => (Kind::Float, "float32"),
+        SaveDtype::F16 => (Kind::Half, "float16"),
+        SaveDtype::Bf16 => (Kind::BFloat16, "bfloat16"),
+    }
+}
+
+/// Whether a folder with these files is a base whose `config.json` is, to the byte, what dylora writes.
+pub(super) fn is_unmarked_base(dir: &Path, files: &BTreeSet<String>) -> bool {
+    let has_config = || {
+        let path = dir.join(CONFIG);
+        let (Ok(found), Ok(config)) = (fs_err::read_to_string(&path), Gpt2Config::read(&path))
+        else {
+            return false;
+        };
+        [SaveDtype::F32, SaveDtype::F16, SaveDtype::Bf16].into_iter().any(|dtype| {
+            let (_, name) = kind_of(dtype);
+            serde_json::to_string_pretty(&config.to_json(name))
+                .is_ok_and(|text| text + "\n" == found)
+        })
+    };
+    let known = [CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG];
+    let needed = [CONFIG, WEIGHTS].iter().all(|name| files.contains(*name));
+    needed && files.iter().all(|file| known.contains(&file.as_str())) && has_config()
 }

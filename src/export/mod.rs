@@ -4,3 +4,14 @@
 pub mod hugging_face;
 pub mod merge;
 pub mod peft;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// Whether a folder with these files is an output of a version that wrote no marker: an export with
+/// `dylora.json`, a merged base, or a merged adapter, each with nothing else in it.
+pub fn is_unmarked_output(dir: &Path, files: &BTreeSet<String>) -> bool {
+    peft::is_unmarked_export(dir, files)
+        || peft::is_unmarked_adapter(dir, files)
+        || hugging_face::is_unmarked_base(dir, files)
+}

@@ -11,7 +11,7 @@
 //! OUT/xlora_config.json, OUT/xlora_classifier.safetensors, OUT/README.md   (`mixture::xlora`)
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -19,7 +19,7 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::config::{EvalRule, RouterInput, RouterScope, RoutingChoice, RoutingLevel};
-use crate::durable;
+use crate::durable::{self, output::Output};
 use crate::mixture::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase, ManifestRouter,
     ROUTER, xlora,
@@ -31,6 +31,12 @@ use crate::model::gpt2_config::Gpt2Config;
 use crate::model::parameters::expert_name;
 use crate::model::router::RouterSpec;
 use crate::model::weights::{read_tensors, write_tensors};
+
+const CARD: &str = "README.md";
+/// The files of an adapter, sorted.
+const ADAPTER_FILES: [&str; 3] = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS];
+/// By which a card says who wrote it; the version follows.
+const BY_DYLORA: &str = "by dylora ";
 
 /// What an export says about where it comes from.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,16 +66,15 @@ pub enum Layout {
     Xlora,
 }
 
-/// Writes the experts and the router of `model` to `dir`, reads every file back and compares it.
+/// Writes the experts and the router of `model` to `out`, reads every file back and compares it.
 ///
 /// # Errors
-/// A mixture that X-LoRA cannot express, if that is asked for.
+/// A mixture that X-LoRA cannot express, if that is asked for, and what [`Output::write_folder`] says.
 pub fn export(
-    dir: &Path,
+    out: &Output,
     model: &RoutedGpt2,
     provenance: &Provenance,
     layout: Layout,
-    overwrite: bool,
 ) -> Result<()> {
     let num_experts = model.specs().len();
     if num_experts == 0 {
@@ -86,7 +91,7 @@ pub fn export(
         ),
         Layout::Xlora => Some(xlora::write(model, &provenance.base_name, &names)?),
     };
-    durable::folder(dir, overwrite, |dir| {
+    out.write_folder(super::is_unmarked_output, |dir| {
         let parent = match layout {
             Layout::Dylora => dir.to_owned(),
             Layout::Xlora => dir.join(xlora::ADAPTERS),
@@ -111,12 +116,27 @@ pub fn export(
                 write_json(&dir.join(MANIFEST), &manifest)?;
             }
         }
-        durable::write(
-            &dir.join("README.md"),
-            mixture_card(model, &adapters, provenance).as_bytes(),
-        )
+        durable::write(&dir.join(CARD), mixture_card(model, &adapters, provenance).as_bytes())
     })
-    .with_context(|| format!("cannot export to `{}`", dir.display()))
+    .with_context(|| format!("cannot export to `{}`", out.path.display()))
+}
+
+/// Whether a folder with these files is an export that `dylora.json` describes.
+pub(super) fn is_unmarked_export(dir: &Path, files: &BTreeSet<String>) -> bool {
+    let text = fs_err::read_to_string(dir.join(MANIFEST)).ok();
+    let manifest = text.and_then(|text| serde_json::from_str::<Manifest>(&text).ok());
+    let Some(manifest) = manifest else { return false };
+    let of_expert = |name: &String| ADAPTER_FILES.map(|file| format!("{name}/{file}"));
+    let mut known: BTreeSet<String> = manifest.experts.iter().flat_map(of_expert).collect();
+    known.extend([MANIFEST, ROUTER, CARD].map(str::to_owned));
+    files.is_subset(&known)
+}
+
+/// Whether a folder with these files is a single adapter whose card says that dylora wrote it.
+pub(super) fn is_unmarked_adapter(dir: &Path, files: &BTreeSet<String>) -> bool {
+    let is_ours =
+        || fs_err::read_to_string(dir.join(CARD)).is_ok_and(|card| card.contains(BY_DYLORA));
+    files.iter().map(String::as_str).eq(ADAPTER_FILES) && is_ours()
 }
 
 /// Writes one adapter into a folder that is there, and reads it back as an import would.
@@ -137,7 +157,7 @@ pub fn write_adapter(
     if (ExpertSpec { trainable, ..read }) != adapter.spec {
         bail!("`{}` was written, but reads back as another adapter", config.display());
     }
-    durable::write(&folder.join("README.md"), card.as_bytes())?;
+    durable::write(&folder.join(CARD), card.as_bytes())?;
     durable::sync_folder(folder)
 }
 

@@ -188,6 +188,16 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     text.split("\nException raised from").next().unwrap_or(text)
 }
 
+/// Whether the process ignores a signal, as `nohup` and background jobs of scripts have it.
+pub fn ignores_signal(signal: i32) -> bool {
+    // SAFETY: all zeros is a valid `sigaction`, which the call only writes
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut action) == 0
+            && action.sa_sigaction == libc::SIG_IGN
+    }
+}
+
 /// The state of a device's random number generator, a `u8` tensor on the CPU.
 pub fn rng_state(device: Device) -> Result<Tensor> {
     // SAFETY: no pointers go in

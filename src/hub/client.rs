@@ -1,20 +1,19 @@
-//! One repository of the Hub, asked through `hf-hub`: what a revision has, and what a refusal means.
-//! The Hub explains one by its status and `X-Error-Code`, with `X-Error-Message` for people.
+//! One repository of the Hub: what a revision has, and what a refusal means. The Hub explains one by
+//! its status and `X-Error-Code`, with `X-Error-Message` for people.
 
-use std::time::Duration;
-
-use anyhow::{Error, Result, anyhow, bail};
+use anyhow::{Error, Result, anyhow};
 use hf_hub::Cache;
-use hf_hub::api::RepoInfo;
-use hf_hub::api::sync::{Api, ApiBuilder};
-use ureq::http::StatusCode;
+use serde::Deserialize;
+use ureq::Body;
+use ureq::http::{Response, StatusCode};
+use url::Url;
 
 use super::HubSettings;
+use super::http::{Http, redirect, shown_origin};
 use super::repo::{RepoSource, is_commit};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
-/// For the list of files; `hf-hub` lets no timeout be set for a file.
-const INFO_TIMEOUT: Duration = Duration::from_secs(60);
+/// Redirects of one request; `huggingface_hub` follows as many.
+pub(super) const MAX_REDIRECTS: usize = 10;
 
 /// Why a request failed.
 pub(super) enum Fault {
@@ -33,76 +32,79 @@ impl From<std::io::Error> for Fault {
 
 /// Asks the Hub about one repository.
 pub(super) struct Client<'a> {
-    pub(super) api: Api,
+    pub(super) http: Http,
     pub(super) cache: Cache,
-    endpoint: &'a str,
-    has_token: bool,
     pub(super) source: &'a RepoSource<'a>,
 }
 
+/// What a revision has.
+#[derive(Debug, Deserialize)]
+pub(super) struct RepoInfo {
+    /// The commit at which the revision stands.
+    pub(super) sha: String,
+    /// Its files.
+    pub(super) siblings: Vec<RepoFile>,
+}
+
+/// A file of a repository.
+#[derive(Debug, Deserialize)]
+pub(super) struct RepoFile {
+    /// Its path in the repository.
+    pub(super) rfilename: String,
+}
+
 impl<'a> Client<'a> {
-    pub(super) fn new(source: &'a RepoSource<'a>, settings: &'a HubSettings) -> Result<Self> {
-        let endpoint = settings.endpoint.trim().trim_end_matches('/');
-        let host = endpoint.strip_prefix("https://").or_else(|| endpoint.strip_prefix("http://"));
-        if host.is_none_or(str::is_empty) {
-            bail!(
-                "the Hub's address `{endpoint}` is not of the form `https://HOST`\n\
-                 hint: it comes from `HF_ENDPOINT`; the default is `{}`",
-                HubSettings::DEFAULT_ENDPOINT
-            );
-        }
-        let token = settings.token.as_deref().map(str::trim).filter(|token| !token.is_empty());
-        if token.is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
-            bail!("the Hub's token has characters that no token has\nhint: check `HF_TOKEN`");
-        }
-        let cache = Cache::new(settings.cache_dir.clone());
-        let api = ApiBuilder::from_cache(cache.clone())
-            .with_endpoint(endpoint.to_owned())
-            .with_token(token.map(str::to_owned))
-            .with_retries(0)
-            .with_user_agent("dylora", env!("CARGO_PKG_VERSION"))
-            .build()?;
-        Ok(Self { api, cache, endpoint, has_token: token.is_some(), source })
+    pub(super) fn new(source: &'a RepoSource<'a>, settings: &HubSettings) -> Result<Self> {
+        let http = Http::new(settings)?;
+        Ok(Self { http, cache: Cache::new(settings.cache_dir.clone()), source })
     }
 
-    /// The Hub's address, without a slash at its end.
+    /// The Hub's address in messages.
     pub(super) fn endpoint(&self) -> &str {
-        self.endpoint
+        self.http.endpoint()
     }
 
     /// Which commit the revision stands at and what files it has.
-    ///
-    /// `ApiRepo::info` does the same, but hides the headers in which the Hub says why it refuses.
     pub(super) fn info(&self) -> Result<RepoInfo, Fault> {
-        let repo = self.source.repo_at(self.source.revision);
-        let request = self.api.repo(repo).info_request().config();
-        let request = request
-            .http_status_as_error(false)
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_global(Some(INFO_TIMEOUT))
-            .build();
-        let mut response = request.call().map_err(|error| self.request_fault(error))?;
-        let status = response.status();
-        if !status.is_success() {
-            let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
-            let code = header("x-error-code").unwrap_or_default();
-            return Err(self.refusal(status, code, header("x-error-message")));
+        let RepoSource { repo, revision, .. } = self.source;
+        let path = ["api", "models"].into_iter().chain(repo.split('/'));
+        let mut url = self.http.url(path.chain(["revision", revision]));
+        let agent = self.http.agent();
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self
+                .http
+                .get(&agent, &url, None)
+                .map_err(|error| self.request_fault(&url, error))?;
+            if let Some(target) = redirect(&response, &url).map_err(Fault::Final)? {
+                url = target;
+                continue;
+            }
+            if !response.status().is_success() {
+                return Err(self.answer_fault(&url, &response));
+            }
+            return self.read_info(&url, response);
         }
-        let not_the_hub = |fault: String| {
-            Fault::Final(anyhow!(
-                "`{}` does not answer as the Hub does: {fault}\n\
-                 hint: check `HF_ENDPOINT`, and whether a proxy or a login page is in between",
-                self.endpoint
-            ))
-        };
+        Err(self.not_the_hub("it redirects without end"))
+    }
+
+    fn read_info(&self, url: &Url, mut response: Response<Body>) -> Result<RepoInfo, Fault> {
         let info: RepoInfo = response.body_mut().read_json().map_err(|error| match error {
-            ureq::Error::Json(error) if !error.is_io() => not_the_hub(error.to_string()),
-            error => self.request_fault(error),
+            ureq::Error::Json(error) if !error.is_io() => self.not_the_hub(&error.to_string()),
+            error => self.request_fault(url, error),
         })?;
-        if !is_commit(&info.sha) {
-            return Err(not_the_hub(format!("`{}` is not a commit", info.sha)));
+        match is_commit(&info.sha) {
+            true => Ok(info),
+            false => Err(self.not_the_hub(&format!("`{}` is not a commit", info.sha))),
         }
-        Ok(info)
+    }
+
+    /// The error for an answer that the Hub would not give.
+    pub(super) fn not_the_hub(&self, fault: &str) -> Fault {
+        Fault::Final(anyhow!(
+            "`{}` does not answer as the Hub does: {fault}\n\
+             hint: check `HF_ENDPOINT`, and whether a proxy or a login page is in between",
+            self.endpoint()
+        ))
     }
 
     /// Notes the commit at which the revision stands. Only offline runs need the note, so a cache
@@ -120,30 +122,52 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// The error for an answer that did not come, or not whole, or is a refusal to hand out a file.
-    pub(super) fn request_fault(&self, error: ureq::Error) -> Fault {
-        let endpoint = self.endpoint;
+    /// The error for an answer of `url` that did not come, or not whole.
+    pub(super) fn request_fault(&self, url: &Url, error: ureq::Error) -> Fault {
+        let host = self.shown(url);
+        let limits = &self.http.limits;
         match error {
-            ureq::Error::StatusCode(status) => {
-                let status = StatusCode::from_u16(status).expect("it came as a status");
-                // `hf-hub` drops the headers, but a repository that is shown exists
-                let code = if is_denied(status) { "GatedRepo" } else { "EntryNotFound" };
-                self.refusal(status, code, None)
-            }
-            ureq::Error::Io(error) => {
-                Fault::Transient(anyhow!("cannot reach `{endpoint}`: {error}"))
-            }
+            ureq::Error::Io(error) => Fault::Transient(anyhow!("cannot reach `{host}`: {error}")),
             ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
-                Fault::Final(anyhow!("cannot ask `{endpoint}`: {error}"))
+                Fault::Final(anyhow!("cannot ask `{host}`: {error}"))
             }
-            error => Fault::Transient(anyhow!("cannot reach `{endpoint}`: {error}")),
+            ureq::Error::Timeout(ureq::Timeout::Connect | ureq::Timeout::Resolve) => {
+                Fault::Transient(anyhow!(
+                    "cannot reach `{host}`: no connection within {:?}",
+                    limits.connect
+                ))
+            }
+            ureq::Error::Timeout(ureq::Timeout::PerRead) => {
+                Fault::Transient(anyhow!("`{host}` has sent nothing for {:?}", limits.silence))
+            }
+            ureq::Error::Timeout(_) => {
+                Fault::Transient(anyhow!("`{host}` has not answered within {:?}", limits.answer))
+            }
+            error => Fault::Transient(anyhow!("cannot reach `{host}`: {error}")),
         }
     }
 
-    /// The error for a `status` that is not a success, with the Hub's `code` for it.
+    /// What a message shows of `url`: the Hub's address, or the origin of another host.
+    fn shown(&self, url: &Url) -> String {
+        if self.http.is_hub(url) { self.endpoint().to_owned() } else { shown_origin(url) }
+    }
+
+    /// The error for an answer of `url` that is neither a success nor a redirect.
+    pub(super) fn answer_fault<B>(&self, url: &Url, response: &Response<B>) -> Fault {
+        let status = response.status();
+        if !self.http.is_hub(url) {
+            // an address that the Hub has signed expires; the next attempt asks for another
+            return Fault::Transient(anyhow!("`{}` answers {status}", self.shown(url)));
+        }
+        let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let code = header("x-error-code").unwrap_or_default();
+        self.refusal(status, code, header("x-error-message"))
+    }
+
+    /// The error for a `status` of the Hub that is not a success, with its `code`.
     fn refusal(&self, status: StatusCode, code: &str, message: Option<&str>) -> Fault {
         let RepoSource { repo, revision, option, .. } = self.source;
-        let endpoint = self.endpoint;
+        let endpoint = self.endpoint();
         let said = message.map(|text| format!(": {}", text.trim_end_matches('.')));
         let answer = format!("answers {status}{}", said.unwrap_or_default());
 
@@ -169,12 +193,12 @@ impl<'a> Client<'a> {
             anyhow!(
                 "`{endpoint}` shows no `{repo}` at `{revision}`: it {answer}\n\
                  hint: check `{option}.hub`; {}",
-                match self.has_token {
+                match self.http.has_token {
                     false => "a private repository needs a token that may read it in `HF_TOKEN`",
                     true => "if it is private, may the token in `HF_TOKEN` read it?",
                 }
             )
-        } else if is_denied(status) && !self.has_token {
+        } else if is_denied(status) && !self.http.has_token {
             anyhow!(
                 "`{endpoint}` refuses `{repo}` without a token: it {answer}\n\
                  hint: set `HF_TOKEN` to a token that may read it"

@@ -1,48 +1,77 @@
-//! One file from the Hub into the cache by `hf-hub`, repeated and checked, so that what carries its
-//! name is whole.
+//! One file from the Hub into its cache, repeated and checked, so that what carries its name is whole.
 //!
-//! Attempts are repeated here and not by `hf-hub` 0.5.0, whose own repetition appends a file to the
-//! part of it that is already there. Each attempt continues the part that the last one left.
+//! ```text
+//! locate    GET {endpoint}/{repo}/resolve/{commit}/{file}    ETag, commit and, for a large file, where
+//!                                                            its content is: `X-Linked-*`, `Location`
+//! content   GET {content}   Range: bytes={length of the part}-
+//! ```
+//!
+//! The content grows in `blobs/<etag>.incomplete` under the lock `.locks/<repo>/<etag>.lock`, as
+//! huggingface_hub does it, so that either continues what the other has begun. Each attempt continues
+//! the part that the last one left.
 
-use std::cell::Cell;
-use std::io::ErrorKind;
+use std::fs::TryLockError;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
-use hf_hub::api::Progress;
-use hf_hub::api::sync::ApiError;
+use anyhow::{Context, Result, anyhow};
+use ureq::http::header::{CONTENT_LENGTH, CONTENT_RANGE, ETAG};
+use ureq::http::{HeaderMap, Response, StatusCode};
+use ureq::{Agent, Body};
+use url::Url;
 
 use super::DownloadProgress;
-use super::client::{Client, Fault};
+use super::client::{Client, Fault, MAX_REDIRECTS};
+use super::http::{redirect, with_least_speed};
+use super::repo::RepoSource;
 
-/// Attempts in a row that bring nothing new.
+/// Attempts in a row that bring too little, by [`super::HubLimits::window_bytes`].
 const MAX_FAILURES: u32 = 4;
 /// Pause after the first failure; triples with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// Pause between two looks at a lock that another process holds.
+const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
 /// What arrives of one file in one attempt, told to the caller too.
 struct Meter<'a> {
     progress: &'a dyn DownloadProgress,
-    size_bytes: Cell<u64>,
-    arrived_bytes: Cell<u64>,
+    arrived_bytes: AtomicU64,
 }
 
-impl Progress for &Meter<'_> {
-    fn init(&mut self, size: usize, file: &str) {
-        self.size_bytes.set(size as u64);
-        self.arrived_bytes.set(0);
-        self.progress.start(file, size as u64);
+impl Meter<'_> {
+    fn start(&self, file: &str, size_bytes: Option<u64>) {
+        self.arrived_bytes.store(0, Ordering::Relaxed);
+        self.progress.start(file, size_bytes.unwrap_or(0));
     }
 
-    fn update(&mut self, size: usize) {
-        self.arrived_bytes.update(|bytes| bytes + size as u64);
-        self.progress.advance(size as u64);
+    fn advance(&self, bytes: u64) {
+        self.arrived_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.progress.advance(bytes);
     }
 
-    /// Does nothing: the file is finished when its size is checked.
-    fn finish(&mut self) {}
+    fn arrived(&self) -> u64 {
+        self.arrived_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// Where the content of a file is, and what it is called in the cache.
+struct Located {
+    etag: String,
+    /// What the Hub says of a large file.
+    size_bytes: Option<u64>,
+    url: Url,
+    /// The answer, if it was the content itself.
+    response: Option<Response<Body>>,
+}
+
+/// The files of a content in the cache.
+struct Blob {
+    whole: PathBuf,
+    part: PathBuf,
+    lock: PathBuf,
 }
 
 impl Client<'_> {
@@ -57,18 +86,18 @@ impl Client<'_> {
         if path.is_file() {
             return Ok(path);
         }
-        let meter = Meter { progress, size_bytes: Cell::new(0), arrived_bytes: Cell::new(0) };
+        let meter = Meter { progress, arrived_bytes: AtomicU64::new(0) };
         let (mut failures, mut most_bytes) = (0, 0);
         let fetched = loop {
-            meter.arrived_bytes.set(0);
-            let error = match self.attempt(file, commit, &meter) {
-                Ok(path) => break Ok(path),
+            meter.arrived_bytes.store(0, Ordering::Relaxed);
+            let error = match self.attempt(file, commit, &path, &meter) {
+                Ok(()) => break Ok(path),
                 Err(Fault::Final(error)) => break Err(error),
                 Err(Fault::Transient(error)) => error,
             };
-            let bytes = meter.arrived_bytes.get();
-            failures = if bytes > most_bytes { 1 } else { failures + 1 };
-            most_bytes = most_bytes.max(bytes);
+            let new_bytes = meter.arrived().saturating_sub(most_bytes);
+            failures = if new_bytes >= self.http.limits.window_bytes { 1 } else { failures + 1 };
+            most_bytes += new_bytes;
             if failures == MAX_FAILURES {
                 break Err(anyhow!(
                     "cannot fetch `{file}`: {error}\n\
@@ -77,96 +106,300 @@ impl Client<'_> {
             }
             tracing::warn!("fetching `{file}` again: {error}");
             thread::sleep(FIRST_PAUSE * 3_u32.pow(failures - 1));
-            // the failure may be that another process was fetching it
-            if path.is_file() {
-                break Ok(path);
-            }
         };
         progress.finish();
         fetched
     }
 
-    fn attempt(&self, file: &str, commit: &str, meter: &Meter) -> Result<PathBuf, Fault> {
-        let repo = self.api.repo(self.source.repo_at(commit));
-        let path = match repo.download_with_progress(file, meter) {
-            Ok(path) => path,
-            Err(error) => return Err(self.download_fault(error, &repo.url(file), commit, meter)),
-        };
-        let (found_bytes, size_bytes) = (fs_err::metadata(&path)?.len(), meter.size_bytes.get());
-        if found_bytes == size_bytes {
-            return Ok(path);
+    /// Makes `pointer` lead to the whole content of `file`.
+    fn attempt(
+        &self,
+        file: &str,
+        commit: &str,
+        pointer: &Path,
+        meter: &Meter,
+    ) -> Result<(), Fault> {
+        let located = self.locate(file, commit)?;
+        let blob = self.blob(&located.etag, commit);
+        let in_cache = |error: anyhow::Error| self.cache_fault(&error);
+        for path in [&blob.whole, &blob.lock] {
+            make_parent(path).map_err(in_cache)?;
         }
-        // say, a server without `Range` sent all of it where the rest was asked for
-        fs_err::remove_file(fs_err::canonicalize(&path)?)?;
-        if path.is_symlink() {
-            fs_err::remove_file(&path)?;
+        let lock = fs_err::File::create(&blob.lock).map_err(|error| in_cache(error.into()))?;
+        self.wait_for_lock(lock.file(), &blob)?;
+        // another process, or another revision, may have brought the content
+        if !blob.whole.is_file() {
+            self.download(file, located, &blob, meter)?;
         }
-        Err(Fault::Transient(anyhow!("{found_bytes} bytes came where {size_bytes} were announced")))
+        link(pointer, &blob.whole).map_err(in_cache)
     }
 
-    /// The error for an attempt that `hf-hub` gave up.
-    fn download_fault(&self, error: ApiError, url: &str, commit: &str, meter: &Meter) -> Fault {
-        match error {
-            ApiError::InvalidResume => self.discard_part(url, commit),
-            ApiError::RequestError(error) => match *error {
-                ureq::Error::StatusCode(416) => self.discard_part(url, commit),
-                error => self.request_fault(error),
-            },
-            ApiError::LockAcquisition(lock) => {
-                meter.arrived_bytes.set(len_or_zero(&lock.with_extension("part")));
-                let lock = lock.display();
-                Fault::Transient(anyhow!("another process holds the lock `{lock}`"))
+    fn blob(&self, etag: &str, commit: &str) -> Blob {
+        let repo = self.source.repo_at(commit);
+        let folder = repo.folder_name();
+        let locks = self.cache.path().join(".locks").join(&folder);
+        let whole = self.cache.path().join(folder).join("blobs").join(etag);
+        let part = whole.with_file_name(format!("{etag}.incomplete"));
+        Blob { whole, part, lock: locks.join(format!("{etag}.lock")) }
+    }
+
+    /// Asks the Hub for a file, up to where another host has its content.
+    fn locate(&self, file: &str, commit: &str) -> Result<Located, Fault> {
+        let RepoSource { repo, .. } = self.source;
+        let path = repo.split('/').chain(["resolve", commit]).chain(file.split('/'));
+        let mut url = self.http.url(path);
+        let agent = self.http.content_agent();
+        let (mut etag, mut size_bytes) = (None, None);
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self
+                .http
+                .get(&agent, &url, None)
+                .map_err(|error| self.request_fault(&url, error))?;
+            let target = redirect(&response, &url).map_err(Fault::Final)?;
+            if target.is_none() && !response.status().is_success() {
+                return Err(self.answer_fault(&url, &response));
             }
-            ApiError::IoError(error) if is_local(error.kind()) => Fault::Final(anyhow!(
-                "cannot write to the Hub's cache `{}`: {error}\n\
-                 hint: `HF_HOME` names another place for it",
-                self.cache.path().display()
-            )),
-            ApiError::IoError(error) => Fault::Transient(anyhow!(
-                "{} of {} bytes came: {error}",
-                meter.arrived_bytes.get(),
-                meter.size_bytes.get()
-            )),
-            error => Fault::Final(anyhow!(
-                "`{url}` does not answer as the Hub does: {error}\n\
-                 hint: is `HF_ENDPOINT` a full mirror of the Hub?"
-            )),
+            self.check_commit(response.headers(), commit)?;
+            if let Some(name) = text_of(response.headers(), "x-linked-etag") {
+                etag = Some(self.check_etag(name)?);
+                size_bytes = text_of(response.headers(), "x-linked-size").and_then(number);
+            }
+            match target {
+                Some(target) if self.http.is_hub(&target) => url = target,
+                Some(target) => {
+                    let etag =
+                        etag.ok_or_else(|| self.not_the_hub("it names no `X-Linked-Etag`"))?;
+                    return Ok(Located { etag, size_bytes, url: target, response: None });
+                }
+                None => {
+                    let name = text_of(response.headers(), ETAG.as_str());
+                    let etag = match (etag, name) {
+                        (Some(etag), _) => etag,
+                        (None, Some(name)) => self.check_etag(name)?,
+                        (None, None) => return Err(self.not_the_hub("it names no `ETag`")),
+                    };
+                    return Ok(Located { etag, size_bytes, url, response: Some(response) });
+                }
+            }
+        }
+        Err(self.not_the_hub("it redirects without end"))
+    }
+
+    /// Checks that an answer is of the commit that was asked for, if it says of which it is.
+    fn check_commit(&self, headers: &HeaderMap, commit: &str) -> Result<(), Fault> {
+        match text_of(headers, "x-repo-commit") {
+            Some(found) if !found.eq_ignore_ascii_case(commit) => Err(self.not_the_hub(&format!(
+                "its `X-Repo-Commit` is {found:?} where `{commit}` was asked for"
+            ))),
+            _ => Ok(()),
         }
     }
 
-    /// Removes a part that is whole or too long, as a process that is killed may leave it: `hf-hub`
-    /// asks for what follows it and fails, each time.
-    fn discard_part(&self, url: &str, commit: &str) -> Fault {
-        let metadata = match self.api.metadata(url) {
-            Ok(metadata) => metadata,
-            Err(error) => return Fault::Transient(error.into()),
-        };
-        let blob = self.cache.repo(self.source.repo_at(commit)).blob_path(metadata.etag());
-        Fault::Transient(match fs_err::remove_file(blob.with_extension("part")) {
-            Ok(()) => anyhow!("the part that was there does not fit"),
-            Err(error) => error.into(),
-        })
+    /// The name of a content by its `ETag`, which becomes the name of a file.
+    fn check_etag(&self, header: &str) -> Result<String, Fault> {
+        let name = header.strip_prefix("W/").unwrap_or(header).trim_matches('"');
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        // 200 leaves room for the endings that files of the cache have
+        if name.is_empty()
+            || name.starts_with('.')
+            || name.len() > 200
+            || !name.chars().all(is_plain)
+        {
+            return Err(self.not_the_hub(&format!("its `ETag` {header:?} is not a content's name")));
+        }
+        Ok(name.to_owned())
     }
+
+    /// Waits until no other process fetches the content.
+    ///
+    /// # Errors
+    /// A process that holds the lock while the part does not grow.
+    fn wait_for_lock(&self, lock: &std::fs::File, blob: &Blob) -> Result<(), Fault> {
+        let (mut seen_bytes, mut since) = (len_or_zero(&blob.part), Instant::now());
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return Ok(()),
+                Err(TryLockError::Error(error)) => return Err(self.cache_fault(&error.into())),
+                Err(TryLockError::WouldBlock) => thread::sleep(LOCK_PAUSE),
+            }
+            let now_bytes = len_or_zero(&blob.part);
+            if now_bytes != seen_bytes {
+                (seen_bytes, since) = (now_bytes, Instant::now());
+            }
+            if since.elapsed() > self.http.limits.window {
+                return Err(Fault::Transient(anyhow!(
+                    "another process holds the lock `{}`, and nothing has arrived for {:?}",
+                    blob.lock.display(),
+                    self.http.limits.window
+                )));
+            }
+        }
+    }
+
+    /// Brings the rest of the part, and gives it its name once it is whole.
+    fn download(
+        &self,
+        file: &str,
+        located: Located,
+        blob: &Blob,
+        meter: &Meter,
+    ) -> Result<(), Fault> {
+        let in_cache = |error: std::io::Error| self.cache_fault(&error.into());
+        let part_bytes = len_or_zero(&blob.part);
+        let fits = located.size_bytes.is_none_or(|size| part_bytes < size);
+        if !fits {
+            // whole or too long, as a process that is killed may leave it
+            fs_err::remove_file(&blob.part).map_err(in_cache)?;
+        }
+        let from = if fits { part_bytes } else { 0 };
+        let agent = self.http.content_agent();
+        let at_hand = located.response.filter(|_| from == 0);
+        let response = match at_hand {
+            Some(response) => response,
+            None => self.content(&agent, located.url, from)?,
+        };
+        if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
+            fs_err::remove_file(&blob.part).map_err(in_cache)?;
+            return Err(Fault::Transient(anyhow!("the part that was there does not fit")));
+        }
+        let (from, size_bytes) = self.extent(&response, from)?;
+        let size_bytes = size_bytes.or(located.size_bytes);
+        meter.start(file, size_bytes);
+        let mut part = fs_err::OpenOptions::new();
+        let mut part =
+            part.create(true).write(true).truncate(false).open(&blob.part).map_err(in_cache)?;
+        part.set_len(from).map_err(in_cache)?;
+        std::io::Seek::seek(&mut part, std::io::SeekFrom::End(0)).map_err(in_cache)?;
+        meter.advance(from);
+        let reader = response.into_body().into_reader();
+        self.receive(&agent, reader, &mut part, size_bytes, meter)?;
+        part.sync_all().map_err(in_cache)?;
+        let found_bytes = len_or_zero(&blob.part);
+        if let Some(size_bytes) = size_bytes.filter(|size| *size != found_bytes) {
+            if found_bytes > size_bytes {
+                fs_err::remove_file(&blob.part).map_err(in_cache)?;
+            }
+            return Err(Fault::Transient(anyhow!(
+                "{found_bytes} bytes came where {size_bytes} were announced"
+            )));
+        }
+        fs_err::rename(&blob.part, &blob.whole).map_err(in_cache)
+    }
+
+    /// The answer with the content from byte `from` on.
+    fn content(&self, agent: &Agent, mut url: Url, from: u64) -> Result<Response<Body>, Fault> {
+        for _ in 0..=MAX_REDIRECTS {
+            let response = self
+                .http
+                .get(agent, &url, Some(from))
+                .map_err(|error| self.request_fault(&url, error))?;
+            match redirect(&response, &url).map_err(Fault::Final)? {
+                Some(target) => url = target,
+                None if response.status().is_success()
+                    || response.status() == StatusCode::RANGE_NOT_SATISFIABLE =>
+                {
+                    return Ok(response);
+                }
+                None => return Err(self.answer_fault(&url, &response)),
+            }
+        }
+        Err(self.not_the_hub("it redirects without end"))
+    }
+
+    /// The first byte of an answer's content, and how many bytes the whole file has.
+    fn extent(&self, response: &Response<Body>, from: u64) -> Result<(u64, Option<u64>), Fault> {
+        let headers = response.headers();
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            // a server without `Range` sends all of it where the rest was asked for
+            return Ok((0, text_of(headers, CONTENT_LENGTH.as_str()).and_then(number)));
+        }
+        let range = text_of(headers, CONTENT_RANGE.as_str()).unwrap_or_default();
+        let parts = range.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
+        let first = parts.and_then(|(span, _)| number(span.split_once('-')?.0));
+        match (first, parts) {
+            (Some(first), Some((_, size))) if first == from => Ok((from, number(size))),
+            _ => Err(Fault::Transient(anyhow!(
+                "the bytes from {from} on were asked for, but the answer has {range:?}"
+            ))),
+        }
+    }
+
+    /// Appends what `reader` brings to `part`.
+    fn receive(
+        &self,
+        agent: &Agent,
+        mut reader: impl Read,
+        part: &mut impl Write,
+        size_bytes: Option<u64>,
+        meter: &Meter,
+    ) -> Result<(), Fault> {
+        let mut buffer = vec![0; 1 << 16];
+        let copy = || loop {
+            let count = match reader.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(count) => count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(Fault::Transient(error.into())),
+            };
+            let written = part.write_all(&buffer[..count]);
+            written.map_err(|error| self.cache_fault(&error.into()))?;
+            meter.advance(count as u64);
+        };
+        let limits = &self.http.limits;
+        let (copied, too_slow) = with_least_speed(agent, limits, &meter.arrived_bytes, copy);
+        let Err(Fault::Transient(error)) = copied else { return copied };
+        let size = size_bytes.map_or("an unknown number of".to_owned(), |size| size.to_string());
+        let error = match (too_slow, error.downcast_ref::<std::io::Error>().and_then(timeout_of)) {
+            (true, _) => format!("fewer than {} in {:?}", limits.window_bytes, limits.window),
+            (_, Some(ureq::Timeout::PerRead)) => format!("none for {:?}", limits.silence),
+            _ => error.to_string(),
+        };
+        Err(Fault::Transient(anyhow!("{} of {size} bytes came: {error}", meter.arrived())))
+    }
+
+    /// The error for something that the cache refuses.
+    fn cache_fault(&self, error: &anyhow::Error) -> Fault {
+        Fault::Final(anyhow!(
+            "cannot write to the Hub's cache `{}`: {error:#}\n\
+             hint: `HF_HOME` names another place for it",
+            self.cache.path().display()
+        ))
+    }
+}
+
+/// The limit that an error of reading comes from, if it comes from one.
+fn timeout_of(error: &std::io::Error) -> Option<ureq::Timeout> {
+    match error.get_ref()?.downcast_ref::<ureq::Error>()? {
+        ureq::Error::Timeout(timeout) => Some(*timeout),
+        _ => None,
+    }
+}
+
+/// Makes `pointer` a relative link to `blob`, in one step.
+fn link(pointer: &Path, blob: &Path) -> Result<()> {
+    make_parent(pointer)?;
+    let folder = pointer.parent().context("a file lies in a folder")?;
+    let repo = blob.parent().and_then(Path::parent).context("a blob lies in `blobs`")?;
+    let depth = folder.strip_prefix(repo)?.components().count();
+    let target = Path::new(&"../".repeat(depth)).join(blob.strip_prefix(repo)?);
+    let temporary = tempfile::Builder::new().prefix(".link-").tempdir_in(folder)?;
+    let made = temporary.path().join("link");
+    fs_err::os::unix::fs::symlink(target, &made)?;
+    Ok(fs_err::rename(made, pointer)?)
+}
+
+fn make_parent(path: &Path) -> Result<()> {
+    Ok(path.parent().map_or(Ok(()), fs_err::create_dir_all)?)
+}
+
+fn text_of<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+    headers.get(name).and_then(|value| value.to_str().ok())
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
 }
 
 fn len_or_zero(path: &Path) -> u64 {
     fs_err::metadata(path).map_or(0, |metadata| metadata.len())
-}
-
-/// Whether an error of this kind is the cache's and not the connection's.
-fn is_local(kind: ErrorKind) -> bool {
-    use ErrorKind::{
-        FileTooLarge, IsADirectory, NotADirectory, PermissionDenied, QuotaExceeded,
-        ReadOnlyFilesystem, StorageFull,
-    };
-    matches!(
-        kind,
-        FileTooLarge
-            | IsADirectory
-            | NotADirectory
-            | PermissionDenied
-            | QuotaExceeded
-            | ReadOnlyFilesystem
-            | StorageFull
-    )
 }

@@ -2,26 +2,28 @@
 //! Hub.
 //!
 //! The Hub is asked once which commit the revision stands at and which files it has; only the
-//! files that are needed are fetched, all at that commit. The crate `hf-hub` fetches them into the
-//! cache that Python's `huggingface_hub` and `transformers` share, so that each finds what the
-//! other has fetched:
+//! files that are needed are fetched, all at that commit, into the cache that Python's
+//! `huggingface_hub` and `transformers` share, so that each finds what the other has fetched:
 //!
 //! ```text
 //! <cache_dir>/models--<owner>--<name>/refs/<revision>            the commit of a branch or tag
 //!                                     snapshots/<commit>/<file>  links to
 //!                                     blobs/<etag>               the content
-//!                                     blobs/<etag>.part, .lock   the same while it is fetched
+//!                                     blobs/<etag>.incomplete    the same while it is fetched
+//! <cache_dir>/.locks/models--<owner>--<name>/<etag>.lock         held by the process that fetches it
 //! ```
 //!
-//! Limits of `hf-hub` 0.5, whose downloads cannot be set up otherwise: a token is sent to the host
-//! that the Hub redirects large files to, too; a server that falls silent amid a file is waited for
-//! without end; sizes are checked but hashes are not; a file that did not change from one commit to
-//! the next is fetched again.
+//! The crate `hf-hub` knows the cache; requests are this folder's own. Those of hf-hub 0.5 send the
+//! token to other hosts and have no limits of time, and hf-hub 1.0 takes any `ETag` for the name of a
+//! file, neither continues nor checks a download that broke, and lets no limit be set either.
+//!
+//! Sizes are checked; hashes are not.
 
 mod adapter;
 mod base;
 mod client;
 mod fetch;
+mod http;
 mod place;
 mod repo;
 
@@ -31,6 +33,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
+pub use http::HubLimits;
 use repo::RepoSource;
 
 /// How to reach the Hub.
@@ -40,10 +43,12 @@ pub struct HubSettings {
     pub endpoint: String,
     /// The Hub's cache: `$HF_HUB_CACHE`, or `$HF_HOME/hub`, or `~/.cache/huggingface/hub`.
     pub cache_dir: PathBuf,
-    /// Sent to `endpoint`, and to the host that it redirects large files to (`HF_TOKEN`).
+    /// Sent to the origin of `endpoint` alone (`HF_TOKEN`).
     pub token: Option<String>,
     /// Use the cache alone (`HF_HUB_OFFLINE`).
     pub offline: bool,
+    /// How long the Hub may take.
+    pub limits: HubLimits,
 }
 
 impl HubSettings {
@@ -51,14 +56,15 @@ impl HubSettings {
     pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 }
 
-/// Without the token.
+/// Without the token and without credentials in the address.
 impl fmt::Debug for HubSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HubSettings")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &http::without_credentials(&self.endpoint))
             .field("cache_dir", &self.cache_dir)
             .field("token", &self.token.as_ref().map(|_| "***"))
             .field("offline", &self.offline)
+            .field("limits", &self.limits)
             .finish()
     }
 }

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
-use hf_hub::api::RepoInfo;
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::client::{Client, Fault};
+use super::client::{Client, Fault, RepoInfo};
 use super::place::Place;
 use super::{DownloadProgress, HubSettings};
 
@@ -68,7 +67,7 @@ impl RepoSource<'_> {
                  hint: `{option}.hub.revision` is a branch (as a rule `main`), a tag or a commit"
             );
         }
-        // `hf-hub` puts it into addresses as it is
+        // the Hub has no such folders, and they would mean other ones in an address
         let odd = |c: char| odd(c) || "#%".contains(c);
         if !subfolder.is_empty() && (!subfolder.split('/').all(is_step) || subfolder.contains(odd))
         {

@@ -113,7 +113,12 @@ pub enum Preferred {
     Last,
 }
 
-/// The checkpoint folder that `dir` names: itself, or one of the run's whose folder it is.
+/// The checkpoint folder that `dir` names: itself, or one of the run's whose folder it is. A run that was
+/// killed, or found no space, after a step was in place and before `last` led to it has no `last`, or one
+/// that leads nowhere: the newest whole step is taken, and `last` is mended.
+///
+/// # Errors
+/// A folder without a checkpoint, or with none that is whole.
 pub fn find(dir: &Path, preferred: Preferred) -> Result<PathBuf> {
     if dir.join(STATE).is_file() {
         return Ok(dir.to_owned());
@@ -131,10 +136,47 @@ pub fn find(dir: &Path, preferred: Preferred) -> Result<PathBuf> {
     if !dir.exists() {
         bail!("there is no folder `{}`", dir.display());
     }
-    bail!(
-        "`{}` holds no checkpoint\nhint: name a run's folder or one of its `checkpoints/step-*`",
-        dir.display()
-    );
+    newest_whole(dir)
+}
+
+/// The newest step of a run that is whole, to which `last` leads from now on.
+fn newest_whole(run_dir: &Path) -> Result<PathBuf> {
+    restore(run_dir)?;
+    let (parent, mut newest_fault) = (folder(run_dir), None);
+    for step in steps(run_dir)?.into_iter().rev() {
+        let name = step_name(step);
+        let path = parent.join(&name);
+        if let Err(fault) = check_whole(&path) {
+            tracing::warn!("`{}` is not whole: {fault:#}", path.display());
+            newest_fault.get_or_insert(fault);
+            continue;
+        }
+        let mended = match point(&parent, "last", &name) {
+            Ok(()) => "which leads there now".to_owned(),
+            Err(error) => format!("which cannot be mended: {error:#}"),
+        };
+        tracing::warn!(
+            "taking `{name}`, the newest whole step: no checkpoint is behind `last`, {mended}"
+        );
+        return Ok(path);
+    }
+    let hint = "hint: name a run's folder or one of its `checkpoints/step-*`";
+    match newest_fault {
+        None => bail!("`{}` holds no checkpoint\n{hint}", run_dir.display()),
+        Some(fault) => {
+            bail!("`{}` holds no whole checkpoint: {fault:#}\n{hint}", run_dir.display())
+        }
+    }
+}
+
+/// Checks that a checkpoint's files are there and can be read.
+fn check_whole(dir: &Path) -> Result<()> {
+    read_state(dir)?;
+    read_config(dir)?;
+    read_experts(dir)?;
+    read_model(dir)?;
+    read_optimizer(dir)?;
+    Ok(())
 }
 
 /// Where a run's checkpoints are.
@@ -191,7 +233,7 @@ pub fn write(run_dir: &Path, checkpoint: &Checkpoint, keep_last: usize) -> Resul
     let target = parent.join(&name);
     let write = || -> Result<()> {
         // a resumed run comes to the same step again
-        durable::folder(&target, true, |dir| write_files(dir, checkpoint))?;
+        durable::folder::write(&target, |dir| write_files(dir, checkpoint))?;
         point(&parent, "last", &name)?;
         if let Some(best) = checkpoint.state.best
             && parent.join(step_name(best.step)).exists()
@@ -264,19 +306,38 @@ fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
     Ok(())
 }
 
-/// Removes what an interrupted write left behind.
-pub fn clean(run_dir: &Path) -> Result<()> {
+/// Brings back steps that a killed process was about to replace.
+fn restore(run_dir: &Path) -> Result<()> {
     let parent = folder(run_dir);
-    if !parent.exists() {
-        return Ok(());
-    }
-    for entry in fs_err::read_dir(&parent)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let name = name.to_string_lossy();
-        if name.starts_with(".writing-") || name.starts_with(".replaced-") {
-            fs_err::remove_dir_all(entry.path())?;
+    for name in hidden(&parent)? {
+        if let Some(name) = name.strip_prefix(durable::folder::REPLACED) {
+            durable::folder::restore(&parent.join(name))?;
         }
     }
     Ok(())
+}
+
+/// Removes what an interrupted write left behind.
+pub fn clean(run_dir: &Path) -> Result<()> {
+    restore(run_dir)?;
+    let parent = folder(run_dir);
+    for name in hidden(&parent)? {
+        if name.starts_with(durable::folder::WRITING) {
+            fs_err::remove_dir_all(parent.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+/// The names in a folder that begin with a dot; none if there is no such folder.
+fn hidden(dir: &Path) -> Result<Vec<String>> {
+    if !dir.exists() {
+        return Ok(vec![]);
+    }
+    let mut names = vec![];
+    for entry in fs_err::read_dir(dir)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        names.extend(name.starts_with('.').then_some(name));
+    }
+    Ok(names)
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::{LoraInit, ModulePath, RouterConfig, RoutingChoice, TargetModule};
+use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, Provenance, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER};
 use dylora::model::adapter::{self, config_json};
@@ -21,7 +22,7 @@ use crate::{lora, message, of_folder, provenance, three_layers, zeros};
 fn written_and_read(model: &RoutedGpt2, kind: Kind) -> Result<RoutedGpt2> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
-    export(&out, model, &provenance(), Layout::Dylora, false)?;
+    export(&Output::new(&out), model, &provenance(), Layout::Dylora)?;
     of_folder(&out, &model.base().config)?.put_on(model.base(), Device::Cpu, kind)
 }
 
@@ -100,7 +101,7 @@ fn an_export_says_what_decided_the_weights_in_training() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let out = dir.path().join("out");
         let provenance = Provenance { routing, ..provenance() };
-        export(&out, &model, &provenance, Layout::Dylora, false)?;
+        export(&Output::new(&out), &model, &provenance, Layout::Dylora)?;
         assert_eq!(of_folder(&out, &tiny_config())?.routing, routing);
     }
     Ok(())
@@ -170,7 +171,7 @@ fn an_export_whose_router_is_spoiled_is_refused() -> Result<()> {
     let model = tiny_model(&lora(PLAIN), &RouterConfig::default(), Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
-    export(&out, &model, &provenance(), Layout::Dylora, false)?;
+    export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
     let said = |weight: Tensor, bias: Tensor| -> Result<String> {
         write_tensors(&out.join(ROUTER), [("router.weight", &weight), ("router.bias", &bias)])?;
         let read = of_folder(&out, &tiny_config())
@@ -287,7 +288,7 @@ fn the_cards_describe_the_adapters_as_they_are_written() -> Result<()> {
     let model = tiny_model(&lora(experts), &RouterConfig::default(), Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
-    export(&out, &model, &provenance(), Layout::Dylora, false)?;
+    export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
     let card = fs_err::read_to_string(out.join("README.md"))?;
     let shapes: Vec<&str> = card.lines().filter(|line| line.starts_with("- `expert_")).collect();
     insta::assert_snapshot!(shapes.join("\n"), @r"

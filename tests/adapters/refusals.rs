@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::{AdapterSource, RouterConfig};
+use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Mixture};
 use dylora::model::gpt2_config::Gpt2Config;
@@ -303,7 +304,7 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     let model = tiny_model(&lora("num_experts = 2"), &router, Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
-    export(&out, &model, &provenance(), Layout::Dylora, false)?;
+    export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
     let file = out.join(MANIFEST);
     let whole: Value = serde_json::from_str(&fs_err::read_to_string(&file)?)?;
     let changes = [

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::RouterConfig;
+use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::xlora::{ADAPTERS, CLASSIFIER, CONFIG};
 use dylora::model::weights::{read_tensors, write_tensors};
@@ -45,7 +46,7 @@ fn a_written_xlora_folder_routes_as_before_to_the_bit() -> Result<()> {
     let model = mixture.put_on(&base, Device::Cpu, Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
-    export(&out, &model, &provenance(), Layout::Xlora, false)?;
+    export(&Output::new(&out), &model, &provenance(), Layout::Xlora)?;
     let written = of_folder(&out, &base.config)?;
     assert_eq!((&written.specs, &written.router), (&mixture.specs, &mixture.router));
     let again = written.put_on(&base, Device::Cpu, Kind::Float)?;
@@ -72,7 +73,8 @@ fn what_xlora_cannot_express_is_not_written() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let refusal = |lora: &str, router: &str| -> Result<String> {
         let out = dir.path().join("out");
-        let refusal = export(&out, &model(lora, router)?, &provenance(), Layout::Xlora, false);
+        let refusal =
+            export(&Output::new(&out), &model(lora, router)?, &provenance(), Layout::Xlora);
         assert!(!out.exists());
         Ok(message(&refusal.expect_err("X-LoRA cannot express it"), dir.path()))
     };
@@ -105,7 +107,7 @@ fn what_xlora_can_express_is_written() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     let model = model(mixed, "input = 'base_hidden'\ntemperature = 0.3")?;
-    export(&out, &model, &provenance(), Layout::Xlora, false)?;
+    export(&Output::new(&out), &model, &provenance(), Layout::Xlora)?;
     let read = of_folder(&out, &tiny_config())?.put_on(model.base(), Device::Cpu, Kind::Float)?;
     let run = |model: &RoutedGpt2| logits(model, &two_rows(), &RoutingSource::Router);
     assert_close("logits", &run(&read), &run(&model), 1e-5);

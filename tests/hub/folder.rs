@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::{BaseSource, RandomBase};
-use dylora::hub::{BaseFiles, HubSettings, find_base};
+use dylora::hub::{BaseFiles, HubLimits, HubSettings, find_base};
 use tempfile::TempDir;
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
@@ -13,7 +13,13 @@ const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and 
 
 fn settings() -> HubSettings {
     let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
-    HubSettings { endpoint, cache_dir: "absent".into(), token: None, offline: true }
+    HubSettings {
+        endpoint,
+        cache_dir: "absent".into(),
+        token: None,
+        offline: true,
+        limits: HubLimits::default(),
+    }
 }
 
 fn find(path: &Path) -> Result<BaseFiles> {

@@ -3,6 +3,7 @@
 mod adapter;
 mod download;
 mod folder;
+mod hostile;
 mod mock;
 
 use std::fmt::Debug;
@@ -93,17 +94,12 @@ fn only_what_a_gpt2_needs_is_fetched() -> Result<()> {
     assert_eq!(fs_err::read(&files.weights[0])?, weights);
     let resolve = format!("org/tiny-gpt2/resolve/{COMMIT}");
     let mut expected = vec!["GET hub/api/models/org/tiny-gpt2/revision/main".to_owned()];
-    // each twice: for etag and size, and for the content
     for file in ["config.json", "tokenizer.json"] {
-        for _ in 0..2 {
-            expected.push(format!("GET hub/{resolve}/{file}"));
-            expected.push(format!("GET hub/cache/{resolve}/{file}"));
-        }
+        expected.push(format!("GET hub/{resolve}/{file}"));
+        expected.push(format!("GET hub/cache/{resolve}/{file}"));
     }
-    for _ in 0..2 {
-        expected.push(format!("GET hub/{resolve}/model.safetensors"));
-        expected.push(format!("GET cdn/{}", etag(&weights)));
-    }
+    expected.push(format!("GET hub/{resolve}/model.safetensors"));
+    expected.push(format!("GET cdn/{}", etag(&weights)));
     assert_eq!(hub.take_lines(), expected);
     Ok(())
 }
@@ -196,28 +192,18 @@ fn what_is_cached_needs_no_network() -> Result<()> {
 fn a_moved_branch_leaves_the_files_of_the_old_commit() -> Result<()> {
     let (hub, _dir, mut settings) = tiny_gpt2()?;
     let before = find(&settings)?;
+    hub.take_requests();
     let config: (&str, &[u8]) = ("config.json", b"{\"n_layer\": 24}");
     hub.set_files(NEXT_COMMIT, &[config, TOKENIZER, ("model.safetensors", &weights())]);
     let after = find(&settings)?;
+    // the weights are the same content
+    assert_eq!(content_requests(&hub.take_requests()), [""; 0]);
     assert_eq!(after.commit.as_deref(), Some(NEXT_COMMIT));
     assert_eq!(fs_err::read(&after.config)?, config.1);
     assert_eq!(fs_err::read(&before.config)?, CONFIG.1);
     assert_eq!(fs_err::read(&after.weights[0])?, weights());
     settings.offline = true;
     assert_eq!(find(&settings)?, after);
-    Ok(())
-}
-
-#[test]
-fn the_token_is_sent_to_the_endpoint_and_not_shown() -> Result<()> {
-    let (hub, _dir, mut settings) = tiny_gpt2()?;
-    settings.token = Some(" hf_secret\n".into());
-    find(&settings)?;
-    for request in hub.take_requests().iter().filter(|request| request.line.contains(" hub/")) {
-        let sent = request.headers.get("authorization").map(String::as_str);
-        assert_eq!(sent, Some("Bearer hf_secret"), "{}", request.line);
-    }
-    assert!(!format!("{settings:?}").contains("secret"));
     Ok(())
 }
 
@@ -255,11 +241,11 @@ fn an_absent_repository_and_an_absent_revision_are_told_apart() -> Result<()> {
 #[test]
 fn a_denied_access_says_which_token_is_needed() -> Result<()> {
     for (status, token) in [("401 Unauthorized", None), ("403 Forbidden", Some("hf_x"))] {
-        for (path, said) in [("/api/", ": SAID"), ("/resolve/", "")] {
+        for path in ["/api/", "/resolve/"] {
             assert_eq!(
                 refusal(path, status[..3].parse()?, "GatedRepo", token)?,
                 format!(
-                    "`org/tiny-gpt2` on `HUB` is gated: it answers {status}{said}\n\
+                    "`org/tiny-gpt2` on `HUB` is gated: it answers {status}: SAID\n\
                      hint: accept its terms at `HUB/org/tiny-gpt2`, and set `HF_TOKEN` to a token \
                      of the account that did"
                 )

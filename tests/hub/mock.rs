@@ -7,8 +7,9 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
+use std::time::Duration;
 
-use dylora::hub::HubSettings;
+use dylora::hub::{HubLimits, HubSettings};
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -32,6 +33,10 @@ pub enum Fault {
     Status(u16),
     /// Sends so many bytes more than it should, and says so.
     Append(usize),
+    /// Sends so many bytes, then nothing for a minute.
+    SilentAfter(usize),
+    /// Sends one byte every 20 ms.
+    Trickle,
 }
 
 impl Request {
@@ -48,6 +53,12 @@ struct State {
     faults: VecDeque<Fault>,
     /// Answers to requests whose path contains the key: status and `X-Error-Code`.
     refusals: BTreeMap<String, (u16, String)>,
+    /// Headers that are sent with every answer of the first server, instead of its own of that name.
+    headers: Vec<(&'static str, String)>,
+    /// Whether it says how long large files are.
+    tells_size: bool,
+    /// Whether the first server takes requests, but does not answer.
+    is_silent: bool,
     cdn: String,
 }
 
@@ -60,7 +71,11 @@ pub struct MockHub {
 impl MockHub {
     /// A repository with `files`.
     pub fn new(files: &[(&str, &[u8])]) -> Self {
-        let state = Arc::new(Mutex::new(State { commit: COMMIT.into(), ..State::default() }));
+        let state = Arc::new(Mutex::new(State {
+            commit: COMMIT.into(),
+            tells_size: true,
+            ..State::default()
+        }));
         let endpoint = serve("hub", &state);
         let cdn = serve("cdn", &state);
         let hub = Self { endpoint, state };
@@ -85,6 +100,21 @@ impl MockHub {
         self.lock().refusals.insert(path.into(), (status, code.into()));
     }
 
+    /// Sends `value` in the header `name` with every answer.
+    pub fn set_header(&self, name: &'static str, value: &str) {
+        self.lock().headers.push((name, value.into()));
+    }
+
+    /// Leaves `X-Linked-Size` out, as some mirrors do.
+    pub fn hide_sizes(&self) {
+        self.lock().tells_size = false;
+    }
+
+    /// Takes requests from now on, but does not answer.
+    pub fn fall_silent(&self) {
+        self.lock().is_silent = true;
+    }
+
     /// The requests since the last call.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.lock().requests)
@@ -101,6 +131,7 @@ impl MockHub {
             cache_dir: cache_dir.into(),
             token: None,
             offline: false,
+            limits: HubLimits::default(),
         }
     }
 
@@ -144,11 +175,25 @@ fn read_request(name: &str, stream: &TcpStream) -> std::io::Result<Request> {
 
 fn answer(name: &str, mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     let request = read_request(name, &stream)?;
-    let reply = {
+    let mut reply = {
         let mut state = state.lock().expect("no server thread panics");
         state.requests.push(request.clone());
-        reply_to(&request, &mut state)
+        let mut reply = reply_to(&request, &mut state);
+        if name == "hub" {
+            for (key, value) in &state.headers {
+                reply.headers.retain(|(other, _)| other != key);
+                reply.headers.push((key, value.clone()));
+            }
+            if state.is_silent {
+                reply.pace = Pace::SilentAfter(0);
+            }
+        }
+        reply
     };
+    if reply.pace == Pace::SilentAfter(0) {
+        thread::sleep(SILENCE);
+        return Ok(());
+    }
     let mut head = format!("HTTP/1.1 {} Mock\r\nConnection: close\r\n", reply.status);
     for (key, value) in &reply.headers {
         head.push_str(&format!("{key}: {value}\r\n"));
@@ -157,21 +202,45 @@ fn answer(name: &str, mut stream: TcpStream, state: &Mutex<State>) -> std::io::R
         head.push_str(&format!("Content-Length: {}\r\n", reply.body.len()));
     }
     stream.write_all(format!("{head}\r\n").as_bytes())?;
-    if !request.line.starts_with("HEAD") {
-        stream.write_all(&reply.body)?;
+    if request.line.starts_with("HEAD") {
+        return Ok(());
     }
-    Ok(())
+    match reply.pace {
+        Pace::AtOnce => stream.write_all(&reply.body),
+        Pace::SilentAfter(count) => {
+            reply.body.truncate(count);
+            stream.write_all(&reply.body)?;
+            thread::sleep(SILENCE);
+            Ok(())
+        }
+        Pace::Trickle => reply.body.iter().try_for_each(|byte| {
+            thread::sleep(Duration::from_millis(20));
+            stream.write_all(&[*byte])
+        }),
+    }
+}
+
+/// Longer than any test waits.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// How the body is sent.
+#[derive(PartialEq)]
+enum Pace {
+    AtOnce,
+    SilentAfter(usize),
+    Trickle,
 }
 
 struct Reply {
     status: u16,
     headers: Vec<(&'static str, String)>,
     body: Vec<u8>,
+    pace: Pace,
 }
 
 impl Reply {
     fn new(status: u16, headers: Vec<(&'static str, String)>) -> Self {
-        Self { status, headers, body: Vec::new() }
+        Self { status, headers, body: Vec::new(), pace: Pace::AtOnce }
     }
 }
 
@@ -192,7 +261,7 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
         let names: Vec<String> =
             state.files.keys().map(|name| format!(r#"{{"rfilename": "{name}"}}"#)).collect();
         let body = format!(r#"{{"sha": "{}", "siblings": [{}]}}"#, state.commit, names.join(","));
-        return Reply { status: 200, headers: Vec::new(), body: body.into_bytes() };
+        return Reply { body: body.into_bytes(), ..Reply::new(200, Vec::new()) };
     }
     if let Some(hash) = path.strip_prefix("cdn/") {
         let is_probe = request.range() == Some("bytes=0-0");
@@ -209,7 +278,10 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
     if path.ends_with(".safetensors") {
         let etag = etag(data);
         let location = ("Location", format!("{}/{etag}", state.cdn));
-        let headers = vec![location, ("X-Linked-Etag", format!("\"{etag}\"")), commit];
+        let mut headers = vec![location, ("X-Linked-Etag", format!("\"{etag}\"")), commit];
+        if state.tells_size {
+            headers.push(("X-Linked-Size", data.len().to_string()));
+        }
         return Reply::new(302, headers);
     }
     // the Hub sends small files by way of a path of its own
@@ -245,9 +317,14 @@ fn content(request: &Request, data: &[u8], fault: Option<Fault>) -> Reply {
     if let Some(Fault::CutAfter(count)) = fault {
         body.truncate(count);
     }
+    let pace = match fault {
+        Some(Fault::SilentAfter(count)) => Pace::SilentAfter(count),
+        Some(Fault::Trickle) => Pace::Trickle,
+        _ => Pace::AtOnce,
+    };
     if range.is_none() || matches!(fault, Some(Fault::IgnoreRange)) {
-        return Reply { status: 200, headers, body };
+        return Reply { body, pace, ..Reply::new(200, headers) };
     }
     headers.push(("Content-Range", format!("bytes {start}-{}/{size}", end - 1)));
-    Reply { status: 206, headers, body }
+    Reply { body, pace, ..Reply::new(206, headers) }
 }

@@ -9,6 +9,7 @@ use anyhow::Result;
 use dylora::base::Base;
 use dylora::config::{AdapterSource, Config, SaveDtype, load};
 use dylora::data::{DataOptions, Datasets, load_datasets};
+use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
 use dylora::export::peft::{Layout, Provenance};
 use dylora::export::{hugging_face, peft};
@@ -71,7 +72,7 @@ impl World {
         let base = Gpt2::new(shape, scaled.collect());
         let tokenizer = world.path("tokenizer.json");
         let dir = world.path("base");
-        hugging_face::export(&dir, &base, SaveDtype::F32, Some(&tokenizer), false)?;
+        hugging_face::export(&Output::new(&dir), &base, SaveDtype::F32, Some(&tokenizer))?;
         for (name, step) in [("up", 1), ("down", 29)] {
             for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
                 let lines: Vec<String> =
@@ -447,7 +448,7 @@ fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
     let base = open_base(&config)?;
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("hf");
-    hugging_face::export(&out, model.base(), SaveDtype::F32, None, false)?;
+    hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None)?;
     let shape = Gpt2Config::read(&out.join("config.json"))?;
     let file = out.join("model.safetensors");
     let read = dylora::model::weights::read_gpt2(&shape, &[file], tch::Kind::Float)?;
@@ -477,7 +478,7 @@ fn an_export_holds_each_expert_and_the_router() -> Result<()> {
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("export");
     let provenance = provenance(&base)?;
-    peft::export(&out, &model, &provenance, Layout::Dylora, false)?;
+    peft::export(&Output::new(&out), &model, &provenance, Layout::Dylora)?;
     let trained = checkpoint::read_model(&summary.checkpoint)?;
     for expert in 0..3 {
         let file = out.join(format!("expert_{expert}/adapter_model.safetensors"));
@@ -489,7 +490,7 @@ fn an_export_holds_each_expert_and_the_router() -> Result<()> {
     }
     let router = read_tensors(&out.join("router.safetensors"))?;
     assert!(router["router.weight"].equal(&trained["router.weight"]));
-    let error = peft::export(&out, &model, &provenance, Layout::Dylora, false).unwrap_err();
+    let error = peft::export(&Output::new(&out), &model, &provenance, Layout::Dylora).unwrap_err();
     assert!(format!("{error:#}").contains("is there already"), "{error:#}");
     Ok(())
 }

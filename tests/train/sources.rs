@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{Config, RoutingChoice};
+use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
 use dylora::export::peft::{self, Layout};
 use dylora::mixture::Mixture;
@@ -46,7 +47,7 @@ fn exported(world: &World) -> Result<Vec<String>> {
     let base = open_base(&config)?;
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let dir = world.path("export");
-    peft::export(&dir, &model, &provenance(&base)?, Layout::Dylora, false)?;
+    peft::export(&Output::new(&dir), &model, &provenance(&base)?, Layout::Dylora)?;
     Ok(vec![
         "router.temperature=0.7".into(),
         format!("router.source=\"{}\"", dir.display()),

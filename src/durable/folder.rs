@@ -1,0 +1,210 @@
+//! A folder that takes the place of another in one step.
+//!
+//! The new folder is filled beside the old one as `.writing-*`, forced to disk, and the two exchange
+//! their names (`renameat2` with `RENAME_EXCHANGE`, Linux 3.15), so that at any moment one of them,
+//! whole, is at the place. A file system without that exchange, such as NFS, gets two renames, between
+//! which the old folder is at `.replaced-NAME` alone; [`restore`] brings it back after a kill there.
+
+use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
+use super::sync_folder;
+
+/// How a folder is named while it is written; eight random characters follow.
+pub const WRITING: &str = ".writing-";
+/// How a folder is named between two renames; its own name follows.
+pub const REPLACED: &str = ".replaced-";
+
+/// Fills a folder with `fill` and puts it at `dir`, with the missing parents, in place of any folder
+/// that is there. What may be replaced is the caller's to decide.
+pub fn write(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    restore(dir)?;
+    let dir = std::path::absolute(dir)?;
+    let parent = dir.parent().with_context(|| format!("`{}` is no folder name", dir.display()))?;
+    fs_err::create_dir_all(parent)?;
+    let temporary = tempfile::Builder::new().prefix(WRITING).tempdir_in(parent)?;
+    fs_err::set_permissions(temporary.path(), PermissionsExt::from_mode(0o755))?;
+    fill(temporary.path())?;
+    sync_folder(temporary.path())?;
+    if dir.symlink_metadata().is_err() {
+        rename_to_free(temporary.path(), &dir)?;
+        let _ = temporary.keep();
+        return sync_folder(parent);
+    }
+    exchange(temporary.path(), &dir)?;
+    sync_folder(parent)?;
+    // what was there has the temporary name now
+    let old = temporary.path().to_owned();
+    if let Err(error) = temporary.close() {
+        tracing::warn!("`{}` is left over and may be deleted: {error}", old.display());
+    }
+    Ok(())
+}
+
+/// Renames `from` to `to`, where nothing is; what has come there meanwhile is not replaced, if the file
+/// system can tell.
+pub(super) fn rename_to_free(from: &Path, to: &Path) -> Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => Ok(fs_err::rename(from, to)?),
+        Err(error) => Err(std::io::Error::from(error))
+            .with_context(|| format!("cannot rename `{}` to `{}`", from.display(), to.display())),
+    }
+}
+
+/// Puts the folder `new` at `dir` and what was there at `new`.
+fn exchange(new: &Path, dir: &Path) -> Result<()> {
+    match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(()),
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => exchange_by_renames(new, dir),
+        Err(error) => Err(std::io::Error::from(error)).with_context(|| {
+            format!("cannot exchange `{}` and `{}`", new.display(), dir.display())
+        }),
+    }
+}
+
+fn exchange_by_renames(new: &Path, dir: &Path) -> Result<()> {
+    let parked = parked(dir).with_context(|| format!("`{}` has no name", dir.display()))?;
+    fs_err::rename(dir, &parked)?;
+    if let Err(error) = fs_err::rename(new, dir) {
+        fs_err::rename(&parked, dir)?;
+        return Err(error.into());
+    }
+    Ok(fs_err::rename(&parked, new)?)
+}
+
+/// Where a folder is between two renames.
+fn parked(dir: &Path) -> Option<PathBuf> {
+    let mut name = OsString::from(REPLACED);
+    name.push(dir.file_name()?);
+    Some(dir.with_file_name(name))
+}
+
+/// Undoes what a process left that was killed while it replaced `dir`: a folder that is away from its
+/// place comes back, and one that has been replaced goes.
+pub fn restore(dir: &Path) -> Result<()> {
+    let Some(parked) = parked(dir).filter(|parked| parked.is_dir() && !parked.is_symlink()) else {
+        return Ok(());
+    };
+    if dir.symlink_metadata().is_ok() {
+        return Ok(fs_err::remove_dir_all(parked)?);
+    }
+    fs_err::rename(&parked, dir)?;
+    tracing::warn!("`{}` is restored: a command was killed while it replaced it", dir.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn fill(dir: &Path, text: &str) -> Result<()> {
+        for name in ["a", "b"] {
+            super::super::write(&dir.join(name), text.as_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// The text that both files of a whole folder hold.
+    fn text_of(dir: &Path) -> Result<String> {
+        let [a, b] = ["a", "b"].map(|name| fs_err::read_to_string(dir.join(name)));
+        let (a, b) = (a?, b?);
+        assert_eq!(a, b, "half of one folder, half of the other");
+        Ok(a)
+    }
+
+    fn names(dir: &Path) -> Result<Vec<OsString>> {
+        let mut names: Vec<OsString> =
+            fs_err::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+        names.sort();
+        Ok(names)
+    }
+
+    #[test]
+    fn a_folder_is_replaced_as_a_whole_and_nothing_is_left_over() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let dir = place.path().join("deep/out");
+        for text in ["first", "second"] {
+            write(&dir, |dir| fill(dir, text))?;
+            assert_eq!(text_of(&dir)?, text);
+            assert_eq!(names(dir.parent().context("it has one")?)?, ["out"]);
+        }
+        let error = write(&dir, |dir| {
+            fill(dir, "third")?;
+            anyhow::bail!("no space left")
+        });
+        assert_eq!(error.expect_err("it failed").to_string(), "no space left");
+        assert_eq!(text_of(&dir)?, "second");
+        assert_eq!(names(dir.parent().context("it has one")?)?, ["out"]);
+        Ok(())
+    }
+
+    #[test]
+    fn two_renames_do_what_an_exchange_does() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let [new, dir] = ["new", "dir"].map(|name| place.path().join(name));
+        for (folder, text) in [(&new, "new"), (&dir, "old")] {
+            fs_err::create_dir(folder)?;
+            fill(folder, text)?;
+        }
+        exchange_by_renames(&new, &dir)?;
+        assert_eq!((text_of(&dir)?, text_of(&new)?), ("new".into(), "old".into()));
+        assert_eq!(names(place.path())?, ["dir", "new"]);
+        // the new folder is gone: the old one comes back
+        fs_err::remove_dir_all(&new)?;
+        exchange_by_renames(&new, &dir).expect_err("there is nothing to put there");
+        assert_eq!(text_of(&dir)?, "new");
+        Ok(())
+    }
+
+    #[test]
+    fn a_kill_between_two_renames_is_undone() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let dir = place.path().join("out");
+        write(&dir, |dir| fill(dir, "old"))?;
+        // before the second rename
+        fs_err::rename(&dir, place.path().join(".replaced-out"))?;
+        restore(&dir)?;
+        assert_eq!(text_of(&dir)?, "old");
+        // after it
+        fs_err::create_dir(place.path().join(".replaced-out"))?;
+        restore(&dir)?;
+        assert_eq!((text_of(&dir)?.as_str(), names(place.path())?), ("old", vec!["out".into()]));
+        Ok(())
+    }
+
+    /// The variable by which the next test's process knows what it is to replace.
+    const CHILD: &str = "DYLORA_TEST_REPLACES";
+
+    /// A process that replaces a folder without pause is killed at many moments.
+    #[test]
+    fn a_kill_at_any_moment_leaves_a_whole_folder() -> Result<()> {
+        if let Some(dir) = std::env::var_os(CHILD) {
+            for count in 0.. {
+                write(Path::new(&dir), |dir| fill(dir, &format!("count {count}")))?;
+            }
+        }
+        let place = tempfile::tempdir()?;
+        let dir = place.path().join("out");
+        write(&dir, |dir| fill(dir, "count 0"))?;
+        let name = "durable::folder::tests::a_kill_at_any_moment_leaves_a_whole_folder";
+        for round in 0..30 {
+            let mut command = Command::new(std::env::current_exe()?);
+            let mut child = command.args(["--exact", name]).env(CHILD, &dir).spawn()?;
+            thread::sleep(Duration::from_millis(20 + 7 * round));
+            child.kill()?;
+            child.wait()?;
+            assert!(text_of(&dir)?.starts_with("count "));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,30 @@
+//! Files and folders that are whole or absent, also after a crash: single files here, folders in
+//! [`folder`], and what a command may write where in [`output`].
+
+pub mod folder;
+pub mod output;
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::Result;
+
+/// Writes a file and waits until its bytes are on disk.
+pub fn write(file: &Path, bytes: &[u8]) -> Result<()> {
+    let mut handle = fs_err::File::create(file)?;
+    handle.write_all(bytes)?;
+    Ok(handle.sync_all()?)
+}
+
+/// Replaces a file in one step.
+pub fn replace(file: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temporary = file.as_os_str().to_owned();
+    temporary.push(".new");
+    write(Path::new(&temporary), bytes)?;
+    Ok(fs_err::rename(&temporary, file)?)
+}
+
+/// Waits until the names in a folder are on disk.
+pub fn sync_folder(dir: &Path) -> Result<()> {
+    Ok(fs_err::File::open(dir)?.sync_all()?)
+}

@@ -1,0 +1,228 @@
+//! What a command may write where.
+//!
+//! An output folder holds a marker, [`MARKER`], that lists the files that dylora wrote. A folder may be
+//! replaced if it holds those files and nothing else, and a file if the user says so. Never replaced are
+//! what the command reads, the working folder, and folders that hold one of these; links and devices; and,
+//! in place of a folder, a file.
+
+use std::collections::BTreeSet;
+use std::fs::FileType;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use super::folder;
+
+/// The file by which a folder is known as dylora's.
+pub const MARKER: &str = ".dylora-output.json";
+
+/// The version of the marker's format.
+const FORMAT: u32 = 1;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Marker {
+    format: u32,
+    dylora_version: String,
+    /// Paths from the folder, sorted, without the marker's own.
+    files: BTreeSet<String>,
+}
+
+/// Where a command writes.
+#[derive(Debug, Clone, Default)]
+pub struct Output {
+    /// The file or folder to make.
+    pub path: PathBuf,
+    /// Whether an earlier output may be replaced.
+    pub overwrite: bool,
+    /// Files and folders that the command reads.
+    pub inputs: Vec<PathBuf>,
+    /// Where relative paths begin.
+    pub working_folder: PathBuf,
+}
+
+/// Whether a folder without a marker is dylora's, given the files in it.
+pub type IsUnmarkedOutput = fn(&Path, &BTreeSet<String>) -> bool;
+
+impl Output {
+    /// A new file or folder.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned(), ..Self::default() }
+    }
+
+    /// Checks that [`Self::write_folder`] may write.
+    ///
+    /// # Errors
+    /// What is at the path and may not be replaced, by name.
+    pub fn check_folder(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
+        folder::restore(&self.path)?;
+        let name = self.path.display();
+        let Ok(metadata) = self.path.symlink_metadata() else { return Ok(()) };
+        if !metadata.is_dir() {
+            bail!(
+                "`{name}` is {}, not a folder, and is not replaced\nhint: name another",
+                kind_of(metadata.file_type())
+            );
+        }
+        let is_empty = fs_err::read_dir(&self.path)?.next().is_none();
+        if !is_empty && !self.overwrite {
+            bail!("`{name}` is there already\nhint: name another, or add `--overwrite`");
+        }
+        self.check_kept()?;
+        if is_empty { Ok(()) } else { self.check_ours(is_unmarked) }
+    }
+
+    /// Fills a folder with `fill`, adds the marker and puts the folder at the path in one step, with the
+    /// missing parents.
+    ///
+    /// # Errors
+    /// As [`Self::check_folder`], and what `fill` says; what was there is then as it was.
+    pub fn write_folder(
+        &self,
+        is_unmarked: IsUnmarkedOutput,
+        fill: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<()> {
+        self.check_folder(is_unmarked)?;
+        folder::write(&self.path, |dir| {
+            fill(dir)?;
+            let dylora_version = env!("CARGO_PKG_VERSION").to_owned();
+            let marker = Marker { format: FORMAT, dylora_version, files: files_below(dir)? };
+            let text = serde_json::to_string_pretty(&marker)? + "\n";
+            super::write(&dir.join(MARKER), text.as_bytes())
+        })
+    }
+
+    /// Checks that [`Self::write_file`] may write.
+    ///
+    /// # Errors
+    /// What is at the path and may not be replaced, by name.
+    pub fn check_file(&self) -> Result<()> {
+        let name = self.path.display();
+        let Ok(metadata) = self.path.symlink_metadata() else { return Ok(()) };
+        if !metadata.is_file() {
+            let kind = kind_of(metadata.file_type());
+            bail!("`{name}` is {kind}, not a file, and is not replaced\nhint: name another");
+        }
+        self.check_kept()?;
+        if !self.overwrite {
+            bail!("`{name}` is there already\nhint: name another, or add `--overwrite`");
+        }
+        Ok(())
+    }
+
+    /// Writes a file with `fill` beside the path and puts it there in one step, with the missing parents.
+    ///
+    /// # Errors
+    /// As [`Self::check_file`], and what `fill` says; what was there is then as it was.
+    pub fn write_file(&self, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        self.check_file()?;
+        let path = std::path::absolute(&self.path)?;
+        let parent = path.parent().with_context(|| format!("`{}` is no file", path.display()))?;
+        fs_err::create_dir_all(parent)?;
+        let temporary = tempfile::Builder::new().prefix(folder::WRITING).tempdir_in(parent)?;
+        let file = temporary.path().join("file");
+        fill(&file)?;
+        if self.overwrite {
+            fs_err::rename(file, &path)?;
+        } else {
+            folder::rename_to_free(&file, &path)?;
+        }
+        super::sync_folder(parent)
+    }
+
+    /// Checks that what is at the path is neither an input nor the working folder, and holds none.
+    fn check_kept(&self) -> Result<()> {
+        let name = self.path.display();
+        let real = fs_err::canonicalize(&self.path)?;
+        let real_of = |path: &Path| fs_err::canonicalize(path).ok();
+        match real_of(&self.working_folder) {
+            Some(folder) if folder == real => {
+                bail!("`{name}` is the working folder, which is not replaced\nhint: name another")
+            }
+            Some(folder) if folder.starts_with(&real) => {
+                bail!("`{name}` holds the working folder and is not replaced\nhint: name another")
+            }
+            _ => {}
+        }
+        for input in &self.inputs {
+            let Some(real_input) = real_of(input) else { continue };
+            if real.starts_with(&real_input) {
+                bail!("`{name}` is read by this command and is not replaced\nhint: name another");
+            }
+            if real_input.starts_with(&real) {
+                bail!(
+                    "`{name}` holds `{}`, which is read by this command, and is not replaced\nhint: name \
+                     another",
+                    input.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the folder at the path holds what dylora wrote and nothing else.
+    fn check_ours(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
+        let name = self.path.display();
+        let files = files_below(&self.path)?;
+        let marker = fs_err::read_to_string(self.path.join(MARKER)).ok();
+        let marker = marker.and_then(|text| serde_json::from_str::<Marker>(&text).ok());
+        let Some(marker) = marker.filter(|marker| marker.format == FORMAT) else {
+            if is_unmarked(&self.path, &files) {
+                return Ok(());
+            }
+            bail!(
+                "`{name}` was not written by dylora, as far as can be told, and is not replaced\nhint: \
+                 delete it yourself, or name another"
+            );
+        };
+        if let Some(other) = files.difference(&marker.files).next() {
+            bail!(
+                "`{name}` holds `{other}`, which dylora did not write, and is not replaced\nhint: move \
+                 that elsewhere, or name another"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn kind_of(kind: FileType) -> &'static str {
+    if kind.is_symlink() {
+        "a symbolic link"
+    } else if kind.is_dir() {
+        "a folder"
+    } else if kind.is_file() {
+        "a file"
+    } else if kind.is_char_device() || kind.is_block_device() {
+        "a device"
+    } else {
+        "a pipe or a socket"
+    }
+}
+
+/// The paths from `dir` of all that is below it, without the marker: files, links and the like, and
+/// folders that are empty.
+fn files_below(dir: &Path) -> Result<BTreeSet<String>> {
+    let (mut found, mut folders) = (BTreeSet::new(), vec![dir.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        let mut is_empty = true;
+        for entry in fs_err::read_dir(&folder)? {
+            let entry = entry?;
+            is_empty = false;
+            if entry.file_type()?.is_dir() {
+                folders.push(entry.path());
+            } else {
+                found.insert(path_from(dir, &entry.path()));
+            }
+        }
+        if is_empty && folder != dir {
+            found.insert(path_from(dir, &folder));
+        }
+    }
+    found.remove(MARKER);
+    Ok(found)
+}
+
+fn path_from(dir: &Path, path: &Path) -> String {
+    path.strip_prefix(dir).expect("it was found below").to_string_lossy().into_owned()
+}
