@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dylora::config::{AdapterSource, DropoutMasks, LoraConfig, ModulePath, RoutingChoice};
 use dylora::export::peft::Provenance;
-use dylora::hub::{AdapterFiles, HubSettings, find_adapter};
+use dylora::hub::{AdapterFiles, HubLimits, HubSettings, find_adapter};
 use dylora::mixture::Mixture;
 use dylora::model::adapter::Adapter;
 use dylora::model::expert::ExpertSpec;
@@ -62,7 +62,13 @@ fn expected(name: &str) -> Result<BTreeMap<String, Tensor>> {
 /// Finds adapters in folders alone.
 fn find(source: &AdapterSource) -> Result<AdapterFiles> {
     let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
-    let settings = HubSettings { endpoint, cache_dir: "absent".into(), token: None, offline: true };
+    let settings = HubSettings {
+        endpoint,
+        cache_dir: "absent".into(),
+        token: None,
+        offline: true,
+        limits: HubLimits::default(),
+    };
     find_adapter(source, &settings, &())
 }
 

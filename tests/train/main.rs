@@ -13,7 +13,7 @@ use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
 use dylora::export::peft::{Layout, Provenance};
 use dylora::export::{hugging_face, peft};
-use dylora::hub::{self, AdapterFiles, HubSettings};
+use dylora::hub::{self, AdapterFiles, HubLimits, HubSettings};
 use dylora::mixture::Mixture;
 use dylora::model::RoutingSource;
 use dylora::model::gpt2::Gpt2;
@@ -146,7 +146,13 @@ fn open_base(config: &Config) -> Result<Base> {
 }
 
 fn no_hub() -> HubSettings {
-    HubSettings { endpoint: String::new(), cache_dir: PathBuf::new(), token: None, offline: true }
+    HubSettings {
+        endpoint: String::new(),
+        cache_dir: PathBuf::new(),
+        token: None,
+        offline: true,
+        limits: HubLimits::default(),
+    }
 }
 
 fn data(config: &Config, base: &Base) -> Result<Datasets> {
