@@ -1,10 +1,10 @@
-//! Compiles the C++ shim (`csrc/*.cpp`) against the libtorch that torch-sys was built with, and sets
-//! the run-time search path, so that the binary finds libtorch without `LD_LIBRARY_PATH`. What needs CUDA
-//! (`csrc/cuda.cpp`) becomes a shared object that the binary holds and loads where there is CUDA; of CUDA
-//! it needs headers alone.
+//! Compiles the C++ shim (`csrc/*.cpp`) against the libtorch that torch-sys was built with, and
+//! sets the run-time search path, so that the binary finds libtorch without `LD_LIBRARY_PATH`. What
+//! needs CUDA (`csrc/cuda.cpp`) becomes a shared object that the binary holds and loads where there
+//! is CUDA; of CUDA it needs headers alone.
 
+use std::env;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
 
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
@@ -14,7 +14,7 @@ fn main() {
         .expect("torch-sys did not say where libtorch is; run `scripts/setup` first");
     let root = PathBuf::from(&lib).parent().expect("libtorch's lib folder has a parent").to_owned();
     compiler(&root)
-        .files(["csrc/shim.cpp", "csrc/fused.cpp", "csrc/head_loss.cpp", "csrc/memory.cpp"])
+        .files(["csrc/shim.cpp", "csrc/block.cpp", "csrc/head_loss.cpp", "csrc/memory.cpp"])
         .compile("dylora_shim");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
@@ -45,7 +45,7 @@ fn compile_cuda(libtorch: &Path, library: &Path) {
         println!(
             "cargo:warning=CUDA's headers are absent: the binary will have no fast path on CUDA"
         );
-        fs::write(library, []).expect("cargo's folder can be written");
+        fs_err::write(library, []).expect("cargo's folder can be written");
         return;
     };
     let mut command = compiler(libtorch).pic(true).opt_level(2).get_compiler().to_command();

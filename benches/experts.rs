@@ -18,13 +18,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use dylora::config::{LoraConfig, ModulePath, RoutingChoice, TargetModule};
 use dylora::ffi;
-use dylora::model::RoutedGpt2;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2::Gpt2;
-use dylora::model::gpt2_config::{Activation, Gpt2Config};
-use dylora::model::lora::{LoraDropout, RoutingWeights};
-use dylora::model::lora_grouped::{Assignments, Products};
-use dylora::model::router::RouterSpec;
+use dylora::model::RoutedModel;
+use dylora::model::decoder::Decoder;
+use dylora::model::decoder::{mlp::Activation, spec::DecoderSpec};
+use dylora::model::experts::assignments::Assignments;
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::grouped::Products;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::experts::weights::RoutingWeights;
+use dylora::model::routing::router::RouterSpec;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -120,7 +122,7 @@ fn options() -> Result<Options> {
 
 /// One layer, its experts and its tokens.
 struct Case {
-    model: RoutedGpt2,
+    model: RoutedModel,
     path: ModulePath,
     device: Device,
     rank: i64,
@@ -257,8 +259,8 @@ fn model(
     rank: i64,
     device: Device,
     kind: Kind,
-) -> RoutedGpt2 {
-    let config = Gpt2Config {
+) -> RoutedModel {
+    let config = DecoderSpec {
         n_layer: 1,
         n_head: 12,
         n_embd: 768,
@@ -275,11 +277,11 @@ fn model(
     let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.02;
     let shapes = config.parameter_shapes().into_iter();
     let tensors = shapes.map(|(name, shape)| (name, random(&shape))).collect();
-    let base = Gpt2::new(config, tensors);
+    let base = Decoder::new(config, tensors);
     let lora =
         LoraConfig { num_experts, rank, target_modules: vec![module], ..LoraConfig::default() };
-    let specs = ExpertSpec::all(&lora, &base.config).expect("the config fits the base");
-    let model = RoutedGpt2::with_experts(&base, &specs, &RouterSpec::default(), device, kind);
+    let specs = ExpertSpec::all(&lora, &base.spec).expect("the config fits the base");
+    let model = RoutedModel::with_experts(&base, &specs, &RouterSpec::default(), device, kind);
     let tensors = model.tensors().into_iter().map(|(name, tensor)| (name, random(&tensor.size())));
     model.load_some(&tensors.collect()).expect("the shapes are its own");
     model

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "linear.h"
+#include "product.h"
 
 namespace fused {
 struct Attention {
@@ -79,10 +79,10 @@ inline Tensor attention_forward(const Attention &at_, const Tensor &qkv, bool ke
   return kept.output.detach().transpose(1, 2).reshape({m, d});
 }
 
-// The gradient of qkv, [M, 3d], with `room` behind it.
-inline Tensor attention_backward(const Attention &at_, const KeptAttention &kept, const Tensor &dout, int64_t room) {
+// The gradient of qkv, [M, 3d], with `row_padding` behind it.
+inline Tensor attention_backward(const Attention &at_, const KeptAttention &kept, const Tensor &dout, int64_t row_padding) {
   const int64_t m = dout.size(0), d = dout.size(1), c = d / at_.heads;
-  Tensor out = roomy(m, 3 * d, room, dout.options());
+  Tensor out = empty_padded(m, 3 * d, row_padding, dout.options());
   const Tensor rows = dout.contiguous();
   Tensor q, k, v;
   if (kept.way == Way::Variable) {

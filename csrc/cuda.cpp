@@ -109,27 +109,27 @@ enum Name { AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBack
 static const char *const names[NAMES] = {"add_norm",      "norm_backward", "weigh",    "weigh_backward", "refresh",
                                          "gelu",          "gelu_backward", "pack_qkv", "cross_entropy"};
 // Kernels of one width on one device, for bf16 and f32.
-struct Module {
+struct KernelModule {
   CUfunction functions[2][NAMES];
   int shared_memory;  // what a block of cross_entropy can have, bytes
 };
-static std::map<std::pair<int, int64_t>, Module> modules;
-static std::map<int, Module> latest;  // for kernels that do not depend on the width
+static std::map<std::pair<int, int64_t>, KernelModule> modules;
+static std::map<int, KernelModule> latest;  // for kernels that do not depend on the width
 
 static int dtype_index(at::ScalarType kind) { return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1; }
-static const Module *module_of(const Tensor &x, int64_t width) {
+static const KernelModule *module_of(const Tensor &x, int64_t width) {
   if (!x.is_cuda() || dtype_index(x.scalar_type()) < 0) return nullptr;
   auto found = modules.find({x.device().index(), width});
   return found == modules.end() ? nullptr : &found->second;
 }
-static const Module *any_module(const Tensor &x) {
+static const KernelModule *any_module(const Tensor &x) {
   if (!x.is_cuda() || dtype_index(x.scalar_type()) < 0) return nullptr;
   auto found = latest.find(x.device().index());
   return found == latest.end() ? nullptr : &found->second;
 }
 
 template <class... Args>
-static void run(const Module *module, Name name, const Tensor &like, int64_t blocks, int threads, int shared,
+static void run(const KernelModule *module, Name name, const Tensor &like, int64_t blocks, int threads, int shared,
                 Args... args) {
   if (blocks == 0) return;
   void *pointers[] = {(void *)&args...};
@@ -180,23 +180,23 @@ static bool norm_backward(const Tensor &da, const Tensor &x, const Tensor &mean,
       rstd.data_ptr(), w.data_ptr(), at_or_null(residual), ld(residual), dx.data_ptr(), ld(dx), x.size(0));
   return true;
 }
-static bool weigh(const Tensor &u, const Tensor &g, const Mixing &mixing, const Tensor &v) {
+static bool weigh(const Tensor &u, const Tensor &g, const RankColumns &rank_columns, const Tensor &v) {
   auto module = any_module(u);
   if (!module) return false;
   const int64_t total = u.numel();
   run(module, Weigh, u, ceil_div(total, 256), 256, 0, u.data_ptr(), ld(u), at_or_null(g),
-      (int)mixing.runs.size(0), mixing.expert_of.data_ptr(), mixing.scaling.data_ptr(), v.data_ptr(), ld(v),
+      (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(), rank_columns.scaling.data_ptr(), v.data_ptr(), ld(v),
       (int)u.size(1), total);
   return true;
 }
-static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g, const Mixing &mixing, const Tensor &du,
+static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g, const RankColumns &rank_columns, const Tensor &du,
                            const Tensor &dg, bool adds) {
   auto module = any_module(u);
   const int columns = (int)u.size(1), warps = columns <= 1024 ? 8 : 2;
   if (!module || columns > 4096) return false;
   run(module, WeighBackward, u, ceil_div(u.size(0), warps), 32 * warps, columns * warps * 4, dv.data_ptr(), ld(dv),
-      u.data_ptr(), ld(u), at_or_null(g), (int)mixing.runs.size(0), mixing.expert_of.data_ptr(),
-      mixing.scaling.data_ptr(), mixing.runs.data_ptr(), du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
+      u.data_ptr(), ld(u), at_or_null(g), (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(),
+      rank_columns.scaling.data_ptr(), rank_columns.runs.data_ptr(), du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
       u.size(0));
   return true;
 }
@@ -297,7 +297,7 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
     CUmodule loaded;
     auto status = compiler.module_load(&loaded, code);
     TORCH_CHECK(status == 0, "the driver refuses the kernels: CUDA error ", (int)status);
-    Module module;
+    KernelModule module;
     for (int kind = 0; kind < 2; ++kind)
       for (int i = 0; i < NAMES; ++i) {
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");

@@ -5,7 +5,7 @@
 
 #include "error.h"
 #include "kernels.h"
-#include "linear.h"
+#include "product.h"
 
 using at::Tensor;
 using torch::autograd::AutogradContext;

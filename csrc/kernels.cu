@@ -1,5 +1,5 @@
 // The elementwise and row-wise kernels of the fused block and loss. Compiled by NVRTC at run time for the GPU at hand;
-// csrc/fused.cpp, its headers and csrc/head_loss.cpp have each one's twin in libtorch operations, which defines it.
+// csrc/block.cpp, its headers and csrc/head_loss.cpp have each one's twin in libtorch operations, which defines it.
 //
 // A matrix argument is a pointer and the elements from one row to the next; its columns are contiguous and its rows
 // aligned to 16 bytes. Everything is computed in f32. `bf16` and `f32` name the dtype of activations.

@@ -1,10 +1,10 @@
-// What the CUDA part (csrc/cuda.cpp) offers to the fused operations (csrc/fused.cpp, csrc/head_loss.cpp): own kernels,
+// What the CUDA part (csrc/cuda.cpp) offers to the fused operations (csrc/block.cpp, csrc/head_loss.cpp): own kernels,
 // and matrix products with chosen algorithms. Each function returns false, having done nothing, where it does not apply.
 #pragma once
 #include <ATen/ATen.h>
 
 // How the routing weights of E experts become factors of the R columns of a module's rank space.
-struct Mixing {
+struct RankColumns {
   at::Tensor expert_of;  // each column's expert, int32 [R]
   at::Tensor scaling;    // each column's scaling, f32 [R]; 0 for a column that only fills up
   at::Tensor runs;       // each expert's columns: [first, second) and [third, fourth), int32 [e, 4]
@@ -25,9 +25,9 @@ struct Kernels {
   // dx = residual + gradient of LayerNorm at x for da
   bool (*norm_backward)(const at::Tensor &da, const at::Tensor &x, const at::Tensor &mean, const at::Tensor &rstd,
                         const at::Tensor &w, const at::Tensor &residual, const at::Tensor &dx);
-  bool (*weigh)(const at::Tensor &u, const at::Tensor &g, const Mixing &mixing, const at::Tensor &v);
+  bool (*weigh)(const at::Tensor &u, const at::Tensor &g, const RankColumns &rank_columns, const at::Tensor &v);
   // dg is added to if `adds`, else set; undefined if not wanted
-  bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g, const Mixing &mixing,
+  bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g, const RankColumns &rank_columns,
                          const at::Tensor &du, const at::Tensor &dg, bool adds);
   // The experts' parts of a packed weight [W A^T; B^T 0].
   bool (*refresh)(const at::Tensor &a, const at::Tensor &b, const at::Tensor &packed);

@@ -3,13 +3,13 @@
 #include <ATen/ATen.h>
 #include <torch/custom_class.h>
 
-#include "linear.h"
+#include "product.h"
 
 namespace fused {
 struct NormConfig : torch::CustomClassHolder {
   Tensor w, b;
   double eps;
-  int64_t room_forward, room_backward;
+  int64_t row_padding_forward, row_padding_backward;
 };
 // What its backward pass needs: the sum [M, d] and f32 statistics [M] of its rows.
 struct NormKept {
@@ -21,28 +21,28 @@ inline Tensor add_norm(const NormConfig &c, const Tensor &x, const Tensor &y, No
   const int64_t m = x.size(0), d = x.size(1);
   if (kernels() && x.is_cuda() && kernels()->apply_to(x.scalar_type(), d)) {
     const auto stats = x.options().dtype(at::kFloat);
-    Tensor a = roomy(m, d, c.room_forward, x.options());
+    Tensor a = empty_padded(m, d, c.row_padding_forward, x.options());
     kept = {y.defined() ? at::empty({m, d}, x.options()) : x.contiguous(), at::empty({m}, stats), at::empty({m}, stats)};
     if (kernels()->add_norm(x, y, c.w, c.b, c.eps, kept.sum, a, kept.mean, kept.rstd)) return a;
   }
   kept.sum = y.defined() ? x + y : x;
   Tensor a;
   std::tie(a, kept.mean, kept.rstd) = at::native_layer_norm(kept.sum, {d}, c.w, c.b, c.eps);
-  return in_room(a, c.room_forward);
+  return padded(a, c.row_padding_forward);
 }
 
 // The gradient of the sum: that of its LayerNorm for `da`, plus `residual`, which may be undefined.
 inline Tensor norm_backward(const NormConfig &c, const Tensor &da, const NormKept &kept, const Tensor &residual) {
   const Tensor &x = kept.sum;
   const int64_t m = x.size(0), d = x.size(1);
-  const Tensor rows = in_room(da, 0);
+  const Tensor rows = padded(da, 0);
   if (kernels() && x.is_cuda() && kernels()->apply_to(x.scalar_type(), d)) {
-    Tensor dx = roomy(m, d, c.room_backward, x.options());
+    Tensor dx = empty_padded(m, d, c.row_padding_backward, x.options());
     if (kernels()->norm_backward(rows, x, kept.mean, kept.rstd, c.w, residual, dx)) return dx;
   }
   Tensor dx = std::get<0>(at::native_layer_norm_backward(rows.contiguous(), x, {d}, kept.mean.view({m, 1}),
                                                          kept.rstd.view({m, 1}), c.w, c.b, {true, false, false}));
   if (residual.defined()) dx.add_(residual);
-  return in_room(dx, c.room_backward);
+  return padded(dx, c.row_padding_backward);
 }
 }  // namespace fused

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Format, clippy with warnings as errors, tests, docs.
+# Format, clippy with warnings as errors, tests, the library's docs, shell scripts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo fmt --check
-cargo clippy --all-targets --quiet -- -D warnings
-cargo test --quiet
-RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+. scripts/timing.sh
+part "cargo fmt" cargo fmt --check
+part "cargo clippy" cargo clippy --all-targets --quiet -- -D warnings
+part "cargo test" cargo test --quiet
+part "cargo doc" env RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+part shellcheck scripts/check_shell

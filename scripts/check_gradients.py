@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from clients import BASE, DEVICE, dylora, randomise
 from compare_peft import PRESETS
 from peft import LoraConfig, get_peft_model
-from peft_opponent import Opponent, Weights, load_base
+from peft_opponent import WEIGHTS, Opponent, load_base
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -82,7 +82,7 @@ class Mixture(Opponent):
         if self.router.weight.dtype != torch.float64:
             return self(ids, ids, {"use_cache": False})
         # transformers' own loss would round the logits to f32
-        Weights.now = self.weights(self.gpt2.transformer.wte(ids))
+        WEIGHTS.now = self.weights(self.gpt2.transformer.wte(ids))
         logits = self.gpt2(ids, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 

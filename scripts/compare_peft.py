@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """dylora against PEFT with the same numbers, side by side in one run.
 
-    scripts/compare_peft [--device auto|cpu|cuda[:N]] [--preset s1|s2] [--batches 1,4] [--compile] ..
+    scripts/compare_peft [--device auto|cpu|cuda[:N]] [--preset s1|s2] [--batches 1,4] [--compile] [--strongest] ..
 
 dylora is `dylora bench`, the opponents are in scripts/peft_opponent.py: both run whole steps on random tokens and
-random weights of one of GPT-2's shapes. On a GPU each of them measures all rows in one process. On the CPU each row is
-measured in processes of its own that alternate, dylora, PEFT, dylora, .., `--pairs` times; ratios are of pairs, with
-their median, least and largest.
+random weights of one of GPT-2's shapes, or on `--base`. On a GPU each of them measures all rows in one process, dylora
+in two, before and after its opponents, so that a drift of the machine shows. On the CPU each row is measured in
+processes of its own that alternate, dylora, PEFT, dylora, .., `--pairs` times. Ratios are of the medians of such pairs,
+with their median, least and largest; a second table has the spread of the steps themselves.
+
+`--strongest` is PEFT compiled in its fastest forms: without a mask tensor, with cuDNN's attention alone, a padded
+vocabulary and steps that do not wait for their loss; where liger_kernel is installed, also with its fused loss. Any
+other form is named by its switches (scripts/peft_opponent.py lists them), as `--strongest no_mask+cudnn,strongest`. First
+loss and gradient norm of whatever is compiled must be eager PEFT's: in f32 to 1e-5 and 1e-4, in bf16 to 2e-3 and 2e-2.
 
 Memory is the peak of the allocator on a GPU; on the CPU the peak of the resident set less what was resident when the
 base was loaded. `--start` also measures the time from the start of a process to the end of its first step, from a
@@ -14,6 +20,7 @@ folder that transformers wrote, which is in the page cache by then.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -21,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PRESETS = {
@@ -29,7 +36,12 @@ PRESETS = {
     "s2": {"experts": 8, "rank": 16, "alpha": 32, "modules": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]},
 }
 ROWS = ["one_pass", "single_lora", "two_passes", "n_passes", "eval"]
-COMPILED = ["one_pass", "single_lora", "eval"]  # the rows that --compile measures compiled as well
+COMPILED = ["one_pass", "single_lora", "eval"]  # the rows that --compile and --strongest measure
+SWITCHES = ["no_mask", "cudnn", "padded_vocab", "padded_loss", "liger", "no_wait"]
+FORMS = {"strongest": ["no_mask", "cudnn", "padded_vocab", "no_wait"]}
+FORMS["strongest_liger"] = [*FORMS["strongest"], "liger"]
+LOSS_TOLERANCE = {"f32": 1e-5, "bf16": 2e-3}  # nats, of a compiled row's first loss from eager PEFT's
+NORM_TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}  # of the norm of its gradients
 OPPONENT = Path(__file__).with_name("peft_opponent.py")
 
 
@@ -39,6 +51,7 @@ def arguments():
     parser.add_argument("--dylora", default="target/release/dylora", metavar="PATH")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--preset", choices=PRESETS, default="s1")
+    parser.add_argument("--base", metavar="DIR", help="weights of both sides, instead of random ones of --size")
     parser.add_argument("--size", choices=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], default="gpt2")
     parser.add_argument("--dtype", choices=["f32", "bf16"], help="default: bf16 on a GPU, f32 on the CPU")
     parser.add_argument("--batches", type=numbers, default=[8], metavar="N,..")
@@ -46,14 +59,18 @@ def arguments():
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N")
     parser.add_argument("--documents", type=float, metavar="MEDIAN", help="packed documents of this median length")
-    parser.add_argument("--rows", type=lambda text: text.split(","), default=ROWS, metavar="NAME,..", help=f"of {ROWS}")
+    words = lambda text: text.split(",")
+    parser.add_argument("--rows", type=words, default=ROWS, metavar="NAME,..", help=f"of {ROWS}")
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE",
                         help="also under torch.compile; `blocks` compiles block by block, in a fraction of the time")
+    parser.add_argument("--strongest", nargs="?", type=words, const=[], metavar="FORM,..",
+                        help="also compiled in these forms; default: the strongest, without and with Liger")
     parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
-    parser.add_argument("--compile-rows", type=lambda text: text.split(","), default=COMPILED, metavar="NAME,..")
-    parser.add_argument("--padded-vocab", action="store_true", help="PEFT's vocabulary as a multiple of 64")
-    parser.add_argument("--steps", type=int, default=10, metavar="N")
-    parser.add_argument("--warmup", type=int, default=5, metavar="N")
+    parser.add_argument("--compile-rows", type=words, default=COMPILED, metavar="NAME,..")
+    parser.add_argument("--padded-vocab", action="store_true", help="PEFT's vocabulary as a multiple of 64, eager too")
+    parser.add_argument("--no-eager", action="store_true", help="no eager PEFT")
+    parser.add_argument("--steps", type=int, metavar="N", help="default: 40 on a GPU, 10 on the CPU")
+    parser.add_argument("--warmup", type=int, metavar="N", help="default: 10 on a GPU, 5 on the CPU")
     parser.add_argument("--pairs", type=int, default=3, metavar="N", help="on the CPU")
     parser.add_argument("--start", action="store_true", help="also the time from start to the end of the first step")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for `dylora bench` alone")
@@ -65,23 +82,39 @@ def arguments():
         import torch
 
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.dtype = args.dtype or ("f32" if args.device == "cpu" else "bf16")
-    if args.padded_vocab and args.start:
-        parser.error("--padded-vocab and --start: the shared folder has GPT-2's vocabulary")
+    on_cpu = args.device == "cpu"
+    args.dtype = args.dtype or ("f32" if on_cpu else "bf16")
+    args.steps = args.steps or (10 if on_cpu else 40)
+    args.warmup = (5 if on_cpu else 10) if args.warmup is None else args.warmup
+    if args.strongest == []:
+        can_liger = not on_cpu and importlib.util.find_spec("liger_kernel")
+        args.strongest = ["strongest", "strongest_liger"] if can_liger else ["strongest"]
+    args.strongest = args.strongest or []
+    if unknown := {s for form in args.strongest for s in FORMS.get(form, form.split("+"))} - set(SWITCHES):
+        parser.error(f"no forms or switches: {', '.join(sorted(unknown))}")
+    if args.strongest and args.documents:
+        parser.error("--strongest and --documents: without a mask documents see each other")
+    if args.strongest and args.warmup < 1:
+        parser.error("--strongest needs a step to warm up")
     return args
 
 
 class Results:
-    """The rows measured so far, by who, row and batch."""
+    """The rows measured so far, by who, row and batch, and what went wrong."""
 
     def __init__(self, out):
-        self.rows, self.file = {}, out and out.open("w")
+        self.rows, self.file, self.faults = {}, out and out.open("w"), []
+
+    def write(self, line):
+        if self.file:
+            print(json.dumps(line), file=self.file, flush=True)
 
     def add(self, who, lines, **more):
         for line in lines:
             line = {"who": who, **more, **line}
-            if self.file:
-                print(json.dumps(line), file=self.file, flush=True)
+            self.write(line)
+            if line["kind"] == "failed":
+                self.faults.append(f"{who}: {line['message']}")
             if line["kind"] == "row":
                 self.rows.setdefault((who, line["row"], line["micro_batch_size"]), []).append(line)
                 said = line["error"] or f"{line['tokens_per_sec']:,.0f} tokens/s"
@@ -95,26 +128,34 @@ class Results:
         return statistics.median(values) if values else None
 
     def ratios(self, a, b, key):
-        """One for each pair of runs; `a` and `b` are (who, row, batch)."""
+        """One for each pair of runs; `a` and `b` are (who, row, batch). A run that is alone pairs with each."""
         others = {line.get("pair"): line[key] for line in self.of(*b)}
-        pairs = [(line[key], others.get(line.get("pair"))) for line in self.of(*a)]
+        pairs = [(line[key], others.get(line.get("pair"), others.get(None))) for line in self.of(*a)]
         return [x / y for x, y in pairs if x and y]
+
+    def steps(self, who, row, batch):
+        """Milliseconds of the steps of all runs, from least to most, and whether these are all or the extremes only."""
+        lines = self.of(who, row, batch)
+        counted = all(line.get("counted_ms") for line in lines)
+        ends = ["min_step_ms", "step_ms", "max_step_ms"]
+        return sorted(ms for line in lines for ms in (line["counted_ms"] if counted else map(line.get, ends))), counted
 
 
 def lines_of(command):
+    """What a process printed; one that fails, or is killed as for its memory, costs its remaining rows only."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
-        # a process that is killed, as for its memory, costs its remaining rows only
-        message = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        print(f"`{command[0]}` exited with {done.returncode}: {message[0]}", file=sys.stderr)
-        if done.returncode > 0:
-            sys.exit(1)
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        message = f"`{command[0]}` exited with {done.returncode}: {last[0]}"
+        print(message, file=sys.stderr)
+        lines.append({"kind": "failed", "message": message})
     return lines
 
 
 def run_dylora(args, rows, batches, base=None, steps=None, warmup=None):
     command = [args.dylora, "--quiet", "bench", "--json", "--device", args.device, "--preset", args.preset]
+    base = base or args.base
     command += ["--base", base] if base else ["--size", args.size]
     numbers = lambda values: ",".join(map(str, values))
     for flag, value in {
@@ -128,31 +169,45 @@ def run_dylora(args, rows, batches, base=None, steps=None, warmup=None):
     return lines_of(command)
 
 
-def run_peft(args, rows, batches, compiled=None, base=None, steps=None, warmup=None):
+def run_peft(args, rows, batches, compiled=None, form=(), base=None, steps=None, warmup=None):
+    if args.padded_vocab and "padded_vocab" not in form:
+        form = [*form, "padded_vocab", "padded_loss"]
     setting = PRESETS[args.preset] | {
-        "rows": rows, "batches": batches, "compile": compiled, "base": base, "device": args.device, "size": args.size,
-        "dtype": args.dtype, "seq_len": args.seq_len, "dropout": args.dropout, "accumulate": args.accumulate,
-        "documents": args.documents, "padded_vocab": args.padded_vocab, "seed": 0,
+        "rows": rows, "batches": batches, "compile": compiled, "form": list(form), "base": base or args.base,
+        "device": args.device, "size": args.size, "dtype": args.dtype, "seq_len": args.seq_len,
+        "dropout": args.dropout, "accumulate": args.accumulate, "documents": args.documents, "seed": 0,
         "steps": args.steps if steps is None else steps, "warmup": args.warmup if warmup is None else warmup,
     }
     return lines_of([sys.executable, str(OPPONENT), json.dumps(setting)])
 
 
+def opponents(args):
+    """Who is measured: for each name its rows, its batches, and how it is compiled and formed."""
+    compiled = [row for row in args.rows if row in COMPILED and row in args.compile_rows]
+    batches = args.compile_batches or args.batches
+    found = {} if args.no_eager else {"peft": (args.rows, args.batches, {})}
+    if args.compile:
+        found["peft_compiled"] = (compiled, batches, {"compiled": args.compile})
+    for form in args.strongest:
+        how = {"compiled": args.compile or "default", "form": FORMS.get(form) or form.split("+")}
+        found[f"peft_{form}"] = (compiled, batches, how)
+    return found
+
+
 def measure(args, results):
-    compiled = [row for row in args.rows if row in COMPILED and row in args.compile_rows] if args.compile else []
     if args.device != "cpu":
-        results.add("dylora", run_dylora(args, args.rows, args.batches))
-        results.add("peft", run_peft(args, args.rows, args.batches))
-        if compiled:
-            results.add("peft_compiled", run_peft(args, compiled, args.compile_batches or args.batches, args.compile))
+        results.add("dylora", run_dylora(args, args.rows, args.batches), pair=0)
+        for who, (rows, batches, how) in opponents(args).items():
+            results.add(who, run_peft(args, rows, batches, **how))
+        results.add("dylora", run_dylora(args, args.rows, args.batches), pair=1)
         return
     for batch in args.batches:
         for row in args.rows:
             for pair in range(args.pairs):
                 results.add("dylora", run_dylora(args, [row], [batch]), pair=pair)
-                results.add("peft", run_peft(args, [row], [batch]), pair=pair)
-                if row in compiled:
-                    results.add("peft_compiled", run_peft(args, [row], [batch], args.compile), pair=pair)
+                for who, (rows, _, how) in opponents(args).items():
+                    if row in rows:
+                        results.add(who, run_peft(args, [row], [batch], **how), pair=pair)
 
 
 def measure_start(args, results):
@@ -166,23 +221,22 @@ def measure_start(args, results):
     secs = {"dylora": [], "peft": []}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        GPT2LMHeadModel(shape({"size": args.size})).save_pretrained(folder)
+        if not args.base:
+            GPT2LMHeadModel(shape({"size": args.size})).save_pretrained(folder)
         for pair in range(args.pairs):
             for who, run in [("dylora", run_dylora), ("peft", run_peft)]:
                 start = time.time()
-                lines = run(args, ["one_pass"], args.batches[:1], base=folder, steps=1, warmup=0)
+                lines = run(args, ["one_pass"], args.batches[:1], base=args.base or folder, steps=1, warmup=0)
                 for line in lines:
                     if line["kind"] == "row" and not line["error"]:
                         secs[who].append(line["first_step_unix_secs"] - start)
-                        if results.file:
-                            start_line = {"who": who, "kind": "start", "pair": pair, "secs": secs[who][-1]}
-                            print(json.dumps(start_line), file=results.file, flush=True)
+                        results.write({"who": who, "kind": "start", "pair": pair, "secs": secs[who][-1]})
     return secs
 
 
 def table(args, results):
     """Figures of all rows, and how many times PEFT's tokens/s dylora has."""
-    whos = ["dylora", "peft"] + (["peft_compiled"] if args.compile else [])
+    whos = ["dylora", *opponents(args)]
     memory = "extra_memory_bytes" if args.device == "cpu" else "peak_memory_bytes"
     header = ["row", "batch"]
     for who in whos:
@@ -191,7 +245,7 @@ def table(args, results):
     rows = []
     for batch in args.batches:
         for row in args.rows:
-            cells = [row, str(batch)]
+            cells = [row, batch]
             for who in whos:
                 speed, ms, peak = (results.median(who, row, batch, k) for k in ["tokens_per_sec", "step_ms", memory])
                 cells += [number(speed, ",.0f"), number(ms, ".2f"), number(peak and peak / 2**30, ".2f")]
@@ -199,10 +253,74 @@ def table(args, results):
             cells += [spread(results.ratios(ours, (who, row, batch), "tokens_per_sec")) for who in whos[1:]]
             cells += [spread(results.ratios(ours, (who, row, batch), memory)) for who in whos[1:]]
             rows.append(cells)
+    print_table(header, rows)
+
+
+def print_table(header, rows):
     print("| " + " | ".join(header) + " |")
     print("|---|" + "---:|" * (len(header) - 1))
     for cells in rows:
-        print("| " + " | ".join(cells) + " |")
+        print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def steps_table(args, results):
+    """The spread of the steps' times, and of dylora's speed over each opponent's that comes of it."""
+    rows = []
+    for batch in args.batches:
+        for row in args.rows:
+            ours = results.steps("dylora", row, batch)
+            for who in ["dylora", *opponents(args)]:
+                ms, counted = results.steps(who, row, batch)
+                if not ms:
+                    continue
+                inner = [f"{quantile(ms, q):.2f}" if counted else "-" for q in [0.1, 0.25, 0.75, 0.9]]
+                median = results.median(who, row, batch, "step_ms")
+                cells = [who, row, batch, len(ms) if counted else "-", f"{median:.2f}", f"{ms[0]:.2f}"]
+                cells += [*inner, f"{ms[-1]:.2f}"]
+                if who == "dylora" or not ours[0]:
+                    rows.append([*cells, "-"])
+                    continue
+                (our_low, our_high), (low, high) = bounds(*ours), bounds(ms, counted)
+                ratio = median / results.median("dylora", row, batch, "step_ms")
+                rows.append([*cells, f"{ratio:.3f} ({low / our_high:.3f} to {high / our_low:.3f})"])
+    print_table(["who", "row", "batch", "steps", "median ms", "min", "10 %", "25 %", "75 %", "90 %", "max",
+                 "dylora / it (from to)"], rows)
+
+
+def bounds(ms, counted):
+    return (quantile(ms, 0.1), quantile(ms, 0.9)) if counted else (ms[0], ms[-1])
+
+
+def quantile(ordered, q):
+    """Between the two that are next to it, in proportion."""
+    at = q * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def losses_table(args, results):
+    """First loss and gradient norm of PEFT's rows; what is compiled must have those of eager PEFT."""
+    rows = []
+    for (who, row, batch), lines in results.rows.items():
+        line = next((line for line in lines if not line["error"]), None)
+        if who == "dylora" or line is None:
+            continue
+        cells = [who, row, batch, f"{line['first_loss']:.6f}", "-", number(line["first_grad_norm"], ".5f"), "-"]
+        if (eager := line.get("eager_loss")) is not None:
+            off = line["first_loss"] - eager
+            within = abs(off) <= LOSS_TOLERANCE[args.dtype]
+            cells[4] = f"{off:.1e}"
+            if norm := line["eager_grad_norm"]:
+                off = line["first_grad_norm"] / norm - 1
+                within &= abs(off) <= NORM_TOLERANCE[args.dtype]
+                cells[6] = f"{off:.1e}"
+            if not within:
+                results.faults.append(f"{who} {row} at batch {batch}: first loss or gradient norm is not eager PEFT's")
+        rows.append([*cells, line["loss_vocab_size"], line["attention"], line["liger"] or "no",
+                     number(line["graph_breaks"], "d")])
+    print_table(["who", "row", "batch", "first loss", "less eager PEFT's", "gradient norm", "over eager PEFT's - 1",
+                 "logits in the loss", "attention", "Liger", "graph breaks"], rows)
 
 
 def number(value, form):
@@ -218,19 +336,24 @@ def spread(values, form=".2f"):
 
 
 def conclusions(args, results):
-    """What the table comes to: best batches, the mixture's price, N passes."""
+    """What the tables come to: best batches, the strongest opponent, the mixture's price, N passes."""
+    whos = opponents(args)
     best = {}
-    for who in ["dylora", "peft", "peft_compiled"]:
+    for who in ["dylora", *whos]:
         speeds = [(results.median(who, "one_pass", b, "tokens_per_sec"), b) for b in args.batches]
         speeds = [(speed, batch) for speed, batch in speeds if speed]
         if speeds:
             best[who] = max(speeds)
             print(f"best one_pass of {who}: {best[who][0]:,.0f} tokens/s at batch {best[who][1]}")
-    for who in ["peft", "peft_compiled"]:
-        if {"dylora", who} <= set(best):
+    theirs = [who for who in whos if who in best]
+    for who in theirs:
+        if "dylora" in best:
             print(f"dylora / {who}, each at its best batch: {best['dylora'][0] / best[who][0]:.2f}")
+    if "dylora" in best and len(theirs) > 1:
+        who = max(theirs, key=best.get)
+        print(f"the strongest of them: {who}, dylora / it {best['dylora'][0] / best[who][0]:.2f}")
     for batch in args.batches:
-        for who in ["dylora", "peft", "peft_compiled"]:
+        for who in ["dylora", *whos]:
             cost = results.ratios((who, "one_pass", batch), (who, "single_lora", batch), "step_ms")
             if cost:
                 print(f"a step of the mixture over one of a single LoRA, {who}, batch {batch}: {spread(cost, '.3f')}")
@@ -240,28 +363,48 @@ def conclusions(args, results):
                 print(f"one_pass of dylora over n_passes of {who}, batch {batch}: {spread(gain)}")
 
 
+def installed(name):
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
+
+
 def main():
     args = arguments()
-    packages = ", ".join(f"{name} {version(name)}" for name in ["torch", "transformers", "peft"])
+    packages = ", ".join(map(installed, ["torch", "transformers", "peft", "triton", "liger-kernel"]))
     words = {key: value for key, value in vars(args).items() if key not in ["out", "dylora"]}
-    header = {"kind": "setting", **words, **PRESETS[args.preset], "cpus": os.cpu_count(), "packages": packages}
+    forms = {who: how.get("form", []) for who, (_, _, how) in opponents(args).items()}
     results = Results(args.out)
-    if results.file:
-        print(json.dumps(header), file=results.file, flush=True)
+    header = {"kind": "setting", **words, **PRESETS[args.preset], "forms": forms}
+    results.write({**header, "cpus": os.cpu_count(), "packages": packages})
     measure(args, results)
     starts = measure_start(args, results) if args.start else None
     documents = f"packed documents of median {args.documents:g}" if args.documents else "one document a block"
     print(
-        f"{args.preset} {PRESETS[args.preset]}\n{args.size} in {args.dtype} on {args.device}, {args.seq_len} tokens a "
-        f"block, {documents}, {args.accumulate} forward(s) a step, dropout {args.dropout}; {packages}\n"
+        f"{args.preset} {PRESETS[args.preset]}\n{args.base or args.size} in {args.dtype} on {args.device}, "
+        f"{args.seq_len} tokens a block, {documents}, {args.accumulate} forward(s) a step, dropout {args.dropout}, "
+        f"{args.steps} steps after {args.warmup}; {packages}"
     )
+    for who, form in forms.items():
+        print(f"{who}: {'+'.join(form) or 'as it comes'}")
+    print()
     table(args, results)
     peak = "resident set over that with the base alone" if args.device == "cpu" else "allocator"
     print(f"\nGiB: peak of the {peak}; ratios of several pairs: median (least to most)\n")
+    steps_table(args, results)
+    print(
+        "\nof the steps of all runs; in brackets dylora's slow over its fast steps to its fast over its slow ones: the 10\n"
+        "and 90 % of who tells every step, else the least and the largest\n"
+    )
+    losses_table(args, results)
+    print()
     conclusions(args, results)
     if starts:
         for who, secs in starts.items():
             print(f"from the start of {who} to the end of its first step: {spread(secs)} s")
+    if results.faults:
+        sys.exit("\n".join(results.faults))
 
 
 if __name__ == "__main__":

@@ -32,20 +32,13 @@ import json
 import sys
 from pathlib import Path
 
+import make_golden_adapters
 import peft
-import safetensors.torch
 import torch
-import transformers
+from golden import BASES, make_base, randn, save
 from peft.tuners.lora import LoraLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-BASES = {
-    "gpt2_tied": {},
-    "gpt2_untied_exact_gelu": {"activation_function": "gelu", "tie_word_embeddings": False},
-    "gpt2_inverse_layer_idx": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3, "n_head": 2},
-    "gpt2_unscaled_attention": {"scale_attn_weights": False, "layer_norm_epsilon": 1e-3},
-    "gpt2_narrow_inner": {"n_inner": 24, "vocab_size": 50},
-}
 EXPERTS = {
     "experts_c_attn": {"target_modules": ["attn.c_attn"], "rank": 4, "alpha": 8, "temperature": 0.5},
     "experts_all_linears": {
@@ -57,38 +50,6 @@ EXPERTS = {
 }
 NUM_EXPERTS = 3
 LABEL_SMOOTHING = 0.1
-VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-
-
-def randn(generator, *shape, std=1.0):
-    """Random numbers in float64 that float32 holds exactly."""
-    return (torch.randn(*shape, generator=generator) * std).double()
-
-
-def make_base(seed, settings):
-    """A GPT-2 in float64, every parameter of it random: biases and LayerNorms too."""
-    config = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_positions": 32, "vocab_size": 61, **settings}
-    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, attn_implementation="eager"))
-    model = model.double().eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            norm = ".ln_" in name and name.endswith("weight")
-            parameter.copy_(randn(generator, *parameter.shape, std=0.3) + (1.0 if norm else 0.0))
-            parameter.copy_(parameter.float().double())
-    return model, torch.randint(config["vocab_size"], (2, 11), generator=generator)
-
-
-def save(folder, name, tensors, **metadata):
-    tensors = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
-    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    data = safetensors.torch.save(tensors, {"format": "pt", **VERSIONS, **metadata})
-    # safetensors writes metadata in random order: sorted, the same numbers give the same file
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    (folder / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
 
 
 def save_base(folder, name, model):
@@ -236,8 +197,6 @@ def main():
         base_case(folder, seed, name, settings)
     for seed, (name, settings) in enumerate(EXPERTS.items(), 100):
         experts_case(folder, seed, name, settings)
-    import make_golden_adapters  # which imports this
-
     make_golden_adapters.write(folder / "peft")
 
 

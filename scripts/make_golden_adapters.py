@@ -47,7 +47,7 @@ from unittest import mock
 import peft
 import safetensors.torch
 import torch
-from make_golden import BASES, make_base, randn, save
+from golden import BASES, make_base, randn, save
 from peft.tuners.lora import LoraLayer
 
 LINEARS = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]

@@ -7,8 +7,20 @@
     eval          the loss of one_pass without gradients
 
 The router reads the token embeddings. A bf16 base has f32 adapters and router, cast where they are used. A step is
-forward, loss, backward, clipping to 1 and fused AdamW. Prints a JSON line for each row, with the keys of
-`dylora bench --json`.
+forward, loss, backward, clipping to 1 and fused AdamW; its tokens are on the device before the clock starts. Prints a
+JSON line for each row, with the keys of `dylora bench --json`, all counted steps and the row's form.
+
+A form is a list of switches that make a step faster or smaller:
+
+    no_mask       no mask tensor: transformers' `create_causal_mask` gives None, so that SDPA runs with is_causal=True
+    cudnn         cuDNN's attention alone; without effect where there is none (on the CPU, in f32)
+    padded_vocab  embedding and head with zero rows up to a multiple of 64; their logits are set to minus infinity
+    padded_loss   with padded_vocab: their logits stay as they are, so that the loss is over the padded vocabulary
+    liger         head and loss by Liger's fused linear cross entropy, which knows of no padding (as padded_loss)
+    no_wait       the host does not wait for a step's loss; CUDA events time the steps; without effect on the CPU
+
+A row under torch.compile comes with `eager_loss` and `eager_grad_norm`: the same of the first step by eager PEFT as it
+comes, over `loss_vocab_size` logits, sequence by sequence so that it needs little memory.
 """
 
 import ctypes
@@ -20,6 +32,11 @@ import statistics
 import sys
 import time
 import warnings
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from inspect import signature
+from itertools import islice, pairwise
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -30,7 +47,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt2 import modeling_gpt2
 
 warnings.filterwarnings("ignore")
 transformers.utils.logging.set_verbosity_error()
@@ -38,13 +58,20 @@ transformers.utils.logging.disable_progress_bar()
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 LENGTH_SIGMA = 0.6  # of the logarithm of documents' lengths, as in dylora
+VOCAB_MULTIPLE = 64
+LIGER_CHUNK = 8  # times the memory of Liger's default for the logits at once: fewer and larger products
 AS_IT_COMES = peft_layer.Linear.forward
 
 
-class Weights:
+class RoutingWeights:
     """The routing weights [b, t, e] of the pass that runs; None = 1 for each active adapter."""
 
-    now = None
+    def __init__(self):
+        self.now = None
+
+
+# an object, because a graph of torch.compile ends wherever an attribute of a class is set
+WEIGHTS = RoutingWeights()
 
 
 def routed_forward(layer, x, *_args, **_kwargs):
@@ -52,10 +79,19 @@ def routed_forward(layer, x, *_args, **_kwargs):
     for i, name in enumerate(layer.active_adapters):
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         h = F.linear(F.linear(layer.lora_dropout[name](x), a.to(x.dtype)), b.to(x.dtype)) * layer.scaling[name]
-        if Weights.now is not None:
-            h = h * Weights.now[..., i : i + 1].to(h.dtype)
+        if WEIGHTS.now is not None:
+            h = h * WEIGHTS.now[..., i : i + 1].to(h.dtype)
         result = result + h
     return result
+
+
+@torch.compiler.disable  # it asks the device for a count, which would break the graph inside
+def liger_loss(hidden, weight, labels):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+
+    chunk = {"chunk_mem_const": LIGER_CHUNK} if "chunk_mem_const" in signature(fused).parameters else {}
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    return fused(hidden.flatten(0, 1).to(weight.dtype), weight, targets, **chunk)
 
 
 class Opponent(nn.Module):
@@ -83,7 +119,10 @@ class Opponent(nn.Module):
             if trained:
                 parameter.data = parameter.data.float()
         self.gpt2 = self.peft.base_model.model
-        self.head_loss = None
+        self.form = setting.get("form", [])
+        self.own_head = bool(self.form)
+        padding_counts = {"padded_loss", "liger"} & set(self.form)
+        self.loss_vocab_size = len(base.lm_head.weight) if padding_counts else base.config.vocab_size
 
     def activate(self, names):
         for layer in self.layers:
@@ -92,38 +131,60 @@ class Opponent(nn.Module):
     def weights(self, x):
         return F.linear(x, self.router.weight.to(x.dtype), self.router.bias.to(x.dtype)).float().softmax(-1)
 
-    def forward(self, ids, labels, more):
-        Weights.now = None
-        if self.row == "n_passes":
-            return self.n_passes(ids, labels, more)
+    def route(self, ids, more):
+        """Sets the routing weights of the next pass."""
+        WEIGHTS.now = None
         if self.row == "two_passes":
             # as PEFT's own X-LoRA takes them: the base alone, without gradients
             self.activate([])
             with torch.no_grad():
                 states = self.gpt2.transformer(input_ids=ids, **more).last_hidden_state
             self.activate(self.names)
-            Weights.now = self.weights(states)
+            WEIGHTS.now = self.weights(states)
         elif self.row != "single_lora":
-            Weights.now = self.weights(self.gpt2.transformer.wte(ids))
-        if self.head_loss:
-            loss = self.head_loss(self.gpt2.transformer(input_ids=ids, **more).last_hidden_state, labels)
-        else:
+            WEIGHTS.now = self.weights(self.gpt2.transformer.wte(ids))
+
+    def forward(self, ids, labels, more):
+        if self.row == "n_passes":
+            return self.n_passes(ids, labels, more)
+        self.route(ids, more)
+        if not self.own_head:
             loss = self.peft(input_ids=ids, labels=labels, **more).loss
-        Weights.now = None
-        return loss
+            WEIGHTS.now = None
+            return loss
+        hidden = self.gpt2.transformer(input_ids=ids, **more).last_hidden_state
+        WEIGHTS.now = None
+        return self.head_loss(hidden, labels)
+
+    def head_loss(self, hidden, labels):
+        if "liger" in self.form:
+            return liger_loss(hidden, self.gpt2.lm_head.weight, labels)
+        return self.loss_of(self.gpt2.lm_head(hidden), labels)
+
+    def loss_of(self, logits, labels):
+        rows = logits.shape[-1]
+        if rows > self.loss_vocab_size:
+            # not a slice, whose odd number of columns would be read one by one
+            padding = torch.arange(rows, device=logits.device) >= self.loss_vocab_size
+            logits = logits.masked_fill(padding, float("-inf"))
+        return self.gpt2.loss_function(logits, labels, vocab_size=rows)
+
+    def eager_loss(self, ids, labels, more):
+        """The loss as PEFT and transformers compute it, whatever the form."""
+        self.route(ids, more)
+        logits = self.peft(input_ids=ids, **more).logits[..., : self.loss_vocab_size]
+        WEIGHTS.now = None
+        return self.gpt2.loss_function(logits, labels, vocab_size=self.loss_vocab_size)
 
     def compile_blocks(self):
         """Compiles the blocks, which share their code, and the head with the loss: a fraction of the time."""
         for block in self.gpt2.transformer.h:
             block.compile(dynamic=False)
-
-        def head_loss(hidden, labels):
-            logits = self.gpt2.lm_head(hidden)
-            return self.gpt2.loss_function(logits, labels, vocab_size=self.gpt2.config.vocab_size)
-
-        self.head_loss = torch.compile(head_loss, dynamic=False)
+        self.own_head = True
+        self.head_loss = torch.compile(self.head_loss, dynamic=False)
 
     def n_passes(self, ids, labels, more):
+        WEIGHTS.now = None
         weights = self.weights(self.gpt2.transformer.wte(ids))
         blended = None
         for e, name in enumerate(self.names):
@@ -131,7 +192,22 @@ class Opponent(nn.Module):
             logits = self.peft(input_ids=ids, **more).logits
             weighted = logits * weights[..., e : e + 1].to(logits.dtype)
             blended = weighted if blended is None else blended + weighted
-        return self.gpt2.loss_function(blended, labels, vocab_size=self.gpt2.config.vocab_size)
+        return self.loss_of(blended, labels)
+
+
+@contextmanager
+def attention_of(form, setting):
+    """While it is open, attention runs as the form says."""
+    with ExitStack() as stack:
+        if "no_mask" in form:
+            stack.enter_context(mock.patch.object(modeling_gpt2, "create_causal_mask", lambda *_, **__: None))
+        if "cudnn" in form and has_cudnn_attention(setting):
+            stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION]))
+        yield
+
+
+def has_cudnn_attention(setting):
+    return setting["device"] != "cpu" and setting["dtype"] == "bf16"
 
 
 def load_base(setting, device):
@@ -147,16 +223,23 @@ def load_base(setting, device):
     for block in model.transformer.h:
         block.attn.attn_dropout.p = 0.0
     model.loss_type = "ForCausalLM"
+    if "padded_vocab" in setting.get("form", []):
+        pad_vocabulary(model)
     return model.to(device=device, dtype=dtype)
+
+
+def pad_vocabulary(model):
+    """Adds zero rows to embedding and head; the config keeps the true size."""
+    wte = model.transformer.wte
+    wte.weight = nn.Parameter(F.pad(wte.weight.data, (0, 0, 0, -len(wte.weight) % VOCAB_MULTIPLE)))
+    wte.num_embeddings = model.lm_head.out_features = len(wte.weight)
+    model.lm_head.weight = wte.weight
 
 
 def shape(setting):
     n_layer, n_head, n_embd = SHAPES[setting["size"]]
-    vocab_size = 50304 if setting.get("padded_vocab") else 50257
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2Config(
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size, use_cache=False, **dropout
-    )
+    return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, use_cache=False, **dropout)
 
 
 def batches(setting, batch, vocab_size, device):
@@ -166,7 +249,8 @@ def batches(setting, batch, vocab_size, device):
     while True:
         ids = torch.randint(vocab_size, (batch, t), generator=generator)
         if not setting["documents"]:
-            yield ids.to(device), ids.to(device), {"use_cache": False}
+            ids = ids.to(device)
+            yield ids, ids, {"use_cache": False}
             continue
         documents, positions = torch.zeros_like(ids), torch.zeros_like(ids)
         for row in range(batch):
@@ -205,62 +289,140 @@ def reset_peak(device):
 
 def measure(setting, row, batch, device):
     base = load_base(setting, device)
+    accumulate = setting["accumulate"]
+    num_batches = (setting["warmup"] + setting["steps"]) * accumulate
+    data = batches(setting, batch, base.config.vocab_size, device)
+    if not setting["documents"]:  # with them come masks, which would fill the memory
+        data = list(islice(data, num_batches))
     reset_peak(device)
     before = memory("VmRSS", device)
     torch.manual_seed(setting["seed"])
     opponent = Opponent(row, base, setting)
     opponent.train(row != "eval")
-    trained = [p for p in opponent.parameters() if p.requires_grad]
+    for name, parameter in opponent.named_parameters():
+        if "lora_B" in name:  # so that the first loss and its gradients depend on all experts
+            parameter.data.normal_(std=0.02)
+    precision = autocast(row, setting)
+    eager = {}
+    if setting["compile"] and not setting["dropout"] and not setting["documents"] and row != "n_passes":
+        eager = eager_figures(opponent, row, data[:accumulate], precision)
+        reset_peak(device)
+    with attention_of(opponent.form, setting):
+        step, first = step_of(opponent, row, compiled(opponent, setting), iter(data), accumulate, precision)
+        figures = run_steps(step, setting, wait=device == "cpu" or "no_wait" not in opponent.form)
+    peak = memory("VmHWM", device)
+    tokens = batch * accumulate * setting["seq_len"]
+    return {
+        "tokens_per_sec": tokens / figures["step_ms"] * 1e3,
+        **figures,
+        "first_grad_norm": first["grad_norm"] and first["grad_norm"].item(),
+        **eager,
+        "tokens_per_step": tokens,
+        "peak_memory_bytes": peak,
+        "extra_memory_bytes": peak - before,
+        "loss_vocab_size": opponent.loss_vocab_size,
+        "attention": "cudnn" if "cudnn" in opponent.form and has_cudnn_attention(setting) else "default",
+        "graph_breaks": sum(counters["graph_break"].values()) if setting["compile"] else None,
+        "liger": version("liger-kernel") if "liger" in opponent.form else None,
+    }
+
+
+def autocast(row, setting):
+    """The single LoRA in bf16 as transformers' Trainer runs it."""
+    enabled = row == "single_lora" and setting["dtype"] == "bf16"
+    return torch.autocast(setting["device"].split(":")[0], torch.bfloat16, enabled)
+
+
+def compiled(opponent, setting):
+    """What gives the loss."""
+    if not setting["compile"]:
+        return opponent
+    torch._dynamo.reset()
+    counters.clear()
+    if setting["compile"] == "blocks":
+        opponent.compile_blocks()
+        return opponent
+    mode = None if setting["compile"] == "default" else setting["compile"]
+    return torch.compile(opponent, mode=mode, dynamic=False)
+
+
+def trained_by(opponent):
+    return [p for p in opponent.parameters() if p.requires_grad]
+
+
+def step_of(opponent, row, loss_of, data, accumulate, precision):
+    """A function that takes a step and gives its mean loss on the device, and what it notes of the first one."""
+    trained = trained_by(opponent)
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
-    loss_of = opponent
-    if setting["compile"]:
-        torch._dynamo.reset()
-        if setting["compile"] == "blocks":
-            opponent.compile_blocks()
-        else:
-            mode = None if setting["compile"] == "default" else setting["compile"]
-            loss_of = torch.compile(opponent, mode=mode, dynamic=False)
-    data = batches(setting, batch, base.config.vocab_size, device)
-    accumulate = setting["accumulate"]
-    autocast = torch.autocast(device.split(":")[0], torch.bfloat16, row == "single_lora" and setting["dtype"] == "bf16")
+    first = {}
 
     def step():
         total = 0.0
         for _ in range(accumulate):
             ids, labels, more = next(data)
-            with torch.set_grad_enabled(row != "eval"), autocast:
+            with torch.set_grad_enabled(row != "eval"), precision:
                 loss = loss_of(ids, labels, more)
             if row != "eval":
                 (loss / accumulate).backward()
             total += loss.detach()
+        norm = None
         if row != "eval":
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return total.item() / accumulate  # waits for the device
+        first.setdefault("grad_norm", norm)
+        return total / accumulate
 
+    return step, first
+
+
+def run_steps(step, setting, wait):
+    """The warm-up, then the steps that count. If they do not wait, a step lasts from the end of the one before it."""
+    warmup, steps = setting["warmup"], setting["steps"]
     all_ms, losses, first_end = [], [], None
-    for _ in range(setting["warmup"] + setting["steps"]):
+    for _ in range(warmup + steps if wait else warmup):
         start = time.perf_counter()
-        losses.append(step())
+        losses.append(step().item())  # waits for the device
         all_ms.append(1e3 * (time.perf_counter() - start))
         first_end = first_end or time.time()
-    counted = all_ms[setting["warmup"] :]
-    tokens = batch * accumulate * setting["seq_len"]
-    peak = memory("VmHWM", device)
+    if not wait:
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(1 + steps)]
+        ends[0].record()
+        for end in ends[1:]:
+            losses.append(step())
+            end.record()
+        torch.cuda.synchronize()
+        all_ms += [start.elapsed_time(end) for start, end in pairwise(ends)]
+    counted = all_ms[warmup:]
     return {
-        "tokens_per_sec": tokens / statistics.median(counted) * 1e3,
         "step_ms": statistics.median(counted),
         "min_step_ms": min(counted),
         "max_step_ms": max(counted),
-        "tokens_per_step": tokens,
-        "peak_memory_bytes": peak,
-        "extra_memory_bytes": peak - before,
         "first_step_ms": all_ms[0],
         "first_step_unix_secs": first_end,
+        "warmup_ms": all_ms[:warmup],
+        "counted_ms": counted,
         "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "last_loss": float(losses[-1]),
     }
+
+
+def eager_figures(opponent, row, micro_batches, precision):
+    """Loss and gradient norm of the first step by eager PEFT, a sequence at a time; each has as many labels."""
+    total, trained = 0.0, trained_by(opponent)
+    num_sequences = sum(len(ids) for ids, _, _ in micro_batches)
+    for ids, labels, more in micro_batches:
+        for one in range(len(ids)):
+            with torch.set_grad_enabled(row != "eval"), precision:
+                loss = opponent.eager_loss(ids[one : one + 1], labels[one : one + 1], more) / num_sequences
+            if row != "eval":
+                loss.backward()
+            total += loss.item()
+    if row == "eval":
+        return {"eager_loss": total, "eager_grad_norm": None}
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()
+    opponent.zero_grad(set_to_none=True)
+    return {"eager_loss": total, "eager_grad_norm": norm}
 
 
 def main():
@@ -271,10 +433,11 @@ def main():
     for batch in setting["batches"]:
         for row in setting["rows"]:
             report = {"kind": "row", "row": row, "micro_batch_size": batch, "error": None}
+            report |= {"compile": setting["compile"], "form": setting["form"]}
             try:
                 report |= measure(setting, row, batch, device)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                report["error"] = str(error).splitlines()[0]
+            except Exception as error:  # whatever the compiler throws costs this row only
+                report["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(json.dumps(report), flush=True)
             gc.collect()
 

@@ -29,7 +29,7 @@ if [ ! -e $out/base/model/config.json ]; then
 fi
 evaluate base --base $out/base/model --dtype bf16
 single=(--set lora.num_experts=1 --set lora.rank=32 --set lora.alpha=64)
-for seed in ${seeds[@]}; do
+for seed in "${seeds[@]}"; do
   train() { # train NAME ARGUMENT..
     local name=$1-$seed
     shift

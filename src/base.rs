@@ -9,9 +9,9 @@ use tch::Kind;
 use crate::config::{BaseConfig, BaseSource};
 use crate::data::Tokenizer;
 use crate::hub::{self, BaseFiles, DownloadProgress, HubSettings};
-use crate::model::gpt2::Gpt2;
-use crate::model::gpt2_config::Gpt2Config;
-use crate::model::weights;
+use crate::model::decoder::Decoder;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::families::{gpt2, load};
 
 /// GPT-2's end-of-text token, by which a random base's documents end.
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -24,7 +24,7 @@ pub struct Base {
     /// Where it comes from.
     pub source: BaseSource,
     /// Its shape.
-    pub config: Gpt2Config,
+    pub spec: DecoderSpec,
     /// The tokenizer, if there is a `tokenizer.json`.
     pub tokenizer: Option<Tokenizer>,
     /// Where the tokenizer was read from.
@@ -36,7 +36,7 @@ impl Base {
     /// Finds the base's files, reads its shape and its tokenizer.
     ///
     /// # Errors
-    /// What [`hub::find_base`] and [`Gpt2Config::read`] say, and a tokenizer with more tokens than the
+    /// What [`hub::find_base`] and [`DecoderSpec::read`] say, and a tokenizer with more tokens than the
     /// base has embeddings.
     pub fn open(
         config: &BaseConfig,
@@ -54,9 +54,9 @@ impl Base {
             (BaseSource::Random(shape), _) => {
                 let tokenizer = tokenizer.as_ref().context("random weights need a tokenizer")?;
                 let vocab_size = tokenizer.vocab_size() as i64;
-                Gpt2Config::from_random(shape, vocab_size, tokenizer.token_to_id(END_OF_TEXT))
+                DecoderSpec::from_random(shape, vocab_size, tokenizer.token_to_id(END_OF_TEXT))
             }
-            (_, Some(files)) => Gpt2Config::read(&files.config)?,
+            (_, Some(files)) => gpt2::read_spec(&files.config)?,
             (_, None) => unreachable!("only random weights have no files"),
         };
         if let (Some(tokenizer), Some(file)) = (&tokenizer, &tokenizer_file)
@@ -71,7 +71,7 @@ impl Base {
         }
         let label = files.as_ref().map_or("random".into(), |files| files.label.clone());
         let source = config.source.clone();
-        Ok(Self { label, source, config: shape, tokenizer, tokenizer_file, files })
+        Ok(Self { label, source, spec: shape, tokenizer, tokenizer_file, files })
     }
 
     /// The files that it is read from; none of a random base but its tokenizer.
@@ -85,17 +85,17 @@ impl Base {
     }
 
     /// Reads the weights, or draws them from libtorch's default generator; f32 on the CPU.
-    pub fn weights(&self) -> Result<Gpt2> {
+    pub fn weights(&self) -> Result<Decoder> {
         match &self.files {
-            None => Ok(Gpt2::random(self.config.clone())),
-            Some(files) => weights::read_gpt2(&self.config, &files.weights, Kind::Float)
+            None => Ok(Decoder::random(self.spec.clone())),
+            Some(files) => load::read(&self.spec, &files.weights, Kind::Float)
                 .with_context(|| format!("cannot load the base `{}`", self.label)),
         }
     }
 
     /// Reads the weights, which must be those that `expected`, if it is known, is the BLAKE3 of in f32; `of`
     /// ends "that ..".
-    pub fn weights_of(&self, expected: Option<&str>, of: &str) -> Result<Gpt2> {
+    pub fn weights_of(&self, expected: Option<&str>, of: &str) -> Result<Decoder> {
         let weights = self.weights()?;
         let Some(expected) = expected else { return Ok(weights) };
         let found = weights.hash()?;
@@ -119,10 +119,10 @@ impl Base {
 
     /// Checks that the base has positions for blocks of `seq_len`.
     pub fn check_seq_len(&self, seq_len: usize) -> Result<()> {
-        if seq_len as i64 > self.config.n_positions {
+        if seq_len as i64 > self.spec.n_positions {
             bail!(
                 "`data.seq_len` must be at most the base's {} positions, got {seq_len}",
-                self.config.n_positions
+                self.spec.n_positions
             );
         }
         Ok(())

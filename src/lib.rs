@@ -60,6 +60,7 @@ pub mod hub;
 
 pub mod data;
 pub mod model;
+pub mod peft;
 
 pub mod base;
 pub mod mixture;
@@ -69,6 +70,7 @@ pub mod growth;
 pub mod eval;
 
 pub mod skills;
+pub mod tensor_file;
 
 pub mod train;
 

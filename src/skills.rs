@@ -26,7 +26,7 @@ use tch::{Kind, Tensor};
 use crate::data::{BlockId, TokenDataset};
 use crate::durable;
 use crate::eval;
-use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 
 /// Texts that the base writes to find its center.
 const OWN_TEXTS: usize = 16;
@@ -128,14 +128,14 @@ pub enum SkillComparison {
 /// # Errors
 /// A domain without label tokens; hidden states that are not finite.
 pub fn embed(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     dataset: &TokenDataset,
     domain: usize,
     batch_size: usize,
     max_blocks: Option<usize>,
 ) -> Result<Embedding> {
     let _no_grad = tch::no_grad_guard();
-    let d = model.base().config.n_embd;
+    let d = model.base().spec.n_embd;
     let mut sum = Tensor::zeros([d], (Kind::Double, model.device()));
     let mut label_tokens = 0;
     for chunk in spread_blocks(dataset, domain, max_blocks).chunks(batch_size) {
@@ -166,7 +166,7 @@ fn spread_blocks(dataset: &TokenDataset, domain: usize, max_blocks: Option<usize
 }
 
 /// The base's last hidden states, `[b, t, d]`.
-fn hidden(model: &RoutedGpt2, inputs: &Inputs) -> Tensor {
+fn hidden(model: &RoutedModel, inputs: &Inputs) -> Tensor {
     model.forward(inputs, &RoutingSource::Base, ForwardMode::EVAL, None).hidden
 }
 
@@ -175,8 +175,8 @@ impl SkillCenter {
     ///
     /// # Errors
     /// Hidden states that are not finite.
-    pub fn of(self, model: &RoutedGpt2) -> Result<Vec<f64>> {
-        let config = &model.base().config;
+    pub fn of(self, model: &RoutedModel) -> Result<Vec<f64>> {
+        let config = &model.base().spec;
         match self {
             Self::Origin => Ok(vec![0.0; config.n_embd as usize]),
             Self::OwnText => own_text(model),
@@ -186,9 +186,9 @@ impl SkillCenter {
 
 /// The mean over what the base writes. The first position, where every text has the same token, is
 /// left out.
-fn own_text(model: &RoutedGpt2) -> Result<Vec<f64>> {
+fn own_text(model: &RoutedModel) -> Result<Vec<f64>> {
     let _no_grad = tch::no_grad_guard();
-    let config = &model.base().config;
+    let config = &model.base().spec;
     let first = i64::from(config.eos_token_id.unwrap_or(0));
     let mut rng = ChaCha8Rng::from_seed([0; 32]);
     let mut texts: Vec<Vec<i64>> = vec![vec![first]; OWN_TEXTS];
@@ -215,7 +215,7 @@ fn own_text(model: &RoutedGpt2) -> Result<Vec<f64>> {
 }
 
 /// Texts of one length.
-fn inputs_of(texts: &[Vec<i64>], model: &RoutedGpt2) -> Inputs {
+fn inputs_of(texts: &[Vec<i64>], model: &RoutedModel) -> Inputs {
     let seq_len = texts[0].len();
     let positions: Vec<i64> = texts.iter().flat_map(|text| 0..text.len() as i64).collect();
     let rows = Rows {

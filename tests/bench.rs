@@ -10,8 +10,8 @@ use dylora::cli::{Cli, UsageError, describe};
 use dylora::config::{
     Config, ExpertConfig, LoraConfig, RouterConfig, RouterScope, TargetModule, load,
 };
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::families::gpt2;
 use dylora::model::{ForwardMode, RoutingSource};
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -48,7 +48,7 @@ fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Fi
 /// = 18,874,368; Lo = 12 * 32 * (768 + 2304) and 12 * 128 * (3072 + 1536 + 3840 + 3840).
 #[test]
 fn a_step_has_the_operations_of_the_formula() -> Result<()> {
-    let base = Gpt2Config::from_json(&json!({ "model_type": "gpt2" }))?;
+    let base = gpt2::from_json(&json!({ "model_type": "gpt2" }))?;
     let flops = |num_experts, rank, modules: &[TargetModule]| -> Result<FlopsPerToken> {
         let target_modules = modules.to_vec();
         let lora = LoraConfig { num_experts, rank, target_modules, ..LoraConfig::default() };

@@ -12,12 +12,13 @@ use common::{
     assert_close, assert_same_gradients, golden_path, gradients, max_difference, unstack,
 };
 use dylora::config::{LoraConfig, RouterConfig, TargetModule};
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2_config::Gpt2Config;
+use dylora::model::decoder::spec::DecoderSpec;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::families::{gpt2, load};
 use dylora::model::loss::LossSettings;
-use dylora::model::router::RouterSpec;
-use dylora::model::weights::{read_gpt2, read_tensors, write_tensors};
-use dylora::model::{ForwardMode, Inputs, Recorder, RoutedGpt2, RoutingSource, Rows};
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{ForwardMode, Inputs, Recorder, RoutedModel, RoutingSource, Rows};
+use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -25,9 +26,9 @@ use tch::{Device, Kind, Tensor};
 const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
 
 /// A base of `tests/golden`, as the Hub would hold it.
-fn base_files(name: &str) -> (Gpt2Config, Vec<PathBuf>) {
+fn base_files(name: &str) -> (DecoderSpec, Vec<PathBuf>) {
     let config =
-        Gpt2Config::read(&golden_path(&format!("{name}.config.json"))).expect("it is valid");
+        gpt2::read_spec(&golden_path(&format!("{name}.config.json"))).expect("it is valid");
     let whole = golden_path(&format!("{name}.safetensors"));
     let shard = |i| golden_path(&format!("{name}-{i:05}-of-00002.safetensors"));
     let files = if whole.exists() { vec![whole] } else { vec![shard(1), shard(2)] };
@@ -59,8 +60,8 @@ fn base_matches_transformers(name: &str) -> Result<()> {
     let golden = read_tensors(&golden_path(&format!("{name}.expected.safetensors")))?;
     let inputs = inputs(&golden)?;
     for (kind, tolerance) in TOLERANCES {
-        let base = read_gpt2(&config, &files, kind)?;
-        let model = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
+        let base = load::read(&config, &files, kind)?;
+        let model = RoutedModel::plain(&base, Device::Cpu, kind, false);
         let mut recorder = Recorder::default();
         let output =
             model.forward(&inputs, &RoutingSource::Router, ForwardMode::EVAL, Some(&mut recorder));
@@ -132,15 +133,15 @@ impl Experts {
         Ok(Self { lora, router, label_smoothing, tensors: read_tensors(&path)? })
     }
 
-    fn model(&self, top_k: Option<i64>, kind: Kind) -> Result<RoutedGpt2> {
+    fn model(&self, top_k: Option<i64>, kind: Kind) -> Result<RoutedModel> {
         let (config, files) = base_files("gpt2_tied");
-        let base = read_gpt2(&config, &files, kind)?;
+        let base = load::read(&config, &files, kind)?;
         let router = RouterConfig { top_k, ..self.router.clone() };
         let specs = ExpertSpec::all(&self.lora, &config)?;
         let trained = |name: &str| name.starts_with("h.") || name.starts_with("router.");
         let parameters = self.tensors.iter().filter(|(name, _)| trained(name));
         let stacks = parameters.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
-        RoutedGpt2::from_tensors(
+        RoutedModel::from_tensors(
             &base,
             &specs,
             &RouterSpec::from(&router),
@@ -249,7 +250,7 @@ fn load_balancing_loss_matches_mixtrals() -> Result<()> {
 /// A copy of `gpt2_tied`'s tensors for a test to spoil, and a folder for it.
 struct Spoiled {
     folder: tempfile::TempDir,
-    config: Gpt2Config,
+    config: DecoderSpec,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -273,8 +274,8 @@ impl Spoiled {
     }
 }
 
-fn refusal(config: &Gpt2Config, files: &[PathBuf], folder: &Path) -> String {
-    let error = read_gpt2(config, files, Kind::Float).expect_err("the files are spoiled");
+fn refusal(config: &DecoderSpec, files: &[PathBuf], folder: &Path) -> String {
+    let error = load::read(config, files, Kind::Float).expect_err("the files are spoiled");
     format!("{error:#}").replace(&format!("{}/", folder.display()), "")
 }
 
@@ -286,7 +287,7 @@ fn half_precision_files_are_read_into_the_kind_asked_for() -> Result<()> {
             *tensor = tensor.to_kind(kind);
         }
         let file = spoiled.write("model.safetensors", |_| true)?;
-        let base = read_gpt2(&spoiled.config, &[file], Kind::Float)?;
+        let base = load::read(&spoiled.config, &[file], Kind::Float)?;
         for (name, tensor) in base.named_parameters() {
             assert_eq!(tensor.kind(), Kind::Float);
             assert_eq!(max_difference(&tensor, &spoiled.tensors[&name]), 0.0, "{kind:?} `{name}`");
@@ -298,7 +299,7 @@ fn half_precision_files_are_read_into_the_kind_asked_for() -> Result<()> {
 #[test]
 fn names_with_and_without_prefix_are_the_same_base() -> Result<()> {
     let mut bare = Spoiled::new()?;
-    let hash = |spoiled: &Spoiled, file| read_gpt2(&spoiled.config, &[file], Kind::Float)?.hash();
+    let hash = |spoiled: &Spoiled, file| load::read(&spoiled.config, &[file], Kind::Float)?.hash();
     let with_prefix = hash(&bare, bare.write("with_prefix.safetensors", |_| true)?)?;
     let strip = |name: String| name.strip_prefix("transformer.").expect("all have it").to_owned();
     bare.tensors =
@@ -315,7 +316,7 @@ fn names_with_and_without_prefix_are_the_same_base() -> Result<()> {
 fn numbers_that_are_not_aligned_in_their_file_are_the_same_base() -> Result<()> {
     let spoiled = Spoiled::new()?;
     let file = spoiled.write("model.safetensors", |_| true)?;
-    let read = |file| read_gpt2(&spoiled.config, &[file], Kind::Float);
+    let read = |file| load::read(&spoiled.config, &[file], Kind::Float);
     let expected = read(file.clone())?.hash()?;
     let bytes = fs_err::read(&file)?;
     let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into()?))?;
@@ -337,7 +338,7 @@ fn a_base_is_its_own_though_its_file_is_mapped() -> Result<()> {
     let spoiled = Spoiled::new()?;
     let file = spoiled.write("model.safetensors", |_| true)?;
     let bytes = fs_err::read(&file)?;
-    let read = || read_gpt2(&spoiled.config, std::slice::from_ref(&file), Kind::Float);
+    let read = || load::read(&spoiled.config, std::slice::from_ref(&file), Kind::Float);
     let (mut written, kept) = (read()?, read()?);
     let hash = kept.hash()?;
     let _ = tch::no_grad(|| written.wte.fill_(1.0));
@@ -403,8 +404,8 @@ fn a_stored_head_must_equal_the_embedding_it_is_tied_to() -> Result<()> {
     "#);
     spoiled.config.tied_head = false;
     let file = spoiled.write("untied.safetensors", |_| true)?;
-    let base = read_gpt2(&spoiled.config, &[file], Kind::Float)?;
-    assert_eq!(max_difference(&base.lm_head, &spoiled.tensors["lm_head.weight"]), 0.0);
+    let base = load::read(&spoiled.config, &[file], Kind::Float)?;
+    assert_eq!(max_difference(base.head(), &spoiled.tensors["lm_head.weight"]), 0.0);
     spoiled.tensors.remove("lm_head.weight");
     insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `lm_head.weight`");
     Ok(())
@@ -426,7 +427,7 @@ fn configs_of_other_architectures_are_refused_by_key() {
         let mut json = json!({"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 16});
         let changed = changed.as_object().expect("the cases are objects").clone();
         json.as_object_mut().expect("it is an object").extend(changed);
-        format!("{:#}", Gpt2Config::from_json(&json).expect_err("it is none of ours"))
+        format!("{:#}", gpt2::from_json(&json).expect_err("it is none of ours"))
     };
     insta::assert_snapshot!(refusal(json!({"model_type": "gpt_neox"})), @r"
     `model_type` must be `gpt2`, got `gpt_neox`
@@ -441,7 +442,7 @@ fn configs_of_other_architectures_are_refused_by_key() {
 
 #[test]
 fn a_config_without_keys_is_gpt2_small() -> Result<()> {
-    let config = Gpt2Config::from_json(&json!({"model_type": "gpt2"}))?;
+    let config = gpt2::from_json(&json!({"model_type": "gpt2"}))?;
     assert_eq!(config.num_parameters(), 124_439_808);
     assert_eq!(config.linear_shape(TargetModule::MlpCFc), (768, 3072));
     assert!(config.tied_head);
@@ -452,7 +453,7 @@ fn a_config_without_keys_is_gpt2_small() -> Result<()> {
 fn a_config_survives_writing_and_reading() -> Result<()> {
     for name in ["gpt2_untied_exact_gelu", "gpt2_inverse_layer_idx", "gpt2_narrow_inner"] {
         let (config, _) = base_files(name);
-        assert_eq!(Gpt2Config::from_json(&config.to_json("float32"))?, config);
+        assert_eq!(gpt2::from_json(&gpt2::to_json(&config, "float32"))?, config);
     }
     Ok(())
 }

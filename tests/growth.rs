@@ -12,11 +12,11 @@ use dylora::config::{
 use dylora::growth::merge::{Merged, merged, most_similar, similarity};
 use dylora::growth::{with_expert, without_expert};
 use dylora::mixture::Mixture;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2::Gpt2;
+use dylora::model::decoder::Decoder;
+use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::parameters::expert_name;
-use dylora::model::router::{RouterSpec, Routing};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::routing::router::{RouterSpec, Routing};
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -60,7 +60,7 @@ fn router(input: RouterInput) -> RouterConfig {
 }
 
 /// A base, and a whole mixture on it none of whose tensors is zero.
-fn random(text: &str, router: &RouterConfig) -> Result<(Gpt2, Mixture)> {
+fn random(text: &str, router: &RouterConfig) -> Result<(Decoder, Mixture)> {
     let base = tiny_base(tiny_config());
     let model = new_model(&base, &lora(text), router, Kind::Double);
     randomize(&model)?;
@@ -68,11 +68,11 @@ fn random(text: &str, router: &RouterConfig) -> Result<(Gpt2, Mixture)> {
     Ok((base, Mixture { is_whole: true, ..mixture }))
 }
 
-fn put_on(mixture: &Mixture, base: &Gpt2) -> Result<RoutedGpt2> {
+fn put_on(mixture: &Mixture, base: &Decoder) -> Result<RoutedModel> {
     mixture.put_on(base, Device::Cpu, Kind::Double)
 }
 
-fn routed(model: &RoutedGpt2) -> (Tensor, Vec<Routing>) {
+fn routed(model: &RoutedModel) -> (Tensor, Vec<Routing>) {
     let inputs = two_rows();
     (logits(model, &inputs, &RoutingSource::Router), model.routing(&inputs, ForwardMode::EVAL))
 }

@@ -10,8 +10,8 @@ use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted, RouterConfig};
 use dylora::data::{
     DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
 };
-use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource, weights};
+use dylora::model::families::gpt2;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use dylora::skills::{
     Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
 };
@@ -157,7 +157,7 @@ fn the_center_is_the_same_each_time() -> Result<()> {
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Float)?;
     let center = SkillCenter::OwnText.of(&model)?;
     tch::manual_seed(1);
-    let plain = RoutedGpt2::plain(model.base(), Device::Cpu, Kind::Float, false);
+    let plain = RoutedModel::plain(model.base(), Device::Cpu, Kind::Float, false);
     assert_eq!(SkillCenter::OwnText.of(&plain)?, center);
     assert_eq!(SkillCenter::Origin.of(&plain)?, [0.0; 16]);
     Ok(())
@@ -169,9 +169,13 @@ fn the_center_is_the_same_each_time() -> Result<()> {
 fn the_demos_skills_are_told_apart() -> Result<()> {
     let _generator = seed(324);
     let dir = Path::new("demo/base");
-    let config = Gpt2Config::read(&dir.join("config.json"))?;
-    let base = weights::read_gpt2(&config, &[dir.join("model.safetensors")], Kind::Float)?;
-    let model = RoutedGpt2::plain(&base, Device::Cpu, Kind::Float, false);
+    let config = gpt2::read_spec(&dir.join("config.json"))?;
+    let base = dylora::model::families::load::read(
+        &config,
+        &[dir.join("model.safetensors")],
+        Kind::Float,
+    )?;
+    let model = RoutedModel::plain(&base, Device::Cpu, Kind::Float, false);
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
     let options = DataOptions {
         seq_len: 128,

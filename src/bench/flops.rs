@@ -12,8 +12,8 @@
 //! computes the mixture in a more expensive way is credited with the mixture alone. P counts the head,
 //! with the vocabulary as it is.
 
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2_config::Gpt2Config;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::experts::spec::ExpertSpec;
 
 /// The three terms of the formula, operations a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +28,8 @@ pub struct FlopsPerToken {
 
 impl FlopsPerToken {
     /// The terms of a base with experts on sequences of `seq_len`.
-    pub fn new(base: &Gpt2Config, specs: &[ExpertSpec], seq_len: usize) -> Self {
-        let Gpt2Config { n_layer, n_embd: d, n_inner, vocab_size, .. } = base;
+    pub fn new(base: &DecoderSpec, specs: &[ExpertSpec], seq_len: usize) -> Self {
+        let DecoderSpec { n_layer, n_embd: d, n_inner, vocab_size, .. } = base;
         let experts = specs.iter().map(|spec| {
             let (lora_a, lora_b, _) = spec.num_parameters(base);
             lora_a + lora_b

@@ -26,7 +26,7 @@ use tch::Device;
 use crate::config::Config;
 use crate::data::TokenDataset;
 use crate::ffi;
-use crate::model::gpt2::Gpt2;
+use crate::model::decoder::Decoder;
 use crate::model::kind_of;
 use crate::train::checkpoint::Position;
 use crate::train::plan::BlockStream;
@@ -109,13 +109,13 @@ pub struct Figures {
 #[derive(Debug)]
 pub struct Bench {
     settings: BenchSettings,
-    base: Gpt2,
+    base: Decoder,
     device: Device,
 }
 
 impl Bench {
     /// A bench on `base`, which is brought to `device` in the config's dtype.
-    pub fn new(settings: BenchSettings, base: &Gpt2, device: Device) -> Self {
+    pub fn new(settings: BenchSettings, base: &Decoder, device: Device) -> Self {
         let base = base.to(device, kind_of(settings.config.base.dtype));
         Self { settings, base, device }
     }
@@ -142,7 +142,7 @@ impl Bench {
         let dataset = self.dataset(per_step);
         let mut stream = BlockStream::new(&dataset, &config, Position::default());
         let flops = FlopsPerToken::new(
-            &self.base.config,
+            &self.base.spec,
             &row.experts(&config, &self.base)?,
             dataset.seq_len,
         );
@@ -199,7 +199,7 @@ impl Bench {
     fn dataset(&self, per_step: usize) -> TokenDataset {
         let BenchSettings { config, warmup, steps, document_median, .. } = &self.settings;
         let num_blocks = per_step * (warmup + steps).min(DISTINCT_STEPS);
-        let vocab_size = self.base.config.vocab_size;
+        let vocab_size = self.base.spec.vocab_size;
         data::random_tokens(
             config.data.seq_len,
             num_blocks,

@@ -14,14 +14,14 @@
 use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
-use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource};
+use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 
 /// The sum of the losses of a batch's labelled positions, nats, 0-dim; differentiable with respect to
 /// experts and router.
 ///
 /// # Errors
 /// A model whose layers are not routed alike.
-pub fn summed_loss(model: &RoutedGpt2, inputs: &Inputs, mode: ForwardMode) -> Result<Tensor> {
+pub fn summed_loss(model: &RoutedModel, inputs: &Inputs, mode: ForwardMode) -> Result<Tensor> {
     let routing = model.routing(inputs, mode);
     let weights_ne = match &routing[..] {
         [] => None,
@@ -31,7 +31,7 @@ pub fn summed_loss(model: &RoutedGpt2, inputs: &Inputs, mode: ForwardMode) -> Re
         }
         _ => bail!("N passes need one router for all layers"),
     };
-    let d = model.base().config.n_embd;
+    let d = model.base().spec.n_embd;
     let mut blended = None;
     for expert in 0..model.num_experts() {
         let source = RoutingSource::Expert(expert);

@@ -11,12 +11,12 @@ use super::passes;
 use crate::config::{Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
 use crate::eval;
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2::Gpt2;
-use crate::model::lora::LoraDropout;
+use crate::model::decoder::Decoder;
+use crate::model::experts::dropout::LoraDropout;
+use crate::model::experts::spec::ExpertSpec;
 use crate::model::loss::LossSettings;
-use crate::model::router::RouterSpec;
-use crate::model::{Compute, ForwardMode, RoutedGpt2, RoutingSource, Trained};
+use crate::model::routing::router::RouterSpec;
+use crate::model::{Compute, ForwardMode, RoutedModel, RoutingSource, Trained};
 use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
 use crate::train::step::Stepper;
@@ -106,10 +106,10 @@ impl Row {
     }
 
     /// The experts of `config`, which is this row's.
-    pub fn experts(self, config: &Config, base: &Gpt2) -> Result<Vec<ExpertSpec>> {
+    pub fn experts(self, config: &Config, base: &Decoder) -> Result<Vec<ExpertSpec>> {
         match self {
             Self::Base => Ok(vec![]),
-            _ => ExpertSpec::all(&config.lora, &base.config),
+            _ => ExpertSpec::all(&config.lora, &base.spec),
         }
     }
 }
@@ -130,7 +130,7 @@ impl FromStr for Row {
 pub(super) struct Subject {
     row: Row,
     config: Config,
-    model: RoutedGpt2,
+    model: RoutedModel,
     trained: Trained,
     stepper: Stepper,
 }
@@ -138,12 +138,12 @@ pub(super) struct Subject {
 impl Subject {
     /// The row's model on a base that lies on `device` in the config's dtype, with new experts and
     /// routers, by `run.seed`.
-    pub fn new(row: Row, config: Config, base: &Gpt2, device: Device) -> Result<Self> {
+    pub fn new(row: Row, config: Config, base: &Decoder, device: Device) -> Result<Self> {
         tch::manual_seed(config.run.seed as i64);
         let specs = row.experts(&config, base)?;
         let router = RouterSpec::of_config(&config);
         let compute = Compute::of_config(&config);
-        let model = RoutedGpt2::with_experts(base, &specs, &router, device, compute);
+        let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
         let trained = match row {
             Row::Base => {
                 let leaf = model.base().wpe.set_requires_grad(true);

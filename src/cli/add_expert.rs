@@ -20,10 +20,10 @@ use crate::data::{Datasets, TokenDataset};
 use crate::eval::EvalReport;
 use crate::growth;
 use crate::mixture::Mixture;
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2::Gpt2;
-use crate::model::router::RouterSpec;
-use crate::model::{RoutedGpt2, kind_of};
+use crate::model::decoder::Decoder;
+use crate::model::experts::spec::ExpertSpec;
+use crate::model::routing::router::RouterSpec;
+use crate::model::{RoutedModel, kind_of};
 use crate::skills::{
     Embedding, Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
 };
@@ -109,7 +109,7 @@ struct Start {
     growth: GrowthConfig,
     mixture: Mixture,
     base: Base,
-    weights: Gpt2,
+    weights: Decoder,
     data: Datasets,
     device: Device,
 }
@@ -191,7 +191,7 @@ impl Start {
         Ok(Self { dir, state, old_config, config, growth, mixture, base, weights, data, device })
     }
 
-    fn put_on(&self, mixture: &Mixture) -> Result<RoutedGpt2> {
+    fn put_on(&self, mixture: &Mixture) -> Result<RoutedModel> {
         mixture.put_on(&self.weights, self.device, kind_of(self.config.base.dtype))
     }
 
@@ -232,7 +232,7 @@ impl Start {
 fn compare(
     args: &AddExpertArgs,
     start: &Start,
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     before: Option<&EvalReport>,
 ) -> Result<Compared> {
     let (train, domain) = (&start.data.train, &start.growth.domain);
@@ -253,13 +253,13 @@ fn compare(
 
 /// The mixture with one expert more, and the largest probability that it has on a token of the earlier
 /// domains.
-fn grow(start: &Start, model: &RoutedGpt2) -> Result<(Mixture, f64)> {
+fn grow(start: &Start, model: &RoutedModel) -> Result<(Mixture, f64)> {
     let Start { config, mixture, data, growth, .. } = start;
     let biases = grow::initial_biases(model, &data.train, &growth.domain, SKILL_BLOCKS)?;
     let beside_one = grow::bias_beside_one(mixture.router.temperature);
     let bias = |prefix: &str| biases.get(prefix).copied().unwrap_or(beside_one);
     tch::manual_seed(config.run.seed as i64);
-    let spec = ExpertSpec::new(&config.lora, mixture.specs.len(), &start.base.config)?;
+    let spec = ExpertSpec::new(&config.lora, mixture.specs.len(), &start.base.spec)?;
     let mut grown = growth::with_expert(mixture, &start.weights, spec, &bias)?;
     for (expert, spec) in grown.specs.iter_mut().enumerate() {
         spec.trainable = grow::is_trainable(config, expert);
@@ -366,12 +366,12 @@ fn check_same_shape(config: &Config, grown: &Config) -> Result<()> {
 /// The skills of the checkpoint; of one that has no library yet, those of the domains it was trained on.
 fn library(
     dir: &Path,
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     config: &Config,
     data: &Datasets,
     before: Option<&EvalReport>,
 ) -> Result<SkillLibrary> {
-    if let Some(known) = checkpoint::read_skills(dir, model.base().config.n_embd)? {
+    if let Some(known) = checkpoint::read_skills(dir, model.base().spec.n_embd)? {
         return Ok(known);
     }
     let mut library = SkillLibrary::new(SkillCenter::default().of(model)?);

@@ -18,8 +18,9 @@ use crate::config::{
     RouterConfig, RouterScope, RunConfig, ScheduleConfig, TargetModule, TrainConfig, load,
 };
 use crate::ffi;
-use crate::model::gpt2::Gpt2;
-use crate::model::gpt2_config::Gpt2Config;
+use crate::model::decoder::Decoder;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::families::gpt2;
 
 /// Keys that `--set` does not reach, and the flags that do.
 const KEYS_OF_FLAGS: [(&str, &str); 5] = [
@@ -131,12 +132,12 @@ impl Size {
         Self { name: "gpt2-xl", n_layer: 48, n_head: 25, n_embd: 1600 },
     ];
 
-    fn config(self) -> Gpt2Config {
+    fn config(self) -> DecoderSpec {
         let Self { n_layer, n_head, n_embd, .. } = self;
         let json = json!({
             "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
         });
-        Gpt2Config::from_json(&json).expect("the four shapes are sound")
+        gpt2::from_json(&json).expect("the four shapes are sound")
     }
 }
 
@@ -238,7 +239,7 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
         document_median: args.documents,
         peak_flops: peak_tflops.map(|tflops| tflops * 1e12),
     };
-    let header = header(&settings, &label, &weights.config, device, &device_model);
+    let header = header(&settings, &label, &weights.spec, device, &device_model);
     let bench = Bench::new(settings, &weights, device);
     drop(weights);
     let rows = if args.rows.is_empty() { Row::ALL.to_vec() } else { args.rows };
@@ -341,7 +342,7 @@ impl BenchArgs {
     }
 
     /// The base's name and weights, f32 on the CPU.
-    fn weights(&self, config: &BaseConfig, shared: &Shared) -> Result<(String, Gpt2)> {
+    fn weights(&self, config: &BaseConfig, shared: &Shared) -> Result<(String, Decoder)> {
         let check_seq_len = |n_positions: i64| match self.seq_len as i64 > n_positions {
             false => Ok(()),
             true => Err(usage(anyhow!(
@@ -351,12 +352,12 @@ impl BenchArgs {
         };
         if self.base.is_some() {
             let base = open_base(config, shared)?;
-            check_seq_len(base.config.n_positions)?;
+            check_seq_len(base.spec.n_positions)?;
             return Ok((base.label.clone(), base.weights()?));
         }
         let size = self.size.unwrap_or(Size::ALL[0]);
         check_seq_len(size.config().n_positions)?;
         tch::manual_seed(self.seed as i64);
-        Ok((format!("{} (random weights)", size.name), Gpt2::random(size.config())))
+        Ok((format!("{} (random weights)", size.name), Decoder::random(size.config())))
     }
 }

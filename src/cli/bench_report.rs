@@ -12,7 +12,8 @@ use crate::bench::data::LENGTH_SIGMA;
 use crate::bench::{BenchSettings, Figures, Row, RowReport};
 use crate::config::Dtype;
 use crate::ffi;
-use crate::model::gpt2_config::Gpt2Config;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::families::gpt2;
 
 /// How [`crate::bench::flops`] counts, in one line.
 const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P + 3A + 6Lo \
@@ -23,7 +24,7 @@ const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P
 pub fn header(
     settings: &BenchSettings,
     label: &str,
-    shape: &Gpt2Config,
+    shape: &DecoderSpec,
     device: Device,
     device_model: &str,
 ) -> Value {
@@ -39,7 +40,7 @@ pub fn header(
         "device_model": device_model,
         "threads": tch::get_num_threads(),
         "base": label,
-        "shape": shape.to_json(match config.base.dtype {
+        "shape": gpt2::to_json(shape, match config.base.dtype {
             Dtype::F32 => "float32",
             Dtype::Bf16 => "bfloat16",
         }),

@@ -10,7 +10,7 @@ use super::{Shared, table, token_cache, usage};
 use crate::config::{Config, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
-use crate::model::{RoutedGpt2, RoutingSource};
+use crate::model::{RoutedModel, RoutingSource};
 use crate::train::checkpoint;
 use crate::train::stages::forgetting;
 
@@ -122,7 +122,7 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
 /// The loss of a model on its run's validation data by the rule of evaluation; none if there is no such
 /// data.
 pub fn validate(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     dataset: &TokenDataset,
     config: &Config,
     shared: &Shared,
@@ -147,7 +147,7 @@ impl DataArgs {
     /// The data that is named, or the validation data of the model's run.
     pub fn load(&self, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
         let config = open.config.as_ref().map(|config| &config.data);
-        let longest = (open.base.config.n_positions as usize).min(1024);
+        let longest = (open.base.spec.n_positions as usize).min(1024);
         let seq_len = self.seq_len.or(config.map(|data| data.seq_len)).unwrap_or(longest);
         if seq_len < 2 {
             return Err(usage(anyhow!("`--seq-len` must be at least 2, got {seq_len}")));
@@ -159,7 +159,7 @@ impl DataArgs {
             loss_on: self.loss_on.or(config.map(|data| data.loss_on)).unwrap_or_default(),
             on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
             seed: open.config.as_ref().map_or(0, |config| config.run.seed),
-            eos_token_id: open.base.config.eos_token_id,
+            eos_token_id: open.base.spec.eos_token_id,
             mixing: Mixing::default(),
             on_exhausted: OnExhausted::default(),
             cache_dir: Some(token_cache()),

@@ -249,7 +249,7 @@ fn cost_table(cost: &Cost) -> comfy_table::Table {
 fn write_merged_adapter(out: &Output, open: &OpenModel, weights: &[f64]) -> Result<()> {
     let adapter = merge::into_adapter(&open.model, weights)?;
     let provenance = open.provenance()?;
-    let base = &open.model.base().config;
+    let base = &open.model.base().spec;
     let card = merge::adapter_card(&adapter, &provenance, weights);
     out.write_folder(export::is_unmarked_output, |dir| {
         write_adapter(dir, &adapter, base, &provenance, &card)

@@ -17,7 +17,7 @@ use crate::durable::{folder, output::Output};
 use crate::export::peft::Provenance;
 use crate::hub::{self, AdapterFiles};
 use crate::mixture::Mixture;
-use crate::model::{RoutedGpt2, kind_of};
+use crate::model::{RoutedModel, kind_of};
 use crate::train;
 use crate::train::checkpoint::{self, Preferred};
 
@@ -63,7 +63,7 @@ pub struct OpenModel {
     /// The checkpoint's folder; none for a bare base.
     pub checkpoint: Option<PathBuf>,
     /// The model.
-    pub model: RoutedGpt2,
+    pub model: RoutedModel,
     /// What decided the routing weights in training.
     routing: RoutingChoice,
     /// BLAKE3 of the base in f32, if it is known without computing it.
@@ -125,15 +125,15 @@ impl ModelArgs {
         let mixture = match &self.adapters {
             None => None,
             Some(text) => Some(match adapter_source(text)? {
-                AdapterSource::Path(dir) => Mixture::of_folder(&dir, &base.config, &find)?,
-                hub => Mixture::of_adapters(&[hub], &base.config, &find)?,
+                AdapterSource::Path(dir) => Mixture::of_folder(&dir, &base.spec, &find)?,
+                hub => Mixture::of_adapters(&[hub], &base.spec, &find)?,
             }),
         };
         let base_hash = mixture.as_ref().and_then(|mixture| mixture.base_hash.clone());
         let weights = base.weights_of(base_hash.as_deref(), "the adapters belong to")?;
         let routing = mixture.as_ref().map_or(RoutingChoice::Router, |mixture| mixture.routing);
         let model = match mixture {
-            None => RoutedGpt2::plain(&weights, device, kind, false),
+            None => RoutedModel::plain(&weights, device, kind, false),
             Some(mixture) => mixture.put_on(&weights, device, kind)?,
         };
         Ok(OpenModel { base, config: None, checkpoint: None, model, routing, base_hash })
@@ -190,7 +190,7 @@ impl OpenModel {
 
 /// The experts and router that a config starts from, with a bar for downloads.
 pub fn open_mixture(config: &Config, base: &Base, shared: &Shared) -> Result<Mixture> {
-    Mixture::of_config(config, &base.config, &|source| find_adapter(source, shared))
+    Mixture::of_config(config, &base.spec, &|source| find_adapter(source, shared))
 }
 
 fn find_adapter(source: &AdapterSource, shared: &Shared) -> Result<AdapterFiles> {

@@ -15,7 +15,7 @@ use crate::config::DeviceChoice;
 use crate::eval::EvalReport;
 use crate::growth::{self, merge};
 use crate::mixture::Mixture;
-use crate::model::{RoutedGpt2, kind_of};
+use crate::model::{RoutedModel, kind_of};
 use crate::skills::SkillLibrary;
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::stages::Stage;
@@ -128,7 +128,7 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     if shrunk.gone < past.maturity.len() {
         past.maturity.remove(shrunk.gone);
     }
-    let skills = checkpoint::read_skills(&dir, base.config.n_embd)?;
+    let skills = checkpoint::read_skills(&dir, base.spec.n_embd)?;
     past.skills = skills.map(|skills| renumber(skills, &shrunk));
     let mut stage = Stage::new(&shrunk.name, vec![], new_config.lora.num_experts);
     stage.losses = after.as_ref().map(EvalReport::domain_losses).unwrap_or_default();
@@ -176,7 +176,7 @@ fn check(change: &Change, mixture: &Mixture) -> Result<()> {
 fn apply(
     change: &Change,
     mixture: &Mixture,
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     before: Option<&EvalReport>,
 ) -> Result<Shrunk> {
     match *change {

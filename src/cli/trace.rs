@@ -12,11 +12,11 @@ use super::open::{ModelArgs, OpenModel};
 use super::{Shared, table, usage};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
-use crate::model::lora::RoutingWeights;
-use crate::model::weights::write_tensors;
+use crate::model::experts::weights::RoutingWeights;
 use crate::model::{
-    ForwardMode, ForwardOutput, Inputs, ModuleUpdate, Recorder, RoutedGpt2, RoutingSource, Site,
+    ForwardMode, ForwardOutput, Inputs, ModuleUpdate, Recorder, RoutedModel, RoutingSource, Site,
 };
+use crate::tensor_file::write_tensors;
 
 /// Arguments of `dylora trace`.
 #[derive(Debug, Args)]
@@ -112,7 +112,7 @@ fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
         Some(text) => open.base.tokenizer()?.encode(text)?.into_iter().map(i64::from).collect(),
         None => args.tokens.clone(),
     };
-    let (vocab, positions) = (open.base.config.vocab_size, open.base.config.n_positions);
+    let (vocab, positions) = (open.base.spec.vocab_size, open.base.spec.n_positions);
     if tokens.is_empty() {
         return Err(usage(anyhow!("the text has no token")));
     }
@@ -127,7 +127,7 @@ fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
 }
 
 /// The routing weights, `[1, t, e]`: one for all layers, one for each, or none without experts.
-fn layer_weights(output: &ForwardOutput, model: &RoutedGpt2, t: i64) -> Vec<Tensor> {
+fn layer_weights(output: &ForwardOutput, model: &RoutedModel, t: i64) -> Vec<Tensor> {
     let weights = output.weights.iter().filter_map(|weights| match weights {
         RoutingWeights::Off => None,
         RoutingWeights::Ones => {

@@ -18,7 +18,7 @@ use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
 use crate::durable::output::Output;
 use crate::export::{self, hugging_face};
 use crate::mixture::Mixture;
-use crate::model::expert::ExpertSpec;
+use crate::model::experts::spec::ExpertSpec;
 use crate::train::checkpoint::{self, Preferred};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
 use crate::train::{Ending, Event, Summary, Trainer, load_model};
@@ -155,14 +155,14 @@ fn check_experts(config: &Config, base: &Base) -> Result<()> {
     let has_source = |expert: usize| lora.experts.get(expert).is_some_and(|e| e.source.is_some());
     let is_new = |expert: &usize| config.method == Method::RoutedLora && !has_source(*expert);
     for expert in (0..lora.num_experts as usize).filter(is_new) {
-        ExpertSpec::new(lora, expert, &base.config)?;
+        ExpertSpec::new(lora, expert, &base.spec)?;
     }
     Ok(())
 }
 
 /// Loads the data of a config, with a bar.
 pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
-    let eos = base.config.eos_token_id;
+    let eos = base.spec.eos_token_id;
     let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
     let bar = LoadBar::new(shared.show_progress);
     let progress = |progress| bar.update(&progress);
@@ -171,7 +171,7 @@ pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datase
 
 /// What is about to happen, in the log.
 fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
-    let counts = ParameterCounts::new(config, specs, &base.config);
+    let counts = ParameterCounts::new(config, specs, &base.spec);
     tracing::info!(
         "base `{}`, {} parameters; {} trained ({:.2} %) on {}",
         base.label,
@@ -287,8 +287,8 @@ fn dry_run(
     data: &Datasets,
     json: bool,
 ) -> Result<()> {
-    let counts = ParameterCounts::new(config, specs, &base.config);
-    let memory = MemoryEstimate::new(config, specs, &base.config, &counts);
+    let counts = ParameterCounts::new(config, specs, &base.spec);
+    let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
     let steps = num_steps(config, &data.train);
     let domains = |dataset: &TokenDataset| -> Vec<_> {
         let domains = dataset.domains.iter();

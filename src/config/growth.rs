@@ -1,19 +1,21 @@
 //! `[growth]`: how the expert that `dylora add-expert` adds is trained.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `[growth]`: one expert more, for one new domain.
+/// `[growth]`: how an expert that is added for a new domain is trained.
 ///
-/// In the first `seed_steps` the new domain's tokens go to the new expert alone, and its router column
-/// learns to tell them from the others; then the router decides, at a smaller rate.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// In the first `seed_steps` steps the new domain's tokens go to the new expert alone, and its
+/// column of the router learns to tell them from the others. After that the router decides, and the
+/// learning rates are lower.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GrowthConfig {
-    /// The new domain, by its name under `[[data.domains]]`; the new expert is the last one.
+    /// The new domain, by its name under `[[data.domains]]`. The new expert is the last one.
     pub domain: String,
     /// Factor of the old experts' learning rate; 0 freezes them.
     pub old_experts_rate: f64,
-    /// Factor of the learning rate of the old experts' router columns, and of the router's hidden
+    /// Factor of the learning rate of the old experts' router columns and of the router's hidden
     /// layers; 0 freezes them.
     pub old_columns_rate: f64,
     /// Steps of the seeding phase.

@@ -5,50 +5,54 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::{Result, anyhow, bail};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::AdapterSource;
 
 /// `[lora]`: the low-rank update that each expert adds to a target module.
 ///
-/// `[[lora.experts]]` changes single experts: its first entry is about expert 0, and so on; experts
-/// without an entry are as the rest of `[lora]` says.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The entries of `[[lora.experts]]` change single experts: the first entry is about expert 0, the
+/// second about expert 1, and so on. An expert without an entry is as the rest of `[lora]` says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoraConfig {
-    /// Experts `E`; with 1 there is no router and the result is plain LoRA.
+    /// Number of experts `E`. With 1 there is no router, and the result is plain LoRA.
     pub num_experts: i64,
-    /// Rank `r`; an expert has `r * (in + out)` parameters per target module.
+    /// Rank `r` of each expert, which then has `r * (in + out)` parameters in each target module.
     pub rank: i64,
-    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1).
+    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1). The weights of a
+    /// router sum to 1, so that a mixture needs about `E` times the alpha of a single LoRA, or `E /
+    /// k` times with `router.top_k = k`.
     pub alpha: f64,
     /// The linear layers that get experts.
     pub target_modules: Vec<TargetModule>,
-    /// Scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
+    /// Whether to scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
     pub use_rslora: bool,
-    /// Train a magnitude per output beside the update (DoRA, arXiv:2402.09353, eq. 5).
+    /// Whether to train a magnitude for each output beside the update (DoRA, arXiv:2402.09353, eq.
+    /// 5).
     pub use_dora: bool,
-    /// Where A and B start.
+    /// How A and B are initialised.
     pub init: LoraInit,
     /// Probability with which an element of an expert's input is dropped in training.
     pub dropout: f64,
     /// Whether the experts of a layer share one dropout mask.
     pub dropout_masks: DropoutMasks,
-    /// Ranks of single modules, as `{ "mlp.c_fc" = 4, "h.0.attn.c_attn" = 16 }`; the module of one
-    /// layer goes before the module of all.
+    /// Ranks of single modules, for example `{ "mlp.c_fc" = 4, "h.0.attn.c_attn" = 16 }`. A pattern
+    /// for the module of one layer overrides a pattern for that module of all layers.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rank_pattern: BTreeMap<ModulePattern, i64>,
-    /// Alphas of single modules, likewise.
+    /// Alphas of single modules, in the same form.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub alpha_pattern: BTreeMap<ModulePattern, f64>,
-    /// How many experts each layer has: the first so many (MoLA, arXiv:2402.08562). A layer routes over
-    /// its own; absent = every layer has all.
+    /// How many experts each layer has. Layer `i` has the first `experts_per_layer[i]` experts and
+    /// routes over these alone (MoLA, arXiv:2402.08562). Without it, every layer has all experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub experts_per_layer: Option<Vec<i64>>,
-    /// What keeps the experts apart; absent = nothing.
+    /// A loss that keeps the experts apart. Without it, there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub orthogonality: Option<Orthogonality>,
-    /// `[[lora.experts]]`: what differs from expert to expert, or where one comes from.
+    /// `[[lora.experts]]`: what differs from expert to expert, and adapters to start from.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<ExpertConfig>,
 }
@@ -97,42 +101,42 @@ impl LoraConfig {
     }
 }
 
-/// `[[lora.experts]]`: what differs for one expert. What is absent is as `[lora]` says.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// `[[lora.experts]]`: what differs for one expert. A key that is left out is as in `[lora]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExpertConfig {
-    /// A PEFT adapter that the expert starts from; it then has that adapter's rank, alpha, modules
-    /// and options, and none of them may be set here.
+    /// A PEFT adapter that the expert starts from. The expert then has the adapter's rank, alpha,
+    /// target modules and options, and none of those may be set here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<AdapterSource>,
-    /// As [`LoraConfig::rank`].
+    /// Overrides `lora.rank`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank: Option<i64>,
-    /// As [`LoraConfig::alpha`].
+    /// Overrides `lora.alpha`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
-    /// As [`LoraConfig::target_modules`].
+    /// Overrides `lora.target_modules`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_modules: Option<Vec<TargetModule>>,
-    /// As [`LoraConfig::use_rslora`].
+    /// Overrides `lora.use_rslora`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub use_rslora: Option<bool>,
-    /// As [`LoraConfig::use_dora`].
+    /// Overrides `lora.use_dora`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub use_dora: Option<bool>,
-    /// As [`LoraConfig::init`].
+    /// Overrides `lora.init`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<LoraInit>,
-    /// Whether the expert is trained; its router column is, in any case.
+    /// Whether the expert is trained. Its column of the router is trained in any case.
     pub trainable: bool,
-    /// Token ids from whose last occurrence in a document on the expert is active (aLoRA,
-    /// arXiv:2504.12397); empty for an expert that always is.
+    /// Token ids of an invocation. The expert is active from their last occurrence in a document on
+    /// (aLoRA, arXiv:2504.12397). Without them, it is always active.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub alora_invocation_tokens: Vec<i64>,
-    /// As [`LoraConfig::rank_pattern`].
+    /// Overrides `lora.rank_pattern`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank_pattern: Option<BTreeMap<ModulePattern, i64>>,
-    /// As [`LoraConfig::alpha_pattern`].
+    /// Overrides `lora.alpha_pattern`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha_pattern: Option<BTreeMap<ModulePattern, f64>>,
 }
@@ -155,20 +159,21 @@ impl Default for ExpertConfig {
     }
 }
 
-/// A loss that is 0 where experts are orthogonal, as in `orthogonality = { a = 0.1 }`; the number is its
-/// factor. It is the mean over the target modules and their pairs of experts of the squared cosine
+/// A loss that is 0 where the experts are orthogonal, as in `orthogonality = { a = 0.1 }`, where
+/// the number is its factor. The loss is the mean of a squared cosine over the target modules and,
+/// within each, over the pairs of experts:
 ///
 /// ```text
 /// a    |A_e A_f^T|^2 / (|A_e|^2 |A_f|^2)              of the input spaces (O-LoRA, arXiv:2310.14152, eq. 6,
 ///                                                       squared and scaled)
 /// ba   <D_e, D_f>^2 / (|D_e|^2 |D_f|^2), D = B A        of the updates
 /// ```
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Orthogonality {
-    /// Of the down-projections.
+    /// Between the down-projections A.
     A(f64),
-    /// Of the updates.
+    /// Between the updates B A.
     Ba(f64),
 }
 
@@ -181,35 +186,38 @@ impl Orthogonality {
     }
 }
 
-/// Where A and B start. In every case the first forward pass equals the base's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// How A and B are initialised. In every case the first forward pass equals the base's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LoraInit {
-    /// A uniform in `±1/sqrt(in)`, B zero: PEFT's default.
+    /// A is uniform in `±1/sqrt(in)` and B is zero, which is PEFT's default.
     #[default]
     Default,
-    /// A from `N(0, 1/r^2)`, B zero.
+    /// A is drawn from `N(0, 1/r^2)` and B is zero.
     Gaussian,
-    /// The r largest singular components of the base's weight (PiSSA, arXiv:2404.02948, eqs. 2-4).
+    /// A and B hold the `r` largest singular components of the base's weight (PiSSA,
+    /// arXiv:2404.02948, eqs. 2-4).
     Pissa,
-    /// The first r columns and rows of the QR factors of the base's weight (OLoRA,
+    /// A and B hold the first `r` columns and rows of the QR factors of the base's weight (OLoRA,
     /// arXiv:2406.01775, algorithm 1).
     Olora,
 }
 
 /// A linear layer of a GPT-2 block, by its Hugging Face name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 pub enum TargetModule {
-    /// Queries, keys and values in one, `[d, 3d]`.
+    /// Queries, keys and values in one matrix, `[d, 3d]`.
     #[serde(rename = "attn.c_attn")]
     AttnCAttn,
-    /// The attention's output, `[d, d]`.
+    /// The output of attention, `[d, d]`.
     #[serde(rename = "attn.c_proj")]
     AttnCProj,
-    /// The feed-forward layer's way up, `[d, n_inner]`.
+    /// The first layer of the feed-forward network, `[d, n_inner]`.
     #[serde(rename = "mlp.c_fc")]
     MlpCFc,
-    /// The feed-forward layer's way down, `[n_inner, d]`.
+    /// The second layer of the feed-forward network, `[n_inner, d]`.
     #[serde(rename = "mlp.c_proj")]
     MlpCProj,
 }
@@ -234,7 +242,9 @@ impl TargetModule {
 }
 
 /// A target module of one layer, written `h.0.attn.c_attn`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(try_from = "String", into = "String")]
 pub struct ModulePath {
     /// The block, from 0.
@@ -276,7 +286,9 @@ impl From<ModulePath> for String {
 }
 
 /// A target module of every layer, `attn.c_attn`, or of one, `h.0.attn.c_attn`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(try_from = "String", into = "String")]
 pub enum ModulePattern {
     /// In every layer.
@@ -327,12 +339,13 @@ impl From<ModulePattern> for String {
 }
 
 /// Whether the experts of a layer share one dropout mask.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DropoutMasks {
-    /// One mask for all, which lets one pair of matrix products apply every expert.
+    /// One mask for all experts, which lets one pair of matrix products apply them all.
     #[default]
     Shared,
-    /// One mask each, as in PEFT: a loop over the experts, slower with each of them.
+    /// One mask for each expert, as in PEFT. The experts are then computed one after another, which
+    /// is slower.
     PerExpert,
 }

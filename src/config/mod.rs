@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::bail;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use growth::GrowthConfig;
@@ -33,7 +34,7 @@ pub use train::{
 };
 
 /// A whole run. `method` comes first in the file; the rest are sections.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// What is trained.
@@ -61,13 +62,13 @@ pub struct Config {
     /// `[schedule]`: the learning rate over the steps.
     #[serde(default)]
     pub schedule: ScheduleConfig,
-    /// `[growth]`: how an added expert is trained; `dylora add-expert` writes it.
+    /// `[growth]`: how an added expert is trained. `dylora add-expert` writes this section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub growth: Option<GrowthConfig>,
 }
 
 /// What is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
     /// LoRA experts and their router on a frozen base; with `lora.num_experts = 1`, plain LoRA.
@@ -78,14 +79,14 @@ pub enum Method {
 }
 
 /// `[run]`: where the run's files go, its seed and its device.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
     /// Folder for the resolved config, metrics, TensorBoard events and checkpoints.
     pub dir: PathBuf,
     /// Seeds the initial weights, the dropout masks, the data's order and its validation split.
     pub seed: u64,
-    /// Where to compute; `--device` goes first.
+    /// Where to compute. The option `--device` overrides it.
     pub device: DeviceChoice,
     /// Whether to write TensorBoard event files beside `metrics.jsonl`.
     pub tensorboard: bool,
@@ -97,8 +98,9 @@ impl Default for RunConfig {
     }
 }
 
-/// `auto` (CUDA if there is any), `cpu`, `cuda` or `cuda:1`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// `auto` takes the first CUDA device if there is one, and the CPU otherwise. `cpu`, `cuda` (the
+/// first CUDA device) and `cuda:N` name a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceChoice {
     /// The first CUDA device, else the CPU.
@@ -150,23 +152,23 @@ impl From<DeviceChoice> for String {
 }
 
 /// `[base]`: the pretrained GPT-2.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BaseConfig {
-    /// Where its files are.
+    /// Where the base comes from.
     pub source: BaseSource,
-    /// A `tokenizer.json`, if it is not the one beside the weights.
+    /// A `tokenizer.json` to use in place of the one beside the weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// What the layers compute in, base and experts. What is trained is kept in f32, and so are DoRA's
-    /// norms, the router, the loss and the optimizer's state.
+    /// The number type that the base and the experts compute in. Trained parameters, DoRA's norms,
+    /// the router, the loss and the optimizer's state are kept in f32 in any case.
     #[serde(default)]
     pub dtype: Dtype,
 }
 
 /// Where the base comes from: `{ path = "DIR" }`, `{ hub = { repo = "NAME" } }` or
 /// `{ random = { .. } }`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum BaseSource {
     /// A folder with `config.json`, `*.safetensors` and, as a rule, `tokenizer.json`.
@@ -178,10 +180,10 @@ pub enum BaseSource {
 }
 
 /// A model repository of the Hugging Face Hub at one revision.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HubSource {
-    /// Such as `openai-community/gpt2`.
+    /// The repository's name, such as `openai-community/gpt2`.
     pub repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "default_revision")]
@@ -193,7 +195,7 @@ fn default_revision() -> String {
 }
 
 /// Where an adapter comes from: `{ path = "DIR" }` or `{ hub = { repo = "NAME" } }`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum AdapterSource {
     /// A folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -203,135 +205,141 @@ pub enum AdapterSource {
 }
 
 /// An adapter on the Hugging Face Hub at one revision.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AdapterHub {
-    /// Such as `owner/name`.
+    /// The repository's name, such as `owner/name`.
     pub repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "default_revision")]
     pub revision: String,
-    /// The folder in the repository; empty for its root.
+    /// The folder in the repository; left out or empty for its root.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub subfolder: String,
 }
 
 /// The shape of a base that starts from random weights (GPT-2's initialisation). Its vocabulary is
 /// the tokenizer's, its head is tied and its activation is `gelu_new`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RandomBase {
-    /// Blocks.
+    /// Number of blocks.
     pub n_layer: i64,
-    /// Attention heads; must divide `n_embd`.
+    /// Number of attention heads, which must divide `n_embd`.
     pub n_head: i64,
     /// Width of the hidden states.
     pub n_embd: i64,
-    /// Longest sequence.
+    /// The longest sequence, in tokens.
     pub n_positions: i64,
 }
 
-/// What the base computes in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// The number type of computations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
-    /// 32-bit floats.
+    /// 32-bit floating point.
     #[default]
     F32,
-    /// Brain floats: 8 bits of exponent, 7 of mantissa.
+    /// Brain floating point: 8 bits of exponent, 7 of mantissa.
     Bf16,
 }
 
 /// `[data]`: the domains and how they become blocks.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Tokens of a block; documents are packed into blocks, and longer ones are split.
+    /// Length of a block, in tokens. Short documents are packed into blocks together, and longer
+    /// documents are split.
     pub seq_len: usize,
-    /// Which tokens are learned.
+    /// Which tokens the loss counts.
     #[serde(default)]
     pub loss_on: LossOn,
-    /// What a malformed record does.
+    /// What happens when a record is malformed.
     #[serde(default)]
     pub on_bad_record: OnBadRecord,
-    /// What share of the blocks each domain gets.
+    /// What share of the training blocks each domain gets.
     #[serde(default)]
     pub mixing: Mixing,
-    /// What happens when a domain is through before the others.
+    /// What happens when all blocks of a domain have been used before the epoch ends.
     #[serde(default)]
     pub on_exhausted: OnExhausted,
-    /// `[[data.domains]]`: at least one.
+    /// `[[data.domains]]`: the kinds of text, at least one.
     pub domains: Vec<DomainConfig>,
 }
 
-/// What share of the training blocks each domain gets: `"proportional"`, `{ temperature = 2.0 }`,
-/// `"weights"` or `"interleaved"`. At any point of an epoch the shares hold to about a block.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+/// What share of the training blocks each domain gets. At any point of an epoch, each domain has
+/// had its share to within about a block.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mixing {
-    /// In proportion to weight times blocks: an epoch passes `weight` times over a domain.
+    /// In proportion to weight times number of blocks, so that an epoch passes `weight` times over
+    /// a domain.
     #[default]
     Proportional,
-    /// In proportion to weight times blocks, to the power of one over this temperature, above 0: 1 is
-    /// `proportional`, more brings the shares closer to each other.
+    /// In proportion to (weight times number of blocks) to the power of 1 / temperature. The
+    /// temperature is above 0; 1 is the same as `proportional`, and a larger one brings the shares
+    /// closer together.
     Temperature(f64),
-    /// In proportion to the weights, whatever the domains' sizes.
+    /// In proportion to the weights, whatever the sizes of the domains.
     Weights,
-    /// The same for each domain, strictly in turn; the weights must be 1.
+    /// Equal shares, strictly in turn. All weights must be 1.
     Interleaved,
 }
 
-/// What happens when a domain is through before the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What happens when all blocks of a domain have been used before the epoch ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnExhausted {
-    /// It starts over: no block of a domain is used more than once more than another. Unless the
-    /// mixing is `proportional`, an epoch has about as many blocks as the domains together.
+    /// The domain starts over, so that its blocks are used equally often or differ by one. Unless
+    /// the mixing is `proportional`, an epoch has about as many blocks as all domains together.
     #[default]
     Repeat,
-    /// It leaves the rest of the epoch to the others: an epoch has each block exactly once.
+    /// The domain leaves the rest of the epoch to the others, so that an epoch has each block
+    /// exactly once.
     End,
 }
 
-/// Which tokens are learned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Which tokens the loss counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LossOn {
-    /// A record's `completion` and its end-of-text token, not its `prompt`; all of a `text`.
+    /// The `completion` of a record and the end-of-text token after it, but not the `prompt`; all
+    /// of a `text`.
     #[default]
     Completion,
-    /// Every token but a document's first, which nothing predicts.
+    /// Every token except the first of a document, which nothing precedes.
     All,
 }
 
-/// What a malformed record does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What happens when a record is malformed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnBadRecord {
-    /// Ends the run with the record's file, line and fault.
+    /// The run ends with an error that names the file, the line and the fault.
     #[default]
     Fail,
-    /// Is left out and counted.
+    /// The record is left out, and counted.
     Skip,
 }
 
 /// `[[data.domains]]`: one kind of text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DomainConfig {
-    /// Its name in tables and metrics.
+    /// The domain's name in tables and metrics, without `/` and `=`.
     pub name: String,
-    /// Files or globs: `.jsonl` or plain text, each also as `.zst` or `.gz`.
+    /// Training files or globs: `.jsonl`, or plain text with one document a file. Each may be
+    /// compressed as `.zst` or `.gz`.
     pub train: Vec<String>,
-    /// What is held out for evaluation; absent, the domain has no validation set.
+    /// What is held out for evaluation. Without it, the domain has no validation set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
-    /// By `data.mixing`: if `proportional`, how often an epoch passes over the domain (2 shows each
-    /// block twice, 0.5 every other one); else a factor of its share. 0 for a domain that is only
-    /// evaluated.
+    /// With `data.mixing = "proportional"`, how often an epoch passes over the domain: 2 shows each
+    /// block twice, 0.5 every other block. With another mixing, a factor of the domain's share. A
+    /// domain with weight 0 is only evaluated.
     #[serde(default = "one")]
     pub weight: f64,
-    /// If given, only records whose `domain` field is this belong to the domain.
+    /// Use only those records whose `domain` field has this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record_domain: Option<String>,
 }
@@ -341,12 +349,12 @@ fn one() -> f64 {
 }
 
 /// What is held out for evaluation: `{ files = [..] }` or `{ fraction = 0.1 }`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Validation {
-    /// Files or globs of their own.
+    /// Separate files or globs.
     Files(Vec<String>),
-    /// This share of the training files' documents, chosen by `run.seed` and a document's content,
-    /// so that equal documents are never on both sides.
+    /// This share of the documents in the training files. Which ones are held out depends on
+    /// `run.seed` and on their content alone, so that equal documents are never on both sides.
     Fraction(f64),
 }

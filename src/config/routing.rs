@@ -5,66 +5,74 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Result, bail};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `[router]`: what scores the experts, by which rule they are mixed, and what is told about it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// `[router]`: what scores the experts, by which rule they are mixed, and what is reported about
+/// it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterConfig {
-    /// What it reads.
+    /// What the router reads.
     pub input: RouterInput,
-    /// Whether layers, or target modules, have routers of their own.
+    /// Whether there is one router, or one for each layer or target module.
     pub scope: RouterScope,
-    /// Whether each token is routed by itself or by its document's prompt.
+    /// Whether each token is routed by itself or by the prompt of its document.
     pub level: RoutingLevel,
-    /// Layers before the one that scores the experts, each with a ReLU; 0 for a linear router.
+    /// Number of hidden layers, each with a ReLU, before the layer that scores the experts; 0 for a
+    /// linear router.
     pub hidden_layers: i64,
-    /// Their width.
+    /// Width of the hidden layers.
     pub hidden_width: i64,
-    /// Divides the scores before the softmax; below 1 sharpens.
+    /// Divides the scores before the softmax. A value below 1 sharpens the routing.
     pub temperature: f64,
-    /// How the temperature comes to its value; absent = it is constant.
+    /// How the temperature reaches its value. Without it, the temperature is constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature_schedule: Option<TemperatureSchedule>,
-    /// Keep the k best experts of a token; absent = all (dense).
+    /// Keep only the k best experts of each token. Without it, a token uses all experts (dense
+    /// routing).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<i64>,
-    /// Whether the weights of the k best are divided by their sum. If so, `top_k = 1` always gives weight
-    /// 1, and the language model's loss teaches the router nothing; if not, that is Switch's rule
-    /// (arXiv:2101.03961, eq. 2).
+    /// Whether the weights of the k best experts are divided by their sum. With `true`, `top_k = 1`
+    /// always gives weight 1, so that the language model's loss teaches the router nothing. `false`
+    /// is Switch's rule (arXiv:2101.03961, eq. 2).
     pub renormalize: bool,
     /// Route densely until every expert is mature by this criterion, and by `top_k` from then on
-    /// (DyLoRA-MoE's rule); absent = by `top_k` from the start.
+    /// (DyLoRA-MoE's rule). Without it, `top_k` holds from the start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hybrid: Option<Maturity>,
-    /// What disturbs the router in training.
+    /// Noise that disturbs the router in training.
     pub noise: RouterNoise,
-    /// The rule for evaluation, if it is not that of training; `eval` then shows both.
+    /// Another routing rule for evaluation. `dylora eval` then reports both rules.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalRule>,
     /// Factor of the load-balancing loss (arXiv:2101.03961, eqs. 4-6).
     pub load_balancing_coef: f64,
-    /// Factor of the mean squared distance of the mean routing_probs from 1 / E.
+    /// Factor of the mean squared distance of the experts' mean routing probabilities from 1 / E.
     pub uniform_mse_coef: f64,
     /// Factor of the mean squared logsumexp of the scores (ST-MoE, arXiv:2202.08906, eq. 5).
     pub z_loss_coef: f64,
-    /// Factor of the mean entropy of routing_probs: above 0 each token comes to fewer experts, below 0
-    /// to more.
+    /// Factor of the mean entropy of the routing probabilities. A value above 0 concentrates each
+    /// token on fewer experts; a value below 0 spreads it over more.
     pub entropy_coef: f64,
-    /// How far a step moves the bias of each expert that has more or less than its share, by which
-    /// the k best are chosen, but not weighted (arXiv:2408.15664, algorithm 1); 0 for no bias.
+    /// How far each step moves the bias of an expert that gets more or less than its share. The
+    /// bias counts where the k best experts are chosen, but not in their weights (loss-free
+    /// balancing, arXiv:2408.15664, algorithm 1). 0 turns it off.
     pub balance_bias_rate: f64,
-    /// Steps of a window, after each of which routing is told about and checked.
+    /// Steps of a window. After each window, the routing is reported and checked.
     pub window_steps: u64,
-    /// What happens when the routing collapses.
+    /// What happens when the routing has collapsed: a router gives one expert more than
+    /// `collapse_share` of the weight, or an expert is dead.
     pub on_collapse: OnCollapse,
-    /// Collapsed is a router that gives one expert more than this share of weight over a window.
+    /// The largest share of the weight over a window that a router may give one expert before it
+    /// counts as collapsed.
     pub collapse_share: f64,
-    /// Dead is an expert whose mean routing weight over a window is less than this part of an even one,
-    /// 1 / E.
+    /// An expert is dead if its mean routing weight over a window is less than this part of an even
+    /// weight, 1 / E.
     pub dead_share: f64,
-    /// A folder to start the router from: an export of dylora's, or one with `xlora_config.json` and
-    /// `xlora_classifier.safetensors`. Its shape and rule must be those set here.
+    /// A folder to start the router from: an export of dylora's, or a folder with
+    /// `xlora_config.json` and `xlora_classifier.safetensors`. The router's shape and rule must be
+    /// the ones set here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<PathBuf>,
 }
@@ -110,17 +118,17 @@ impl RouterConfig {
     }
 }
 
-/// What the router reads. At position t, none of them depends on a later token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What the router reads. None of these inputs depends on a later token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterInput {
-    /// Token plus position embeddings.
+    /// The sum of token and position embeddings.
     #[default]
     Embeddings,
-    /// The last hidden state, after `ln_f`, of a pass of the base alone, without gradient (X-LoRA,
-    /// arXiv:2402.07148, section 2).
+    /// The last hidden state (after `ln_f`) of a separate pass of the base alone, without gradient
+    /// (X-LoRA, arXiv:2402.07148, section 2).
     BaseHidden,
-    /// A block's own input after its first LayerNorm.
+    /// A block's own input, after the block's first LayerNorm.
     LayerInput,
 }
 
@@ -136,11 +144,11 @@ impl RouterInput {
 }
 
 /// How many routers there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterScope {
-    /// One. From embeddings or the base's hidden state it routes once for all layers; on layer inputs,
-    /// each layer anew.
+    /// One router. With `embeddings` or `base_hidden` it decides once for all layers; with
+    /// `layer_input` it decides anew in each layer.
     #[default]
     Shared,
     /// One for each layer.
@@ -149,73 +157,74 @@ pub enum RouterScope {
     Module,
 }
 
-/// What is routed as one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// Whether each token is routed by itself or by the prompt of its document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RoutingLevel {
-    /// Each token by its own features.
+    /// Each token is routed by its own features.
     #[default]
     Token,
-    /// Each token by the mean features of its document's prompt up to it: all of a completion by those
-    /// of the whole prompt. A document without a prompt counts as one, up to each token, and so does a
-    /// window of a long document that begins after its prompt.
+    /// Each token is routed by the mean features of its document's prompt up to that token, so that
+    /// all of a completion is routed by the whole prompt. A document without a prompt counts as all
+    /// prompt, and so does a window of a long document that begins after the prompt.
     Sequence,
 }
 
-/// `temperature_schedule = { start = 4.0, steps = 500 }`: from `start` in a geometric row to
-/// `temperature`, which the step after `steps` has.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// `temperature_schedule = { start = 4.0, steps = 500 }`: the temperature changes geometrically
+/// from `start` to `router.temperature`, which it reaches in the step after `steps`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TemperatureSchedule {
-    /// Of the first step.
+    /// The temperature of the first step.
     pub start: f64,
-    /// Steps until `temperature` is reached.
+    /// Number of steps until `router.temperature` is reached.
     pub steps: u64,
 }
 
 /// When an expert is mature, as in `hybrid = { tokens = 100000 }`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Maturity {
-    /// Once this many label tokens were routed to it, each counted by its routing weight.
+    /// Once this many label tokens were routed to the expert, each counted by its routing weight.
     Tokens(u64),
-    /// Once its loss no longer falls.
+    /// Once the expert's loss no longer falls.
     Plateau(Plateau),
 }
 
-/// `hybrid = { plateau = { window_steps = 100, min_delta = 0.01 } }`: mature is an expert whose loss (the
-/// mean over label tokens, weighted with its routing weights) over a window is not `min_delta` below that
-/// over the window before.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+/// `hybrid = { plateau = { window_steps = 100, min_delta = 0.01 } }`: an expert is mature when its
+/// loss over a window of steps is not at least `min_delta` below its loss over the window before.
+/// The loss of an expert is the mean over label tokens, weighted by its routing weights.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plateau {
     /// Steps of a window.
     pub window_steps: u64,
-    /// Nats.
+    /// Smallest fall that counts, in nats.
     pub min_delta: f64,
 }
 
-/// What disturbs the router in training: `"none"`, `{ gaussian = 0.1 }` or `{ jitter = 0.01 }`.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+/// Noise that disturbs the router in training.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterNoise {
-    /// Nothing.
+    /// No noise.
     #[default]
     None,
-    /// Adds `N(0, std^2)` to each score (arXiv:1701.06538, eq. 4, with a constant std).
+    /// Adds `N(0, std^2)` with this std to each score (arXiv:1701.06538, eq. 4, with a constant
+    /// std).
     Gaussian(f64),
-    /// Multiplies what it reads with numbers from `[1 - eps, 1 + eps]` (Switch, arXiv:2101.03961,
-    /// table 11).
+    /// Multiplies the router's input by numbers from `[1 - eps, 1 + eps]` with this eps (Switch,
+    /// arXiv:2101.03961, table 11).
     Jitter(f64),
 }
 
-/// The rule of routing in evaluation: `"dense"` or `{ top_k = 1 }`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// The routing rule in evaluation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EvalRule {
     /// All experts.
     Dense,
-    /// The k best.
+    /// The k best experts.
     TopK(i64),
 }
 
@@ -229,19 +238,23 @@ impl EvalRule {
     }
 }
 
-/// What happens when the routing collapses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// What happens when the routing has collapsed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnCollapse {
-    /// A warning.
+    /// The log has a warning.
     #[default]
     Warn,
-    /// The run stops behind a checkpoint.
+    /// The run saves a checkpoint and stops.
     Stop,
 }
 
-/// What decides the routing weights: `router`, `uniform`, `all`, `expert:N`, `record` or `none`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// `router`: the learned router (a single expert, which has no router, gets weight 1). `uniform`: 1
+/// / E for each expert. `all`: 1 for each expert, as PEFT does with several active adapters.
+/// `expert:N`: 1 for expert N and 0 for the others. `record`: 1 for the expert that a record's
+/// `expert` field names, as with PEFT's `adapter_names`. `none`: 0 for each expert, which is the
+/// base alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum RoutingChoice {
     /// The learned router; with one expert, which has none, weight 1.

@@ -1,41 +1,45 @@
 //! `[train]`, `[optimizer]` and `[schedule]`: how long, in what portions and at what rates to train.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::RoutingChoice;
 
 /// `[train]`: how long and in what portions.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// How long to train.
     pub duration: Duration,
-    /// What decides the routing weights, in training and in its evaluations. Only what it reaches is
-    /// trained: the router by `router` alone, of the experts by `expert:N` one.
+    /// What decides the routing weights, in training and in the run's evaluations. Only what takes
+    /// part is trained: with `router` the router and the experts, with `expert:N` that expert
+    /// alone, and otherwise the experts.
     pub routing: RoutingChoice,
-    /// Sequences of a forward.
+    /// Sequences in one forward pass.
     pub micro_batch_size: usize,
-    /// Forwards of a step.
+    /// Forward passes in one step, that is, in one optimizer update.
     pub grad_accum_steps: usize,
     /// Share of the target's probability that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
-    /// Keep only each block's input and compute its inside again in the backward pass.
+    /// Whether to keep only the input of each block and to compute the rest again in the backward
+    /// pass, which saves memory and costs time.
     pub gradient_checkpointing: bool,
     /// How a step is computed.
     pub kernels: Kernels,
-    /// Positions whose logits are in memory at once.
+    /// Number of positions whose logits are in memory at the same time.
     pub loss_chunk_tokens: i64,
-    /// Evaluate each so many steps, beside the end; absent = only at the end.
+    /// Evaluate after every so many steps, and at the end. Without it, only at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every_steps: Option<u64>,
-    /// Save a checkpoint each so many steps, beside each evaluation and the end.
+    /// Save a checkpoint after every so many steps, in addition to those after each evaluation and
+    /// at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every_steps: Option<u64>,
-    /// Checkpoints kept beside the best.
+    /// Number of latest checkpoints to keep, in addition to the best.
     pub keep_last: usize,
-    /// Of the Hugging Face folder that `method = "full"` writes at the end.
+    /// The number type of the Hugging Face folder that `method = "full"` writes at the end.
     pub save_dtype: SaveDtype,
-    /// When to stop before `duration`; absent = never.
+    /// When to stop before `train.duration` is over. Without it, never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<EarlyStopping>,
 }
@@ -60,68 +64,70 @@ impl Default for TrainConfig {
     }
 }
 
-/// How a step is computed. The results agree but for rounding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// How a step is computed. The results agree except for rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kernels {
-    /// The fastest way that the device, the dtype and the experts' kinds allow: fused operations with
-    /// backward passes of their own, and on CUDA own kernels and graphs.
+    /// The fastest way that the device, the number type and the kinds of experts allow: fused
+    /// operations with backward passes of their own and, on CUDA, dylora's own kernels and CUDA
+    /// graphs.
     #[default]
     Auto,
     /// libtorch's operations one by one, differentiated by autograd.
     Reference,
 }
 
-/// The dtype of saved weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+/// The number type of saved weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SaveDtype {
-    /// 32-bit floats.
+    /// 32-bit floating point.
     F32,
-    /// 16-bit floats.
+    /// 16-bit floating point.
     F16,
-    /// Brain floats.
+    /// Brain floating point: 8 bits of exponent, 7 of mantissa.
     Bf16,
 }
 
 /// How long to train, as in `duration = { epochs = 3 }`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Duration {
     /// Optimizer updates.
     Steps(u64),
     /// Passes over the training set.
     Epochs(u64),
-    /// Target tokens; the step that reaches the number is the last.
+    /// Target tokens; the step that reaches this number is the last.
     Tokens(u64),
 }
 
 /// Stops when the mean of the domains' validation losses no longer falls.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EarlyStopping {
-    /// Evaluations in a row without improvement.
+    /// Number of evaluations in a row without an improvement after which the run stops.
     pub patience: u64,
-    /// Smallest fall that counts as improvement, nats.
+    /// Smallest fall that counts as an improvement, in nats.
     #[serde(default)]
     pub min_delta: f64,
 }
 
 /// `[optimizer]`: AdamW (arXiv:1711.05101), by parameter group.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
     /// The experts' matrices.
     pub adapters: GroupConfig,
     /// The router.
     pub router: GroupConfig,
-    /// The base, with `method = "full"`. Biases, LayerNorms and embeddings do not decay.
+    /// The base, with `method = "full"`. Biases, LayerNorms and embeddings have no weight decay.
     pub base: GroupConfig,
-    /// Decay rates of the moments.
+    /// Decay rates of the two moments.
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Largest norm of all gradients together; absent = no clipping.
+    /// Largest norm of all gradients together; larger gradients are scaled down to it. Without it,
+    /// gradients are not clipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_grad_norm: Option<f64>,
 }
@@ -140,25 +146,26 @@ impl Default for OptimizerConfig {
 }
 
 /// The settings of one parameter group.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GroupConfig {
-    /// The schedule's peak.
+    /// The learning rate at the schedule's peak.
     pub learning_rate: f64,
-    /// Decoupled weight decay; each step takes `learning_rate * weight_decay` off a parameter.
+    /// Decoupled weight decay: each step shrinks a parameter by `learning_rate * weight_decay` of
+    /// itself.
     #[serde(default)]
     pub weight_decay: f64,
 }
 
 /// `[schedule]`: the learning rate over the steps, as a factor of each group's own.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScheduleConfig {
     /// The shape after the warm-up.
     pub kind: ScheduleKind,
-    /// Steps over which the factor rises in even parts; the step after them is at 1.
+    /// Steps over which the factor rises evenly; the step after them has the factor 1.
     pub warmup_steps: u64,
-    /// The factor at the end (`linear` and `cosine`).
+    /// The factor at the end of the run, for `linear` and `cosine`.
     pub min_ratio: f64,
 }
 
@@ -169,13 +176,13 @@ impl Default for ScheduleConfig {
 }
 
 /// The shape of the schedule after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleKind {
-    /// Stays at 1.
+    /// The factor stays at 1.
     Constant,
-    /// Falls in a straight line to `min_ratio`.
+    /// The factor falls in a straight line to `min_ratio`.
     Linear,
-    /// Falls as half a cosine wave to `min_ratio`.
+    /// The factor falls as half a cosine wave to `min_ratio`.
     Cosine,
 }

@@ -16,11 +16,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{Config, EvalRule, RouterConfig, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
-use crate::model::inputs::{Extent, HostInputs};
+use crate::model::batch::{Extent, HostInputs};
 use crate::model::loss::LossSettings;
-use crate::model::router::Routing;
-use crate::model::routing_totals::{RoutingTotals, add_totals};
-use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use crate::model::routing::router::Routing;
+use crate::model::routing::totals::{RoutingTotals, add_totals};
+use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use routing::SiteExperts;
 pub use routing::{RoutingReport, SiteReport};
 
@@ -104,7 +104,7 @@ impl Default for EvalSettings {
 /// Evaluates `model` on every block of `dataset`, routed by `source`; `progress` hears `(blocks done,
 /// blocks)`.
 pub fn evaluate(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     dataset: &TokenDataset,
     source: &RoutingSource,
     settings: EvalSettings,
@@ -168,7 +168,7 @@ pub fn evaluate(
 
 /// The summed loss of a batch, nats, and what the routers did.
 fn score(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     inputs: &Inputs,
     source: &RoutingSource,
     settings: EvalSettings,

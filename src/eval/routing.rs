@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::RouterConfig;
-use crate::model::routing_totals::RoutingTotals;
-use crate::model::{RoutedGpt2, Site};
+use crate::model::routing::totals::RoutingTotals;
+use crate::model::{RoutedModel, Site};
 
 /// Sums over label tokens at one place where routing is decided, on the host. Those of other tokens add
 /// up.
@@ -83,7 +83,7 @@ pub struct SiteExperts {
 
 impl SiteExperts {
     /// Those of a model, in the order of a forward pass.
-    pub fn of(model: &RoutedGpt2) -> Vec<Self> {
+    pub fn of(model: &RoutedModel) -> Vec<Self> {
         let of = |site: Site| Self { site: site.to_string(), experts: model.experts_at(site) };
         model.sites().into_iter().map(of).collect()
     }

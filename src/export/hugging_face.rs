@@ -10,9 +10,9 @@ use tch::{Kind, Tensor};
 use super::peft::write_json;
 use crate::config::SaveDtype;
 use crate::durable::{self, output::Output};
-use crate::model::gpt2::Gpt2;
-use crate::model::gpt2_config::Gpt2Config;
-use crate::model::weights::{read_gpt2, write_tensors};
+use crate::model::decoder::Decoder;
+use crate::model::families::{gpt2, load};
+use crate::tensor_file::write_tensors;
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
@@ -25,7 +25,7 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// What [`Output::write_folder`] says.
 pub fn export(
     out: &Output,
-    base: &Gpt2,
+    base: &Decoder,
     dtype: SaveDtype,
     tokenizer_file: Option<&Path>,
 ) -> Result<()> {
@@ -38,19 +38,19 @@ pub fn export(
             .map(|(name, tensor)| (name, tensor.detach().to_device(tch::Device::Cpu).to_kind(kind)))
             .collect();
         write_tensors(&file, parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;
-        let read = read_gpt2(&base.config, &[file], kind)?.named_parameters();
+        let read = load::read(&base.spec, &[file], kind)?.named_parameters();
         for ((name, tensor), (_, found)) in parameters.iter().zip(&read) {
             if !tensor.equal(found) {
                 bail!("tensor `{name}` was written, but reads back differently");
             }
         }
-        write_json(&dir.join(CONFIG), &base.config.to_json(name))?;
+        write_json(&dir.join(CONFIG), &gpt2::to_json(&base.spec, name))?;
         let Some(tokenizer_file) = tokenizer_file else { return Ok(()) };
         durable::write(&dir.join(TOKENIZER), &fs_err::read(tokenizer_file)?)?;
         let end_of_text = "<|endoftext|>";
         let tokenizer_config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": base.config.n_positions,
+            "model_max_length": base.spec.n_positions,
             "bos_token": end_of_text,
             "eos_token": end_of_text,
             "unk_token": end_of_text,
@@ -73,13 +73,13 @@ fn kind_of(dtype: SaveDtype) -> (Kind, &'static str) {
 pub(super) fn is_unmarked_base(dir: &Path, files: &BTreeSet<String>) -> bool {
     let has_config = || {
         let path = dir.join(CONFIG);
-        let (Ok(found), Ok(config)) = (fs_err::read_to_string(&path), Gpt2Config::read(&path))
+        let (Ok(found), Ok(config)) = (fs_err::read_to_string(&path), gpt2::read_spec(&path))
         else {
             return false;
         };
         [SaveDtype::F32, SaveDtype::F16, SaveDtype::Bf16].into_iter().any(|dtype| {
             let (_, name) = kind_of(dtype);
-            serde_json::to_string_pretty(&config.to_json(name))
+            serde_json::to_string_pretty(&gpt2::to_json(&config, name))
                 .is_ok_and(|text| text + "\n" == found)
         })
     };

@@ -15,11 +15,11 @@ use tch::{Device, Kind, Tensor};
 
 use super::peft::{Provenance, card_head, describe};
 use crate::config::LoraInit;
-use crate::model::RoutedGpt2;
-use crate::model::adapter::Adapter;
-use crate::model::expert::{ExpertSpec, RankAlpha};
-use crate::model::gpt2::Gpt2;
+use crate::model::RoutedModel;
+use crate::model::decoder::Decoder;
+use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::model::parameters::expert_name;
+use crate::peft::adapter::Adapter;
 
 /// What experts are merged into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub enum MergeInto {
 /// # Errors
 /// Weights that are not one finite number for each expert; experts with invocation tokens. For an
 /// adapter also a DoRA expert, whose magnitudes are no low-rank update, and weights that are all 0.
-pub fn check(model: &RoutedGpt2, weights: &[f64], into: MergeInto) -> Result<()> {
+pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()> {
     if model.specs().is_empty() {
         bail!("a base alone has nothing to merge");
     }
@@ -70,7 +70,7 @@ pub fn check(model: &RoutedGpt2, weights: &[f64], into: MergeInto) -> Result<()>
 ///
 /// # Errors
 /// As [`check`].
-pub fn into_base(model: &RoutedGpt2, base: &Gpt2, weights: &[f64]) -> Result<Gpt2> {
+pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result<Decoder> {
     check(model, weights, MergeInto::Base)?;
     let _no_grad = tch::no_grad_guard();
     let mut merged = base.to(Device::Cpu, Kind::Float);
@@ -126,7 +126,7 @@ pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64])
 ///
 /// # Errors
 /// As [`check`].
-pub fn into_adapter(model: &RoutedGpt2, weights: &[f64]) -> Result<Adapter> {
+pub fn into_adapter(model: &RoutedModel, weights: &[f64]) -> Result<Adapter> {
     check(model, weights, MergeInto::Adapter)?;
     let _no_grad = tch::no_grad_guard();
     let used: Vec<usize> = (0..weights.len()).filter(|&expert| weights[expert] != 0.0).collect();

@@ -2,7 +2,7 @@
 //! classifier.
 //!
 //! ```text
-//! OUT/expert_0/ ..             PEFT adapters (`model::adapter`), each with a model card
+//! OUT/expert_0/ ..             PEFT adapters (`peft::adapter`), each with a model card
 //! OUT/router.safetensors       absent with one expert
 //! OUT/dylora.json              what joins them (`mixture`)
 //! OUT/README.md                model card of the mixture
@@ -24,13 +24,13 @@ use crate::mixture::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase, ManifestRouter,
     ROUTER, xlora,
 };
-use crate::model::RoutedGpt2;
-use crate::model::adapter::{self, Adapter};
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2_config::Gpt2Config;
+use crate::model::RoutedModel;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::experts::spec::ExpertSpec;
 use crate::model::parameters::expert_name;
-use crate::model::router::RouterSpec;
-use crate::model::weights::{read_tensors, write_tensors};
+use crate::model::routing::router::RouterSpec;
+use crate::peft::adapter::{self, Adapter};
+use crate::tensor_file::{read_tensors, write_tensors};
 
 const CARD: &str = "README.md";
 /// The files of an adapter, sorted.
@@ -72,7 +72,7 @@ pub enum Layout {
 /// A mixture that X-LoRA cannot express, if that is asked for, and what [`Output::write_folder`] says.
 pub fn export(
     out: &Output,
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     provenance: &Provenance,
     layout: Layout,
 ) -> Result<()> {
@@ -101,7 +101,7 @@ pub fn export(
             let folder = parent.join(name);
             fs_err::create_dir(&folder)?;
             let card = expert_card(&adapter.spec, names.len(), name, provenance);
-            write_adapter(&folder, adapter, &model.base().config, provenance, &card)?;
+            write_adapter(&folder, adapter, &model.base().spec, provenance, &card)?;
         }
         match xlora {
             Some((config, classifier)) => {
@@ -143,7 +143,7 @@ pub(super) fn is_unmarked_adapter(dir: &Path, files: &BTreeSet<String>) -> bool 
 pub fn write_adapter(
     folder: &Path,
     adapter: &Adapter,
-    base: &Gpt2Config,
+    base: &DecoderSpec,
     provenance: &Provenance,
     card: &str,
 ) -> Result<()> {
@@ -161,7 +161,7 @@ pub fn write_adapter(
     durable::sync_folder(folder)
 }
 
-fn manifest(model: &RoutedGpt2, provenance: &Provenance, experts: Vec<String>) -> Manifest {
+fn manifest(model: &RoutedModel, provenance: &Provenance, experts: Vec<String>) -> Manifest {
     Manifest {
         format: FORMAT,
         dylora_version: env!("CARGO_PKG_VERSION").into(),
@@ -321,7 +321,7 @@ fn expert_card(
     )
 }
 
-fn mixture_card(model: &RoutedGpt2, adapters: &[Adapter], provenance: &Provenance) -> String {
+fn mixture_card(model: &RoutedModel, adapters: &[Adapter], provenance: &Provenance) -> String {
     let routing = match model.routers().first() {
         _ if provenance.routing != RoutingChoice::Router => {
             let routing = provenance.routing;

@@ -1,4 +1,4 @@
-//! The fused transformer block and loss of `csrc/fused.cpp` and `csrc/head_loss.cpp`: what they compute is said
+//! The fused transformer block and loss of `csrc/block.cpp` and `csrc/head_loss.cpp`: what they compute is said
 //! there. All matrices are `[M, n]` with `M = b t` tokens.
 
 use std::ffi::c_int;
@@ -10,7 +10,7 @@ use torch_sys::C_tensor;
 use super::{TensorPtr, check};
 
 #[repr(C)]
-struct RawModule {
+struct RawProduct {
     weight: TensorPtr,
     bias: TensorPtr,
     packed: TensorPtr,
@@ -29,8 +29,8 @@ struct RawNorm {
     weight: TensorPtr,
     bias: TensorPtr,
     eps: f64,
-    room_forward: i64,
-    room_backward: i64,
+    row_padding_forward: i64,
+    row_padding_backward: i64,
 }
 
 #[repr(C)]
@@ -54,7 +54,7 @@ unsafe extern "C" {
     fn dylora_fused_block(
         x: TensorPtr,
         a: TensorPtr,
-        modules: *const RawModule,
+        modules: *const RawProduct,
         norm: *const RawNorm,
         attention: *const RawAttention,
         tanh_gelu: c_int,
@@ -76,7 +76,7 @@ unsafe extern "C" {
 
 /// How the routing weights of `e` experts become factors of the `R` columns of a module's rank space.
 #[derive(Debug)]
-pub struct Mixing {
+pub struct RankColumns {
     /// Each column's expert, int32 `[R']`; `R'` is `R` and what fills it up to a round number.
     pub expert_of: Tensor,
     /// Each column's scaling, f32 `[R']`, 0 for what fills up.
@@ -99,14 +99,14 @@ pub struct Experts<'a> {
     /// Routing weights `[M, e]`; none = all 1. Modules that share them share the tensor.
     pub g: Option<&'a Tensor>,
     /// Their places.
-    pub mixing: &'a Mixing,
+    pub columns: &'a RankColumns,
     /// `[W A^T; B^T 0]`, `[i + R', o + R']`; none without kernels.
     pub packed: Option<&'a Tensor>,
 }
 
 /// A linear layer of a block.
 #[derive(Debug)]
-pub struct Module<'a> {
+pub struct Product<'a> {
     /// `[i, o]`.
     pub weight: &'a Tensor,
     /// `[o]`.
@@ -115,11 +115,11 @@ pub struct Module<'a> {
     pub experts: Option<Experts<'a>>,
 }
 
-impl Module<'_> {
+impl Product<'_> {
     /// Columns that its input and its output's gradient have behind each row.
-    pub fn room(&self) -> i64 {
+    pub fn row_padding(&self) -> i64 {
         match &self.experts {
-            Some(Experts { packed: Some(_), mixing, .. }) => mixing.expert_of.size()[0],
+            Some(Experts { packed: Some(_), columns, .. }) => columns.expert_of.size()[0],
             _ => 0,
         }
     }
@@ -134,10 +134,10 @@ pub struct Norm<'a> {
     pub bias: &'a Tensor,
     /// Added to the variance.
     pub eps: f64,
-    /// [`Module::room`] of what reads its output.
-    pub room_forward: i64,
-    /// [`Module::room`] of what its sum's second part comes from.
-    pub room_backward: i64,
+    /// [`Product::row_padding`] of what reads its output.
+    pub row_padding_forward: i64,
+    /// [`Product::row_padding`] of what its sum's second part comes from.
+    pub row_padding_backward: i64,
 }
 
 /// A block's attention.
@@ -169,8 +169,8 @@ fn raw_norm(norm: &Norm<'_>) -> RawNorm {
         weight: norm.weight.as_ptr(),
         bias: norm.bias.as_ptr(),
         eps: norm.eps,
-        room_forward: norm.room_forward,
-        room_backward: norm.room_backward,
+        row_padding_forward: norm.row_padding_forward,
+        row_padding_backward: norm.row_padding_backward,
     }
 }
 
@@ -207,7 +207,7 @@ pub fn attends_by_length(like: &Tensor, head_size: i64) -> bool {
 pub fn block(
     x: &Tensor,
     a: &Tensor,
-    modules: &[Module<'_>; 4],
+    modules: &[Product<'_>; 4],
     second: &Norm<'_>,
     attention: &Attention<'_>,
     tanh_gelu: bool,
@@ -215,19 +215,19 @@ pub fn block(
 ) -> Result<(Tensor, Tensor)> {
     let raw_modules = modules.each_ref().map(|module| {
         let experts = module.experts.as_ref();
-        let mixing = experts.map(|experts| experts.mixing);
-        RawModule {
+        let columns = experts.map(|experts| experts.columns);
+        RawProduct {
             weight: module.weight.as_ptr(),
             bias: module.bias.as_ptr(),
             packed: or_null(experts.and_then(|experts| experts.packed)),
-            expert_of: or_null(mixing.map(|mixing| &mixing.expert_of)),
-            scaling: or_null(mixing.map(|mixing| &mixing.scaling)),
-            runs: or_null(mixing.map(|mixing| &mixing.runs)),
-            rows: or_null(mixing.map(|mixing| &mixing.rows)),
+            expert_of: or_null(columns.map(|columns| &columns.expert_of)),
+            scaling: or_null(columns.map(|columns| &columns.scaling)),
+            runs: or_null(columns.map(|columns| &columns.runs)),
+            rows: or_null(columns.map(|columns| &columns.rows)),
             a: or_null(experts.map(|experts| experts.a)),
             b: or_null(experts.map(|experts| experts.b)),
             g: or_null(experts.and_then(|experts| experts.g)),
-            single_scaling: mixing.map_or(0.0, |mixing| mixing.single_scaling),
+            single_scaling: columns.map_or(0.0, |columns| columns.single_scaling),
         }
     });
     let raw_attention = RawAttention {

@@ -25,8 +25,8 @@ use tch::{Device, Kind, Tensor};
 use super::{BIAS, check_expert, copy, expert_of, row_tensor, without_expert};
 use crate::config::{LoraInit, ModulePath, RoutingChoice};
 use crate::mixture::Mixture;
-use crate::model::RoutedGpt2;
-use crate::model::expert::{ExpertSpec, RankAlpha};
+use crate::model::RoutedModel;
+use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::model::parameters::expert_name;
 
 /// A mixture in which one expert stands for two.
@@ -52,7 +52,7 @@ struct Update {
 ///
 /// # Errors
 /// A DoRA expert, which scales the base's own weight.
-pub fn similarity(model: &RoutedGpt2) -> Result<Vec<Vec<f64>>> {
+pub fn similarity(model: &RoutedModel) -> Result<Vec<Vec<f64>>> {
     let (specs, tensors) = (model.specs(), model.tensors());
     let e = specs.len();
     let mut modules: BTreeMap<ModulePath, Vec<(usize, Update)>> = BTreeMap::new();

@@ -21,9 +21,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{LoraInit, RoutingChoice};
 use crate::mixture::Mixture;
-use crate::model::RoutedGpt2;
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2::Gpt2;
+use crate::model::RoutedModel;
+use crate::model::decoder::Decoder;
+use crate::model::experts::spec::ExpertSpec;
 use crate::model::parameters::expert_name;
 
 /// The tensors of a router that have a row for each expert.
@@ -89,7 +89,7 @@ pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
 /// A mixture of several experts whose router is yet to be drawn.
 pub fn with_expert(
     mixture: &Mixture,
-    base: &Gpt2,
+    base: &Decoder,
     spec: ExpertSpec,
     initial_bias: &dyn Fn(&str) -> f64,
 ) -> Result<Mixture> {
@@ -120,12 +120,12 @@ pub fn with_expert(
 
 /// The tensors with rows of a router for a mixture's experts, all zero. What else the router has is
 /// left to be drawn.
-fn new_router(mixture: &Mixture, base: &Gpt2) -> BTreeMap<String, Tensor> {
+fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
     // a fresh model knows where routers are; where experts start does not matter, only what they are on
     let plain = |spec: &ExpertSpec| ExpertSpec { init: LoraInit::Default, ..spec.clone() };
     let specs: Vec<ExpertSpec> = mixture.specs.iter().map(plain).collect();
     let kind = if base.wte.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let model = RoutedGpt2::with_experts(base, &specs, &mixture.router, Device::Cpu, kind);
+    let model = RoutedModel::with_experts(base, &specs, &mixture.router, Device::Cpu, kind);
     let rows = model.tensors().into_iter().filter(|(name, _)| row_tensor(name).is_some());
     rows.map(|(name, tensor)| (name, tensor.zeros_like())).collect()
 }

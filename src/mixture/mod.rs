@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! [lora], [[lora.experts]] source, [router] source \
-//! export of dylora: dylora.json, expert_*, router   > Mixture { specs, router, tensors } -> RoutedGpt2
+//! export of dylora: dylora.json, expert_*, router   > Mixture { specs, router, tensors } -> RoutedModel
 //! X-LoRA folder | PEFT adapter | checkpoint        /
 //! ```
 //!
@@ -25,20 +25,20 @@ use tch::{Device, Tensor};
 
 use crate::config::{AdapterSource, Config, Method, RoutingChoice};
 use crate::hub::AdapterFiles;
-use crate::model::adapter::{self, Adapter};
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2::Gpt2;
-use crate::model::gpt2_config::Gpt2Config;
+use crate::model::decoder::Decoder;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::experts::spec::ExpertSpec;
 use crate::model::parameters::expert_name;
-use crate::model::router::RouterSpec;
-use crate::model::weights::{check_numbers, read_tensors};
-use crate::model::{Compute, RoutedGpt2};
+use crate::model::routing::router::RouterSpec;
+use crate::model::{Compute, RoutedModel};
+use crate::peft::adapter::{self, Adapter};
+use crate::tensor_file::{check_numbers, read_tensors};
 
 /// The version of `dylora.json`.
 pub const FORMAT: u32 = 3;
 /// What joins the parts of an export.
 pub const MANIFEST: &str = "dylora.json";
-/// The routers of an export, by the names of [`RoutedGpt2::router_tensors`].
+/// The routers of an export, by the names of [`RoutedModel::router_tensors`].
 pub const ROUTER: &str = "router.safetensors";
 /// An adapter's config, in a folder of its own.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -55,7 +55,7 @@ pub struct Mixture {
     pub specs: Vec<ExpertSpec>,
     /// The routers'; without meaning for a single expert.
     pub router: RouterSpec,
-    /// Tensors of the model, by the names of [`RoutedGpt2::tensors`].
+    /// Tensors of the model, by the names of [`RoutedModel::tensors`].
     pub tensors: BTreeMap<String, Tensor>,
     /// Whether those are all; else the others are as in a fresh model.
     pub is_whole: bool,
@@ -119,7 +119,7 @@ impl Mixture {
     ///
     /// # Errors
     /// What [`adapter::read`] refuses, and a router's source of another shape or rule, by key.
-    pub fn of_config(config: &Config, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
+    pub fn of_config(config: &Config, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
         let lora = &config.lora;
         let (mut specs, mut tensors) = (vec![], BTreeMap::new());
         let num_experts = match config.method {
@@ -145,7 +145,7 @@ impl Mixture {
     }
 
     /// What a folder holds: an export of dylora's, an X-LoRA folder or a single PEFT adapter.
-    pub fn of_folder(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
+    pub fn of_folder(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
         if dir.join(MANIFEST).is_file() {
             return Self::of_export(dir, base, find);
         }
@@ -166,7 +166,7 @@ impl Mixture {
     /// PEFT adapters as experts, with a fresh router.
     pub fn of_adapters(
         sources: &[AdapterSource],
-        base: &Gpt2Config,
+        base: &DecoderSpec,
         find: &FindAdapter<'_>,
     ) -> Result<Self> {
         let (mut specs, mut tensors) = (vec![], BTreeMap::new());
@@ -178,7 +178,7 @@ impl Mixture {
         Ok(Self { is_whole, ..Self::new(specs, RouterSpec::default(), tensors) })
     }
 
-    fn of_export(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Self> {
+    fn of_export(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
         let manifest = read_manifest(dir)?;
         let folder = |name: &String| AdapterSource::Path(dir.join(name));
         let sources: Vec<AdapterSource> = manifest.experts.iter().map(folder).collect();
@@ -236,21 +236,21 @@ impl Mixture {
     /// A tensor that does not fit, by name.
     pub fn put_on(
         &self,
-        base: &Gpt2,
+        base: &Decoder,
         device: Device,
         compute: impl Into<Compute>,
-    ) -> Result<RoutedGpt2> {
+    ) -> Result<RoutedModel> {
         let (specs, router, compute) = (&self.specs, &self.router, compute.into());
         if self.is_whole {
-            return RoutedGpt2::from_tensors(base, specs, router, &self.tensors, device, compute);
+            return RoutedModel::from_tensors(base, specs, router, &self.tensors, device, compute);
         }
-        let model = RoutedGpt2::with_experts(base, specs, router, device, compute);
+        let model = RoutedModel::with_experts(base, specs, router, device, compute);
         model.load_some(&self.tensors)?;
         Ok(model)
     }
 }
 
-fn read_adapter(files: &AdapterFiles, base: &Gpt2Config) -> Result<Adapter> {
+fn read_adapter(files: &AdapterFiles, base: &DecoderSpec) -> Result<Adapter> {
     adapter::read(&files.config, &files.weights, base)
         .with_context(|| format!("cannot import `{}`", files.label))
 }

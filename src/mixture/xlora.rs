@@ -21,10 +21,10 @@ use tch::Tensor;
 
 use super::{ADAPTER_CONFIG, FindAdapter, Mixture};
 use crate::config::{AdapterHub, AdapterSource, RouterInput, RoutingLevel};
-use crate::model::RoutedGpt2;
-use crate::model::gpt2_config::Gpt2Config;
-use crate::model::router::RouterSpec;
-use crate::model::weights::{check_numbers, read_tensors};
+use crate::model::RoutedModel;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::routing::router::RouterSpec;
+use crate::tensor_file::{check_numbers, read_tensors};
 
 /// The classifier's settings.
 pub const CONFIG: &str = "xlora_config.json";
@@ -59,7 +59,7 @@ fn idle_options() -> [(&'static str, Value); 3] {
 ///
 /// # Errors
 /// Options other than those above, by name; adapters that are not found.
-pub fn read(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Mixture> {
+pub fn read(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Mixture> {
     let config = read_config(dir)?;
     let place = || format!("in `{}`", dir.join(CONFIG).display());
     let hidden_size = config.get("hidden_size").and_then(Value::as_i64);
@@ -99,7 +99,7 @@ pub fn read(dir: &Path, base: &Gpt2Config, find: &FindAdapter<'_>) -> Result<Mix
     Ok(mixture)
 }
 
-/// The classifier alone: its rule, and its tensors by the names of [`RoutedGpt2::tensors`].
+/// The classifier alone: its rule, and its tensors by the names of [`RoutedModel::tensors`].
 pub fn read_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)> {
     let config = read_config(dir)?;
     let temperature = config.get("softmax_temperature").map_or(Some(1.0), Value::as_f64);
@@ -173,7 +173,7 @@ fn read_config(dir: &Path) -> Result<Map<String, Value>> {
 /// # Errors
 /// A mixture that X-LoRA cannot express, by what stands against it.
 pub fn write(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     base_name: &str,
     experts: &[String],
 ) -> Result<(Value, BTreeMap<String, Tensor>)> {
@@ -209,7 +209,7 @@ pub fn write(
     let adapters: Map<String, Value> =
         experts.iter().map(|name| (name.clone(), json!(format!("{ADAPTERS}/{name}")))).collect();
     let mut config = Map::new();
-    config.insert("hidden_size".into(), json!(model.base().config.n_embd));
+    config.insert("hidden_size".into(), json!(model.base().spec.n_embd));
     config.insert("base_model_id".into(), json!(base_name));
     config.insert("adapters".into(), Value::Object(adapters));
     let options = fixed_options().into_iter().chain(idle_options());

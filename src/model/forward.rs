@@ -4,14 +4,19 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::fused::Stream;
-use super::gpt2::AttentionMask;
-use super::inputs::Inputs;
-use super::lora::{LoraDropout, RoutingWeights};
+use super::RoutedModel;
+use super::batch::Inputs;
+use super::block::RoutedBlock;
+use super::decoder::attention::AttentionMask;
+use super::decoder::precision::wide;
+use super::experts::dropout::LoraDropout;
+use super::experts::weights::RoutingWeights;
+use super::fused::stream::Stream;
 use super::loss::{ChunkedLoss, LossSettings, chunked_cross_entropy};
-use super::router::{RouterSpec, Routing, RoutingRule};
-use super::routing::{BlockWeights, RoutingPass, RoutingSource};
-use super::{RoutedBlock, RoutedGpt2};
+use super::routing::pass::{RoutedParts, RoutingPass};
+use super::routing::router::{RouterSpec, Routing, RoutingRule};
+use super::routing::site::{BlockWeights, Site};
+use super::routing::source::RoutingSource;
 use crate::config::{EvalRule, Kernels, ModulePath, RouterNoise, TargetModule};
 use crate::ffi;
 use crate::ffi::fused::HeadLoss;
@@ -44,9 +49,9 @@ impl ForwardMode {
 pub struct ForwardOutput {
     /// The last hidden states after `ln_f`, `[b, t, d]`.
     pub hidden: Tensor,
-    /// The routing weights used: one for all layers, or one for each of [`RoutedGpt2::sites`].
+    /// The routing weights used: one for all layers, or one for each of [`RoutedModel::sites`].
     pub weights: Vec<RoutingWeights>,
-    /// What the routers did at each of [`RoutedGpt2::sites`], if they decided.
+    /// What the routers did at each of [`RoutedModel::sites`], if they decided.
     pub routing: Vec<Routing>,
 }
 
@@ -77,53 +82,10 @@ impl ModuleUpdate {
     }
 }
 
-/// Hears of a module's output without and with its experts.
-type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
-
-impl RoutedBlock {
-    /// `x`, `[b, t, d]`, after this block; `note` hears of each module that used its weights.
-    fn forward(
-        &self,
-        x: &Tensor,
-        mask: &AttentionMask,
-        weights: &BlockWeights,
-        dropout: LoraDropout,
-        mut note: Option<&mut Note<'_>>,
-    ) -> Tensor {
-        self.block.forward(x, mask, &mut |module, x| {
-            let g = weights.of(module);
-            let linear = &self.block.linears[&module];
-            let y = linear.forward(x);
-            let (Some(experts), false) =
-                (self.experts.get(&module), matches!(g, RoutingWeights::Off))
-            else {
-                return y;
-            };
-            match note.as_deref_mut() {
-                None => experts.add(y, x, linear, g, dropout),
-                Some(note) => {
-                    let sum = experts.add(y.shallow_clone(), x, linear, g, dropout);
-                    note(module, &y, &sum);
-                    sum
-                }
-            }
-        })
-    }
-
-    fn shallow_clone(&self) -> Self {
-        let experts = self.experts.iter().map(|(&m, experts)| (m, experts.shallow_clone()));
-        Self {
-            block: self.block.shallow_clone(),
-            experts: experts.collect(),
-            fused: self.clone_fused(),
-        }
-    }
-}
-
-impl RoutedGpt2 {
+impl RoutedModel {
     /// Token plus position embeddings, `[b, t, d]`.
     fn embed(&self, inputs: &Inputs) -> Tensor {
-        self.base.embed(&inputs.input_ids, &inputs.position_ids, self.kind)
+        self.decoder.embed(&inputs.input_ids, &inputs.position_ids, self.kind)
     }
 
     /// The last hidden states after `ln_f`, the routing weights used, and how they came about.
@@ -135,14 +97,15 @@ impl RoutedGpt2 {
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
         let x = self.embed(inputs);
-        let pass = RoutingPass::new(self, inputs, &x, source, self.rule(mode));
-        self.run_blocks(x, inputs, pass, mode, recorder)
+        self.with_pass(inputs, &x, source, mode, |pass| {
+            self.run_blocks(x.shallow_clone(), inputs, pass, mode, recorder)
+        })
     }
 
     fn rule(&self, mode: ForwardMode) -> RoutingRule {
-        let RouterSpec { top_k, renormalize, .. } = self.router_spec;
+        let RouterSpec { top_k, renormalize, .. } = *self.routers.spec();
         let top_k = mode.rule.map_or(top_k, EvalRule::top_k);
-        let temperature = self.temperature.shallow_clone();
+        let temperature = self.routers.temperature().shallow_clone();
         RoutingRule { temperature, top_k, renormalize, noise: mode.noise }
     }
 
@@ -161,22 +124,44 @@ impl RoutedGpt2 {
         mode: ForwardMode,
     ) -> Vec<Routing> {
         let x = self.embed(inputs);
-        let mut pass = RoutingPass::new(self, inputs, &x, source, self.rule(mode));
-        let draws_both = mode.noise != RouterNoise::None && mode.dropout.is_active();
-        if pass.reads_layers() || draws_both {
-            return self.run_blocks(x, inputs, pass, mode, None).routing;
-        }
-        for layer in 0..self.blocks.len() {
-            pass.block(layer, &|| unreachable!("these routers read no layer's input"));
-        }
-        pass.routing
+        self.with_pass(inputs, &x, source, mode, |mut pass| {
+            let draws_both = mode.noise != RouterNoise::None && mode.dropout.is_active();
+            if pass.reads_layers() || draws_both {
+                return self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).routing;
+            }
+            for layer in 0..self.experts.len() {
+                pass.block(layer, &|| unreachable!("these routers read no layer's input"));
+            }
+            pass.routing
+        })
+    }
+
+    /// Runs `run` with the routing by `source` of a batch whose embeddings are `x`, `[b, t, d]`.
+    fn with_pass<T>(
+        &self,
+        inputs: &Inputs,
+        x: &Tensor,
+        source: &RoutingSource,
+        mode: ForwardMode,
+        run: impl FnOnce(RoutingPass<'_>) -> T,
+    ) -> T {
+        let may_skip = |site: Site, k: i64| self.may_skip(site, k);
+        let parts = RoutedParts {
+            routers: &self.routers,
+            specs: &self.specs,
+            kind: wide(self.kind),
+            may_skip: &may_skip,
+        };
+        let base_hidden = || self.base_hidden(inputs, x);
+        run(RoutingPass::new(parts, inputs, x, source, self.rule(mode), &base_hidden))
     }
 
     /// The base's last hidden state, after `ln_f`, of embeddings `x`: `[b, t, d]`.
-    pub(super) fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
+    fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
         let mode = ForwardMode::EVAL;
-        let pass = RoutingPass::new(self, inputs, x, &RoutingSource::Base, self.rule(mode));
-        self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).hidden
+        self.with_pass(inputs, x, &RoutingSource::Base, mode, |pass| {
+            self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).hidden
+        })
     }
 
     fn run_blocks(
@@ -203,7 +188,7 @@ impl RoutedGpt2 {
         mode: ForwardMode,
         mut recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        for (layer, block) in self.blocks.iter().enumerate() {
+        for (layer, block) in self.routed_blocks().enumerate() {
             let g = pass.block(layer, &|| block.block.ln_1.forward(&x));
             if let Some(recorder) = recorder.as_deref_mut() {
                 recorder.hidden_states.push(x.shallow_clone());
@@ -227,7 +212,7 @@ impl RoutedGpt2 {
             recorder.hidden_states.push(x.shallow_clone());
         }
         let RoutingPass { used, routing, .. } = pass;
-        ForwardOutput { hidden: self.base.ln_f.forward(&x), weights: used, routing }
+        ForwardOutput { hidden: self.decoder.ln_f.forward(&x), weights: used, routing }
     }
 
     /// The same with what a block adds left to the next LayerNorm, where blocks are fused.
@@ -240,9 +225,9 @@ impl RoutedGpt2 {
     ) -> ForwardOutput {
         let mut stream = Stream::new(x);
         let mut before = None;
-        for (layer, block) in self.blocks.iter().enumerate() {
+        for (layer, block) in self.routed_blocks().enumerate() {
             let (sum, normed) = if block.may_fuse(mode.dropout) {
-                let (forward, backward) = block.rooms(before);
+                let (forward, backward) = block.row_paddings(before);
                 let (sum, normed) = stream.normed(&block.block.ln_1, forward, backward);
                 (sum, Some(normed))
             } else {
@@ -263,8 +248,8 @@ impl RoutedGpt2 {
                 }
             };
         }
-        let backward = before.map_or(0, |block| block.room(TargetModule::MlpCProj));
-        let (_, hidden) = stream.normed(&self.base.ln_f, 0, backward);
+        let backward = before.map_or(0, |block| block.row_padding(TargetModule::MlpCProj));
+        let (_, hidden) = stream.normed(&self.decoder.ln_f, 0, backward);
         let hidden = stream.shaped(&hidden);
         let RoutingPass { used, routing, .. } = pass;
         ForwardOutput { hidden, weights: used, routing }
@@ -273,13 +258,13 @@ impl RoutedGpt2 {
     /// One block under gradient checkpointing; the second run draws the dropout masks of the first.
     fn checkpointed(
         &self,
-        block: &RoutedBlock,
+        block: RoutedBlock<'_>,
         x: &Tensor,
         mask: &AttentionMask,
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Tensor {
-        let leaves = block.experts.values().flat_map(|experts| experts.leaves());
+        let leaves = block.experts.modules.values().flat_map(|experts| experts.leaves());
         let mut parameters: Vec<Tensor> =
             leaves.filter(|leaf| leaf.requires_grad()).map(Tensor::shallow_clone).collect();
         if self.trains_base {
@@ -287,7 +272,7 @@ impl RoutedGpt2 {
         }
         let mut activations = vec![x.shallow_clone()];
         // a block without experts has no use for the weights, and so no gradient for them
-        if !block.experts.is_empty() {
+        if !block.experts.modules.is_empty() {
             activations.extend(g.tensors());
         }
         let fuses = self.kernels == Kernels::Auto;
@@ -297,12 +282,14 @@ impl RoutedGpt2 {
         {
             documents.mask();
         }
-        let (block, mask, g) = (block.shallow_clone(), mask.shallow_clone(), g.shallow_clone());
+        let (base, experts) = (block.block.shallow_clone(), block.experts.shallow_clone());
+        let (mask, g) = (mask.shallow_clone(), g.shallow_clone());
         let device = x.device();
         let rng_before =
             dropout.is_active().then(|| ffi::rng_state(device).expect("every device has one"));
         let has_run = std::cell::Cell::new(false);
         let segment = move |activations: &[Tensor]| {
+            let block = RoutedBlock { block: &base, experts: &experts };
             let g = match &activations[1..] {
                 [] => g.shallow_clone(),
                 tensors => g.with_tensors(tensors),
@@ -325,7 +312,7 @@ impl RoutedGpt2 {
 
     /// Logits `[.., v]` of hidden states `[.., d]`; for few positions only.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.matmul(&self.base.lm_head.to_kind(hidden.kind()).tr())
+        hidden.matmul(&self.decoder.head().to_kind(hidden.kind()).tr())
     }
 
     /// The loss of a batch's labelled positions, and what the routers did.
@@ -337,14 +324,14 @@ impl RoutedGpt2 {
         settings: LossSettings,
     ) -> (ChunkedLoss, Vec<Routing>) {
         let output = self.forward(inputs, source, mode, None);
-        let d = self.base.config.n_embd;
+        let d = self.decoder.spec.n_embd;
         let hidden_nd = output.hidden.reshape([-1, d]);
         let hidden_nd = match inputs.every_position {
             true => hidden_nd,
             false => hidden_nd.index_select(0, &inputs.labelled),
         };
         let fused = HeadLoss {
-            vocabulary: self.base.config.vocab_size,
+            vocabulary: self.decoder.spec.vocab_size,
             label_smoothing: settings.label_smoothing,
             chunk_tokens: settings.chunk_tokens,
         };
@@ -353,8 +340,25 @@ impl RoutedGpt2 {
         {
             return (ChunkedLoss { loss, token_losses }, output.routing);
         }
-        let loss = chunked_cross_entropy(&hidden_nd, &self.base.lm_head, &inputs.labels, settings);
+        let loss = chunked_cross_entropy(&hidden_nd, self.decoder.head(), &inputs.labels, settings);
         (loss, output.routing)
+    }
+
+    /// The fused loss of hidden states `[n, d]`, or none where the head is trained: the scaled sum, and
+    /// each position's, `[n]`.
+    fn fused_loss(
+        &self,
+        hidden: &Tensor,
+        labels: &Tensor,
+        scale: &Tensor,
+        settings: HeadLoss,
+    ) -> Option<(Tensor, Tensor)> {
+        if self.trains_base || self.kernels == Kernels::Reference {
+            return None;
+        }
+        let head = self.padded_head.as_ref().unwrap_or(self.decoder.head());
+        let loss = ffi::fused::head_loss(hidden, head, labels, scale, settings);
+        Some(loss.unwrap_or_else(|error| panic!("{error:#}")))
     }
 }
 

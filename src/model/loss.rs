@@ -11,7 +11,9 @@
 //!
 //! Letters of shapes: `n` labelled positions, `c` positions of a chunk, `d` width, `v` vocabulary.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
+
+use super::decoder::precision::wide;
 
 /// How the loss is taken.
 #[derive(Debug)]
@@ -78,7 +80,7 @@ fn chunk_sums(
 ) -> ChunkSums {
     let kind = hidden.kind();
     // bf16 logits become f32 at once; f64 stays f64
-    let wide = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+    let wide = wide(kind);
     let scale = settings.scale.to_kind(wide);
     let head_compute = head.detach().to_kind(kind);
     let mut sums = ChunkSums {

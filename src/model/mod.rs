@@ -1,4 +1,4 @@
-//! RoutedGpt2: a frozen [`gpt2`] base whose linear layers carry [`lora`] experts, mixed per token by
+//! RoutedModel: a frozen [`gpt2`] base whose linear layers carry LoRA [`experts`], mixed per token by
 //! routing weights, in one forward pass with every expert active.
 //!
 //! ```text
@@ -13,69 +13,52 @@
 //! Letters of shapes: `b` batch, `t` position, `n` labelled positions, `d` width, `e` expert, `v`
 //! vocabulary.
 
-pub mod adapter;
-pub mod expert;
+pub mod batch;
+pub mod block;
+pub mod decoder;
+pub mod experts;
+pub mod families;
 pub mod forward;
-mod fused;
-pub mod gpt2;
-pub mod gpt2_config;
-pub mod host_inputs;
-pub mod inputs;
-pub mod lora;
-mod lora_forward;
-pub mod lora_grouped;
-mod lora_init;
+pub mod fused;
 pub mod loss;
-mod orthogonality;
 pub mod parameters;
-pub mod router;
 pub mod routing;
-pub mod routing_totals;
-pub mod weights;
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Config, Dtype, Kernels, ModulePath, RouterScope, TargetModule};
-use expert::ExpertSpec;
+use crate::config::{Config, Dtype, Kernels, ModulePath, Orthogonality, TargetModule};
+use crate::ffi;
+use crate::tensor_file;
+pub use batch::{Inputs, Rows};
+use block::{BlockExperts, RoutedBlock};
+use decoder::Decoder;
+use decoder::precision::wide;
+use experts::init::InitialValues;
+use experts::orthogonality::orthogonality;
+use experts::spec::ExpertSpec;
+use experts::stack::LoraExperts;
 pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
-use fused::FusedModule;
-use gpt2::{Block, Gpt2};
-pub use inputs::{Inputs, Rows};
-use lora::{LoraExperts, Start};
+use fused::pack::{COLUMNS, FusedModule, padded_head};
 pub use parameters::{ParameterGroup, Trained, TrainedParameter};
-use router::{Router, RouterSpec};
+use routing::router::{Router, RouterSpec};
+use routing::routers::Routers;
 pub use routing::{RoutingSource, Site};
-
-/// A block and the experts of its target modules.
-#[derive(Debug)]
-struct RoutedBlock {
-    block: Block,
-    /// Of the modules that some expert targets.
-    experts: BTreeMap<TargetModule, LoraExperts>,
-    /// What the fused way needs of them; none where the base is trained.
-    fused: Option<BTreeMap<TargetModule, FusedModule>>,
-}
 
 /// The model: base, experts, routers.
 #[derive(Debug)]
-pub struct RoutedGpt2 {
-    base: Gpt2,
-    blocks: Vec<RoutedBlock>,
+pub struct RoutedModel {
+    decoder: Decoder,
+    /// Of each block.
+    experts: Vec<BlockExperts>,
     specs: Vec<ExpertSpec>,
-    /// One, or one for each layer or target module; none with fewer than two experts.
-    routers: Vec<Router>,
-    router_spec: RouterSpec,
-    /// The present temperature of the router's rule, 0-dim, f64, on the device.
-    temperature: Tensor,
-    /// The experts that each layer routes over, `[m]`; none = all.
-    present: Vec<Option<Tensor>>,
+    routers: Routers,
     trains_base: bool,
     kind: Kind,
     kernels: Kernels,
-    /// The head with rows of zeros behind it, of which `base.lm_head` is a view; with kernels.
+    /// The head with rows of zeros behind it, of which the decoder's is a view; with kernels.
     padded_head: Option<Tensor>,
 }
 
@@ -101,11 +84,11 @@ impl From<Kind> for Compute {
     }
 }
 
-impl RoutedGpt2 {
+impl RoutedModel {
     /// A base that computes on `device`, without experts. With `trains_base` its
     /// parameters stay in f32 and are trained.
     pub fn plain(
-        base: &Gpt2,
+        base: &Decoder,
         device: Device,
         compute: impl Into<Compute>,
         trains_base: bool,
@@ -116,32 +99,20 @@ impl RoutedGpt2 {
     }
 
     /// The same before it is made ready for the fused way.
-    fn bare(base: &Gpt2, device: Device, compute: Compute, trains_base: bool) -> Self {
+    fn bare(base: &Decoder, device: Device, compute: Compute, trains_base: bool) -> Self {
         let Compute { kind, kernels } = compute;
         let parameter_kind = if trains_base { wide(kind) } else { kind };
-        let base = base.to(device, parameter_kind);
+        let decoder = base.to(device, parameter_kind);
         if trains_base {
-            for (_, tensor) in base.named_parameters() {
+            for (_, tensor) in decoder.named_parameters() {
                 let _ = tensor.set_requires_grad(true);
             }
         }
-        let blocks = base
-            .blocks
-            .iter()
-            .map(|block| RoutedBlock {
-                block: block.shallow_clone(),
-                experts: BTreeMap::new(),
-                fused: None,
-            })
-            .collect();
         Self {
-            base,
-            blocks,
+            experts: decoder.blocks.iter().map(|_| BlockExperts::default()).collect(),
+            decoder,
             specs: vec![],
-            routers: vec![],
-            router_spec: RouterSpec::default(),
-            temperature: Tensor::ones([], (Kind::Double, device)),
-            present: vec![],
+            routers: Routers::none(device),
             trains_base,
             kind,
             kernels,
@@ -152,88 +123,70 @@ impl RoutedGpt2 {
     /// A frozen base with new experts and, for more than one, new routers, all from libtorch's
     /// default CPU generator, so that they are the same for every device.
     pub fn with_experts(
-        base: &Gpt2,
+        base: &Decoder,
         specs: &[ExpertSpec],
         router: &RouterSpec,
         device: Device,
         compute: impl Into<Compute>,
     ) -> Self {
-        Self::assemble(base, specs, router, device, compute.into(), Start::Fresh)
+        Self::assemble(base, specs, router, device, compute.into(), InitialValues::Fresh)
     }
 
     /// A frozen base with the experts and routers of `tensors`, which are all of
-    /// [`RoutedGpt2::tensors`].
+    /// [`RoutedModel::tensors`].
     ///
     /// # Errors
     /// A missing, extra or misshapen tensor, by name.
     pub fn from_tensors(
-        base: &Gpt2,
+        base: &Decoder,
         specs: &[ExpertSpec],
         router: &RouterSpec,
         tensors: &BTreeMap<String, Tensor>,
         device: Device,
         compute: impl Into<Compute>,
     ) -> Result<Self> {
-        let model = Self::assemble(base, specs, router, device, compute.into(), Start::Empty);
+        let model =
+            Self::assemble(base, specs, router, device, compute.into(), InitialValues::Empty);
         model.load(tensors)?;
         Ok(model)
     }
 
     fn assemble(
-        base: &Gpt2,
+        base: &Decoder,
         specs: &[ExpertSpec],
         router: &RouterSpec,
         device: Device,
         compute: Compute,
-        start: Start,
+        values: InitialValues,
     ) -> Self {
         let mut model = Self::bare(base, device, compute, false);
         let kind = compute.kind;
-        if start == Start::Fresh && specs.iter().any(ExpertSpec::starts_from_base) {
+        if values == InitialValues::Fresh && specs.iter().any(ExpertSpec::starts_from_base) {
             tracing::info!("factorising the base's weights, where the experts start");
         }
-        for (layer, block) in model.blocks.iter_mut().enumerate() {
+        for (layer, experts) in model.experts.iter_mut().enumerate() {
             for module in TargetModule::ALL {
                 let weight = &base.blocks[layer].linears[&module].weight;
-                let linear = &block.block.linears[&module];
+                let linear = &model.decoder.blocks[layer].linears[&module];
                 let path = ModulePath { layer, module };
-                let new = LoraExperts::new(path, specs, weight, linear, wide(kind), start);
-                block.experts.extend(new.map(|experts| (module, experts)));
+                let new = LoraExperts::new(path, specs, weight, linear, wide(kind), values);
+                experts.modules.extend(new.map(|experts| (module, experts)));
             }
         }
-        if specs.len() > 1 {
-            let count = match router.scope {
-                RouterScope::Shared => 1,
-                RouterScope::Layer => model.blocks.len(),
-                RouterScope::Module => model.modules().count(),
-            };
-            let (e, d) = (specs.len() as i64, base.config.n_embd);
-            let new = |_| Router::new(router, e, d, wide(kind)).into_leaf(device);
-            model.routers = (0..count).map(new).collect();
-        }
-        model.router_spec = router.clone();
-        let _ = model.temperature.fill_(router.temperature);
+        let modules = model.experts.iter().map(|experts| experts.modules.keys().copied().collect());
+        let (modules, d) = (modules.collect(), base.spec.n_embd);
+        model.routers = Routers::new(router, specs, modules, d, wide(kind), device);
         model.specs = specs.to_vec();
         model.prepare_fused();
-        if router.own_experts {
-            let of_layer = |layer| {
-                let experts = model.experts_in(layer);
-                let experts: Vec<i64> = experts.into_iter().map(|e| e as i64).collect();
-                let has_all = experts.len() == specs.len();
-                (!has_all && !experts.is_empty())
-                    .then(|| Tensor::from_slice(&experts).to_device(device))
-            };
-            model.present = (0..model.blocks.len()).map(of_layer).collect();
-        }
         model
     }
 
     /// BLAKE3 of what is not trained: the base, and the frozen experts if there are any.
     pub fn frozen_hash(&self) -> Result<String> {
-        self.frozen_hash_beside(self.base.hash()?)
+        self.frozen_hash_beside(self.decoder.hash()?)
     }
 
-    /// [`RoutedGpt2::frozen_hash`], where the hash of the base as it lies on the device is known.
+    /// [`RoutedModel::frozen_hash`], where the hash of the base as it lies on the device is known.
     pub fn frozen_hash_beside(&self, base_hash: String) -> Result<String> {
         let experts = self.frozen_tensors();
         if experts.is_empty() {
@@ -241,13 +194,13 @@ impl RoutedGpt2 {
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(base_hash.as_bytes());
-        weights::hash_tensors(&mut hasher, &experts)?;
+        tensor_file::hash_tensors(&mut hasher, &experts)?;
         Ok(hasher.finalize().to_hex().to_string())
     }
 
     /// The base.
-    pub fn base(&self) -> &Gpt2 {
-        &self.base
+    pub fn base(&self) -> &Decoder {
+        &self.decoder
     }
 
     /// The experts' settings; none for a bare base.
@@ -262,44 +215,140 @@ impl RoutedGpt2 {
 
     /// The routers: one, one for each layer or target module, or none with fewer than two experts.
     pub fn routers(&self) -> &[Router] {
-        &self.routers
+        self.routers.all()
     }
 
     /// What the routers are.
     pub fn router_spec(&self) -> &RouterSpec {
-        &self.router_spec
+        self.routers.spec()
+    }
+
+    /// What precedes each router's tensors in their names, as `router` or `h.0.router`.
+    pub fn router_names(&self) -> Vec<String> {
+        self.routers.names()
     }
 
     /// The temperature that divides the scores, 0-dim, f64; one tensor for the model's life.
     pub fn temperature(&self) -> &Tensor {
-        &self.temperature
+        self.routers.temperature()
     }
 
     /// Sets the rule by which scores become weights.
     pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
-        if temperature != self.router_spec.temperature {
-            let _ = self.temperature.fill_(temperature);
-        }
-        self.router_spec.temperature = temperature;
-        self.router_spec.top_k = top_k;
+        self.routers.set_rule(temperature, top_k);
+    }
+
+    /// Where the routers decide, in the order of a forward pass.
+    pub fn sites(&self) -> Vec<Site> {
+        self.routers.sites()
+    }
+
+    /// The experts that a site routes over, `[m]`; none = all.
+    pub fn present_at(&self, site: Site) -> Option<&Tensor> {
+        self.routers.present_at(site)
+    }
+
+    /// The experts that a site routes over.
+    pub fn experts_at(&self, site: Site) -> Vec<usize> {
+        self.routers.experts_at(site, self.specs.len())
     }
 
     /// Where the model is.
     pub fn device(&self) -> Device {
-        self.base.wte.device()
+        self.decoder.wte.device()
     }
 
     /// The experts of a target module.
     pub fn experts(&self, path: ModulePath) -> Option<&LoraExperts> {
-        self.blocks[path.layer].experts.get(&path.module)
+        self.experts[path.layer].modules.get(&path.module)
     }
 
     /// Every target module with its experts, in the order of a forward pass.
     pub fn modules(&self) -> impl Iterator<Item = (ModulePath, &LoraExperts)> {
-        self.blocks.iter().enumerate().flat_map(|(layer, block)| {
-            let experts = block.experts.iter();
+        self.experts.iter().enumerate().flat_map(|(layer, experts)| {
+            let experts = experts.modules.iter();
             experts.map(move |(&module, experts)| (ModulePath { layer, module }, experts))
         })
+    }
+}
+
+impl RoutedModel {
+    /// The blocks with their experts, in order.
+    fn routed_blocks(&self) -> impl Iterator<Item = RoutedBlock<'_>> {
+        let pairs = self.decoder.blocks.iter().zip(&self.experts);
+        pairs.map(|(block, experts)| RoutedBlock { block, experts })
+    }
+
+    /// Whether some module that a site decides for may skip the experts that a token did not choose.
+    fn may_skip(&self, site: Site, k: i64) -> bool {
+        let e = self.num_experts();
+        self.modules().any(|(path, experts)| {
+            site.layer.is_none_or(|layer| layer == path.layer)
+                && site.module.is_none_or(|module| module == path.module)
+                && experts.may_skip(k, e, self.kind, self.device())
+        })
+    }
+
+    /// Whether some module may skip the experts that a token did not choose: how much is computed then
+    /// depends on the numbers.
+    pub fn skips_experts(&self) -> bool {
+        let chooses = |site: &Site| {
+            let m = self.present_at(*site).map_or(self.num_experts(), |experts| experts.size()[0]);
+            self.router_spec().top_k.filter(|k| *k < m)
+        };
+        self.sites().into_iter().any(|site| chooses(&site).is_some_and(|k| self.may_skip(site, k)))
+    }
+
+    /// The mean squared cosine between experts, 0-dim, differentiable; none if no module has two experts.
+    pub fn orthogonality(&self, of: Orthogonality) -> Option<Tensor> {
+        orthogonality(self.modules().map(|(_, experts)| experts), of)
+    }
+
+    /// Makes ready for the fused way, if it is wanted and the base is frozen.
+    fn prepare_fused(&mut self) {
+        if self.trains_base || self.kernels == Kernels::Reference {
+            return;
+        }
+        if self.routed_blocks().any(RoutedBlock::has_dora) {
+            tracing::info!("blocks with DoRA experts take libtorch's operations one by one");
+        }
+        let num_experts = self.specs.len();
+        let has_kernels = self.prepare_kernels();
+        for (block, experts) in self.decoder.blocks.iter_mut().zip(&mut self.experts) {
+            let mut modules = BTreeMap::new();
+            for (&module, experts) in &experts.modules {
+                let mut fused = FusedModule::new(experts, num_experts, self.kind);
+                if has_kernels && fused.fits() && experts.dora.is_none() {
+                    let linear = block.linears.get_mut(&module).expect("a block has all four");
+                    linear.weight = fused.pack(&linear.weight);
+                }
+                modules.insert(module, fused);
+            }
+            experts.fused = Some(modules);
+        }
+        if has_kernels && let Some((padded, place)) = padded_head(self.decoder.head()) {
+            self.decoder.set_head(place);
+            self.padded_head = Some(padded);
+        }
+    }
+
+    /// Whether there are kernels for this model.
+    fn prepare_kernels(&self) -> bool {
+        let Device::Cuda(device) = self.device() else { return false };
+        let (d, inner) = (self.decoder.spec.n_embd, self.decoder.spec.n_inner);
+        let fits = d % COLUMNS == 0 && inner % COLUMNS == 0;
+        if !fits || !matches!(self.kind, Kind::BFloat16 | Kind::Float) {
+            tracing::info!("no kernels for this shape or dtype: libtorch's operations are used");
+            return false;
+        }
+        let prepared = ffi::use_device(self.device());
+        match prepared.and_then(|()| ffi::cuda::prepare_kernels(device, d)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("no kernels, libtorch's operations are used: {error:#}");
+                false
+            }
+        }
     }
 }
 
@@ -309,9 +358,4 @@ pub fn kind_of(dtype: Dtype) -> Kind {
         Dtype::F32 => Kind::Float,
         Dtype::Bf16 => Kind::BFloat16,
     }
-}
-
-/// The dtype of what is trained and of what must be precise: f32, or f64 beside an f64 base.
-fn wide(kind: Kind) -> Kind {
-    if kind == Kind::Double { Kind::Double } else { Kind::Float }
 }

@@ -20,8 +20,9 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use tch::Tensor;
 
-use super::RoutedGpt2;
-use crate::config::{ModulePath, RouterScope, RoutingChoice};
+use super::RoutedModel;
+use super::experts::slots::Slot;
+use crate::config::{ModulePath, RoutingChoice};
 
 /// Which parameter group a trained parameter belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -102,13 +103,13 @@ impl Trained {
     }
 }
 
-impl RoutedGpt2 {
+impl RoutedModel {
     /// What is trained when `routing` decides the weights: the routers by [`RoutingChoice::Router`]
     /// alone, the trainable experts that it reaches. `old` is for a mixture that has grown.
     pub fn trained(&self, routing: RoutingChoice, old: Option<OldParts>) -> Trained {
         let mut trained = Trained::default();
         if self.trains_base {
-            for (name, tensor) in self.base.named_parameters() {
+            for (name, tensor) in self.decoder.named_parameters() {
                 let group = base_group(&name, &tensor);
                 trained.add(&tensor, vec![NamedRows::whole(name)], group);
             }
@@ -129,16 +130,13 @@ impl RoutedGpt2 {
                     .map_or(1.0, |old| old.experts_rate),
             };
             let rows = |key: &str| {
-                let row =
-                    |slot: &super::lora::Slot| named(key, slot.expert, (slot.start, slot.rank));
+                let row = |slot: &Slot| named(key, slot.expert, (slot.start, slot.rank));
                 slots.clone().map(row).collect::<Vec<_>>()
             };
             trained.add(&experts.lora_a, rows("lora_a"), ParameterGroup::Adapters);
             trained.add(&experts.lora_b, rows("lora_b"), ParameterGroup::Adapters);
             if let Some(dora) = &experts.dora {
-                let row = |slot: &super::lora::Slot| {
-                    Some(named("magnitude", slot.expert, (slot.magnitude?, 1)))
-                };
+                let row = |slot: &Slot| Some(named("magnitude", slot.expert, (slot.magnitude?, 1)));
                 let rows = slots.clone().filter_map(row).collect();
                 trained.add(&dora.magnitude, rows, ParameterGroup::Adapters);
             }
@@ -154,7 +152,7 @@ impl RoutedGpt2 {
     /// Every tensor that is not a frozen base's, by name, in PEFT's layout: views, without gradient.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         if self.trains_base {
-            let named = self.base.named_parameters().into_iter();
+            let named = self.decoder.named_parameters().into_iter();
             return named.map(|(name, tensor)| (name, tensor.detach())).collect();
         }
         let mut tensors = BTreeMap::new();
@@ -177,7 +175,7 @@ impl RoutedGpt2 {
         self.tensors().into_iter().filter(|(name, _)| frozen(name)).collect()
     }
 
-    /// Overwrites all of [`RoutedGpt2::tensors`] with `tensors` of the same names and shapes.
+    /// Overwrites all of [`RoutedModel::tensors`] with `tensors` of the same names and shapes.
     ///
     /// # Errors
     /// A missing, extra or misshapen tensor, by name.
@@ -189,7 +187,7 @@ impl RoutedGpt2 {
         self.load_some(tensors)
     }
 
-    /// Overwrites those of [`RoutedGpt2::tensors`] that `tensors` holds.
+    /// Overwrites those of [`RoutedModel::tensors`] that `tensors` holds.
     ///
     /// # Errors
     /// An extra or misshapen tensor, by name; nothing is overwritten then.
@@ -211,24 +209,10 @@ impl RoutedGpt2 {
         Ok(())
     }
 
-    /// What precedes a router's tensors in their names, as `router` or `h.0.router`.
-    pub fn router_names(&self) -> Vec<String> {
-        match self.router_spec.scope {
-            _ if self.routers.is_empty() => vec![],
-            RouterScope::Shared => vec!["router".into()],
-            RouterScope::Layer => {
-                (0..self.routers.len()).map(|layer| format!("h.{layer}.router")).collect()
-            }
-            RouterScope::Module => {
-                self.modules().map(|(path, _)| format!("{path}.router")).collect()
-            }
-        }
-    }
-
     /// The routers' leaves by name.
     fn router_leaves(&self) -> Vec<(String, Tensor)> {
         let mut leaves = vec![];
-        for (name, router) in self.router_names().into_iter().zip(&self.routers) {
+        for (name, router) in self.routers.names().into_iter().zip(self.routers.all()) {
             for (i, (weight, bias)) in router.hidden.iter().enumerate() {
                 leaves.push((format!("{name}.hidden.{i}.weight"), weight.shallow_clone()));
                 leaves.push((format!("{name}.hidden.{i}.bias"), bias.shallow_clone()));
@@ -242,7 +226,7 @@ impl RoutedGpt2 {
     /// All tensors of the routers by name, without gradient.
     pub fn router_tensors(&self) -> BTreeMap<String, Tensor> {
         let leaves = self.router_leaves().into_iter().map(|(name, t)| (name, t.detach()));
-        let named = self.router_names().into_iter().zip(&self.routers);
+        let named = self.routers.names().into_iter().zip(self.routers.all());
         let biases = named.filter_map(|(name, router)| {
             let bias = router.selection_bias.as_ref()?.shallow_clone();
             Some((format!("{name}.selection_bias"), bias))
@@ -250,7 +234,7 @@ impl RoutedGpt2 {
         leaves.chain(biases).collect()
     }
 
-    /// The tensor that [`RoutedGpt2::tensors`] calls by a module, an expert and a key.
+    /// The tensor that [`RoutedModel::tensors`] calls by a module, an expert and a key.
     pub fn expert_tensor(&self, path: ModulePath, expert: usize, key: &str) -> Option<Tensor> {
         self.experts(path)?.tensor(expert, key)
     }

@@ -24,9 +24,9 @@ use super::routing_state::RoutingState;
 use super::stages::Stage;
 use crate::config::{Config, load};
 use crate::durable;
-use crate::model::expert::ExpertSpec;
-use crate::model::weights::{read_tensors, write_tensors};
+use crate::model::experts::spec::ExpertSpec;
 use crate::skills::SkillLibrary;
+use crate::tensor_file::{read_tensors, write_tensors};
 
 /// The version of the format, raised when old checkpoints can no longer be read.
 pub const FORMAT: u32 = 3;

@@ -14,11 +14,12 @@ use super::prepared::{Prepared, SeedingPhase, StepTensors, source};
 use crate::config::{Config, Maturity, RouterInput, RouterNoise, RoutingChoice};
 use crate::data::Batch;
 use crate::ffi;
-use crate::model::lora::LoraDropout;
+use crate::model::batch::Labelled;
+use crate::model::experts::dropout::LoraDropout;
 use crate::model::loss::{ChunkedLoss, LossSettings};
-use crate::model::router::Routing;
-use crate::model::routing_totals::{Labelled, RoutingTotals, add_totals, rows};
-use crate::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Trained};
+use crate::model::routing::router::Routing;
+use crate::model::routing::totals::{RoutingTotals, add_totals, rows};
+use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Trained};
 
 /// The gradients of a step, before they are clipped.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ pub struct StepGradients {
 /// The gradients of the mean loss over the label tokens of all micro-batches, and of the other losses
 /// over them: the same however they are cut.
 pub fn gradients(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     trained: &Trained,
     config: &Config,
     batches: &[Batch],
@@ -53,7 +54,7 @@ pub fn gradients(
 
 /// The same of a step on the device. The host looks at none of its numbers.
 pub fn gradients_of(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     trained: &Trained,
     config: &Config,
     step: &StepTensors,
@@ -130,7 +131,7 @@ fn totals_draw(config: &Config) -> bool {
 
 /// The seeding loss of a micro-batch with its factor.
 fn seeding_part(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     config: &Config,
     step: &StepTensors,
     labelled: Labelled<'_>,
@@ -146,7 +147,7 @@ fn seeding_part(
 /// Sums of `token_losses`, `[n]`, each times its routing weight for an expert, the mean over the places
 /// that have it, `[e]`.
 fn losses_by_expert(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     routing: &[Routing],
     labelled: &Tensor,
     token_losses: &Tensor,
@@ -177,7 +178,7 @@ fn mode(config: &Config) -> ForwardMode {
 
 /// The loss of one micro-batch, and what the routers did.
 fn forward(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     config: &Config,
     source: &RoutingSource,
     inputs: &Inputs,
@@ -195,7 +196,7 @@ fn forward(
 /// The routers' totals over all micro-batches of a step, before any of them is differentiated. The
 /// generators are left as they were, so that the same noise and dropout masks come again.
 fn totals_ahead(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     config: &Config,
     micro_batches: &[Inputs],
     source: &RoutingSource,

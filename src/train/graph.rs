@@ -26,8 +26,8 @@ use super::step::StepOutput;
 use crate::config::{Config, Kernels, Method};
 use crate::ffi;
 use crate::ffi::cuda::Graph;
-use crate::model::RoutedGpt2;
-use crate::model::inputs::InputLayout;
+use crate::model::RoutedModel;
+use crate::model::batch::InputLayout;
 
 /// Steps before the first capture.
 const WARM_UP_STEPS: u32 = 2;
@@ -117,7 +117,7 @@ impl Graphs {
     }
 
     /// Whether steps by `model`'s present rule can be captured; if not, the log says why, once.
-    pub fn can_capture(&mut self, model: &RoutedGpt2, config: &Config) -> bool {
+    pub fn can_capture(&mut self, model: &RoutedModel, config: &Config) -> bool {
         if self.capture == Capture::Off {
             return false;
         }
@@ -258,7 +258,7 @@ impl Shape {
 }
 
 /// Why a step cannot be captured.
-fn why_not(model: &RoutedGpt2, config: &Config) -> Option<&'static str> {
+fn why_not(model: &RoutedModel, config: &Config) -> Option<&'static str> {
     if config.train.kernels == Kernels::Reference {
         return Some("`train.kernels` is `reference`");
     }

@@ -23,7 +23,7 @@ use crate::config::{
 };
 use crate::data::{Batch, TokenDataset};
 use crate::eval;
-use crate::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use crate::model::{ForwardMode, RoutedModel, RoutingSource};
 
 /// The largest probability of a new expert on an old domain's token.
 const MAX_NEW_PROB: f64 = 1e-8;
@@ -165,7 +165,7 @@ pub fn check_can_change(config: &Config) -> Result<()> {
 /// # Errors
 /// No such tokens.
 pub fn initial_biases(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     dataset: &TokenDataset,
     except: &str,
     max_blocks: usize,
@@ -203,7 +203,7 @@ pub fn bias_beside_one(temperature: f64) -> f64 {
 /// The largest probability that the routers of a grown mixture give its last expert on the tokens of the
 /// old domains, in f64 from the scores: no old expert's probability has changed by more.
 pub fn largest_new_prob(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     dataset: &TokenDataset,
     except: &str,
     max_blocks: usize,

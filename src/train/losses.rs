@@ -18,8 +18,9 @@
 use tch::{Kind, Tensor};
 
 use crate::config::RouterConfig;
-use crate::model::router::Routing;
-use crate::model::routing_totals::{Labelled, RoutingTotals, entropies, rows};
+use crate::model::batch::Labelled;
+use crate::model::routing::router::Routing;
+use crate::model::routing::totals::{RoutingTotals, entropies, rows};
 
 /// Whether a loss depends on the mean over all micro-batches of a step.
 pub fn needs_totals(config: &RouterConfig) -> bool {

@@ -36,10 +36,10 @@ use crate::config::{Config, Method, OnCollapse};
 use crate::data::Datasets;
 use crate::eval::check_records;
 use crate::mixture::Mixture;
-use crate::model::gpt2::Gpt2;
+use crate::model::decoder::Decoder;
 use crate::model::parameters::OldParts;
-use crate::model::router::RouterSpec;
-use crate::model::{Compute, RoutedGpt2, Trained};
+use crate::model::routing::router::RouterSpec;
+use crate::model::{Compute, RoutedModel, Trained};
 use crate::skills::SkillLibrary;
 use crate::{config, durable};
 use checkpoint::{Checkpoint, Position, TrainState};
@@ -109,7 +109,7 @@ pub struct Summary {
 #[derive(Debug)]
 pub struct Trainer {
     config: Config,
-    model: RoutedGpt2,
+    model: RoutedModel,
     trained: Trained,
     stepper: Stepper,
     data: Datasets,
@@ -145,13 +145,13 @@ pub struct Past {
 /// A tensor of the mixture that does not fit, by name.
 pub fn build_model(
     config: &Config,
-    base: &Gpt2,
+    base: &Decoder,
     mixture: &Mixture,
     device: Device,
-) -> Result<RoutedGpt2> {
+) -> Result<RoutedModel> {
     let compute = Compute::of_config(config);
     match config.method {
-        Method::Full => Ok(RoutedGpt2::plain(base, device, compute, true)),
+        Method::Full => Ok(RoutedModel::plain(base, device, compute, true)),
         Method::RoutedLora => {
             tch::manual_seed(config.run.seed as i64);
             mixture.put_on(base, device, compute)
@@ -163,7 +163,7 @@ pub fn build_model(
 ///
 /// # Errors
 /// A base other than the one that the checkpoint was trained on.
-pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedGpt2> {
+pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedModel> {
     let state = checkpoint::read_state(dir)?;
     let weights = checkpoint_base(base, &state)?;
     let mixture = load_mixture(dir, config, &state)?;
@@ -179,7 +179,7 @@ pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> R
 ///
 /// # Errors
 /// A base other than that.
-pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Gpt2> {
+pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Decoder> {
     base.weights_of(state.base_hash.as_deref(), "the checkpoint was trained on")
 }
 
@@ -294,13 +294,13 @@ impl Trainer {
         let in_dir = || format!("cannot resume from `{}`", dir.display());
         trainer.stepper.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
         optim::load_rng_states(&saved, device)?;
-        trainer.skills = checkpoint::read_skills(dir, base.config.n_embd)?;
+        trainer.skills = checkpoint::read_skills(dir, base.spec.n_embd)?;
         Ok(trainer)
     }
 
     fn assemble(
         config: Config,
-        model: RoutedGpt2,
+        model: RoutedModel,
         data: Datasets,
         state: TrainState,
     ) -> Result<Self> {
@@ -354,7 +354,7 @@ impl Trainer {
     }
 
     /// The model as it stands.
-    pub fn model(&self) -> &RoutedGpt2 {
+    pub fn model(&self) -> &RoutedModel {
         &self.model
     }
 
@@ -459,7 +459,7 @@ impl Trainer {
 }
 
 /// BLAKE3 of what is frozen, where `base_hash`, if it is known, is that of the base as it was read: in f32 on the CPU.
-fn frozen_hash(model: &RoutedGpt2, base_hash: Option<String>) -> Result<String> {
+fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String> {
     let wte = &model.base().wte;
     match base_hash {
         // it computes in the very numbers that were read

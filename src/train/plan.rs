@@ -7,10 +7,10 @@ use serde::Serialize;
 use super::checkpoint::Position;
 use crate::config::{Config, Duration, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
-use crate::model::expert::ExpertSpec;
-use crate::model::gpt2_config::Gpt2Config;
+use crate::model::decoder::spec::DecoderSpec;
+use crate::model::experts::spec::ExpertSpec;
 use crate::model::kind_of;
-use crate::model::router::RouterSpec;
+use crate::model::routing::router::RouterSpec;
 
 /// Parameters of the model by part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -31,7 +31,7 @@ pub struct ParameterCounts {
 
 impl ParameterCounts {
     /// The counts that a config and its experts lead to on a base.
-    pub fn new(config: &Config, specs: &[ExpertSpec], base: &Gpt2Config) -> Self {
+    pub fn new(config: &Config, specs: &[ExpertSpec], base: &DecoderSpec) -> Self {
         let mut counts = Self {
             base: base.num_parameters(),
             lora_a: 0,
@@ -108,7 +108,7 @@ impl MemoryEstimate {
     pub fn new(
         config: &Config,
         specs: &[ExpertSpec],
-        base: &Gpt2Config,
+        base: &DecoderSpec,
         counts: &ParameterCounts,
     ) -> Self {
         let element = kind_of(config.base.dtype).elt_size_in_bytes() as i64;

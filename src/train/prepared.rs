@@ -7,8 +7,8 @@ use crate::config::Config;
 use crate::data::Batch;
 use crate::eval;
 use crate::ffi;
-use crate::model::inputs::{Extent, HostInputs, InputLayout};
-use crate::model::{Inputs, RoutedGpt2, RoutingSource, Rows};
+use crate::model::batch::{Extent, HostInputs, InputLayout};
+use crate::model::{Inputs, RoutedModel, RoutingSource, Rows};
 
 /// Which phase of its growth a mixture is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -37,7 +37,7 @@ impl Prepared {
     ///
     /// - `is_rounded`: whether to round their sizes up, all of them to the same
     pub fn new(
-        model: &RoutedGpt2,
+        model: &RoutedModel,
         config: &Config,
         batches: &[Batch],
         seeding: Option<SeedingPhase>,

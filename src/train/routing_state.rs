@@ -6,8 +6,8 @@ use tch::{Kind, Tensor};
 
 use crate::config::{Maturity, Plateau, RouterConfig};
 use crate::eval::routing::{self, SiteTotals};
-use crate::model::RoutedGpt2;
-use crate::model::routing_totals::RoutingTotals;
+use crate::model::RoutedModel;
+use crate::model::routing::totals::RoutingTotals;
 
 /// What is kept, in a checkpoint's `state.json`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -131,7 +131,7 @@ pub fn temperature(config: &RouterConfig, step: u64) -> f64 {
 /// the step's assignments (arXiv:2408.15664, algorithm 1: `b_i + u sign(mean load - load_i)`). With
 /// `old_rate`, those of all experts but the last move by that part of it.
 pub fn balance_biases(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     totals: &[RoutingTotals],
     rate: f64,
     old_rate: Option<f64>,
@@ -142,7 +142,7 @@ pub fn balance_biases(
 /// The same where `is_finite`, 0-dim, is true; else nothing moves.
 pub fn balance_biases_if(
     is_finite: Option<&Tensor>,
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     totals: &[RoutingTotals],
     rate: f64,
     old_rate: Option<f64>,

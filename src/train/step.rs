@@ -20,8 +20,8 @@ use super::routing_state::balance_biases_if;
 use crate::config::Config;
 use crate::data::Batch;
 use crate::eval::routing::{self, SiteExperts, SiteTotals};
-use crate::model::routing_totals::RoutingTotals;
-use crate::model::{RoutedGpt2, Trained};
+use crate::model::routing::totals::RoutingTotals;
+use crate::model::{RoutedModel, Trained};
 
 /// What one step measured.
 #[derive(Debug)]
@@ -98,7 +98,7 @@ impl Stepper {
     /// Lays out a step's data. It may be done while the step before is in the queue.
     pub fn prepare(
         &mut self,
-        model: &RoutedGpt2,
+        model: &RoutedModel,
         config: &Config,
         batches: &[Batch],
         seeding: Option<SeedingPhase>,
@@ -113,7 +113,7 @@ impl Stepper {
     /// - `lr_factor`: of all learning rates
     pub fn launch(
         &mut self,
-        model: &RoutedGpt2,
+        model: &RoutedModel,
         trained: &Trained,
         config: &Config,
         step: &Prepared,
@@ -172,7 +172,7 @@ impl Stepper {
 
 /// All of a step. The host looks at none of its numbers and waits for nothing.
 fn on_device(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     trained: &Trained,
     optimizer: &Optimizer,
     config: &Config,

@@ -7,11 +7,11 @@ use dylora::config::{LoraInit, ModulePath, RouterConfig, RoutingChoice, TargetMo
 use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, Provenance, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER};
-use dylora::model::adapter::{self, config_json};
-use dylora::model::expert::{ExpertSpec, RankAlpha};
-use dylora::model::router::RouterSpec;
-use dylora::model::weights::write_tensors;
-use dylora::model::{RoutedGpt2, RoutingSource};
+use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{RoutedModel, RoutingSource};
+use dylora::peft::adapter::{self, config_json};
+use dylora::tensor_file::write_tensors;
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -19,15 +19,15 @@ use crate::common::{assert_close, logits, seed, tiny_config, tiny_model, two_row
 use crate::{lora, message, of_folder, provenance, three_layers, zeros};
 
 /// Writes `model` to a folder and reads it again on the same base, in `kind`.
-fn written_and_read(model: &RoutedGpt2, kind: Kind) -> Result<RoutedGpt2> {
+fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), model, &provenance(), Layout::Dylora)?;
-    of_folder(&out, &model.base().config)?.put_on(model.base(), Device::Cpu, kind)
+    of_folder(&out, &model.base().spec)?.put_on(model.base(), Device::Cpu, kind)
 }
 
 /// The router, and each expert alone.
-fn sources(model: &RoutedGpt2) -> Vec<RoutingSource> {
+fn sources(model: &RoutedModel) -> Vec<RoutingSource> {
     let experts = (0..model.num_experts()).map(RoutingSource::Expert);
     std::iter::once(RoutingSource::Router).chain(experts).collect()
 }
@@ -123,7 +123,7 @@ fn an_export_of_a_subset_of_layers_names_them() -> Result<()> {
     let specs = [of(&[("h.1.attn.c_attn", 3)]), of(&[("h.0.mlp.c_fc", 2), ("h.1.mlp.c_proj", 4)])];
     let base = crate::common::tiny_base(tiny_config());
     let router = RouterConfig::default();
-    let model = RoutedGpt2::with_experts(
+    let model = RoutedModel::with_experts(
         &base,
         &specs,
         &RouterSpec::from(&router),
@@ -146,13 +146,13 @@ fn an_export_keeps_layers_that_route_over_experts_of_their_own() -> Result<()> {
     let base = crate::common::tiny_base(tiny_config());
     for router in ROUTERS {
         let lora = lora("num_experts = 3\nrank = 4\nexperts_per_layer = [1, 3]");
-        let specs = ExpertSpec::all(&lora, &base.config)?;
+        let specs = ExpertSpec::all(&lora, &base.spec)?;
         let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&toml::from_str(router)?) };
-        let model = RoutedGpt2::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Float);
+        let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Float);
         crate::common::randomize(&model)?;
         let read = written_and_read(&model, Kind::Float)?;
         assert_eq!((read.specs(), read.router_spec()), (&specs[..], &spec));
-        let experts = |model: &RoutedGpt2| -> Vec<Vec<usize>> {
+        let experts = |model: &RoutedModel| -> Vec<Vec<usize>> {
             model.sites().into_iter().map(|site| model.experts_at(site)).collect()
         };
         assert_eq!(experts(&read), experts(&model));
@@ -210,7 +210,7 @@ fn pissa_and_olora_are_exported_as_plain_lora_of_twice_the_rank() -> Result<()> 
         let read = written_and_read(&model, Kind::Double)?;
         let (specs, tensors, base) = (model.specs(), model.tensors(), model.base());
         let cpu = Device::Cpu;
-        let model = RoutedGpt2::from_tensors(
+        let model = RoutedModel::from_tensors(
             base,
             specs,
             &RouterSpec::from(&router),

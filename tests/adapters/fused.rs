@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModule};
-use dylora::model::{RoutedGpt2, RoutingSource};
+use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Kind, Tensor};
 
 use crate::common::{
@@ -137,7 +137,7 @@ fn an_expert_that_has_all_the_weight_has_all_the_gradient() -> Result<()> {
 }
 
 /// Models of one expert and of three, all alike, on one base.
-fn one_and_three_alike(lora: &LoraConfig) -> Result<(RoutedGpt2, RoutedGpt2)> {
+fn one_and_three_alike(lora: &LoraConfig) -> Result<(RoutedModel, RoutedModel)> {
     let base = tiny_base(tiny_config());
     let model = |num_experts| {
         let lora = LoraConfig { num_experts, ..lora.clone() };
@@ -167,7 +167,7 @@ fn under_one_dropout_mask_experts_that_are_alike_are_one_expert() -> Result<()> 
             ..LoraConfig::default()
         };
         let (one, three) = one_and_three_alike(&lora)?;
-        let hidden = |model: &RoutedGpt2, source| {
+        let hidden = |model: &RoutedModel, source| {
             tch::manual_seed(124);
             model.forward(&two_rows(), source, mode(DropoutMasks::Shared, 0.4), None).hidden
         };

@@ -1,7 +1,7 @@
 //! Adapters as PEFT saves them, put on a base.
 
 use anyhow::Result;
-use dylora::model::lora::RoutingWeights;
+use dylora::model::experts::weights::RoutingWeights;
 use dylora::model::{ForwardMode, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
@@ -29,7 +29,7 @@ fn each_adapter_gives_pefts_logits() -> Result<()> {
     for (kind, tolerance) in TOLERANCES {
         let base = tied_base(kind)?;
         for name in ADAPTERS {
-            let mixture = of_folder(&peft_folder(name), &base.config)?;
+            let mixture = of_folder(&peft_folder(name), &base.spec)?;
             let model = mixture.put_on(&base, Device::Cpu, kind)?;
             let expected = expected(name)?;
             let inputs = inputs(&expected["input_ids"], None)?;
@@ -45,7 +45,7 @@ fn each_adapter_gives_pefts_logits() -> Result<()> {
 fn an_alora_expert_has_weight_one_from_its_last_invocation_on_and_zero_before() -> Result<()> {
     let _generator = seed(101);
     let base = tied_base(Kind::Double)?;
-    let mixture = of_folder(&peft_folder("alora"), &base.config)?;
+    let mixture = of_folder(&peft_folder("alora"), &base.spec)?;
     let model = mixture.put_on(&base, Device::Cpu, Kind::Double)?;
     let expected = expected("alora")?;
     let inputs = inputs(&expected["input_ids"], None)?;

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{LoraConfig, LoraInit, RouterConfig, RoutingChoice, TargetModule};
-use dylora::model::expert::{ExpertSpec, RankAlpha};
-use dylora::model::gpt2::Gpt2;
-use dylora::model::router::RouterSpec;
-use dylora::model::{RoutedGpt2, RoutingSource};
+use dylora::model::decoder::Decoder;
+use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -22,7 +22,7 @@ const INITS: [LoraInit; 4] =
     [LoraInit::Default, LoraInit::Gaussian, LoraInit::Pissa, LoraInit::Olora];
 
 /// One expert on `gpt2_tied` as PEFT's were made: rank 3, alpha 6.
-fn one_expert(base: &Gpt2, init: LoraInit, use_dora: bool) -> RoutedGpt2 {
+fn one_expert(base: &Decoder, init: LoraInit, use_dora: bool) -> RoutedModel {
     let size = RankAlpha { rank: 3, alpha: 6.0 };
     let spec = ExpertSpec {
         modules: MODULES.map(|module| (path(module), size)).into(),
@@ -32,11 +32,11 @@ fn one_expert(base: &Gpt2, init: LoraInit, use_dora: bool) -> RoutedGpt2 {
         trainable: true,
         alora_invocation_tokens: vec![],
     };
-    RoutedGpt2::with_experts(base, &[spec], &RouterSpec::default(), Device::Cpu, Kind::Float)
+    RoutedModel::with_experts(base, &[spec], &RouterSpec::default(), Device::Cpu, Kind::Float)
 }
 
 /// `base`'s weight of a module, `[i, o]`.
-fn weight<'a>(base: &'a Gpt2, module: &str) -> &'a Tensor {
+fn weight<'a>(base: &'a Decoder, module: &str) -> &'a Tensor {
     let path = path(module);
     &base.blocks[path.layer].linears[&path.module].weight
 }
@@ -91,7 +91,7 @@ fn magnitudes_start_as_the_norms_of_the_bases_weight() -> Result<()> {
 /// The A of every module of a wide base, at rank 64, in one; and whether each B is zero.
 fn down_projections(init: LoraInit) -> (BTreeMap<TargetModule, Tensor>, bool) {
     let config =
-        dylora::model::gpt2_config::Gpt2Config { n_embd: 128, n_inner: 256, ..tiny_config() };
+        dylora::model::decoder::spec::DecoderSpec { n_embd: 128, n_inner: 256, ..tiny_config() };
     let target_modules = TargetModule::ALL.to_vec();
     let lora = LoraConfig { num_experts: 1, rank: 64, target_modules, init, ..Default::default() };
     let model = new_model(&tiny_base(config), &lora, &RouterConfig::default(), Kind::Float);
@@ -181,14 +181,14 @@ fn the_first_forward_pass_of_every_start_is_the_bases() -> Result<()> {
     let _generator = seed(144);
     let base = tiny_base(tiny_config());
     for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-5)] {
-        let plain = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
+        let plain = RoutedModel::plain(&base, Device::Cpu, kind, false);
         let expected = logits(&plain, &two_rows(), &RoutingSource::Base);
         // what PiSSA and OLoRA experts subtract cancels but for rounding, at scalings of up to 9 and
         // up to 16 times: relative to the logits in f32
         let tolerance = tolerance * expected.abs().max().double_value(&[]).max(1.0);
         for (name, specs) in starts()? {
             let router = RouterConfig::default();
-            let model = RoutedGpt2::with_experts(
+            let model = RoutedModel::with_experts(
                 &base,
                 &specs,
                 &RouterSpec::from(&router),
@@ -213,7 +213,7 @@ fn where_experts_started_is_not_trained_and_survives_saving_to_the_bit() -> Resu
     let base = tiny_base(tiny_config());
     for (name, specs) in starts()? {
         let router = RouterConfig::default();
-        let model = RoutedGpt2::with_experts(
+        let model = RoutedModel::with_experts(
             &base,
             &specs,
             &RouterSpec::from(&router),
@@ -231,7 +231,7 @@ fn where_experts_started_is_not_trained_and_survives_saving_to_the_bit() -> Resu
         let copies: BTreeMap<_, _> =
             model.tensors().into_iter().map(|(n, t)| (n, t.copy())).collect();
         let cpu = Device::Cpu;
-        let read = RoutedGpt2::from_tensors(
+        let read = RoutedModel::from_tensors(
             &base,
             &specs,
             &RouterSpec::from(&router),

@@ -23,13 +23,14 @@ use dylora::config::{AdapterSource, DropoutMasks, LoraConfig, ModulePath, Routin
 use dylora::export::peft::Provenance;
 use dylora::hub::{AdapterFiles, HubLimits, HubSettings, find_adapter};
 use dylora::mixture::Mixture;
-use dylora::model::adapter::Adapter;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2::Gpt2;
-use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::lora::LoraDropout;
-use dylora::model::weights::{read_gpt2, read_tensors};
-use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource};
+use dylora::model::decoder::Decoder;
+use dylora::model::decoder::spec::DecoderSpec;
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::families::{gpt2, load};
+use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
+use dylora::peft::adapter::Adapter;
+use dylora::tensor_file::read_tensors;
 use tch::{Device, Kind, Tensor};
 
 use common::{golden_path, labelled_rows, tiny_config};
@@ -41,12 +42,12 @@ const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)
 const BOTH_WAYS: [DropoutMasks; 2] = [DropoutMasks::Shared, DropoutMasks::PerExpert];
 
 /// The base that the adapters of `tests/golden/peft` are for.
-fn tied_base(kind: Kind) -> Result<Gpt2> {
-    read_gpt2(&tied_config()?, &[golden_path("gpt2_tied.safetensors")], kind)
+fn tied_base(kind: Kind) -> Result<Decoder> {
+    load::read(&tied_config()?, &[golden_path("gpt2_tied.safetensors")], kind)
 }
 
-fn tied_config() -> Result<Gpt2Config> {
-    Gpt2Config::read(&golden_path("gpt2_tied.config.json"))
+fn tied_config() -> Result<DecoderSpec> {
+    gpt2::read_spec(&golden_path("gpt2_tied.config.json"))
 }
 
 /// A folder of `tests/golden/peft`.
@@ -72,15 +73,15 @@ fn find(source: &AdapterSource) -> Result<AdapterFiles> {
     find_adapter(source, &settings, &())
 }
 
-fn of_folder(dir: &Path, base: &Gpt2Config) -> Result<Mixture> {
+fn of_folder(dir: &Path, base: &DecoderSpec) -> Result<Mixture> {
     Mixture::of_folder(dir, base, &find)
 }
 
 /// Folders of `tests/golden/peft` as the experts of one model on `gpt2_tied`, in f64.
-fn mixed(names: &[&str]) -> Result<RoutedGpt2> {
+fn mixed(names: &[&str]) -> Result<RoutedModel> {
     let base = tied_base(Kind::Double)?;
     let sources: Vec<_> = names.iter().map(|n| AdapterSource::Path(peft_folder(n))).collect();
-    let mixture = Mixture::of_adapters(&sources, &base.config, &find)?;
+    let mixture = Mixture::of_adapters(&sources, &base.spec, &find)?;
     mixture.put_on(&base, Device::Cpu, Kind::Double)
 }
 
@@ -103,7 +104,7 @@ fn mode(masks: DropoutMasks, probability: f64) -> ForwardMode {
 /// The logits, `[b, t, v]`, by one of [`BOTH_WAYS`].
 fn logits_by(
     masks: DropoutMasks,
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     inputs: &Inputs,
     source: &RoutingSource,
 ) -> Tensor {
@@ -132,12 +133,12 @@ fn provenance() -> Provenance {
 }
 
 /// A base of three layers, so that a module may be in any subset of them.
-fn three_layers() -> Gpt2Config {
-    Gpt2Config { n_layer: 3, n_embd: 4, n_inner: 8, n_head: 2, ..tiny_config() }
+fn three_layers() -> DecoderSpec {
+    DecoderSpec { n_layer: 3, n_embd: 4, n_inner: 8, n_head: 2, ..tiny_config() }
 }
 
 /// Zeros of the shapes that a spec asks for.
-fn zeros(spec: ExpertSpec, base: &Gpt2Config) -> Adapter {
+fn zeros(spec: ExpertSpec, base: &DecoderSpec) -> Adapter {
     let mut tensors = BTreeMap::new();
     for (&path, size) in &spec.modules {
         let (i, o) = base.linear_shape(path.module);

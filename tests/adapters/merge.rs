@@ -4,8 +4,8 @@ use anyhow::Result;
 use dylora::config::{LoraConfig, RouterConfig};
 use dylora::export::merge::{into_adapter, into_base};
 use dylora::export::peft::write_adapter;
-use dylora::model::gpt2::Gpt2;
-use dylora::model::{RoutedGpt2, RoutingSource};
+use dylora::model::decoder::Decoder;
+use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -44,7 +44,7 @@ const WITH_DORA: &str = r#"
 "#;
 
 /// An f32 base, and experts on it that have moved from where they started by about as much.
-fn base_and_model(lora: &LoraConfig) -> Result<(Gpt2, RoutedGpt2)> {
+fn base_and_model(lora: &LoraConfig) -> Result<(Decoder, RoutedModel)> {
     let base = tiny_base(tiny_config()).to(Device::Cpu, Kind::Float);
     let model = new_model(&base, lora, &RouterConfig::default(), Kind::Float);
     randomize(&model)?;
@@ -70,7 +70,7 @@ fn a_merged_base_is_the_mixture_under_given_weights() -> Result<()> {
         let before = logits(&model, &two_rows(), &RoutingSource::Base);
         for weights in weights() {
             let merged = into_base(&model, &base, &weights)?;
-            let merged = RoutedGpt2::plain(&merged, Device::Cpu, Kind::Float, false);
+            let merged = RoutedModel::plain(&merged, Device::Cpu, Kind::Float, false);
             let merged = logits(&merged, &two_rows(), &RoutingSource::Base);
             let mixture = logits(&model, &two_rows(), &given(&weights));
             assert!(max_difference(&before, &mixture) > 0.1);
@@ -89,8 +89,8 @@ fn a_merged_adapter_is_the_mixture_under_given_weights() -> Result<()> {
     for weights in weights() {
         let adapter = into_adapter(&model, &weights)?;
         let dir = tempfile::tempdir()?;
-        write_adapter(dir.path(), &adapter, &base.config, &provenance(), "")?;
-        let read = of_folder(dir.path(), &base.config)?;
+        write_adapter(dir.path(), &adapter, &base.spec, &provenance(), "")?;
+        let read = of_folder(dir.path(), &base.spec)?;
         let read = read.put_on(&base, Device::Cpu, Kind::Float)?;
         let merged = logits(&read, &two_rows(), &RoutingSource::Router);
         let mixture = logits(&model, &two_rows(), &given(&weights));
@@ -142,10 +142,10 @@ fn weight_zero_leaves_the_base_to_the_bit() -> Result<()> {
 fn what_has_no_merge_is_refused() -> Result<()> {
     let _generator = seed(174);
     let (base, model) = base_and_model(&lora(WITH_DORA))?;
-    let adapter = |model: &RoutedGpt2, weights: &[f64]| {
+    let adapter = |model: &RoutedModel, weights: &[f64]| {
         format!("{:#}", into_adapter(model, weights).expect_err("it has no merge"))
     };
-    let both = |model: &RoutedGpt2, weights: &[f64]| {
+    let both = |model: &RoutedModel, weights: &[f64]| {
         let refusal = into_base(model, &base, weights).expect_err("it has no merge");
         assert_eq!(format!("{refusal:#}"), adapter(model, weights));
         format!("{refusal:#}")
@@ -161,7 +161,7 @@ fn what_has_no_merge_is_refused() -> Result<()> {
     let alora = lora("experts = [{ alora_invocation_tokens = [5] }]");
     let (_, alora) = base_and_model(&alora)?;
     insta::assert_snapshot!(both(&alora, &[0.25; 4]), @"an expert with invocation tokens is off before them, which no merged weight can be");
-    let plain = RoutedGpt2::plain(&base, Device::Cpu, Kind::Float, false);
+    let plain = RoutedModel::plain(&base, Device::Cpu, Kind::Float, false);
     insta::assert_snapshot!(both(&plain, &[]), @"a base alone has nothing to merge");
     Ok(())
 }

@@ -8,8 +8,8 @@ use dylora::config::{AdapterSource, RouterConfig};
 use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Mixture};
-use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::weights::{read_tensors, write_tensors};
+use dylora::model::decoder::spec::DecoderSpec;
+use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -18,7 +18,7 @@ use crate::{find, lora, message, of_folder, peft_folder, provenance, tied_config
 
 /// One of PEFT's adapters for a test to spoil.
 struct Spoiled {
-    base: Gpt2Config,
+    base: DecoderSpec,
     config: Map<String, Value>,
     tensors: BTreeMap<String, Tensor>,
 }
@@ -48,7 +48,7 @@ impl Spoiled {
 }
 
 /// What is said of the adapter in `dir`, which is called `DIR`.
-fn refusal(dir: &Path, base: &Gpt2Config) -> Result<String> {
+fn refusal(dir: &Path, base: &DecoderSpec) -> Result<String> {
     let mixture = Mixture::of_adapters(&[AdapterSource::Path(dir.into())], base, &find);
     Ok(message(&mixture.expect_err("the adapter is spoiled"), dir))
 }
@@ -339,7 +339,7 @@ fn an_adapter_for_one_base_is_not_put_on_another() -> Result<()> {
     let _generator = seed(131);
     let source = [AdapterSource::Path(peft_folder("plain"))];
     let mixture = Mixture::of_adapters(&source, &tied_config()?, &find)?;
-    let wider = Gpt2Config { n_embd: 32, ..tied_config()? };
+    let wider = DecoderSpec { n_embd: 32, ..tied_config()? };
     let base = crate::common::tiny_base(wider);
     let refusal = mixture.put_on(&base, Device::Cpu, Kind::Float).expect_err("it is wider");
     insta::assert_snapshot!(format!("{refusal:#}"), @"tensor `h.0.attn.c_attn.expert_0.lora_a` must be [4, 32], got [4, 16]");

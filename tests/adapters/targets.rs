@@ -3,9 +3,9 @@
 use anyhow::{Context, Result};
 use dylora::config::LoraInit;
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
-use dylora::model::adapter;
-use dylora::model::expert::{ExpertSpec, RankAlpha};
-use dylora::model::weights::write_tensors;
+use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
+use dylora::peft::adapter;
+use dylora::tensor_file::write_tensors;
 use serde_json::{Map, Value, json};
 
 use crate::{path, three_layers, zeros};

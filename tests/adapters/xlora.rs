@@ -7,8 +7,8 @@ use dylora::config::RouterConfig;
 use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::xlora::{ADAPTERS, CLASSIFIER, CONFIG};
-use dylora::model::weights::{read_tensors, write_tensors};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
+use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -23,7 +23,7 @@ use crate::{
 fn an_xlora_folder_gives_pefts_scalings_and_logits() -> Result<()> {
     let _generator = seed(150);
     let (base, expected) = (tied_base(Kind::Double)?, expected("xlora")?);
-    let mixture = of_folder(&peft_folder("xlora"), &base.config)?;
+    let mixture = of_folder(&peft_folder("xlora"), &base.spec)?;
     let model = mixture.put_on(&base, Device::Cpu, Kind::Double)?;
     let inputs = inputs(&expected["input_ids"], None)?;
     let [routing] = &model.routing(&inputs, ForwardMode::EVAL)[..] else {
@@ -42,16 +42,16 @@ fn an_xlora_folder_gives_pefts_scalings_and_logits() -> Result<()> {
 fn a_written_xlora_folder_routes_as_before_to_the_bit() -> Result<()> {
     let _generator = seed(151);
     let base = tied_base(Kind::Float)?;
-    let mixture = of_folder(&peft_folder("xlora"), &base.config)?;
+    let mixture = of_folder(&peft_folder("xlora"), &base.spec)?;
     let model = mixture.put_on(&base, Device::Cpu, Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), &model, &provenance(), Layout::Xlora)?;
-    let written = of_folder(&out, &base.config)?;
+    let written = of_folder(&out, &base.spec)?;
     assert_eq!((&written.specs, &written.router), (&mixture.specs, &mixture.router));
     let again = written.put_on(&base, Device::Cpu, Kind::Float)?;
     let inputs = inputs(&expected("xlora")?["input_ids"], None)?;
-    let run = |model: &RoutedGpt2| {
+    let run = |model: &RoutedModel| {
         let weights = model.routing(&inputs, ForwardMode::EVAL).remove(0).weights;
         (weights, logits(model, &inputs, &RoutingSource::Router))
     };
@@ -62,7 +62,7 @@ fn a_written_xlora_folder_routes_as_before_to_the_bit() -> Result<()> {
 }
 
 /// A model whose router is X-LoRA's, unless `router` says otherwise.
-fn model(lora_text: &str, router: &str) -> Result<RoutedGpt2> {
+fn model(lora_text: &str, router: &str) -> Result<RoutedModel> {
     let router: RouterConfig = toml::from_str(router)?;
     tiny_model(&lora(lora_text), &router, Kind::Float)
 }
@@ -109,7 +109,7 @@ fn what_xlora_can_express_is_written() -> Result<()> {
     let model = model(mixed, "input = 'base_hidden'\ntemperature = 0.3")?;
     export(&Output::new(&out), &model, &provenance(), Layout::Xlora)?;
     let read = of_folder(&out, &tiny_config())?.put_on(model.base(), Device::Cpu, Kind::Float)?;
-    let run = |model: &RoutedGpt2| logits(model, &two_rows(), &RoutingSource::Router);
+    let run = |model: &RoutedModel| logits(model, &two_rows(), &RoutingSource::Router);
     assert_close("logits", &run(&read), &run(&model), 1e-5);
     assert_eq!(read.router_spec().temperature, 0.3);
     Ok(())

@@ -10,13 +10,14 @@ use dylora::config::{
     LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingChoice, TargetModule,
 };
 use dylora::eval::routing::{RouterLosses, SiteExperts, SiteTotals, fetch};
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2::Gpt2;
-use dylora::model::gpt2_config::{Activation, Gpt2Config};
+use dylora::model::batch::Labelled;
+use dylora::model::decoder::Decoder;
+use dylora::model::decoder::{mlp::Activation, spec::DecoderSpec};
+use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::loss::LossSettings;
-use dylora::model::router::{RouterSpec, Routing};
-use dylora::model::routing_totals::{Labelled, RoutingTotals, add_totals};
-use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use dylora::model::routing::router::{RouterSpec, Routing};
+use dylora::model::routing::totals::{RoutingTotals, add_totals};
+use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 /// Everything in f64 on the CPU.
@@ -89,8 +90,8 @@ pub fn seed(seed: i64) -> MutexGuard<'static, ()> {
 }
 
 /// A GPT-2 of 2 layers, width 16 and 61 tokens.
-pub fn tiny_config() -> Gpt2Config {
-    Gpt2Config {
+pub fn tiny_config() -> DecoderSpec {
+    DecoderSpec {
         n_layer: 2,
         n_head: 4,
         n_embd: 16,
@@ -107,13 +108,13 @@ pub fn tiny_config() -> Gpt2Config {
 }
 
 /// A base of [`tiny_config`]'s shape, every parameter of it random: biases and LayerNorms too.
-pub fn tiny_base(config: Gpt2Config) -> Gpt2 {
+pub fn tiny_base(config: DecoderSpec) -> Decoder {
     let tensors = config.parameter_shapes().into_iter().map(|(name, shape)| {
         let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
         (name, Tensor::randn(&shape, DOUBLE) * 0.3 + mean)
     });
     let tensors = tensors.collect();
-    Gpt2::new(config, tensors)
+    Decoder::new(config, tensors)
 }
 
 /// Three experts of scaling 1.5 on every linear layer.
@@ -128,7 +129,7 @@ pub fn tiny_lora() -> LoraConfig {
 }
 
 /// [`tiny_base`] with experts, none of whose parameters is zero.
-pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Result<RoutedGpt2> {
+pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Result<RoutedModel> {
     let base = tiny_base(tiny_config());
     let model = new_model(&base, lora, router, kind);
     randomize(&model)?;
@@ -136,13 +137,18 @@ pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Resul
 }
 
 /// Fresh experts on a base.
-pub fn new_model(base: &Gpt2, lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> RoutedGpt2 {
-    let specs = ExpertSpec::all(lora, &base.config).expect("the config fits the base");
-    RoutedGpt2::with_experts(base, &specs, &RouterSpec::from(router), Device::Cpu, kind)
+pub fn new_model(
+    base: &Decoder,
+    lora: &LoraConfig,
+    router: &RouterConfig,
+    kind: Kind,
+) -> RoutedModel {
+    let specs = ExpertSpec::all(lora, &base.spec).expect("the config fits the base");
+    RoutedModel::with_experts(base, &specs, &RouterSpec::from(router), Device::Cpu, kind)
 }
 
 /// Overwrites every parameter but where the experts started; magnitudes stay above zero.
-pub fn randomize(model: &RoutedGpt2) -> Result<()> {
+pub fn randomize(model: &RoutedModel) -> Result<()> {
     let tensors = model.tensors().into_iter().filter(|(name, _)| !name.contains("initial"));
     let random = tensors.map(|(name, tensor)| {
         let noise = Tensor::randn(tensor.size(), DOUBLE);
@@ -191,7 +197,7 @@ pub fn mean_loss(num_labels: i64) -> LossSettings {
 }
 
 /// The logits `[b, t, v]` of a forward pass for evaluation.
-pub fn logits(model: &RoutedGpt2, inputs: &Inputs, source: &RoutingSource) -> Tensor {
+pub fn logits(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> Tensor {
     model.logits(&model.forward(inputs, source, ForwardMode::EVAL, None).hidden)
 }
 
@@ -217,7 +223,7 @@ pub fn unstack(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
 
 /// The gradients of `loss` by every trained parameter, by its name and in its layout in checkpoints;
 /// zeros where `loss` does not reach.
-pub fn gradients(model: &RoutedGpt2, loss: &Tensor) -> BTreeMap<String, Tensor> {
+pub fn gradients(model: &RoutedModel, loss: &Tensor) -> BTreeMap<String, Tensor> {
     let trained = model.trained(RoutingChoice::Router, None);
     let leaf_grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
     let leaf_grads = leaf_grads.into_iter().zip(&trained.leaves);

@@ -4,10 +4,10 @@ use anyhow::Result;
 use dylora::bench::data::random_tokens;
 use dylora::config::{Config, Kernels, RoutingChoice, load};
 use dylora::data::Batch;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::router::RouterSpec;
-use dylora::model::{Compute, RoutedGpt2};
+use dylora::model::decoder::spec::DecoderSpec;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{Compute, RoutedModel};
 use dylora::train::graph::Capture;
 use dylora::train::optim::Optimizer;
 use dylora::train::step::Stepper;
@@ -30,15 +30,15 @@ fn config(more: &str) -> Result<Config> {
 
 /// The losses of [`NUM_STEPS`] steps over the same eight batches, whose micro-batches are of two sizes.
 fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Result<Vec<f64>> {
-    let shape = Gpt2Config { n_embd: 32, n_inner: 128, n_layer: 3, ..tiny_config() };
+    let shape = DecoderSpec { n_embd: 32, n_inner: 128, n_layer: 3, ..tiny_config() };
     tch::manual_seed(21);
     let base = tiny_base(shape);
-    let specs = ExpertSpec::all(&config.lora, &base.config)?;
+    let specs = ExpertSpec::all(&config.lora, &base.spec)?;
     let router = RouterSpec::of_config(config);
     // the same start in every dtype
-    let start = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
+    let start = RoutedModel::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
     let compute = Compute { kind, kernels };
-    let model = RoutedGpt2::with_experts(&base, &specs, &router, device, compute);
+    let model = RoutedModel::with_experts(&base, &specs, &router, device, compute);
     model.load(&start.tensors().into_iter().collect())?;
     let trained = model.trained(RoutingChoice::Router, None);
     let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
@@ -48,7 +48,7 @@ fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Resul
         Kernels::Reference => Capture::Off,
     };
     let mut stepper = Stepper::new(optimizer, capture, device);
-    let data = random_tokens(32, 64, base.config.vocab_size, Some(12.0), 3);
+    let data = random_tokens(32, 64, base.spec.vocab_size, Some(12.0), 3);
     let blocks = data.eval_order();
     let batches: Vec<Vec<Batch>> = (0..8)
         .map(|step| {

@@ -8,13 +8,13 @@ use dylora::config::{
     RouterScope, TargetModule,
 };
 use dylora::ffi;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2::Gpt2;
-use dylora::model::gpt2_config::{Activation, Gpt2Config};
-use dylora::model::lora::LoraDropout;
+use dylora::model::decoder::Decoder;
+use dylora::model::decoder::{mlp::Activation, spec::DecoderSpec};
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::loss::LossSettings;
-use dylora::model::router::RouterSpec;
-use dylora::model::{Compute, ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{randomize, seed, tiny_config};
@@ -22,7 +22,7 @@ use crate::common::{randomize, seed, tiny_config};
 /// A mixture on a base, and a batch.
 struct Case {
     name: String,
-    base: Gpt2Config,
+    base: DecoderSpec,
     lora: LoraConfig,
     router: RouterConfig,
     batch: usize,
@@ -45,9 +45,9 @@ fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraC
     }
 }
 
-fn shape(heads: i64, head_size: i64, vocab_size: i64, n_positions: i64) -> Gpt2Config {
+fn shape(heads: i64, head_size: i64, vocab_size: i64, n_positions: i64) -> DecoderSpec {
     let n_embd = heads * head_size;
-    Gpt2Config {
+    DecoderSpec {
         n_head: heads,
         n_embd,
         n_inner: 4 * n_embd,
@@ -114,9 +114,9 @@ fn cases(on_gpu: bool) -> Vec<Case> {
         cases.push(Case { base: shape(2, 16, vocab_size, 64), ..case(&format!("v {vocab_size}")) });
     }
     cases.push(Case { base: shape(3, 5, 53, 64), ..case("a width that is no multiple of 8") });
-    let exact = Gpt2Config { activation: Activation::Gelu, ..shape(2, 16, 53, 64) };
+    let exact = DecoderSpec { activation: Activation::Gelu, ..shape(2, 16, 53, 64) };
     cases.push(Case { base: exact, ..case("exact gelu") });
-    let untied = Gpt2Config { tied_head: false, ..shape(2, 16, 53, 64) };
+    let untied = DecoderSpec { tied_head: false, ..shape(2, 16, 53, 64) };
     cases.push(Case { base: untied, ..case("untied head") });
     cases.push(Case { label_smoothing: 0.1, ..case("label smoothing") });
     cases.push(Case { dropout: 0.2, ..case("dropout") });
@@ -196,14 +196,14 @@ impl Case {
 
     fn model(
         &self,
-        base: &Gpt2,
+        base: &Decoder,
         device: Device,
         compute: impl Into<Compute>,
         tensors: Option<&BTreeMap<String, Tensor>>,
-    ) -> Result<RoutedGpt2> {
+    ) -> Result<RoutedModel> {
         let specs = ExpertSpec::all(&self.lora, &self.base)?;
         let router = RouterSpec::from(&self.router);
-        let model = RoutedGpt2::with_experts(base, &specs, &router, device, compute);
+        let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
         match tensors {
             None => {
                 randomize(&model)?;
@@ -226,7 +226,11 @@ impl Case {
     }
 
     /// The loss and every gradient, in f64 on the CPU.
-    fn step(&self, model: &RoutedGpt2, inputs: &Inputs) -> Result<(f64, BTreeMap<String, Tensor>)> {
+    fn step(
+        &self,
+        model: &RoutedModel,
+        inputs: &Inputs,
+    ) -> Result<(f64, BTreeMap<String, Tensor>)> {
         let settings = LossSettings {
             chunk_tokens: 17,
             label_smoothing: self.label_smoothing,
@@ -316,7 +320,7 @@ fn fused_steps_are_the_references() -> Result<()> {
             let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
             (name, Tensor::randn(&shape, (Kind::Double, Device::Cpu)) * 0.08 + mean)
         });
-        let base = Gpt2::new(case.base.clone(), tensors.collect());
+        let base = Decoder::new(case.base.clone(), tensors.collect());
         let exact = case.model(&base, Device::Cpu, Kind::Double, None)?;
         let tensors = exact.tensors();
         tch::manual_seed(6);

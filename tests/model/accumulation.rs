@@ -6,9 +6,9 @@ use dylora::config::{
     Config, LossOn, Orthogonality, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, load,
 };
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
-use dylora::model::lora::LoraDropout;
-use dylora::model::routing_totals::RoutingTotals;
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::routing::totals::RoutingTotals;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use dylora::train::step::{self, StepGradients};
 use dylora::{eval, ffi};
 use tch::{Device, Kind, Tensor};
@@ -66,7 +66,7 @@ pub(super) fn cut(dataset: &TokenDataset, sizes: &[usize], reversed: bool) -> Ve
 }
 
 pub(super) fn gradients(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     config: &Config,
     batches: &[Batch],
 ) -> Result<StepGradients> {

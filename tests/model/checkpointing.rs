@@ -8,10 +8,10 @@ use dylora::config::{
     RouterScope,
 };
 use dylora::ffi;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::lora::LoraDropout;
-use dylora::model::router::RouterSpec;
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -26,18 +26,18 @@ struct Pass {
     generator: Tensor,
 }
 
-fn pass(model: &RoutedGpt2, mode: ForwardMode) -> Result<Pass> {
+fn pass(model: &RoutedModel, mode: ForwardMode) -> Result<Pass> {
     tch::manual_seed(20);
     let (loss, _) = model.loss(&two_rows(), &RoutingSource::Router, mode, mean_loss(12));
     let gradients = gradients(model, &loss.loss);
     Ok(Pass { loss: loss.loss.detach(), gradients, generator: ffi::rng_state(Device::Cpu)? })
 }
 
-fn checkpointing_changes_nothing(model: &RoutedGpt2, dropout: LoraDropout) -> Result<Pass> {
+fn checkpointing_changes_nothing(model: &RoutedModel, dropout: LoraDropout) -> Result<Pass> {
     checkpointing_keeps(model, ForwardMode { dropout, ..ForwardMode::EVAL })
 }
 
-fn checkpointing_keeps(model: &RoutedGpt2, mode: ForwardMode) -> Result<Pass> {
+fn checkpointing_keeps(model: &RoutedModel, mode: ForwardMode) -> Result<Pass> {
     let plain = pass(model, mode)?;
     let checkpointed = pass(model, ForwardMode { gradient_checkpointing: true, ..mode })?;
     assert_close("loss", &checkpointed.loss, &plain.loss, 0.0);
@@ -98,13 +98,13 @@ fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
 fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()> {
     let _generator = seed(27);
     let base = tiny_base(tiny_config());
-    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.spec)?;
     for spec in &mut specs {
         spec.modules.retain(|path, _| path.layer == 1);
     }
     for input in [RouterInput::Embeddings, RouterInput::BaseHidden] {
         let router = RouterConfig { input, ..RouterConfig::default() };
-        let model = RoutedGpt2::with_experts(
+        let model = RoutedModel::with_experts(
             &base,
             &specs,
             &RouterSpec::from(&router),
@@ -122,7 +122,7 @@ fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()
 fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
     let _generator = seed(28);
     let base = tiny_base(tiny_config());
-    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.spec)?;
     for spec in &mut specs {
         spec.modules.retain(|path, _| path.layer == 1);
     }
@@ -131,7 +131,7 @@ fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
         scope: RouterScope::Layer,
         ..RouterConfig::default()
     };
-    let model = RoutedGpt2::with_experts(
+    let model = RoutedModel::with_experts(
         &base,
         &specs,
         &RouterSpec::from(&router),
@@ -193,7 +193,7 @@ fn checkpointing_keeps_the_gradients_of_a_trained_base() -> Result<()> {
     for tied_head in [true, false] {
         let mut config = tiny_config();
         config.tied_head = tied_head;
-        let model = RoutedGpt2::plain(&tiny_base(config), Device::Cpu, Kind::Double, true);
+        let model = RoutedModel::plain(&tiny_base(config), Device::Cpu, Kind::Double, true);
         checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
     }
     Ok(())

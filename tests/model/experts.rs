@@ -5,10 +5,13 @@ use dylora::config::{
     DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, RoutingChoice,
     TargetModule,
 };
-use dylora::model::expert::{ExpertSpec, RankAlpha};
-use dylora::model::gpt2::Linear;
-use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights, Start};
-use dylora::model::{ForwardMode, Recorder, RoutedGpt2, RoutingSource};
+use dylora::model::decoder::linear::Linear;
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::init::InitialValues;
+use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
+use dylora::model::experts::stack::LoraExperts;
+use dylora::model::experts::weights::RoutingWeights;
+use dylora::model::{ForwardMode, Recorder, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -26,7 +29,7 @@ fn fresh_experts_leave_the_bases_logits_unchanged() {
     let base = tiny_base(tiny_config());
     let inputs = two_rows();
     for kind in [Kind::Float, Kind::Double] {
-        let plain = RoutedGpt2::plain(&base, Device::Cpu, kind, false);
+        let plain = RoutedModel::plain(&base, Device::Cpu, kind, false);
         let expected = logits(&plain, &inputs, &RoutingSource::Base);
         for num_experts in [1, 3] {
             let lora = LoraConfig { num_experts, ..tiny_lora() };
@@ -266,7 +269,8 @@ fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
             alora_invocation_tokens: vec![],
         };
         let specs = vec![spec; count];
-        let new = LoraExperts::new(path, &specs, &weight, &linear, Kind::Double, Start::Fresh);
+        let new =
+            LoraExperts::new(path, &specs, &weight, &linear, Kind::Double, InitialValues::Fresh);
         let experts = new.expect("they target the module");
         for mut part in experts.tensors() {
             part.tensor.copy_(if part.key == "lora_a" { &a } else { &b });
@@ -385,7 +389,7 @@ fn a_small_change_counts_beside_a_bf16_base() {
         };
         let bias = Tensor::zeros([8], (kind, Device::Cpu));
         let linear = Linear { weight: weight.to_kind(kind), bias };
-        let new = LoraExperts::new(path, &[spec], &weight, &linear, wide, Start::Fresh);
+        let new = LoraExperts::new(path, &[spec], &weight, &linear, wide, InitialValues::Fresh);
         let experts = new.expect("it targets the module");
         for part in experts.tensors().iter().filter(|part| !part.key.starts_with("initial")) {
             tch::no_grad(|| part.tensor.shallow_clone().copy_(&(&part.tensor * 1.002)));

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{LoraConfig, ModulePath, RouterConfig, RoutingChoice, TargetModule};
-use dylora::model::lora::{LoraDropout, RoutingWeights};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::weights::RoutingWeights;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Kind, Tensor};
 
 use crate::common::{
@@ -13,7 +14,7 @@ use crate::common::{
     tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
-fn loss(model: &RoutedGpt2, source: &RoutingSource) -> Tensor {
+fn loss(model: &RoutedModel, source: &RoutingSource) -> Tensor {
     model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss
 }
 
@@ -126,7 +127,7 @@ fn from_b_zero_only_b_has_a_gradient() -> Result<()> {
 }
 
 /// Moves every trained tensor against its gradient.
-fn descend(model: &RoutedGpt2, grads: &BTreeMap<String, Tensor>) {
+fn descend(model: &RoutedModel, grads: &BTreeMap<String, Tensor>) {
     let tensors = model.tensors();
     tch::no_grad(|| {
         for (name, grad) in grads {

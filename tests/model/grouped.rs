@@ -7,10 +7,13 @@ use dylora::config::{
     DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, RouterNoise,
     TargetModule,
 };
-use dylora::model::RoutedGpt2;
-use dylora::model::lora::{LoraDropout, LoraExperts, RoutingWeights};
-use dylora::model::lora_grouped::{Assignments, Products};
-use dylora::model::router::{Router, RouterSpec, RoutingRule};
+use dylora::model::RoutedModel;
+use dylora::model::experts::assignments::Assignments;
+use dylora::model::experts::dropout::LoraDropout;
+use dylora::model::experts::grouped::Products;
+use dylora::model::experts::stack::LoraExperts;
+use dylora::model::experts::weights::RoutingWeights;
+use dylora::model::routing::router::{Router, RouterSpec, RoutingRule};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{DOUBLE, assert_close, gradients, max_difference, seed, tiny_lora, tiny_model};
@@ -21,7 +24,7 @@ const PATH: ModulePath = ModulePath { layer: 0, module: TargetModule::AttnCAttn 
 const TOLERANCE: f64 = 1e-12;
 
 /// Five experts: of ranks 4, 2, 7 and 4; the second has another scaling, the last lacks the module.
-fn mixed(kind: Kind) -> Result<RoutedGpt2> {
+fn mixed(kind: Kind) -> Result<RoutedModel> {
     let rank = |rank| ExpertConfig { rank: Some(rank), ..ExpertConfig::default() };
     let second = ExpertConfig { alpha: Some(1.0), ..rank(2) };
     let lacking = ExpertConfig { target_modules: Some(vec![TargetModule::MlpCFc]), ..rank(3) };
@@ -33,11 +36,11 @@ fn mixed(kind: Kind) -> Result<RoutedGpt2> {
     )
 }
 
-fn even(num_experts: i64, kind: Kind) -> Result<RoutedGpt2> {
+fn even(num_experts: i64, kind: Kind) -> Result<RoutedModel> {
     tiny_model(&LoraConfig { num_experts, ..tiny_lora() }, &RouterConfig::default(), kind)
 }
 
-fn experts(model: &RoutedGpt2) -> &LoraExperts {
+fn experts(model: &RoutedModel) -> &LoraExperts {
     model.experts(PATH).expect("every module has some")
 }
 
@@ -51,7 +54,7 @@ enum Form {
 
 /// The module's output, `[2, 7, o]`, for the input `x`.
 fn output(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     x: &Tensor,
     g: &Tensor,
     selected: &Tensor,
@@ -79,7 +82,7 @@ struct Run {
 }
 
 fn run(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     x: &Tensor,
     g: &Tensor,
     selected: &Tensor,

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use dylora::config::RouterConfig;
 use dylora::model::loss::{LossSettings, chunked_cross_entropy};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::common::{
@@ -117,7 +117,7 @@ fn a_trained_bases_gradients_are_those_of_all_its_logits() {
     for tied_head in [true, false] {
         let mut config = tiny_config();
         config.tied_head = tied_head;
-        let model = RoutedGpt2::plain(&tiny_base(config), Device::Cpu, Kind::Double, true);
+        let model = RoutedModel::plain(&tiny_base(config), Device::Cpu, Kind::Double, true);
         let inputs = two_rows();
         let (loss, _) = model.loss(&inputs, &RoutingSource::Base, ForwardMode::EVAL, mean_loss(12));
         let chunked = gradients(&model, &loss.loss);

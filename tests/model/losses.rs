@@ -6,8 +6,8 @@ use anyhow::Result;
 use dylora::config::{RouterConfig, RoutingChoice};
 use dylora::eval;
 use dylora::eval::routing::RouterLosses;
-use dylora::model::router::Routing;
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::routing::router::Routing;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use super::accumulation::{config, cut, dataset, gradients, routers};
@@ -136,7 +136,7 @@ fn gradients_of_a_step_are_autograds_of_the_sum_of_all_losses() -> Result<()> {
 }
 
 /// The losses of a model's routers over a dataset after a small step against the gradients of `config`.
-fn after_a_step(model: &RoutedGpt2, router: RouterConfig) -> Result<[RouterLosses; 2]> {
+fn after_a_step(model: &RoutedModel, router: RouterConfig) -> Result<[RouterLosses; 2]> {
     let mut config = config(&RouterConfig::default(), &[])?;
     config.router = router;
     config.lora.orthogonality = None;

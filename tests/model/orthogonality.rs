@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{LoraConfig, Orthogonality, RouterConfig};
-use dylora::model::RoutedGpt2;
+use dylora::model::RoutedModel;
 use tch::{Kind, Tensor};
 
 use super::accumulation::{config, cut, dataset, gradients as step};
@@ -62,7 +62,7 @@ fn squared_cosine(of: Orthogonality, e: &(Tensor, Tensor), f: &(Tensor, Tensor))
 }
 
 /// The definition, by the tensors as a checkpoint holds them.
-fn literal(model: &RoutedGpt2, of: Orthogonality) -> f64 {
+fn literal(model: &RoutedModel, of: Orthogonality) -> f64 {
     let tensors = model.tensors();
     let mut modules: BTreeMap<&str, Vec<(Tensor, Tensor)>> = BTreeMap::new();
     for (name, a) in tensors.iter().filter(|(name, _)| name.ends_with(".lora_a")) {
@@ -86,7 +86,7 @@ fn literal(model: &RoutedGpt2, of: Orthogonality) -> f64 {
     modules.values().map(of_module).sum::<f64>() / modules.len() as f64
 }
 
-fn value(model: &RoutedGpt2, of: Orthogonality) -> f64 {
+fn value(model: &RoutedModel, of: Orthogonality) -> f64 {
     model.orthogonality(of).expect("a module has two experts").double_value(&[])
 }
 
@@ -124,7 +124,7 @@ fn orthogonality_has_the_slopes_of_finite_differences() -> Result<()> {
 }
 
 /// A model of two experts on one module of the first layer, with these A `[r, i]` and B `[o, r]`.
-fn two_experts(rank: i64, factors: [(Tensor, Tensor); 2]) -> Result<RoutedGpt2> {
+fn two_experts(rank: i64, factors: [(Tensor, Tensor); 2]) -> Result<RoutedModel> {
     let text = format!("num_experts = 2\nrank = {rank}\nexperts_per_layer = [2, 1]");
     let model = tiny_model(&lora(&text), &RouterConfig::default(), Kind::Double)?;
     let named = factors.into_iter().enumerate().flat_map(|(e, (a, b))| {

@@ -5,11 +5,12 @@ use dylora::config::{
     Config, LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingLevel, TargetModule, load,
 };
 use dylora::eval::routing::{RouterLosses, SiteExperts};
-use dylora::model::expert::ExpertSpec;
-use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::router::RouterSpec;
-use dylora::model::routing_totals::{Labelled, add_totals};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::batch::Labelled;
+use dylora::model::decoder::spec::DecoderSpec;
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::routing::totals::add_totals;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use super::gradients::assert_slope;
@@ -22,20 +23,20 @@ use crate::common::{
 const PER_LAYER: [i64; 3] = [1, 2, 3];
 
 /// A model of three layers, each of which routes over its own experts.
-fn model_of(lora: &LoraConfig, router: &RouterConfig) -> Result<RoutedGpt2> {
-    let base = tiny_base(Gpt2Config { n_layer: 3, ..tiny_config() });
-    let specs = ExpertSpec::all(lora, &base.config)?;
+fn model_of(lora: &LoraConfig, router: &RouterConfig) -> Result<RoutedModel> {
+    let base = tiny_base(DecoderSpec { n_layer: 3, ..tiny_config() });
+    let specs = ExpertSpec::all(lora, &base.spec)?;
     let spec = RouterSpec { own_experts: true, ..RouterSpec::from(router) };
-    let model = RoutedGpt2::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
+    let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
     randomize(&model)?;
     Ok(model)
 }
 
 /// The same numbers under a router that is over all experts in every layer.
-fn over_all(model: &RoutedGpt2) -> Result<RoutedGpt2> {
+fn over_all(model: &RoutedModel) -> Result<RoutedModel> {
     let spec = RouterSpec { own_experts: false, ..model.router_spec().clone() };
     let (base, specs, tensors) = (model.base(), model.specs(), model.tensors());
-    RoutedGpt2::from_tensors(base, specs, &spec, &tensors, Device::Cpu, Kind::Double)
+    RoutedModel::from_tensors(base, specs, &spec, &tensors, Device::Cpu, Kind::Double)
 }
 
 fn lora() -> LoraConfig {
@@ -138,15 +139,15 @@ fn a_layers_weights_are_the_softmax_over_its_own_experts() -> Result<()> {
 fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
     let _generator = seed(246);
     let per_layer: [&[i64]; 3] = [&[0, 2], &[1, 2], &[1]];
-    let base = tiny_base(Gpt2Config { n_layer: 3, ..tiny_config() });
-    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    let base = tiny_base(DecoderSpec { n_layer: 3, ..tiny_config() });
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.spec)?;
     for (expert, spec) in specs.iter_mut().enumerate() {
         spec.modules.retain(|path, _| per_layer[path.layer].contains(&(expert as i64)));
     }
     for top_k in [None, Some(1)] {
         let router = RouterConfig { top_k, ..RouterConfig::default() };
         let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&router) };
-        let model = RoutedGpt2::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
+        let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
         randomize(&model)?;
         let whole = over_all(&model)?.routing(&two_rows(), ForwardMode::EVAL).remove(0).logits;
         let routing = model.routing(&two_rows(), ForwardMode::EVAL);

@@ -2,11 +2,11 @@
 
 use anyhow::Result;
 use dylora::config::RouterConfig;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::lora::RoutingWeights;
-use dylora::model::router::RouterSpec;
-use dylora::model::routing_totals::RoutingTotals;
-use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::experts::weights::RoutingWeights;
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::routing::totals::RoutingTotals;
+use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -36,7 +36,7 @@ fn packed() -> Inputs {
     Inputs::new(rows, Device::Cpu)
 }
 
-fn token_losses(model: &RoutedGpt2, inputs: &Inputs) -> (Tensor, Tensor) {
+fn token_losses(model: &RoutedModel, inputs: &Inputs) -> (Tensor, Tensor) {
     let (loss, _) = model.loss(inputs, &RoutingSource::Router, ForwardMode::EVAL, mean_loss(10));
     (loss.loss, loss.token_losses)
 }
@@ -165,13 +165,13 @@ fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
 fn an_invocation_counts_within_its_own_document() -> Result<()> {
     let _generator = seed(44);
     let base = tiny_base(tiny_config());
-    let mut specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+    let mut specs = ExpertSpec::all(&tiny_lora(), &base.spec)?;
     let wanted: [&[i64]; 3] = [&[1, 2], &[], &[2, 1, 2]];
     for (spec, wanted) in specs.iter_mut().zip(wanted) {
         spec.alora_invocation_tokens = wanted.to_vec();
     }
     let router = RouterSpec::default();
-    let model = RoutedGpt2::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
+    let model = RoutedModel::with_experts(&base, &specs, &router, Device::Cpu, Kind::Double);
     let (mut found_any, mut found_none) = (false, false);
     for _ in 0..40 {
         let tokens = Tensor::randint_low(1, 3, [2, 12], (Kind::Int64, Device::Cpu));

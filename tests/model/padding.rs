@@ -3,10 +3,10 @@
 use anyhow::Result;
 use dylora::config::{LossOn, Maturity, Plateau, RouterConfig, RoutingChoice};
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
-use dylora::model::gpt2::AttentionMask;
-use dylora::model::inputs::{Extent, HostInputs};
-use dylora::model::routing_totals::RoutingTotals;
-use dylora::model::{Inputs, RoutedGpt2, Rows};
+use dylora::model::batch::{Extent, HostInputs};
+use dylora::model::decoder::attention::AttentionMask;
+use dylora::model::routing::totals::RoutingTotals;
+use dylora::model::{Inputs, RoutedModel, Rows};
 use dylora::train::gradients::gradients_of;
 use dylora::train::prepared::{Prepared, SeedingPhase, StepTensors};
 use dylora::train::step::StepGradients;
@@ -34,7 +34,7 @@ fn dataset(is_packed: bool) -> TokenDataset {
 }
 
 fn tensors(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     router: &RouterConfig,
     batches: &[Batch],
     seeding: Option<SeedingPhase>,

@@ -1,8 +1,9 @@
 //! A router's weights, and the statistics over them.
 
 use dylora::config::RouterNoise;
-use dylora::model::router::{Router, Routing, RoutingRule};
-use dylora::model::routing_totals::{Labelled, RoutingTotals};
+use dylora::model::batch::Labelled;
+use dylora::model::routing::router::{Router, Routing, RoutingRule};
+use dylora::model::routing::totals::RoutingTotals;
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{DOUBLE, assert_close, losses_of, max_difference, seed};

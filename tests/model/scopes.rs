@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{EvalRule, RouterConfig, RouterInput, RouterNoise, RouterScope};
-use dylora::model::router::{Router, RouterSpec, Routing, RoutingRule};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::routing::router::{Router, RouterSpec, Routing, RoutingRule};
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Kind, Tensor};
 
 use crate::common::{
@@ -85,7 +85,7 @@ fn routing_is_decided_once_or_at_each_layer_or_module() -> Result<()> {
 }
 
 /// The tensors of a model whose routers are all alike those of `shared`, in whatever scope.
-fn as_shared(model: &RoutedGpt2, shared: &RoutedGpt2) -> Result<()> {
+fn as_shared(model: &RoutedModel, shared: &RoutedModel) -> Result<()> {
     let of_shared = shared.tensors();
     let own = model.tensors().into_keys().map(|name| {
         let from = match name.find("router.") {
@@ -298,7 +298,11 @@ fn noise_disturbs_a_forward_pass_in_training_alone() -> Result<()> {
 }
 
 /// The same model with another rule of training.
-fn with_rule(model: &RoutedGpt2, router: &RouterConfig, top_k: Option<i64>) -> Result<RoutedGpt2> {
+fn with_rule(
+    model: &RoutedModel,
+    router: &RouterConfig,
+    top_k: Option<i64>,
+) -> Result<RoutedModel> {
     let router = RouterConfig { top_k, ..router.clone() };
     let other = new_model(model.base(), &tiny_lora(), &router, Kind::Double);
     other.load(&model.tensors())?;
@@ -312,7 +316,7 @@ fn the_rule_of_a_forward_pass_is_that_of_a_model_trained_by_it() -> Result<()> {
         let router = RouterConfig { scope, input, temperature: 0.6, ..RouterConfig::default() };
         let dense = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let top_2 = with_rule(&dense, &router, Some(2))?;
-        let run = |model: &RoutedGpt2, rule| {
+        let run = |model: &RoutedModel, rule| {
             let mode = ForwardMode { rule, ..ForwardMode::EVAL };
             let output = model.forward(&two_rows(), &RoutingSource::Router, mode, None);
             (output.hidden, output.routing.into_iter().next().expect("a site").selected.is_some())

@@ -4,11 +4,12 @@ use anyhow::Result;
 use dylora::config::{GrowthConfig, LossOn, RouterConfig, RouterInput, RoutingChoice};
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
 use dylora::eval;
-use dylora::model::lora::RoutingWeights;
+use dylora::model::batch::Labelled;
+use dylora::model::experts::weights::RoutingWeights;
 use dylora::model::parameters::OldParts;
-use dylora::model::router::Routing;
-use dylora::model::routing_totals::{Labelled, RoutingTotals};
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::routing::router::Routing;
+use dylora::model::routing::totals::RoutingTotals;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use dylora::train::losses::{Seeding, seeding_loss};
 use dylora::train::step::{self, SeedingPhase, StepGradients};
 use tch::{Device, Kind, Tensor};
@@ -128,7 +129,7 @@ pub(super) fn growth(seed_router_coef: f64) -> GrowthConfig {
 
 /// A step of the seeding phase with every other loss that there is.
 fn gradients(
-    model: &RoutedGpt2,
+    model: &RoutedModel,
     router: &RouterConfig,
     overrides: &[&str],
     batches: &[Batch],

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{RouterConfig, RouterInput, RouterNoise, RouterScope, RoutingChoice};
-use dylora::model::expert::ExpertSpec;
-use dylora::model::router::{Router, RouterSpec, Routing, RoutingRule};
-use dylora::model::routing_totals::RoutingTotals;
-use dylora::model::{ForwardMode, RoutedGpt2};
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::routing::router::{Router, RouterSpec, Routing, RoutingRule};
+use dylora::model::routing::totals::RoutingTotals;
+use dylora::model::{ForwardMode, RoutedModel};
 use dylora::train::routing_state::balance_biases;
 use tch::{Device, Kind, Tensor};
 
@@ -20,7 +20,7 @@ fn biased(scope: RouterScope, input: RouterInput, top_k: Option<i64>) -> RouterC
     RouterConfig { scope, input, top_k, balance_bias_rate: 0.01, ..RouterConfig::default() }
 }
 
-fn bias(model: &RoutedGpt2, router: usize) -> Vec<f64> {
+fn bias(model: &RoutedModel, router: usize) -> Vec<f64> {
     let bias = model.routers()[router].selection_bias.as_ref().expect("it has a bias");
     Vec::try_from(bias).expect("it is on the CPU")
 }
@@ -64,7 +64,7 @@ fn each_router_follows_the_loads_of_the_sites_that_it_decides_for() -> Result<()
     let totals = || [chosen(&[0, 0, 0]), chosen(&[1, 1, 2])];
     let layers = biased(RouterScope::Layer, RouterInput::Embeddings, Some(1));
     let model = tiny_model(&tiny_lora(), &layers, Kind::Double)?;
-    let zeros = |model: &RoutedGpt2| {
+    let zeros = |model: &RoutedModel| {
         let biases = model.router_tensors().into_iter();
         let biases = biases.filter(|(name, _)| name.ends_with("selection_bias"));
         model.load_some(&biases.map(|(name, t)| (name, t.zeros_like())).collect())
@@ -156,10 +156,10 @@ fn the_bias_is_saved_and_loaded_and_not_trained() -> Result<()> {
             model.tensors().into_iter().map(|(name, t)| (name, t.copy())).collect();
         assert_eq!(tensors.keys().filter(|name| name.ends_with("selection_bias")).count(), count);
         let base = tiny_base(tiny_config());
-        let specs = ExpertSpec::all(&tiny_lora(), &base.config)?;
+        let specs = ExpertSpec::all(&tiny_lora(), &base.spec)?;
         let spec = RouterSpec::from(&router);
         let cpu = Device::Cpu;
-        let read = RoutedGpt2::from_tensors(&base, &specs, &spec, &tensors, cpu, Kind::Double)?;
+        let read = RoutedModel::from_tensors(&base, &specs, &spec, &tensors, cpu, Kind::Double)?;
         for router in 0..count {
             assert_eq!(bias(&read, router), bias(&model, router));
             assert!(bias(&model, router).iter().all(|&bias| bias != 0.0));

@@ -4,7 +4,7 @@ use anyhow::Result;
 use dylora::config::{LossOn, RouterConfig, RouterInput, RouterScope, RoutingLevel};
 use dylora::data::{MemoryDocument, MemoryDomain, TokenDataset};
 use dylora::eval;
-use dylora::model::{ForwardMode, Inputs, RoutedGpt2, RoutingSource, Rows};
+use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -69,7 +69,7 @@ fn single(tokens: &[i64], prompt_len: usize) -> Inputs {
 }
 
 /// The weights at each site, beside one another, `[b, t, sites e]`.
-fn weights(model: &RoutedGpt2, inputs: &Inputs) -> Tensor {
+fn weights(model: &RoutedModel, inputs: &Inputs) -> Tensor {
     let routing = model.routing(inputs, ForwardMode::EVAL);
     Tensor::cat(&routing.iter().map(|routing| &routing.weights).collect::<Vec<_>>(), 2)
 }

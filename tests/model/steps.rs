@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use dylora::config::{Config, OptimizerConfig, RouterConfig, RouterInput, RoutingChoice};
 use dylora::data::Batch;
-use dylora::model::RoutedGpt2;
+use dylora::model::RoutedModel;
 use dylora::train::graph::Capture;
 use dylora::train::optim::Optimizer;
 use dylora::train::prepared::Prepared;
@@ -15,7 +15,7 @@ use tch::{Device, Kind, Tensor};
 use crate::accumulation::{config, cut, dataset};
 use crate::common::{DOUBLE, assert_close, seed, tiny_lora, tiny_model};
 
-fn stepper(model: &RoutedGpt2, config: &OptimizerConfig, capture: Capture) -> Stepper {
+fn stepper(model: &RoutedModel, config: &OptimizerConfig, capture: Capture) -> Stepper {
     let trained = model.trained(RoutingChoice::Router, None);
     Stepper::new(Optimizer::new(config, &trained.parameters), capture, Device::Cpu)
 }
@@ -73,7 +73,7 @@ fn an_update_by_numbers_on_the_device_is_adamw() -> Result<()> {
 }
 
 /// What a step may change, by name.
-fn everything(model: &RoutedGpt2, stepper: &Stepper) -> BTreeMap<String, Tensor> {
+fn everything(model: &RoutedModel, stepper: &Stepper) -> BTreeMap<String, Tensor> {
     let all = model.tensors().into_iter().chain(stepper.optimizer.state());
     all.map(|(name, tensor)| (name, tensor.copy())).collect()
 }
@@ -118,7 +118,7 @@ fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
 
 /// Steps of two shapes in turn, with rates, temperatures, masks and noise that change.
 fn run(
-    model: &mut RoutedGpt2,
+    model: &mut RoutedModel,
     config: &Config,
     capture: Capture,
 ) -> Result<(Vec<String>, Stepper)> {

@@ -9,9 +9,9 @@ use dylora::base::Base;
 use dylora::config::{Config, DomainConfig, Validation};
 use dylora::growth::with_expert;
 use dylora::mixture::Mixture;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::weights::read_tensors;
+use dylora::model::experts::spec::ExpertSpec;
 use dylora::skills::{Skill, SkillCenter, SkillLibrary, embed};
+use dylora::tensor_file::read_tensors;
 use dylora::train::grow::{self, Growth};
 use dylora::train::metrics::Metrics;
 use dylora::train::routing_state::ExpertMaturity;
@@ -83,7 +83,7 @@ fn next_stage(world: &World, overrides: &[&str], growth: &Growth) -> Result<Next
     let model = old.put_on(&weights, Device::Cpu, Kind::Float)?;
     let train_data = data(&config, &base)?.train;
     let biases = grow::initial_biases(&model, &train_data, "third", 99)?;
-    let spec = ExpertSpec::new(&config.lora, 2, &base.config)?;
+    let spec = ExpertSpec::new(&config.lora, 2, &base.spec)?;
     let mut mixture = with_expert(&old, &weights, spec, &|prefix| biases[prefix])?;
     for old in &mut mixture.specs[..2] {
         old.trainable = growth.old_experts_rate > 0.0;
@@ -316,7 +316,7 @@ fn a_stage_that_was_interrupted_equals_an_unbroken_one_to_the_bit() -> Result<()
         for (name, tensor) in &left {
             assert!(tensor.equal(&right[name]), "from {from}: `{name}` differs");
         }
-        let width = base.config.n_embd;
+        let width = base.spec.n_embd;
         assert_eq!(checkpoint::read_skills(&resumed.checkpoint, width)?, skills);
     }
     Ok(())

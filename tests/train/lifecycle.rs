@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result};
-use dylora::model::weights::{read_tensors, write_tensors};
+use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::Value;
 
 use crate::growth::third_domain;

@@ -16,9 +16,9 @@ use dylora::export::{hugging_face, peft};
 use dylora::hub::{self, AdapterFiles, HubLimits, HubSettings};
 use dylora::mixture::Mixture;
 use dylora::model::RoutingSource;
-use dylora::model::gpt2::Gpt2;
-use dylora::model::gpt2_config::Gpt2Config;
-use dylora::model::weights::read_tensors;
+use dylora::model::decoder::Decoder;
+use dylora::model::families::gpt2;
+use dylora::tensor_file::read_tensors;
 use dylora::train::checkpoint::{self, Preferred};
 use dylora::train::optim::load_rng_states;
 use dylora::train::{Ending, Event, Summary, Trainer, load_model};
@@ -65,11 +65,11 @@ impl World {
             "vocab_size": 32, "eos_token_id": 31,
         });
         tch::manual_seed(7);
-        let shape = Gpt2Config::from_json(&shape)?;
+        let shape = gpt2::from_json(&shape)?;
         // ten times GPT-2's initial matrices, so that the frozen head can tell tokens apart
-        let random = Gpt2::random(shape.clone()).named_parameters().into_iter();
+        let random = Decoder::random(shape.clone()).named_parameters().into_iter();
         let scaled = random.map(|(name, t)| (name, if t.dim() == 2 { t * 10.0 } else { t }));
-        let base = Gpt2::new(shape, scaled.collect());
+        let base = Decoder::new(shape, scaled.collect());
         let tokenizer = world.path("tokenizer.json");
         let dir = world.path("base");
         hugging_face::export(&Output::new(&dir), &base, SaveDtype::F32, Some(&tokenizer))?;
@@ -156,13 +156,13 @@ fn no_hub() -> HubSettings {
 }
 
 fn data(config: &Config, base: &Base) -> Result<Datasets> {
-    let eos = base.config.eos_token_id;
+    let eos = base.spec.eos_token_id;
     let options = DataOptions::new(&config.data, config.run.seed, eos, None);
     load_datasets(&config.data.domains, &options, base.tokenizer()?, &|_| ())
 }
 
 fn mixture(config: &Config, base: &Base) -> Result<Mixture> {
-    Mixture::of_config(config, &base.config, &find_adapter)
+    Mixture::of_config(config, &base.spec, &find_adapter)
 }
 
 /// Finds adapters in folders alone.
@@ -455,9 +455,9 @@ fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("hf");
     hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None)?;
-    let shape = Gpt2Config::read(&out.join("config.json"))?;
+    let shape = gpt2::read_spec(&out.join("config.json"))?;
     let file = out.join("model.safetensors");
-    let read = dylora::model::weights::read_gpt2(&shape, &[file], tch::Kind::Float)?;
+    let read = dylora::model::families::load::read(&shape, &[file], tch::Kind::Float)?;
     assert_eq!(read.hash()?, model.base().hash()?);
     Ok(())
 }

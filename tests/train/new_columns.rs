@@ -9,9 +9,9 @@ use dylora::data::{BlockId, TokenDataset};
 use dylora::eval;
 use dylora::growth::with_expert;
 use dylora::mixture::Mixture;
-use dylora::model::expert::ExpertSpec;
-use dylora::model::router::RouterSpec;
-use dylora::model::{ForwardMode, RoutedGpt2, RoutingSource};
+use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::routing::router::RouterSpec;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use dylora::train::grow::{bias_beside_one, initial_biases, largest_new_prob};
 use tch::{Device, Kind, Tensor};
 
@@ -50,7 +50,7 @@ impl Old {
         let config = world.config("run", &[])?;
         let base = open_base(&config)?;
         let data = data(&config, &base)?.train;
-        let specs = ExpertSpec::all(&config.lora, &base.config)?;
+        let specs = ExpertSpec::all(&config.lora, &base.spec)?;
         Ok(Self { base, data, specs })
     }
 
@@ -64,7 +64,7 @@ impl Old {
         Ok(Mixture { is_whole: true, ..Mixture::new(specs, router.clone(), random) })
     }
 
-    fn grown(&self, old: &Mixture, model: &RoutedGpt2) -> Result<Mixture> {
+    fn grown(&self, old: &Mixture, model: &RoutedModel) -> Result<Mixture> {
         let biases = initial_biases(model, &self.data, "down", 6)?;
         let bias = |prefix: &str| {
             biases.get(prefix).copied().unwrap_or(bias_beside_one(old.router.temperature))
@@ -72,7 +72,7 @@ impl Old {
         with_expert(old, &self.base.weights()?, self.specs[2].clone(), &bias)
     }
 
-    fn put_on(&self, mixture: &Mixture, kind: Kind) -> Result<RoutedGpt2> {
+    fn put_on(&self, mixture: &Mixture, kind: Kind) -> Result<RoutedModel> {
         mixture.put_on(&self.base.weights()?, Device::Cpu, kind)
     }
 
@@ -84,20 +84,20 @@ impl Old {
     }
 
     /// The logits of the label tokens of `up`, `[n, v]`.
-    fn logits(&self, model: &RoutedGpt2) -> Tensor {
+    fn logits(&self, model: &RoutedModel) -> Tensor {
         let _no_grad = tch::no_grad_guard();
         let of = |block: BlockId| {
             let inputs =
                 eval::inputs(&self.data.batch(&[block]), &RoutingSource::Router, Device::Cpu);
             let output = model.forward(&inputs, &RoutingSource::Router, ForwardMode::EVAL, None);
-            let d = self.base.config.n_embd;
+            let d = self.base.spec.n_embd;
             model.logits(&output.hidden.view([-1, d]).index_select(0, &inputs.labelled))
         };
         Tensor::cat(&self.blocks().into_iter().map(of).collect::<Vec<_>>(), 0)
     }
 
     /// The largest probability of the last expert on those tokens, the softmax written out in f64.
-    fn largest(&self, model: &RoutedGpt2) -> f64 {
+    fn largest(&self, model: &RoutedModel) -> f64 {
         let _no_grad = tch::no_grad_guard();
         let mut largest = 0f64;
         for block in self.blocks() {

@@ -8,7 +8,7 @@ use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
 use dylora::export::peft::{self, Layout};
 use dylora::mixture::Mixture;
-use dylora::model::{RoutedGpt2, RoutingSource};
+use dylora::model::{RoutedModel, RoutingSource};
 use dylora::train::{checkpoint, load_model};
 use tch::{Device, Kind, Tensor};
 
@@ -80,7 +80,7 @@ fn only_the_router_of_frozen_imported_experts_is_trained() -> Result<()> {
     assert_eq!(changed(&config)?, ["router.bias", "router.weight"]);
     // to the byte as they were imported, and as a hash before and after
     let imported =
-        Mixture::of_folder(&world.path("export"), &open_base(&config)?.config, &find_adapter)?;
+        Mixture::of_folder(&world.path("export"), &open_base(&config)?.spec, &find_adapter)?;
     let last = checkpoint::find(&config.run.dir, checkpoint::Preferred::Last)?;
     let trained = checkpoint::read_model(&last)?;
     for (name, tensor) in imported.tensors.iter().filter(|(name, _)| name.contains("expert_")) {
@@ -195,7 +195,7 @@ fn every_kind_of_expert_resumes_to_the_bit() -> Result<()> {
     Ok(())
 }
 
-fn losses(config: &Config, model: &RoutedGpt2, routing: RoutingChoice) -> Result<Vec<f64>> {
+fn losses(config: &Config, model: &RoutedModel, routing: RoutingChoice) -> Result<Vec<f64>> {
     let validation = data(config, &open_base(config)?)?.validation;
     let settings = EvalSettings { batch_size: 4, loss_chunk_tokens: 64, ..EvalSettings::default() };
     let report = evaluate(model, &validation, &RoutingSource::from(routing), settings, &|_, _| ())?;
@@ -212,7 +212,7 @@ fn an_exported_run_is_imported_again_whole_and_as_a_start() -> Result<()> {
     let (weights, device) = (base.weights()?, Device::Cpu);
     let last = checkpoint::find(&world.path("source"), checkpoint::Preferred::Last)?;
     let original = load_model(&last, &checkpoint::read_config(&last)?, &base, device)?;
-    let whole = Mixture::of_folder(&world.path("export"), &base.config, &find_adapter)?;
+    let whole = Mixture::of_folder(&world.path("export"), &base.spec, &find_adapter)?;
     let whole = whole.put_on(&weights, device, Kind::Float)?;
     let start = mixture(&run, &base)?.put_on(&weights, device, Kind::Float)?;
     for routing in [RoutingChoice::Router, RoutingChoice::Uniform, RoutingChoice::Expert(1)] {

@@ -1,0 +1,93 @@
+//! The page of the commands: usage and options of each, from clap's description of [`Cli`].
+
+use clap::{Arg, ArgAction, Command, CommandFactory};
+use dylora::cli::Cli;
+
+const HEAD: &str = "\
+# The commands
+
+<!-- Made by `cargo run --example docs_reference` from the doc comments of `src/cli`. Edit those. -->
+
+`dylora COMMAND --help` prints what follows for one command. Results go to standard output; messages and
+progress bars go to standard error. With `--json` a command prints JSON instead of tables. The exit codes
+are listed under [troubleshooting](../troubleshooting.md#exit-codes).
+";
+
+/// The whole page.
+pub fn page() -> String {
+    let mut cli = Cli::command();
+    cli.build();
+    let mut text = HEAD.to_owned();
+    let commands = || cli.get_subcommands().filter(|command| command.get_name() != "help");
+    text += "\n| command | what it does |\n|---|---|\n";
+    for command in commands() {
+        let (name, about) = (command.get_name(), about(command));
+        text += &format!("| [`{name}`](#dylora-{name}) | {about} |\n");
+    }
+    text += "\n## Options of every command\n\n";
+    text += &options(&cli, Arg::is_global_set);
+    text += "\n## Without a command\n\n";
+    text += &options(&cli, |option| !option.is_global_set());
+    for command in commands() {
+        let name = command.get_name();
+        text += &format!("\n## `dylora {name}`\n\n{}\n\n", about(command));
+        text += &format!("```text\n{}\n```\n\n", usage(command));
+        text += &options(command, |option| !option.is_global_set());
+    }
+    text
+}
+
+fn about(command: &Command) -> String {
+    let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+    if about.ends_with('.') { about } else { about + "." }
+}
+
+/// The line of usage, without the word before it.
+fn usage(command: &Command) -> String {
+    let usage = command.clone().render_usage().to_string();
+    usage.trim_start_matches("Usage: ").lines().map(str::trim).collect::<Vec<_>>().join("\n")
+}
+
+/// A list of the options for which `is_wanted` holds, but for `--help`.
+fn options(command: &Command, is_wanted: impl Fn(&Arg) -> bool) -> String {
+    let is_help = |option: &&Arg| matches!(option.get_action(), ArgAction::Help);
+    let options = command.get_arguments().filter(|option| !is_help(option) && is_wanted(option));
+    options.map(|option| format!("- {}: {}\n", names(option), help(option))).collect()
+}
+
+/// The names of an option and what it takes, as `-v, --verbose` or `--steps <N>`.
+fn names(option: &Arg) -> String {
+    let short = option.get_short().map(|short| format!("-{short}"));
+    let long = option.get_long().map(|long| format!("--{long}"));
+    let names: Vec<String> = short.into_iter().chain(long).collect();
+    let mut text = names.join(", ");
+    if option.get_action().takes_values() {
+        let least = option.get_num_args().map_or(1, |range| range.min_values());
+        let values: Vec<String> = match option.get_value_names() {
+            Some(values) => values.iter().map(ToString::to_string).collect(),
+            None => vec![option.get_id().as_str().to_uppercase()],
+        };
+        let values = values.iter().map(|value| format!("<{value}>")).collect::<Vec<_>>().join(" ");
+        text += &if least == 0 { format!(" [{values}]") } else { format!(" {values}") };
+    }
+    format!("`{text}`")
+}
+
+/// An option's help in one line, with its default and whether it is required.
+fn help(option: &Arg) -> String {
+    let help = option.get_long_help().or(option.get_help());
+    let help = help.map(ToString::to_string).unwrap_or_default();
+    let mut text = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    if !text.ends_with(['.', ']']) {
+        text.push('.');
+    }
+    let defaults: Vec<_> =
+        option.get_default_values().iter().map(|v| v.to_string_lossy()).collect();
+    if !defaults.is_empty() && option.get_action().takes_values() {
+        text += &format!(" Default: `{}`.", defaults.join(","));
+    }
+    if option.is_required_set() {
+        text += " Required.";
+    }
+    text
+}

@@ -1,0 +1,35 @@
+//! Writes the two pages of the reference that come from the code itself:
+//!
+//! | file | made from |
+//! |---|---|
+//! | `docs/reference/config.md` | the types of `dylora::config`, by their JSON schema |
+//! | `docs/reference/commands.md` | the arguments of `dylora::cli::Cli`, as clap describes them |
+//!
+//! `cargo run --example docs_reference` writes both; `tests/docs.rs` fails where they are out of date.
+
+mod commands;
+mod config;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Writes the generated pages of the reference.
+#[derive(Debug, Parser)]
+struct Args {
+    /// The folder of the pages.
+    #[arg(long, default_value = "docs/reference")]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    fs_err::create_dir_all(&args.out)?;
+    for (name, text) in [("config.md", config::page()), ("commands.md", commands::page())] {
+        let path = args.out.join(name);
+        fs_err::write(&path, text)?;
+        println!("wrote {}", path.display());
+    }
+    Ok(())
+}

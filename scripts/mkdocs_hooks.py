@@ -1,0 +1,33 @@
+"""Puts the reports of benchmarks/ and the changelog, which lie beside docs/, into the site that MkDocs builds.
+
+In the repository a page reaches them as `../benchmarks/..`, seen from docs/. In the site they lie in the folder of the
+pages itself, so that each such link loses one `../`.
+"""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+SUFFIXES = {".md", ".toml", ".jsonl"}
+# a link to what lies beside docs/, less one `../`
+OUTSIDE = re.compile(r"(\]\((?:\.\./)*)\.\./((?:benchmarks/|CHANGELOG\.md)[^)]*\))")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the files beside docs/."""
+    outside = [path for path in (ROOT / "benchmarks").rglob("*") if path.suffix in SUFFIXES]
+    for path in sorted([*outside, ROOT / "CHANGELOG.md"]):
+        uri = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, uri, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Points a page's links at where the files beside docs/ are in the site."""
+    if page.file.src_uri.startswith("benchmarks/"):
+        return markdown
+    return OUTSIDE.sub(r"\1\2", markdown)

@@ -1,0 +1,204 @@
+//! A batch on the host: rows of token ids, and one tensor that holds all of their numbers.
+//!
+//! What the host decides of a batch is its [`InputLayout`] alone: two batches of one layout run the same kernels,
+//! and the numbers of the one can take the place of the other's in memory. Some sizes differ from batch to batch
+//! ([`Extent`]); rounded up, they take a few values only. What fills them up counts in nothing.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n` labelled positions.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::data::IGNORED_LABEL;
+use crate::ffi;
+
+/// Of how many parts the largest number of labelled positions is made when it is rounded.
+const LABEL_PARTS: usize = 8;
+/// The smallest such part.
+const MIN_LABEL_PART: usize = 64;
+/// The smallest number of documents when it is rounded.
+const MIN_DOCUMENTS: usize = 16;
+
+/// Host rows of token ids, as the data room makes them; all slices are `[b t]`, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// `b`.
+    pub num_rows: usize,
+    /// `t`.
+    pub seq_len: usize,
+    /// Token ids; any valid id in padding.
+    pub input_ids: &'a [i64],
+    /// Targets, already shifted: what follows each position; -100 = no loss.
+    pub labels: &'a [i64],
+    /// Positions within each document.
+    pub position_ids: &'a [i64],
+    /// Which document of its row a position belongs to; -1 in padding, which may be anywhere.
+    pub document_ids: &'a [i64],
+    /// The expert that a position's record names, -1 for the base; none where no record decides.
+    pub expert_ids: Option<&'a [i64]>,
+    /// Which positions read their document's prompt, all of them in one without; none = all of all.
+    pub prompt: Option<&'a [bool]>,
+}
+
+impl Rows<'_> {
+    /// The runs of positions of one document, or of padding, in the flattened `[b t]`: where each ends.
+    fn document_ends(&self) -> Vec<i64> {
+        let mut end = 0;
+        let rows = self.document_ids.chunks(self.seq_len);
+        let runs = rows.flat_map(|row| row.chunk_by(|a, b| a == b));
+        runs.map(|run| {
+            end += run.len() as i64;
+            end
+        })
+        .collect()
+    }
+
+    fn num_labelled(&self) -> usize {
+        self.labels.iter().filter(|&&label| label >= 0).count()
+    }
+
+    /// Whether a row is anything but one document, perhaps with padding behind it, which causality alone
+    /// keeps out.
+    fn is_packed(&self) -> bool {
+        let single = |row: &[i64]| {
+            row.iter().all(|&id| id <= 0) && row.windows(2).all(|pair| pair[0] >= pair[1])
+        };
+        !self.document_ids.chunks(self.seq_len).all(single)
+    }
+}
+
+/// The sizes of a batch that the documents in it decide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Extent {
+    /// Labelled positions `n`.
+    pub num_labelled: usize,
+    /// Whether some of them may be fillers, which count in nothing.
+    pub is_rounded: bool,
+    /// Of the documents, if attention must stop between them.
+    pub packed: Option<PackedExtent>,
+}
+
+/// Of packed documents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PackedExtent {
+    /// Documents, runs of padding among them.
+    pub num_documents: usize,
+    /// Positions of the longest.
+    pub longest: usize,
+}
+
+impl PackedExtent {
+    fn of(rows: &Rows<'_>) -> Self {
+        let ends = rows.document_ends();
+        let starts = [0].into_iter().chain(ends.iter().copied());
+        let lengths = ends.iter().zip(starts).map(|(end, start)| end - start);
+        Self { num_documents: ends.len(), longest: lengths.max().unwrap_or(0) as usize }
+    }
+}
+
+impl Extent {
+    /// A batch's own.
+    pub fn of(rows: &Rows<'_>) -> Self {
+        Self {
+            num_labelled: rows.num_labelled(),
+            is_rounded: false,
+            packed: rows.is_packed().then(|| PackedExtent::of(rows)),
+        }
+    }
+
+    /// What holds each of several batches, rounded up: the labelled positions to eighths of the positions of
+    /// the largest, but at least 64 and at most all of them, the documents and the longest of them to powers of two.
+    pub fn rounded(batches: &[Rows<'_>]) -> Self {
+        let positions = batches.iter().map(|rows| rows.num_rows * rows.seq_len).max().unwrap_or(0);
+        let part = positions.div_ceil(LABEL_PARTS).max(MIN_LABEL_PART);
+        let num_labelled = batches.iter().map(Rows::num_labelled).max();
+        let is_packed = batches.iter().any(Rows::is_packed);
+        let packed = batches.iter().map(|rows| {
+            let PackedExtent { num_documents, longest } = PackedExtent::of(rows);
+            PackedExtent {
+                num_documents: num_documents.next_power_of_two().max(MIN_DOCUMENTS),
+                longest: longest.next_power_of_two().min(rows.seq_len),
+            }
+        });
+        let larger = |a: PackedExtent, b: PackedExtent| PackedExtent {
+            num_documents: a.num_documents.max(b.num_documents),
+            longest: a.longest.max(b.longest),
+        };
+        Self {
+            num_labelled: num_labelled.unwrap_or(0).max(1).next_multiple_of(part).min(positions),
+            is_rounded: true,
+            packed: packed.reduce(larger).filter(|_| is_packed),
+        }
+    }
+}
+
+/// What lies where in a batch's flat tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct InputLayout {
+    pub(super) num_rows: usize,
+    pub(super) seq_len: usize,
+    pub(super) extent: Extent,
+    pub(super) names_experts: bool,
+    pub(super) marks_prompts: bool,
+}
+
+impl InputLayout {
+    /// Whether the labelled positions are all there are, in their order; those without a label are
+    /// fillers.
+    pub(super) fn labels_every_position(&self) -> bool {
+        self.extent.is_rounded && self.extent.num_labelled == self.num_rows * self.seq_len
+    }
+}
+
+/// A batch on the host: all of its numbers in one int64 tensor.
+#[derive(Debug)]
+pub struct HostInputs {
+    /// `[..]`, in pinned memory if it will go to a GPU.
+    pub flat: Tensor,
+    /// What lies where in it.
+    pub layout: InputLayout,
+}
+
+impl HostInputs {
+    /// Lays out `rows`, for `device`.
+    ///
+    /// - `extent`: their own, or a larger one
+    /// - `groups`: which group of tokens each row is of, `[b]`
+    pub fn new(rows: Rows<'_>, extent: Extent, groups: &[u32], device: Device) -> Self {
+        let layout = InputLayout {
+            num_rows: rows.num_rows,
+            seq_len: rows.seq_len,
+            extent,
+            names_experts: rows.expert_ids.is_some(),
+            marks_prompts: rows.prompt.is_some(),
+        };
+        let mut flat = [rows.input_ids, rows.position_ids, rows.document_ids].concat();
+        flat.extend(rows.expert_ids.unwrap_or_default());
+        flat.extend(rows.prompt.unwrap_or_default().iter().map(|&reads| i64::from(reads)));
+        let is_every = layout.labels_every_position();
+        let labelled: Vec<usize> =
+            (0..rows.labels.len()).filter(|&i| is_every || rows.labels[i] >= 0).collect();
+        let fillers = extent.num_labelled - labelled.len();
+        let mut extend = |of: &dyn Fn(usize) -> i64, filler: &dyn Fn(usize) -> i64| {
+            flat.extend(labelled.iter().map(|&i| of(i)));
+            flat.extend((0..fillers).map(filler));
+        };
+        // different positions, since gradients of one position are added one after the other
+        extend(&|i| i as i64, &|filler| (filler % rows.labels.len()) as i64);
+        extend(&|i| rows.labels[i], &|_| IGNORED_LABEL);
+        extend(&|i| i64::from(groups[i / rows.seq_len]), &|_| 0);
+        if let Some(packed) = extent.packed {
+            let ends = rows.document_ends();
+            let total = (rows.num_rows * rows.seq_len) as i64;
+            let empty = packed.num_documents - ends.len();
+            flat.push(0);
+            flat.extend(ends);
+            flat.extend(std::iter::repeat_n(total, empty));
+        }
+        Self { flat: ffi::staged(Tensor::from_slice(&flat), device), layout }
+    }
+
+    /// The numbers on `device`; the host does not wait for them to arrive.
+    pub fn to_device(&self, device: Device) -> Tensor {
+        self.flat.to_device_(device, Kind::Int64, true, false)
+    }
+}

@@ -1,0 +1,163 @@
+//! A batch as the model takes it: views of one tensor on the device.
+//!
+//! ```text
+//! Rows -> HostInputs (one flat tensor and its layout) --one transfer--> Inputs (views of it)
+//! ```
+//!
+//! Letters of shapes: `b` batch, `t` position, `n` labelled positions.
+
+use tch::{Device, Kind, Tensor};
+
+use super::host::{Extent, HostInputs, InputLayout, Rows};
+use super::labelled::Labelled;
+use crate::data::IGNORED_LABEL;
+use crate::model::decoder::attention::{AttentionMask, Documents, same_document};
+
+/// A batch on the device.
+#[derive(Debug)]
+pub struct Inputs {
+    /// `[b, t]`.
+    pub input_ids: Tensor,
+    /// `[b, t]`.
+    pub position_ids: Tensor,
+    /// Where attention stops.
+    pub mask: AttentionMask,
+    /// Indices of the labelled positions in the flattened `[b t]`, `[n]`; any in fillers.
+    pub labelled: Tensor,
+    /// Whether these are all positions in their order.
+    pub every_position: bool,
+    /// Their targets, `[n]`; -100 in fillers.
+    pub labels: Tensor,
+    /// Which of them are no fillers, `[n]`; none = all.
+    pub counted: Option<Tensor>,
+    /// The group of tokens that each is of, as its domain, `[n]`.
+    pub groups: Tensor,
+    /// The expert that a position's record names, -1 for the base, `[b, t]`.
+    pub expert_ids: Option<Tensor>,
+    /// Which document of its row a position belongs to; -1 in padding, `[b, t]`.
+    pub(super) document_ids: Tensor,
+    /// Which positions read a prompt, `[b, t]`.
+    prompt: Option<Tensor>,
+}
+
+impl Inputs {
+    /// Moves host rows to `device`, all of one group of tokens.
+    pub fn new(rows: Rows<'_>, device: Device) -> Self {
+        let groups = vec![0; rows.num_rows];
+        Self::of(&HostInputs::new(rows, Extent::of(&rows), &groups, device), device)
+    }
+
+    /// Moves a batch to `device`.
+    pub fn of(host: &HostInputs, device: Device) -> Self {
+        host.layout.inputs(&host.to_device(device))
+    }
+
+    /// The labelled positions, in `num_groups` groups.
+    pub fn label_rows(&self, num_groups: i64) -> Labelled<'_> {
+        Labelled {
+            rows: &self.labelled,
+            groups: &self.groups,
+            num_groups,
+            counted: self.counted.as_ref(),
+        }
+    }
+
+    /// What makes means over prompts, `[b, t, t]`: row t of a sequence has equal numbers at the positions
+    /// up to t that read the prompt of t's document.
+    pub fn prompt_means(&self, kind: Kind) -> Tensor {
+        let same = same_document(&self.document_ids);
+        let averaged = match &self.prompt {
+            None => same,
+            Some(prompt) => same.logical_and(&prompt.unsqueeze(1)),
+        };
+        let averaged = averaged.to_kind(kind);
+        let counts = averaged.sum_dim_intlist(-1, true, kind).clamp_min(1.0);
+        averaged / counts
+    }
+
+    /// 1 from the last occurrence of `wanted`, which is not empty, in its document on, and in padding; 0
+    /// elsewhere, `[b, t]`.
+    pub fn active_from_last(&self, wanted: &[i64], kind: Kind) -> Tensor {
+        let options = (Kind::Int64, self.input_ids.device());
+        let (b, t) = self.input_ids.size2().expect("token ids are [b, t]");
+        let padding = self.document_ids.lt(0);
+        let num_starts = t + 1 - wanted.len() as i64;
+        if num_starts < 1 {
+            return padding.to_kind(kind);
+        }
+        let ids = |offset: i64| self.document_ids.narrow(1, offset, num_starts);
+        let mut starts = ids(0).eq_tensor(&ids(t - num_starts));
+        for (offset, &token) in (0..).zip(wanted) {
+            let found = self.input_ids.narrow(1, offset, num_starts).eq(token);
+            starts = starts.logical_and(&found);
+        }
+        // from 1, so that 0 is none
+        let places_t = Tensor::arange(t, options) + 1;
+        let starts_bt = Tensor::cat(
+            &[starts.to_kind(options.0), Tensor::zeros([b, t - num_starts], options)],
+            1,
+        );
+        let same_btt = self.document_ids.unsqueeze(1).eq_tensor(&self.document_ids.unsqueeze(2));
+        let last_bt = (same_btt * (starts_bt * &places_t).unsqueeze(1)).amax(-1, false);
+        let is_active = last_bt.ge(1).logical_and(&places_t.ge_tensor(&last_bt));
+        is_active.logical_or(&padding).to_kind(kind)
+    }
+
+    /// One unpacked document without labels, as `trace` shows it.
+    pub fn document(tokens: &[i64], device: Device) -> Self {
+        let positions: Vec<i64> = (0..tokens.len() as i64).collect();
+        let rows = Rows {
+            num_rows: 1,
+            seq_len: tokens.len(),
+            input_ids: tokens,
+            labels: &vec![IGNORED_LABEL; tokens.len()],
+            position_ids: &positions,
+            document_ids: &vec![0; tokens.len()],
+            expert_ids: None,
+            prompt: None,
+        };
+        Self::new(rows, device)
+    }
+}
+
+impl InputLayout {
+    /// The batch whose numbers are `flat`, as views of it.
+    pub fn inputs(&self, flat: &Tensor) -> Inputs {
+        let shape = [self.num_rows as i64, self.seq_len as i64];
+        let mut at = 0;
+        let mut next = |len: i64| {
+            at += len;
+            flat.narrow(0, at - len, len)
+        };
+        let positions = shape[0] * shape[1];
+        let input_ids = next(positions).view(shape);
+        let position_ids = next(positions).view(shape);
+        let document_ids = next(positions).view(shape);
+        let expert_ids = self.names_experts.then(|| next(positions).view(shape));
+        let prompt = self.marks_prompts.then(|| next(positions).view(shape).ne(0));
+        let n = self.extent.num_labelled as i64;
+        let (labelled, labels, groups) = (next(n), next(n), next(n));
+        let mask = match self.extent.packed {
+            None => AttentionMask::Causal,
+            Some(packed) => AttentionMask::Documents(Documents::new(
+                document_ids.shallow_clone(),
+                next(packed.num_documents as i64 + 1).to_kind(Kind::Int),
+                packed.longest as i64,
+            )),
+        };
+        let counted = self.extent.is_rounded.then(|| labels.ge(0));
+        Inputs {
+            input_ids,
+            position_ids,
+            mask,
+            labelled,
+            every_position: self.labels_every_position(),
+            labels,
+            counted,
+            groups,
+            expert_ids,
+            document_ids,
+            prompt,
+        }
+    }
+}

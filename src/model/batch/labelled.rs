@@ -1,0 +1,25 @@
+//! The positions of a batch that have a label, and the group of tokens that each is of.
+
+use tch::Tensor;
+
+/// The label tokens of a batch and the group of each.
+#[derive(Debug, Clone, Copy)]
+pub struct Labelled<'a> {
+    /// Their indices in the flattened `[b t]`, `[n]`.
+    pub rows: &'a Tensor,
+    /// Their groups, as the domain's index, `[n]`.
+    pub groups: &'a Tensor,
+    /// How many groups there are.
+    pub num_groups: i64,
+    /// Which of them count, `[n]`; none = all.
+    pub counted: Option<&'a Tensor>,
+}
+
+impl Labelled<'_> {
+    /// `x`, `[n]` or `[n, _]`, with zeros where a token does not count.
+    pub fn only_counted(&self, x: Tensor) -> Tensor {
+        let Some(counted) = self.counted else { return x };
+        let counted = if x.dim() > 1 { counted.unsqueeze(-1) } else { counted.shallow_clone() };
+        x * counted
+    }
+}

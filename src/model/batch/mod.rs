@@ -1,0 +1,10 @@
+//! A batch on its way from the data to the model: rows on the host ([`host`]), then tensors on the device
+//! ([`inputs`]), of which some positions have labels ([`labelled`]).
+
+pub mod host;
+pub mod inputs;
+pub mod labelled;
+
+pub use host::{Extent, HostInputs, InputLayout, PackedExtent, Rows};
+pub use inputs::Inputs;
+pub use labelled::Labelled;

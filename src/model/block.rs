@@ -1,0 +1,200 @@
+//! A block of the base with the experts of its target modules, by the reference and by the fused way.
+//!
+//! Letters of shapes: `b` batch, `t` position, `M = b t`, `d` width.
+
+use std::collections::BTreeMap;
+
+use tch::Tensor;
+
+use super::decoder::attention::AttentionMask;
+use super::decoder::block::Block;
+use super::decoder::mlp::Activation;
+use super::decoder::norm::LayerNorm;
+use super::experts::dropout::LoraDropout;
+use super::experts::stack::LoraExperts;
+use super::experts::weights::RoutingWeights;
+use super::fused::pack::FusedModule;
+use super::fused::stream::Stream;
+use super::routing::site::BlockWeights;
+use crate::config::{DropoutMasks, TargetModule};
+use crate::ffi;
+use crate::ffi::fused::{Attention, Experts, Norm, Product};
+
+/// The experts of a block.
+#[derive(Debug, Default)]
+pub struct BlockExperts {
+    /// Of the modules that some expert targets.
+    pub modules: BTreeMap<TargetModule, LoraExperts>,
+    /// What the fused way needs of them; none where the base is trained.
+    pub fused: Option<BTreeMap<TargetModule, FusedModule>>,
+}
+
+impl BlockExperts {
+    /// Another handle to the same experts.
+    pub fn shallow_clone(&self) -> Self {
+        let modules = self.modules.iter().map(|(&m, experts)| (m, experts.shallow_clone()));
+        let fused = self.fused.as_ref().map(|modules| {
+            modules.iter().map(|(&module, fused)| (module, fused.shallow_clone())).collect()
+        });
+        Self { modules: modules.collect(), fused }
+    }
+}
+
+/// A block of the base and its experts.
+#[derive(Debug, Clone, Copy)]
+pub struct RoutedBlock<'a> {
+    /// The base's.
+    pub block: &'a Block,
+    /// Its experts.
+    pub experts: &'a BlockExperts,
+}
+
+/// Hears of a module's output without and with its experts.
+pub type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
+
+impl RoutedBlock<'_> {
+    /// `x`, `[b, t, d]`, after this block; `note` hears of each module that used its weights.
+    pub fn forward(
+        self,
+        x: &Tensor,
+        mask: &AttentionMask,
+        weights: &BlockWeights,
+        dropout: LoraDropout,
+        mut note: Option<&mut Note<'_>>,
+    ) -> Tensor {
+        self.block.forward(x, mask, &mut |module, x| {
+            let g = weights.of(module);
+            let linear = &self.block.linears[&module];
+            let y = linear.forward(x);
+            let (Some(experts), false) =
+                (self.experts.modules.get(&module), matches!(g, RoutingWeights::Off))
+            else {
+                return y;
+            };
+            match note.as_deref_mut() {
+                None => experts.add(y, x, linear, g, dropout),
+                Some(note) => {
+                    let sum = experts.add(y.shallow_clone(), x, linear, g, dropout);
+                    note(module, &y, &sum);
+                    sum
+                }
+            }
+        })
+    }
+
+    /// Whether the fused way computes this block under these weights.
+    pub fn fuses(self, x_btd: &Tensor, g: &BlockWeights, dropout: LoraDropout) -> bool {
+        self.experts.modules.iter().all(|(&module, experts)| match g.of(module) {
+            RoutingWeights::Chosen(_, assignments) => !experts.skips(x_btd, assignments),
+            _ => true,
+        }) && self.may_fuse(dropout)
+    }
+
+    /// The same whatever the weights are.
+    pub fn may_fuse(self, dropout: LoraDropout) -> bool {
+        self.experts.fused.is_some() && dropout.masks == DropoutMasks::Shared && !self.has_dora()
+    }
+
+    /// Whether some of its experts are DoRA experts.
+    pub fn has_dora(self) -> bool {
+        self.experts.modules.values().any(|experts| experts.dora.is_some())
+    }
+
+    /// Whether the fused way takes packed documents by their lengths, without a mask; `x` is `[.., d]`.
+    pub fn attends_by_length(self, x: &Tensor) -> bool {
+        let d = *x.size().last().expect("activations have a width");
+        ffi::fused::attends_by_length(x, d / self.block.n_head)
+    }
+
+    /// Columns behind the rows of what `module` reads and of its output's gradient.
+    pub fn row_padding(self, module: TargetModule) -> i64 {
+        let fused = self.experts.fused.as_ref().and_then(|modules| modules.get(&module));
+        fused.map_or(0, FusedModule::row_padding)
+    }
+
+    /// This block of a stream and its first LayerNorm, as [`Stream::normed`] gives them.
+    pub fn fused(
+        self,
+        stream: Stream,
+        normed: &Tensor,
+        mask: &AttentionMask,
+        g: &BlockWeights,
+        dropout: LoraDropout,
+    ) -> Stream {
+        let [b, t, _] = stream.shape;
+        let modules = self.experts.fused.as_ref().expect("the caller asked `fuses`");
+        let flat = g.flat(b * t);
+        let factors: BTreeMap<_, _> = self
+            .experts
+            .modules
+            .iter()
+            .map(|(&module, experts)| (module, experts.factors()))
+            .collect();
+        let module = |at: TargetModule| {
+            let linear = &self.block.linears[&at];
+            let experts = factors.get(&at).and_then(|(a, b)| {
+                let g = match flat.of(at) {
+                    RoutingWeights::Off => return None,
+                    RoutingWeights::Ones => None,
+                    RoutingWeights::PerToken(g) | RoutingWeights::Chosen(g, _) => Some(g),
+                };
+                let FusedModule { columns, packed } = &modules[&at];
+                Some(Experts { a, b, g, columns, packed: packed.as_ref() })
+            });
+            Product { weight: &linear.weight, bias: &linear.bias, experts }
+        };
+        let modules = TargetModule::ALL.map(module);
+        let LayerNorm { weight, bias, eps } = &self.block.ln_2;
+        let second = Norm {
+            weight,
+            bias,
+            eps: *eps,
+            row_padding_forward: modules[2].row_padding(),
+            row_padding_backward: modules[1].row_padding(),
+        };
+        let (mask, cu_seqlens, max_len) = match mask {
+            AttentionMask::Causal => (None, None, t),
+            AttentionMask::Documents(documents) => {
+                // the mask is made where it is needed only
+                let by_length = self.attends_by_length(&stream.x);
+                let mask = (!by_length).then(|| documents.mask());
+                (mask, Some(&documents.cu_seqlens), documents.max_len)
+            }
+        };
+        let attention = Attention {
+            batch: b,
+            seq: t,
+            heads: self.block.n_head,
+            scale: self.block.attention_scale,
+            mask,
+            cu_seqlens,
+            max_len,
+        };
+        let tanh = self.block.activation == Activation::GeluNew;
+        let p = dropout.probability;
+        let (x, pending) =
+            ffi::fused::block(&stream.x, normed, &modules, &second, &attention, tanh, p)
+                .unwrap_or_else(|error| panic!("{error:#}"));
+        Stream { x, pending: Some(pending), shape: stream.shape }
+    }
+
+    /// The padding of rows behind this block's first LayerNorm, and behind the gradient of what the block before
+    /// adds.
+    pub fn row_paddings(self, before: Option<Self>) -> (i64, i64) {
+        let behind = before.map_or(0, |block| block.row_padding(TargetModule::MlpCProj));
+        (self.row_padding(TargetModule::AttnCAttn), behind)
+    }
+
+    /// All of this block alone, `[b, t, d]` to `[b, t, d]`.
+    pub fn fused_alone(
+        self,
+        x: &Tensor,
+        mask: &AttentionMask,
+        g: &BlockWeights,
+        dropout: LoraDropout,
+    ) -> Tensor {
+        let (forward, _) = self.row_paddings(None);
+        let (stream, normed) = Stream::new(x).normed(&self.block.ln_1, forward, 0);
+        self.fused(stream, &normed, mask, g, dropout).whole()
+    }
+}

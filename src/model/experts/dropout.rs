@@ -1,0 +1,27 @@
+//! Dropout of the experts' input.
+
+use tch::Tensor;
+
+use crate::config::DropoutMasks;
+
+/// Dropout of the experts' input in a forward pass.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraDropout {
+    /// Probability of zero; 0 outside of training.
+    pub probability: f64,
+    /// Whether the experts share one mask.
+    pub masks: DropoutMasks,
+}
+
+impl LoraDropout {
+    /// No dropout.
+    pub const NONE: Self = Self { probability: 0.0, masks: DropoutMasks::Shared };
+
+    pub(crate) fn is_active(self) -> bool {
+        self.probability > 0.0
+    }
+
+    pub(crate) fn apply(self, x: &Tensor) -> Tensor {
+        if self.is_active() { x.dropout(self.probability, true) } else { x.shallow_clone() }
+    }
+}

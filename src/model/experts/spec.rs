@@ -1,0 +1,149 @@
+//! What an expert is, apart from its numbers: rank and alpha of each target module, and options.
+//!
+//! An expert is one PEFT adapter; its spec is what `adapter_config.json` says, resolved to modules.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{LoraConfig, LoraInit, ModulePath, ModulePattern, TargetModule};
+use crate::model::decoder::spec::DecoderSpec;
+
+/// An expert's settings, resolved to the modules of a base.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertSpec {
+    /// Rank and alpha of each target module.
+    pub modules: BTreeMap<ModulePath, RankAlpha>,
+    /// Scale by `alpha / sqrt(rank)` instead of `alpha / rank`.
+    pub use_rslora: bool,
+    /// Whether it has a magnitude per output (DoRA).
+    pub use_dora: bool,
+    /// Where A and B start. By PiSSA and OLoRA the update is what they have moved since.
+    pub init: LoraInit,
+    /// Whether it is trained.
+    pub trainable: bool,
+    /// Active from the last occurrence of these tokens on; empty for always.
+    pub alora_invocation_tokens: Vec<i64>,
+}
+
+/// Size and scale of an expert on one module.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankAlpha {
+    /// `r`.
+    pub rank: i64,
+    /// Numerator of the scaling.
+    pub alpha: f64,
+}
+
+impl ExpertSpec {
+    /// The spec of expert `expert` that a config describes, on a base.
+    ///
+    /// # Errors
+    /// A pattern for a layer or an invocation token that the base lacks; PiSSA or OLoRA with a rank
+    /// above the weight's.
+    pub fn new(lora: &LoraConfig, expert: usize, base: &DecoderSpec) -> Result<Self> {
+        Self::resolve(lora, expert, base).with_context(|| format!("expert {expert} of `lora`"))
+    }
+
+    fn resolve(lora: &LoraConfig, expert: usize, base: &DecoderSpec) -> Result<Self> {
+        let own = lora.experts.get(expert).cloned().unwrap_or_default();
+        let lora = lora.of_expert(expert);
+        for pattern in lora.rank_pattern.keys().chain(lora.alpha_pattern.keys()) {
+            if let ModulePattern::One(path) = pattern
+                && path.layer as i64 >= base.n_layer
+            {
+                bail!("a pattern names `{path}`, but the base has {} layers", base.n_layer);
+            }
+        }
+        let vocab = base.vocab_size;
+        if let Some(token) = own.alora_invocation_tokens.iter().find(|token| **token >= vocab) {
+            bail!(
+                "`alora_invocation_tokens` has {token}, which is not in the base's vocabulary of \
+                 {vocab}"
+            );
+        }
+        let layers = lora.experts_per_layer.as_ref();
+        if let Some(layers) = layers.filter(|layers| layers.len() as i64 != base.n_layer) {
+            let (found, n_layer) = (layers.len(), base.n_layer);
+            bail!("`experts_per_layer` names {found} layers, the base has {n_layer}");
+        }
+        let mut modules = BTreeMap::new();
+        for layer in 0..base.n_layer as usize {
+            if layers.is_some_and(|layers| expert as i64 >= layers[layer]) {
+                continue;
+            }
+            for &module in &lora.target_modules {
+                let path = ModulePath { layer, module };
+                let rank = ModulePattern::find(&lora.rank_pattern, path).unwrap_or(lora.rank);
+                let alpha = ModulePattern::find(&lora.alpha_pattern, path).unwrap_or(lora.alpha);
+                modules.insert(path, RankAlpha { rank, alpha });
+            }
+        }
+        let spec = Self {
+            modules,
+            use_rslora: lora.use_rslora,
+            use_dora: lora.use_dora,
+            init: lora.init,
+            trainable: own.trainable,
+            alora_invocation_tokens: own.alora_invocation_tokens,
+        };
+        spec.check_ranks(base)?;
+        Ok(spec)
+    }
+
+    /// The specs of all experts of a config, none of which has a source.
+    pub fn all(lora: &LoraConfig, base: &DecoderSpec) -> Result<Vec<Self>> {
+        (0..lora.num_experts as usize).map(|expert| Self::new(lora, expert, base)).collect()
+    }
+
+    fn check_ranks(&self, base: &DecoderSpec) -> Result<()> {
+        if !self.starts_from_base() {
+            return Ok(());
+        }
+        for (path, RankAlpha { rank, .. }) in &self.modules {
+            let (i, o) = base.linear_shape(path.module);
+            if *rank > i.min(o) {
+                bail!(
+                    "`init` takes components of the base's weight: `{path}` has {}, fewer than \
+                     the rank {rank}",
+                    i.min(o)
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether A and B start from the base's weight, so that where they started is subtracted.
+    pub fn starts_from_base(&self) -> bool {
+        matches!(self.init, LoraInit::Pissa | LoraInit::Olora)
+    }
+
+    /// What multiplies `B A` on a module, if the expert targets it.
+    pub fn scaling(&self, path: ModulePath) -> Option<f64> {
+        let RankAlpha { rank, alpha } = self.modules.get(&path)?;
+        let rank = *rank as f64;
+        Some(alpha / if self.use_rslora { rank.sqrt() } else { rank })
+    }
+
+    /// The target modules, in any layer, in the order of a block.
+    pub fn target_modules(&self) -> Vec<TargetModule> {
+        let targets =
+            |module: &TargetModule| self.modules.keys().any(|path| path.module == *module);
+        TargetModule::ALL.into_iter().filter(targets).collect()
+    }
+
+    /// Parameters of A, of B and of the magnitudes on a base.
+    pub fn num_parameters(&self, base: &DecoderSpec) -> (i64, i64, i64) {
+        let mut sums = (0, 0, 0);
+        for (path, RankAlpha { rank, .. }) in &self.modules {
+            let (i, o) = base.linear_shape(path.module);
+            sums.0 += rank * i;
+            sums.1 += rank * o;
+            sums.2 += if self.use_dora { o } else { 0 };
+        }
+        sums
+    }
+}

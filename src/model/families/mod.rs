@@ -1,0 +1,4 @@
+//! The families of bases: how each writes its `config.json`, names its tensors and lays them out.
+
+pub mod gpt2;
+pub mod load;

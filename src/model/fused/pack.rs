@@ -1,0 +1,118 @@
+//! What the fused way needs of a target module, and the base's weights packed with it.
+//!
+//! Letters of shapes: `d` width, `i` in, `o` out, `e` expert, `R` sum of ranks (with those of the initial
+//! components), `v` vocabulary.
+
+use tch::{Kind, Tensor};
+
+use crate::ffi::fused::RankColumns;
+use crate::model::decoder::precision::wide;
+use crate::model::experts::slots::RankRows;
+use crate::model::experts::stack::LoraExperts;
+
+/// Columns of a rank space come in multiples of this: rows of 16 bytes for any dtype.
+pub const COLUMNS: i64 = 8;
+/// The most columns of a rank space that the kernels take: a row of it lies in shared memory.
+const MAX_COLUMNS: i64 = 4096;
+/// Rows of a padded head come in multiples of this.
+const HEAD_ROWS: i64 = 64;
+
+/// What the fused way needs of a target module.
+#[derive(Debug)]
+pub struct FusedModule {
+    /// Its rank space as kernels see it.
+    pub columns: RankColumns,
+    /// `[W A^T; B^T 0]`, `[i + R', o + R']`, with kernels.
+    pub packed: Option<Tensor>,
+}
+
+impl FusedModule {
+    /// Of a module's experts; `kind` is what the model computes in.
+    pub fn new(experts: &LoraExperts, num_experts: usize, kind: Kind) -> Self {
+        let device = experts.lora_a.device();
+        let rank_rows = RankRows(&experts.slots);
+        let filled = rounded_up(rank_rows.num_rows(), COLUMNS) as usize;
+        let (mut expert_of, mut scaling) = (vec![0i32; filled], vec![0f32; filled]);
+        let mut runs = vec![[0i32; 4]; num_experts];
+        for slot in &experts.slots {
+            let (first, second) = rank_rows.of(slot);
+            let second = second.unwrap_or(0..0);
+            runs[slot.expert] =
+                [first.start, first.end, second.start, second.end].map(|at| at as i32);
+            for column in first.chain(second) {
+                expert_of[column as usize] = slot.expert as i32;
+                scaling[column as usize] = slot.scaling as f32;
+            }
+        }
+        let rows = rank_rows.filled(
+            num_experts as i64,
+            |slot| Some(slot.expert as i64),
+            |slot| slot.scaling,
+        );
+        let columns = RankColumns {
+            expert_of: Tensor::from_slice(&expert_of).to_device(device),
+            scaling: Tensor::from_slice(&scaling).to_device(device),
+            runs: Tensor::from_slice(runs.as_flattened()).view([-1, 4]).to_device(device),
+            rows: rows.to_kind(wide(kind)).to_device(device),
+            single_scaling: experts.slots[0].scaling,
+        };
+        Self { columns, packed: None }
+    }
+
+    /// Another handle to the same.
+    pub fn shallow_clone(&self) -> Self {
+        let RankColumns { expert_of, scaling, runs, rows, single_scaling } = &self.columns;
+        let columns = RankColumns {
+            expert_of: expert_of.shallow_clone(),
+            scaling: scaling.shallow_clone(),
+            runs: runs.shallow_clone(),
+            rows: rows.shallow_clone(),
+            single_scaling: *single_scaling,
+        };
+        Self { columns, packed: self.packed.as_ref().map(Tensor::shallow_clone) }
+    }
+
+    /// Columns of the rank space, filled up.
+    fn num_columns(&self) -> i64 {
+        self.columns.expert_of.size()[0]
+    }
+
+    /// Columns behind the rows of what the module reads and of its output's gradient.
+    pub fn row_padding(&self) -> i64 {
+        self.packed.as_ref().map_or(0, |_| self.num_columns())
+    }
+
+    /// Whether the kernels take a rank space of this size.
+    pub fn fits(&self) -> bool {
+        self.num_columns() <= MAX_COLUMNS
+    }
+
+    /// Puts the base's weight, `[i, o]`, into a packed matrix and returns its place there.
+    pub fn pack(&mut self, weight: &Tensor) -> Tensor {
+        let (i, o) = weight.size2().expect("a weight is [i, o]");
+        let padding = self.num_columns();
+        let packed = Tensor::zeros([i + padding, o + padding], (weight.kind(), weight.device()));
+        let mut place = packed.narrow(0, 0, i).narrow(1, 0, o);
+        place.copy_(weight);
+        self.packed = Some(packed);
+        place
+    }
+}
+
+/// The head with rows of zeros behind it up to a multiple of 64, and the head's place in it; none if it has
+/// as many already.
+pub fn padded_head(head: &Tensor) -> Option<(Tensor, Tensor)> {
+    let (v, d) = head.size2().expect("the head is [v, d]");
+    let rows = rounded_up(v, HEAD_ROWS);
+    if rows == v {
+        return None;
+    }
+    let padded = Tensor::zeros([rows, d], (head.kind(), head.device()));
+    let mut place = padded.narrow(0, 0, v);
+    place.copy_(head);
+    Some((padded, place))
+}
+
+fn rounded_up(n: i64, unit: i64) -> i64 {
+    (n + unit - 1) / unit * unit
+}

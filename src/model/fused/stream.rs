@@ -1,0 +1,55 @@
+//! The residual stream between fused blocks: `x`, and what the last block adds to it.
+//!
+//! Letters of shapes: `b` batch, `t` position, `M = b t`, `d` width.
+
+use tch::Tensor;
+
+use crate::ffi;
+use crate::ffi::fused::Norm;
+use crate::model::decoder::norm::LayerNorm;
+
+/// The residual stream between blocks.
+#[derive(Debug)]
+pub struct Stream {
+    /// `[M, d]`.
+    pub x: Tensor,
+    /// What is still to be added, `[M, d]`.
+    pub pending: Option<Tensor>,
+    /// `[b, t, d]`.
+    pub shape: [i64; 3],
+}
+
+impl Stream {
+    /// The stream of `x`, `[b, t, d]`, without anything pending.
+    pub fn new(x_btd: &Tensor) -> Self {
+        let (b, t, d) = x_btd.size3().expect("activations are [b, t, d]");
+        Self { x: x_btd.reshape([b * t, d]), pending: None, shape: [b, t, d] }
+    }
+
+    /// All of it, `[b, t, d]`.
+    pub fn whole(&self) -> Tensor {
+        match &self.pending {
+            None => self.x.view(self.shape),
+            Some(pending) => (&self.x + pending).view(self.shape),
+        }
+    }
+
+    /// The stream without anything pending, and its LayerNorm, `[M, d]`.
+    pub fn normed(
+        &self,
+        norm: &LayerNorm,
+        row_padding_forward: i64,
+        row_padding_backward: i64,
+    ) -> (Self, Tensor) {
+        let LayerNorm { weight, bias, eps } = norm;
+        let norm = Norm { weight, bias, eps: *eps, row_padding_forward, row_padding_backward };
+        let (x, normed) = ffi::fused::norm(&self.x, self.pending.as_ref(), &norm)
+            .unwrap_or_else(|error| panic!("{error:#}"));
+        (Self { x, pending: None, shape: self.shape }, normed)
+    }
+
+    /// `[M, d]` as `[b, t, d]`.
+    pub fn shaped(&self, x: &Tensor) -> Tensor {
+        x.view(self.shape)
+    }
+}

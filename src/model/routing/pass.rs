@@ -1,0 +1,174 @@
+//! The routing of one forward pass, decided as the layers come.
+//!
+//! Letters of shapes: `b` batch, `t` position, `d` width, `e` expert.
+
+use tch::{Kind, Tensor};
+
+use super::router::{Routing, RoutingRule};
+use super::routers::Routers;
+use super::site::{BlockWeights, Site};
+use super::source::{RoutingSource, invocation_mask, named_experts, one_hot};
+use crate::config::{RouterInput, RoutingLevel};
+use crate::model::batch::Inputs;
+use crate::model::experts::assignments::Assignments;
+use crate::model::experts::spec::ExpertSpec;
+use crate::model::experts::weights::RoutingWeights;
+
+/// Whether some module that a site decides for may skip the experts that a token did not choose, where
+/// each token chooses so many.
+pub type SkipRule<'a> = dyn Fn(Site, i64) -> bool + 'a;
+
+/// What of a model takes part in routing.
+#[derive(Clone, Copy)]
+pub struct RoutedParts<'a> {
+    /// Its routers.
+    pub routers: &'a Routers,
+    /// Its experts.
+    pub specs: &'a [ExpertSpec],
+    /// The dtype of routing weights.
+    pub kind: Kind,
+    /// Where experts may be skipped.
+    pub may_skip: &'a SkipRule<'a>,
+}
+
+/// The routing of one forward pass, decided as the layers come.
+pub struct RoutingPass<'a> {
+    routers: &'a Routers,
+    may_skip: &'a SkipRule<'a>,
+    decided_by: DecidedBy,
+    /// 1 where an expert is active.
+    mask: Option<Tensor>,
+    /// The weights used: one for all layers, or those of each site so far.
+    pub used: Vec<RoutingWeights>,
+    /// What the routers did.
+    pub routing: Vec<Routing>,
+}
+
+enum DecidedBy {
+    /// These weights, the same in every layer.
+    Fixed(RoutingWeights),
+    /// The routers.
+    Routers {
+        rule: RoutingRule,
+        /// What they read, `[b, t, d]`; none where each layer has its own input.
+        features: Option<Tensor>,
+        /// Means over prompts, `[b, t, t]`.
+        averaging: Option<Tensor>,
+        /// Experts that decide in the router's place, -1 for none, `[b, t]`.
+        named: Option<Tensor>,
+    },
+}
+
+impl<'a> RoutingPass<'a> {
+    /// The routing by `source` of a batch.
+    ///
+    /// - `x`: its embeddings, `[b, t, d]`
+    /// - `base_hidden`: gives the base's last hidden state, `[b, t, d]`
+    pub fn new(
+        model: RoutedParts<'a>,
+        inputs: &Inputs,
+        x: &Tensor,
+        source: &RoutingSource,
+        rule: RoutingRule,
+        base_hidden: &dyn Fn() -> Tensor,
+    ) -> Self {
+        let RoutedParts { routers, specs, kind, may_skip } = model;
+        let mask = match source {
+            RoutingSource::Base => None,
+            _ => invocation_mask(specs, inputs, kind),
+        };
+        let decided_by = match source {
+            RoutingSource::Router | RoutingSource::RecordOrRouter if !routers.is_empty() => {
+                let spec = routers.spec();
+                let features = match spec.input {
+                    RouterInput::Embeddings => Some(x.shallow_clone()),
+                    RouterInput::BaseHidden => Some(tch::no_grad(base_hidden)),
+                    RouterInput::LayerInput => None,
+                };
+                let averaging =
+                    (spec.level == RoutingLevel::Sequence).then(|| inputs.prompt_means(kind));
+                let features = features.map(|x| averaged(&x, averaging.as_ref()));
+                let named = match source {
+                    RoutingSource::RecordOrRouter => Some(named_experts(inputs)),
+                    _ => None,
+                };
+                DecidedBy::Routers { rule, features, averaging, named }
+            }
+            source => {
+                let e = specs.len() as i64;
+                let weights = source.fixed_weights(inputs, e, kind, x.device());
+                DecidedBy::Fixed(masked(weights, mask.as_ref()))
+            }
+        };
+        Self { routers, may_skip, decided_by, mask, used: vec![], routing: vec![] }
+    }
+
+    /// Whether the routers' decisions need each layer's input.
+    pub fn reads_layers(&self) -> bool {
+        matches!(&self.decided_by, DecidedBy::Routers { features: None, .. })
+    }
+
+    /// The weights of a layer, whose own input after its first LayerNorm is `layer_input()`.
+    pub fn block(&mut self, layer: usize, layer_input: &dyn Fn() -> Tensor) -> BlockWeights {
+        let DecidedBy::Routers { rule, features, averaging, named } = &self.decided_by else {
+            let DecidedBy::Fixed(weights) = &self.decided_by else { unreachable!() };
+            if self.used.is_empty() {
+                self.used.push(weights.shallow_clone());
+            }
+            return BlockWeights::of_all(weights.shallow_clone());
+        };
+        let sites: Vec<Site> = self.routers.sites_of(layer);
+        if let ([Site { layer: None, .. }], [shared]) = (&sites[..], &self.used[..]) {
+            return BlockWeights::of_all(shared.shallow_clone());
+        }
+        let own = match features {
+            Some(_) => None,
+            None => Some(averaged(&layer_input(), averaging.as_ref())),
+        };
+        let features = features.as_ref().or(own.as_ref()).expect("one of both is there");
+        let mut block = vec![];
+        for site in sites {
+            let router = &self.routers.all()[site.router];
+            let mut routing = router.forward(features, rule, self.routers.present_at(site));
+            if let Some(named) = named {
+                let by_name = one_hot(named, router.num_experts(), routing.weights.kind());
+                let is_named = named.ge(0).unsqueeze(-1);
+                routing.weights = by_name.where_self(&is_named, &routing.weights);
+            }
+            if let Some(mask) = &self.mask {
+                routing.weights = &routing.weights * mask;
+            }
+            let weights = routing.weights.shallow_clone();
+            let weights = match (&routing.selected, named) {
+                (Some(selected), None) if (self.may_skip)(site, selected.size()[2]) => {
+                    let assignments = Assignments::new(selected, router.num_experts());
+                    RoutingWeights::Chosen(weights, assignments)
+                }
+                _ => RoutingWeights::PerToken(weights),
+            };
+            self.used.push(weights.shallow_clone());
+            self.routing.push(routing);
+            block.push((site.module, weights));
+        }
+        BlockWeights::new(block)
+    }
+}
+
+/// `features`, `[b, t, d]`, or their means by `averaging`, `[b, t, t]`.
+fn averaged(features: &Tensor, averaging: Option<&Tensor>) -> Tensor {
+    match averaging {
+        None => features.shallow_clone(),
+        Some(means) => means.matmul(&features.to_kind(means.kind())),
+    }
+}
+
+fn masked(weights: RoutingWeights, mask: Option<&Tensor>) -> RoutingWeights {
+    match (weights, mask) {
+        (weights, None) => weights,
+        (RoutingWeights::Off, _) => RoutingWeights::Off,
+        (RoutingWeights::Ones, Some(mask)) => RoutingWeights::PerToken(mask.shallow_clone()),
+        (RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _), Some(mask)) => {
+            RoutingWeights::PerToken(weights * mask)
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The router: what scores the experts for each token, and the rule that makes weights of the scores.
+//!
+//! ```text
+//! h = x, or relu(h W^T + c) for each hidden layer
+//! router_logits = h R^T + c                                    [b, t, m]
+//! routing_probs = softmax(router_logits / temperature)         in f32
+//! routing_weights = routing_probs, or the k best of them, as a rule divided by their sum
+//! ```
+//!
+//! The k best are the largest routing_probs, or, with a selection bias, the largest sums of probs and
+//! bias (arXiv:2408.15664, eq. 3). In a layer that has only some of the experts, the others have no
+//! score there: the softmax is over its own.
+//!
+//! Letters of shapes: `b` batch, `t` position, `d` width, `e` expert, `m` the layer's experts, `k` chosen
+//! experts.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::config::{
+    Config, EvalRule, RouterConfig, RouterInput, RouterNoise, RouterScope, RoutingLevel,
+};
+
+/// What the routers of a mixture are, apart from their numbers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RouterSpec {
+    /// What they read.
+    pub input: RouterInput,
+    /// How many there are.
+    pub scope: RouterScope,
+    /// What is routed as one.
+    pub level: RoutingLevel,
+    /// Layers before the one that scores.
+    pub hidden_layers: i64,
+    /// Their width.
+    pub hidden_width: i64,
+    /// Divides the scores.
+    pub temperature: f64,
+    /// How many experts a token keeps; none = all.
+    pub top_k: Option<i64>,
+    /// Whether their weights are divided by their sum.
+    pub renormalize: bool,
+    /// The rule for evaluation, if it is another.
+    pub eval: Option<EvalRule>,
+    /// Whether a bias takes part in choosing them.
+    pub selection_bias: bool,
+    /// Whether a layer routes over the experts that it has, or over all, of which the absent add
+    /// nothing.
+    pub own_experts: bool,
+}
+
+impl From<&RouterConfig> for RouterSpec {
+    /// Routers as they are at the end of their temperature's schedule and, if hybrid, once all experts
+    /// are mature.
+    fn from(config: &RouterConfig) -> Self {
+        Self {
+            input: config.input,
+            scope: config.scope,
+            level: config.level,
+            hidden_layers: config.hidden_layers,
+            hidden_width: config.hidden_width,
+            temperature: config.temperature,
+            top_k: config.top_k,
+            renormalize: config.renormalize,
+            eval: config.eval,
+            selection_bias: config.balance_bias_rate > 0.0,
+            own_experts: false,
+        }
+    }
+}
+
+impl Default for RouterSpec {
+    fn default() -> Self {
+        Self::from(&RouterConfig::default())
+    }
+}
+
+impl RouterSpec {
+    /// The routers of a run.
+    pub fn of_config(config: &Config) -> Self {
+        let own_experts = config.lora.experts_per_layer.is_some();
+        Self { own_experts, ..Self::from(&config.router) }
+    }
+
+    /// Parameters of one router over `num_experts` experts and `d` features.
+    pub fn num_parameters(&self, num_experts: i64, d: i64) -> i64 {
+        let (width, layers) = (self.hidden_width, self.hidden_layers);
+        match layers {
+            0 => num_experts * (d + 1),
+            _ => width * (d + 1) + (layers - 1) * width * (width + 1) + num_experts * (width + 1),
+        }
+    }
+}
+
+/// How scores become weights.
+#[derive(Debug)]
+pub struct RoutingRule {
+    /// Divides the scores, 0-dim.
+    pub temperature: Tensor,
+    /// How many experts a token keeps; none = all.
+    pub top_k: Option<i64>,
+    /// Whether their weights are divided by their sum.
+    pub renormalize: bool,
+    /// What disturbs the router.
+    pub noise: RouterNoise,
+}
+
+/// What scores the experts.
+#[derive(Debug)]
+pub struct Router {
+    /// Weight `[w, d]` and bias `[w]` of each hidden layer.
+    pub hidden: Vec<(Tensor, Tensor)>,
+    /// `[e, d]`, behind hidden layers `[e, w]`.
+    pub weight: Tensor,
+    /// `[e]`.
+    pub bias: Tensor,
+    /// Added to routing_probs where the k best are chosen, `[e]`; not trained.
+    pub selection_bias: Option<Tensor>,
+}
+
+/// How the tokens of a forward pass were routed at one place.
+#[derive(Debug)]
+pub struct Routing {
+    /// The raw scores, `[b, t, m]`.
+    pub logits: Tensor,
+    /// Softmax over the experts that are there, `[b, t, m]`.
+    pub probs: Tensor,
+    /// What mixes the experts, `[b, t, e]`.
+    pub weights: Tensor,
+    /// The k chosen, `[b, t, k]`; none = all.
+    pub selected: Option<Tensor>,
+    /// Which experts are there, `[m]`; none = all.
+    pub present: Option<Tensor>,
+}
+
+impl Router {
+    /// A new router over `d` features: matrices from N(0, 0.02) where they score, so that tokens start
+    /// near an even mixture, but not all alike; hidden layers as He et al. (arXiv:1502.01852, eq. 10).
+    pub fn new(spec: &RouterSpec, num_experts: i64, d: i64, kind: Kind) -> Self {
+        let options = (kind, Device::Cpu);
+        let mut width = d;
+        let mut hidden = vec![];
+        for _ in 0..spec.hidden_layers {
+            let std = (2.0 / width as f64).sqrt();
+            let weight = Tensor::randn([spec.hidden_width, width], options) * std;
+            hidden.push((weight, Tensor::zeros([spec.hidden_width], options)));
+            width = spec.hidden_width;
+        }
+        Self {
+            hidden,
+            weight: Tensor::randn([num_experts, width], options) * 0.02,
+            bias: Tensor::zeros([num_experts], options),
+            selection_bias: spec.selection_bias.then(|| Tensor::zeros([num_experts], options)),
+        }
+    }
+
+    /// The same router on `device`, as leaves of the graph.
+    pub(crate) fn into_leaf(self, device: Device) -> Self {
+        let leaf = |x: Tensor| x.to_device(device).detach().copy().set_requires_grad(true);
+        Self {
+            hidden: self.hidden.into_iter().map(|(w, b)| (leaf(w), leaf(b))).collect(),
+            weight: leaf(self.weight),
+            bias: leaf(self.bias),
+            selection_bias: self.selection_bias.map(|bias| bias.to_device(device)),
+        }
+    }
+
+    /// The raw scores of the tokens whose features are `x`, `[b, t, d]`, for all experts, `[b, t, e]`,
+    /// in the router's own dtype.
+    pub fn logits(&self, x: &Tensor) -> Tensor {
+        let mut h = x.to_kind(self.weight.kind());
+        for (weight, bias) in &self.hidden {
+            h = h.linear(weight, Some(bias)).relu();
+        }
+        h.linear(&self.weight, Some(&self.bias))
+    }
+
+    /// Routes the tokens whose features are `x`, `[b, t, d]`, over the experts `present`, `[m]`, or all.
+    pub fn forward(&self, x: &Tensor, rule: &RoutingRule, present: Option<&Tensor>) -> Routing {
+        let own = |x: Tensor, dim: i64| match present {
+            Some(experts) => x.index_select(dim, experts),
+            None => x,
+        };
+        let logits = match rule.noise {
+            RouterNoise::Jitter(eps) => {
+                let x = x.to_kind(self.weight.kind());
+                let factors = tch::no_grad(|| x.rand_like() * (2.0 * eps) + (1.0 - eps));
+                own(self.logits(&(x * factors)), -1)
+            }
+            _ => own(self.logits(x), -1),
+        };
+        let noisy = match rule.noise {
+            RouterNoise::Gaussian(std) => &logits + logits.randn_like() * std,
+            _ => logits.shallow_clone(),
+        };
+        let probs = (noisy / &rule.temperature).softmax(-1, self.weight.kind());
+        let m = *probs.size().last().expect("routing_probs are [b, t, m]");
+        let (weights, selected) = match rule.top_k {
+            Some(k) if k < m => {
+                let scores = match &self.selection_bias {
+                    Some(bias) => probs.detach() + own(bias.shallow_clone(), 0),
+                    None => probs.detach(),
+                };
+                let (_, selected) = scores.topk(k, -1, true, false);
+                let top = probs.gather(-1, &selected, false);
+                let top = match rule.renormalize {
+                    true => &top / top.sum_dim_intlist(-1, true, None),
+                    false => top,
+                };
+                (probs.zeros_like().scatter(-1, &selected, &top), Some(selected))
+            }
+            _ => (probs.shallow_clone(), None),
+        };
+        let Some(present) = present else {
+            return Routing { logits, probs, weights, selected, present: None };
+        };
+        let (b, t) = (probs.size()[0], probs.size()[1]);
+        let zeros = Tensor::zeros([b, t, self.num_experts()], (probs.kind(), probs.device()));
+        let weights = zeros.index_copy(-1, present, &weights);
+        let selected = selected.map(|chosen| present.take(&chosen));
+        Routing { logits, probs, weights, selected, present: Some(present.shallow_clone()) }
+    }
+
+    /// `E`.
+    pub fn num_experts(&self) -> i64 {
+        self.bias.size()[0]
+    }
+}

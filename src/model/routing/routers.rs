@@ -1,0 +1,184 @@
+//! All routers of a model: one, or one for each layer or target module, and where each decides.
+//!
+//! Letters of shapes: `d` width, `m` a layer's experts.
+
+use tch::{Device, Kind, Tensor};
+
+use super::router::{Router, RouterSpec};
+use super::site::Site;
+use crate::config::{ModulePath, RouterInput, RouterScope, TargetModule};
+use crate::model::experts::spec::ExpertSpec;
+
+/// The routers of a model, by one spec.
+#[derive(Debug)]
+pub struct Routers {
+    /// One, or one for each layer or target module; none with fewer than two experts.
+    routers: Vec<Router>,
+    spec: RouterSpec,
+    /// The present temperature of the router's rule, 0-dim, f64, on the device.
+    temperature: Tensor,
+    /// The target modules of each layer that have experts, in the order of a block.
+    modules: Vec<Vec<TargetModule>>,
+    /// The experts that each layer routes over.
+    experts: Vec<Vec<usize>>,
+    /// The same, `[m]`, where a layer lacks some and routes over its own.
+    present: Vec<Option<Tensor>>,
+}
+
+impl Routers {
+    /// No routers, of a model without experts.
+    pub fn none(device: Device) -> Self {
+        Self {
+            routers: vec![],
+            spec: RouterSpec::default(),
+            temperature: Tensor::ones([], (Kind::Double, device)),
+            modules: vec![],
+            experts: vec![],
+            present: vec![],
+        }
+    }
+
+    /// New routers over `d` features, from libtorch's default CPU generator.
+    ///
+    /// - `modules`: the target modules of each layer that have experts
+    /// - `kind`: of what is trained
+    pub fn new(
+        spec: &RouterSpec,
+        specs: &[ExpertSpec],
+        modules: Vec<Vec<TargetModule>>,
+        d: i64,
+        kind: Kind,
+        device: Device,
+    ) -> Self {
+        let count = match spec.scope {
+            _ if specs.len() < 2 => 0,
+            RouterScope::Shared => 1,
+            RouterScope::Layer => modules.len(),
+            RouterScope::Module => modules.iter().map(Vec::len).sum(),
+        };
+        let new = |_| Router::new(spec, specs.len() as i64, d, kind).into_leaf(device);
+        let experts: Vec<Vec<usize>> =
+            (0..modules.len()).map(|layer| experts_in(specs, layer)).collect();
+        let present = |own: &Vec<usize>| {
+            let lacks_some = !own.is_empty() && own.len() < specs.len();
+            let experts: Vec<i64> = own.iter().map(|&expert| expert as i64).collect();
+            lacks_some.then(|| Tensor::from_slice(&experts).to_device(device))
+        };
+        let temperature = Tensor::ones([], (Kind::Double, device)) * spec.temperature;
+        Self {
+            routers: (0..count).map(new).collect(),
+            spec: spec.clone(),
+            temperature,
+            present: match spec.own_experts {
+                true => experts.iter().map(present).collect(),
+                false => vec![],
+            },
+            modules,
+            experts,
+        }
+    }
+
+    /// The routers: one, one for each layer or target module, or none with fewer than two experts.
+    pub fn all(&self) -> &[Router] {
+        &self.routers
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.routers.is_empty()
+    }
+
+    /// What they are.
+    pub fn spec(&self) -> &RouterSpec {
+        &self.spec
+    }
+
+    /// The temperature that divides the scores, 0-dim, f64; one tensor for the model's life.
+    pub fn temperature(&self) -> &Tensor {
+        &self.temperature
+    }
+
+    /// Sets the rule by which scores become weights.
+    pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
+        if temperature != self.spec.temperature {
+            let _ = self.temperature.fill_(temperature);
+        }
+        self.spec.temperature = temperature;
+        self.spec.top_k = top_k;
+    }
+
+    /// What precedes each router's tensors in their names, as `router` or `h.0.router`.
+    pub fn names(&self) -> Vec<String> {
+        match self.spec.scope {
+            _ if self.routers.is_empty() => vec![],
+            RouterScope::Shared => vec!["router".into()],
+            RouterScope::Layer => {
+                (0..self.routers.len()).map(|layer| format!("h.{layer}.router")).collect()
+            }
+            RouterScope::Module => {
+                let paths = self.modules.iter().enumerate().flat_map(|(layer, modules)| {
+                    modules.iter().map(move |&module| ModulePath { layer, module })
+                });
+                paths.map(|path| format!("{path}.router")).collect()
+            }
+        }
+    }
+
+    /// Where the routers decide, in the order of a forward pass.
+    pub fn sites(&self) -> Vec<Site> {
+        if self.routers.is_empty() {
+            return vec![];
+        }
+        let mut sites: Vec<Site> = vec![];
+        for layer in 0..self.modules.len() {
+            for site in self.sites_of(layer) {
+                if !sites.contains(&site) {
+                    sites.push(site);
+                }
+            }
+        }
+        sites
+    }
+
+    /// The sites that decide for a layer.
+    pub fn sites_of(&self, layer: usize) -> Vec<Site> {
+        let spec = &self.spec;
+        let once = spec.input != RouterInput::LayerInput && !spec.own_experts;
+        match spec.scope {
+            RouterScope::Shared => {
+                let of_layer = if once { None } else { Some(layer) };
+                vec![Site { router: 0, layer: of_layer, module: None }]
+            }
+            RouterScope::Layer => vec![Site { router: layer, layer: Some(layer), module: None }],
+            RouterScope::Module => {
+                let before: usize = self.modules[..layer].iter().map(Vec::len).sum();
+                let modules = self.modules[layer].iter().enumerate();
+                let site = |(i, &module)| Site {
+                    router: before + i,
+                    layer: Some(layer),
+                    module: Some(module),
+                };
+                modules.map(site).collect()
+            }
+        }
+    }
+
+    /// The experts that a site routes over, `[m]`; none = all.
+    pub fn present_at(&self, site: Site) -> Option<&Tensor> {
+        self.present.get(site.layer?)?.as_ref()
+    }
+
+    /// The experts that a site routes over, of `num_experts`.
+    pub fn experts_at(&self, site: Site, num_experts: usize) -> Vec<usize> {
+        match (self.present_at(site), site.layer) {
+            (Some(_), Some(layer)) => self.experts[layer].clone(),
+            _ => (0..num_experts).collect(),
+        }
+    }
+}
+
+/// The experts that have a module in a layer.
+pub fn experts_in(specs: &[ExpertSpec], layer: usize) -> Vec<usize> {
+    let has = |expert: &usize| specs[*expert].modules.keys().any(|path| path.layer == layer);
+    (0..specs.len()).filter(has).collect()
+}

@@ -1,0 +1,173 @@
+//! Tensors in safetensors files: read, mapped, written and hashed. Nothing is unpickled.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tch::{Device, Kind, Tensor};
+
+use crate::ffi::FileBytes;
+use crate::{durable, ffi};
+
+/// Bytes of the length that a safetensors file begins with.
+const HEADER_LEN: usize = 8;
+
+/// A safetensors file in memory, mapped if its numbers are aligned there.
+pub fn open(file: &Path) -> Result<FileBytes> {
+    let bytes = FileBytes::map(file)?;
+    // the header's length, the header, the numbers; a broken file is told of where it is parsed
+    let header: Option<[u8; HEADER_LEN]> = bytes.get(..HEADER_LEN).and_then(|b| b.try_into().ok());
+    let start = header.map_or(0, u64::from_le_bytes).saturating_add(HEADER_LEN as u64);
+    match usize::try_from(start) {
+        Ok(start) if start < bytes.len() && !start.is_multiple_of(HEADER_LEN) => {
+            FileBytes::read(file, start)
+        }
+        _ => Ok(bytes),
+    }
+}
+
+/// Hands each tensor of a safetensors file to `take`, in the order of names.
+pub fn for_each_tensor(
+    bytes: &[u8],
+    file: &Path,
+    mut take: impl FnMut(&str, &TensorView<'_>) -> Result<()>,
+) -> Result<()> {
+    let parsed = SafeTensors::deserialize(bytes)
+        .with_context(|| format!("`{}` is no whole safetensors file", file.display()))?;
+    let mut views: Vec<_> = parsed.iter().collect();
+    views.sort_unstable_by_key(|(name, _)| *name);
+    for (name, view) in views {
+        take(name, &view)?;
+    }
+    Ok(())
+}
+
+/// Reads every tensor of a safetensors file, as stored, on the CPU.
+pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for_each_tensor(&ffi::map_file(file)?, file, |name, view| {
+        let tensor = copy(view).with_context(|| format!("tensor `{name}`"))?;
+        tensors.insert(name.to_owned(), tensor);
+        Ok(())
+    })?;
+    Ok(tensors)
+}
+
+/// Refuses a tensor of integers, or with numbers that are not finite.
+pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
+    if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
+        bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
+    }
+    if !bool::try_from(tensor.isfinite().all())? {
+        bail!("tensor `{name}` holds numbers that are not finite");
+    }
+    Ok(())
+}
+
+/// A tensor over its bytes in `bytes`, or a copy of them if they are not aligned.
+pub fn share(bytes: &FileBytes, view: &TensorView<'_>) -> Result<Tensor> {
+    let (kind, shape) = (kind_of(view)?, shape_of(view));
+    let at = view.data().as_ptr();
+    if at.align_offset(kind.elt_size_in_bytes()) != 0 {
+        return copy(view);
+    }
+    bytes.tensor(at.addr() - bytes.as_ptr().addr(), &shape, kind)
+}
+
+fn copy(view: &TensorView<'_>) -> Result<Tensor> {
+    Ok(Tensor::f_from_data_size(view.data(), &shape_of(view), kind_of(view)?)?)
+}
+
+fn shape_of(view: &TensorView<'_>) -> Vec<i64> {
+    view.shape().iter().map(|&n| n as i64).collect()
+}
+
+fn kind_of(view: &TensorView<'_>) -> Result<Kind> {
+    Ok(match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F64 => Kind::Double,
+        Dtype::I64 => Kind::Int64,
+        Dtype::U8 => Kind::Uint8,
+        Dtype::BOOL => Kind::Bool,
+        other => bail!("has dtype `{other:?}`; use f32, f16 or bf16"),
+    })
+}
+
+/// A tensor on its way into a file.
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
+
+impl safetensors::View for &Stored {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        (&self.bytes).into()
+    }
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes `tensors` as a safetensors file with the metadata `format: pt`, which transformers and PEFT
+/// ask for, and waits until it is on disk.
+pub fn write_tensors<'a>(
+    file: &Path,
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<()> {
+    let stored: Vec<(&str, Stored)> = tensors
+        .into_iter()
+        .map(|(name, tensor)| Ok((name, store(tensor)?)))
+        .collect::<Result<_>>()?;
+    let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let views = stored.iter().map(|(name, stored)| (*name, stored));
+    let bytes = safetensors::serialize(views, Some(metadata)).context("cannot pack the tensors")?;
+    durable::write(file, &bytes)
+}
+
+fn store(tensor: &Tensor) -> Result<Stored> {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let dtype = match tensor.kind() {
+        Kind::Float => Dtype::F32,
+        Kind::Half => Dtype::F16,
+        Kind::BFloat16 => Dtype::BF16,
+        Kind::Double => Dtype::F64,
+        Kind::Int64 => Dtype::I64,
+        Kind::Uint8 => Dtype::U8,
+        Kind::Bool => Dtype::BOOL,
+        other => bail!("no safetensors dtype for {other:?}"),
+    };
+    let shape = tensor.size().iter().map(|&n| n as usize).collect();
+    Ok(Stored { dtype, shape, bytes: tensor_bytes(&tensor)? })
+}
+
+/// Adds each tensor's name, dtype, shape and bytes to a hash, on all cores.
+pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
+    hasher: &mut blake3::Hasher,
+    tensors: impl IntoIterator<Item = &'a (N, Tensor)>,
+) -> Result<()> {
+    for (name, tensor) in tensors {
+        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        let (name, kind, size) = (name.as_ref(), tensor.kind(), tensor.size());
+        hasher.update(format!("{name} {kind:?} {size:?}\n").as_bytes());
+        ffi::with_bytes(&tensor, |bytes| hasher.update_rayon(bytes));
+    }
+    Ok(())
+}
+
+/// The bytes of a contiguous CPU tensor.
+pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+    Ok(bytes)
+}
