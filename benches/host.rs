@@ -14,6 +14,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use dylora::checkpoint::Position;
+use dylora::checkpoint::routing_state::RoutingState;
 use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted, load};
 use dylora::data::{
     DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
@@ -21,10 +23,8 @@ use dylora::data::{
 use dylora::eval::RoutingReport;
 use dylora::eval::routing::{RouterLosses, SiteTotals};
 use dylora::ffi;
-use dylora::train::checkpoint::Position;
 use dylora::train::metrics::{Metrics, MetricsWriter, StepMetrics};
 use dylora::train::plan::BlockStream;
-use dylora::train::routing_state::RoutingState;
 use tch::Device;
 
 const NUM_BLOCKS: usize = 32;

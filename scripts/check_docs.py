@@ -179,7 +179,7 @@ def check_page(page: Path, temporary: Path) -> list[str]:
             if check_block(block, folder, environment):
                 print(f"ok   {place} ({time.monotonic() - started:.1f} s)", flush=True)
         except Fault as fault:
-            said.append(f"FAIL {place}: the ```{block.language} block {fault}")
+            said.append(f"FAIL {place} (```{block.language}): {fault}")
             break
     return said
 

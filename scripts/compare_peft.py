@@ -11,8 +11,9 @@ with their median, least and largest; a second table has the spread of the steps
 
 `--strongest` is PEFT compiled in its fastest forms: without a mask tensor, with cuDNN's attention alone, a padded
 vocabulary and steps that do not wait for their loss; where liger_kernel is installed, also with its fused loss. Any
-other form is named by its switches (scripts/peft_opponent.py lists them), as `--strongest no_mask+cudnn,strongest`. First
-loss and gradient norm of whatever is compiled must be eager PEFT's: in f32 to 1e-5 and 1e-4, in bf16 to 2e-3 and 2e-2.
+other form is named by its switches (scripts/peft_opponent.py lists them), as `--strongest no_mask+cudnn,strongest`.
+First loss and gradient norm of whatever is compiled must be eager PEFT's: in f32 to 1e-5 and 1e-4, in bf16 to 2e-3 and
+2e-2; else the exit code is 1.
 
 Memory is the peak of the allocator on a GPU; on the CPU the peak of the resident set less what was resident when the
 base was loaded. `--start` also measures the time from the start of a process to the end of its first step, from a
@@ -67,7 +68,7 @@ def arguments():
                         help="also compiled in these forms; default: the strongest, without and with Liger")
     parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
     parser.add_argument("--compile-rows", type=words, default=COMPILED, metavar="NAME,..")
-    parser.add_argument("--padded-vocab", action="store_true", help="PEFT's vocabulary as a multiple of 64, eager too")
+    parser.add_argument("--padded-vocab", action="store_true", help="`peft` and `peft_compiled` with padded_vocab+padded_loss")
     parser.add_argument("--no-eager", action="store_true", help="no eager PEFT")
     parser.add_argument("--steps", type=int, metavar="N", help="default: 40 on a GPU, 10 on the CPU")
     parser.add_argument("--warmup", type=int, metavar="N", help="default: 10 on a GPU, 5 on the CPU")
@@ -169,11 +170,9 @@ def run_dylora(args, rows, batches, base=None, steps=None, warmup=None):
     return lines_of(command)
 
 
-def run_peft(args, rows, batches, compiled=None, form=(), base=None, steps=None, warmup=None):
-    if args.padded_vocab and "padded_vocab" not in form:
-        form = [*form, "padded_vocab", "padded_loss"]
+def run_peft(args, rows, batches, compiled=None, form=[], base=None, steps=None, warmup=None):
     setting = PRESETS[args.preset] | {
-        "rows": rows, "batches": batches, "compile": compiled, "form": list(form), "base": base or args.base,
+        "rows": rows, "batches": batches, "compile": compiled, "form": form, "base": base or args.base,
         "device": args.device, "size": args.size, "dtype": args.dtype, "seq_len": args.seq_len,
         "dropout": args.dropout, "accumulate": args.accumulate, "documents": args.documents, "seed": 0,
         "steps": args.steps if steps is None else steps, "warmup": args.warmup if warmup is None else warmup,
@@ -185,9 +184,10 @@ def opponents(args):
     """Who is measured: for each name its rows, its batches, and how it is compiled and formed."""
     compiled = [row for row in args.rows if row in COMPILED and row in args.compile_rows]
     batches = args.compile_batches or args.batches
-    found = {} if args.no_eager else {"peft": (args.rows, args.batches, {})}
+    padded = ["padded_vocab", "padded_loss"] if args.padded_vocab else []
+    found = {} if args.no_eager else {"peft": (args.rows, args.batches, {"form": padded})}
     if args.compile:
-        found["peft_compiled"] = (compiled, batches, {"compiled": args.compile})
+        found["peft_compiled"] = (compiled, batches, {"compiled": args.compile, "form": padded})
     for form in args.strongest:
         how = {"compiled": args.compile or "default", "form": FORMS.get(form) or form.split("+")}
         found[f"peft_{form}"] = (compiled, batches, how)
@@ -374,7 +374,7 @@ def main():
     args = arguments()
     packages = ", ".join(map(installed, ["torch", "transformers", "peft", "triton", "liger-kernel"]))
     words = {key: value for key, value in vars(args).items() if key not in ["out", "dylora"]}
-    forms = {who: how.get("form", []) for who, (_, _, how) in opponents(args).items()}
+    forms = {who: how["form"] for who, (_, _, how) in opponents(args).items()}
     results = Results(args.out)
     header = {"kind": "setting", **words, **PRESETS[args.preset], "forms": forms}
     results.write({**header, "cpus": os.cpu_count(), "packages": packages})
@@ -394,8 +394,8 @@ def main():
     print(f"\nGiB: peak of the {peak}; ratios of several pairs: median (least to most)\n")
     steps_table(args, results)
     print(
-        "\nof the steps of all runs; in brackets dylora's slow over its fast steps to its fast over its slow ones: the 10\n"
-        "and 90 % of who tells every step, else the least and the largest\n"
+        "\nsteps of all runs; dylora / it: of medians (its fast steps over dylora's slow ones, its slow ones over dylora's\n"
+        "fast ones; these are the 10 and 90 % of whoever reports each step, else the least and the largest)\n"
     )
     losses_table(args, results)
     print()

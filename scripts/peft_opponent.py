@@ -8,7 +8,7 @@
 
 The router reads the token embeddings. A bf16 base has f32 adapters and router, cast where they are used. A step is
 forward, loss, backward, clipping to 1 and fused AdamW; its tokens are on the device before the clock starts. Prints a
-JSON line for each row, with the keys of `dylora bench --json`, all counted steps and the row's form.
+JSON line for the setting and one for each row, with the keys of `dylora bench --json`, all counted steps and the form.
 
 A form is a list of switches that make a step faster or smaller:
 
@@ -47,7 +47,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2 import modeling_gpt2
@@ -85,7 +84,7 @@ def routed_forward(layer, x, *_args, **_kwargs):
     return result
 
 
-@torch.compiler.disable  # it asks the device for a count, which would break the graph inside
+@torch.compiler.disable  # it asks the device for a count, at which a graph would end inside of it
 def liger_loss(hidden, weight, labels):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
@@ -322,7 +321,7 @@ def measure(setting, row, batch, device):
         "extra_memory_bytes": peak - before,
         "loss_vocab_size": opponent.loss_vocab_size,
         "attention": "cudnn" if "cudnn" in opponent.form and has_cudnn_attention(setting) else "default",
-        "graph_breaks": sum(counters["graph_break"].values()) if setting["compile"] else None,
+        "graph_breaks": graph_breaks() if setting["compile"] else None,
         "liger": version("liger-kernel") if "liger" in opponent.form else None,
     }
 
@@ -338,12 +337,16 @@ def compiled(opponent, setting):
     if not setting["compile"]:
         return opponent
     torch._dynamo.reset()
-    counters.clear()
+    torch._dynamo.utils.counters.clear()
     if setting["compile"] == "blocks":
         opponent.compile_blocks()
         return opponent
     mode = None if setting["compile"] == "default" else setting["compile"]
     return torch.compile(opponent, mode=mode, dynamic=False)
+
+
+def graph_breaks():
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def trained_by(opponent):
@@ -425,11 +428,27 @@ def eager_figures(opponent, row, micro_batches, precision):
     return {"eager_loss": total, "eager_grad_norm": norm}
 
 
+def header(setting):
+    on_gpu = setting["device"] != "cpu"
+    return {
+        "kind": "header",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": version("peft"),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "device_model": torch.cuda.get_device_name() if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        **setting,
+    }
+
+
 def main():
     setting = json.loads(sys.argv[1])
     device = setting["device"]
     if device != "cpu":
         torch.cuda.set_device(device if ":" in device else 0)
+    print(json.dumps(header(setting)), flush=True)
     for batch in setting["batches"]:
         for row in setting["rows"]:
             report = {"kind": "row", "row": row, "micro_batch_size": batch, "error": None}

@@ -47,7 +47,7 @@
 //! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
 //! | tokens_seen | target tokens trained on | |
 //! | skill | what a domain asks of the base: the mean of its last hidden states ([`skills`]) | `[d]` |
-//! | stage | a run in a mixture's life, at whose end each domain is scored ([`train::stages`]) | |
+//! | stage | a run in a mixture's life, at whose end each domain is scored ([`growth::stages`]) | |
 //! | checkpoint, export | all that resuming needs; what others load (PEFT) | |
 
 #![warn(missing_docs)]
@@ -69,10 +69,13 @@ pub mod growth;
 
 pub mod eval;
 
-pub mod skills;
 pub mod tensor_file;
 
+pub mod checkpoint;
+
 pub mod train;
+
+pub mod lifecycle;
 
 pub mod bench;
 

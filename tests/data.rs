@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use dylora::checkpoint::Position;
 use dylora::config::{
     Config, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation, load as config_file,
 };
@@ -14,7 +15,6 @@ use dylora::data::{
     MemoryDomain, PADDING_DOCUMENT, RecordExperts, TokenDataset, Tokenizer, load_datasets,
     load_files,
 };
-use dylora::train::checkpoint::Position;
 use dylora::train::plan::{BlockStream, num_steps};
 use proptest::prelude::*;
 

@@ -10,11 +10,11 @@ use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted, RouterConfig};
 use dylora::data::{
     DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
 };
-use dylora::model::families::gpt2;
-use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
-use dylora::skills::{
+use dylora::growth::skills::{
     Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
 };
+use dylora::model::families::gpt2;
+use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind};
 
 use crate::common::{rows, seed, tiny_lora, tiny_model};

@@ -23,12 +23,12 @@ use anyhow::{Result, anyhow};
 use serde::Serialize;
 use tch::Device;
 
+use crate::checkpoint::Position;
 use crate::config::Config;
 use crate::data::TokenDataset;
 use crate::ffi;
 use crate::model::decoder::Decoder;
 use crate::model::kind_of;
-use crate::train::checkpoint::Position;
 use crate::train::plan::BlockStream;
 use flops::FlopsPerToken;
 pub use rows::Row;

@@ -10,13 +10,12 @@ use tch::{Kind, Tensor};
 use super::passes;
 use crate::config::{Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
-use crate::eval;
 use crate::model::decoder::Decoder;
 use crate::model::experts::dropout::LoraDropout;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::loss::LossSettings;
 use crate::model::routing::router::RouterSpec;
-use crate::model::{Compute, ForwardMode, RoutedModel, RoutingSource, Trained};
+use crate::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Trained};
 use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
 use crate::train::step::Stepper;
@@ -201,7 +200,7 @@ impl Subject {
         let mut grads = GradientSum::default();
         let mut sum = 0.0;
         for batch in &batches {
-            let inputs = eval::inputs(batch, &RoutingSource::Router, self.model.device());
+            let inputs = Inputs::of_batch(batch, false, self.model.device());
             let loss = passes::summed_loss(&self.model, &inputs, self.training_mode())?;
             grads.add(&(&loss / label_tokens), &self.trained);
             sum += loss.double_value(&[]);
@@ -228,7 +227,7 @@ impl Subject {
     /// The loss of a batch with its sum scaled, if gradients are wanted, and that of each label token.
     fn loss(&self, batch: &Batch, scale: Option<f64>) -> (Tensor, Tensor) {
         let source = RoutingSource::from(self.config.train.routing);
-        let inputs = eval::inputs(batch, &source, self.model.device());
+        let inputs = Inputs::of_batch(batch, source.reads_records(), self.model.device());
         let settings = LossSettings {
             chunk_tokens: self.config.train.loss_chunk_tokens,
             label_smoothing: 0.0,

@@ -7,12 +7,12 @@ use serde_json::json;
 use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
+use crate::checkpoint;
 use crate::config::{Config, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
+use crate::growth::stages::forgetting;
 use crate::model::{RoutedModel, RoutingSource};
-use crate::train::checkpoint;
-use crate::train::stages::forgetting;
 
 /// Which data.
 #[derive(Debug, Args)]

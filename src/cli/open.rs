@@ -9,6 +9,7 @@ use tch::{Device, Kind};
 use super::progress::DownloadBar;
 use super::{Shared, device, hub_settings, usage};
 use crate::base::Base;
+use crate::checkpoint::{self, Preferred};
 use crate::config::{
     AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
     RoutingChoice,
@@ -18,8 +19,6 @@ use crate::export::peft::Provenance;
 use crate::hub::{self, AdapterFiles};
 use crate::mixture::Mixture;
 use crate::model::{RoutedModel, kind_of};
-use crate::train;
-use crate::train::checkpoint::{self, Preferred};
 
 /// Which model: a checkpoint, adapters on a base, or a bare base.
 #[derive(Debug, Args)]
@@ -107,7 +106,7 @@ impl ModelArgs {
         config.base.dtype = self.dtype.unwrap_or(config.base.dtype);
         let device = device(self.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
-        let model = train::load_model(&dir, &config, &base, device)?;
+        let model = checkpoint::load_model(&dir, &config, &base, device)?;
         let base_hash = checkpoint::read_state(&dir)?.base_hash;
         let (routing, checkpoint) = (config.train.routing, Some(dir));
         Ok(OpenModel { base, config: Some(config), checkpoint, model, routing, base_hash })

@@ -3,7 +3,7 @@
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
-use crate::train::stages::{self, Stage};
+use crate::growth::stages::{self, Stage};
 
 /// A table whose first column is text and whose others are numbers.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {

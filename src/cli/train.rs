@@ -13,15 +13,15 @@ use super::progress::{LoadBar, TrainBar};
 use super::signals::Interrupt;
 use super::{Shared, device, print_result, table, token_cache, usage};
 use crate::base::Base;
+use crate::checkpoint::{self, Preferred, load_model};
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
 use crate::durable::output::Output;
 use crate::export::{self, hugging_face};
 use crate::mixture::Mixture;
 use crate::model::experts::spec::ExpertSpec;
-use crate::train::checkpoint::{self, Preferred};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
-use crate::train::{Ending, Event, Summary, Trainer, load_model};
+use crate::train::{Ending, Event, Summary, Trainer};
 
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]

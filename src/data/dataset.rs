@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
 use super::order::{BlockId, Mix};
-use super::pack::{self, Blocks, Piece};
+use super::pack::{self, Blocks, DomainCounts, Piece};
 use super::token_file::{BASE_EXPERT, Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use crate::config::{LossOn, Mixing, OnExhausted};
 
@@ -60,41 +58,6 @@ impl RecordExperts {
             NO_EXPERT => self.documents_without += 1,
             expert => self.largest = self.largest.max(Some(expert.into())),
         }
-    }
-}
-
-/// What a domain's files hold. Each record is in `documents` or in one of `skipped_*`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DomainCounts {
-    /// Records read, plain text files included.
-    pub records: u64,
-    /// Documents that are learned from.
-    pub documents: u64,
-    /// Tokens of the documents, end tokens included.
-    pub tokens: u64,
-    /// Learned targets.
-    pub label_tokens: u64,
-    /// Positions of the blocks that are not padding.
-    pub positions: u64,
-    /// Blocks.
-    pub blocks: u64,
-    /// Documents with more than `seq_len` positions, which are split.
-    pub split_documents: u64,
-    /// Left out: fewer than two tokens, or nothing to learn.
-    pub skipped_empty: u64,
-    /// Left out: malformed.
-    pub skipped_bad: u64,
-    /// Left out: its `domain` field is not the domain's `record_domain`.
-    pub skipped_other_domain: u64,
-    /// Left out of training: the text is in a validation set.
-    pub skipped_held_out: u64,
-}
-
-impl DomainCounts {
-    /// Share of the blocks' positions that is padding; 0 without blocks.
-    pub fn padding_share(&self, seq_len: usize) -> f64 {
-        let total = self.blocks * seq_len as u64;
-        if total == 0 { 0.0 } else { 1.0 - self.positions as f64 / total as f64 }
     }
 }
 

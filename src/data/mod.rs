@@ -34,8 +34,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 pub use self::dataset::{
-    Batch, Domain, DomainCounts, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT,
-    RecordExperts, TokenDataset,
+    Batch, Domain, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT, RecordExperts,
+    TokenDataset,
 };
 pub use self::order::BlockId;
 pub use self::read::LoadProgress;

@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 
-use super::dataset::{DocumentRef, Domain, DomainCounts, Selection};
+use super::dataset::{DocumentRef, Domain, Selection};
 use super::pack;
+use super::pack::DomainCounts;
 use super::token_file::{Document, TokenFile};
 use crate::config::LossOn;
 

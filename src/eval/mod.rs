@@ -12,15 +12,14 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::config::{Config, EvalRule, RouterConfig, RoutingChoice};
-use crate::data::{Batch, BlockId, TokenDataset};
-use crate::model::batch::{Extent, HostInputs};
+use crate::data::{BlockId, TokenDataset};
 use crate::model::loss::LossSettings;
 use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, add_totals};
-use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
+use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 use routing::SiteExperts;
 pub use routing::{RoutingReport, SiteReport};
 
@@ -126,7 +125,7 @@ pub fn evaluate(
         let (mut loss_sum, mut label_tokens) = (0.0, 0);
         for chunk in blocks.chunks(settings.batch_size) {
             let batch = dataset.batch(chunk);
-            let inputs = inputs(&batch, source, device);
+            let inputs = Inputs::of_batch(&batch, source.reads_records(), device);
             let (loss, routing) = score(model, &inputs, source, settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();
@@ -207,27 +206,5 @@ pub fn check_records(
             bail!("a record names `expert` {largest}, the model has {num_experts} from 0")
         }
         _ => Ok(()),
-    }
-}
-
-/// A batch of the data room as the model takes it, to be routed by `source`; the groups of its tokens are the
-/// domains.
-pub fn inputs(batch: &Batch, source: &RoutingSource, device: Device) -> Inputs {
-    let rows = rows(batch, source);
-    Inputs::of(&HostInputs::new(rows, Extent::of(&rows), &batch.domains, device), device)
-}
-
-/// The rows of a batch, to be routed by `source`.
-pub fn rows<'a>(batch: &'a Batch, source: &RoutingSource) -> Rows<'a> {
-    let by_record = matches!(source, RoutingSource::Record | RoutingSource::RecordOrRouter);
-    Rows {
-        num_rows: batch.num_rows,
-        seq_len: batch.seq_len,
-        input_ids: &batch.input_ids,
-        labels: &batch.labels,
-        position_ids: &batch.position_ids,
-        document_ids: &batch.document_ids,
-        expert_ids: by_record.then_some(&batch.expert_ids[..]),
-        prompt: Some(&batch.prompt),
     }
 }

@@ -13,6 +13,10 @@
 //! `h.{layer}.` or `h.{layer}.{module}.` before it if there are several routers; any others stay.
 
 pub mod merge;
+pub mod new_column;
+pub mod skills;
+pub mod stage_config;
+pub mod stages;
 
 use std::collections::BTreeMap;
 

@@ -9,10 +9,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use super::checkpoint::Position;
 use super::metrics::StepMetrics;
 use super::step::{Prepared, SeedingPhase, StepResult};
-use super::{Trainer, routing_state, schedule};
+use super::{Trainer, schedule};
+use crate::checkpoint::Position;
+use crate::checkpoint::routing_state::StepRule;
 use crate::data::BlockId;
 use crate::eval::RoutingReport;
 use crate::eval::routing::RouterLosses;
@@ -20,7 +21,7 @@ use crate::ffi;
 
 /// The data of a step, and where the stream of blocks stands behind it.
 #[derive(Debug)]
-pub(super) struct Ready {
+pub(super) struct PreparedStep {
     blocks: Vec<BlockId>,
     data: Prepared,
     position: Position,
@@ -46,8 +47,8 @@ impl Trainer {
             None => self.prepare(step),
         };
         let router = &self.config.router;
-        let temperature = routing_state::temperature(router, step);
-        self.model.set_rule(temperature, self.state.routing.top_k(router));
+        let rule = self.state.routing.rule(router, step);
+        self.model.set_rule(rule.temperature, rule.top_k);
         let rate = match &self.config.growth {
             Some(growth) if ready.data.seeding.is_none() => growth.consolidation_rate,
             _ => 1.0,
@@ -71,12 +72,13 @@ impl Trainer {
         for block in &ready.blocks {
             state.domain_blocks[block.domain as usize] += 1;
         }
-        self.model.set_rule(temperature, self.state.routing.top_k(&self.config.router));
+        let StepRule { temperature, top_k } = self.state.routing.rule(&self.config.router, step);
+        self.model.set_rule(temperature, top_k);
         self.step_metrics(&ready, result, Launched { started, host_secs, temperature, lr_factor })
     }
 
     /// The data of step `step`, which are the next blocks of the stream.
-    fn prepare(&mut self, step: u64) -> Ready {
+    fn prepare(&mut self, step: u64) -> PreparedStep {
         let train = &self.config.train;
         let dataset = &self.data.train;
         let per_step = train.micro_batch_size * train.grad_accum_steps;
@@ -86,13 +88,13 @@ impl Trainer {
         let seeding = self.seeding_phase(step);
         let num_domains = dataset.domains.len();
         let data = self.stepper.prepare(&self.model, &self.config, &batches, seeding, num_domains);
-        Ready { blocks, data, position: self.stream.position(), epoch: self.stream.epoch() }
+        PreparedStep { blocks, data, position: self.stream.position(), epoch: self.stream.epoch() }
     }
 
     /// What is reported of the step just done.
     fn step_metrics(
         &self,
-        ready: &Ready,
+        ready: &PreparedStep,
         result: StepResult,
         launched: Launched,
     ) -> Result<StepMetrics> {

@@ -21,8 +21,8 @@ use anyhow::{Result, anyhow};
 use tch::{Device, Tensor};
 
 use super::gradients::rewinds_generators;
+use super::output::StepOutput;
 use super::prepared::SeedingPhase;
-use super::step::StepOutput;
 use crate::config::{Config, Kernels, Method};
 use crate::ffi;
 use crate::ffi::cuda::Graph;

@@ -1,5 +1,5 @@
 //! Training: [`Trainer`] holds a run's model, optimizer, data and counters; [`Trainer::run`] is the
-//! loop. One step is in [`step`] and [`gradients`], as a CUDA graph in [`graph`], what is saved in [`checkpoint`], what is reported in [`metrics`].
+//! loop. One step is in [`step`] and [`gradients`], as a CUDA graph in [`graph`], what is reported in [`metrics`].
 //!
 //! ```text
 //! blocks -> step (forwards, gradients, clip, AdamW) -> metrics -> evaluation -> checkpoint
@@ -8,18 +8,16 @@
 //! While a step runs on the device, the host prepares the data of the next.
 
 mod advance;
-pub mod checkpoint;
+pub mod balance;
 pub mod gradients;
 pub mod graph;
-pub mod grow;
 pub mod losses;
 pub mod metrics;
 pub mod optim;
+mod output;
 pub mod plan;
 pub mod prepared;
-pub mod routing_state;
 pub mod schedule;
-pub mod stages;
 pub mod step;
 pub mod tensorboard;
 mod watch;
@@ -32,23 +30,21 @@ use anyhow::{Context, Result, bail};
 use tch::{Device, Kind};
 
 use crate::base::Base;
+use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
+use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
 use crate::config::{Config, Method, OnCollapse};
 use crate::data::Datasets;
 use crate::eval::check_records;
+use crate::growth::skills::SkillLibrary;
+use crate::growth::stages::Stage;
 use crate::mixture::Mixture;
-use crate::model::decoder::Decoder;
 use crate::model::parameters::OldParts;
-use crate::model::routing::router::RouterSpec;
-use crate::model::{Compute, RoutedModel, Trained};
-use crate::skills::SkillLibrary;
+use crate::model::{RoutedModel, Trained};
 use crate::{config, durable};
-use checkpoint::{Checkpoint, Position, TrainState};
 use graph::Capture;
 use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
-use routing_state::{ExpertMaturity, RoutingState};
-use stages::Stage;
 use step::Stepper;
 
 /// What the loop tells while it runs.
@@ -117,7 +113,7 @@ pub struct Trainer {
     /// Behind the blocks of `ready`.
     stream: BlockStream,
     /// The data of the next step, if it is prepared already.
-    ready: Option<advance::Ready>,
+    ready: Option<advance::PreparedStep>,
     /// Since when the device has had nothing to do.
     idle_since: Option<Instant>,
     num_steps: u64,
@@ -128,7 +124,7 @@ pub struct Trainer {
 
 /// What a mixture has been through before a run.
 #[derive(Debug, Default)]
-pub struct Past {
+pub struct MixtureHistory {
     /// Its stages.
     pub stages: Vec<Stage>,
     /// Label tokens trained on.
@@ -137,63 +133,6 @@ pub struct Past {
     pub maturity: Vec<ExpertMaturity>,
     /// The skills that it is known to have.
     pub skills: Option<SkillLibrary>,
-}
-
-/// A mixture on a base, as a config trains it; what the mixture leaves open comes from `run.seed`.
-///
-/// # Errors
-/// A tensor of the mixture that does not fit, by name.
-pub fn build_model(
-    config: &Config,
-    base: &Decoder,
-    mixture: &Mixture,
-    device: Device,
-) -> Result<RoutedModel> {
-    let compute = Compute::of_config(config);
-    match config.method {
-        Method::Full => Ok(RoutedModel::plain(base, device, compute, true)),
-        Method::RoutedLora => {
-            tch::manual_seed(config.run.seed as i64);
-            mixture.put_on(base, device, compute)
-        }
-    }
-}
-
-/// The model of a checkpoint: its experts and router on the base, or the trained base.
-///
-/// # Errors
-/// A base other than the one that the checkpoint was trained on.
-pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedModel> {
-    let state = checkpoint::read_state(dir)?;
-    let weights = checkpoint_base(base, &state)?;
-    let mixture = load_mixture(dir, config, &state)?;
-    let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
-    let model = build_model(config, &weights, &mixture, device).with_context(in_dir)?;
-    if config.method == Method::Full {
-        model.load(&mixture.tensors).with_context(in_dir)?;
-    }
-    Ok(model)
-}
-
-/// The weights of the base that a checkpoint was trained on.
-///
-/// # Errors
-/// A base other than that.
-pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Decoder> {
-    base.weights_of(state.base_hash.as_deref(), "the checkpoint was trained on")
-}
-
-/// The experts and routers of a checkpoint, by the rule of its last step.
-pub fn load_mixture(dir: &Path, config: &Config, state: &TrainState) -> Result<Mixture> {
-    let router = RouterSpec {
-        temperature: routing_state::temperature(&config.router, state.step.max(1)),
-        top_k: state.routing.top_k(&config.router),
-        ..RouterSpec::of_config(config)
-    };
-    let specs = checkpoint::read_experts(dir)?;
-    let mixture = Mixture::new(specs, router, checkpoint::read_model(dir)?);
-    let routing = config.train.routing;
-    Ok(Mixture { is_whole: true, routing, base_hash: state.base_hash.clone(), ..mixture })
 }
 
 /// Checks that a folder may become a new run's.
@@ -222,10 +161,10 @@ impl Trainer {
     ) -> Result<Self> {
         let domains = data.train.domains.iter().map(|domain| domain.name.clone()).collect();
         let stage = Stage::new("train", domains, mixture.specs.len() as i64);
-        Self::next_stage(config, base, mixture, data, device, Past::default(), stage)
+        Self::next_stage(config, base, mixture, data, device, MixtureHistory::default(), stage)
     }
 
-    /// A new run from a mixture that has a past; `stage` is what begins. Its folder must not hold
+    /// A new run from a mixture with a history; `stage` is what begins. Its folder must not hold
     /// checkpoints.
     pub fn next_stage(
         config: Config,
@@ -233,7 +172,7 @@ impl Trainer {
         mixture: &Mixture,
         data: Datasets,
         device: Device,
-        past: Past,
+        history: MixtureHistory,
         stage: Stage,
     ) -> Result<Self> {
         check_new_run(&config.run.dir)?;
@@ -241,15 +180,15 @@ impl Trainer {
         let weights = base.weights()?;
         let model = build_model(&config, &weights, mixture, device)?;
         let mut routing = RoutingState::new(&config.router, model.num_experts());
-        for (expert, before) in routing.experts.iter_mut().zip(past.maturity) {
+        for (expert, before) in routing.experts.iter_mut().zip(history.maturity) {
             *expert = before;
         }
-        let mut stages = past.stages;
+        let mut stages = history.stages;
         stages.push(stage);
         let state = TrainState {
             format: checkpoint::FORMAT,
             step: 0,
-            tokens_seen: past.tokens_seen,
+            tokens_seen: history.tokens_seen,
             position: Position::default(),
             best: None,
             evals_without_improvement: 0,
@@ -263,7 +202,7 @@ impl Trainer {
             stages,
         };
         let mut trainer = Self::assemble(config, model, data, state)?;
-        trainer.skills = past.skills;
+        trainer.skills = history.skills;
         Ok(trainer)
     }
 

@@ -5,7 +5,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
 use crate::data::Batch;
-use crate::eval;
 use crate::ffi;
 use crate::model::batch::{Extent, HostInputs, InputLayout};
 use crate::model::{Inputs, RoutedModel, RoutingSource, Rows};
@@ -49,7 +48,7 @@ impl Prepared {
         let named: Vec<Option<Vec<i64>>> =
             batches.iter().map(|batch| Some(named_experts(batch, seeding?))).collect();
         let rows = batches.iter().zip(&named).map(|(batch, named)| {
-            let rows = eval::rows(batch, &source);
+            let rows = Rows::of_batch(batch, source.reads_records());
             Rows { expert_ids: named.as_deref().or(rows.expert_ids), ..rows }
         });
         let rows: Vec<Rows<'_>> = rows.collect();

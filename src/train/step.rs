@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
+use super::balance::balance_biases_if;
 use super::gradients::gradients_of;
 pub use super::gradients::{StepGradients, gradients};
 use super::graph::{Capture, Graphs, Key};
 use super::optim::Optimizer;
+use super::output::{Parts, StepOutput};
 use super::prepared::StepTensors;
 pub use super::prepared::{Prepared, SeedingPhase};
-use super::routing_state::balance_biases_if;
 use crate::config::Config;
 use crate::data::Batch;
 use crate::eval::routing::{self, SiteExperts, SiteTotals};
@@ -34,7 +35,7 @@ pub struct StepResult {
     pub label_tokens: u64,
     /// Of all gradients together, before clipping.
     pub grad_norm: f64,
-    /// The totals of each place where a router decides.
+    /// The totals of each site where a router decides.
     pub routing: Vec<SiteTotals>,
     /// As [`StepGradients::expert_losses`].
     pub expert_losses: Option<Vec<f64>>,
@@ -52,36 +53,12 @@ pub struct Stepper {
 
 /// A step in the device's queue.
 #[derive(Debug)]
-pub struct Pending {
+pub struct StepInFlight {
     output: StepOutput,
     label_counts: Vec<u64>,
     /// From when on the device has had work: for a graph once all of it was in the queue, else before the first
     /// kernel was.
     pub busy_from: Instant,
-}
-
-/// What a step leaves on the device.
-#[derive(Debug)]
-pub(super) struct StepOutput {
-    /// The gradients' norm, the domains' sums, then what `parts` names, f64.
-    pub numbers: Tensor,
-    parts: Parts,
-}
-
-/// What follows in a step's numbers.
-#[derive(Debug, Clone)]
-struct Parts {
-    has_orthogonality: bool,
-    /// How many experts have a loss.
-    expert_losses: usize,
-    /// Where routers decided.
-    sites: Vec<SiteExperts>,
-}
-
-impl StepOutput {
-    pub fn shallow_clone(&self) -> Self {
-        Self { numbers: self.numbers.shallow_clone(), parts: self.parts.clone() }
-    }
 }
 
 impl Stepper {
@@ -118,7 +95,7 @@ impl Stepper {
         config: &Config,
         step: &Prepared,
         lr_factor: f64,
-    ) -> Result<Pending> {
+    ) -> Result<StepInFlight> {
         let mut busy_from = Instant::now();
         let num_replays = self.graphs.num_replays;
         let optimizer = &self.optimizer;
@@ -137,7 +114,7 @@ impl Stepper {
         if self.graphs.num_replays > num_replays {
             busy_from = Instant::now();
         }
-        Ok(Pending { output, label_counts: step.label_counts.clone(), busy_from })
+        Ok(StepInFlight { output, label_counts: step.label_counts.clone(), busy_from })
     }
 
     /// Waits for a step and fetches its numbers.
@@ -145,8 +122,8 @@ impl Stepper {
     /// # Errors
     /// A loss or gradient that is NaN or infinite; the parameters, the optimizer and the selection biases
     /// are then as before the step.
-    pub fn wait(&mut self, pending: Pending) -> Result<StepResult> {
-        let Pending { output: StepOutput { numbers, parts }, label_counts, .. } = pending;
+    pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
+        let StepInFlight { output: StepOutput { numbers, parts }, label_counts, .. } = pending;
         let mut numbers = Vec::<f64>::try_from(numbers)?.into_iter();
         let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
         let grad_norm = take(1)[0];

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first: a module uses only those that stand before it.
-const LAYERS: [&str; 20] = [
+const LAYERS: [&str; 19] = [
     "config",
     "durable",
     "ffi",
@@ -30,7 +30,6 @@ const LAYERS: [&str; 20] = [
     "mixture",
     "eval",
     "growth",
-    "skills",
     "checkpoint",
     "export",
     "train",

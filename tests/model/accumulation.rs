@@ -6,11 +6,12 @@ use dylora::config::{
     Config, LossOn, Orthogonality, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, load,
 };
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
+use dylora::ffi;
+use dylora::model::Inputs;
 use dylora::model::experts::dropout::LoraDropout;
 use dylora::model::routing::totals::RoutingTotals;
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use dylora::train::step::{self, StepGradients};
-use dylora::{eval, ffi};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
@@ -183,7 +184,7 @@ fn totals_taken_ahead_see_the_masks_and_the_noise_that_come() -> Result<()> {
                 let mode = ForwardMode { dropout, noise, ..ForwardMode::EVAL };
                 let mut totals = vec![];
                 for batch in &batches {
-                    let inputs = eval::inputs(batch, &RoutingSource::Router, Device::Cpu);
+                    let inputs = Inputs::of_batch(&batch, false, Device::Cpu);
                     let source = &RoutingSource::Router;
                     let (_, routing) = model.loss(&inputs, source, mode, mean_loss(1));
                     add_of_one_domain(&mut totals, &routing, &inputs.labelled);

@@ -4,8 +4,8 @@
 
 use anyhow::Result;
 use dylora::config::{RouterConfig, RoutingChoice};
-use dylora::eval;
 use dylora::eval::routing::RouterLosses;
+use dylora::model::Inputs;
 use dylora::model::routing::router::Routing;
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
@@ -102,7 +102,7 @@ fn gradients_of_a_step_are_autograds_of_the_sum_of_all_losses() -> Result<()> {
         let what = format!("{:?}", config.router);
         let model = tiny_model(&tiny_lora(), &config.router, Kind::Double)?;
         let batch = cut(&dataset(16), &[], false).remove(0);
-        let inputs = eval::inputs(&batch, &RoutingSource::Router, Device::Cpu);
+        let inputs = Inputs::of_batch(&batch, false, Device::Cpu);
         let settings = mean_loss(inputs.labels.size()[0]);
         let (loss, routing) =
             model.loss(&inputs, &RoutingSource::Router, ForwardMode::EVAL, settings);

@@ -98,7 +98,7 @@ fn host(batch: &Batch, extent: Option<Extent>) -> Inputs {
 }
 
 fn rows(batch: &Batch) -> Rows<'_> {
-    dylora::eval::rows(batch, &dylora::model::RoutingSource::Router)
+    Rows::of_batch(batch, false)
 }
 
 /// Documents of no length behind them; runs of padding are documents of their own.

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use dylora::config::{GrowthConfig, LossOn, RouterConfig, RouterInput, RoutingChoice};
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
-use dylora::eval;
+use dylora::model::Inputs;
 use dylora::model::batch::Labelled;
 use dylora::model::experts::weights::RoutingWeights;
 use dylora::model::parameters::OldParts;
@@ -195,7 +195,7 @@ fn the_seeding_loss_adds_the_gradient_of_the_formula_over_all_tokens() -> Result
         let router = RouterConfig { temperature: 0.7, ..router };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let batch = seeded(&cut(&dataset, &[], false).remove(0));
-        let inputs = eval::inputs(&batch, &RoutingSource::RecordOrRouter, Device::Cpu);
+        let inputs = Inputs::of_batch(&batch, true, Device::Cpu);
         let source = &RoutingSource::RecordOrRouter;
         let routing = model.forward(&inputs, source, ForwardMode::EVAL, None).routing;
         let is_new = inputs.groups.eq(1);

@@ -8,7 +8,7 @@ use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::routing::router::{Router, RouterSpec, Routing, RoutingRule};
 use dylora::model::routing::totals::RoutingTotals;
 use dylora::model::{ForwardMode, RoutedModel};
-use dylora::train::routing_state::balance_biases;
+use dylora::train::balance::balance_biases;
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{

@@ -3,7 +3,6 @@
 use anyhow::Result;
 use dylora::config::{LossOn, RouterConfig, RouterInput, RouterScope, RoutingLevel};
 use dylora::data::{MemoryDocument, MemoryDomain, TokenDataset};
-use dylora::eval;
 use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
@@ -244,7 +243,7 @@ fn a_datasets_records_are_routed_by_their_prompts() -> Result<()> {
         let domain = MemoryDomain { name: "all".into(), weight: 1.0, documents };
         let dataset = TokenDataset::in_memory(16, loss_on, vec![domain]);
         let batch = dataset.batch(&dataset.eval_order());
-        weights(&model, &eval::inputs(&batch, &RoutingSource::Router, Device::Cpu))
+        weights(&model, &Inputs::of_batch(&batch, false, Device::Cpu))
     };
     for loss_on in [LossOn::Completion, LossOn::All] {
         let found = weights_of([1, 2, 3], loss_on);

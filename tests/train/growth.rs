@@ -6,17 +6,19 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
 use dylora::base::Base;
+use dylora::checkpoint::routing_state::ExpertMaturity;
+use dylora::checkpoint::{self, load_mixture};
 use dylora::config::{Config, DomainConfig, Validation};
+use dylora::growth::new_column;
+use dylora::growth::skills::{Skill, SkillCenter, SkillLibrary, embed};
+use dylora::growth::stage_config::{self, Growth};
+use dylora::growth::stages::Stage;
 use dylora::growth::with_expert;
 use dylora::mixture::Mixture;
 use dylora::model::experts::spec::ExpertSpec;
-use dylora::skills::{Skill, SkillCenter, SkillLibrary, embed};
 use dylora::tensor_file::read_tensors;
-use dylora::train::grow::{self, Growth};
 use dylora::train::metrics::Metrics;
-use dylora::train::routing_state::ExpertMaturity;
-use dylora::train::stages::Stage;
-use dylora::train::{Past, Summary, Trainer, checkpoint, load_mixture, schedule};
+use dylora::train::{MixtureHistory, Summary, Trainer, schedule};
 use tch::{Device, Kind, Tensor};
 
 use crate::routing::{metrics, steps, windows};
@@ -61,7 +63,7 @@ struct NextStage {
     config: Config,
     base: Base,
     mixture: Mixture,
-    past: Past,
+    past: MixtureHistory,
     stage: Stage,
 }
 
@@ -75,14 +77,14 @@ fn next_stage(world: &World, overrides: &[&str], growth: &Growth) -> Result<Next
     let dir = checkpoint::find(&first.run.dir, checkpoint::Preferred::Last)?;
     let state = checkpoint::read_state(&dir)?;
     let old = load_mixture(&dir, &first, &state)?;
-    let mut config = grow::grown_config(&first, old.router.temperature, growth)?;
+    let mut config = stage_config::grown_config(&first, old.router.temperature, growth)?;
     config.train.checkpoint_every_steps = Some(1);
     config.train.keep_last = 99;
     let base = open_base(&config)?;
     let weights = base.weights()?;
     let model = old.put_on(&weights, Device::Cpu, Kind::Float)?;
     let train_data = data(&config, &base)?.train;
-    let biases = grow::initial_biases(&model, &train_data, "third", 99)?;
+    let biases = new_column::initial_biases(&model, &train_data, "third", 99)?;
     let spec = ExpertSpec::new(&config.lora, 2, &base.spec)?;
     let mut mixture = with_expert(&old, &weights, spec, &|prefix| biases[prefix])?;
     for old in &mut mixture.specs[..2] {
@@ -96,7 +98,7 @@ fn next_stage(world: &World, overrides: &[&str], growth: &Growth) -> Result<Next
         label_tokens: embedding.label_tokens,
         expert: Some(2),
     });
-    let past = Past {
+    let past = MixtureHistory {
         stages: state.stages,
         tokens_seen: state.tokens_seen,
         maturity: state.routing.experts,

@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 use dylora::base::Base;
+use dylora::checkpoint::load_model;
+use dylora::checkpoint::{self, Preferred};
 use dylora::config::{AdapterSource, Config, SaveDtype, load};
 use dylora::data::{DataOptions, Datasets, load_datasets};
 use dylora::durable::output::Output;
@@ -19,9 +21,8 @@ use dylora::model::RoutingSource;
 use dylora::model::decoder::Decoder;
 use dylora::model::families::gpt2;
 use dylora::tensor_file::read_tensors;
-use dylora::train::checkpoint::{self, Preferred};
 use dylora::train::optim::load_rng_states;
-use dylora::train::{Ending, Event, Summary, Trainer, load_model};
+use dylora::train::{Ending, Event, Summary, Trainer};
 use tch::{Device, Tensor};
 
 mod growth;

@@ -6,13 +6,13 @@ use anyhow::Result;
 use dylora::base::Base;
 use dylora::config::{RouterInput, RouterScope};
 use dylora::data::{BlockId, TokenDataset};
-use dylora::eval;
+use dylora::growth::new_column::{bias_beside_one, initial_biases, largest_new_prob};
 use dylora::growth::with_expert;
 use dylora::mixture::Mixture;
+use dylora::model::Inputs;
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::routing::router::RouterSpec;
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
-use dylora::train::grow::{bias_beside_one, initial_biases, largest_new_prob};
 use tch::{Device, Kind, Tensor};
 
 use crate::{World, alone, data, open_base};
@@ -87,8 +87,7 @@ impl Old {
     fn logits(&self, model: &RoutedModel) -> Tensor {
         let _no_grad = tch::no_grad_guard();
         let of = |block: BlockId| {
-            let inputs =
-                eval::inputs(&self.data.batch(&[block]), &RoutingSource::Router, Device::Cpu);
+            let inputs = Inputs::of_batch(&self.data.batch(&[block]), false, Device::Cpu);
             let output = model.forward(&inputs, &RoutingSource::Router, ForwardMode::EVAL, None);
             let d = self.base.spec.n_embd;
             model.logits(&output.hidden.view([-1, d]).index_select(0, &inputs.labelled))
@@ -102,7 +101,7 @@ impl Old {
         let mut largest = 0f64;
         for block in self.blocks() {
             let batch = self.data.batch(&[block]);
-            let inputs = eval::inputs(&batch, &RoutingSource::Router, Device::Cpu);
+            let inputs = Inputs::of_batch(&batch, false, Device::Cpu);
             let ids = batch.document_ids.iter().zip(0i64..);
             let tokens: Vec<i64> = ids.filter(|(id, _)| **id >= 0).map(|(_, row)| row).collect();
             let tokens = Tensor::from_slice(&tokens);

@@ -1,12 +1,13 @@
 //! Routers in runs: temperature, hybrid rules, resumption, evaluation.
 
 use anyhow::Result;
+use dylora::checkpoint;
+use dylora::checkpoint::load_model;
+use dylora::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use dylora::config::{Config, EvalRule, Maturity, Plateau, RouterConfig, TemperatureSchedule};
 use dylora::ffi;
-use dylora::train::checkpoint;
+use dylora::train::Trainer;
 use dylora::train::metrics::{Metrics, StepMetrics, WindowMetrics};
-use dylora::train::routing_state::{ExpertMaturity, RoutingState, temperature};
-use dylora::train::{Trainer, load_model};
 use tch::{Device, Tensor};
 
 use crate::{World, alone, data, mixture, open_base, tensors, train};
@@ -55,18 +56,23 @@ fn the_temperature_falls_in_a_geometric_row_to_its_value() {
         temperature_schedule: schedule,
         ..RouterConfig::default()
     };
-    let row: Vec<f64> = (1..=6).map(|step| temperature(&config, step)).collect();
+    let row: Vec<f64> =
+        (1..=6).map(|step| RoutingState::default().rule(&config, step).temperature).collect();
     for (found, expected) in row.iter().zip([8.0, 4.0, 2.0, 1.0, 1.0, 1.0]) {
         assert!((found - expected).abs() < 1e-14, "{row:?}");
     }
     // and so it may rise
     let schedule = Some(TemperatureSchedule { start: 0.5, steps: 2 });
     let rising = RouterConfig { temperature_schedule: schedule, temperature: 2.0, ..config };
-    let row: Vec<f64> = (1..=4).map(|step| temperature(&rising, step)).collect();
+    let row: Vec<f64> =
+        (1..=4).map(|step| RoutingState::default().rule(&rising, step).temperature).collect();
     assert!((row[0] - 0.5).abs() < 1e-15 && (row[1] - 1.0).abs() < 1e-15, "{row:?}");
     assert_eq!(row[2..], [2.0, 2.0]);
     let constant = RouterConfig { temperature_schedule: None, ..rising };
-    assert_eq!([1, 2, 99].map(|step| temperature(&constant, step)), [2.0; 3]);
+    assert_eq!(
+        [1, 2, 99].map(|step| RoutingState::default().rule(&constant, step).temperature),
+        [2.0; 3]
+    );
 }
 
 #[test]
@@ -83,7 +89,12 @@ fn a_run_has_each_steps_temperature_and_its_checkpoint_the_last() -> Result<()> 
     train(&config, None)?;
     for step in steps(&config)? {
         let told = step.temperature.expect("there is a router");
-        assert_eq!(told, temperature(&config.router, step.step), "step {}", step.step);
+        assert_eq!(
+            told,
+            RoutingState::default().rule(&config.router, step.step).temperature,
+            "step {}",
+            step.step
+        );
     }
     let base = open_base(&config)?;
     for (step, expected) in [(4, 4.0 * 0.125f64.powf(3.0 / 6.0)), (8, 0.5)] {
@@ -203,7 +214,7 @@ fn an_expert_whose_loss_no_longer_falls_is_mature() {
         }
         let found: Vec<bool> = state.experts.iter().map(|expert| expert.is_mature).collect();
         assert_eq!(found, [expected.0, expected.1], "window {window}");
-        assert_eq!(state.top_k(&config), (expected == (true, true)).then_some(1));
+        assert_eq!(state.rule(&config, 1).top_k, (expected == (true, true)).then_some(1));
         let count = u64::from(expected.0) + u64::from(expected.1);
         assert_eq!(state.mature_experts(), Some(count));
     }

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use dylora::checkpoint::{self, load_model};
 use dylora::config::{Config, RoutingChoice};
 use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
 use dylora::export::peft::{self, Layout};
 use dylora::mixture::Mixture;
 use dylora::model::{RoutedModel, RoutingSource};
-use dylora::train::{checkpoint, load_model};
 use tch::{Device, Kind, Tensor};
 
 use super::{

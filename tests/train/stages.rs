@@ -9,8 +9,8 @@ use dylora::config::{
     Config, DomainConfig, Duration, EvalRule, GrowthConfig, Mixing, OnExhausted, RoutingChoice,
     load,
 };
-use dylora::train::grow::{Growth, grown_config, is_trainable, shrunk_config};
-use dylora::train::stages::{Stage, forgetting};
+use dylora::growth::stage_config::{Growth, grown_config, is_trainable, shrunk_config};
+use dylora::growth::stages::{Stage, forgetting};
 
 /// Three experts, of which the second has a rank of its own, on two domains.
 fn config(overrides: &[&str]) -> Result<Config> {

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
+use dylora::checkpoint::{self, Preferred};
 use dylora::config::Config;
-use dylora::train::checkpoint::{self, Preferred};
 use dylora::train::metrics::{StepMetrics, WindowMetrics};
 use dylora::train::{Ending, Event, Summary, Trainer};
 use tch::{Device, Tensor};

@@ -8,7 +8,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::data::IGNORED_LABEL;
+use crate::data::{Batch, IGNORED_LABEL};
 use crate::ffi;
 
 /// Of how many parts the largest number of labelled positions is made when it is rounded.
@@ -39,7 +39,23 @@ pub struct Rows<'a> {
     pub prompt: Option<&'a [bool]>,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    /// The rows of a batch of the data.
+    ///
+    /// - `by_record`: whether the experts that records name decide the routing
+    pub fn of_batch(batch: &'a Batch, by_record: bool) -> Self {
+        Self {
+            num_rows: batch.num_rows,
+            seq_len: batch.seq_len,
+            input_ids: &batch.input_ids,
+            labels: &batch.labels,
+            position_ids: &batch.position_ids,
+            document_ids: &batch.document_ids,
+            expert_ids: by_record.then_some(&batch.expert_ids[..]),
+            prompt: Some(&batch.prompt),
+        }
+    }
+
     /// The runs of positions of one document, or of padding, in the flattened `[b t]`: where each ends.
     fn document_ends(&self) -> Vec<i64> {
         let mut end = 0;

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::host::{Extent, HostInputs, InputLayout, Rows};
 use super::labelled::Labelled;
-use crate::data::IGNORED_LABEL;
+use crate::data::{Batch, IGNORED_LABEL};
 use crate::model::decoder::attention::{AttentionMask, Documents, same_document};
 
 /// A batch on the device.
@@ -45,6 +45,14 @@ impl Inputs {
     pub fn new(rows: Rows<'_>, device: Device) -> Self {
         let groups = vec![0; rows.num_rows];
         Self::of(&HostInputs::new(rows, Extent::of(&rows), &groups, device), device)
+    }
+
+    /// Moves a batch of the data to `device`; the groups of its tokens are the domains.
+    ///
+    /// - `by_record`: whether the experts that records name decide the routing
+    pub fn of_batch(batch: &Batch, by_record: bool, device: Device) -> Self {
+        let rows = Rows::of_batch(batch, by_record);
+        Self::of(&HostInputs::new(rows, Extent::of(&rows), &batch.domains, device), device)
     }
 
     /// Moves a batch to `device`.

@@ -20,6 +20,7 @@ pub type SkipRule<'a> = dyn Fn(Site, i64) -> bool + 'a;
 
 /// What of a model takes part in routing.
 #[derive(Clone, Copy)]
+#[expect(missing_debug_implementations, reason = "a borrow for one call, with a function in it")]
 pub struct RoutedParts<'a> {
     /// Its routers.
     pub routers: &'a Routers,
@@ -32,6 +33,10 @@ pub struct RoutedParts<'a> {
 }
 
 /// The routing of one forward pass, decided as the layers come.
+#[expect(
+    missing_debug_implementations,
+    reason = "it lives for one forward pass, with a function in it"
+)]
 pub struct RoutingPass<'a> {
     routers: &'a Routers,
     may_skip: &'a SkipRule<'a>,

@@ -56,6 +56,11 @@ impl From<RoutingChoice> for RoutingSource {
 }
 
 impl RoutingSource {
+    /// Whether the experts that records name take part.
+    pub fn reads_records(&self) -> bool {
+        matches!(self, Self::Record | Self::RecordOrRouter)
+    }
+
     /// The weights that a source that is no router decides on, over `num_experts` experts.
     ///
     /// - `kind`, `device`: of the weights

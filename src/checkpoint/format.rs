@@ -21,11 +21,11 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::routing_state::RoutingState;
-use super::stages::Stage;
 use crate::config::{Config, load};
 use crate::durable;
+use crate::growth::skills::SkillLibrary;
+use crate::growth::stages::Stage;
 use crate::model::experts::spec::ExpertSpec;
-use crate::skills::SkillLibrary;
 use crate::tensor_file::{read_tensors, write_tensors};
 
 /// The version of the format, raised when old checkpoints can no longer be read.

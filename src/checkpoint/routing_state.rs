@@ -2,12 +2,10 @@
 //! selection biases, and the window after which routing is told about and checked.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
 
-use crate::config::{Maturity, Plateau, RouterConfig};
+use crate::config::{Config, Maturity, Plateau, RouterConfig};
 use crate::eval::routing::{self, SiteTotals};
-use crate::model::RoutedModel;
-use crate::model::routing::totals::RoutingTotals;
+use crate::model::routing::router::RouterSpec;
 
 /// What is kept, in a checkpoint's `state.json`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -15,12 +13,29 @@ use crate::model::routing::totals::RoutingTotals;
 pub struct RoutingState {
     /// Steps of the present window.
     pub window_steps: u64,
-    /// Their totals at each place where routing is decided.
+    /// Their totals at each site where routing is decided.
     pub window: Vec<SiteTotals>,
     /// Whether the last whole window was found to have collapsed.
     pub collapsed: bool,
     /// Each expert's way to maturity; empty unless the rule is hybrid.
     pub experts: Vec<ExpertMaturity>,
+}
+
+/// How a step routes, where that changes from step to step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepRule {
+    /// Divides the scores.
+    pub temperature: f64,
+    /// How many experts a token keeps; none = all.
+    pub top_k: Option<i64>,
+}
+
+impl StepRule {
+    /// The routers of a config by this rule.
+    pub fn router_spec(self, config: &Config) -> RouterSpec {
+        let Self { temperature, top_k } = self;
+        RouterSpec { temperature, top_k, ..RouterSpec::of_config(config) }
+    }
 }
 
 /// An expert's way to maturity.
@@ -48,9 +63,14 @@ impl RoutingState {
     }
 
     /// How many experts a token keeps in the next step; none = all.
-    pub fn top_k(&self, config: &RouterConfig) -> Option<i64> {
+    fn top_k(&self, config: &RouterConfig) -> Option<i64> {
         let is_mature = self.experts.iter().all(|expert| expert.is_mature);
         config.top_k.filter(|_| is_mature)
+    }
+
+    /// The temperature and top-k by which step `step`, from 1, routes.
+    pub fn rule(&self, config: &RouterConfig, step: u64) -> StepRule {
+        StepRule { temperature: temperature(config, step), top_k: self.top_k(config) }
     }
 
     /// How many experts are mature; none unless the rule is hybrid.
@@ -117,62 +137,12 @@ fn routed_tokens(totals: &[SiteTotals], expert: usize) -> f64 {
 }
 
 /// The temperature of step `step`, from 1.
-pub fn temperature(config: &RouterConfig, step: u64) -> f64 {
+fn temperature(config: &RouterConfig, step: u64) -> f64 {
     match config.temperature_schedule {
         Some(schedule) if step <= schedule.steps => {
             let progress = step.saturating_sub(1) as f64 / schedule.steps as f64;
             schedule.start * (config.temperature / schedule.start).powf(progress)
         }
         _ => config.temperature,
-    }
-}
-
-/// Moves each router's selection bias by `rate` towards the experts that had less than their share of
-/// the step's assignments (arXiv:2408.15664, algorithm 1: `b_i + u sign(mean load - load_i)`). With
-/// `old_rate`, those of all experts but the last move by that part of it.
-pub fn balance_biases(
-    model: &RoutedModel,
-    totals: &[RoutingTotals],
-    rate: f64,
-    old_rate: Option<f64>,
-) {
-    balance_biases_if(None, model, totals, rate, old_rate);
-}
-
-/// The same where `is_finite`, 0-dim, is true; else nothing moves.
-pub fn balance_biases_if(
-    is_finite: Option<&Tensor>,
-    model: &RoutedModel,
-    totals: &[RoutingTotals],
-    rate: f64,
-    old_rate: Option<f64>,
-) {
-    let _no_grad = tch::no_grad_guard();
-    let biases = model.routers().iter().map(|router| router.selection_bias.as_ref());
-    let mut surplus: Vec<Option<Tensor>> =
-        biases.map(|bias| bias.map(|bias| bias.to_kind(Kind::Double).zeros_like())).collect();
-    for (site, totals) in model.sites().into_iter().zip(totals) {
-        // where all experts are chosen, as before they are mature, none has more than its share
-        let Some(sum) = surplus[site.router].as_mut().filter(|_| !totals.is_dense()) else {
-            continue;
-        };
-        let share = totals.expert_load() - 1.0 / totals.num_experts() as f64;
-        *sum = match model.present_at(site) {
-            None => &*sum + share,
-            Some(experts) => sum.index_add(0, experts, &share),
-        };
-    }
-    for (router, surplus) in model.routers().iter().zip(surplus) {
-        let (Some(bias), Some(surplus)) = (&router.selection_bias, surplus) else { continue };
-        // loads are quotients of whole numbers: what is even but for rounding stays
-        let direction = surplus.sign() * surplus.abs().ge(1e-12).to_kind(Kind::Double);
-        if let Some(old_rate) = old_rate {
-            let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);
-        }
-        let mut moved = bias - (direction * rate).to_kind(bias.kind());
-        if let Some(is_finite) = is_finite {
-            moved = moved.where_self(is_finite, bias);
-        }
-        bias.shallow_clone().copy_(&moved);
     }
 }

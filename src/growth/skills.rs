@@ -25,7 +25,6 @@ use tch::{Kind, Tensor};
 
 use crate::data::{BlockId, TokenDataset};
 use crate::durable;
-use crate::eval;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 
 /// Texts that the base writes to find its center.
@@ -140,7 +139,7 @@ pub fn embed(
     let mut label_tokens = 0;
     for chunk in spread_blocks(dataset, domain, max_blocks).chunks(batch_size) {
         let batch = dataset.batch(chunk);
-        let inputs = eval::inputs(&batch, &RoutingSource::Base, model.device());
+        let inputs = Inputs::of_batch(&batch, false, model.device());
         let hidden_nd = hidden(model, &inputs).view([-1, d]).index_select(0, &inputs.labelled);
         sum += hidden_nd.sum_dim_intlist(0, false, Kind::Double);
         label_tokens += batch.label_tokens();

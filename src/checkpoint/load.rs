@@ -1,0 +1,66 @@
+//! A checkpoint's mixture, and its model on the base that it was trained on.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tch::Device;
+
+use super::format::{TrainState, read_experts, read_model, read_state};
+use crate::base::Base;
+use crate::config::{Config, Method};
+use crate::mixture::Mixture;
+use crate::model::decoder::Decoder;
+use crate::model::{Compute, RoutedModel};
+
+/// A mixture on a base, as a config trains it; what the mixture leaves open comes from `run.seed`.
+///
+/// # Errors
+/// A tensor of the mixture that does not fit, by name.
+pub fn build_model(
+    config: &Config,
+    base: &Decoder,
+    mixture: &Mixture,
+    device: Device,
+) -> Result<RoutedModel> {
+    let compute = Compute::of_config(config);
+    match config.method {
+        Method::Full => Ok(RoutedModel::plain(base, device, compute, true)),
+        Method::RoutedLora => {
+            tch::manual_seed(config.run.seed as i64);
+            mixture.put_on(base, device, compute)
+        }
+    }
+}
+
+/// The model of a checkpoint: its experts and router on the base, or the trained base.
+///
+/// # Errors
+/// A base other than the one that the checkpoint was trained on.
+pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedModel> {
+    let state = read_state(dir)?;
+    let weights = checkpoint_base(base, &state)?;
+    let mixture = load_mixture(dir, config, &state)?;
+    let in_dir = || format!("cannot load checkpoint `{}`", dir.display());
+    let model = build_model(config, &weights, &mixture, device).with_context(in_dir)?;
+    if config.method == Method::Full {
+        model.load(&mixture.tensors).with_context(in_dir)?;
+    }
+    Ok(model)
+}
+
+/// The weights of the base that a checkpoint was trained on.
+///
+/// # Errors
+/// A base other than that.
+pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Decoder> {
+    base.weights_of(state.base_hash.as_deref(), "the checkpoint was trained on")
+}
+
+/// The experts and routers of a checkpoint, by the rule of its last step.
+pub fn load_mixture(dir: &Path, config: &Config, state: &TrainState) -> Result<Mixture> {
+    let router = state.routing.rule(&config.router, state.step.max(1)).router_spec(config);
+    let specs = read_experts(dir)?;
+    let mixture = Mixture::new(specs, router, read_model(dir)?);
+    let routing = config.train.routing;
+    Ok(Mixture { is_whole: true, routing, base_hash: state.base_hash.clone(), ..mixture })
+}

@@ -1,0 +1,9 @@
+//! Checkpoints: their files ([`format`]), what they keep about routing ([`routing_state`]), and the models that
+//! they hold ([`load`]).
+
+pub mod format;
+pub mod load;
+pub mod routing_state;
+
+pub use format::*;
+pub use load::{build_model, checkpoint_base, load_mixture, load_model};

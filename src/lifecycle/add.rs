@@ -1,0 +1,289 @@
+//! One expert more, for a skill that a mixture does not have yet.
+//!
+//! ```text
+//! checkpoint -> compare the new data with the known skills -> grow the mixture -> train the stage
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+use tch::Device;
+
+use crate::base::Base;
+use crate::checkpoint::{self, TrainState, checkpoint_base, load_mixture};
+use crate::config::{self, Config, GrowthConfig, RouterConfig};
+use crate::data::{Datasets, TokenDataset};
+use crate::eval::EvalReport;
+use crate::growth;
+use crate::growth::new_column;
+use crate::growth::skills::{
+    Embedding, Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
+};
+use crate::growth::stage_config::{self, Growth};
+use crate::growth::stages::Stage;
+use crate::mixture::Mixture;
+use crate::model::decoder::Decoder;
+use crate::model::experts::spec::ExpertSpec;
+use crate::model::{RoutedModel, kind_of};
+use crate::train::{MixtureHistory, Trainer};
+
+/// Blocks by which a skill is told, and by which the new router column is kept out of old data.
+const SKILL_BLOCKS: usize = 32;
+
+/// A mixture that is to grow, and what it is to learn.
+#[derive(Debug)]
+pub struct GrowingMixture {
+    dir: PathBuf,
+    state: TrainState,
+    old_config: Config,
+    config: Config,
+    growth: GrowthConfig,
+    mixture: Mixture,
+    base: Base,
+    weights: Decoder,
+    data: Datasets,
+    device: Device,
+}
+
+/// What the new data is, beside the skills that are known.
+#[derive(Debug)]
+pub struct Compared {
+    skills: SkillLibrary,
+    new: Embedding,
+    /// The known skills, the most similar first.
+    pub similar: Vec<Similarity>,
+    /// What is to be said if the skill is known already.
+    pub known: Option<String>,
+}
+
+/// A mixture with one expert more.
+#[derive(Debug)]
+pub struct Grown {
+    mixture: Mixture,
+    /// The largest probability that the new expert has on a token of the earlier domains.
+    pub largest_new_prob: f64,
+}
+
+/// The config of the stage in which the mixture of the checkpoint in `dir` grows.
+///
+/// - `sets`: what overrides it, as `optimizer.router.learning_rate=1e-2`
+///
+/// # Errors
+/// A mixture that cannot grow, a domain that it has already, and an override of what its tensors depend on.
+pub fn stage_config(dir: &Path, growth: &Growth, sets: &[String]) -> Result<Config> {
+    let (old, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
+    let rule = state.routing.rule(&old.router, state.step.max(1));
+    let grown = stage_config::grown_config(&old, rule.temperature, growth)?;
+    let config = config::load::resolve(&config::load::to_toml(&grown), sets)?;
+    check_same_shape(&config, &grown)?;
+    Ok(config)
+}
+
+impl GrowingMixture {
+    /// The mixture of the checkpoint in `dir`, which is to grow by `config`, a [`stage_config`].
+    ///
+    /// # Errors
+    /// A base other than the one that the checkpoint was trained on.
+    pub fn new(
+        dir: &Path,
+        config: Config,
+        base: Base,
+        data: Datasets,
+        device: Device,
+    ) -> Result<Self> {
+        let (old_config, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
+        let mut mixture = load_mixture(dir, &old_config, &state)?;
+        mixture.router = state.routing.rule(&config.router, 1).router_spec(&config);
+        let weights = checkpoint_base(&base, &state)?;
+        let growth = config.growth.clone().context("a growing mixture has `[growth]`")?;
+        let dir = dir.to_owned();
+        Ok(Self { dir, state, old_config, config, growth, mixture, base, weights, data, device })
+    }
+
+    /// The stage's config.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The domain that is new.
+    pub fn domain(&self) -> &str {
+        &self.growth.domain
+    }
+
+    /// The data of all domains.
+    pub fn data(&self) -> &Datasets {
+        &self.data
+    }
+
+    /// How many experts there are before one is added: the new one's number.
+    pub fn num_old(&self) -> usize {
+        self.mixture.specs.len()
+    }
+
+    /// The model of the mixture as it is.
+    pub fn model(&self) -> Result<RoutedModel> {
+        self.put_on(&self.mixture)
+    }
+
+    fn put_on(&self, mixture: &Mixture) -> Result<RoutedModel> {
+        mixture.put_on(&self.weights, self.device, kind_of(self.config.base.dtype))
+    }
+
+    /// Compares the new data with the known skills.
+    ///
+    /// - `before`: an evaluation of [`GrowingMixture::model`], by which it is told which expert covers what
+    pub fn compare(
+        &self,
+        model: &RoutedModel,
+        before: Option<&EvalReport>,
+        rule: SkillRule,
+    ) -> Result<Compared> {
+        let (train, domain) = (&self.data.train, &self.growth.domain);
+        let skills = library(&self.dir, model, &self.old_config, &self.data, before)?;
+        let new = embed(model, train, domain_index(train, domain)?, 8, Some(SKILL_BLOCKS))?;
+        let similar = skills.compare(&new.mean);
+        let known = skills.known(&new.mean, rule).map(|known| {
+            let covers = known.expert.or_else(|| covering_expert(before?, domain));
+            known_message(domain, known, covers, &similar, rule)
+        });
+        Ok(Compared { skills, new, similar, known })
+    }
+
+    /// Adds the expert, which at first has next to nothing of the earlier domains' tokens.
+    pub fn grow(&self, model: &RoutedModel) -> Result<Grown> {
+        let Self { config, mixture, data, growth, .. } = self;
+        let biases = new_column::initial_biases(model, &data.train, &growth.domain, SKILL_BLOCKS)?;
+        let beside_one = new_column::bias_beside_one(mixture.router.temperature);
+        let bias = |prefix: &str| biases.get(prefix).copied().unwrap_or(beside_one);
+        tch::manual_seed(config.run.seed as i64);
+        let spec = ExpertSpec::new(&config.lora, mixture.specs.len(), &self.base.spec)?;
+        let mut grown = growth::with_expert(mixture, &self.weights, spec, &bias)?;
+        for (expert, spec) in grown.specs.iter_mut().enumerate() {
+            spec.trainable = stage_config::is_trainable(config, expert);
+        }
+        let after = self.put_on(&grown)?;
+        let (train, domain) = (&data.train, &growth.domain);
+        let largest_new_prob = new_column::largest_new_prob(&after, train, domain, SKILL_BLOCKS);
+        Ok(Grown { mixture: grown, largest_new_prob })
+    }
+
+    /// The stage that begins with the grown mixture.
+    ///
+    /// - `before`: as of [`GrowingMixture::compare`]
+    pub fn stage(
+        self,
+        grown: &Grown,
+        compared: Compared,
+        before: Option<&EvalReport>,
+    ) -> Result<Trainer> {
+        let Compared { mut skills, new, .. } = compared;
+        let (domain, num_old) = (self.growth.domain, self.mixture.specs.len());
+        skills.skills.push(Skill {
+            name: domain.clone(),
+            embedding: new.mean,
+            label_tokens: new.label_tokens,
+            expert: Some(num_old),
+        });
+        let mut history = MixtureHistory {
+            stages: self.state.stages,
+            tokens_seen: self.state.tokens_seen,
+            maturity: self.state.routing.experts,
+            skills: Some(skills),
+        };
+        if let (Some(last), Some(before)) = (history.stages.last_mut(), before) {
+            last.losses = before.domain_losses();
+        }
+        let stage = Stage::new(&format!("add {domain}"), vec![domain], num_old as i64 + 1);
+        let Self { config, base, data, device, .. } = self;
+        Trainer::next_stage(config, &base, &grown.mixture, data, device, history, stage)
+    }
+}
+
+/// Checks that `--set` leaves what the mixture's tensors depend on.
+fn check_same_shape(config: &Config, grown: &Config) -> Result<()> {
+    let parts = |config: &Config| {
+        let RouterConfig { input, scope, level, hidden_layers, hidden_width, .. } = config.router;
+        [
+            ("method", json!(config.method)),
+            ("lora.num_experts", json!(config.lora.num_experts)),
+            ("lora.experts_per_layer", json!(config.lora.experts_per_layer)),
+            ("growth.domain", json!(config.growth.as_ref().map(|growth| &growth.domain))),
+            ("router.input", json!(input)),
+            ("router.scope", json!(scope)),
+            ("router.level", json!(level)),
+            ("router.hidden_layers", json!(hidden_layers)),
+            ("router.hidden_width", json!(hidden_width)),
+        ]
+    };
+    // beside a single expert, the router is new
+    let is_free = |key: &str| key.starts_with("router.") && grown.lora.num_experts == 2;
+    for ((key, now), (_, was)) in parts(config).into_iter().zip(parts(grown)) {
+        if now != was && !is_free(key) {
+            bail!("`{key}` must stay {was} where an expert is added, got {now}");
+        }
+    }
+    let has_bias = |config: &Config| config.router.balance_bias_rate > 0.0;
+    if has_bias(config) != has_bias(grown) && !is_free("router.balance_bias_rate") {
+        let what = if has_bias(grown) { "above 0" } else { "0" };
+        bail!("`router.balance_bias_rate` must stay {what} where an expert is added");
+    }
+    Ok(())
+}
+
+/// The skills of the checkpoint; of one that has no library yet, those of the domains it was trained on.
+fn library(
+    dir: &Path,
+    model: &RoutedModel,
+    config: &Config,
+    data: &Datasets,
+    before: Option<&EvalReport>,
+) -> Result<SkillLibrary> {
+    if let Some(known) = checkpoint::read_skills(dir, model.base().spec.n_embd)? {
+        return Ok(known);
+    }
+    let mut library = SkillLibrary::new(SkillCenter::default().of(model)?);
+    for domain in config.data.domains.iter().filter(|domain| domain.weight > 0.0) {
+        let index = domain_index(&data.train, &domain.name)?;
+        let embedding = embed(model, &data.train, index, 8, Some(SKILL_BLOCKS))?;
+        library.skills.push(Skill {
+            name: domain.name.clone(),
+            embedding: embedding.mean,
+            label_tokens: embedding.label_tokens,
+            expert: before.and_then(|before| covering_expert(before, &domain.name)),
+        });
+    }
+    Ok(library)
+}
+
+fn domain_index(dataset: &TokenDataset, name: &str) -> Result<usize> {
+    let index = dataset.domains.iter().position(|domain| domain.name == name);
+    index.with_context(|| format!("there is no training data of domain `{name}`"))
+}
+
+/// The expert that the router gives most of a domain's weight to.
+fn covering_expert(report: &EvalReport, domain: &str) -> Option<usize> {
+    let of = report.domains.iter().find(|of| of.name == domain)?;
+    let weights = of.routing.as_ref()?.mean_routing_weights.iter().enumerate();
+    weights.max_by(|a, b| a.1.total_cmp(b.1)).map(|(expert, _)| expert)
+}
+
+fn known_message(
+    domain: &str,
+    known: &Skill,
+    covers: Option<usize>,
+    similar: &[Similarity],
+    rule: SkillRule,
+) -> String {
+    let cosine = similar.first().map_or(0.0, |similar| similar.cosine);
+    let rule = match rule.by {
+        SkillComparison::Max => format!("known from {} on", rule.threshold),
+        SkillComparison::Median => format!("known from a median of {} on", rule.threshold),
+    };
+    let expert = covers.map_or("expert_0".to_owned(), |expert| format!("expert_{expert}"));
+    format!(
+        "`{domain}` is no new skill: it is like `{}` (cosine {cosine:.3}, {rule}), which \
+         {expert} covers",
+        known.name
+    )
+}

@@ -1,0 +1,245 @@
+//! One expert less: removed, or merged into another.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use tch::Device;
+
+use crate::base::Base;
+use crate::checkpoint::{self, TrainState, checkpoint_base, load_mixture};
+use crate::config::Config;
+use crate::data::Datasets;
+use crate::eval::EvalReport;
+use crate::growth::skills::SkillLibrary;
+use crate::growth::stages::Stage;
+use crate::growth::{self, merge, stage_config};
+use crate::mixture::Mixture;
+use crate::model::decoder::Decoder;
+use crate::model::{RoutedModel, kind_of};
+use crate::train::{MixtureHistory, Trainer};
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy)]
+pub enum Change {
+    /// This expert goes.
+    Remove(usize),
+    /// Two experts, or the two that are most alike.
+    Merge(Option<(usize, usize)>),
+}
+
+/// A mixture that is to lose an expert.
+#[derive(Debug)]
+pub struct ShrinkingMixture {
+    dir: PathBuf,
+    state: TrainState,
+    config: Config,
+    mixture: Mixture,
+}
+
+/// A mixture with one expert less, and the config that trains it on.
+#[derive(Debug)]
+pub struct Shrunk {
+    changed: Changed,
+    config: Config,
+}
+
+#[derive(Debug)]
+struct Changed {
+    mixture: Mixture,
+    /// The expert whose number is free now.
+    gone: usize,
+    /// The expert in whose place a merged one is.
+    merged_into: Option<usize>,
+    name: String,
+    message: String,
+}
+
+impl Shrunk {
+    /// Its stage's name, as `remove expert_2`.
+    pub fn name(&self) -> &str {
+        &self.changed.name
+    }
+
+    /// What has happened, for people.
+    pub fn message(&self) -> &str {
+        &self.changed.message
+    }
+
+    /// The config that trains it on.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Its model.
+    pub fn model(&self, weights: &Decoder, device: Device) -> Result<RoutedModel> {
+        self.changed.mixture.put_on(weights, device, kind_of(self.config.base.dtype))
+    }
+}
+
+impl ShrinkingMixture {
+    /// The mixture of the checkpoint in `dir`, if `change` can be made to it.
+    ///
+    /// # Errors
+    /// A mixture that cannot lose an expert, and an expert that is not there.
+    pub fn new(dir: &Path, change: &Change) -> Result<Self> {
+        let (config, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
+        stage_config::check_can_change(&config)?;
+        let mixture = load_mixture(dir, &config, &state)?;
+        check(change, &mixture)?;
+        Ok(Self { dir: dir.to_owned(), state, config, mixture })
+    }
+
+    /// The config of its run.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The weights of the base that it was trained on.
+    ///
+    /// # Errors
+    /// A base other than that.
+    pub fn weights(&self, base: &Base) -> Result<Decoder> {
+        checkpoint_base(base, &self.state)
+    }
+
+    /// The model of the mixture as it is.
+    pub fn model(&self, weights: &Decoder, device: Device) -> Result<RoutedModel> {
+        self.mixture.put_on(weights, device, kind_of(self.config.base.dtype))
+    }
+
+    /// The mixture with one expert less, whose run will be in `run_dir`.
+    ///
+    /// - `before`: an evaluation of `model`, by which merged experts are weighted
+    pub fn change(
+        &self,
+        change: &Change,
+        model: &RoutedModel,
+        before: Option<&EvalReport>,
+        run_dir: PathBuf,
+    ) -> Result<Shrunk> {
+        let mut changed = changed(change, &self.mixture, model, before)?;
+        let temperature = self.mixture.router.temperature;
+        let config = stage_config::shrunk_config(&self.config, temperature, changed.gone, run_dir)?;
+        for (expert, spec) in changed.mixture.specs.iter_mut().enumerate() {
+            spec.trainable = stage_config::is_trainable(&config, expert);
+        }
+        Ok(Shrunk { changed, config })
+    }
+
+    /// The stage that begins with the smaller mixture.
+    ///
+    /// - `before`, `after`: evaluations of the mixture as it was and of the smaller one
+    pub fn stage(
+        self,
+        shrunk: Shrunk,
+        base: &Base,
+        data: Datasets,
+        device: Device,
+        before: Option<&EvalReport>,
+        after: Option<&EvalReport>,
+    ) -> Result<Trainer> {
+        let (state, Shrunk { changed, config }) = (self.state, shrunk);
+        let skills = checkpoint::read_skills(&self.dir, base.spec.n_embd)?;
+        let mut history = MixtureHistory {
+            stages: state.stages,
+            tokens_seen: state.tokens_seen,
+            maturity: state.routing.experts,
+            skills: skills.map(|skills| renumber(skills, &changed)),
+        };
+        if let (Some(last), Some(before)) = (history.stages.last_mut(), before) {
+            last.losses = before.domain_losses();
+        }
+        if changed.gone < history.maturity.len() {
+            history.maturity.remove(changed.gone);
+        }
+        let mut stage = Stage::new(&changed.name, vec![], config.lora.num_experts);
+        stage.losses = after.map(EvalReport::domain_losses).unwrap_or_default();
+        Trainer::next_stage(config, base, &changed.mixture, data, device, history, stage)
+    }
+}
+
+/// Checks what can be said before anything is measured.
+fn check(change: &Change, mixture: &Mixture) -> Result<()> {
+    let experts = match *change {
+        Change::Remove(expert) => vec![expert],
+        Change::Merge(Some((a, b))) => vec![a, b],
+        Change::Merge(None) if mixture.specs.len() == 1 => {
+            bail!("a single expert has none to merge with")
+        }
+        Change::Merge(None) => vec![],
+    };
+    experts.into_iter().try_for_each(|expert| growth::check_expert(mixture, expert))?;
+    if mixture.specs.len() == 1 {
+        bail!("the only expert cannot be removed");
+    }
+    Ok(())
+}
+
+/// The mixture with one expert less.
+fn changed(
+    change: &Change,
+    mixture: &Mixture,
+    model: &RoutedModel,
+    before: Option<&EvalReport>,
+) -> Result<Changed> {
+    match *change {
+        Change::Remove(expert) => Ok(Changed {
+            mixture: growth::without_expert(mixture, expert)?,
+            gone: expert,
+            merged_into: None,
+            name: format!("remove expert_{expert}"),
+            message: format!("expert_{expert} is removed; those after it move up by one"),
+        }),
+        Change::Merge(pair) => {
+            let similarity = merge::similarity(model)?;
+            let (a, b) = match pair {
+                Some(pair) => pair,
+                None => {
+                    let most = merge::most_similar(&similarity);
+                    let (a, b, _) = most.expect("it was checked that there are two");
+                    (a, b)
+                }
+            };
+            let shares = shares(before, a, b);
+            let merged = merge::merged(mixture, a, b, shares)?;
+            let cosine = similarity.get(a).and_then(|row| row.get(b)).copied().unwrap_or(0.0);
+            Ok(Changed {
+                mixture: merged.mixture,
+                gone: b,
+                merged_into: Some(a),
+                name: format!("merge expert_{a} expert_{b}"),
+                message: format!(
+                    "expert_{b} is merged into expert_{a} with weights {:.3} and {:.3}; the cosine of their \
+                     updates is {cosine:.3}, and the merged one is {:.2} % off for its rank",
+                    shares[0],
+                    shares[1],
+                    100.0 * merged.relative_error
+                ),
+            })
+        }
+    }
+}
+
+/// The shares of two experts in the routing weight that both have on the validation data; even
+/// without any.
+fn shares(before: Option<&EvalReport>, a: usize, b: usize) -> [f64; 2] {
+    let weights = before.and_then(|report| report.routing.as_ref());
+    let of = |expert: usize| {
+        weights.and_then(|routing| routing.mean_routing_weights.get(expert)).copied().unwrap_or(0.0)
+    };
+    let sum = of(a) + of(b);
+    if sum > 0.0 { [of(a) / sum, of(b) / sum] } else { [0.5, 0.5] }
+}
+
+fn renumber(mut skills: SkillLibrary, shrunk: &Changed) -> SkillLibrary {
+    let is_lost = |expert| expert == Some(shrunk.gone) && shrunk.merged_into.is_none();
+    skills.skills.retain(|skill| !is_lost(skill.expert));
+    for skill in &mut skills.skills {
+        skill.expert = match skill.expert {
+            Some(expert) if expert == shrunk.gone => shrunk.merged_into,
+            Some(expert) if expert > shrunk.gone => Some(expert - 1),
+            expert => expert,
+        };
+    }
+    skills
+}

@@ -1,0 +1,56 @@
+//! Loss-free balancing: the selection bias of each router follows the load of its experts.
+
+use tch::{Kind, Tensor};
+
+use crate::model::RoutedModel;
+use crate::model::routing::totals::RoutingTotals;
+
+/// Moves each router's selection bias by `rate` towards the experts that had less than their share of
+/// the step's assignments (arXiv:2408.15664, algorithm 1: `b_i + u sign(mean load - load_i)`). With
+/// `old_rate`, those of all experts but the last move by that part of it.
+pub fn balance_biases(
+    model: &RoutedModel,
+    totals: &[RoutingTotals],
+    rate: f64,
+    old_rate: Option<f64>,
+) {
+    balance_biases_if(None, model, totals, rate, old_rate);
+}
+
+/// The same where `is_finite`, 0-dim, is true; else nothing moves.
+pub fn balance_biases_if(
+    is_finite: Option<&Tensor>,
+    model: &RoutedModel,
+    totals: &[RoutingTotals],
+    rate: f64,
+    old_rate: Option<f64>,
+) {
+    let _no_grad = tch::no_grad_guard();
+    let biases = model.routers().iter().map(|router| router.selection_bias.as_ref());
+    let mut surplus: Vec<Option<Tensor>> =
+        biases.map(|bias| bias.map(|bias| bias.to_kind(Kind::Double).zeros_like())).collect();
+    for (site, totals) in model.sites().into_iter().zip(totals) {
+        // where all experts are chosen, as before they are mature, none has more than its share
+        let Some(sum) = surplus[site.router].as_mut().filter(|_| !totals.is_dense()) else {
+            continue;
+        };
+        let share = totals.expert_load() - 1.0 / totals.num_experts() as f64;
+        *sum = match model.present_at(site) {
+            None => &*sum + share,
+            Some(experts) => sum.index_add(0, experts, &share),
+        };
+    }
+    for (router, surplus) in model.routers().iter().zip(surplus) {
+        let (Some(bias), Some(surplus)) = (&router.selection_bias, surplus) else { continue };
+        // loads are quotients of whole numbers: what is even but for rounding stays
+        let direction = surplus.sign() * surplus.abs().ge(1e-12).to_kind(Kind::Double);
+        if let Some(old_rate) = old_rate {
+            let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);
+        }
+        let mut moved = bias - (direction * rate).to_kind(bias.kind());
+        if let Some(is_finite) = is_finite {
+            moved = moved.where_self(is_finite, bias);
+        }
+        bias.shallow_clone().copy_(&moved);
+    }
+}
