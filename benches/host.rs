@@ -23,7 +23,8 @@ use dylora::data::{
 use dylora::eval::RoutingReport;
 use dylora::eval::routing::{RouterLosses, SiteTotals};
 use dylora::ffi;
-use dylora::train::metrics::{Metrics, MetricsWriter, StepMetrics};
+use dylora::train::files::MetricsWriter;
+use dylora::train::metrics::{Metrics, StepMetrics};
 use dylora::train::plan::BlockStream;
 use tch::Device;
 

@@ -178,6 +178,8 @@ def check_page(page: Path, temporary: Path) -> list[str]:
         try:
             if check_block(block, folder, environment):
                 print(f"ok   {place} ({time.monotonic() - started:.1f} s)", flush=True)
+            elif reason := block.mark("not run"):
+                print(f"skip {place}: {reason}", flush=True)
         except Fault as fault:
             said.append(f"FAIL {place} (```{block.language}): {fault}")
             break

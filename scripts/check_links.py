@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks every relative link and anchor of the README, the docs, the reports and the changelog. Asks no network.
+"""Checks every relative link and anchor of the pages at the top, the docs and the reports. Asks no network.
 
     scripts/check_links.py
 
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CHANGELOG.md", "docs/**/*.md", "benchmarks/*.md"]
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/*.md"]
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)

@@ -68,7 +68,8 @@ def arguments():
                         help="also compiled in these forms; default: the strongest, without and with Liger")
     parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
     parser.add_argument("--compile-rows", type=words, default=COMPILED, metavar="NAME,..")
-    parser.add_argument("--padded-vocab", action="store_true", help="`peft` and `peft_compiled` with padded_vocab+padded_loss")
+    parser.add_argument("--padded-vocab", action="store_true",
+                        help="`peft` and `peft_compiled` with padded_vocab+padded_loss")
     parser.add_argument("--no-eager", action="store_true", help="no eager PEFT")
     parser.add_argument("--steps", type=int, metavar="N", help="default: 40 on a GPU, 10 on the CPU")
     parser.add_argument("--warmup", type=int, metavar="N", help="default: 10 on a GPU, 5 on the CPU")
@@ -284,7 +285,7 @@ def steps_table(args, results):
                 ratio = median / results.median("dylora", row, batch, "step_ms")
                 rows.append([*cells, f"{ratio:.3f} ({low / our_high:.3f} to {high / our_low:.3f})"])
     print_table(["who", "row", "batch", "steps", "median ms", "min", "10 %", "25 %", "75 %", "90 %", "max",
-                 "dylora / it (from to)"], rows)
+                 "dylora / it"], rows)
 
 
 def bounds(ms, counted):
@@ -394,8 +395,8 @@ def main():
     print(f"\nGiB: peak of the {peak}; ratios of several pairs: median (least to most)\n")
     steps_table(args, results)
     print(
-        "\nsteps of all runs; dylora / it: of medians (its fast steps over dylora's slow ones, its slow ones over dylora's\n"
-        "fast ones; these are the 10 and 90 % of whoever reports each step, else the least and the largest)\n"
+        "\nsteps of all runs; dylora / it: of medians, from its fast steps over dylora's slow ones to its slow ones\n"
+        "over dylora's fast ones: the 10 and 90 % of whoever reports each step, else the least and the largest\n"
     )
     losses_table(args, results)
     print()

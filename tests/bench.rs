@@ -1,11 +1,12 @@
-//! The bench: what its rows compute, what it counts, and that a row which fails lets others follow.
+//! The bench: what its rows compute, what it counts and prints, and that a row that fails lets
+//! others follow.
 
 mod common;
 
-use anyhow::{Context, Result};
-use clap::Parser;
+use anyhow::{Context, Error, Result};
+use clap::{Parser, ValueEnum};
 use dylora::bench::flops::FlopsPerToken;
-use dylora::bench::{Bench, BenchSettings, Figures, Row, passes};
+use dylora::bench::{Bench, BenchSettings, Figures, Header, Row, RowReport, passes};
 use dylora::cli::{Cli, UsageError, describe};
 use dylora::config::{
     Config, ExpertConfig, LoraConfig, RouterConfig, RouterScope, TargetModule, load,
@@ -13,7 +14,7 @@ use dylora::config::{
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::families::gpt2;
 use dylora::model::{ForwardMode, RoutingSource};
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use common::{gradients, logits, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows};
@@ -27,7 +28,7 @@ fn config(set: &[&str]) -> Config {
     load::resolve(text, &set).expect("the config is sound")
 }
 
-/// Figures of rows on a tiny base: one step to warm up, two that count.
+/// The figures of rows on a tiny base: one step to warm up, two that count.
 fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Figures>> {
     let settings = BenchSettings {
         config: config(set),
@@ -38,14 +39,15 @@ fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Fi
     };
     let bench = Bench::new(settings, &tiny_base(tiny_config()), Device::Cpu);
     let measure = |&row: &Row| {
-        let report = bench.measure(row, micro_batch_size);
-        report.figures.with_context(|| format!("{row:?}: {:?}", report.error))
+        let outcome = bench.measure(row, micro_batch_size).outcome;
+        outcome.map_err(Error::msg).with_context(|| format!("{row:?}"))
     };
     rows.iter().map(measure).collect()
 }
 
-/// The presets s1 and s2 on GPT-2 124M, by hand: P = 12 * 12 * 768^2 + 50257 * 768 = 123,532,032, A = 2 * 12 * 1024 * 768
-/// = 18,874,368; Lo = 12 * 32 * (768 + 2304) and 12 * 128 * (3072 + 1536 + 3840 + 3840).
+/// The presets s1 and s2 on GPT-2 124M, by hand: P = 12 * 12 * 768^2 + 50257 * 768 = 123,532,032,
+/// A = 2 * 12 * 1024 * 768 = 18,874,368; Lo = 12 * 32 * (768 + 2304) with s1, and
+/// 12 * 128 * (3072 + 1536 + 3840 + 3840) with s2.
 #[test]
 fn a_step_has_the_operations_of_the_formula() -> Result<()> {
     let base = gpt2::from_json(&json!({ "model_type": "gpt2" }))?;
@@ -65,12 +67,13 @@ fn a_step_has_the_operations_of_the_formula() -> Result<()> {
     Ok(())
 }
 
-/// B is 0 at the start, so every way is the base.
+/// B starts at zero, so no row's experts change what the base computes.
 #[test]
 fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
     let _guard = seed(1);
-    let rows = measure(&Row::ALL, 2, &[])?;
-    for (row, figures) in Row::ALL.iter().zip(&rows) {
+    let all = Row::value_variants();
+    let rows = measure(all, 2, &[])?;
+    for (row, figures) in all.iter().zip(&rows) {
         let difference = (figures.first_loss - rows[0].first_loss).abs();
         assert!(difference < 1e-5, "{row:?}: {figures:?}");
         assert_eq!((figures.tokens_per_step, figures.warmup_ms.len()), (32, 1));
@@ -81,7 +84,7 @@ fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
         let mfu = figures.tokens_per_sec * figures.flops_per_token as f64 / 1e12;
         assert_eq!(figures.mfu, Some(mfu));
     }
-    let flops = |row| rows[Row::ALL.iter().position(|&r| r == row).unwrap()].flops_per_token;
+    let flops = |row| rows[all.iter().position(|&r| r == row).unwrap()].flops_per_token;
     assert!(flops(Row::Base) < flops(Row::SingleLora));
     assert!(flops(Row::SingleLora) < flops(Row::OnePass));
     assert_eq!(flops(Row::SingleLoraWide), flops(Row::OnePass));
@@ -102,7 +105,7 @@ fn rows_that_compute_the_same_train_alike_and_others_do_not() -> Result<()> {
     for other in &losses[2..] {
         assert!((losses[0] - other).abs() > 1e-3, "{losses:?}");
     }
-    // of a single expert there is but one pass
+    // with a single expert all of them are one LoRA
     let losses = last(&rows, &[set[0], "lora.num_experts=1"])?;
     for same in &losses[1..4] {
         assert!((losses[0] - same).abs() < 1e-4, "{losses:?}");
@@ -161,22 +164,107 @@ fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
     let settings =
         BenchSettings { config, warmup: 0, steps: 1, document_median: Some(5.0), peak_flops: None };
     let bench = Bench::new(settings.clone(), &tiny_base(tiny_config()), Device::Cpu);
-    let report = bench.measure(Row::NPasses, 2);
-    assert!(report.figures.is_none());
-    let error = report.error.context("an error")?;
+    let error = bench.measure(Row::NPasses, 2).outcome.unwrap_err();
     assert!(error.contains("one router for all layers"), "{error}");
     let mut uneven = settings.clone();
     uneven.config.lora.experts = vec![ExpertConfig { rank: Some(3), ..ExpertConfig::default() }];
     let uneven = Bench::new(uneven, &tiny_base(tiny_config()), Device::Cpu);
-    let error = uneven.measure(Row::SingleLoraWide, 2).error.context("an error")?;
+    let error = uneven.measure(Row::SingleLoraWide, 2).outcome.unwrap_err();
     assert!(error.contains("no meaning where ranks differ"), "{error}");
-    // 2^45 rows of 16 numbers fit nowhere, which libtorch says by a panic
+    // 2^45 rows of 16 numbers fit in no memory; tch panics where libtorch cannot allocate them
     let vast = BenchSettings { config: vast, ..settings };
     let report = Bench::new(vast, &tiny_base(tiny_config()), Device::Cpu).measure(Row::OnePass, 2);
-    let error = report.error.context("an error")?;
+    let error = report.outcome.unwrap_err();
     assert!(error.contains("allocate") && !error.contains("Exception raised"), "{error}");
     let report = bench.measure(Row::OnePass, 2);
-    assert!(report.error.is_none() && report.figures.is_some(), "{report:?}");
+    assert!(report.outcome.is_ok(), "{report:?}");
+    Ok(())
+}
+
+/// The keys of an object with a comma between, in their order.
+fn keys(json: &Value) -> String {
+    let keys = json.as_object().expect("an object").keys();
+    keys.map(String::as_str).collect::<Vec<_>>().join(",")
+}
+
+/// `scripts/compare_peft.py` and whoever keeps the lines rely on the keys.
+#[test]
+fn a_row_is_a_line_with_its_figures_or_its_error() -> Result<()> {
+    let figures = Figures {
+        tokens_per_sec: 1.5,
+        step_ms: 2.0,
+        min_step_ms: 1.0,
+        max_step_ms: 3.0,
+        tokens_per_step: 4,
+        peak_memory_bytes: Some(5),
+        extra_memory_bytes: None,
+        flops_per_token: 6,
+        mfu: None,
+        build_ms: 7.0,
+        compile_ms: 0.0,
+        first_step_ms: 8.0,
+        first_step_unix_secs: 9.0,
+        capture_ms: 0.0,
+        warmup_ms: vec![8.0],
+        first_loss: 10.0,
+        last_loss: 11.0,
+    };
+    let line =
+        |row, outcome| serde_json::to_string(&RowReport { row, micro_batch_size: 2, outcome });
+    assert_eq!(
+        line(Row::SingleLoraWide, Ok(figures))?,
+        r#"{"kind":"row","row":"single_lora_wide","micro_batch_size":2,"tokens_per_sec":1.5,"#
+            .to_owned()
+            + r#""step_ms":2.0,"min_step_ms":1.0,"max_step_ms":3.0,"tokens_per_step":4,"#
+            + r#""peak_memory_bytes":5,"extra_memory_bytes":null,"flops_per_token":6,"mfu":null,"#
+            + r#""build_ms":7.0,"compile_ms":0.0,"first_step_ms":8.0,"first_step_unix_secs":9.0,"#
+            + r#""capture_ms":0.0,"warmup_ms":[8.0],"first_loss":10.0,"last_loss":11.0,"#
+            + r#""error":null}"#
+    );
+    assert_eq!(
+        line(Row::Base, Err("no memory".into()))?,
+        r#"{"kind":"row","row":"base","micro_batch_size":2,"error":"no memory"}"#
+    );
+    Ok(())
+}
+
+#[test]
+fn the_header_has_the_setting_without_the_micro_batch_size() -> Result<()> {
+    let config = config(&["train.micro_batch_size=3"]);
+    let header = Header {
+        dylora_version: "0.1.0",
+        libtorch_version: "2.11.0",
+        device: "cpu".into(),
+        device_model: "a model".into(),
+        threads: 2,
+        base: "a base".into(),
+        shape: json!({ "n_layer": 1 }),
+        dtype: config.base.dtype,
+        seq_len: 16,
+        document_median: None,
+        document_sigma: None,
+        warmup: 1,
+        steps: 2,
+        seed: 0,
+        peak_tflops: None,
+        mfu_formula: "a formula",
+        lora: config.lora.clone(),
+        router: config.router.clone(),
+        train: config.train.clone(),
+        optimizer: config.optimizer.clone(),
+    };
+    let line = serde_json::to_value(&header)?;
+    assert_eq!(
+        keys(&line),
+        "kind,dylora_version,libtorch_version,device,device_model,threads,base,shape,dtype,\
+         seq_len,document_median,document_sigma,warmup,steps,seed,peak_tflops,mfu_formula,lora,\
+         router,train,optimizer"
+    );
+    assert_eq!((&line["kind"], &line["dtype"]), (&"header".into(), &"f32".into()));
+    assert_eq!((&line["document_median"], &line["peak_tflops"]), (&Value::Null, &Value::Null));
+    let whole = keys(&json!(config.train));
+    assert_eq!(keys(&line["train"]), whole.replace("micro_batch_size,", ""));
+    assert!(whole.contains("micro_batch_size,"), "{whole}");
     Ok(())
 }
 
@@ -197,13 +285,21 @@ fn faults_of_the_arguments_are_faults_of_usage() {
         }
     };
     for (fault, expected) in [
-        (&["--rows=two"][..], "`two` is no row, use `base`, `single_lora`"),
+        (
+            &["--rows=two"][..],
+            "invalid value 'two' for '--rows <NAME,..>'\n  [possible values: base, single_lora, \
+             single_lora_wide, one_pass, one_pass_loop, two_passes, n_passes, eval]",
+        ),
         (&["--modules=c_attn"], "must be `all` or some of `attn.c_attn`"),
-        (&["--size=gpt3"], "must be `gpt2`, `gpt2-medium`"),
+        (&["--size=gpt3"], "[possible values: gpt2, gpt2-medium, gpt2-large, gpt2-xl]"),
+        (
+            &["--dtype=f64"],
+            "invalid value 'f64' for '--dtype <DTYPE>'\n  [possible values: f32, bf16]",
+        ),
         (&["--size=gpt2", "--base=demo/base"], "cannot be used with"),
         (&["--base=demo/base", "--seq-len=512"], "`--seq-len` must be at most the base's 256"),
-        (&["--preset=s3"], "must be `s1` or `s2`"),
-        (&["--routers=expert"], "must be `shared`, `layer` or `module`"),
+        (&["--preset=s3"], "[possible values: s1, s2]"),
+        (&["--routers=expert"], "[possible values: shared, layer, module]"),
         (&["--steps=0"], "`--steps` must be at least 1, got 0"),
         (
             &["--set", "data.seq_len=2048"],

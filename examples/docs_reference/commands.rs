@@ -78,13 +78,21 @@ fn help(option: &Arg) -> String {
     let help = option.get_long_help().or(option.get_help());
     let help = help.map(ToString::to_string).unwrap_or_default();
     let mut text = help.split_whitespace().collect::<Vec<_>>().join(" ");
-    if !text.ends_with(['.', ']']) {
+    if !text.ends_with('.') {
         text.push('.');
     }
     let defaults: Vec<_> =
         option.get_default_values().iter().map(|v| v.to_string_lossy()).collect();
-    if !defaults.is_empty() && option.get_action().takes_values() {
-        text += &format!(" Default: `{}`.", defaults.join(","));
+    if option.get_action().takes_values() {
+        let possible = option.get_possible_values();
+        let names: Vec<_> =
+            possible.iter().map(|value| format!("`{}`", value.get_name())).collect();
+        if !names.is_empty() {
+            text += &format!(" One of {}.", names.join(", "));
+        }
+        if !defaults.is_empty() {
+            text += &format!(" Default: `{}`.", defaults.join(","));
+        }
     }
     if option.is_required_set() {
         text += " Required.";

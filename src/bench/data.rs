@@ -1,4 +1,4 @@
-//! Random tokens as a [`TokenDataset`]: one document a block, or short documents packed.
+//! Random tokens as a [`TokenDataset`]: one document in each block, or short documents packed.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -14,8 +14,8 @@ const DOMAIN: &str = "random";
 
 /// At least `num_blocks` blocks of random tokens of a vocabulary, the same for the same seed.
 ///
-/// - `median`: of the documents' lengths in positions, which are lognormal with [`LENGTH_SIGMA`], at
-///   least 1 and at most `seq_len`; none = each block is one document
+/// - `median`: the median of the documents' lengths, in positions. The lengths are lognormal with
+///   [`LENGTH_SIGMA`], and are clamped to `1..=seq_len`. With `None` each block is one document.
 pub fn random_tokens(
     seq_len: usize,
     num_blocks: usize,

@@ -1,4 +1,4 @@
-//! The floating-point operations that a token is worth, for model FLOPs utilisation (MFU).
+//! The floating-point operations of a token, for model FLOPs utilisation (MFU).
 //!
 //! ```text
 //! a training step:  4P + 3A + 6Lo        an evaluation:  2P + A + 2Lo
@@ -7,22 +7,27 @@
 //! Lo = sum over experts and target modules of r (in + out)
 //! ```
 //!
-//! A step takes 2P forward and 2P backward, as the frozen base has no weight gradients; attention A and
-//! 2A; the experts 2Lo, 2Lo for the gradients of their inputs and 2Lo for those of A and B. A row that
-//! computes the mixture in a more expensive way is credited with the mixture alone. P counts the head,
-//! with the vocabulary as it is.
+//! The base takes 2P forward and 2P backward, as its frozen weights have no gradients. Attention
+//! takes A forward and 2A backward. The experts take 2Lo forward, and backward 2Lo for the gradients
+//! of their inputs and 2Lo for those of their weights. A row that computes the mixture in a more
+//! expensive way is credited with the mixture alone. P counts the head, with the vocabulary unpadded.
 
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
 
-/// The three terms of the formula, operations a token.
+/// How [`FlopsPerToken`] counts, and what becomes of it, in one line.
+pub const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P + 3A + 6Lo \
+                           in training, 2P + A + 2Lo in evaluation; P = 12 L d^2 + V d, \
+                           A = 2 L T d, Lo = sum of r (in + out) over experts and modules";
+
+/// The three terms of the formula, in operations for each token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlopsPerToken {
-    /// `P`: parameters of the base's matrix products.
+    /// `P`: the parameters of the base's matrix products.
     pub base: i64,
-    /// `A`.
+    /// `A`: attention's products of queries with keys, and of weights with values.
     pub attention: i64,
-    /// `Lo`: parameters of the experts.
+    /// `Lo`: the parameters of the experts.
     pub experts: i64,
 }
 
@@ -41,12 +46,12 @@ impl FlopsPerToken {
         }
     }
 
-    /// Of a training step: `4P + 3A + 6Lo`.
+    /// The operations of a training step: `4P + 3A + 6Lo`.
     pub fn training(self) -> i64 {
         4 * self.base + 3 * self.attention + 6 * self.experts
     }
 
-    /// Of a forward pass: `2P + A + 2Lo`.
+    /// The operations of a forward pass: `2P + A + 2Lo`.
     pub fn evaluation(self) -> i64 {
         2 * self.base + self.attention + 2 * self.experts
     }

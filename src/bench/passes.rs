@@ -1,26 +1,27 @@
-//! N passes: one forward pass for each expert, their logits blended by the router's weights, then the
-//! loss, as DyLoRA-MoE first did:
+//! N passes: one forward pass for each expert, whose logits the router's weights blend, and then the
+//! loss. This is what the first DyLoRA-MoE did:
 //!
 //! ```text
 //! z = sum_e g_e z_e,   z_e = the logits with expert e alone at weight 1,   loss = -log softmax(z)_y
 //! ```
 //!
-//! It is not the mixture that one pass trains: that weighs the experts in each layer. All passes and
-//! all their logits stay in memory until the backward pass. A pass computes the stack of all experts,
-//! those that are not meant at weight 0; the base is most of its cost.
+//! It is not the mixture that one pass trains, which weights the experts in each layer. All passes
+//! and all their logits stay in memory until the backward pass. A pass computes the whole stack of
+//! experts, all but one of them at weight 0; most of a pass's cost is the base.
 //!
 //! Letters of shapes: `n` labelled positions, `d` width, `e` expert, `v` vocabulary.
 
 use anyhow::{Result, bail};
 use tch::{Kind, Tensor};
 
+use crate::data::IGNORED_LABEL;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 
-/// The sum of the losses of a batch's labelled positions, nats, 0-dim; differentiable with respect to
-/// experts and router.
+/// The sum of the losses of a batch's labelled positions, in nats, `[]`. It has gradients with
+/// respect to experts and router.
 ///
 /// # Errors
-/// A model whose layers are not routed alike.
+/// A model with more than one router, or without experts.
 pub fn summed_loss(model: &RoutedModel, inputs: &Inputs, mode: ForwardMode) -> Result<Tensor> {
     let routing = model.routing(inputs, mode);
     let weights_ne = match &routing[..] {
@@ -50,5 +51,5 @@ pub fn summed_loss(model: &RoutedModel, inputs: &Inputs, mode: ForwardMode) -> R
         _ => logits_nv.to_kind(Kind::Float),
     };
     let none = None::<&Tensor>;
-    Ok(logits_nv.cross_entropy_loss(&inputs.labels, none, tch::Reduction::Sum, -100, 0.0))
+    Ok(logits_nv.cross_entropy_loss(&inputs.labels, none, tch::Reduction::Sum, IGNORED_LABEL, 0.0))
 }

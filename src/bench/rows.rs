@@ -1,11 +1,11 @@
-//! What a row of the bench is: a config of its own, and what one of its steps does.
+//! The rows of the bench: the config of each, and what one of its steps does.
 
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use tch::Device;
-use tch::{Kind, Tensor};
+use clap::ValueEnum;
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
 
 use super::passes;
 use crate::config::{Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
@@ -20,61 +20,38 @@ use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
 use crate::train::step::Stepper;
 
-/// A way to compute, by what it is measured for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A way to compute the mixture, or something to compare it with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
 pub enum Row {
-    /// The base without experts, forward and backward: what any training on a frozen base costs. Its
-    /// position embeddings are the one leaf that wants a gradient, so that the backward pass goes
+    /// The base without experts, forward and backward: the least that training on a frozen base costs.
+    ///
+    /// The position embeddings are the one leaf that needs a gradient, so that the backward pass goes
     /// through every block, as it does under adapters.
     Base,
-    /// One LoRA of rank r: what a mixture costs beside it is the mixture's price.
+    /// One LoRA of rank r: what the mixture costs more than this is the price of the mixture.
     SingleLora,
-    /// One LoRA of rank E r: as many parameters as the mixture.
+    /// One LoRA of rank E r, with as many parameters as the mixture's experts.
     SingleLoraWide,
     /// The mixture in one pass, its experts stacked: what `dylora train` runs.
     OnePass,
-    /// The mixture in one pass, expert after expert (`lora.dropout_masks = "per_expert"`).
+    /// The mixture in one pass, one expert after the other (`lora.dropout_masks = "per_expert"`).
     OnePassLoop,
-    /// A pass of the base alone, whose last hidden state the router reads, and then the mixture
+    /// The mixture after a pass of the base alone, whose last hidden state the router reads
     /// (`router.input = "base_hidden"`).
     TwoPasses,
-    /// One pass for each expert, the logits blended.
+    /// One pass for each expert, their logits blended.
     NPasses,
     /// The loss of the mixture in one pass, without gradients.
     Eval,
 }
 
 impl Row {
-    /// All, in the order of the table.
-    pub const ALL: [Self; 8] = [
-        Self::Base,
-        Self::SingleLora,
-        Self::SingleLoraWide,
-        Self::OnePass,
-        Self::OnePassLoop,
-        Self::TwoPasses,
-        Self::NPasses,
-        Self::Eval,
-    ];
-
-    /// Its name in tables and arguments.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Base => "base",
-            Self::SingleLora => "single_lora",
-            Self::SingleLoraWide => "single_lora_wide",
-            Self::OnePass => "one_pass",
-            Self::OnePassLoop => "one_pass_loop",
-            Self::TwoPasses => "two_passes",
-            Self::NPasses => "n_passes",
-            Self::Eval => "eval",
-        }
-    }
-
     /// The config of this row, from that of the mixture.
     ///
     /// # Errors
-    /// N passes with routers of single layers; a wide LoRA where experts have ranks of their own.
+    /// N passes where there is more than one router; a wide LoRA where experts differ in rank.
     pub fn config(self, mixture: &Config) -> Result<Config> {
         let mut config = mixture.clone();
         let lora = &mut config.lora;
@@ -104,24 +81,12 @@ impl Row {
         Ok(config)
     }
 
-    /// The experts of `config`, which is this row's.
+    /// The experts of this row, by [`Row::config`].
     pub fn experts(self, config: &Config, base: &Decoder) -> Result<Vec<ExpertSpec>> {
         match self {
             Self::Base => Ok(vec![]),
             _ => ExpertSpec::all(&config.lora, &base.spec),
         }
-    }
-}
-
-impl FromStr for Row {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let row = Self::ALL.into_iter().find(|row| row.name() == text);
-        row.ok_or_else(|| {
-            let names = Self::ALL.map(|row| format!("`{}`", row.name()));
-            anyhow::anyhow!("`{text}` is no row, use {}", names.join(", "))
-        })
     }
 }
 
@@ -135,8 +100,8 @@ pub(super) struct Subject {
 }
 
 impl Subject {
-    /// The row's model on a base that lies on `device` in the config's dtype, with new experts and
-    /// routers, by `run.seed`.
+    /// The row's model on a base that lies on `device` in the config's dtype. Experts and routers
+    /// are new, drawn by `run.seed`.
     pub fn new(row: Row, config: Config, base: &Decoder, device: Device) -> Result<Self> {
         tch::manual_seed(config.run.seed as i64);
         let specs = row.experts(&config, base)?;
@@ -155,12 +120,12 @@ impl Subject {
         Ok(Self { row, config, model, trained, stepper })
     }
 
-    /// [`Stepper::capture_time`].
+    /// How long it took to capture steps as CUDA graphs, of all steps so far.
     pub fn capture_time(&self) -> Duration {
         self.stepper.capture_time()
     }
 
-    /// One step on `blocks`; gives the mean loss of their label tokens before it, nats.
+    /// One step on `blocks`; returns the mean loss of their label tokens before it, in nats.
     pub fn step(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         match self.row {
             Row::Base => self.backward_of_base(dataset, blocks),
@@ -170,7 +135,7 @@ impl Subject {
         }
     }
 
-    /// The step of `dylora train`.
+    /// A step as `dylora train` takes it.
     fn train(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         let batches = self.batches(dataset, blocks);
         let Self { config, model, trained, stepper, .. } = self;
@@ -179,7 +144,7 @@ impl Subject {
         Ok(stepper.wait(pending)?.loss)
     }
 
-    /// A step without an update, for there is nothing to train.
+    /// A step without an update, as there is nothing to train.
     fn backward_of_base(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         let batches = self.batches(dataset, blocks);
         let label_tokens = label_tokens(&batches);
@@ -193,7 +158,7 @@ impl Subject {
         Ok(sum / label_tokens)
     }
 
-    /// A step with N passes for each micro-batch, otherwise as the others.
+    /// A step with N passes for each micro-batch; its update is that of [`Self::train`].
     fn train_in_passes(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         let batches = self.batches(dataset, blocks);
         let label_tokens = label_tokens(&batches);
@@ -214,6 +179,7 @@ impl Subject {
         Ok(sum / label_tokens)
     }
 
+    /// A step that computes the loss alone.
     fn evaluate(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         let _no_grad = tch::no_grad_guard();
         let batches = self.batches(dataset, blocks);
@@ -224,7 +190,8 @@ impl Subject {
         Ok(sum / label_tokens(&batches))
     }
 
-    /// The loss of a batch with its sum scaled, if gradients are wanted, and that of each label token.
+    /// The loss of a batch as a scaled sum, and the loss of each label token. There are gradients if
+    /// there is a scale.
     fn loss(&self, batch: &Batch, scale: Option<f64>) -> (Tensor, Tensor) {
         let source = RoutingSource::from(self.config.train.routing);
         let inputs = Inputs::of_batch(batch, source.reads_records(), self.model.device());

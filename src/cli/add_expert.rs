@@ -60,7 +60,7 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "COSINE", default_value_t = SkillRule::default().threshold)]
     threshold: f64,
     /// Which of the cosines to the known skills is compared with it: the largest or the median.
-    #[arg(long, value_name = "max|median", default_value = "max", value_parser = parse_comparison)]
+    #[arg(long, default_value = "max")]
     compare: SkillComparison,
     /// Add an expert though the skill is known.
     #[arg(long)]
@@ -74,14 +74,6 @@ pub struct AddExpertArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-}
-
-fn parse_comparison(text: &str) -> Result<SkillComparison> {
-    match text {
-        "max" => Ok(SkillComparison::Max),
-        "median" => Ok(SkillComparison::Median),
-        _ => bail!("must be `max` or `median`"),
-    }
 }
 
 /// Runs the command.

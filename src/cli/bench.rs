@@ -1,14 +1,15 @@
-//! `dylora bench`: how fast the mixture is here, and what it costs beside other ways to compute.
+//! `dylora bench`: how fast the mixture is on this device, and what it costs beside other ways to
+//! compute it.
 
 use std::str::FromStr;
 
 use anyhow::{Result, anyhow, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::json;
 use tch::Device;
 
-use super::bench_report::{as_text, header, print_line, row_line};
-use super::open::{base_source, open_base, parse_dtype};
+use super::bench_report::{as_text, header, name, print_line};
+use super::open::{base_source, open_base};
 use super::progress::CountBar;
 use super::{Shared, device, usage};
 use crate::bench::{Bench, BenchSettings, Row};
@@ -22,7 +23,7 @@ use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::gpt2;
 
-/// Keys that `--set` does not reach, and the flags that do.
+/// Keys of the config that `--set` does not change, each with the flag that does.
 const KEYS_OF_FLAGS: [(&str, &str); 5] = [
     ("base.source", "--base"),
     ("base.dtype", "--dtype"),
@@ -31,7 +32,8 @@ const KEYS_OF_FLAGS: [(&str, &str); 5] = [
     ("train.micro_batch_size", "--batch"),
 ];
 
-/// The dense bf16 peak of NVIDIA's H100 SXM and H200, TFLOP/s (NVIDIA H100 data sheet, without sparsity).
+/// The dense bf16 peak of NVIDIA's H100 SXM and H200, in TFLOP/s (NVIDIA's data sheet of the H100,
+/// without sparsity).
 const HOPPER_TFLOPS: f64 = 989.4;
 
 /// Arguments of `dylora bench`.
@@ -40,47 +42,48 @@ pub struct BenchArgs {
     /// `auto`, `cpu` or `cuda[:N]`.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Random weights of this shape: gpt2, gpt2-medium, gpt2-large or gpt2-xl [default: gpt2].
-    #[arg(long, value_name = "NAME", conflicts_with = "base")]
-    size: Option<Size>,
-    /// Given weights: a folder, or a Hub id as `NAME[@REVISION]`.
+    /// Draw random weights of this shape.
+    #[arg(long, value_name = "NAME", default_value = "gpt2", conflicts_with = "base")]
+    size: Size,
+    /// Use these weights: a folder, or a Hub id as `NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
     base: Option<String>,
     /// What the base computes in [default: bf16 on CUDA, f32 on the CPU].
-    #[arg(long, value_name = "f32|bf16", value_parser = parse_dtype)]
+    #[arg(long)]
     dtype: Option<Dtype>,
-    /// Tokens of a block.
+    /// Length of a block, in tokens.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     seq_len: usize,
-    /// Sequences of a forward; each number is measured.
+    /// Sequences in one forward pass; each of the numbers is measured.
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "8")]
     batch: Vec<usize>,
-    /// Forwards of a step.
+    /// Forward passes in one step.
     #[arg(long, value_name = "N", default_value_t = 1)]
     accumulate: usize,
-    /// Short documents, packed, of this median length in tokens (lognormal, sigma 0.6) [default: each
+    /// Pack short documents of this median length, in tokens (lognormal, sigma 0.6) [default: each
     /// block is one document].
     #[arg(long, value_name = "MEDIAN")]
     documents: Option<f64>,
     #[command(flatten)]
     mixture: MixtureArgs,
-    /// What is measured [default: all]: base, single_lora, single_lora_wide, one_pass, one_pass_loop,
-    /// two_passes, n_passes, eval.
+    /// What to measure [default: all].
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     rows: Vec<Row>,
-    /// Steps that count [default: 30 on CUDA, 10 on the CPU].
+    /// Number of steps that count [default: 30 on CUDA, 10 on the CPU].
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Steps before them that do not; the first replays of a CUDA graph are slow [default: 10 on CUDA, 5 on the CPU].
+    /// Number of steps before those that count, as the first replays of a CUDA graph are slow
+    /// [default: 10 on CUDA, 5 on the CPU].
     #[arg(long, value_name = "N")]
     warmup: Option<usize>,
-    /// Seeds weights, tokens and dropout.
+    /// The seed of weights, tokens and dropout.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// The device's peak, for the MFU [default: 989.4 on an H100 or H200 in bf16, else no MFU].
+    /// The device's peak, from which the MFU follows [default: 989.4 on an H100 or H200 in bf16,
+    /// else no MFU].
     #[arg(long, value_name = "TFLOPS")]
     peak_tflops: Option<f64>,
-    /// Set any other key of the mixture's config, repeatable, as `router.top_k=2`.
+    /// Set any other key of the mixture's config, as `router.top_k=2`; repeatable.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Print JSON: a line for the setting, then a line for each row.
@@ -91,49 +94,50 @@ pub struct BenchArgs {
 /// The mixture that is measured.
 #[derive(Debug, Args)]
 struct MixtureArgs {
-    /// s1: c_attn, rank 8, 4 experts, alpha 16; s2: all four linear layers, rank 16, 8 experts, alpha
-    /// 32. The other flags go first [default: s1].
-    #[arg(long, value_name = "s1|s2")]
-    preset: Option<Preset>,
-    /// Experts.
+    /// A mixture that is measured often; the flags that follow change it.
+    #[arg(long, default_value = "s1")]
+    preset: Preset,
+    /// Number of experts.
     #[arg(long, value_name = "N")]
     experts: Option<i64>,
-    /// Rank of an expert.
+    /// Rank of each expert.
     #[arg(long, value_name = "N")]
     rank: Option<i64>,
     /// Numerator of the scaling `alpha / rank`.
     #[arg(long, value_name = "NUMBER")]
     alpha: Option<f64>,
-    /// Linear layers with experts, as `attn.c_attn,mlp.c_fc`, or `all`.
+    /// The linear layers that get experts, as `attn.c_attn,mlp.c_fc`, or `all`.
     #[arg(long, value_name = "NAME,..|all")]
     modules: Option<Modules>,
     /// Dropout of the experts' inputs.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     dropout: f64,
-    /// One router for all layers (`shared`), or one for each `layer` or `module`.
-    #[arg(long, value_name = "shared|layer|module", default_value = "shared", value_parser = parse_scope)]
+    /// How many routers there are.
+    #[arg(long, default_value = "shared")]
     routers: RouterScope,
 }
 
 /// GPT-2's four shapes.
-#[derive(Debug, Clone, Copy)]
-struct Size {
-    name: &'static str,
-    n_layer: i64,
-    n_head: i64,
-    n_embd: i64,
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Size {
+    /// 12 layers of width 768: 124 million parameters.
+    Gpt2,
+    /// 24 layers of width 1024: 355 million parameters.
+    Gpt2Medium,
+    /// 36 layers of width 1280: 774 million parameters.
+    Gpt2Large,
+    /// 48 layers of width 1600: 1.6 billion parameters.
+    Gpt2Xl,
 }
 
 impl Size {
-    const ALL: [Self; 4] = [
-        Self { name: "gpt2", n_layer: 12, n_head: 12, n_embd: 768 },
-        Self { name: "gpt2-medium", n_layer: 24, n_head: 16, n_embd: 1024 },
-        Self { name: "gpt2-large", n_layer: 36, n_head: 20, n_embd: 1280 },
-        Self { name: "gpt2-xl", n_layer: 48, n_head: 25, n_embd: 1600 },
-    ];
-
-    fn config(self) -> DecoderSpec {
-        let Self { n_layer, n_head, n_embd, .. } = self;
+    fn spec(self) -> DecoderSpec {
+        let (n_layer, n_head, n_embd) = match self {
+            Self::Gpt2 => (12, 12, 768),
+            Self::Gpt2Medium => (24, 16, 1024),
+            Self::Gpt2Large => (36, 20, 1280),
+            Self::Gpt2Xl => (48, 25, 1600),
+        };
         let json = json!({
             "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
         });
@@ -141,32 +145,13 @@ impl Size {
     }
 }
 
-impl FromStr for Size {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let size = Self::ALL.into_iter().find(|size| size.name == text);
-        size.ok_or_else(|| anyhow!("must be `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`"))
-    }
-}
-
-/// The settings that are measured most.
-#[derive(Debug, Clone, Copy)]
+/// The mixtures that are measured most.
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum Preset {
+    /// 4 experts of rank 8 and alpha 16 on c_attn.
     S1,
+    /// 8 experts of rank 16 and alpha 32 on all four linear layers.
     S2,
-}
-
-impl FromStr for Preset {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "s1" => Ok(Self::S1),
-            "s2" => Ok(Self::S2),
-            _ => bail!("must be `s1` or `s2`"),
-        }
-    }
 }
 
 impl Preset {
@@ -203,57 +188,28 @@ impl FromStr for Modules {
     }
 }
 
-fn parse_scope(text: &str) -> Result<RouterScope> {
-    match text {
-        "shared" => Ok(RouterScope::Shared),
-        "layer" => Ok(RouterScope::Layer),
-        "module" => Ok(RouterScope::Module),
-        _ => bail!("must be `shared`, `layer` or `module`"),
-    }
-}
-
 /// Runs the command.
 pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let device = device(args.device)?;
-    let on_cuda = matches!(device, Device::Cuda(_));
-    let dtype = args.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
     args.check().map_err(usage)?;
-    let (warmup, steps) = if on_cuda { (10, 30) } else { (5, 10) };
-    let (warmup, steps) = (args.warmup.unwrap_or(warmup), args.steps.unwrap_or(steps));
-    let text = load::to_toml(&args.config(dtype, on_cuda, warmup + steps)?);
-    let config = load::resolve(&text, &args.set).map_err(usage)?;
-    if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
-        return Err(usage(anyhow!(
-            "`lora.experts` must have no `source`: the bench draws new experts"
-        )));
-    }
-    let (label, weights) = args.weights(&config.base, shared)?;
     let device_model = ffi::device_model(device).unwrap_or_else(|| "unknown".into());
-    let hopper = device_model.contains("H100") || device_model.contains("H200");
-    let known = (on_cuda && hopper && dtype == Dtype::Bf16).then_some(HOPPER_TFLOPS);
-    let peak_tflops = args.peak_tflops.or(known);
-    let settings = BenchSettings {
-        config,
-        warmup,
-        steps,
-        document_median: args.documents,
-        peak_flops: peak_tflops.map(|tflops| tflops * 1e12),
-    };
-    let header = header(&settings, &label, &weights.spec, device, &device_model);
+    let settings = args.settings(device, &device_model)?;
+    let (base, weights) = args.weights(&settings.config.base, shared)?;
+    let header = header(&settings, base, &weights.spec, device, device_model);
     let bench = Bench::new(settings, &weights, device);
     drop(weights);
-    let rows = if args.rows.is_empty() { Row::ALL.to_vec() } else { args.rows };
     if args.json {
         print_line(&header)?;
     }
-    let bar =
-        CountBar::new(shared.show_progress, "measuring", (rows.len() * args.batch.len()) as u64);
+    let rows = if args.rows.is_empty() { Row::value_variants() } else { &args.rows };
+    let num_reports = rows.len() * args.batch.len();
+    let bar = CountBar::new(shared.show_progress, "measuring", num_reports as u64);
     let mut reports = vec![];
     for &batch in &args.batch {
-        for &row in &rows {
+        for &row in rows {
             let report = bench.measure(row, batch);
             if args.json {
-                print_line(&row_line(&report)?)?;
+                print_line(&report)?;
             }
             reports.push(report);
             bar.set(reports.len() as u64);
@@ -267,16 +223,39 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
 }
 
 impl BenchArgs {
-    /// The mixture's config; its micro-batch size is each row's own.
+    /// What is measured on `device`, whose model is `device_model`.
+    fn settings(&self, device: Device, device_model: &str) -> Result<BenchSettings> {
+        let on_cuda = matches!(device, Device::Cuda(_));
+        let dtype = self.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
+        let (warmup, steps) = if on_cuda { (10, 30) } else { (5, 10) };
+        let (warmup, steps) = (self.warmup.unwrap_or(warmup), self.steps.unwrap_or(steps));
+        let text = load::to_toml(&self.config(dtype, on_cuda, warmup + steps)?);
+        let config = load::resolve(&text, &self.set).map_err(usage)?;
+        if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
+            return Err(usage(anyhow!(
+                "`lora.experts` must have no `source`: the bench draws new experts"
+            )));
+        }
+        let is_hopper = device_model.contains("H100") || device_model.contains("H200");
+        let known_peak = (on_cuda && is_hopper && dtype == Dtype::Bf16).then_some(HOPPER_TFLOPS);
+        Ok(BenchSettings {
+            config,
+            warmup,
+            steps,
+            document_median: self.documents,
+            peak_flops: self.peak_tflops.or(known_peak).map(|tflops| tflops * 1e12),
+        })
+    }
+
+    /// The mixture's config, without the micro-batch size, which each row sets.
     fn config(&self, dtype: Dtype, on_cuda: bool, num_steps: usize) -> Result<Config> {
-        let size = self.size.map_or("gpt2", |size| size.name);
         let source = match &self.base {
             Some(text) => base_source(text)?,
-            // for its name alone: the weights are random
-            None => BaseSource::Hub(HubSource { repo: size.into(), revision: "main".into() }),
+            // nothing is read from there, as the weights are random
+            None => BaseSource::Hub(HubSource { repo: name(self.size), revision: "main".into() }),
         };
         let mixture = &self.mixture;
-        let mut lora = mixture.preset.unwrap_or(Preset::S1).lora();
+        let mut lora = mixture.preset.lora();
         lora.num_experts = mixture.experts.unwrap_or(lora.num_experts);
         lora.rank = mixture.rank.unwrap_or(lora.rank);
         lora.alpha = mixture.alpha.unwrap_or(lora.alpha);
@@ -308,7 +287,7 @@ impl BenchArgs {
             train: TrainConfig {
                 duration: Duration::Steps(num_steps as u64),
                 grad_accum_steps: self.accumulate,
-                // as the configs for GPT-2 have it: small chunks save memory, and cost time on a GPU
+                // as in the configs for GPT-2: small chunks save memory, but cost time on a GPU
                 loss_chunk_tokens: if on_cuda { 4096 } else { 1024 },
                 ..TrainConfig::default()
             },
@@ -318,7 +297,7 @@ impl BenchArgs {
         })
     }
 
-    /// Checks what the config does not.
+    /// Checks what the check of the config does not cover.
     fn check(&self) -> Result<()> {
         if self.steps == Some(0) {
             bail!("`--steps` must be at least 1, got 0");
@@ -341,23 +320,25 @@ impl BenchArgs {
         Ok(())
     }
 
-    /// The base's name and weights, f32 on the CPU.
+    /// The base's name and weights, in f32 on the CPU.
     fn weights(&self, config: &BaseConfig, shared: &Shared) -> Result<(String, Decoder)> {
-        let check_seq_len = |n_positions: i64| match self.seq_len as i64 > n_positions {
-            false => Ok(()),
-            true => Err(usage(anyhow!(
-                "`--seq-len` must be at most the base's {n_positions} positions, got {}",
-                self.seq_len
-            ))),
+        let check_seq_len = |n_positions: i64| {
+            if self.seq_len as i64 > n_positions {
+                return Err(usage(anyhow!(
+                    "`--seq-len` must be at most the base's {n_positions} positions, got {}",
+                    self.seq_len
+                )));
+            }
+            Ok(())
         };
         if self.base.is_some() {
             let base = open_base(config, shared)?;
             check_seq_len(base.spec.n_positions)?;
             return Ok((base.label.clone(), base.weights()?));
         }
-        let size = self.size.unwrap_or(Size::ALL[0]);
-        check_seq_len(size.config().n_positions)?;
+        let spec = self.size.spec();
+        check_seq_len(spec.n_positions)?;
         tch::manual_seed(self.seed as i64);
-        Ok((format!("{} (random weights)", size.name), Decoder::random(size.config())))
+        Ok((format!("{} (random weights)", name(self.size)), Decoder::random(spec)))
     }
 }

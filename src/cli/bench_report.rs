@@ -1,85 +1,76 @@
-//! What `dylora bench` prints: the setting and a line for each row, as JSON or as people read it.
+//! What `dylora bench` prints: the setting and the rows, as lines of JSON or as a table.
 
 use std::io::Write;
 
 use anyhow::Result;
-use serde_json::{Value, json};
+use clap::ValueEnum;
+use serde::Serialize;
+use serde_json::Value;
 use tch::Device;
 
 use super::open::device_name;
 use super::table;
 use crate::bench::data::LENGTH_SIGMA;
-use crate::bench::{BenchSettings, Figures, Row, RowReport};
-use crate::config::Dtype;
+use crate::bench::{BenchSettings, Figures, Header, Row, RowReport, flops};
+use crate::config::{Dtype, TargetModule};
 use crate::ffi;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::gpt2;
 
-/// How [`crate::bench::flops`] counts, in one line.
-const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P + 3A + 6Lo \
-                       in training, 2P + A + 2Lo in evaluation; P = 12 L d^2 + V d, \
-                       A = 2 L T d, Lo = sum of r (in + out) over experts and modules";
-
 /// What holds for all rows.
+///
+/// - `base`: the base in words
+/// - `spec`: the base's shape
 pub fn header(
     settings: &BenchSettings,
-    label: &str,
-    shape: &DecoderSpec,
+    base: String,
+    spec: &DecoderSpec,
     device: Device,
-    device_model: &str,
-) -> Value {
+    device_model: String,
+) -> Header {
     let config = &settings.config;
-    let mut train = json!(config.train);
-    // each row has its own
-    train.as_object_mut().expect("a struct is an object").shift_remove("micro_batch_size");
-    json!({
-        "kind": "header",
-        "dylora_version": env!("CARGO_PKG_VERSION"),
-        "libtorch_version": ffi::torch_version(),
-        "device": device_name(device),
-        "device_model": device_model,
-        "threads": tch::get_num_threads(),
-        "base": label,
-        "shape": gpt2::to_json(shape, match config.base.dtype {
-            Dtype::F32 => "float32",
-            Dtype::Bf16 => "bfloat16",
-        }),
-        "dtype": config.base.dtype,
-        "seq_len": config.data.seq_len,
-        "document_median": settings.document_median,
-        "document_sigma": settings.document_median.map(|_| LENGTH_SIGMA),
-        "warmup": settings.warmup,
-        "steps": settings.steps,
-        "seed": config.run.seed,
-        "peak_tflops": settings.peak_flops.map(|flops| flops / 1e12),
-        "mfu_formula": FORMULA,
-        "lora": config.lora,
-        "router": config.router,
-        "train": train,
-        "optimizer": config.optimizer,
-    })
-}
-
-/// A row's line, which says what it is first.
-pub fn row_line(report: &RowReport) -> Result<Value> {
-    let mut line = json!({ "kind": "row" });
-    let (Value::Object(line_map), Value::Object(report)) =
-        (&mut line, serde_json::to_value(report)?)
-    else {
-        unreachable!("structs are objects")
+    let torch_dtype = match config.base.dtype {
+        Dtype::F32 => "float32",
+        Dtype::Bf16 => "bfloat16",
     };
-    line_map.extend(report);
-    Ok(line)
+    Header {
+        dylora_version: env!("CARGO_PKG_VERSION"),
+        libtorch_version: ffi::torch_version(),
+        device: device_name(device),
+        device_model,
+        threads: tch::get_num_threads(),
+        base,
+        shape: gpt2::to_json(spec, torch_dtype),
+        dtype: config.base.dtype,
+        seq_len: config.data.seq_len,
+        document_median: settings.document_median,
+        document_sigma: settings.document_median.map(|_| LENGTH_SIGMA),
+        warmup: settings.warmup,
+        steps: settings.steps,
+        seed: config.run.seed,
+        peak_tflops: settings.peak_flops.map(|flops| flops / 1e12),
+        mfu_formula: flops::FORMULA,
+        lora: config.lora.clone(),
+        router: config.router.clone(),
+        train: config.train.clone(),
+        optimizer: config.optimizer.clone(),
+    }
 }
 
-/// Prints a line at once, for whoever waits for it.
-pub fn print_line(value: &Value) -> Result<()> {
+/// Prints a line of JSON, and flushes it for a program that waits for each line.
+pub fn print_line(line: &impl Serialize) -> Result<()> {
+    let line = serde_json::to_string(line)?;
     let mut out = std::io::stdout().lock();
-    Ok(writeln!(out, "{value}").and_then(|()| out.flush())?)
+    Ok(writeln!(out, "{line}").and_then(|()| out.flush())?)
 }
 
-/// What people read.
-pub fn as_text(header: &Value, reports: &[RowReport]) -> String {
+/// The name of a choice, as the command line takes it.
+pub fn name(choice: impl ValueEnum) -> String {
+    choice.to_possible_value().expect("no choice is skipped").get_name().to_owned()
+}
+
+/// The setting, the table of the rows, their errors, and what the mixture costs.
+pub fn as_text(header: &Header, reports: &[RowReport]) -> String {
     const COLUMNS: [&str; 13] = [
         "row",
         "batch",
@@ -96,67 +87,63 @@ pub fn as_text(header: &Value, reports: &[RowReport]) -> String {
         "first loss",
     ];
     let rows = reports.iter().map(|report| {
-        let head = [report.row.to_owned(), report.micro_batch_size.to_string()];
-        let figures = match &report.figures {
-            Some(figures) => cells(figures),
-            None => vec!["-".into(); COLUMNS.len() - head.len()],
+        let head = [name(report.row), report.micro_batch_size.to_string()];
+        let figures = match &report.outcome {
+            Ok(figures) => cells(figures),
+            Err(_) => vec!["-".into(); COLUMNS.len() - head.len()],
         };
         head.into_iter().chain(figures).collect()
     });
     let mut out = format!("{}\n\n{}", setting(header), table::table(&COLUMNS, rows.collect()));
     for report in reports {
-        if let Some(error) = &report.error {
-            out += &format!("\n{} at batch {}: {error}", report.row, report.micro_batch_size);
+        if let Err(error) = &report.outcome {
+            out += &format!("\n{} at batch {}: {error}", name(report.row), report.micro_batch_size);
         }
     }
     for cost in mixture_costs(reports) {
         out += &format!("\n{cost}");
     }
-    match header["peak_tflops"].as_f64() {
-        Some(peak) => out + &format!("\n{FORMULA}; peak {peak} TFLOP/s"),
+    match header.peak_tflops {
+        Some(peak) => out + &format!("\n{}; peak {peak} TFLOP/s", header.mfu_formula),
         None => out,
     }
 }
 
 /// The header in words.
-fn setting(header: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
-    let lora = &header["lora"];
-    let modules = lora["target_modules"].as_array().into_iter().flatten().map(text);
-    let documents = match header["document_median"].as_f64() {
+fn setting(header: &Header) -> String {
+    let Header { dylora_version, libtorch_version, device, device_model, threads, .. } = header;
+    let Header { base, seq_len, steps, warmup, lora, router, train, .. } = header;
+    let documents = match header.document_median {
         None => "one document a block".into(),
         Some(median) => format!("packed documents of median {median} tokens"),
     };
+    let modules: Vec<&str> = lora.target_modules.iter().copied().map(TargetModule::name).collect();
     let lines = [
         format!(
-            "dylora {}, libtorch {}, {} ({}), {} thread(s)",
-            text(&header["dylora_version"]),
-            text(&header["libtorch_version"]),
-            text(&header["device"]),
-            text(&header["device_model"]),
-            header["threads"],
+            "dylora {dylora_version}, libtorch {libtorch_version}, {device} ({device_model}), \
+             {threads} thread(s)"
         ),
         format!(
-            "{} in {}, {} tokens a block, {documents}, {} forward(s) a step",
-            text(&header["base"]),
-            text(&header["dtype"]),
-            header["seq_len"],
-            header["train"]["grad_accum_steps"],
+            "{base} in {}, {seq_len} tokens a block, {documents}, {} forward(s) a step",
+            name(header.dtype),
+            train.grad_accum_steps,
         ),
         format!(
             "{} expert(s) of rank {}, alpha {}, dropout {} on {}; routers: {}",
-            lora["num_experts"],
-            lora["rank"],
-            lora["alpha"],
-            lora["dropout"],
-            modules.collect::<Vec<_>>().join(", "),
-            text(&header["router"]["scope"]),
+            lora.num_experts,
+            lora.rank,
+            // as JSON has them, with a decimal point even if they are whole
+            Value::from(lora.alpha),
+            Value::from(lora.dropout),
+            modules.join(", "),
+            name(router.scope),
         ),
-        format!("{} steps after {} to warm up", header["steps"], header["warmup"]),
+        format!("{steps} steps after {warmup} to warm up"),
     ];
     lines.join("\n")
 }
 
+/// The cells of a row from its speed on.
 fn cells(figures: &Figures) -> Vec<String> {
     let ms = |ms: f64| format!("{ms:.2}");
     let memory = |bytes: Option<u64>| bytes.map_or("-".into(), |n| table::bytes(n as i64));
@@ -178,8 +165,8 @@ fn cells(figures: &Figures) -> Vec<String> {
 /// How much longer a step of the mixture takes than one of a single LoRA, at each batch size.
 fn mixture_costs(reports: &[RowReport]) -> Vec<String> {
     let step_ms = |row: Row, batch: usize| {
-        let report = reports.iter().find(|r| r.row == row.name() && r.micro_batch_size == batch)?;
-        Some(report.figures.as_ref()?.step_ms)
+        let report = reports.iter().find(|r| r.row == row && r.micro_batch_size == batch)?;
+        Some(report.outcome.as_ref().ok()?.step_ms)
     };
     let mut batches: Vec<usize> = reports.iter().map(|report| report.micro_batch_size).collect();
     batches.dedup();

@@ -25,7 +25,7 @@ pub struct DataArgs {
     #[arg(long, value_name = "N")]
     seq_len: Option<usize>,
     /// Score completions only, or every token [default: the config's, or completion].
-    #[arg(long, value_name = "completion|all", value_parser = parse_loss_on)]
+    #[arg(long)]
     loss_on: Option<LossOn>,
 }
 
@@ -46,14 +46,6 @@ pub struct EvalArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-}
-
-fn parse_loss_on(text: &str) -> Result<LossOn> {
-    match text {
-        "completion" => Ok(LossOn::Completion),
-        "all" => Ok(LossOn::All),
-        _ => Err(anyhow!("must be `completion` or `all`")),
-    }
 }
 
 /// Runs the command.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
@@ -23,7 +23,7 @@ pub struct ExportArgs {
     out: PathBuf,
     /// How the experts are joined: `dylora` (`dylora.json` and the router) or `xlora` (an X-LoRA
     /// folder, for a router on the base's last hidden state).
-    #[arg(long, value_name = "dylora|xlora", default_value = "dylora", value_parser = parse_layout)]
+    #[arg(long, default_value = "dylora")]
     format: Layout,
     /// Replace the folder if it is there, dylora wrote it, and nothing else is in it.
     #[arg(long)]
@@ -31,14 +31,6 @@ pub struct ExportArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-}
-
-fn parse_layout(text: &str) -> Result<Layout> {
-    match text {
-        "dylora" => Ok(Layout::Dylora),
-        "xlora" => Ok(Layout::Xlora),
-        _ => bail!("must be `dylora` or `xlora`"),
-    }
 }
 
 /// Runs the command.

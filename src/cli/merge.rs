@@ -32,12 +32,12 @@ pub struct MergeArgs {
     #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights)]
     weights: Option<Weights>,
     /// Merge into the base (a Hugging Face folder) or into one PEFT adapter of rank `sum r`.
-    #[arg(long = "as", value_name = "base|adapter", default_value = "base", value_parser = parse_form)]
+    #[arg(long = "as", value_name = "FORM", default_value = "base")]
     form: MergeInto,
     #[command(flatten)]
     data: DataArgs,
     /// Of the merged base [default: f32]; an adapter is always f32.
-    #[arg(long, value_name = "f32|f16|bf16", value_parser = parse_dtype)]
+    #[arg(long, value_name = "DTYPE")]
     save_dtype: Option<SaveDtype>,
     /// The folder to make.
     #[arg(long, value_name = "DIR")]
@@ -73,23 +73,6 @@ fn parse_weights(text: &str) -> Result<Weights> {
     match list {
         Some(list) if list.iter().all(|weight| weight.is_finite()) => Ok(Weights::List(list)),
         _ => bail!("must be `expert:N`, `uniform`, `all`, `mean` or numbers, as `0.5,0.3,0.2`"),
-    }
-}
-
-fn parse_form(text: &str) -> Result<MergeInto> {
-    match text {
-        "base" => Ok(MergeInto::Base),
-        "adapter" => Ok(MergeInto::Adapter),
-        _ => bail!("must be `base` or `adapter`"),
-    }
-}
-
-fn parse_dtype(text: &str) -> Result<SaveDtype> {
-    match text {
-        "f32" => Ok(SaveDtype::F32),
-        "f16" => Ok(SaveDtype::F16),
-        "bf16" => Ok(SaveDtype::Bf16),
-        _ => bail!("must be `f32`, `f16` or `bf16`"),
     }
 }
 

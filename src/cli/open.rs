@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use clap::Args;
 use tch::{Device, Kind};
 
@@ -38,19 +38,11 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// What the base computes in [default: the config's, or f32].
-    #[arg(long, value_name = "f32|bf16", value_parser = parse_dtype)]
+    #[arg(long)]
     pub dtype: Option<Dtype>,
     /// `auto`, `cpu` or `cuda[:N]`.
     #[arg(long)]
     pub device: Option<DeviceChoice>,
-}
-
-pub fn parse_dtype(text: &str) -> Result<Dtype> {
-    match text {
-        "f32" => Ok(Dtype::F32),
-        "bf16" => Ok(Dtype::Bf16),
-        _ => bail!("must be `f32` or `bf16`"),
-    }
 }
 
 /// A model that is ready to run.

@@ -1,5 +1,6 @@
 //! `[train]`, `[optimizer]` and `[schedule]`: how long, in what portions and at what rates to train.
 
+use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -78,7 +79,7 @@ pub enum Kernels {
 }
 
 /// The number type of saved weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum SaveDtype {
     /// 32-bit floating point.

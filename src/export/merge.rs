@@ -11,18 +11,20 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
+use clap::ValueEnum;
 use tch::{Device, Kind, Tensor};
 
 use super::peft::{Provenance, card_head, describe};
 use crate::config::LoraInit;
 use crate::model::RoutedModel;
 use crate::model::decoder::Decoder;
+use crate::model::experts::delta::Delta;
 use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::model::parameters::expert_name;
 use crate::peft::adapter::Adapter;
 
 /// What experts are merged into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum MergeInto {
     /// The base.
     Base,
@@ -87,10 +89,8 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
             };
             let (Some(a), Some(b)) = (tensor("lora_a"), tensor("lora_b")) else { continue };
             let Some(scaling) = experts.scaling(expert) else { continue };
-            let mut delta_oi = b.matmul(&a);
-            if let (Some(a0), Some(b0)) = (tensor("initial_a"), tensor("initial_b")) {
-                delta_oi -= b0.matmul(&a0);
-            }
+            let start = tensor("initial_a").zip(tensor("initial_b").map(|b0| b0.tr()));
+            let delta_oi = Delta { a, b: b.tr(), start }.product();
             let mut updated_io = &weight_io + delta_oi.tr() * scaling;
             if let Some(magnitude) = tensor("magnitude") {
                 let norm = updated_io.square().sum_dim_intlist(0, false, Kind::Double).sqrt();

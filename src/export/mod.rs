@@ -4,6 +4,7 @@
 pub mod hugging_face;
 pub mod merge;
 pub mod peft;
+mod xlora;
 
 use std::collections::BTreeSet;
 use std::path::Path;

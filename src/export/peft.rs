@@ -8,13 +8,14 @@
 //! OUT/README.md                model card of the mixture
 //!
 //! OUT/adapters/expert_0/ ..    as X-LoRA: the same adapters
-//! OUT/xlora_config.json, OUT/xlora_classifier.safetensors, OUT/README.md   (`mixture::xlora`)
+//! OUT/xlora_config.json, OUT/xlora_classifier.safetensors, OUT/README.md   (`peft::xlora`)
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use serde_json::Value;
 use tch::Tensor;
 
@@ -22,7 +23,7 @@ use crate::config::{EvalRule, RouterInput, RouterScope, RoutingChoice, RoutingLe
 use crate::durable::{self, output::Output};
 use crate::mixture::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase, ManifestRouter,
-    ROUTER, xlora,
+    ROUTER,
 };
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
@@ -30,6 +31,7 @@ use crate::model::experts::spec::ExpertSpec;
 use crate::model::parameters::expert_name;
 use crate::model::routing::router::RouterSpec;
 use crate::peft::adapter::{self, Adapter};
+use crate::peft::xlora;
 use crate::tensor_file::{read_tensors, write_tensors};
 
 const CARD: &str = "README.md";
@@ -58,7 +60,7 @@ pub struct Provenance {
 }
 
 /// How the experts are joined.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Layout {
     /// `dylora.json` and `router.safetensors`.
     Dylora,
@@ -89,7 +91,9 @@ pub fn export(
             "X-LoRA routes by its classifier, but this mixture was trained with weights by `{}`",
             provenance.routing
         ),
-        Layout::Xlora => Some(xlora::write(model, &provenance.base_name, &names)?),
+        Layout::Xlora => {
+            Some(super::xlora::settings_and_classifier(model, &provenance.base_name, &names)?)
+        }
     };
     out.write_folder(super::is_unmarked_output, |dir| {
         let parent = match layout {

@@ -26,6 +26,7 @@ use super::{BIAS, check_expert, copy, expert_of, row_tensor, without_expert};
 use crate::config::{LoraInit, ModulePath, RoutingChoice};
 use crate::mixture::Mixture;
 use crate::model::RoutedModel;
+use crate::model::experts::delta::Delta;
 use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::model::parameters::expert_name;
 
@@ -195,15 +196,14 @@ fn updates(
             let Some(tensor) = tensors.get(&name) else { bail!("tensor `{name}` is missing") };
             Ok(tensor.to_kind(Kind::Double))
         };
-        let (mut a, mut b) = (tensor("lora_a")?, tensor("lora_b")?);
-        if matches!(spec.init, LoraInit::Pissa | LoraInit::Olora) {
-            // B A - B0 A0 = (B - B0) A + B0 (A - A0), which is 0 to the bit at the start
-            let (a0, b0) = (tensor("initial_a")?, tensor("initial_b")?);
-            b = Tensor::cat(&[&(b - &b0), &b0], 1);
-            a = Tensor::cat(&[&a, &(&a - a0)], 0);
-        }
+        let start = match spec.starts_from_base() {
+            true => Some((tensor("initial_a")?, tensor("initial_b")?.tr())),
+            false => None,
+        };
+        let delta = Delta { a: tensor("lora_a")?, b: tensor("lora_b")?.tr(), start };
+        let (a, b) = delta.precise();
         let scaling = spec.scaling(path).expect("it is one of the spec's modules");
-        updates.insert(path, Update { b: b * scaling, a });
+        updates.insert(path, Update { b: b.tr() * scaling, a });
     }
     Ok(updates)
 }

@@ -21,12 +21,13 @@ pub mod stages;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::config::{LoraInit, RoutingChoice};
 use crate::mixture::Mixture;
 use crate::model::RoutedModel;
 use crate::model::decoder::Decoder;
+use crate::model::decoder::precision::wide;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::parameters::expert_name;
 
@@ -128,7 +129,7 @@ fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
     // a fresh model knows where routers are; where experts start does not matter, only what they are on
     let plain = |spec: &ExpertSpec| ExpertSpec { init: LoraInit::Default, ..spec.clone() };
     let specs: Vec<ExpertSpec> = mixture.specs.iter().map(plain).collect();
-    let kind = if base.wte.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let kind = wide(base.wte.kind());
     let model = RoutedModel::with_experts(base, &specs, &mixture.router, Device::Cpu, kind);
     let rows = model.tensors().into_iter().filter(|(name, _)| row_tensor(name).is_some());
     rows.map(|(name, tensor)| (name, tensor.zeros_like())).collect()

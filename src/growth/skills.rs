@@ -18,12 +18,13 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::data::{BlockId, TokenDataset};
+use crate::data::{BlockId, IGNORED_LABEL, TokenDataset};
 use crate::durable;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 
@@ -109,7 +110,7 @@ impl Default for SkillRule {
 }
 
 /// Which of the cosines to the library's skills is compared with the threshold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum SkillComparison {
     /// The largest.
@@ -221,7 +222,7 @@ fn inputs_of(texts: &[Vec<i64>], model: &RoutedModel) -> Inputs {
         num_rows: texts.len(),
         seq_len,
         input_ids: &texts.concat(),
-        labels: &vec![-100; positions.len()],
+        labels: &vec![IGNORED_LABEL; positions.len()],
         position_ids: &positions,
         document_ids: &vec![0; positions.len()],
         expert_ids: None,

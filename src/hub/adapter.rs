@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use super::AdapterFiles;
+use super::files::AdapterFiles;
 use super::place::Place;
 
 pub(super) const CONFIG: &str = "adapter_config.json";

@@ -9,8 +9,9 @@ use std::path::Path;
 use anyhow::{Context, Error, Result, anyhow, bail};
 use serde::Deserialize;
 
+use super::adapter;
+use super::files::BaseFiles;
 use super::place::Place;
-use super::{BaseFiles, adapter};
 
 pub(super) const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";

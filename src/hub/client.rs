@@ -8,9 +8,9 @@ use ureq::Body;
 use ureq::http::{Response, StatusCode};
 use url::Url;
 
-use super::HubSettings;
 use super::http::{Http, redirect, shown_origin};
-use super::repo::{RepoSource, is_commit};
+use super::names::{RepoSource, is_commit};
+use super::settings::HubSettings;
 
 /// Redirects of one request; `huggingface_hub` follows as many.
 pub(super) const MAX_REDIRECTS: usize = 10;

@@ -23,12 +23,12 @@ use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 use url::Url;
 
-use super::DownloadProgress;
 use super::client::{Client, Fault, MAX_REDIRECTS};
 use super::http::{redirect, with_least_speed};
-use super::repo::RepoSource;
+use super::names::RepoSource;
+use super::settings::DownloadProgress;
 
-/// Attempts in a row that bring too little, by [`super::HubLimits::window_bytes`].
+/// Attempts in a row that bring too little, by [`super::settings::HubLimits::window_bytes`].
 const MAX_FAILURES: u32 = 4;
 /// Pause after the first failure; triples with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);

@@ -9,7 +9,6 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use base64::Engine;
@@ -19,35 +18,7 @@ use ureq::http::{HeaderValue, Response};
 use ureq::{Agent, Body};
 use url::Url;
 
-use super::HubSettings;
-
-/// How long the Hub may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HubLimits {
-    /// For a connection to stand, encryption included.
-    pub connect: Duration,
-    /// Without a byte from the server.
-    pub silence: Duration,
-    /// For an answer that is not a file's content, from the request to its last byte.
-    pub answer: Duration,
-    /// Span over which a file's content has to bring `window_bytes`.
-    pub window: Duration,
-    /// Least number of bytes that a `window` of a file's content brings.
-    pub window_bytes: u64,
-}
-
-impl Default for HubLimits {
-    /// Connect 15 s, silence 30 s, answer 60 s, 64 KiB a minute.
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(15),
-            silence: Duration::from_secs(30),
-            answer: Duration::from_secs(60),
-            window: Duration::from_secs(60),
-            window_bytes: 64 << 10,
-        }
-    }
-}
+use super::settings::{HubLimits, HubSettings, without_credentials};
 
 /// Sends requests to the Hub and to where it redirects.
 pub(super) struct Http {
@@ -223,14 +194,6 @@ fn parse_endpoint(text: &str) -> Result<Url> {
             HubSettings::DEFAULT_ENDPOINT
         )
     })
-}
-
-/// An address as a message may show it, whether or not it is one.
-pub(super) fn without_credentials(text: &str) -> String {
-    let (scheme, rest) = text.split_once("://").map_or(("", text), |(a, b)| (a, b));
-    let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
-    let slashes = if scheme.is_empty() { "" } else { "://" };
-    format!("{scheme}{slashes}{host}")
 }
 
 /// Takes `user:password` out of an address, decoded.

@@ -23,97 +23,19 @@ mod adapter;
 mod base;
 mod client;
 mod fetch;
+mod files;
 mod http;
+mod names;
 mod place;
 mod repo;
-
-use std::fmt;
-use std::path::PathBuf;
+mod settings;
 
 use anyhow::{Result, bail};
 
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
-pub use http::HubLimits;
-use repo::RepoSource;
-
-/// How to reach the Hub.
-#[derive(Clone)]
-pub struct HubSettings {
-    /// The Hub's address (`HF_ENDPOINT`), [`HubSettings::DEFAULT_ENDPOINT`] as a rule.
-    pub endpoint: String,
-    /// The Hub's cache: `$HF_HUB_CACHE`, or `$HF_HOME/hub`, or `~/.cache/huggingface/hub`.
-    pub cache_dir: PathBuf,
-    /// Sent to the origin of `endpoint` alone (`HF_TOKEN`).
-    pub token: Option<String>,
-    /// Use the cache alone (`HF_HUB_OFFLINE`).
-    pub offline: bool,
-    /// How long the Hub may take.
-    pub limits: HubLimits,
-}
-
-impl HubSettings {
-    /// The Hub itself.
-    pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
-}
-
-/// Without the token and without credentials in the address.
-impl fmt::Debug for HubSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HubSettings")
-            .field("endpoint", &http::without_credentials(&self.endpoint))
-            .field("cache_dir", &self.cache_dir)
-            .field("token", &self.token.as_ref().map(|_| "***"))
-            .field("offline", &self.offline)
-            .field("limits", &self.limits)
-            .finish()
-    }
-}
-
-/// Is told about downloads, one file at a time; `()` is silent.
-pub trait DownloadProgress {
-    /// `file`, of `total_bytes`, is now fetched, and nothing of it is there yet. Comes again for the
-    /// same file with each attempt.
-    fn start(&self, file: &str, total_bytes: u64);
-    /// `bytes` more are there; first those that an earlier attempt left.
-    fn advance(&self, bytes: u64);
-    /// The file is whole or given up.
-    fn finish(&self);
-}
-
-impl DownloadProgress for () {
-    fn start(&self, _file: &str, _total_bytes: u64) {}
-    fn advance(&self, _bytes: u64) {}
-    fn finish(&self) {}
-}
-
-/// The files of a base; all of them exist.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BaseFiles {
-    /// What to call it: the folder's path, or `repo@revision`.
-    pub label: String,
-    /// The commit that the revision stood at; absent for a folder.
-    pub commit: Option<String>,
-    /// `config.json`.
-    pub config: PathBuf,
-    /// `model.safetensors`, or the shards that `model.safetensors.index.json` names, each once,
-    /// sorted.
-    pub weights: Vec<PathBuf>,
-    /// `tokenizer.json`, if there is one.
-    pub tokenizer: Option<PathBuf>,
-}
-
-/// The files of an adapter; both exist.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AdapterFiles {
-    /// What to call it: the folder's path, `repo@revision` or `repo@revision/subfolder`.
-    pub label: String,
-    /// The commit that the revision stood at; absent for a folder.
-    pub commit: Option<String>,
-    /// `adapter_config.json`.
-    pub config: PathBuf,
-    /// `adapter_model.safetensors`.
-    pub weights: PathBuf,
-}
+pub use files::{AdapterFiles, BaseFiles};
+use names::RepoSource;
+pub use settings::{DownloadProgress, HubLimits, HubSettings};
 
 /// Finds the files of `source`, and fetches those that the Hub has and the cache lacks.
 ///

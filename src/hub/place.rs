@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
-use super::DownloadProgress;
 use super::client::Client;
-use super::repo::RepoSource;
+use super::names::RepoSource;
+use super::settings::DownloadProgress;
 
 /// A folder of files. Displayed, it is the folder in the words of messages.
 pub(super) struct Place<'a> {

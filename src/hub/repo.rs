@@ -3,82 +3,12 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::Cache;
 
 use super::client::{Client, Fault, RepoInfo};
+use super::names::{RepoSource, is_commit};
 use super::place::Place;
-use super::{DownloadProgress, HubSettings};
-
-/// What is looked for on the Hub.
-pub(super) struct RepoSource<'a> {
-    pub(super) repo: &'a str,
-    pub(super) revision: &'a str,
-    /// The folder in the repository; empty for its root.
-    pub(super) subfolder: &'a str,
-    /// The file in the folder without which the cache has nothing of it.
-    pub(super) config_file: &'static str,
-    /// The config's key for it, such as `base.source`, in messages.
-    pub(super) option: &'static str,
-}
-
-impl RepoSource<'_> {
-    /// Its name in messages: `repo@revision`, and the folder behind a slash if there is one.
-    pub(super) fn label(&self) -> String {
-        let Self { repo, revision, subfolder, .. } = self;
-        let slash = if subfolder.is_empty() { "" } else { "/" };
-        format!("{repo}@{revision}{slash}{subfolder}")
-    }
-
-    /// The path in the repository of the folder's `file`.
-    pub(super) fn path_of(&self, file: &str) -> String {
-        match self.subfolder {
-            "" => file.to_owned(),
-            subfolder => format!("{subfolder}/{file}"),
-        }
-    }
-
-    /// The repository at `revision`, as `hf-hub` names it.
-    pub(super) fn repo_at(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.repo.to_owned(), RepoType::Model, revision.to_owned())
-    }
-
-    /// Refuses names that cannot exist, which also keeps them inside the cache.
-    fn check_names(&self) -> Result<()> {
-        let Self { repo, revision, subfolder, option, .. } = self;
-        let is_name = |part: &str| {
-            part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-                && !part.contains("..")
-                && !part.contains("--")
-        };
-        if repo.split('/').count() > 2 || !repo.split('/').all(is_name) {
-            bail!(
-                "`{repo}` is not the name of a repository\n\
-                 hint: `{option}.hub.repo` is like `openai-community/gpt2`; a folder is \
-                 `{option} = {{ path = \"DIR\" }}`"
-            );
-        }
-        let is_step =
-            |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains("..");
-        let odd = |c: char| c.is_control() || c.is_whitespace() || "\\:?*[~^".contains(c);
-        if !revision.split('/').all(is_step) || revision.contains(odd) {
-            bail!(
-                "`{revision}` is not the name of a revision\n\
-                 hint: `{option}.hub.revision` is a branch (as a rule `main`), a tag or a commit"
-            );
-        }
-        // the Hub has no such folders, and they would mean other ones in an address
-        let odd = |c: char| odd(c) || "#%".contains(c);
-        if !subfolder.is_empty() && (!subfolder.split('/').all(is_step) || subfolder.contains(odd))
-        {
-            bail!(
-                "`{subfolder}` is not the name of a folder\n\
-                 hint: `{option}.hub.subfolder` is a path in the repository, like `expert_0`"
-            );
-        }
-        Ok(())
-    }
-}
+use super::settings::{DownloadProgress, HubSettings};
 
 /// What `collect` makes of the folder's files, which are fetched as far as the cache lacks them.
 ///
@@ -168,9 +98,4 @@ fn fetch_all<F>(
     // last, so that a reference never leads to a snapshot that was not whole
     client.write_ref(&info.sha);
     Ok(files)
-}
-
-/// Whether `revision` is a full commit hash: 40 hexadecimal digits.
-pub(super) fn is_commit(revision: &str) -> bool {
-    revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
 }

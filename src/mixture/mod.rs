@@ -14,8 +14,6 @@
 //!   "router": null | { "file": "router.safetensors", "spec": { "input": "embeddings", .. } } }
 //! ```
 
-pub mod xlora;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -23,7 +21,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::config::{AdapterSource, Config, Method, RoutingChoice};
+use crate::config::{AdapterHub, AdapterSource, Config, Method, RouterInput, RoutingChoice};
 use crate::hub::AdapterFiles;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
@@ -32,6 +30,7 @@ use crate::model::parameters::expert_name;
 use crate::model::routing::router::RouterSpec;
 use crate::model::{Compute, RoutedModel};
 use crate::peft::adapter::{self, Adapter};
+use crate::peft::xlora::{self, Classifier};
 use crate::tensor_file::{check_numbers, read_tensors};
 
 /// The version of `dylora.json`.
@@ -150,7 +149,7 @@ impl Mixture {
             return Self::of_export(dir, base, find);
         }
         if dir.join(xlora::CONFIG).is_file() {
-            return xlora::read(dir, base, find);
+            return Self::of_xlora(dir, base, find);
         }
         if dir.is_dir() && !dir.join(ADAPTER_CONFIG).is_file() {
             bail!(
@@ -195,6 +194,38 @@ impl Mixture {
         Ok(mixture)
     }
 
+    /// An X-LoRA folder: classifier and adapters.
+    fn of_xlora(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
+        let adapters = xlora::read_adapters(dir, base.n_embd)?;
+        let source = |(name, path): (String, String)| {
+            let candidates =
+                [dir.join(xlora::ADAPTERS).join(&name), dir.join(&name), dir.join(&path)];
+            match candidates.into_iter().find(|folder| folder.join(ADAPTER_CONFIG).is_file()) {
+                Some(folder) => AdapterSource::Path(folder),
+                None => AdapterSource::Hub(AdapterHub {
+                    repo: path,
+                    revision: "main".into(),
+                    subfolder: String::new(),
+                }),
+            }
+        };
+        let sources: Vec<AdapterSource> = adapters.into_iter().map(source).collect();
+        let mut mixture = Self::of_adapters(&sources, base, find)?;
+        let (router, tensors) = xlora_router(dir)?;
+        let (outputs, count) = (tensors["router.weight"].size()[0], mixture.specs.len());
+        if outputs != count as i64 {
+            let file = dir.join(xlora::CLASSIFIER);
+            bail!("`{}` scores {outputs} adapters, the config names {count}", file.display());
+        }
+        // the softmax of a single score is 1
+        if count > 1 {
+            mixture.router = router;
+            mixture.tensors.extend(tensors);
+        }
+        mixture.is_whole = true;
+        Ok(mixture)
+    }
+
     /// The mixture with the router of an export or X-LoRA folder, which must follow the same rule.
     fn with_router(mut self, dir: &Path) -> Result<Self> {
         let (router, tensors) = if dir.join(MANIFEST).is_file() {
@@ -203,7 +234,7 @@ impl Mixture {
                 None => bail!("`{}` has a single expert and no router", dir.display()),
             }
         } else if dir.join(xlora::CONFIG).is_file() {
-            xlora::read_router(dir)?
+            xlora_router(dir)?
         } else {
             bail!("`{}` has neither `{MANIFEST}` nor `{}`", dir.display(), xlora::CONFIG);
         };
@@ -265,6 +296,18 @@ fn add_adapter(
         tensors.insert(format!("{path}.{}.{key}", expert_name(expert)), tensor);
     }
     specs.push(adapter.spec);
+}
+
+/// X-LoRA's classifier as a router: its rule, and its tensors by the names of [`RoutedModel::tensors`].
+fn xlora_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)> {
+    let Classifier { softmax_temperature, weight, bias } = xlora::read_classifier(dir)?;
+    let router = RouterSpec {
+        input: RouterInput::BaseHidden,
+        temperature: softmax_temperature,
+        ..RouterSpec::default()
+    };
+    let named = [("router.weight", weight), ("router.bias", bias)];
+    Ok((router, named.map(|(name, tensor)| (name.to_owned(), tensor)).into()))
 }
 
 /// Reads `dylora.json`.

@@ -21,6 +21,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::{LoraInit, ModulePath, TargetModule};
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
+use crate::model::experts::delta::Delta;
 use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::tensor_file::{check_numbers, read_tensors};
 
@@ -352,9 +353,11 @@ impl Adapter {
     fn without_start(mut self, initial: &BTreeMap<ModulePath, (Tensor, Tensor)>) -> Self {
         for (path, size) in &mut self.spec.modules {
             let Some((a0, b0)) = initial.get(path) else { continue };
-            let join = |x: &Tensor, y: &Tensor, dim| Tensor::cat(&[x, y], dim);
-            let (a, b) = (&self.tensors[&(*path, "lora_a")], &self.tensors[&(*path, "lora_b")]);
-            let (a, b) = (join(a, a0, 0), join(b, &-b0, 1));
+            let part = |key| self.tensors[&(*path, key)].shallow_clone();
+            let (a, b) = (part("lora_a"), part("lora_b").tr());
+            let start = Some((a0.shallow_clone(), b0.tr()));
+            let (a, b) = Delta { a, b, start }.plain();
+            let b = b.tr().contiguous();
             self.tensors.insert((*path, "lora_a"), a);
             self.tensors.insert((*path, "lora_b"), b);
             size.rank *= 2;

@@ -1,3 +1,5 @@
-//! The formats of others, as plain structs that are read and written: PEFT's adapters ([`adapter`]).
+//! The formats of others, as plain structs that are read and written: PEFT's adapters ([`adapter`]), and what
+//! X-LoRA puts beside them ([`xlora`]).
 
 pub mod adapter;
+pub mod xlora;

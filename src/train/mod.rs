@@ -9,6 +9,7 @@
 
 mod advance;
 pub mod balance;
+pub mod files;
 pub mod gradients;
 pub mod graph;
 pub mod losses;
@@ -17,6 +18,7 @@ pub mod optim;
 mod output;
 pub mod plan;
 pub mod prepared;
+mod scalars;
 pub mod schedule;
 pub mod step;
 pub mod tensorboard;
@@ -41,8 +43,9 @@ use crate::mixture::Mixture;
 use crate::model::parameters::OldParts;
 use crate::model::{RoutedModel, Trained};
 use crate::{config, durable};
+use files::MetricsWriter;
 use graph::Capture;
-use metrics::{Metrics, MetricsWriter, StepMetrics, ValidationMetrics, WindowMetrics};
+use metrics::{Metrics, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
 use step::Stepper;

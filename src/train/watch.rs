@@ -5,9 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
-use super::checkpoint::Best;
-use super::metrics::{Metrics, MetricsWriter, MixShare, ValidationMetrics, WindowMetrics};
+use super::files::MetricsWriter;
+use super::metrics::{Metrics, MixShare, ValidationMetrics, WindowMetrics};
 use super::{Event, Trainer};
+use crate::checkpoint::Best;
 use crate::config::{OnCollapse, RoutingChoice};
 use crate::data::{Domain, TokenDataset};
 use crate::eval::{EvalReport, EvalSettings, RoutingReport, evaluate};

@@ -29,6 +29,15 @@ impl Delta {
         Some((&self.a - a0, &self.b - b0))
     }
 
+    /// The update itself, `[o, i]`.
+    pub fn product(&self) -> Tensor {
+        let product = |a: &Tensor, b: &Tensor| b.tr().matmul(a);
+        match &self.start {
+            Some((a0, b0)) => product(&self.a, &self.b) - product(a0, b0),
+            None => product(&self.a, &self.b),
+        }
+    }
+
     /// The precise factors, `[r or 2 r, i]` and `[r or 2 r, o]`.
     pub fn precise(&self) -> (Tensor, Tensor) {
         match (self.moved(), &self.start) {
@@ -61,6 +70,7 @@ mod tests {
             Delta { a: new([3, 5]), b: new([3, 7]), start: Some((new([3, 5]), new([3, 7]))) };
         let (a0, b0) = delta.start.as_ref().expect("it has one");
         let expected = delta.b.tr().matmul(&delta.a) - b0.tr().matmul(a0);
+        assert!(delta.product().allclose(&expected, 1e-12, 1e-12, false));
         for (a, b) in [delta.precise(), delta.plain()] {
             assert!(b.tr().matmul(&a).allclose(&expected, 1e-12, 1e-12, false));
         }

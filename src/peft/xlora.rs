@@ -19,11 +19,6 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
-use super::{ADAPTER_CONFIG, FindAdapter, Mixture};
-use crate::config::{AdapterHub, AdapterSource, RouterInput, RoutingLevel};
-use crate::model::RoutedModel;
-use crate::model::decoder::spec::DecoderSpec;
-use crate::model::routing::router::RouterSpec;
 use crate::tensor_file::{check_numbers, read_tensors};
 
 /// The classifier's settings.
@@ -55,52 +50,51 @@ fn idle_options() -> [(&'static str, Value); 3] {
     ]
 }
 
-/// Reads a folder: classifier and adapters.
+/// What `xlora_config.json` says beside its fixed options.
+#[derive(Debug, Clone, PartialEq)]
+pub struct XloraConfig {
+    /// Width `d` of the hidden states that the classifier reads.
+    pub hidden_size: i64,
+    /// The base as `from_pretrained` finds it.
+    pub base_model_id: String,
+    /// Name and path of each adapter, in the order of the classifier's outputs.
+    pub adapters: Vec<(String, String)>,
+    /// Divides the scores.
+    pub softmax_temperature: f64,
+}
+
+/// The classifier of depth 1.
+#[derive(Debug)]
+pub struct Classifier {
+    /// Divides the scores.
+    pub softmax_temperature: f64,
+    /// `last.weight`, `[e, d]`.
+    pub weight: Tensor,
+    /// `last.bias`, `[e]`.
+    pub bias: Tensor,
+}
+
+/// Name and path of each adapter of the folder `dir`, in the order of the classifier's outputs.
 ///
 /// # Errors
-/// Options other than those above, by name; adapters that are not found.
-pub fn read(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Mixture> {
+/// Options other than those above, by name; a width that is not `hidden_size`.
+pub fn read_adapters(dir: &Path, hidden_size: i64) -> Result<Vec<(String, String)>> {
     let config = read_config(dir)?;
     let place = || format!("in `{}`", dir.join(CONFIG).display());
-    let hidden_size = config.get("hidden_size").and_then(Value::as_i64);
-    if hidden_size != Some(base.n_embd) {
+    if config.get("hidden_size").and_then(Value::as_i64) != Some(hidden_size) {
         let found = config.get("hidden_size").cloned().unwrap_or_default();
-        bail!("{}: `hidden_size` must be the base's {}, got {found}", place(), base.n_embd);
+        bail!("{}: `hidden_size` must be the base's {hidden_size}, got {found}", place());
     }
     let adapters = config.get("adapters").and_then(Value::as_object);
     let adapters = adapters.filter(|adapters| !adapters.is_empty());
     let adapters = adapters.with_context(|| format!("{}: `adapters` names none", place()))?;
-    let source = |(name, path): (&String, &Value)| {
-        let path = path.as_str().unwrap_or(name);
-        let candidates = [dir.join(ADAPTERS).join(name), dir.join(name), dir.join(path)];
-        match candidates.into_iter().find(|folder| folder.join(ADAPTER_CONFIG).is_file()) {
-            Some(folder) => AdapterSource::Path(folder),
-            None => AdapterSource::Hub(AdapterHub {
-                repo: path.to_owned(),
-                revision: "main".into(),
-                subfolder: String::new(),
-            }),
-        }
-    };
-    let sources: Vec<AdapterSource> = adapters.iter().map(source).collect();
-    let mut mixture = Mixture::of_adapters(&sources, base, find)?;
-    let (router, tensors) = read_router(dir)?;
-    let (outputs, count) = (tensors["router.weight"].size()[0], mixture.specs.len());
-    if outputs != count as i64 {
-        let file = dir.join(CLASSIFIER);
-        bail!("`{}` scores {outputs} adapters, the config names {count}", file.display());
-    }
-    // the softmax of a single score is 1
-    if count > 1 {
-        mixture.router = router;
-        mixture.tensors.extend(tensors);
-    }
-    mixture.is_whole = true;
-    Ok(mixture)
+    let path =
+        |(name, path): (&String, &Value)| (name.clone(), path.as_str().unwrap_or(name).to_owned());
+    Ok(adapters.iter().map(path).collect())
 }
 
-/// The classifier alone: its rule, and its tensors by the names of [`RoutedModel::tensors`].
-pub fn read_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)> {
+/// The classifier of the folder `dir`.
+pub fn read_classifier(dir: &Path) -> Result<Classifier> {
     let config = read_config(dir)?;
     let temperature = config.get("softmax_temperature").map_or(Some(1.0), Value::as_f64);
     let temperature = temperature.filter(|t| t.is_finite() && *t > 0.0);
@@ -129,10 +123,7 @@ pub fn read_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)>
     if let Some(name) = tensors.keys().next() {
         bail!("{}: tensor `{name}` is of no classifier of depth 1", in_file());
     }
-    let router =
-        RouterSpec { input: RouterInput::BaseHidden, temperature, ..RouterSpec::default() };
-    let named = [("router.weight", weight), ("router.bias", bias)];
-    Ok((router, named.map(|(name, tensor)| (name.to_owned(), tensor)).into()))
+    Ok(Classifier { softmax_temperature: temperature, weight, bias })
 }
 
 /// Reads the settings and refuses what dylora's router cannot do.
@@ -168,57 +159,26 @@ fn read_config(dir: &Path) -> Result<Map<String, Value>> {
     parse().with_context(|| format!("in `{}`", path.display()))
 }
 
-/// `xlora_config.json` of a mixture, and the classifier's tensors.
-///
-/// # Errors
-/// A mixture that X-LoRA cannot express, by what stands against it.
-pub fn write(
-    model: &RoutedModel,
-    base_name: &str,
-    experts: &[String],
-) -> Result<(Value, BTreeMap<String, Tensor>)> {
-    let router = match model.routers() {
-        [] => bail!("a single expert has no router, and is a PEFT adapter as it is"),
-        [router] => router,
-        routers => {
-            bail!("X-LoRA has one classifier for all layers, this mixture {}", routers.len())
-        }
-    };
-    let spec = model.router_spec();
-    let input = spec.input;
-    if input != RouterInput::BaseHidden {
-        bail!(
-            "X-LoRA's classifier reads the base's last hidden state, this router `{}`\nhint: train \
-             with `router.input = \"base_hidden\"`",
-            input.name()
-        );
+impl XloraConfig {
+    /// `xlora_config.json`.
+    pub fn to_json(&self) -> Value {
+        let adapters = self.adapters.iter().map(|(name, path)| (name.clone(), json!(path)));
+        let mut config = Map::new();
+        config.insert("hidden_size".into(), json!(self.hidden_size));
+        config.insert("base_model_id".into(), json!(self.base_model_id));
+        config.insert("adapters".into(), Value::Object(adapters.collect()));
+        let options = fixed_options().into_iter().chain(idle_options());
+        config.extend(options.map(|(key, value)| (key.to_owned(), value)));
+        config.insert("use_bias".into(), json!(true));
+        // the adapters are then looked for beside the classifier
+        config.insert("use_trainable_adapters".into(), json!(true));
+        config.insert("softmax_temperature".into(), json!(self.softmax_temperature));
+        Value::Object(config)
     }
-    if let Some(k) = spec.top_k {
-        bail!("X-LoRA's top-k is another rule; this router keeps {k} experts of a token");
-    }
-    let with = |what: &str, has: bool| match has {
-        true => bail!("X-LoRA does not know {what}"),
-        false => Ok(()),
-    };
-    with("hidden layers of a router that end in its width", spec.hidden_layers > 0)?;
-    with("routing by the prompt", spec.level == RoutingLevel::Sequence)?;
-    with("layers with experts of their own", spec.own_experts)?;
-    with("another rule in evaluation", spec.eval.is_some())?;
-    with("DoRA", model.specs().iter().any(|spec| spec.use_dora))?;
-    with("invocation tokens", model.specs().iter().any(|s| !s.alora_invocation_tokens.is_empty()))?;
-    let adapters: Map<String, Value> =
-        experts.iter().map(|name| (name.clone(), json!(format!("{ADAPTERS}/{name}")))).collect();
-    let mut config = Map::new();
-    config.insert("hidden_size".into(), json!(model.base().spec.n_embd));
-    config.insert("base_model_id".into(), json!(base_name));
-    config.insert("adapters".into(), Value::Object(adapters));
-    let options = fixed_options().into_iter().chain(idle_options());
-    config.extend(options.map(|(key, value)| (key.to_owned(), value)));
-    config.insert("use_bias".into(), json!(true));
-    // the adapters are then looked for beside the classifier
-    config.insert("use_trainable_adapters".into(), json!(true));
-    config.insert("softmax_temperature".into(), json!(spec.temperature));
-    let tensors = [("last.weight", &router.weight), ("last.bias", &router.bias)];
-    let tensors = tensors.map(|(name, tensor)| (name.to_owned(), tensor.detach()));
-    Ok((Value::Object(config), tensors.into()))
+}
+
+/// The tensors of `xlora_classifier.safetensors`.
+pub fn classifier_tensors(weight: &Tensor, bias: &Tensor) -> BTreeMap<String, Tensor> {
+    let tensors = [("last.weight", weight), ("last.bias", bias)];
+    tensors.map(|(name, tensor)| (name.to_owned(), tensor.detach())).into()
 }

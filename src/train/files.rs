@@ -1,0 +1,201 @@
+//! The files of a run that only the first process writes: its metrics, as lines and for TensorBoard.
+
+use std::io::{ErrorKind, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use super::metrics::Metrics;
+use super::tensorboard::EventWriter;
+
+/// The file of the metrics in a run's folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The folder of the event files in a run's folder.
+pub const TENSORBOARD_DIR: &str = "tensorboard";
+
+/// Writes a run's metrics to its folder. Of several processes, only the first has one.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    file: fs_err::File,
+    events: Option<EventWriter>,
+}
+
+impl MetricsWriter {
+    /// Opens `metrics.jsonl` in `run_dir` to write on after `resume_step`, and if `tensorboard`, a
+    /// new event file in its `tensorboard` folder. The folders are made if need be.
+    ///
+    /// `resume_step` is the step of the checkpoint that is resumed. What a broken run wrote after
+    /// it is cut off, so that the file becomes that of an unbroken run; this takes a new file and
+    /// a rename, so that no moment is without a complete one. With 0 the run starts anew and what
+    /// another one left is dropped, its step 0 included.
+    pub fn open(run_dir: &Path, tensorboard: bool, resume_step: u64) -> Result<Self> {
+        fs_err::create_dir_all(run_dir).context("cannot create the folder of the run")?;
+        let path = run_dir.join(METRICS_FILE);
+        cut_after(&path, resume_step)?;
+        let file = fs_err::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .context("cannot open the file of metrics")?;
+        let first_step = if resume_step == 0 { 0 } else { resume_step + 1 };
+        let events = tensorboard
+            .then(|| EventWriter::create(&run_dir.join(TENSORBOARD_DIR), first_step))
+            .transpose()?;
+        Ok(Self { file, events })
+    }
+
+    /// Writes one line, and its scalars to TensorBoard. Nothing is held back in a buffer.
+    ///
+    /// A step's metrics must be written before its checkpoint is saved: a run that resumes from it
+    /// does not write them again.
+    pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
+        let mut line = serde_json::to_vec(metrics).context("cannot put the metrics into JSON")?;
+        line.push(b'\n');
+        self.file.write_all(&line).context("cannot write the metrics")?;
+        match &mut self.events {
+            Some(events) => events.write_scalars(metrics.step(), metrics.scalars()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Cuts the lines after `resume_step` off the file at `path`, if there is one.
+fn cut_after(path: &Path, resume_step: u64) -> Result<()> {
+    let bytes = match fs_err::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).context("cannot read the metrics so far"),
+    };
+    let kept = match resume_step {
+        0 => Vec::new(),
+        _ => kept_lines(&bytes, resume_step)
+            .with_context(|| format!("cannot add to the metrics in `{}`", path.display()))?,
+    };
+    if kept == bytes {
+        return Ok(());
+    }
+    let new_path = path.with_extension("jsonl.new");
+    let mut file = fs_err::File::create(&new_path).context("cannot shorten the metrics")?;
+    file.write_all(&kept).context("cannot shorten the metrics")?;
+    file.sync_all().context("cannot shorten the metrics")?;
+    fs_err::rename(&new_path, path).context("cannot shorten the metrics")
+}
+
+/// The lines up to `resume_step`, to the byte. A last line without its end, which a broken run
+/// leaves, is dropped unless it is whole.
+fn kept_lines(bytes: &[u8], resume_step: u64) -> Result<Vec<u8>> {
+    /// All that has to be known of a line, so that other versions' lines are kept too.
+    #[derive(Deserialize)]
+    struct Line {
+        step: u64,
+    }
+
+    let mut kept = Vec::with_capacity(bytes.len() + 1);
+    for (index, line) in bytes.split_inclusive(|&byte| byte == b'\n').enumerate() {
+        let ended = line.ends_with(b"\n");
+        match serde_json::from_slice::<Line>(line) {
+            Ok(Line { step }) if step <= resume_step => {
+                kept.extend_from_slice(line);
+                if !ended {
+                    kept.push(b'\n');
+                }
+            }
+            Ok(_) => {}
+            Err(_) if !ended => {}
+            Err(error) => bail!(
+                "line {} is no JSON object with a `step`: {error}\n\
+                 hint: repair or delete the line, then resume again",
+                index + 1
+            ),
+        }
+    }
+    Ok(kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::samples::{train, validation};
+    use super::*;
+
+    /// The steps of a run that evaluates before the first and at each even one.
+    fn write_steps(writer: &mut MetricsWriter, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
+        for step in steps {
+            if step > 0 {
+                writer.write(&train(step))?;
+            }
+            if step % 2 == 0 {
+                writer.write(&validation(step))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What `metrics.jsonl` must hold after these steps without a break.
+    fn unbroken(steps: std::ops::RangeInclusive<u64>) -> Result<String> {
+        let dir = tempfile::tempdir()?;
+        write_steps(&mut MetricsWriter::open(dir.path(), false, 0)?, steps)?;
+        read(dir.path())
+    }
+
+    fn read(run_dir: &Path) -> Result<String> {
+        Ok(fs_err::read_to_string(run_dir.join(METRICS_FILE))?)
+    }
+
+    #[test]
+    fn a_resumed_runs_file_equals_an_unbroken_ones() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        write_steps(&mut MetricsWriter::open(dir.path(), true, 0)?, 0..=7)?;
+        let mut resumed = MetricsWriter::open(dir.path(), true, 4)?;
+        assert_eq!(read(dir.path())?, unbroken(0..=4)?);
+        write_steps(&mut resumed, 5..=9)?;
+        assert_eq!(read(dir.path())?, unbroken(0..=9)?);
+        let names = fs_err::read_dir(dir.path())?.count();
+        assert_eq!(names, 2, "nothing but the metrics and the TensorBoard folder is left");
+        Ok(())
+    }
+
+    #[test]
+    fn a_half_written_last_line_is_cut_off() -> Result<()> {
+        let whole = unbroken(1..=3)?;
+        for half in ["{", r#"{"kind":"train","step":4,"epoch":0."#] {
+            let dir = tempfile::tempdir()?;
+            fs_err::write(dir.path().join(METRICS_FILE), format!("{whole}{half}"))?;
+            let mut resumed = MetricsWriter::open(dir.path(), false, 3)?;
+            write_steps(&mut resumed, 4..=5)?;
+            assert_eq!(read(dir.path())?, unbroken(1..=5)?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_whole_last_line_that_lacks_its_end_is_kept() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let whole = unbroken(1..=3)?;
+        fs_err::write(dir.path().join(METRICS_FILE), whole.trim_end())?;
+        MetricsWriter::open(dir.path(), false, 3)?;
+        assert_eq!(read(dir.path())?, whole);
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_that_starts_anew_keeps_nothing() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        write_steps(&mut MetricsWriter::open(dir.path(), false, 0)?, 0..=3)?;
+        MetricsWriter::open(dir.path(), false, 0)?;
+        assert_eq!(read(dir.path())?, "");
+        Ok(())
+    }
+
+    #[test]
+    fn a_broken_line_amid_others_is_an_error_that_names_it() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let text = unbroken(1..=1)? + "oops\n" + &unbroken(3..=3)?;
+        fs_err::write(dir.path().join(METRICS_FILE), &text)?;
+        let error = MetricsWriter::open(dir.path(), false, 3).unwrap_err();
+        let message = format!("{error:#}");
+        assert!(message.contains("line 2 is no JSON object with a `step`"), "{message}");
+        assert_eq!(read(dir.path())?, text, "the file is left as it was");
+        Ok(())
+    }
+}
