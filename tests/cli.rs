@@ -18,7 +18,7 @@ train = ["math.jsonl"]
 fn error(text: &str, overrides: &[&str]) -> String {
     let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
     let result = load::parse(text, &overrides).and_then(|config| load::validate(&config));
-    dylora::cli::describe(&result.unwrap_err())
+    dylora::cli::describe(&result.expect_err("it is refused"))
 }
 
 #[test]

@@ -8,9 +8,10 @@
 //! ```
 //!
 //! The base takes 2P forward and 2P backward, as its frozen weights have no gradients. Attention
-//! takes A forward and 2A backward. The experts take 2Lo forward, and backward 2Lo for the gradients
-//! of their inputs and 2Lo for those of their weights. A row that computes the mixture in a more
-//! expensive way is credited with the mixture alone. P counts the head, with the vocabulary unpadded.
+//! takes A forward and 2A backward. The experts take 2Lo forward, and backward 2Lo for the
+//! gradients of their inputs and 2Lo for those of their weights. A row that computes the mixture in
+//! a more expensive way is credited with the mixture alone. P counts the head, with the vocabulary
+//! unpadded.
 
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;

@@ -1,5 +1,5 @@
-//! How fast the mixture is on a device, and what it costs beside a single LoRA and beside other ways
-//! to compute it: `dylora bench`.
+//! How fast the mixture is on a device, and what it costs beside a single LoRA and beside other
+//! ways to compute it: `dylora bench`.
 //!
 //! A [`Row`] is measured by whole steps on random tokens: forward, loss, backward, clipping and
 //! AdamW on experts and router, by the code of [`crate::train`] ([`rows`] says which rows differ).

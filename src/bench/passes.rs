@@ -1,8 +1,9 @@
-//! N passes: one forward pass for each expert, whose logits the router's weights blend, and then the
-//! loss. This is what the first DyLoRA-MoE did:
+//! N passes: one forward pass for each expert, whose logits the router's weights blend, and then
+//! the loss. This is what the first DyLoRA-MoE did:
 //!
 //! ```text
-//! z = sum_e g_e z_e,   z_e = the logits with expert e alone at weight 1,   loss = -log softmax(z)_y
+//! z = sum_e g_e z_e          z_e: the logits with expert e alone, at weight 1
+//! loss = -log softmax(z)_y
 //! ```
 //!
 //! It is not the mixture that one pass trains, which weights the experts in each layer. All passes

@@ -105,8 +105,8 @@ pub struct Figures {
     pub first_step_ms: f64,
     /// When the first step ended, in seconds since 1970.
     pub first_step_unix_secs: f64,
-    /// Time to capture steps as CUDA graphs, in milliseconds. A step of each shape is captured once,
-    /// the first of them in the third step.
+    /// Time to capture steps as CUDA graphs, in milliseconds. A step of each shape is captured
+    /// once, the first of them in the third step.
     pub capture_ms: f64,
     /// The times of the steps that do not count, in milliseconds.
     pub warmup_ms: Vec<f64>,

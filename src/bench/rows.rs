@@ -25,10 +25,11 @@ use crate::train::step::Stepper;
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum Row {
-    /// The base without experts, forward and backward: the least that training on a frozen base costs.
+    /// The base without experts, forward and backward: the least that training on a frozen base
+    /// costs.
     ///
-    /// The position embeddings are the one leaf that needs a gradient, so that the backward pass goes
-    /// through every block, as it does under adapters.
+    /// The position embeddings are the one leaf that needs a gradient, so that the backward pass
+    /// goes through every block, as it does under adapters.
     Base,
     /// One LoRA of rank r: what the mixture costs more than this is the price of the mixture.
     SingleLora,
@@ -70,13 +71,12 @@ impl Row {
                 lora.alpha *= lora.num_experts as f64;
                 lora.num_experts = 1;
             }
-            Self::OnePass | Self::Eval => {}
             Self::OnePassLoop => lora.dropout_masks = DropoutMasks::PerExpert,
             Self::TwoPasses => config.router.input = RouterInput::BaseHidden,
             Self::NPasses if config.router.scope != RouterScope::Shared => {
                 bail!("N passes need one router for all layers: `--routers shared`")
             }
-            Self::NPasses => {}
+            Self::OnePass | Self::NPasses | Self::Eval => {}
         }
         Ok(config)
     }
@@ -190,8 +190,8 @@ impl Subject {
         Ok(sum / label_tokens(&batches))
     }
 
-    /// The loss of a batch as a scaled sum, and the loss of each label token. There are gradients if
-    /// there is a scale.
+    /// The loss of a batch as a scaled sum, and the loss of each label token. There are gradients
+    /// if there is a scale.
     fn loss(&self, batch: &Batch, scale: Option<f64>) -> (Tensor, Tensor) {
         let source = RoutingSource::from(self.config.train.routing);
         let inputs = Inputs::of_batch(batch, source.reads_records(), self.model.device());

@@ -217,7 +217,7 @@ fn token_cache() -> PathBuf {
 fn hub_settings() -> HubSettings {
     let hf_home =
         variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from);
-    let saved_token = || std::fs::read_to_string(hf_home.join("token")).ok();
+    let saved_token = || fs_err::read_to_string(hf_home.join("token")).ok();
     let token = variable("HF_TOKEN").or_else(saved_token).map(|token| token.trim().to_owned());
     let offline = variable("HF_HUB_OFFLINE")
         .is_some_and(|value| matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on"));

@@ -117,7 +117,9 @@ impl ModelArgs {
             None => None,
             Some(text) => Some(match adapter_source(text)? {
                 AdapterSource::Path(dir) => Mixture::of_folder(&dir, &base.spec, &find)?,
-                hub => Mixture::of_adapters(&[hub], &base.spec, &find)?,
+                source @ AdapterSource::Hub(_) => {
+                    Mixture::of_adapters(&[source], &base.spec, &find)?
+                }
             }),
         };
         let base_hash = mixture.as_ref().and_then(|mixture| mixture.base_hash.clone());

@@ -31,7 +31,7 @@ pub fn count(number: impl TryInto<u64>) -> String {
 
 /// Bytes in GiB or MiB.
 pub fn bytes(number: i64) -> String {
-    let mib = number as f64 / (1 << 20) as f64;
+    let mib = number as f64 / f64::from(1 << 20);
     if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
 

@@ -48,7 +48,7 @@ pub(super) fn read_files(
             tokenizer,
             eos_token_id: options.eos_token_id,
             on_bad_record: options.on_bad_record,
-            num_threads: std::thread::available_parallelism().map_or(1, |count| count.get()),
+            num_threads: std::thread::available_parallelism().map_or(1, usize::from),
         },
         files_done: AtomicUsize::new(0),
         files_cached: AtomicUsize::new(0),

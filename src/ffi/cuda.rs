@@ -2,8 +2,7 @@
 //! the binary and loaded once libtorch's CUDA part is.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
@@ -44,19 +43,28 @@ fn library() -> Result<&'static Library> {
     library.as_ref().map_err(|error| anyhow!("{error}"))
 }
 
+/// Writes all of `bytes` to a file in memory, which has no path.
+fn write_all(file: &OwnedFd, mut bytes: &[u8]) -> Result<()> {
+    while !bytes.is_empty() {
+        let count = rustix::io::write(file, bytes).context("cannot fill a file in memory")?;
+        bytes = &bytes[count..];
+    }
+    Ok(())
+}
+
 fn open() -> Result<Library> {
     if IMAGE.is_empty() {
         bail!("this binary was built without CUDA's headers");
     }
     // SAFETY: a C string; the result is checked, and owned from here on
-    let mut file = unsafe {
+    let file = unsafe {
         let fd = libc::memfd_create(c"dylora_cuda".as_ptr(), libc::MFD_CLOEXEC);
         if fd < 0 {
             bail!("cannot make a file in memory: {}", std::io::Error::last_os_error());
         }
-        std::fs::File::from_raw_fd(fd)
+        OwnedFd::from_raw_fd(fd)
     };
-    file.write_all(IMAGE)?;
+    write_all(&file, IMAGE)?;
     let path = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let handle = try_open(&path, libc::RTLD_LAZY | libc::RTLD_LOCAL)?;
     // SAFETY: the shared object is this build's, so that its functions have these types
@@ -153,7 +161,7 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
         library
             .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })
     };
-    let kept = library.kept_code(&options, target);
+    let kept = Library::kept_code(&options, target);
     if kept.is_none_or(|code| load(&code).is_err()) {
         load(&library.new_code(&options, target)?)?;
     }
@@ -249,7 +257,7 @@ impl Library {
     }
 
     /// Code that an earlier process has kept.
-    fn kept_code(&self, options: &[String], target: [c_int; 4]) -> Option<Vec<u8>> {
+    fn kept_code(options: &[String], target: [c_int; 4]) -> Option<Vec<u8>> {
         fs_err::read(Self::place(options, target)?).ok().filter(|code| !code.is_empty())
     }
 

@@ -98,7 +98,7 @@ fn owned(pointer: *mut C_tensor) -> Result<Tensor> {
 }
 
 fn pointers(tensors: &[Tensor]) -> Vec<TensorPtr> {
-    tensors.iter().map(|tensor| tensor.as_ptr()).collect()
+    tensors.iter().map(Tensor::as_ptr).collect()
 }
 
 fn index(device: Device) -> c_int {

@@ -126,7 +126,7 @@ impl Client<'_> {
             make_parent(path).map_err(in_cache)?;
         }
         let lock = fs_err::File::create(&blob.lock).map_err(|error| in_cache(error.into()))?;
-        self.wait_for_lock(lock.file(), &blob)?;
+        self.wait_for_lock(&lock, &blob)?;
         // another process, or another revision, may have brought the content
         if !blob.whole.is_file() {
             self.download(file, located, &blob, meter)?;
@@ -214,10 +214,10 @@ impl Client<'_> {
     ///
     /// # Errors
     /// A process that holds the lock while the part does not grow.
-    fn wait_for_lock(&self, lock: &std::fs::File, blob: &Blob) -> Result<(), Fault> {
+    fn wait_for_lock(&self, lock: &fs_err::File, blob: &Blob) -> Result<(), Fault> {
         let (mut seen_bytes, mut since) = (len_or_zero(&blob.part), Instant::now());
         loop {
-            match lock.try_lock() {
+            match lock.file().try_lock() {
                 Ok(()) => return Ok(()),
                 Err(TryLockError::Error(error)) => return Err(self.cache_fault(&error.into())),
                 Err(TryLockError::WouldBlock) => thread::sleep(LOCK_PAUSE),
@@ -262,7 +262,7 @@ impl Client<'_> {
             fs_err::remove_file(&blob.part).map_err(in_cache)?;
             return Err(Fault::Transient(anyhow!("the part that was there does not fit")));
         }
-        let (from, size_bytes) = self.extent(&response, from)?;
+        let (from, size_bytes) = extent(&response, from)?;
         let size_bytes = size_bytes.or(located.size_bytes);
         meter.start(file, size_bytes);
         let mut part = fs_err::OpenOptions::new();
@@ -306,24 +306,6 @@ impl Client<'_> {
         Err(self.not_the_hub("it redirects without end"))
     }
 
-    /// The first byte of an answer's content, and how many bytes the whole file has.
-    fn extent(&self, response: &Response<Body>, from: u64) -> Result<(u64, Option<u64>), Fault> {
-        let headers = response.headers();
-        if response.status() != StatusCode::PARTIAL_CONTENT {
-            // a server without `Range` sends all of it where the rest was asked for
-            return Ok((0, text_of(headers, CONTENT_LENGTH.as_str()).and_then(number)));
-        }
-        let range = text_of(headers, CONTENT_RANGE.as_str()).unwrap_or_default();
-        let parts = range.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
-        let first = parts.and_then(|(span, _)| number(span.split_once('-')?.0));
-        match (first, parts) {
-            (Some(first), Some((_, size))) if first == from => Ok((from, number(size))),
-            _ => Err(Fault::Transient(anyhow!(
-                "the bytes from {from} on were asked for, but the answer has {range:?}"
-            ))),
-        }
-    }
-
     /// Appends what `reader` brings to `part`.
     fn receive(
         &self,
@@ -364,6 +346,24 @@ impl Client<'_> {
              hint: `HF_HOME` names another place for it",
             self.cache.path().display()
         ))
+    }
+}
+
+/// The first byte of an answer's content, and how many bytes the whole file has.
+fn extent(response: &Response<Body>, from: u64) -> Result<(u64, Option<u64>), Fault> {
+    let headers = response.headers();
+    if response.status() != StatusCode::PARTIAL_CONTENT {
+        // a server without `Range` sends all of it where the rest was asked for
+        return Ok((0, text_of(headers, CONTENT_LENGTH.as_str()).and_then(number)));
+    }
+    let range = text_of(headers, CONTENT_RANGE.as_str()).unwrap_or_default();
+    let parts = range.strip_prefix("bytes ").and_then(|range| range.split_once('/'));
+    let first = parts.and_then(|(span, _)| number(span.split_once('-')?.0));
+    match (first, parts) {
+        (Some(first), Some((_, size))) if first == from => Ok((from, number(size))),
+        _ => Err(Fault::Transient(anyhow!(
+            "the bytes from {from} on were asked for, but the answer has {range:?}"
+        ))),
     }
 }
 

@@ -10,6 +10,7 @@ use super::block::RoutedBlock;
 use super::decoder::attention::AttentionMask;
 use super::decoder::precision::wide;
 use super::experts::dropout::LoraDropout;
+use super::experts::stack::LoraExperts;
 use super::experts::weights::RoutingWeights;
 use super::fused::stream::Stream;
 use super::loss::{ChunkedLoss, LossSettings, chunked_cross_entropy};
@@ -264,7 +265,7 @@ impl RoutedModel {
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Tensor {
-        let leaves = block.experts.modules.values().flat_map(|experts| experts.leaves());
+        let leaves = block.experts.modules.values().flat_map(LoraExperts::leaves);
         let mut parameters: Vec<Tensor> =
             leaves.filter(|leaf| leaf.requires_grad()).map(Tensor::shallow_clone).collect();
         if self.trains_base {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
+use dylora::config::TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
 use dylora::config::{
     DropoutMasks, ExpertConfig, Kernels, LoraConfig, LoraInit, RouterConfig, RouterInput,
     RouterScope, TargetModule,
@@ -74,7 +75,15 @@ fn case(name: &str) -> Case {
 }
 
 fn cases(on_gpu: bool) -> Vec<Case> {
-    use TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
+    let mut cases = of_experts();
+    cases.extend(of_shapes(on_gpu));
+    cases.extend(of_routers());
+    cases.extend(of_both());
+    cases
+}
+
+/// Numbers, ranks and places of experts.
+fn of_experts() -> Vec<Case> {
     let mut cases = vec![];
     for num_experts in [1, 3, 6, 16] {
         for rank in [1, 4, 12, 64] {
@@ -86,6 +95,12 @@ fn cases(on_gpu: bool) -> Vec<Case> {
         let lora = lora(4, 8, modules);
         cases.push(Case { lora, ..case(&format!("{modules:?}")) });
     }
+    cases
+}
+
+/// Kinds of experts, shapes of the base and of batches, losses.
+fn of_shapes(on_gpu: bool) -> Vec<Case> {
+    let mut cases = vec![];
     let experts = vec![
         ExpertConfig { rank: Some(2), ..ExpertConfig::default() },
         ExpertConfig { rank: Some(5), alpha: Some(3.0), ..ExpertConfig::default() },
@@ -123,6 +138,12 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases.push(Case { dropout: 0.2, lora: lora(4, 8, &[AttnCAttn]), ..case("dropout, c_attn") });
     cases.push(Case { checkpointing: true, ..case("checkpointing") });
     cases.push(Case { documents: Some(vec![5, 1, 11, 7]), ..case("packed documents") });
+    cases
+}
+
+/// Routers, and checkpointing with dropout.
+fn of_routers() -> Vec<Case> {
+    let mut cases = vec![];
     for scope in [RouterScope::Layer, RouterScope::Module] {
         for input in [RouterInput::Embeddings, RouterInput::LayerInput] {
             let router = RouterConfig { scope, input, ..RouterConfig::default() };
@@ -134,6 +155,12 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
     cases.push(Case { router, ..case("top 2") });
     cases.push(Case { checkpointing: true, dropout: 0.2, ..case("checkpointing with dropout") });
+    cases
+}
+
+/// Settings together, kinds of experts and sources of weights.
+fn of_both() -> Vec<Case> {
+    let mut cases = vec![];
     let documents = Some(vec![5, 1, 11, 7]);
     cases.push(Case { checkpointing: true, documents, ..case("checkpointing packed documents") });
     let single = lora(1, 4, &TargetModule::ALL);
@@ -226,11 +253,7 @@ impl Case {
     }
 
     /// The loss and every gradient, in f64 on the CPU.
-    fn step(
-        &self,
-        model: &RoutedModel,
-        inputs: &Inputs,
-    ) -> Result<(f64, BTreeMap<String, Tensor>)> {
+    fn step(&self, model: &RoutedModel, inputs: &Inputs) -> Result<Step> {
         let settings = LossSettings {
             chunk_tokens: 17,
             label_smoothing: self.label_smoothing,
@@ -305,6 +328,55 @@ pub(super) fn device() -> Result<Device> {
     }
 }
 
+/// What is found of a case in one dtype.
+struct Judged {
+    line: String,
+    is_good: bool,
+    /// In bf16, distances from f64 over the reference's.
+    ratios: Vec<f64>,
+}
+
+/// A step's loss and its gradients.
+type Step = (f64, BTreeMap<String, Tensor>);
+
+fn judge(
+    case: &Case,
+    kind: Kind,
+    fused: &Step,
+    reference: &Step,
+    truth: &dyn Fn() -> Result<Step>,
+) -> Result<Judged> {
+    let of_loss = (fused.0 - reference.0).abs();
+    let of_grads = Distances::new(&fused.1, &reference.1);
+    let (loss_bound, bound) = match kind {
+        Kind::Double => (1e-10, 1e-9),
+        Kind::Float => (1e-5, 1e-4),
+        // with dropout f64 has other masks on another device, so that the two are compared
+        _ if case.dropout > 0.0 => (2e-2, 0.1),
+        _ => (2e-2, f64::INFINITY),
+    };
+    // where a NaN is in one, each comparison fails
+    let mut is_good =
+        of_loss <= loss_bound && of_grads.experts <= bound && of_grads.routers <= bound;
+    let (mut extra, mut ratios) = (String::new(), vec![]);
+    // masks of dropout are another device's own
+    if kind == Kind::BFloat16 && case.dropout == 0.0 {
+        let truth = truth()?;
+        let ours = Distances::new(&fused.1, &truth.1);
+        let theirs = Distances::new(&reference.1, &truth.1);
+        is_good &= ours.experts <= 2.0 * theirs.experts;
+        is_good &= ours.routers <= 2.0 * theirs.routers;
+        ratios.push(ours.experts / theirs.experts);
+        if theirs.routers > 0.0 {
+            ratios.push(ours.routers / theirs.routers);
+        }
+        extra = format!(", from f64: {ours} against {theirs}");
+    }
+    let line =
+        format!("{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads}{extra}", case.name);
+    Ok(Judged { line, is_good, ratios })
+}
+
 /// Loss within 1e-5 and gradients within 1e-4 of their norm in f32, 1e-10 and 1e-9 in f64. In bf16 gradients
 /// are as far from those in f64 as the reference's own in bf16: by the geometric mean over all cases no
 /// farther than 1.05 times, and in none, where chance decides, farther than twice.
@@ -340,41 +412,14 @@ fn fused_steps_are_the_references() -> Result<()> {
         };
         for &kind in kinds {
             let (fused, reference) = compare(kind)?;
-            let of_loss = (fused.0 - reference.0).abs();
-            let of_grads = Distances::new(&fused.1, &reference.1);
-            let (loss_bound, bound) = match kind {
-                Kind::Double => (1e-10, 1e-9),
-                Kind::Float => (1e-5, 1e-4),
-                // with dropout f64 has other masks on another device, so that the two are compared
-                _ if case.dropout > 0.0 => (2e-2, 0.1),
-                _ => (2e-2, f64::INFINITY),
-            };
-            // where a NaN is in one, each comparison fails
-            let mut is_good =
-                of_loss <= loss_bound && of_grads.experts <= bound && of_grads.routers <= bound;
-            let mut extra = String::new();
-            // masks of dropout are another device's own
-            if kind == Kind::BFloat16 && case.dropout == 0.0 {
-                let truth = case.step(&exact, &on_cpu)?;
-                let ours = Distances::new(&fused.1, &truth.1);
-                let theirs = Distances::new(&reference.1, &truth.1);
-                is_good &= ours.experts <= 2.0 * theirs.experts;
-                is_good &= ours.routers <= 2.0 * theirs.routers;
-                ratios.push(ours.experts / theirs.experts);
-                if theirs.routers > 0.0 {
-                    ratios.push(ours.routers / theirs.routers);
-                }
-                extra = format!(", from f64: {ours} against {theirs}");
-            }
-            let line = format!(
-                "{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads}{extra}",
-                case.name
-            );
+            let truth = || case.step(&exact, &on_cpu);
+            let judged = judge(&case, kind, &fused, &reference, &truth)?;
+            ratios.extend(judged.ratios);
             if on_gpu {
-                println!("{} {line}", if is_good { "ok  " } else { "FAIL" });
+                println!("{} {}", if judged.is_good { "ok  " } else { "FAIL" }, judged.line);
             }
-            if !is_good {
-                faults.push(line);
+            if !judged.is_good {
+                faults.push(judged.line);
             }
         }
     }

@@ -10,12 +10,13 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result};
 
 /// A folder of a test, with the demo's base beside it.
-pub struct Scene {
-    pub dir: tempfile::TempDir,
+#[derive(Debug)]
+struct Scene {
+    dir: tempfile::TempDir,
 }
 
 impl Scene {
-    pub fn new() -> Result<Self> {
+    fn new() -> Result<Self> {
         let dir = tempfile::tempdir()?;
         fs_err::create_dir(dir.path().join("base"))?;
         for name in ["config.json", "model.safetensors", "tokenizer.json"] {
@@ -24,24 +25,24 @@ impl Scene {
         Ok(Self { dir })
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
     /// The binary, on the CPU in one thread, with this folder as its working folder.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
         command.args(arguments).current_dir(self.dir.path());
         command.env("DYLORA_CACHE", self.path("cache")).env("OMP_NUM_THREADS", "1");
         command
     }
 
-    pub fn run(&self, arguments: &[&str]) -> Result<Output> {
+    fn run(&self, arguments: &[&str]) -> Result<Output> {
         Ok(self.command(arguments).output()?)
     }
 
     /// The arguments that train two experts on two domains into `run` for `steps` steps.
-    pub fn train(&self, steps: u64, saves_every: u64) -> Result<Vec<String>> {
+    fn train(&self, steps: u64, saves_every: u64) -> Result<Vec<String>> {
         let config = include_str!("../../configs/lifecycle.toml");
         let config = config.replace("demo/base", "base");
         let config = config.replace("demo/data", &demo().join("data").display().to_string());
@@ -76,7 +77,7 @@ fn as_str(arguments: &[String]) -> Vec<&str> {
 }
 
 /// The names and contents of all files below `dir`, links as their targets.
-pub fn contents(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+fn contents(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut found = vec![];
     let mut folders = vec![dir.to_owned()];
     while let Some(folder) = folders.pop() {

@@ -1,9 +1,10 @@
 //! `--overwrite` replaces what dylora wrote itself, and nothing else.
 
-use std::os::unix::fs::{FileTypeExt, symlink};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use fs_err::os::unix::fs::symlink;
 
 use crate::{Scene, as_str, contents, text};
 

@@ -1,6 +1,5 @@
 //! Runs that are interrupted, killed at a bad moment, or lose the reader of what they say.
 
-use std::fs::File;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -9,14 +8,20 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use fs_err::File;
 
 use crate::{Scene, as_str, text};
+
+/// A file that takes nothing.
+fn full_device() -> Result<Stdio> {
+    Ok(File::create("/dev/full")?.into_parts().0.into())
+}
 
 /// Waits until the run has written so many lines of metrics.
 fn wait_for_steps(scene: &Scene, child: &mut Child, count: usize) -> Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(60) {
-        let metrics = std::fs::read_to_string(scene.path("run/metrics.jsonl")).unwrap_or_default();
+        let metrics = fs_err::read_to_string(scene.path("run/metrics.jsonl")).unwrap_or_default();
         if metrics.lines().count() >= count {
             return Ok(());
         }
@@ -108,7 +113,7 @@ fn training_goes_on_when_nobody_reads_its_messages() -> Result<()> {
             let mut command = scene.command(&arguments.split(' ').collect::<Vec<_>>());
             command.stdout(Stdio::piped());
             match stderr {
-                "full device" => command.stderr(File::create("/dev/full")?),
+                "full device" => command.stderr(full_device()?),
                 _ => command.stderr(Stdio::piped()),
             };
             let mut child = command.spawn()?;
@@ -129,9 +134,9 @@ fn training_goes_on_when_nobody_reads_its_messages() -> Result<()> {
 fn a_fault_that_nobody_hears_has_its_exit_code() -> Result<()> {
     let scene = Scene::new()?;
     let mut command = scene.command(&["train", "--config", "no.toml"]);
-    assert_eq!(command.stderr(File::create("/dev/full")?).status()?.code(), Some(2));
+    assert_eq!(command.stderr(full_device()?).status()?.code(), Some(2));
     let mut command = scene.command(&["--version"]);
-    let output = command.stdout(File::create("/dev/full")?).output()?;
+    let output = command.stdout(full_device()?).output()?;
     assert_eq!(output.status.code(), Some(1));
     assert!(
         text(&output).contains("cannot write to standard output: No space left"),
@@ -151,7 +156,7 @@ fn a_run_whose_last_link_is_lost_resumes_from_its_newest_whole_step() -> Result<
     for way in ["absent", "dangling"] {
         fs_err::remove_file(&last)?;
         if way == "dangling" {
-            std::os::unix::fs::symlink("step-00000099", &last)?;
+            fs_err::os::unix::fs::symlink("step-00000099", &last)?;
         }
         // a step that is not whole, as a copy that broke leaves it
         let broken = checkpoints.join("step-00000050");
@@ -171,7 +176,7 @@ fn a_run_whose_last_link_is_lost_resumes_from_its_newest_whole_step() -> Result<
     }
     // commands that only read find it too, and mend the link
     fs_err::remove_file(&last)?;
-    let _ = std::fs::remove_file(checkpoints.join("best"));
+    let _ = fs_err::remove_file(checkpoints.join("best"));
     let output = scene.run(&["eval", "--checkpoint", "run"])?;
     assert!(output.status.success(), "{}", text(&output));
     assert_eq!(fs_err::read_link(&last)?, Path::new("step-00000003"));

@@ -184,7 +184,7 @@ fn totals_taken_ahead_see_the_masks_and_the_noise_that_come() -> Result<()> {
                 let mode = ForwardMode { dropout, noise, ..ForwardMode::EVAL };
                 let mut totals = vec![];
                 for batch in &batches {
-                    let inputs = Inputs::of_batch(&batch, false, Device::Cpu);
+                    let inputs = Inputs::of_batch(batch, false, Device::Cpu);
                     let source = &RoutingSource::Router;
                     let (_, routing) = model.loss(&inputs, source, mode, mean_loss(1));
                     add_of_one_domain(&mut totals, &routing, &inputs.labelled);

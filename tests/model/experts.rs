@@ -121,7 +121,7 @@ fn permuting_the_experts_with_their_weights_changes_nothing() -> Result<()> {
         }
     }
     let weights = Tensor::randn([2, 7, 3], DOUBLE);
-    let index = Tensor::from_slice(&order.map(|expert| expert as i64));
+    let index = Tensor::from_slice(&order.map(i64::from));
     let expected = logits(&model, &two_rows(), &RoutingSource::Given(weights.shallow_clone()));
     let mixed = RoutingSource::Given(weights.index_select(2, &index));
     assert_close("permuted", &logits(&permuted, &two_rows(), &mixed), &expected, 1e-12);

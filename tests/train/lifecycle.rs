@@ -221,8 +221,8 @@ fn an_expert_is_added(life: &Life) -> Result<()> {
     Ok(())
 }
 
-fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
-    // expert 2 becomes expert 0, for the router too
+/// Expert 2 of the third stage becomes expert 0, for the router too. Returns the checkpoint.
+fn with_a_double(life: &Life) -> Result<String> {
     let dir = life.world.path("three/checkpoints/step-00000002");
     let mut tensors = read_tensors(&dir.join("model.safetensors"))?;
     let copies: Vec<_> = tensors
@@ -236,13 +236,16 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
         tensor.get(2).copy_(&tensor.get(0));
     }
     write_tensors(&dir.join("model.safetensors"), tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
-    let checkpoint = dir.to_str().context("UTF-8")?;
+    Ok(dir.to_str().context("UTF-8")?.to_owned())
+}
 
-    let merged = life.json(&["merge-experts", "--checkpoint", checkpoint, "--out", "merged"])?;
+fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
+    let checkpoint = with_a_double(life)?;
+    let merged = life.json(&["merge-experts", "--checkpoint", &checkpoint, "--out", "merged"])?;
     assert_eq!(merged["change"], "merge expert_0 expert_2");
-    let told = merged["told"].as_str().context("text")?;
-    assert!(told.contains("the cosine of their updates is 1.000"), "{told}");
-    assert!(told.ends_with("the merged one is 0.00 % off for its rank"), "{told}");
+    let message = merged["message"].as_str().context("text")?;
+    assert!(message.contains("the cosine of their updates is 1.000"), "{message}");
+    assert!(message.ends_with("the merged one is 0.00 % off for its rank"), "{message}");
     let loss = |when: &str| merged[when]["loss"].as_f64().context("a number");
     assert!((loss("before")? - loss("after")?).abs() < 1e-5, "{merged}");
 

@@ -108,7 +108,9 @@ impl Old {
             for routing in model.routing(&inputs, ForwardMode::EVAL) {
                 let e = model.num_experts();
                 let scores = routing.logits.view([-1, e]).index_select(0, &tokens);
-                for scores in Vec::<Vec<f64>>::try_from(scores.to_kind(Kind::Double)).unwrap() {
+                for scores in Vec::<Vec<f64>>::try_from(scores.to_kind(Kind::Double))
+                    .expect("it has two dimensions")
+                {
                     let temperature = model.router_spec().temperature;
                     let last = scores[e as usize - 1];
                     let sum: f64 = scores.iter().map(|s| ((s - last) / temperature).exp()).sum();

@@ -65,7 +65,7 @@ impl DecoderSpec {
 
     /// `(in, out)` of a linear layer of a block.
     pub fn linear_shape(&self, module: TargetModule) -> (i64, i64) {
-        use TargetModule::*;
+        use TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
         match module {
             AttnCAttn => (self.n_embd, 3 * self.n_embd),
             AttnCProj => (self.n_embd, self.n_embd),
