@@ -64,11 +64,24 @@ fn edges_inside(tree: &Tree, folder: &Module) -> Vec<Edge> {
             if !is_mere_reexport(module, target, import) {
                 let at = format!("{}:{}", module.file, import.line);
                 let (from, to) = (part(tree, folder, module), part(tree, folder, target));
-                found.push(Edge { from, to, at });
+                if !is_within_front(folder, &from, &to) {
+                    found.push(Edge { from, to, at });
+                }
             }
         }
     }
     found
+}
+
+/// Whether a use is between a folder's `mod.rs` and a file beside it. The `mod.rs` is the folder's front:
+/// it has what its files share, and calls them. A folder inside the folder must not use it, though.
+fn is_within_front(folder: &Module, from: &str, to: &str) -> bool {
+    let other = match (from == folder.file, to == folder.file) {
+        (true, false) => to,
+        (false, true) => from,
+        _ => return false,
+    };
+    !other.ends_with('/')
 }
 
 /// Whether a module only hands on what one below it has, without a use for it in its own code.
@@ -148,8 +161,17 @@ fn a_use_of_a_higher_layer_is_told_with_its_line() {
 }
 
 #[test]
-fn a_child_that_uses_its_parent_closes_a_circle_if_the_parent_uses_it() {
-    let child = ("src/a/b.rs", "use super::Own;");
+fn a_file_may_use_the_front_of_its_folder() {
+    let files = [
+        ("src/a/mod.rs", "mod b; pub struct Own; fn f() { b::g() }"),
+        ("src/a/b.rs", "use super::Own;"),
+    ];
+    assert_eq!(folder_circles(&tree(&files)), Vec::<String>::new());
+}
+
+#[test]
+fn a_folder_that_uses_its_parent_closes_a_circle_if_the_parent_uses_it() {
+    let child = ("src/a/b/mod.rs", "use super::Own;");
     let circles = |parent: &str| folder_circles(&tree(&[("src/a/mod.rs", parent), child])).len();
     assert_eq!(circles("mod b; pub struct Own; pub use b::Name;"), 0);
     assert_eq!(circles("mod b; pub struct Own; pub use b::Name; fn f(x: Name) {}"), 1);
