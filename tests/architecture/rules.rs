@@ -73,8 +73,8 @@ fn edges_inside(tree: &Tree, folder: &Module) -> Vec<Edge> {
     found
 }
 
-/// Whether a use is between a folder's `mod.rs` and a file beside it. The `mod.rs` is the folder's front:
-/// it has what its files share, and calls them. A folder inside the folder must not use it, though.
+/// Whether a use is between a folder's `mod.rs` and a file beside it. The `mod.rs` is the folder's
+/// front: it has what its files share, and calls them. A folder inside the folder must not use it.
 fn is_within_front(folder: &Module, from: &str, to: &str) -> bool {
     let other = match (from == folder.file, to == folder.file) {
         (true, false) => to,
@@ -98,7 +98,9 @@ fn part(tree: &Tree, folder: &Module, module: &Module) -> String {
     }
     let child = &module.path[..=depth];
     match tree.get(child) {
-        Some(file) if !tree.is_folder(child) => file.file.clone(),
+        Some(file) if !file.file.ends_with("/mod.rs") && !tree.is_folder(child) => {
+            file.file.clone()
+        }
         _ => format!("src/{}/", child.join("/")),
     }
 }
@@ -172,7 +174,9 @@ fn a_file_may_use_the_front_of_its_folder() {
 #[test]
 fn a_folder_that_uses_its_parent_closes_a_circle_if_the_parent_uses_it() {
     let child = ("src/a/b/mod.rs", "use super::Own;");
-    let circles = |parent: &str| folder_circles(&tree(&[("src/a/mod.rs", parent), child])).len();
+    let circles = |parent: &str| {
+        folder_circles(&tree(&[("src/a/mod.rs", parent), child, ("src/a/b/c.rs", "")])).len()
+    };
     assert_eq!(circles("mod b; pub struct Own; pub use b::Name;"), 0);
     assert_eq!(circles("mod b; pub struct Own; pub use b::Name; fn f(x: Name) {}"), 1);
     assert_eq!(circles("mod b; pub struct Own; use b::Trait;"), 1);
