@@ -1,6 +1,6 @@
-// What needs CUDA itself: graphs, own kernels, matrix products with chosen algorithms. A shared object of its own,
-// embedded in the binary and loaded once libtorch's CUDA part is, so that the same binary runs without CUDA. Declared to
-// Rust in src/ffi/cuda.rs.
+// What needs CUDA itself: graphs, dylora's own kernels, and matrix products with chosen algorithms.
+// This is a shared object of its own, embedded in the binary and loaded after libtorch's CUDA part,
+// so that the same binary runs without CUDA. Declared to Rust in src/ffi/cuda.rs.
 #include <ATen/ATen.h>
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
@@ -20,7 +20,8 @@
 
 using at::Tensor;
 
-// A graph, the stream that it is captured on, and the memory that it has to itself or shares with others.
+// A graph, the stream on which it is captured, and its memory, which it may share with other
+// graphs.
 struct Graph {
   at::cuda::CUDAGraph graph;
   c10::DeviceIndex device;
@@ -35,8 +36,9 @@ struct Graph {
     c10::cuda::setCurrentCUDAStream(side);
   }
   void leave() { c10::cuda::setCurrentCUDAStream(previous); }
-  // Clears away what a capture that failed leaves behind, as far as it got: a generator that counts for a graph, the
-  // allocators' detours. A detour that has ended already says so, which is no fault.
+  // Undoes what a failed capture leaves behind: a generator that counts for a graph, and allocators
+  // that take memory from the graph's pool. Errors are ignored: an allocator reports one if it no
+  // longer does so.
   void give_up() {
     leave();
     auto attempt = [](auto clear) {
@@ -63,15 +65,15 @@ struct Graph {
   at::Generator before;  // the generator's state when the capture began
 };
 
-// ---- Own kernels: csrc/kernels.cu, compiled at run time.
+// ---- dylora's own kernels: csrc/kernels.cu, compiled at run time.
 
 // The driver and NVRTC, from the library through which libtorch itself reaches them.
 struct Compiler {
   CUresult (*module_load)(CUmodule *, const void *);
   CUresult (*get_function)(CUfunction *, CUmodule, const char *);
   CUresult (*set_attribute)(CUfunction, CUfunction_attribute, int);
-  CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **,
-                     void **);
+  CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                     unsigned, CUstream, void **, void **);
   CUresult (*device_attribute)(int *, CUdevice_attribute, CUdevice);
   int (*version)(int *, int *);
   int (*create)(void **, const char *, const char *, int, const char *const *, const char *const *);
@@ -105,18 +107,24 @@ struct Compiler {
 };
 static Compiler compiler;
 
-enum Name { AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy, NAMES };
-static const char *const names[NAMES] = {"add_norm",      "norm_backward", "weigh",    "weigh_backward", "refresh",
-                                         "gelu",          "gelu_backward", "pack_qkv", "cross_entropy"};
-// Kernels of one width on one device, for bf16 and f32.
+enum Name {
+  AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy,
+  NAMES
+};
+static const char *const names[NAMES] = {
+    "add_norm", "norm_backward", "weigh",    "weigh_backward", "refresh",
+    "gelu",     "gelu_backward", "pack_qkv", "cross_entropy"};
+// The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
-  int shared_memory;  // what a block of cross_entropy can have, bytes
+  int shared_memory;  // the most that a block of cross_entropy can have, bytes
 };
 static std::map<std::pair<int, int64_t>, KernelModule> modules;
 static std::map<int, KernelModule> latest;  // for kernels that do not depend on the width
 
-static int dtype_index(at::ScalarType kind) { return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1; }
+static int dtype_index(at::ScalarType kind) {
+  return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1;
+}
 static const KernelModule *module_of(const Tensor &x, int64_t width) {
   if (!x.is_cuda() || dtype_index(x.scalar_type()) < 0) return nullptr;
   auto found = modules.find({x.device().index(), width});
@@ -129,24 +137,26 @@ static const KernelModule *any_module(const Tensor &x) {
 }
 
 template <class... Args>
-static void run(const KernelModule *module, Name name, const Tensor &like, int64_t blocks, int threads, int shared,
-                Args... args) {
+static void run(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
+                int threads, int shared, Args... args) {
   if (blocks == 0) return;
   void *pointers[] = {(void *)&args...};
   auto f = module->functions[dtype_index(like.scalar_type())][name];
   c10::cuda::CUDAGuard guard(like.device());
   auto stream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
-  auto status = compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
+  auto status =
+      compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
 }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static void *at_or_null(const Tensor &x) { return x.defined() ? x.data_ptr() : nullptr; }
 static int64_t ld(const Tensor &x) { return x.defined() ? x.stride(0) : 0; }
-// Rows that begin at 16 bytes and have contiguous columns.
+// Whether rows have contiguous columns and begin and end at multiples of 16 bytes.
 static bool packs(const Tensor &x) {
   if (!x.defined()) return true;
   const auto size = x.element_size();
-  return x.stride(1) == 1 && x.stride(0) * size % 16 == 0 && (uint64_t)x.data_ptr() % 16 == 0 && x.size(1) * size % 16 == 0;
+  return x.stride(1) == 1 && x.stride(0) * size % 16 == 0 && (uint64_t)x.data_ptr() % 16 == 0 &&
+         x.size(1) * size % 16 == 0;
 }
 
 static int capability() {
@@ -163,63 +173,69 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
   const int device = c10::cuda::current_device();
   return dtype_index(kind) >= 0 && modules.count({device, width});
 }
-static bool add_norm(const Tensor &x, const Tensor &y, const Tensor &w, const Tensor &b, double eps, const Tensor &sum,
-                     const Tensor &a, const Tensor &mean, const Tensor &rstd) {
+static bool add_norm(const Tensor &x, const Tensor &y, const Tensor &w, const Tensor &b, double eps,
+                     const Tensor &sum, const Tensor &a, const Tensor &mean, const Tensor &rstd) {
   auto module = module_of(x, x.size(1));
   if (!module || !packs(x) || !packs(y) || !packs(a)) return false;
-  run(module, AddNorm, x, ceil_div(x.size(0), 8), 256, 0, x.data_ptr(), ld(x), at_or_null(y), ld(y), w.data_ptr(),
-      b.data_ptr(), (float)eps, y.defined() ? sum.data_ptr() : nullptr, a.data_ptr(), ld(a), mean.data_ptr(),
-      rstd.data_ptr(), x.size(0));
+  run(module, AddNorm, x, ceil_div(x.size(0), 8), 256, 0, x.data_ptr(), ld(x), at_or_null(y), ld(y),
+      w.data_ptr(), b.data_ptr(), (float)eps, y.defined() ? sum.data_ptr() : nullptr, a.data_ptr(),
+      ld(a), mean.data_ptr(), rstd.data_ptr(), x.size(0));
   return true;
 }
-static bool norm_backward(const Tensor &da, const Tensor &x, const Tensor &mean, const Tensor &rstd, const Tensor &w,
-                          const Tensor &residual, const Tensor &dx) {
+static bool norm_backward(const Tensor &da, const Tensor &x, const Tensor &mean, const Tensor &rstd,
+                          const Tensor &w, const Tensor &residual, const Tensor &dx) {
   auto module = module_of(x, x.size(1));
   if (!module || !packs(da) || !packs(residual) || !packs(dx) || !x.is_contiguous()) return false;
-  run(module, NormBackward, x, ceil_div(x.size(0), 8), 256, 0, da.data_ptr(), ld(da), x.data_ptr(), mean.data_ptr(),
-      rstd.data_ptr(), w.data_ptr(), at_or_null(residual), ld(residual), dx.data_ptr(), ld(dx), x.size(0));
+  run(module, NormBackward, x, ceil_div(x.size(0), 8), 256, 0, da.data_ptr(), ld(da), x.data_ptr(),
+      mean.data_ptr(), rstd.data_ptr(), w.data_ptr(), at_or_null(residual), ld(residual),
+      dx.data_ptr(), ld(dx), x.size(0));
   return true;
 }
-static bool weigh(const Tensor &u, const Tensor &g, const RankColumns &rank_columns, const Tensor &v) {
+static bool weigh(const Tensor &u, const Tensor &g, const RankColumns &rank_columns,
+                  const Tensor &v) {
   auto module = any_module(u);
   if (!module) return false;
   const int64_t total = u.numel();
   run(module, Weigh, u, ceil_div(total, 256), 256, 0, u.data_ptr(), ld(u), at_or_null(g),
-      (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(), rank_columns.scaling.data_ptr(), v.data_ptr(), ld(v),
-      (int)u.size(1), total);
+      (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(),
+      rank_columns.scaling.data_ptr(), v.data_ptr(), ld(v), (int)u.size(1), total);
   return true;
 }
-static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g, const RankColumns &rank_columns, const Tensor &du,
-                           const Tensor &dg, bool adds) {
+static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g,
+                           const RankColumns &rank_columns, const Tensor &du, const Tensor &dg,
+                           bool adds) {
   auto module = any_module(u);
   const int columns = (int)u.size(1), warps = columns <= 1024 ? 8 : 2;
   if (!module || columns > 4096) return false;
-  run(module, WeighBackward, u, ceil_div(u.size(0), warps), 32 * warps, columns * warps * 4, dv.data_ptr(), ld(dv),
-      u.data_ptr(), ld(u), at_or_null(g), (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(),
-      rank_columns.scaling.data_ptr(), rank_columns.runs.data_ptr(), du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
+  run(module, WeighBackward, u, ceil_div(u.size(0), warps), 32 * warps, columns * warps * 4,
+      dv.data_ptr(), ld(dv), u.data_ptr(), ld(u), at_or_null(g), (int)rank_columns.runs.size(0),
+      rank_columns.expert_of.data_ptr(), rank_columns.scaling.data_ptr(),
+      rank_columns.runs.data_ptr(), du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
       u.size(0));
   return true;
 }
 static bool refresh(const Tensor &a, const Tensor &b, const Tensor &packed) {
   auto module = any_module(packed);
-  if (!module || a.scalar_type() != at::kFloat || !a.is_contiguous() || !b.is_contiguous()) return false;
-  run(module, Refresh, packed, ceil_div(a.numel() + b.numel(), 256), 256, 0, a.data_ptr(), b.data_ptr(),
-      packed.data_ptr(), ld(packed), (int)a.size(1), (int)b.size(1), (int)a.size(0));
+  if (!module || a.scalar_type() != at::kFloat || !a.is_contiguous() || !b.is_contiguous())
+    return false;
+  run(module, Refresh, packed, ceil_div(a.numel() + b.numel(), 256), 256, 0, a.data_ptr(),
+      b.data_ptr(), packed.data_ptr(), ld(packed), (int)a.size(1), (int)b.size(1), (int)a.size(0));
   return true;
 }
 static bool gelu(const Tensor &z, const Tensor &out) {
   auto module = any_module(z);
   if (!module || !packs(z) || !packs(out)) return false;
   const int64_t n = z.size(0) * (z.size(1) * z.element_size() / 16);
-  run(module, Gelu, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), out.data_ptr(), ld(out), (int)z.size(1), n);
+  run(module, Gelu, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), out.data_ptr(), ld(out),
+      (int)z.size(1), n);
   return true;
 }
 static bool gelu_backward(const Tensor &z, const Tensor &dout, const Tensor &dz) {
   auto module = any_module(z);
   if (!module || !packs(z) || !packs(dout) || !packs(dz)) return false;
   const int64_t n = z.size(0) * (z.size(1) * z.element_size() / 16);
-  run(module, GeluBackward, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), dout.data_ptr(), ld(dout), dz.data_ptr(),
-      ld(dz), (int)z.size(1), n);
+  run(module, GeluBackward, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), dout.data_ptr(),
+      ld(dout), dz.data_ptr(), ld(dz), (int)z.size(1), n);
   return true;
 }
 static bool pack_qkv(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out) {
@@ -230,51 +246,58 @@ static bool pack_qkv(const Tensor &q, const Tensor &k, const Tensor &v, const Te
     if (!x->transpose(1, 2).is_contiguous() || (uint64_t)x->data_ptr() % 16) return false;
   if (width * out.element_size() % 16) return false;
   const int64_t n = out.size(0) * (width * out.element_size() / 16);
-  run(module, PackQkv, out, ceil_div(n, 256), 256, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), ld(out),
-      (int)width, n);
+  run(module, PackQkv, out, ceil_div(n, 256), 256, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(),
+      out.data_ptr(), ld(out), (int)width, n);
   return true;
 }
-static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vocabulary, double smoothing,
-                          const Tensor &scale, const Tensor &losses, const Tensor &smoothed) {
+static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vocabulary,
+                          double smoothing, const Tensor &scale, const Tensor &losses,
+                          const Tensor &smoothed) {
   auto module = any_module(logits);
   if (!module || !packs(logits)) return false;
   const int64_t bytes = logits.size(1) * logits.element_size();
   const bool keeps = bytes <= module->shared_memory;
-  run(module, CrossEntropy, logits, logits.size(0), 512, keeps ? (int)bytes : 0, logits.data_ptr(), ld(logits),
-      labels.data_ptr(), (int)vocabulary, (int)logits.size(1), (float)smoothing, at_or_null(scale), losses.data_ptr(),
-      smoothed.data_ptr(), (int)keeps);
+  run(module, CrossEntropy, logits, logits.size(0), 512, keeps ? (int)bytes : 0, logits.data_ptr(),
+      ld(logits), labels.data_ptr(), (int)vocabulary, (int)logits.size(1), (float)smoothing,
+      at_or_null(scale), losses.data_ptr(), smoothed.data_ptr(), (int)keeps);
   return true;
 }
 
-static const Kernels table{capability, apply_to, add_norm, norm_backward, weigh,         weigh_backward, refresh,
-                           gelu,     gelu_backward, pack_qkv, cross_entropy, lt::gemm};
+static const Kernels table{capability,    apply_to,       add_norm,      norm_backward,
+                           weigh,         weigh_backward, refresh,       gelu,
+                           gelu_backward, pack_qkv,       cross_entropy, lt::gemm};
 
 #pragma GCC visibility push(default)
 extern "C" {
 char *dylora_cuda_take_error() { return take_error(); }
 
-// Opens what compiles and launches kernels. `library` is libtorch's libcaffe2_nvrtc.so.
+// Opens what compiles and launches kernels. `library` is the path of libtorch's libcaffe2_nvrtc.so.
 int dylora_cuda_open_compiler(const char *library) {
   TRY(-1, {
     compiler.open(library);
     return 0;
   })
 }
-// What identifies compiled code: compute capability and NVRTC's version, as [major, minor, major, minor].
+// What identifies compiled code: compute capability and NVRTC's version, as [major, minor, major,
+// minor].
 int dylora_cuda_target(int device, int *out) {
   TRY(-1, {
-    TORCH_CHECK(!compiler.device_attribute(out, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device));
-    TORCH_CHECK(!compiler.device_attribute(out + 1, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device));
+    TORCH_CHECK(
+        !compiler.device_attribute(out, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device));
+    TORCH_CHECK(
+        !compiler.device_attribute(out + 1, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device));
     TORCH_CHECK(!compiler.version(out + 2, out + 3));
     return 0;
   })
 }
-// Machine code of `source`; the caller frees it with dylora_cuda_free.
+// The machine code of `source`, which the caller frees with dylora_cuda_free.
 char *dylora_cuda_compile(const char *source, const char *const *options, int n, size_t *size) {
   TRY(nullptr, {
     void *program = nullptr;
-    TORCH_CHECK(!compiler.create(&program, source, "kernels.cu", 0, nullptr, nullptr), "NVRTC does not start");
-    std::unique_ptr<void *, void (*)(void **)> guard(&program, [](void **p) { compiler.destroy(p); });
+    TORCH_CHECK(!compiler.create(&program, source, "kernels.cu", 0, nullptr, nullptr),
+                "NVRTC does not start");
+    std::unique_ptr<void *, void (*)(void **)> guard(&program,
+                                                     [](void **p) { compiler.destroy(p); });
     if (compiler.compile(program, n, options)) {
       size_t length = 0;
       compiler.log_size(program, &length);
@@ -289,11 +312,11 @@ char *dylora_cuda_compile(const char *source, const char *const *options, int n,
   })
 }
 void dylora_cuda_free(void *p) { free(p); }
-// Loads machine code for activations of `width` on the current device.
+// Loads machine code for activations of `width` on `device`.
 int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);
-    c10::cuda::device_synchronize();  // which makes the device's context
+    c10::cuda::device_synchronize();  // makes the device's context
     CUmodule loaded;
     auto status = compiler.module_load(&loaded, code);
     TORCH_CHECK(status == 0, "the driver refuses the kernels: CUDA error ", (int)status);
@@ -301,12 +324,15 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
     for (int kind = 0; kind < 2; ++kind)
       for (int i = 0; i < NAMES; ++i) {
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
-        TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()), "no kernel ", name);
+        TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()),
+                    "no kernel ", name);
       }
-    compiler.device_attribute(&module.shared_memory, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device);
-    module.shared_memory -= 1024;  // its own
+    compiler.device_attribute(&module.shared_memory,
+                              CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device);
+    module.shared_memory -= 1024;  // for the kernel's static shared memory
     for (auto &functions : module.functions)
-      if (compiler.set_attribute(functions[CrossEntropy], CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+      if (compiler.set_attribute(functions[CrossEntropy],
+                                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                  module.shared_memory))
         module.shared_memory = 0;
     modules[{device, width}] = module;
@@ -323,7 +349,8 @@ Graph *dylora_cuda_graph_new(int device) {
     return new Graph((c10::DeviceIndex)device);
   })
 }
-// What runs between enter and leave runs on the graph's stream, so that a warm-up makes handles and workspaces there.
+// Whatever runs between enter and leave runs on the graph's stream, so that a warm-up creates
+// handles and workspaces there.
 int dylora_cuda_graph_enter(Graph *g) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard(g->device);
@@ -338,12 +365,12 @@ int dylora_cuda_graph_leave(Graph *g) {
     return 0;
   })
 }
-// With `memory_of`, the graph shares that one's memory: the two must never run at the same time, and what one leaves
-// there is lost once the other runs.
+// With `memory_of`, the graph shares the memory of that graph. The two must never run at the same
+// time, and what one leaves in the memory is lost once the other runs.
 int dylora_cuda_graph_begin(Graph *g, Graph *memory_of) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard(g->device);
-    // the allocator keeps blocks by stream
+    // the allocator keeps blocks by stream, so the stream is shared too
     if (memory_of) g->side = memory_of->side, g->memory = memory_of->memory;
     g->before = at::globalContext().defaultGenerator(at::Device(at::kCUDA, g->device)).clone();
     g->enter();

@@ -1,4 +1,4 @@
-// How the C ABI reports a failure: -1 or nullptr, and a message that the caller takes.
+// How the C ABI reports a failure: it returns -1 or nullptr, and the caller takes a message.
 #pragma once
 #include <c10/util/Exception.h>
 

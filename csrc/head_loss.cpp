@@ -1,5 +1,5 @@
-// Cross entropy under a frozen head, a chunk of positions at a time, whose gradient of the hidden states comes out of the
-// same chunk. Declared to Rust in src/ffi/fused.rs.
+// Cross entropy under a frozen head, one chunk of positions at a time. The gradient of the hidden
+// states is computed from the same chunk. Declared to Rust in src/ffi/fused.rs.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -13,11 +13,13 @@ using torch::autograd::variable_list;
 using namespace fused;
 
 namespace {
-// Sums over positions of the cross entropy of hidden [n, d] under the head [v', d] of which the first `vocabulary` rows
-// count, times `scale`; a label below 0 does not count. The second output is each position's loss without smoothing.
+// The cross entropy of hidden [n, d] under the head [v', d], summed over positions and multiplied
+// by `scale`. Only the first `vocabulary` rows of the head count, and no position with a label
+// below 0. The second output is each position's loss without smoothing.
 struct HeadLoss : torch::autograd::Function<HeadLoss> {
-  static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &head, const Tensor &labels,
-                               const Tensor &scale, int64_t vocabulary, double smoothing, int64_t chunk) {
+  static variable_list forward(AutogradContext *ctx, const Tensor &hidden, const Tensor &head,
+                               const Tensor &labels, const Tensor &scale, int64_t vocabulary,
+                               double smoothing, int64_t chunk) {
     const int64_t n = hidden.size(0);
     const auto wide = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const bool with_grad = hidden.requires_grad();
@@ -31,8 +33,8 @@ struct HeadLoss : torch::autograd::Function<HeadLoss> {
       Tensor of_losses = losses.narrow(0, start, len), of_smoothed = smoothed.narrow(0, start, len);
       Tensor logits = product(h, false, head, true);
       if (!(logits.is_cuda() && kernels() &&
-            kernels()->cross_entropy(logits, y, vocabulary, smoothing, with_grad ? factor : Tensor(), of_losses,
-                                     of_smoothed)))
+            kernels()->cross_entropy(logits, y, vocabulary, smoothing,
+                                     with_grad ? factor : Tensor(), of_losses, of_smoothed)))
         logits = plain(logits, y, vocabulary, smoothing, with_grad, factor, of_losses, of_smoothed);
       if (with_grad) product_into(dhidden.narrow(0, start, len), logits, false, head, false);
     }
@@ -40,9 +42,9 @@ struct HeadLoss : torch::autograd::Function<HeadLoss> {
     ctx->mark_non_differentiable({losses});
     return {smoothed.sum() * factor, losses};
   }
-  // The same in libtorch operations; returns the gradient of the logits.
-  static Tensor plain(Tensor logits, const Tensor &labels, int64_t vocabulary, double smoothing, bool with_grad,
-                      const Tensor &factor, Tensor &losses, Tensor &smoothed) {
+  // The same in libtorch operations. Returns the gradient of the logits if `with_grad`.
+  static Tensor plain(Tensor logits, const Tensor &labels, int64_t vocabulary, double smoothing,
+                      bool with_grad, const Tensor &factor, Tensor &losses, Tensor &smoothed) {
     const auto kind = logits.scalar_type();
     Tensor z = logits.to(factor.scalar_type());
     if (vocabulary < z.size(1)) columns(z, vocabulary, z.size(1) - vocabulary).fill_(-INFINITY);
@@ -70,8 +72,9 @@ struct HeadLoss : torch::autograd::Function<HeadLoss> {
 
 extern "C" {
 // out = [loss, token losses]
-int dylora_head_loss(const Tensor *hidden, const Tensor *head, const Tensor *labels, const Tensor *scale,
-                     int64_t vocabulary, double smoothing, int64_t chunk, Tensor **out) {
+int dylora_head_loss(const Tensor *hidden, const Tensor *head, const Tensor *labels,
+                     const Tensor *scale, int64_t vocabulary, double smoothing, int64_t chunk,
+                     Tensor **out) {
   TRY(-1, {
     auto results = HeadLoss::apply(*hidden, *head, *labels, *scale, vocabulary, smoothing, chunk);
     out[0] = new Tensor(results[0]), out[1] = new Tensor(results[1]);

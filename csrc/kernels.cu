@@ -1,8 +1,10 @@
-// The elementwise and row-wise kernels of the fused block and loss. Compiled by NVRTC at run time for the GPU at hand;
-// csrc/block.cpp, its headers and csrc/head_loss.cpp have each one's twin in libtorch operations, which defines it.
+// The elementwise and row-wise kernels of the fused block and loss. NVRTC compiles them at run time
+// for the GPU at hand. Each kernel is defined by its twin in libtorch operations, in
+// csrc/block.cpp, its headers or csrc/head_loss.cpp.
 //
-// A matrix argument is a pointer and the elements from one row to the next; its columns are contiguous and its rows
-// aligned to 16 bytes. Everything is computed in f32. `bf16` and `f32` name the dtype of activations.
+// A matrix argument is a pointer and the number of elements from one row to the next. Its columns
+// are contiguous and its rows aligned to 16 bytes. Everything is computed in f32. `bf16` and `f32`
+// name the dtype of activations.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -42,7 +44,8 @@ template <> struct Pack<bf16> {
     }
   }
   static __device__ __forceinline__ void store(bf16 *p, const float *x) {
-    *(uint4 *)p = make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
+    *(uint4 *)p =
+        make_uint4(pair(x[0], x[1]), pair(x[2], x[3]), pair(x[4], x[5]), pair(x[6], x[7]));
   }
 };
 template <> struct Pack<float> {
@@ -67,10 +70,12 @@ static __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// sum = x + y (or x, if y is null), kept in `sum` (if not null); a = LayerNorm(sum) w + b. One warp a row; WIDTH is d.
+// sum = x + y (or x, if y is null), written to `sum` if that is not null. a = LayerNorm(sum) with
+// weight w and bias b. One warp computes a row; WIDTH is d.
 template <class T>
-static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, const T *b, float eps, T *sum,
-                                T *a, i64 lda, float *mean, float *rstd, i64 rows) {
+static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, const T *b,
+                                float eps, T *sum, T *a, i64 lda, float *mean, float *rstd,
+                                i64 rows) {
   constexpr int N = Pack<T>::N, PER_LANE = (WIDTH / N + 31) / 32;
   const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -89,7 +94,7 @@ static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const 
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         put(&kept[i], v[k][i] + u[i]);
-        v[k][i] = wide(kept[i]);  // as it is kept
+        v[k][i] = wide(kept[i]);  // rounded as in `sum`
       }
     }
     if (sum) Pack<T>::store(sum + row * WIDTH + c, v[k]);
@@ -119,10 +124,12 @@ static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const 
   if (lane == 0) mean[row] = mu, rstd[row] = rs;
 }
 
-// dx = gradient of LayerNorm at x for da, plus `residual` if it is not null.
+// dx = the gradient of LayerNorm at x for the output's gradient da, plus `residual` if it is not
+// null.
 template <class T>
-static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const float *mean, const float *rstd,
-                                     const T *w, const T *residual, i64 ldr, T *dx, i64 lddx, i64 rows) {
+static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const float *mean,
+                                     const float *rstd, const T *w, const T *residual, i64 ldr,
+                                     T *dx, i64 lddx, i64 rows) {
   constexpr int N = Pack<T>::N, PER_LANE = (WIDTH / N + 31) / 32;
   const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -161,11 +168,11 @@ static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const fl
   }
 }
 
-// v = u times its column's scaling and the routing weight of its column's expert (1 if g is null). A column without an
-// expert has scaling 0.
+// v = u times the scaling of its column and the routing weight of the column's expert (1 if g is
+// null). A column without an expert has scaling 0.
 template <class T>
-static __device__ void weigh(const T *u, i64 ldu, const float *g, int experts, const int *expert_of, const float *scaling,
-                             T *v, i64 ldv, int columns, i64 total) {
+static __device__ void weigh(const T *u, i64 ldu, const float *g, int experts, const int *expert_of,
+                             const float *scaling, T *v, i64 ldv, int columns, i64 total) {
   const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= total) return;
   const i64 row = i / columns;
@@ -174,12 +181,14 @@ static __device__ void weigh(const T *u, i64 ldu, const float *g, int experts, c
   put(v + row * ldv + c, wide(u[row * ldu + c]) * factor);
 }
 
-// du = dv times the same factor; dg = sum over an expert's columns of dv u scaling (if dg is not null; added to dg if
-// `adds`). One warp a row. An expert's columns are the runs [first, second) and [third, fourth) of `runs`.
+// du = dv times the same factor. dg = the sum of dv u scaling over an expert's columns; it is added
+// to dg if `adds`, and not computed if dg is null. One warp computes a row. An expert's columns are
+// the runs [first, second) and [third, fourth) of `runs`.
 template <class T>
-static __device__ void weigh_backward(const T *dv, i64 lddv, const T *u, i64 ldu, const float *g, int experts,
-                                      const int *expert_of, const float *scaling, const int4 *runs, T *du, i64 lddu,
-                                      float *dg, int adds, int columns, i64 rows) {
+static __device__ void weigh_backward(const T *dv, i64 lddv, const T *u, i64 ldu, const float *g,
+                                      int experts, const int *expert_of, const float *scaling,
+                                      const int4 *runs, T *du, i64 lddu, float *dg, int adds,
+                                      int columns, i64 rows) {
   extern __shared__ float products[];
   const i64 row = (i64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -192,7 +201,7 @@ static __device__ void weigh_backward(const T *dv, i64 lddv, const T *u, i64 ldu
   }
   if (!dg) return;
   __syncwarp();
-  // 2^k lanes sum one expert, all in the same order for the same shape
+  // 2^k lanes sum the columns of one expert, in an order that only the shape decides
   int group = 32;
   while (group > 1 && 32 / group < experts) group >>= 1;
   for (int first = 0; first < experts; first += 32 / group) {
@@ -211,9 +220,11 @@ static __device__ void weigh_backward(const T *dv, i64 lddv, const T *u, i64 ldu
   }
 }
 
-// The experts' parts of a packed weight [W A^T; B^T 0] from A [r, i] and B^T [r, o] in f32; the rest is left.
+// Writes the experts' parts of a packed weight [W A^T; B^T 0], from A [r, i] and B^T [r, o] in f32,
+// and leaves the rest.
 template <class T>
-static __device__ void refresh(const float *a, const float *b, T *packed, i64 ld, int in, int out, int ranks) {
+static __device__ void refresh(const float *a, const float *b, T *packed, i64 ld, int in, int out,
+                               int ranks) {
   const i64 t = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   const i64 of_b = (i64)ranks * out, of_a = (i64)ranks * in;
   if (t < of_b) {
@@ -231,7 +242,7 @@ static __device__ __forceinline__ float tanh_of(float x) {
 }
 #define ROOT_2_OVER_PI 0.7978845608028654f
 
-// The pack of a matrix of `columns` that is the thread's, of `packs` in all.
+// The pack of this thread in a matrix with `columns` columns and `packs` packs.
 template <class T> struct Place {
   i64 row;
   int column;
@@ -245,8 +256,9 @@ template <class T> struct Place {
   }
 };
 
-// out = gelu(z), tanh form; `columns` is a multiple of the pack.
-template <class T> static __device__ void gelu(const T *z, i64 ldz, T *out, i64 ldo, int columns, i64 packs) {
+// out = gelu(z) in its tanh form. `columns` is a multiple of the elements of a pack.
+template <class T>
+static __device__ void gelu(const T *z, i64 ldz, T *out, i64 ldo, int columns, i64 packs) {
   constexpr int N = Pack<T>::N;
   const Place<T> at(columns, packs);
   if (!at.is_inside) return;
@@ -261,8 +273,8 @@ template <class T> static __device__ void gelu(const T *z, i64 ldz, T *out, i64 
 }
 // dz = dout gelu'(z)
 template <class T>
-static __device__ void gelu_backward(const T *z, i64 ldz, const T *dout, i64 ldo, T *dz, i64 lddz, int columns,
-                                     i64 packs) {
+static __device__ void gelu_backward(const T *z, i64 ldz, const T *dout, i64 ldo, T *dz, i64 lddz,
+                                     int columns, i64 packs) {
   constexpr int N = Pack<T>::N;
   const Place<T> at(columns, packs);
   if (!at.is_inside) return;
@@ -280,9 +292,10 @@ static __device__ void gelu_backward(const T *z, i64 ldz, const T *dout, i64 ldo
   Pack<T>::store(dz + row * lddz + c, d);
 }
 
-// [dq | dk | dv] of each token from three tensors [b, t, h, c] in that memory order.
+// Writes [dq | dk | dv] of each token, from three tensors [b, t, h, c] in that memory order.
 template <class T>
-static __device__ void pack_qkv(const T *q, const T *k, const T *v, T *out, i64 ldo, int width, i64 packs) {
+static __device__ void pack_qkv(const T *q, const T *k, const T *v, T *out, i64 ldo, int width,
+                                i64 packs) {
   constexpr int N = Pack<T>::N;
   const Place<T> at(width, packs);
   if (!at.is_inside) return;
@@ -313,12 +326,16 @@ static __device__ __forceinline__ float power_of_2(float x) {
 }
 #define LOG2_E 1.4426950408889634f
 
-// One block a position. losses = logsumexp(z) - z_label; smoothed = logsumexp(z) - (1 - s) z_label - s mean(z); both 0
-// where the label is negative. With `scale`, logits become the gradient of scale * smoothed; columns from `vocabulary`
-// to `padded` become 0. With `keeps`, the row stays in shared memory between the two passes over it.
+// One block computes a position:
+//   losses = logsumexp(z) - z_label
+//   smoothed = logsumexp(z) - (1 - s) z_label - s mean(z)
+// Both are 0 where the label is negative. With `scale`, logits become the gradient of scale *
+// smoothed, and columns from `vocabulary` to `padded` become 0. With `keeps`, the row stays in
+// shared memory between the two passes over it.
 template <class T>
-static __device__ __forceinline__ void cross_entropy(T *logits, i64 ld, const i64 *labels, int vocabulary, int padded,
-                                                     float smoothing, const float *scale, float *losses,
+static __device__ __forceinline__ void cross_entropy(T *logits, i64 ld, const i64 *labels,
+                                                     int vocabulary, int padded, float smoothing,
+                                                     const float *scale, float *losses,
                                                      float *smoothed, int keeps) {
   constexpr int N = Pack<T>::N;
   extern __shared__ uint4 kept[];
@@ -335,7 +352,7 @@ static __device__ __forceinline__ void cross_entropy(T *logits, i64 ld, const i6
     return;
   }
   const float at_label = wide(z[label]);
-  // each thread's largest logit and its sum of exponentials relative to that
+  // each thread's largest logit, and the sum of its exponentials relative to that logit
   float top = -INFINITY, sum = 0, total = 0;
 #pragma unroll 2
   for (int p = threadIdx.x; p < packs; p += blockDim.x) {
@@ -365,7 +382,8 @@ static __device__ __forceinline__ void cross_entropy(T *logits, i64 ld, const i6
     }
   }
   const float of_all = block_reduce(top, scratch, true);
-  sum = block_reduce(top == -INFINITY ? 0.f : sum * power_of_2((top - of_all) * LOG2_E), scratch, false);
+  sum = block_reduce(top == -INFINITY ? 0.f : sum * power_of_2((top - of_all) * LOG2_E), scratch,
+                     false);
   const float lse = logf(sum) + of_all;
   if (smoothing > 0) total = block_reduce(total, scratch, false);
   if (threadIdx.x == 0) {
@@ -392,45 +410,50 @@ static __device__ __forceinline__ void cross_entropy(T *logits, i64 ld, const i6
   }
 }
 
-#define KERNELS(T, NAME)                                                                                               \
-  extern "C" __global__ void add_norm_##NAME(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, const T *b,         \
-                                             float eps, T *sum, T *a, i64 lda, float *mean, float *rstd, i64 rows) {   \
-    add_norm<T>(x, ldx, y, ldy, w, b, eps, sum, a, lda, mean, rstd, rows);                                             \
-  }                                                                                                                    \
-  extern "C" __global__ void norm_backward_##NAME(const T *da, i64 ldda, const T *x, const float *mean,                \
-                                                  const float *rstd, const T *w, const T *residual, i64 ldr, T *dx,    \
-                                                  i64 lddx, i64 rows) {                                                \
-    norm_backward<T>(da, ldda, x, mean, rstd, w, residual, ldr, dx, lddx, rows);                                       \
-  }                                                                                                                    \
-  extern "C" __global__ void weigh_##NAME(const T *u, i64 ldu, const float *g, int experts, const int *expert_of,      \
-                                          const float *scaling, T *v, i64 ldv, int columns, i64 total) {               \
-    weigh<T>(u, ldu, g, experts, expert_of, scaling, v, ldv, columns, total);                                          \
-  }                                                                                                                    \
-  extern "C" __global__ void weigh_backward_##NAME(const T *dv, i64 lddv, const T *u, i64 ldu, const float *g,         \
-                                                   int experts, const int *expert_of, const float *scaling,            \
-                                                   const int4 *runs, T *du, i64 lddu, float *dg, int adds,             \
-                                                   int columns, i64 rows) {                                            \
-    weigh_backward<T>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs, du, lddu, dg, adds, columns, rows);      \
-  }                                                                                                                    \
-  extern "C" __global__ void refresh_##NAME(const float *a, const float *b, T *packed, i64 ld, int in, int out,        \
-                                            int ranks) {                                                               \
-    refresh<T>(a, b, packed, ld, in, out, ranks);                                                                      \
-  }                                                                                                                    \
-  extern "C" __global__ void gelu_##NAME(const T *z, i64 ldz, T *out, i64 ldo, int columns, i64 packs) {               \
-    gelu<T>(z, ldz, out, ldo, columns, packs);                                                                         \
-  }                                                                                                                    \
-  extern "C" __global__ void gelu_backward_##NAME(const T *z, i64 ldz, const T *dout, i64 ldo, T *dz, i64 lddz,        \
-                                                  int columns, i64 packs) {                                            \
-    gelu_backward<T>(z, ldz, dout, ldo, dz, lddz, columns, packs);                                                     \
-  }                                                                                                                    \
-  extern "C" __global__ void pack_qkv_##NAME(const T *q, const T *k, const T *v, T *out, i64 ldo, int width,           \
-                                             i64 packs) {                                                              \
-    pack_qkv<T>(q, k, v, out, ldo, width, packs);                                                                      \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(512, 2)                                                                 \
-      cross_entropy_##NAME(T *logits, i64 ld, const i64 *labels, int vocabulary, int padded, float smoothing,          \
-                           const float *scale, float *losses, float *smoothed, int keeps) {                            \
-    cross_entropy<T>(logits, ld, labels, vocabulary, padded, smoothing, scale, losses, smoothed, keeps);               \
+#define KERNELS(T, NAME)                                                                           \
+  extern "C" __global__ void add_norm_##NAME(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, \
+                                             const T *b, float eps, T *sum, T *a, i64 lda,         \
+                                             float *mean, float *rstd, i64 rows) {                 \
+    add_norm<T>(x, ldx, y, ldy, w, b, eps, sum, a, lda, mean, rstd, rows);                         \
+  }                                                                                                \
+  extern "C" __global__ void norm_backward_##NAME(                                                 \
+      const T *da, i64 ldda, const T *x, const float *mean, const float *rstd, const T *w,         \
+      const T *residual, i64 ldr, T *dx, i64 lddx, i64 rows) {                                     \
+    norm_backward<T>(da, ldda, x, mean, rstd, w, residual, ldr, dx, lddx, rows);                   \
+  }                                                                                                \
+  extern "C" __global__ void weigh_##NAME(const T *u, i64 ldu, const float *g, int experts,        \
+                                          const int *expert_of, const float *scaling, T *v,        \
+                                          i64 ldv, int columns, i64 total) {                       \
+    weigh<T>(u, ldu, g, experts, expert_of, scaling, v, ldv, columns, total);                      \
+  }                                                                                                \
+  extern "C" __global__ void weigh_backward_##NAME(                                                \
+      const T *dv, i64 lddv, const T *u, i64 ldu, const float *g, int experts,                     \
+      const int *expert_of, const float *scaling, const int4 *runs, T *du, i64 lddu, float *dg,    \
+      int adds, int columns, i64 rows) {                                                           \
+    weigh_backward<T>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs, du, lddu, dg, adds,  \
+                      columns, rows);                                                              \
+  }                                                                                                \
+  extern "C" __global__ void refresh_##NAME(const float *a, const float *b, T *packed, i64 ld,     \
+                                            int in, int out, int ranks) {                          \
+    refresh<T>(a, b, packed, ld, in, out, ranks);                                                  \
+  }                                                                                                \
+  extern "C" __global__ void gelu_##NAME(const T *z, i64 ldz, T *out, i64 ldo, int columns,        \
+                                         i64 packs) {                                              \
+    gelu<T>(z, ldz, out, ldo, columns, packs);                                                     \
+  }                                                                                                \
+  extern "C" __global__ void gelu_backward_##NAME(const T *z, i64 ldz, const T *dout, i64 ldo,     \
+                                                  T *dz, i64 lddz, int columns, i64 packs) {       \
+    gelu_backward<T>(z, ldz, dout, ldo, dz, lddz, columns, packs);                                 \
+  }                                                                                                \
+  extern "C" __global__ void pack_qkv_##NAME(const T *q, const T *k, const T *v, T *out, i64 ldo,  \
+                                             int width, i64 packs) {                               \
+    pack_qkv<T>(q, k, v, out, ldo, width, packs);                                                  \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(512, 2) cross_entropy_##NAME(                       \
+      T *logits, i64 ld, const i64 *labels, int vocabulary, int padded, float smoothing,           \
+      const float *scale, float *losses, float *smoothed, int keeps) {                             \
+    cross_entropy<T>(logits, ld, labels, vocabulary, padded, smoothing, scale, losses, smoothed,   \
+                     keeps);                                                                       \
   }
 KERNELS(bf16, bf16)
 KERNELS(float, f32)

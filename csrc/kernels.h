@@ -1,47 +1,57 @@
-// What the CUDA part (csrc/cuda.cpp) offers to the fused operations (csrc/block.cpp, csrc/head_loss.cpp): own kernels,
-// and matrix products with chosen algorithms. Each function returns false, having done nothing, where it does not apply.
+// What the CUDA part (csrc/cuda.cpp) offers to the fused operations (csrc/block.cpp,
+// csrc/head_loss.cpp): dylora's own kernels, and matrix products with chosen algorithms. A function
+// that does not apply does nothing and returns false.
+//
+// Letters of shapes: M tokens, e expert, R columns of a module's rank space, R' the same rounded up
+// (src/model/fused/pack.rs).
 #pragma once
 #include <ATen/ATen.h>
 
-// How the routing weights of E experts become factors of the R columns of a module's rank space.
+// How the routing weights of e experts become factors of the columns of a module's rank space.
 struct RankColumns {
-  at::Tensor expert_of;  // each column's expert, int32 [R]
-  at::Tensor scaling;    // each column's scaling, f32 [R]; 0 for a column that only fills up
+  at::Tensor expert_of;  // each column's expert, int32 [R']
+  at::Tensor scaling;    // each column's scaling, f32 [R']; 0 for the columns that rounding adds
   at::Tensor runs;       // each expert's columns: [first, second) and [third, fourth), int32 [e, 4]
-  at::Tensor rows;       // the scaling where a column is the expert's, else 0, [e, R]
+  at::Tensor rows;       // the scaling where a column belongs to the expert, otherwise 0, [e, R]
 };
 
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 
-// Matrices are 2-dim with contiguous columns; optional tensors may be undefined.
+// Matrices are 2-dim with contiguous columns. Optional tensors may be undefined.
 struct Kernels {
   // Compute capability of the current device, times ten.
   int (*capability)();
   // Whether there are kernels for activations of this dtype and width.
   bool (*apply_to)(at::ScalarType kind, int64_t width);
-  // sum = x + y, a = LayerNorm(sum); without y, sum is not written.
-  bool (*add_norm)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &w, const at::Tensor &b, double eps,
-                   const at::Tensor &sum, const at::Tensor &a, const at::Tensor &mean, const at::Tensor &rstd);
-  // dx = residual + gradient of LayerNorm at x for da
-  bool (*norm_backward)(const at::Tensor &da, const at::Tensor &x, const at::Tensor &mean, const at::Tensor &rstd,
-                        const at::Tensor &w, const at::Tensor &residual, const at::Tensor &dx);
-  bool (*weigh)(const at::Tensor &u, const at::Tensor &g, const RankColumns &rank_columns, const at::Tensor &v);
-  // dg is added to if `adds`, else set; undefined if not wanted
-  bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g, const RankColumns &rank_columns,
-                         const at::Tensor &du, const at::Tensor &dg, bool adds);
-  // The experts' parts of a packed weight [W A^T; B^T 0].
+  // sum = x + y and a = LayerNorm(sum). If y is undefined, sum is x and is not written.
+  bool (*add_norm)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &w,
+                   const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a,
+                   const at::Tensor &mean, const at::Tensor &rstd);
+  // dx = residual + the gradient of LayerNorm at x for the output's gradient da
+  bool (*norm_backward)(const at::Tensor &da, const at::Tensor &x, const at::Tensor &mean,
+                        const at::Tensor &rstd, const at::Tensor &w, const at::Tensor &residual,
+                        const at::Tensor &dx);
+  bool (*weigh)(const at::Tensor &u, const at::Tensor &g, const RankColumns &rank_columns,
+                const at::Tensor &v);
+  // With `adds`, the gradient is added to dg, otherwise dg is set; dg is undefined if not wanted.
+  bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g,
+                         const RankColumns &rank_columns, const at::Tensor &du,
+                         const at::Tensor &dg, bool adds);
+  // Writes the experts' parts of a packed weight [W A^T; B^T 0].
   bool (*refresh)(const at::Tensor &a, const at::Tensor &b, const at::Tensor &packed);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
-  // [dq | dk | dv] from [b, h, t, c] each
-  bool (*pack_qkv)(const at::Tensor &q, const at::Tensor &k, const at::Tensor &v, const at::Tensor &out);
-  // Logits become their gradient if `scale` is defined.
-  bool (*cross_entropy)(const at::Tensor &logits, const at::Tensor &labels, int64_t vocabulary, double smoothing,
-                        const at::Tensor &scale, const at::Tensor &losses, const at::Tensor &smoothed);
-  // out = a b, each transposed if it says so; bf16, out bf16 or f32
-  bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb, Epilogue epilogue,
-               const at::Tensor &bias, const at::Tensor &aux);
+  // out = [q | k | v], where q, k and v are [b, h, t, c]
+  bool (*pack_qkv)(const at::Tensor &q, const at::Tensor &k, const at::Tensor &v,
+                   const at::Tensor &out);
+  // If `scale` is defined, the logits are replaced by their gradient.
+  bool (*cross_entropy)(const at::Tensor &logits, const at::Tensor &labels, int64_t vocabulary,
+                        double smoothing, const at::Tensor &scale, const at::Tensor &losses,
+                        const at::Tensor &smoothed);
+  // out = a b, transposed where ta and tb say so; a and b are bf16, out is bf16 or f32
+  bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb,
+               Epilogue epilogue, const at::Tensor &bias, const at::Tensor &aux);
 };
 
-// The kernels of this process, or null.
+// The kernels of this process, or null if it has none.
 const Kernels *kernels();

@@ -4,11 +4,11 @@
 using at::Tensor;
 
 extern "C" {
-// A tensor over the memory of `view`; drop(owner) is called once, when nothing uses that memory any more, also after
-// an error, which is nullptr.
+// A tensor over the memory of `view`, or nullptr after an error. drop(owner) is called once in
+// either case, when nothing uses that memory any more.
 Tensor *dylora_owned_view(Tensor *view, void (*drop)(void *), void *owner) {
   try {
-    // from `context` on libtorch owns `owner`; nothing before it can throw
+    // libtorch owns `owner` from `context` on; nothing before it can throw
     return new Tensor(at::for_blob(view->data_ptr(), view->sizes())
                           .context(owner, drop)
                           .strides(view->strides())

@@ -11,7 +11,7 @@ struct NormConfig : torch::CustomClassHolder {
   double eps;
   int64_t row_padding_forward, row_padding_backward;
 };
-// What its backward pass needs: the sum [M, d] and f32 statistics [M] of its rows.
+// What the backward pass needs: the sum [M, d] and the f32 statistics [M] of its rows.
 struct NormKept {
   Tensor sum, mean, rstd;
 };
@@ -22,7 +22,8 @@ inline Tensor add_norm(const NormConfig &c, const Tensor &x, const Tensor &y, No
   if (kernels() && x.is_cuda() && kernels()->apply_to(x.scalar_type(), d)) {
     const auto stats = x.options().dtype(at::kFloat);
     Tensor a = empty_padded(m, d, c.row_padding_forward, x.options());
-    kept = {y.defined() ? at::empty({m, d}, x.options()) : x.contiguous(), at::empty({m}, stats), at::empty({m}, stats)};
+    kept = {y.defined() ? at::empty({m, d}, x.options()) : x.contiguous(), at::empty({m}, stats),
+            at::empty({m}, stats)};
     if (kernels()->add_norm(x, y, c.w, c.b, c.eps, kept.sum, a, kept.mean, kept.rstd)) return a;
   }
   kept.sum = y.defined() ? x + y : x;
@@ -31,8 +32,10 @@ inline Tensor add_norm(const NormConfig &c, const Tensor &x, const Tensor &y, No
   return padded(a, c.row_padding_forward);
 }
 
-// The gradient of the sum: that of its LayerNorm for `da`, plus `residual`, which may be undefined.
-inline Tensor norm_backward(const NormConfig &c, const Tensor &da, const NormKept &kept, const Tensor &residual) {
+// The gradient of the sum: that of its LayerNorm for the output's gradient `da`, plus `residual`,
+// which may be undefined.
+inline Tensor norm_backward(const NormConfig &c, const Tensor &da, const NormKept &kept,
+                            const Tensor &residual) {
   const Tensor &x = kept.sum;
   const int64_t m = x.size(0), d = x.size(1);
   const Tensor rows = padded(da, 0);
@@ -40,8 +43,9 @@ inline Tensor norm_backward(const NormConfig &c, const Tensor &da, const NormKep
     Tensor dx = empty_padded(m, d, c.row_padding_backward, x.options());
     if (kernels()->norm_backward(rows, x, kept.mean, kept.rstd, c.w, residual, dx)) return dx;
   }
-  Tensor dx = std::get<0>(at::native_layer_norm_backward(rows.contiguous(), x, {d}, kept.mean.view({m, 1}),
-                                                         kept.rstd.view({m, 1}), c.w, c.b, {true, false, false}));
+  Tensor dx = std::get<0>(
+      at::native_layer_norm_backward(rows.contiguous(), x, {d}, kept.mean.view({m, 1}),
+                                     kept.rstd.view({m, 1}), c.w, c.b, {true, false, false}));
   if (residual.defined()) dx.add_(residual);
   return padded(dx, c.row_padding_backward);
 }

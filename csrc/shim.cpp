@@ -1,7 +1,8 @@
-// A C ABI over the parts of libtorch 2.11.0 that tch does not reach. Declared to Rust in src/ffi/mod.rs.
+// A C ABI over the parts of libtorch 2.11.0 that tch does not reach. Declared to Rust in
+// src/ffi/mod.rs.
 //
-// Every function that can fail returns -1 or nullptr and leaves a message for dylora_take_error.
-// Tensors are borrowed by pointer; a returned tensor is owned by the caller.
+// A function that fails returns -1 or nullptr and leaves a message for dylora_take_error. Tensors
+// are borrowed by pointer; the caller owns a returned tensor.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/DeviceAccelerator.h>
@@ -28,11 +29,12 @@ static std::vector<Tensor> list(Tensor *const *tensors, size_t n) {
 }
 
 static at::Generator generator(int device) {
-  return at::globalContext().defaultGenerator(device < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, device));
+  return at::globalContext().defaultGenerator(device < 0 ? at::Device(at::kCPU)
+                                                         : at::Device(at::kCUDA, device));
 }
 
-// Gradient checkpointing (arXiv:1604.06174): the segment runs without a graph; the backward pass runs it again, with
-// one, and differentiates that.
+// Gradient checkpointing (arXiv:1604.06174): the forward pass runs the segment without a graph. The
+// backward pass runs it again with a graph and differentiates that.
 extern "C" {
 // Computes the segment's output from its activations; nullptr after an error.
 typedef Tensor *(*segment_run)(void *data, Tensor *const *activations, size_t n);
@@ -55,17 +57,18 @@ struct Segment : torch::CustomClassHolder {
   }
 };
 struct Checkpoint : torch::autograd::Function<Checkpoint> {
-  // inputs: the activations, then the parameters that the segment uses by itself; autograd sees the tensors of a
-  // TensorList, but not those of a std::vector
-  static Tensor forward(AutogradContext *ctx, c10::intrusive_ptr<Segment> segment, int64_t num_activations,
-                        at::TensorList inputs) {
+  // inputs: the activations, then the parameters that the segment uses without receiving them.
+  // Autograd sees the tensors of a TensorList, but not those of a std::vector.
+  static Tensor forward(AutogradContext *ctx, c10::intrusive_ptr<Segment> segment,
+                        int64_t num_activations, at::TensorList inputs) {
     ctx->saved_data["segment"] = c10::IValue::make_capsule(segment);
     ctx->saved_data["num_activations"] = num_activations;
     ctx->save_for_backward(inputs.vec());
     return (*segment)({inputs.begin(), inputs.begin() + num_activations});
   }
   static variable_list backward(AutogradContext *ctx, variable_list grad_outputs) {
-    auto segment = c10::static_intrusive_pointer_cast<Segment>(ctx->saved_data["segment"].toCapsule());
+    auto segment =
+        c10::static_intrusive_pointer_cast<Segment>(ctx->saved_data["segment"].toCapsule());
     const size_t num_activations = ctx->saved_data["num_activations"].toInt();
     auto saved = ctx->get_saved_variables();
     std::vector<Tensor> activations, wanted;
@@ -87,32 +90,38 @@ struct Checkpoint : torch::autograd::Function<Checkpoint> {
       at::AutoGradMode graph(true);
       out = (*segment)(activations);
     }
-    auto grads = torch::autograd::grad({out}, wanted, {grad_outputs[0]}, /*retain_graph=*/std::nullopt,
-                                       /*create_graph=*/false, /*allow_unused=*/true);
-    variable_list result(2 + saved.size());  // none for `segment` and `num_activations`
+    auto grads =
+        torch::autograd::grad({out}, wanted, {grad_outputs[0]}, /*retain_graph=*/std::nullopt,
+                              /*create_graph=*/false, /*allow_unused=*/true);
+    variable_list result(2 + saved.size());  // undefined for `segment` and `num_activations`
     for (size_t i = 0; i < wanted.size(); ++i) result[2 + wanted_at[i]] = grads[i];
     return result;
   }
 };
 
-// Rows [n, d] of tokens to rows [n k, d] of assignments, by gathering (`dispatch`), or rows of assignments to their sums
-// by token. Each is the other's gradient, so that neither direction adds in an order of its own, as index_add does.
-// tokens [n k]: the token of each row of an assignment; inverse [n, k]: the rows of each token's assignments.
+// With `dispatch`, gathers rows [n, d] of tokens into rows [n k, d] of assignments. Otherwise it
+// sums the rows of assignments by token. Each is the other's gradient, and neither adds numbers in
+// an order that varies, as index_add does. tokens [n k]: the token of each assignment's row;
+// inverse [n, k]: the rows of each token's assignments.
 struct Permutation : torch::autograd::Function<Permutation> {
-  static Tensor rows_of(const Tensor &rows, const Tensor &tokens, const Tensor &inverse, bool dispatch) {
+  static Tensor rows_of(const Tensor &rows, const Tensor &tokens, const Tensor &inverse,
+                        bool dispatch) {
     if (dispatch) return rows.index_select(0, tokens);
     auto sorted = rows.index_select(0, inverse.flatten());
-    return inverse.size(1) == 1 ? sorted : sorted.view({inverse.size(0), inverse.size(1), rows.size(1)}).sum(1);
+    return inverse.size(1) == 1
+               ? sorted
+               : sorted.view({inverse.size(0), inverse.size(1), rows.size(1)}).sum(1);
   }
-  static Tensor forward(AutogradContext *ctx, const Tensor &rows, const Tensor &tokens, const Tensor &inverse,
-                        bool dispatch) {
+  static Tensor forward(AutogradContext *ctx, const Tensor &rows, const Tensor &tokens,
+                        const Tensor &inverse, bool dispatch) {
     ctx->save_for_backward({tokens, inverse});
     ctx->saved_data["dispatch"] = dispatch;
     return rows_of(rows, tokens, inverse, dispatch);
   }
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
-    return {rows_of(grads[0], saved[0], saved[1], !ctx->saved_data["dispatch"].toBool()), {}, {}, {}};
+    return {
+        rows_of(grads[0], saved[0], saved[1], !ctx->saved_data["dispatch"].toBool()), {}, {}, {}};
   }
 };
 
@@ -121,30 +130,34 @@ char *dylora_take_error() { return take_error(); }
 
 const char *dylora_torch_version() { return TORCH_VERSION; }
 
-// The file of libtorch_cpu.so, through a function that lives in it.
+// The path of libtorch_cpu.so, found through a function that it defines.
 int dylora_libtorch_path(char *out, size_t capacity) {
   Dl_info info;
-  if (!dladdr((void *)&at::globalContext, &info) || !info.dli_fname || strlen(info.dli_fname) >= capacity) return -1;
+  if (!dladdr((void *)&at::globalContext, &info) || !info.dli_fname ||
+      strlen(info.dli_fname) >= capacity)
+    return -1;
   strcpy(out, info.dli_fname);
   return 0;
 }
 
-// One AdamW update of n tensors, by 0-dim tensors on their device: `step`, f32, the number of this update, from 1; `lr`,
-// f64 on the CPU and f32 on CUDA; `found_inf`, f32, 1 if nothing is to be updated.
-int dylora_adamw(Tensor *const *params, Tensor *const *grads, Tensor *const *exp_avgs, Tensor *const *exp_avg_sqs,
-                 size_t n, Tensor *step, Tensor *lr, Tensor *found_inf, double beta1, double beta2, double weight_decay, double eps) {
+// One AdamW update of n tensors. `step`, `lr` and `found_inf` are 0-dim tensors on the same device.
+// `step`, f32, is the number of this update, from 1. `lr` is f64 on the CPU and f32 on CUDA.
+// `found_inf`, f32, is 1 if nothing is to be updated.
+int dylora_adamw(Tensor *const *params, Tensor *const *grads, Tensor *const *exp_avgs,
+                 Tensor *const *exp_avg_sqs, size_t n, Tensor *step, Tensor *lr, Tensor *found_inf,
+                 double beta1, double beta2, double weight_decay, double eps) {
   TRY(-1, {
     at::NoGradGuard no_grad;
     auto p = list(params, n), g = list(grads, n), m = list(exp_avgs, n), v = list(exp_avg_sqs, n);
     std::vector<Tensor> steps(n, *step);
-    at::_fused_adamw_(p, g, m, v, /*max_exp_avg_sqs=*/{}, steps, *lr, beta1, beta2, weight_decay, eps,
-                      /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, *found_inf);
+    at::_fused_adamw_(p, g, m, v, /*max_exp_avg_sqs=*/{}, steps, *lr, beta1, beta2, weight_decay,
+                      eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, *found_inf);
     return 0;
   })
 }
 
-// The 2-norm of all gradients together, a 0-dim tensor; with max_norm > 0 they are scaled to it where they exceed it
-// (torch.nn.utils.clip_grad_norm_). No host synchronisation.
+// The 2-norm of all gradients together, a 0-dim tensor. If it exceeds a max_norm above 0, the
+// gradients are scaled to max_norm (torch.nn.utils.clip_grad_norm_). The host does not wait.
 Tensor *dylora_clip_grad_norm(Tensor *const *grads, size_t n, double max_norm) {
   TRY(nullptr, {
     at::NoGradGuard no_grad;
@@ -155,7 +168,7 @@ Tensor *dylora_clip_grad_norm(Tensor *const *grads, size_t n, double max_norm) {
   })
 }
 
-// device: -1 is the CPU, i is CUDA i
+// device: -1 is the CPU, i is CUDA device i
 Tensor *dylora_rng_state(int device) {
   TRY(nullptr, {
     auto g = generator(device);
@@ -172,7 +185,7 @@ int dylora_set_rng_state(int device, Tensor *state) {
   })
 }
 
-// What libtorch's allocator has given out on a CUDA device, bytes: [now, at most so far]
+// The bytes that libtorch's allocator has given out on a CUDA device: [now, peak]
 int dylora_memory_stats(int device, int64_t *out) {
   TRY(-1, {
     auto stats = at::accelerator::getDeviceStats(device);
@@ -181,7 +194,7 @@ int dylora_memory_stats(int device, int64_t *out) {
     return 0;
   })
 }
-// The peak begins anew at what is allocated now, after the allocator has given back what it holds unused.
+// Gives back what the allocator holds unused, then restarts the peak at what is allocated now.
 int dylora_reset_peak_memory(int device) {
   TRY(-1, {
     at::accelerator::emptyCache();
@@ -190,8 +203,8 @@ int dylora_reset_peak_memory(int device) {
   })
 }
 
-// The name of a CUDA device as the driver knows it; -1 without a driver. CUDA's headers are not at hand here, and the
-// driver's C API is stable.
+// The name of a CUDA device in the driver; -1 without a driver. CUDA's headers are not available
+// here, but the driver's C API is stable.
 int dylora_cuda_name(int device, char *out, int capacity) {
   void *driver = dlopen("libcuda.so.1", RTLD_LAZY);
   if (!driver) return -1;
@@ -199,7 +212,8 @@ int dylora_cuda_name(int device, char *out, int capacity) {
   auto get = (int (*)(int *, int))dlsym(driver, "cuDeviceGet");
   auto name = (int (*)(char *, int, int))dlsym(driver, "cuDeviceGetName");
   int handle;
-  const bool known = init && get && name && !init(0) && !get(&handle, device) && !name(out, capacity, handle);
+  const bool known =
+      init && get && name && !init(0) && !get(&handle, device) && !name(out, capacity, handle);
   return known ? 0 : -1;
 }
 
@@ -216,7 +230,7 @@ int dylora_use_device(int device) {
     return 0;
   })
 }
-// The same numbers in memory that a GPU can read by itself.
+// A copy in pinned memory, which a GPU can read by itself.
 Tensor *dylora_pinned(Tensor *t) {
   TRY(nullptr, { return new Tensor(t->pin_memory()); })
 }
@@ -227,16 +241,17 @@ int dylora_synchronize(int device) {
   })
 }
 
-Tensor *dylora_checkpoint(segment_run run, segment_drop drop, void *data, size_t num_activations, Tensor *const *inputs,
-                          size_t n) {
-  auto segment = c10::make_intrusive<Segment>(run, drop, data);  // from here on it owns `data`
+Tensor *dylora_checkpoint(segment_run run, segment_drop drop, void *data, size_t num_activations,
+                          Tensor *const *inputs, size_t n) {
+  auto segment = c10::make_intrusive<Segment>(run, drop, data);  // owns `data` from here on
   TRY(nullptr, {
     auto tensors = list(inputs, n);
-    return new Tensor(Checkpoint::apply(segment, (int64_t)num_activations, at::TensorList(tensors)));
+    return new Tensor(
+        Checkpoint::apply(segment, (int64_t)num_activations, at::TensorList(tensors)));
   })
 }
 
-// 2-dim rows; int64 tokens and inverse on their device
+// `rows` is 2-dim; `tokens` and `inverse` are int64 on the same device
 Tensor *dylora_permute(Tensor *rows, Tensor *tokens, Tensor *inverse, int dispatch) {
   TRY(nullptr, { return new Tensor(Permutation::apply(*rows, *tokens, *inverse, dispatch != 0)); })
 }

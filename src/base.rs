@@ -1,5 +1,4 @@
-//! The base as a run needs it: weights, shape, tokenizer and end-of-text token, from a folder, the
-//! Hub or a random start.
+//! The base of a run: its shape, weights and tokenizer, from a folder, from the Hub, or random.
 
 use std::path::PathBuf;
 
@@ -13,31 +12,31 @@ use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::{gpt2, load};
 
-/// GPT-2's end-of-text token, by which a random base's documents end.
+/// GPT-2's end-of-text token, which ends the documents of a random base.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// A base whose files are found and whose shape is known; its weights are read on demand.
+/// A base whose files and shape are known. Its weights are read on demand.
 #[derive(Debug)]
 pub struct Base {
-    /// How it is named to people and in exports: a folder, `repo@revision` or `random`.
+    /// The base's name in messages and exports: a folder, `repo@revision` or `random`.
     pub label: String,
-    /// Where it comes from.
+    /// Where the base comes from.
     pub source: BaseSource,
-    /// Its shape.
+    /// The base's shape.
     pub spec: DecoderSpec,
-    /// The tokenizer, if there is a `tokenizer.json`.
+    /// The tokenizer, if `base.tokenizer` is set or a `tokenizer.json` lies beside the weights.
     pub tokenizer: Option<Tokenizer>,
-    /// Where the tokenizer was read from.
+    /// The file that the tokenizer was read from.
     pub tokenizer_file: Option<PathBuf>,
     files: Option<BaseFiles>,
 }
 
 impl Base {
-    /// Finds the base's files, reads its shape and its tokenizer.
+    /// Finds the base's files and reads its shape and tokenizer.
     ///
     /// # Errors
-    /// What [`hub::find_base`] and [`DecoderSpec::read`] say, and a tokenizer with more tokens than the
-    /// base has embeddings.
+    /// Those of [`hub::find_base`] and [`gpt2::read_spec`], a random base without a tokenizer, and
+    /// a tokenizer with more tokens than the base has embeddings.
     pub fn open(
         config: &BaseConfig,
         hub: &HubSettings,
@@ -74,7 +73,7 @@ impl Base {
         Ok(Self { label, source, spec: shape, tokenizer, tokenizer_file, files })
     }
 
-    /// The files that it is read from; none of a random base but its tokenizer.
+    /// The files that the base is read from. A random base has none but its tokenizer.
     pub fn input_files(&self) -> Vec<PathBuf> {
         let mut files: Vec<PathBuf> = self.tokenizer_file.iter().cloned().collect();
         if let Some(found) = &self.files {
@@ -84,7 +83,8 @@ impl Base {
         files
     }
 
-    /// Reads the weights, or draws them from libtorch's default generator; f32 on the CPU.
+    /// Reads the weights, or draws those of a random base from libtorch's default generator. They
+    /// are in f32 on the CPU.
     pub fn weights(&self) -> Result<Decoder> {
         match &self.files {
             None => Ok(Decoder::random(self.spec.clone())),
@@ -93,8 +93,13 @@ impl Base {
         }
     }
 
-    /// Reads the weights, which must be those that `expected`, if it is known, is the BLAKE3 of in f32; `of`
-    /// ends "that ..".
+    /// Reads the weights and checks that they are the expected ones.
+    ///
+    /// - `expected`: the BLAKE3 of the weights in f32; with `None` nothing is checked
+    /// - `of`: the end of the sentence "the base is not the one that .."
+    ///
+    /// # Errors
+    /// Those of [`Base::weights`], and weights with another hash.
     pub fn weights_of(&self, expected: Option<&str>, of: &str) -> Result<Decoder> {
         let weights = self.weights()?;
         let Some(expected) = expected else { return Ok(weights) };
@@ -110,14 +115,17 @@ impl Base {
         Ok(weights)
     }
 
-    /// The tokenizer, which most work needs.
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// A base without a tokenizer.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         self.tokenizer.as_ref().ok_or_else(|| {
             anyhow!("`{}` has no `tokenizer.json`\nhint: set `base.tokenizer`", self.label)
         })
     }
 
-    /// Checks that the base has positions for blocks of `seq_len`.
+    /// Checks that the base has enough positions for blocks of `seq_len` tokens.
     pub fn check_seq_len(&self, seq_len: usize) -> Result<()> {
         if seq_len as i64 > self.spec.n_positions {
             bail!(

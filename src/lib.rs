@@ -1,54 +1,58 @@
-//! dylora trains a Mixture of LoRA Experts ("routed LoRA") on a frozen GPT-2, and the whole run reads
-//! from left to right:
+//! dylora trains a Mixture of LoRA Experts ("routed LoRA") on a frozen GPT-2.
+//!
+//! The modules form layers, here lowest first. A module uses only modules that stand before it:
 //!
 //! ```text
-//! config -> hub -> data  \
-//!               -> model -> base -> mixture -> growth -> eval -> skills -> train -> bench -> export
-//!                                                                                   (cli -> main)
+//! config, durable, ffi, tensor_file | hub | data | model | peft | base | mixture | eval | growth
+//! | checkpoint | export | train | lifecycle | bench | cli, main
 //! ```
 //!
-//! A module uses only what stands to its left. For a target linear layer with frozen weight W and
-//! experts e = 1..E of rank r_e,
+//! A target module with frozen weight W, bias b and experts e = 1..E of rank r_e computes
 //!
 //! ```text
 //! y = x W + b + sum_e g_e * s_e * drop(x) A_e^T B_e^T          s_e = alpha_e / r_e
 //! ```
 //!
-//! with routing weights `g = softmax(router_logits / temperature)`, `[b, t, e]`, that a learned router
-//! gives each token. One forward pass computes all experts; the loss is backpropagated into the
-//! adapters and through the routing weights into the router.
+//! A learned router gives each token its routing weights,
+//! `g = softmax(router_logits / temperature)`, `[b, t, e]`. One forward pass computes all experts.
+//! The loss is backpropagated into the adapters and, through the routing weights, into the router.
 //!
 //! # Glossary
 //!
 //! | term | meaning | shape |
 //! |---|---|---|
-//! | base | the pretrained GPT-2, never trained (except by `method = "full"`) | |
-//! | target module | a linear layer of the base that gets experts: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj` | |
-//! | expert | one LoRA pair on each target module; expert e over all modules is one PEFT adapter | |
-//! | rank, alpha, scaling | r; alpha; alpha / r | |
-//! | lora_a, lora_b | an expert's down- and up-projection; B is 0 at the start | `[r, i]`, `[o, r]` |
+//! | base | the pretrained decoder, frozen unless `method = "full"` | |
+//! | decoder | a base's embeddings, blocks, final norm and head ([`model::decoder`]) | |
+//! | family | bases that name and lay out their parts in the same way ([`model::families`]) | |
+//! | part | what a decoder is made of, such as a norm, attention or an MLP | |
+//! | target module | a linear layer of the base that gets experts, such as `attn.c_attn` | |
+//! | product | a block's multiplication by one matrix, computed with the experts on it | |
+//! | expert | a LoRA pair on each of its target modules; one expert is one PEFT adapter | |
+//! | rank, alpha, scaling | r; alpha; alpha / r, or alpha / sqrt(r) with rsLoRA | |
+//! | lora_a, lora_b | the down- and up-projection; by default B starts at 0 | `[r, i]`, `[o, r]` |
 //! | router, router_logits | the layer or MLP that scores experts; its raw scores | `[b, t, e]` |
-//! | site | a place where a router decides: for all layers, a layer or a module ([`model::routing`]) | |
+//! | site | where a router decides: for all layers, a layer or a module ([`model::Site`]) | |
 //! | routing_probs | softmax over all experts, or over those that the layer has | `[b, t, e]` |
-//! | routing_weights | what mixes the experts: probs, the top k renormalised, or given ([`model::routing`]) | `[b, t, e]` |
-//! | selected_experts, top_k | the k chosen; absent = all | `[b, t, k]` |
-//! | expert_load | share of assignments per expert, sums to 1 | `[e]` |
-//! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::routing_totals`]) | scalar |
+//! | routing_weights | what weighs the experts: probs, top k renormalised, or given | `[b, t, e]` |
+//! | selected_experts, top_k | the k experts of a token; without top_k, all of them | `[b, t, k]` |
+//! | expert_load | each expert's share of the assignments; sums to 1 | `[e]` |
+//! | load_balancing_loss | E * sum_e f_e P_e, 1 when even ([`model::routing::totals`]) | scalar |
 //! | uniform_mse | mean squared distance of the mean routing_probs from 1 / E | scalar |
-//! | router_z_loss | mean squared logsumexp of the logits | scalar |
-//! | selection_bias | added to routing_probs where the k best are chosen, not where they weigh | `[e]` |
-//! | mature | of an expert under the hybrid rule: has had its tokens, or no longer improves | |
-//! | dead | of an expert: has less than `dead_share` of an even weight over a window of steps | |
-//! | mutual_information | of expert and domain, nats ([`eval::routing`]) | scalar |
-//! | routing_entropy | mean entropy of routing_probs, nats | scalar |
-//! | document, block | a text; `seq_len` tokens of packed documents | `[t]` |
+//! | router_z_loss | mean squared logsumexp of the router_logits | scalar |
+//! | selection_bias | added to routing_probs to choose the k best, not to weigh them | `[e]` |
+//! | mature | under `router.hybrid`: an expert had its tokens or no longer improves | |
+//! | dead | an expert whose mean weight over a window is below `dead_share` of an even one | |
+//! | mutual_information | of expert and domain, in nats ([`eval::routing`]) | scalar |
+//! | routing_entropy | mean entropy of routing_probs, in nats | scalar |
+//! | document, block | one text; `seq_len` tokens of packed documents | `[t]` |
 //! | mix | each domain's share of the training blocks, by `data.mixing`; sums to 1 | `[d]` |
-//! | labels | targets, already shifted; -100 = no loss | `[b, t]` |
-//! | micro_batch_size, grad_accum_steps, step | sequences a forward; forwards an update; one optimizer update | |
-//! | tokens_seen | target tokens trained on | |
-//! | skill | what a domain asks of the base: the mean of its last hidden states ([`skills`]) | `[d]` |
-//! | stage | a run in a mixture's life, at whose end each domain is scored ([`growth::stages`]) | |
-//! | checkpoint, export | all that resuming needs; what others load (PEFT) | |
+//! | labels | the targets, already shifted; -100 means no loss | `[b, t]` |
+//! | micro_batch_size, grad_accum_steps | sequences in a forward pass; forward passes in a step | |
+//! | step | one optimizer update | |
+//! | tokens_seen | number of target tokens trained on | |
+//! | skill | the mean of the base's last hidden states on a domain ([`growth::skills`]) | `[d]` |
+//! | stage | a run in a mixture's life; at its end each domain is scored ([`growth::stages`]) | |
+//! | checkpoint, export | all that resuming needs; what other programs load (PEFT) | |
 
 #![warn(missing_docs)]
 

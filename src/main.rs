@@ -1,4 +1,5 @@
-//! The `dylora` binary: parse, log to stderr, run, print the error, exit.
+//! The `dylora` binary: it parses the arguments, logs to stderr, runs the command, prints an error
+//! if there is one, and exits.
 
 use std::io::{IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,9 +21,9 @@ fn main() -> ExitCode {
         .with_target(false)
         .without_time()
         .init();
-    // below that, the HTTP client writes requests byte by byte, with their token
+    // at the trace level, the HTTP client logs each request byte by byte, with the Hub's token
     log::set_max_level(log::max_level().min(log::LevelFilter::Debug));
-    // libtorch reports through tch's panics what it cannot do, such as allocate
+    // tch panics when libtorch fails, as when memory runs out; the error is printed below instead
     std::panic::set_hook(Box::new(|panic| tracing::debug!("{panic}")));
     let result = catch_unwind(AssertUnwindSafe(|| cli.run()))
         .unwrap_or_else(|panic| from_panic(panic.as_ref()));

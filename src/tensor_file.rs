@@ -1,4 +1,4 @@
-//! Tensors in safetensors files: read, mapped, written and hashed. Nothing is unpickled.
+//! Reads, maps, writes and hashes tensors in safetensors files. Nothing is unpickled.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -11,13 +11,14 @@ use tch::{Device, Kind, Tensor};
 use crate::ffi::FileBytes;
 use crate::{durable, ffi};
 
-/// Bytes of the length that a safetensors file begins with.
+/// Size in bytes of the header's length, with which a safetensors file begins.
 const HEADER_LEN: usize = 8;
 
-/// A safetensors file in memory, mapped if its numbers are aligned there.
+/// A safetensors file in memory. It is mapped if its numbers are aligned in the file, and otherwise
+/// read.
 pub fn open(file: &Path) -> Result<FileBytes> {
     let bytes = FileBytes::map(file)?;
-    // the header's length, the header, the numbers; a broken file is told of where it is parsed
+    // a file has the header's length, the header and the numbers; parsing reports a broken file
     let header: Option<[u8; HEADER_LEN]> = bytes.get(..HEADER_LEN).and_then(|b| b.try_into().ok());
     let start = header.map_or(0, u64::from_le_bytes).saturating_add(HEADER_LEN as u64);
     match usize::try_from(start) {
@@ -28,7 +29,7 @@ pub fn open(file: &Path) -> Result<FileBytes> {
     }
 }
 
-/// Hands each tensor of a safetensors file to `take`, in the order of names.
+/// Passes each tensor of a safetensors file to `take`, in the order of names.
 pub fn for_each_tensor(
     bytes: &[u8],
     file: &Path,
@@ -44,7 +45,7 @@ pub fn for_each_tensor(
     Ok(())
 }
 
-/// Reads every tensor of a safetensors file, as stored, on the CPU.
+/// Reads every tensor of a safetensors file to the CPU, in its stored dtype.
 pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     let mut tensors = BTreeMap::new();
     for_each_tensor(&ffi::map_file(file)?, file, |name, view| {
@@ -55,7 +56,7 @@ pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors)
 }
 
-/// Refuses a tensor of integers, or with numbers that are not finite.
+/// Checks that a tensor is floating-point and that all its numbers are finite.
 pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
     if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
         bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
@@ -66,7 +67,7 @@ pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// A tensor over its bytes in `bytes`, or a copy of them if they are not aligned.
+/// A tensor that shares its bytes in `bytes`, or a copy if they are not aligned.
 pub fn share(bytes: &FileBytes, view: &TensorView<'_>) -> Result<Tensor> {
     let (kind, shape) = (kind_of(view)?, shape_of(view));
     let at = view.data().as_ptr();
@@ -97,7 +98,7 @@ fn kind_of(view: &TensorView<'_>) -> Result<Kind> {
     })
 }
 
-/// A tensor on its way into a file.
+/// A tensor that is ready to be written to a file.
 struct Stored {
     dtype: Dtype,
     shape: Vec<usize>,
@@ -119,8 +120,8 @@ impl safetensors::View for &Stored {
     }
 }
 
-/// Writes `tensors` as a safetensors file with the metadata `format: pt`, which transformers and PEFT
-/// ask for, and waits until it is on disk.
+/// Writes `tensors` to a safetensors file and waits until it is on disk. Its metadata are
+/// `format: pt`, which transformers and PEFT require.
 pub fn write_tensors<'a>(
     file: &Path,
     tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
@@ -151,7 +152,7 @@ fn store(tensor: &Tensor) -> Result<Stored> {
     Ok(Stored { dtype, shape, bytes: tensor_bytes(&tensor)? })
 }
 
-/// Adds each tensor's name, dtype, shape and bytes to a hash, on all cores.
+/// Adds the name, dtype, shape and bytes of each tensor to a hash, on all cores.
 pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
     hasher: &mut blake3::Hasher,
     tensors: impl IntoIterator<Item = &'a (N, Tensor)>,

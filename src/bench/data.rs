@@ -6,13 +6,13 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use crate::config::LossOn;
 use crate::data::{MemoryDocument, MemoryDomain, TokenDataset};
 
-/// The spread of the lengths of short documents: the standard deviation of their logarithm.
+/// The standard deviation of the logarithm of the lengths of short documents.
 pub const LENGTH_SIGMA: f64 = 0.6;
 
 /// The domain's name.
 const DOMAIN: &str = "random";
 
-/// At least `num_blocks` blocks of random tokens of a vocabulary, the same for the same seed.
+/// At least `num_blocks` blocks of random tokens. The same seed gives the same tokens.
 ///
 /// - `median`: the median of the documents' lengths, in positions. The lengths are lognormal with
 ///   [`LENGTH_SIGMA`], and are clamped to `1..=seq_len`. With `None` each block is one document.
@@ -35,7 +35,7 @@ pub fn random_tokens(
             }
         };
         positions += len;
-        // n positions read n tokens and have one more as their last target
+        // n positions read n tokens, and the last target is one token more
         let token = |_| (u64::from(rng.next_u32()) % vocab_size as u64) as u32;
         let tokens = (0..=len).map(token).collect();
         documents.push(MemoryDocument { tokens, prompt_len: 0, expert: None });
@@ -44,7 +44,7 @@ pub fn random_tokens(
     TokenDataset::in_memory(seq_len, LossOn::All, vec![domain])
 }
 
-/// A number from N(0, 1) (Box and Muller).
+/// A number from N(0, 1), by the method of Box and Muller.
 fn normal(rng: &mut ChaCha8Rng) -> f64 {
     let mut uniform = || (f64::from(rng.next_u32()) + 1.0) / (f64::from(u32::MAX) + 1.0);
     let (radius, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());

@@ -3,20 +3,23 @@
 //! ```text
 //! a training step:  4P + 3A + 6Lo        an evaluation:  2P + A + 2Lo
 //! P  = L (4 d^2 + 2 d d_inner) + V d     = 12 L d^2 + V d where d_inner = 4 d
-//! A  = 2 L T d                           attention's products, the causal half of them
+//! A  = 2 L T d                           the causal half of attention's products
 //! Lo = sum over experts and target modules of r (in + out)
 //! ```
 //!
-//! The base takes 2P forward and 2P backward, as its frozen weights have no gradients. Attention
-//! takes A forward and 2A backward. The experts take 2Lo forward, and backward 2Lo for the
-//! gradients of their inputs and 2Lo for those of their weights. A row that computes the mixture in
-//! a more expensive way is credited with the mixture alone. P counts the head, with the vocabulary
-//! unpadded.
+//! The base takes 2P forward and 2P backward, because its frozen weights have no gradients.
+//! Attention takes A forward and 2A backward. The experts take 2Lo forward; backward they take 2Lo
+//! for the gradients of their inputs and 2Lo for those of their weights. A row that computes the
+//! mixture in a more expensive way is credited with these operations alone. P includes the head,
+//! over the vocabulary without padding.
+//!
+//! Letters: `L` layers, `d` width, `d_inner` width of the MLP, `V` vocabulary, `T` tokens of a
+//! block, `r` rank.
 
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
 
-/// How [`FlopsPerToken`] counts, and what becomes of it, in one line.
+/// The formulas of the MFU and of [`FlopsPerToken`] in one line.
 pub const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P + 3A + 6Lo \
                            in training, 2P + A + 2Lo in evaluation; P = 12 L d^2 + V d, \
                            A = 2 L T d, Lo = sum of r (in + out) over experts and modules";

@@ -1,10 +1,10 @@
-//! How fast the mixture is on a device, and what it costs beside a single LoRA and beside other
+//! Measures how fast a mixture is on a device, and compares it with a single LoRA and with other
 //! ways to compute it: `dylora bench`.
 //!
-//! A [`Row`] is measured by whole steps on random tokens: forward, loss, backward, clipping and
-//! AdamW on experts and router, by the code of [`crate::train`] ([`rows`] says which rows differ).
-//! The device is waited for at the end of each step. Each row has a model of its own on the same
-//! base, and the same tokens in the same order.
+//! A [`Row`] is measured by whole steps on random tokens. A step is forward pass, loss, backward
+//! pass, clipping, and AdamW on experts and router, by the code of [`crate::train`]; [`rows`] says
+//! which rows differ. A step ends when the device has finished. Each row has a model of its own on
+//! the same base, and sees the same tokens in the same order.
 //!
 //! ```text
 //! tokens/s = micro_batch_size * grad_accum_steps * seq_len / median step     (padding counts)
@@ -38,7 +38,7 @@ use rows::Subject;
 /// Number of steps after which the data repeats.
 const DISTINCT_STEPS: usize = 8;
 
-/// What is measured, for every row.
+/// The settings that all rows share.
 #[derive(Debug, Clone)]
 pub struct BenchSettings {
     /// The mixture's config, from which each row's own is made.
@@ -53,7 +53,7 @@ pub struct BenchSettings {
     pub peak_flops: Option<f64>,
 }
 
-/// Settings, and a base on the device: what it takes to measure rows.
+/// The settings, and a base on the device, with which rows are measured.
 #[derive(Debug)]
 pub struct Bench {
     settings: BenchSettings,
@@ -72,7 +72,7 @@ impl Bench {
     /// report, so that other rows can follow.
     pub fn measure(&self, row: Row, micro_batch_size: usize) -> RowReport {
         let measured = catch_unwind(AssertUnwindSafe(|| self.figures(row, micro_batch_size)));
-        // tch panics where libtorch reports an error, as when an allocation fails
+        // tch panics when libtorch fails, as when memory runs out
         let measured = measured
             .unwrap_or_else(|panic| Err(anyhow!("{}", ffi::panic_message(panic.as_ref()).trim())));
         let outcome = measured.map_err(|error| format!("{error:#}"));
@@ -128,7 +128,7 @@ impl Bench {
         })
     }
 
-    /// Runs the steps of a row, with `per_step` blocks each.
+    /// Runs the steps of a row with `per_step` blocks in each.
     fn run_steps(
         &self,
         subject: &mut Subject,
@@ -165,11 +165,11 @@ impl Bench {
     }
 }
 
-/// What the steps of a row took and gave, from the first on.
+/// The times and losses of the steps of a row, warm-up included.
 struct Steps {
     ms: Vec<f64>,
     losses: Vec<f64>,
-    /// When the first ended, in seconds since 1970.
+    /// When the first step ended, in seconds since 1970.
     first_unix_secs: f64,
 }
 
@@ -181,7 +181,7 @@ fn to_ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// The median of at least one number; the numbers are sorted.
+/// The median of sorted numbers. There must be at least one.
 fn median(sorted: &[f64]) -> f64 {
     let middle = sorted.len() / 2;
     match sorted.len() % 2 {

@@ -1,14 +1,14 @@
-//! N passes: one forward pass for each expert, whose logits the router's weights blend, and then
-//! the loss. This is what the first DyLoRA-MoE did:
+//! N passes: one forward pass for each expert. The router's weights blend the logits of the passes,
+//! and the loss is that of the blend. The first DyLoRA-MoE computed its loss in this way:
 //!
 //! ```text
 //! z = sum_e g_e z_e          z_e: the logits with expert e alone, at weight 1
 //! loss = -log softmax(z)_y
 //! ```
 //!
-//! It is not the mixture that one pass trains, which weights the experts in each layer. All passes
-//! and all their logits stay in memory until the backward pass. A pass computes the whole stack of
-//! experts, all but one of them at weight 0; most of a pass's cost is the base.
+//! This is another function than the mixture in one pass, which weights the experts in each layer.
+//! All passes and all their logits stay in memory until the backward pass. Each pass computes the
+//! whole stack of experts, all but one of them at weight 0, but most of its cost is the base.
 //!
 //! Letters of shapes: `n` labelled positions, `d` width, `e` expert, `v` vocabulary.
 
@@ -18,8 +18,8 @@ use tch::{Kind, Tensor};
 use crate::data::IGNORED_LABEL;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 
-/// The sum of the losses of a batch's labelled positions, in nats, `[]`. It has gradients with
-/// respect to experts and router.
+/// The sum of the losses of a batch's labelled positions, in nats, 0-dim. Gradients flow from it
+/// into the experts and the router.
 ///
 /// # Errors
 /// A model with more than one router, or without experts.

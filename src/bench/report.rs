@@ -6,8 +6,7 @@
 //! {"kind":"row","row":"n_passes","micro_batch_size":8,"error":"out of memory"}
 //! ```
 //!
-//! The fields of the structs stand in the order of the keys. `scripts/compare_peft.py` reads the
-//! lines.
+//! The keys have the order of the structs' fields. `scripts/compare_peft.py` reads the lines.
 
 use serde::{Serialize, Serializer, ser::Error};
 use serde_json::Value;
@@ -27,19 +26,19 @@ pub struct Header {
     pub device: String,
     /// The device's name as its maker gives it.
     pub device_model: String,
-    /// Threads of libtorch's operations on the CPU.
+    /// Number of threads of libtorch's operations on the CPU.
     pub threads: i32,
-    /// The base in words.
+    /// The base's name for people.
     pub base: String,
     /// The base's shape, as its `config.json` has it.
     pub shape: Value,
-    /// What the base computes in.
+    /// The dtype that the base computes in.
     pub dtype: Dtype,
     /// Length of a block, in tokens.
     pub seq_len: usize,
     /// Median length of packed documents, in tokens; `None` if each block is one document.
     pub document_median: Option<f64>,
-    /// Standard deviation of the logarithm of their lengths.
+    /// Standard deviation of the logarithm of the lengths of packed documents.
     pub document_sigma: Option<f64>,
     /// Number of steps before those that count.
     pub warmup: usize,
@@ -55,7 +54,7 @@ pub struct Header {
     pub lora: LoraConfig,
     /// `[router]` of the mixture.
     pub router: RouterConfig,
-    /// `[train]` of the mixture. Its `micro_batch_size` is left out, as each row has its own.
+    /// `[train]` of the mixture, without `micro_batch_size`, because each row has its own.
     #[serde(serialize_with = "without_micro_batch_size")]
     pub train: TrainConfig,
     /// `[optimizer]` of the mixture.
@@ -78,7 +77,7 @@ pub struct RowReport {
 /// What the steps of a row measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Figures {
-    /// Positions of a step over its median time.
+    /// Positions of a step divided by the median time of a step.
     pub tokens_per_sec: f64,
     /// The median time of the steps that count, in milliseconds.
     pub step_ms: f64,
@@ -88,17 +87,17 @@ pub struct Figures {
     pub max_step_ms: f64,
     /// Positions of a step, padding included.
     pub tokens_per_step: usize,
-    /// The most memory in use: of the process on the CPU, of the allocator on CUDA.
+    /// Peak memory: of the process on the CPU, of the allocator on CUDA.
     pub peak_memory_bytes: Option<u64>,
-    /// The same, less what was in use before the row, when the base was there already.
+    /// Peak memory less what was in use before the row, which included the base.
     pub extra_memory_bytes: Option<u64>,
     /// Floating-point operations for each token, by [`super::flops`].
     pub flops_per_token: i64,
-    /// Share of the device's peak, if the peak is known.
+    /// Model FLOPs utilisation: the share of the device's peak, if the peak is known.
     pub mfu: Option<f64>,
     /// Time to build the row's model on the base, `compile_ms` included, in milliseconds.
     pub build_ms: f64,
-    /// Time to compile and load the CUDA kernels, in milliseconds; 0 where an earlier row did that.
+    /// Time to compile and load the CUDA kernels, in milliseconds; 0 if an earlier row did that.
     pub compile_ms: f64,
     /// Time of the first step, in milliseconds. On CUDA it includes the choice of algorithms for
     /// the matrix products.
@@ -106,7 +105,7 @@ pub struct Figures {
     /// When the first step ended, in seconds since 1970.
     pub first_step_unix_secs: f64,
     /// Time to capture steps as CUDA graphs, in milliseconds. A step of each shape is captured
-    /// once, the first of them in the third step.
+    /// once; the first capture is in the third step.
     pub capture_ms: f64,
     /// The times of the steps that do not count, in milliseconds.
     pub warmup_ms: Vec<f64>,
@@ -126,7 +125,8 @@ fn without_micro_batch_size<S: Serializer>(
     train.serialize(serializer)
 }
 
-/// The figures' keys, if there are any, and then `error`, which is null beside figures.
+/// Writes the keys of the figures, if there are any, and then `error`, which is null if there are
+/// figures.
 fn figures_and_error<S: Serializer>(
     outcome: &Result<Figures, String>,
     serializer: S,

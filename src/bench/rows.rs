@@ -25,34 +25,35 @@ use crate::train::step::Stepper;
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum Row {
-    /// The base without experts, forward and backward: the least that training on a frozen base
-    /// costs.
+    /// The forward and backward pass of the base without experts, which is the least that training
+    /// on a frozen base costs.
     ///
-    /// The position embeddings are the one leaf that needs a gradient, so that the backward pass
-    /// goes through every block, as it does under adapters.
+    /// Only the position embeddings need a gradient, so that the backward pass goes through every
+    /// block, as it does with adapters.
     Base,
-    /// One LoRA of rank r: what the mixture costs more than this is the price of the mixture.
+    /// One LoRA of rank r. The price of the mixture is what it costs more than this.
     SingleLora,
-    /// One LoRA of rank E r, with as many parameters as the mixture's experts.
+    /// One LoRA of rank E r, which has as many parameters as the mixture's experts.
     SingleLoraWide,
-    /// The mixture in one pass, its experts stacked: what `dylora train` runs.
+    /// The mixture in one pass with stacked experts, as in `dylora train`.
     OnePass,
     /// The mixture in one pass, one expert after the other (`lora.dropout_masks = "per_expert"`).
     OnePassLoop,
     /// The mixture after a pass of the base alone, whose last hidden state the router reads
     /// (`router.input = "base_hidden"`).
     TwoPasses,
-    /// One pass for each expert, their logits blended.
+    /// One pass for each expert, with blended logits.
     NPasses,
     /// The loss of the mixture in one pass, without gradients.
     Eval,
 }
 
 impl Row {
-    /// The config of this row, from that of the mixture.
+    /// The config of this row, made from the mixture's.
     ///
     /// # Errors
-    /// N passes where there is more than one router; a wide LoRA where experts differ in rank.
+    /// N passes with more than one router, and a wide LoRA if single experts or modules have
+    /// settings of their own.
     pub fn config(self, mixture: &Config) -> Result<Config> {
         let mut config = mixture.clone();
         let lora = &mut config.lora;
@@ -81,7 +82,9 @@ impl Row {
         Ok(config)
     }
 
-    /// The experts of this row, by [`Row::config`].
+    /// The experts of this row.
+    ///
+    /// - `config`: the result of [`Row::config`]
     pub fn experts(self, config: &Config, base: &Decoder) -> Result<Vec<ExpertSpec>> {
         match self {
             Self::Base => Ok(vec![]),
@@ -100,8 +103,8 @@ pub(super) struct Subject {
 }
 
 impl Subject {
-    /// The row's model on a base that lies on `device` in the config's dtype. Experts and routers
-    /// are new, drawn by `run.seed`.
+    /// Builds the row's model on a base that is on `device` in the config's dtype. New experts and
+    /// routers are drawn with `run.seed`.
     pub fn new(row: Row, config: Config, base: &Decoder, device: Device) -> Result<Self> {
         tch::manual_seed(config.run.seed as i64);
         let specs = row.experts(&config, base)?;
@@ -120,12 +123,13 @@ impl Subject {
         Ok(Self { row, config, model, trained, stepper })
     }
 
-    /// How long it took to capture steps as CUDA graphs, of all steps so far.
+    /// How long it has taken so far to capture steps as CUDA graphs.
     pub fn capture_time(&self) -> Duration {
         self.stepper.capture_time()
     }
 
-    /// One step on `blocks`; returns the mean loss of their label tokens before it, in nats.
+    /// Runs one step on `blocks`. Returns the mean loss of their label tokens before the update, in
+    /// nats.
     pub fn step(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         match self.row {
             Row::Base => self.backward_of_base(dataset, blocks),
@@ -144,7 +148,7 @@ impl Subject {
         Ok(stepper.wait(pending)?.loss)
     }
 
-    /// A step without an update, as there is nothing to train.
+    /// A step without an update, because there is nothing to train.
     fn backward_of_base(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         let batches = self.batches(dataset, blocks);
         let label_tokens = label_tokens(&batches);
@@ -158,7 +162,7 @@ impl Subject {
         Ok(sum / label_tokens)
     }
 
-    /// A step with N passes for each micro-batch; its update is that of [`Self::train`].
+    /// A step with N passes for each micro-batch. The update is as in [`Self::train`].
     fn train_in_passes(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
         let batches = self.batches(dataset, blocks);
         let label_tokens = label_tokens(&batches);
@@ -190,8 +194,8 @@ impl Subject {
         Ok(sum / label_tokens(&batches))
     }
 
-    /// The loss of a batch as a scaled sum, and the loss of each label token. There are gradients
-    /// if there is a scale.
+    /// The summed loss of a batch times `scale`, and the loss of each label token. Without a scale
+    /// there are no gradients.
     fn loss(&self, batch: &Batch, scale: Option<f64>) -> (Tensor, Tensor) {
         let source = RoutingSource::from(self.config.train.routing);
         let inputs = Inputs::of_batch(batch, source.reads_records(), self.model.device());

@@ -1,17 +1,18 @@
-//! Checkpoints: all that resuming, evaluating and exporting need.
+//! The files of checkpoints, which hold everything that resuming, evaluating and exporting need.
 //!
 //! ```text
-//! RUN/checkpoints/step-00000200/   config.toml            the resolved config
-//!                                  state.json             counters, data position, best metric, hashes
-//!                                  experts.json           rank, alpha, modules, options of each expert
-//!                                  skills.json            what it is known to have learned, if that is known
-//!                                  model.safetensors      experts and router, frozen ones too
-//!                                  optimizer.safetensors  moments and generator states
-//! RUN/checkpoints/last, best       symbolic links
+//! RUN/checkpoints/step-00000200/
+//!     config.toml             the resolved config
+//!     state.json              counters, data position, best loss, hashes, routing, stages
+//!     experts.json            rank, alpha, modules and options of each expert
+//!     skills.json             the skills that the mixture has, if they are known
+//!     model.safetensors       experts and routers, frozen ones too, or the trained base
+//!     optimizer.safetensors   moments and generator states
+//! RUN/checkpoints/last, best  symbolic links to the newest and to the best step
 //! ```
 //!
-//! A checkpoint is written into a temporary folder, forced to disk and renamed, so that a folder named
-//! `step-*` is always whole.
+//! A checkpoint is written into a temporary folder, forced to disk and renamed, so that a folder
+//! named `step-*` is always whole.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,7 +29,7 @@ use crate::growth::stages::Stage;
 use crate::model::experts::spec::ExpertSpec;
 use crate::tensor_file::{read_tensors, write_tensors};
 
-/// The version of the format, raised when old checkpoints can no longer be read.
+/// The version of the format. It is raised when old checkpoints can no longer be read.
 pub const FORMAT: u32 = 3;
 
 const CONFIG: &str = "config.toml";
@@ -42,46 +43,46 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainState {
-    /// Version of the format.
+    /// [`FORMAT`].
     pub format: u32,
-    /// Updates so far.
+    /// Number of steps so far.
     pub step: u64,
-    /// Target tokens trained on.
+    /// Target tokens trained on so far.
     pub tokens_seen: u64,
-    /// Where the data goes on.
+    /// The position in the data.
     pub position: Position,
-    /// The best evaluation so far.
+    /// The evaluation with the lowest loss so far.
     pub best: Option<Best>,
-    /// Evaluations since then, for early stopping.
+    /// Number of latest evaluations in a row that were no improvement, for early stopping.
     pub evals_without_improvement: u64,
-    /// BLAKE3 of the frozen base's parameters in f32, as they were read; none if the base itself is
-    /// trained.
+    /// BLAKE3 of the frozen base's parameters in f32, as they were read; `None` if the base itself
+    /// is trained.
     pub base_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,
-    /// Blocks trained on, by domain in the config's order.
+    /// Number of blocks trained on for each domain, in the config's order.
     pub domain_blocks: Vec<u64>,
-    /// Windows, maturity, alarms.
+    /// The state of routing.
     pub routing: RoutingState,
-    /// What the mixture has been through; this run is the last.
+    /// The stages of the mixture so far. The last one is this run.
     pub stages: Vec<Stage>,
 }
 
-/// A place in the endless sequence of epochs.
+/// A position in the sequence of blocks, epoch after epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Position {
-    /// From 0.
+    /// The epoch, from 0.
     pub epoch: u64,
-    /// Blocks of the epoch that are done.
+    /// Number of the epoch's blocks that are done.
     pub offset: u64,
 }
 
-/// The best evaluation so far.
+/// The evaluation with the lowest loss so far.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Best {
-    /// Its step.
+    /// The step after which it was done.
     pub step: u64,
     /// Mean of the domains' validation losses, nats.
     pub loss: f64,
@@ -92,33 +93,35 @@ pub struct Best {
 pub struct Checkpoint {
     /// The run's resolved config.
     pub config: Config,
-    /// Counters.
+    /// The run's counters.
     pub state: TrainState,
     /// The experts' settings.
     pub experts: Vec<ExpertSpec>,
-    /// The skills that the mixture is known to have.
+    /// The skills that the mixture has, if they are known.
     pub skills: Option<SkillLibrary>,
-    /// Experts and router, or the trained base.
+    /// The tensors of experts and routers, or of the trained base.
     pub model: BTreeMap<String, Tensor>,
-    /// Moments and generator states.
+    /// The optimizer's moments and the generator states.
     pub optimizer: BTreeMap<String, Tensor>,
 }
 
-/// Which of a run's checkpoints is meant when a run folder is named.
+/// Which checkpoint to take when a run's folder is named.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Preferred {
-    /// The best, else the last: to evaluate and export.
+    /// The best, or the last if there is no best: to evaluate and export.
     Best,
     /// The last: to resume.
     Last,
 }
 
-/// The checkpoint folder that `dir` names: itself, or one of the run's whose folder it is. A run that was
-/// killed, or found no space, after a step was in place and before `last` led to it has no `last`, or one
-/// that leads nowhere: the newest whole step is taken, and `last` is mended.
+/// Finds the folder of a checkpoint. `dir` is that folder itself, or the folder of a run, of whose
+/// checkpoints `preferred` chooses one.
+///
+/// `last` is missing or leads nowhere if a run was killed, or its disk was full, after a step was
+/// in place and before `last` was set. The newest whole step is then taken, and `last` is mended.
 ///
 /// # Errors
-/// A folder without a checkpoint, or with none that is whole.
+/// Fails if there is no checkpoint, or none that is whole.
 pub fn find(dir: &Path, preferred: Preferred) -> Result<PathBuf> {
     if dir.join(STATE).is_file() {
         return Ok(dir.to_owned());
@@ -139,7 +142,7 @@ pub fn find(dir: &Path, preferred: Preferred) -> Result<PathBuf> {
     newest_whole(dir)
 }
 
-/// The newest step of a run that is whole, to which `last` leads from now on.
+/// The newest whole step of a run. Sets `last` to it.
 fn newest_whole(run_dir: &Path) -> Result<PathBuf> {
     restore(run_dir)?;
     let (parent, mut newest_fault) = (folder(run_dir), None);
@@ -169,7 +172,7 @@ fn newest_whole(run_dir: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Checks that a checkpoint's files are there and can be read.
+/// Checks that the files of a checkpoint exist and can be read.
 fn check_whole(dir: &Path) -> Result<()> {
     read_state(dir)?;
     read_config(dir)?;
@@ -179,17 +182,17 @@ fn check_whole(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where a run's checkpoints are.
+/// The folder of a run's checkpoints.
 pub fn folder(run_dir: &Path) -> PathBuf {
     run_dir.join("checkpoints")
 }
 
-/// The run's config as a checkpoint holds it, without its tensors.
+/// Reads the run's config from a checkpoint.
 pub fn read_config(dir: &Path) -> Result<Config> {
     load::load(&dir.join(CONFIG), &[])
 }
 
-/// The counters as a checkpoint holds them.
+/// Reads the counters from a checkpoint.
 pub fn read_state(dir: &Path) -> Result<TrainState> {
     let path = dir.join(STATE);
     let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
@@ -201,7 +204,7 @@ pub fn read_state(dir: &Path) -> Result<TrainState> {
     Ok(state)
 }
 
-/// The experts' settings as a checkpoint holds them; none of a trained base.
+/// Reads the experts' settings from a checkpoint. There are none for a trained base.
 pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
     let path = dir.join(EXPERTS);
     let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
@@ -209,30 +212,31 @@ pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
         .with_context(|| format!("`{}` holds no experts of this version", path.display()))
 }
 
-/// The skills that a checkpoint's mixture is known to have, on a base of width `d`.
+/// Reads the skills of a checkpoint's mixture on a base of width `d`; `None` if they are not known.
 pub fn read_skills(dir: &Path, d: i64) -> Result<Option<SkillLibrary>> {
     let path = dir.join(SKILLS);
     path.exists().then(|| SkillLibrary::read(&path, d)).transpose()
 }
 
-/// The experts and the router, or the trained base, that a checkpoint holds.
+/// Reads the tensors of experts and routers, or of the trained base, from a checkpoint.
 pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
 }
 
-/// The moments and generator states that a checkpoint holds.
+/// Reads the moments and generator states from a checkpoint.
 pub fn read_optimizer(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&dir.join(OPTIMIZER)).context("cannot read the checkpoint")
 }
 
-/// Writes a checkpoint of `run_dir`, points `last` at it and `best` at the best so far, and removes
-/// the earlier ones but for the last `keep_last` and the best. Returns its folder.
+/// Writes a checkpoint into `run_dir` and returns its folder. Sets `last` to it and `best` to the
+/// best checkpoint so far, and removes earlier checkpoints except the last `keep_last` and the
+/// best.
 pub fn write(run_dir: &Path, checkpoint: &Checkpoint, keep_last: usize) -> Result<PathBuf> {
     let parent = folder(run_dir);
     let name = step_name(checkpoint.state.step);
     let target = parent.join(&name);
     let write = || -> Result<()> {
-        // a resumed run comes to the same step again
+        // a resumed run may reach a step whose checkpoint exists already
         durable::folder::write(&target, |dir| write_files(dir, checkpoint))?;
         point(&parent, "last", &name)?;
         if let Some(best) = checkpoint.state.best
@@ -267,7 +271,7 @@ fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     durable::write(&dir.join(STATE), state.as_bytes())
 }
 
-/// Replaces the symbolic link `name` in one step.
+/// Atomically replaces the symbolic link `name` by one to `target`.
 fn point(parent: &Path, name: &str, target: &str) -> Result<()> {
     let temporary = parent.join(format!(".{name}-{}", std::process::id()));
     if temporary.symlink_metadata().is_ok() {
@@ -277,7 +281,7 @@ fn point(parent: &Path, name: &str, target: &str) -> Result<()> {
     Ok(fs_err::rename(&temporary, parent.join(name))?)
 }
 
-/// The steps of a run's checkpoints, ascending.
+/// The steps of a run's checkpoints, in ascending order.
 pub fn steps(run_dir: &Path) -> Result<Vec<u64>> {
     let parent = folder(run_dir);
     if !parent.exists() {
@@ -293,8 +297,8 @@ pub fn steps(run_dir: &Path) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
-/// Removes old checkpoints. Those of later steps, which a run that was resumed from further back will
-/// come to again, do not count.
+/// Removes old checkpoints. Checkpoints of later steps are neither counted nor removed: a run that
+/// was resumed from an earlier step will reach these steps again.
 fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
     let mut steps = steps(run_dir)?;
     steps.retain(|&step| step <= state.step);
@@ -306,7 +310,7 @@ fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
     Ok(())
 }
 
-/// Brings back steps that a killed process was about to replace.
+/// Restores the checkpoints that a killed process was about to replace.
 fn restore(run_dir: &Path) -> Result<()> {
     let parent = folder(run_dir);
     for name in hidden(&parent)? {
@@ -317,7 +321,7 @@ fn restore(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes what an interrupted write left behind.
+/// Restores the checkpoints that an interrupted write was replacing, and removes unfinished ones.
 pub fn clean(run_dir: &Path) -> Result<()> {
     restore(run_dir)?;
     let parent = folder(run_dir);
@@ -329,7 +333,7 @@ pub fn clean(run_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The names in a folder that begin with a dot; none if there is no such folder.
+/// The names in a folder that begin with a dot. A missing folder has none.
 fn hidden(dir: &Path) -> Result<Vec<String>> {
     if !dir.exists() {
         return Ok(vec![]);

@@ -1,4 +1,4 @@
-//! A checkpoint's mixture, and its model on the base that it was trained on.
+//! The mixture of a checkpoint, and its model on the base that it was trained on.
 
 use std::path::Path;
 
@@ -12,10 +12,11 @@ use crate::mixture::Mixture;
 use crate::model::decoder::Decoder;
 use crate::model::{Compute, RoutedModel};
 
-/// A mixture on a base, as a config trains it; what the mixture leaves open comes from `run.seed`.
+/// The model that a config trains: a mixture on a base, or with `method = "full"` the base alone.
+/// Tensors that the mixture lacks are drawn with the seed `run.seed`.
 ///
 /// # Errors
-/// A tensor of the mixture that does not fit, by name.
+/// Fails if a tensor of the mixture does not fit, and names it.
 pub fn build_model(
     config: &Config,
     base: &Decoder,
@@ -32,10 +33,10 @@ pub fn build_model(
     }
 }
 
-/// The model of a checkpoint: its experts and router on the base, or the trained base.
+/// The model of a checkpoint: its experts and routers on the base, or the trained base.
 ///
 /// # Errors
-/// A base other than the one that the checkpoint was trained on.
+/// Fails if the checkpoint was trained on another base.
 pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> Result<RoutedModel> {
     let state = read_state(dir)?;
     let weights = checkpoint_base(base, &state)?;
@@ -51,12 +52,12 @@ pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> R
 /// The weights of the base that a checkpoint was trained on.
 ///
 /// # Errors
-/// A base other than that.
+/// Fails if `base` is another base.
 pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Decoder> {
     base.weights_of(state.base_hash.as_deref(), "the checkpoint was trained on")
 }
 
-/// The experts and routers of a checkpoint, by the rule of its last step.
+/// The experts and routers of a checkpoint, with the routing rule that held after its last step.
 pub fn load_mixture(dir: &Path, config: &Config, state: &TrainState) -> Result<Mixture> {
     let router = state.routing.rule(&config.router, state.step.max(1)).router_spec(config);
     let specs = read_experts(dir)?;

@@ -1,5 +1,5 @@
-//! Checkpoints: their files ([`format`]), what they keep about routing ([`routing_state`]), and the models that
-//! they hold ([`load`]).
+//! Checkpoints: their files ([`format`](mod@format)), the state of routing that they keep
+//! ([`routing_state`]), and the models that they hold ([`load`]).
 
 pub mod format;
 pub mod load;

@@ -1,5 +1,6 @@
-//! What the trainer keeps about routing from step to step: the temperature, the maturity of experts, the
-//! selection biases, and the window after which routing is told about and checked.
+//! The state of routing that the trainer keeps from step to step: the maturity of experts, and the
+//! totals of the window after which routing is reported and checked. With the config, it gives the
+//! temperature and `top_k` of each step.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,62 +8,62 @@ use crate::config::{Config, Maturity, Plateau, RouterConfig};
 use crate::eval::routing::{self, SiteTotals};
 use crate::model::routing::router::RouterSpec;
 
-/// What is kept, in a checkpoint's `state.json`.
+/// The state of routing, as kept in a checkpoint's `state.json`.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RoutingState {
-    /// Steps of the present window.
+    /// Number of steps in the present window.
     pub window_steps: u64,
-    /// Their totals at each site where routing is decided.
+    /// The window's totals at each site.
     pub window: Vec<SiteTotals>,
-    /// Whether the last whole window was found to have collapsed.
+    /// Whether the routing had collapsed in the last window.
     pub collapsed: bool,
-    /// Each expert's way to maturity; empty unless the rule is hybrid.
+    /// Each expert's progress towards maturity; empty unless `router.hybrid` is set.
     pub experts: Vec<ExpertMaturity>,
 }
 
-/// How a step routes, where that changes from step to step.
+/// The part of the routing rule that changes from step to step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepRule {
-    /// Divides the scores.
+    /// The temperature that divides the scores.
     pub temperature: f64,
-    /// How many experts a token keeps; none = all.
+    /// How many experts a token keeps; `None` for all.
     pub top_k: Option<i64>,
 }
 
 impl StepRule {
-    /// The routers of a config by this rule.
+    /// The settings of a config's routers under this rule.
     pub fn router_spec(self, config: &Config) -> RouterSpec {
         let Self { temperature, top_k } = self;
         RouterSpec { temperature, top_k, ..RouterSpec::of_config(config) }
     }
 }
 
-/// An expert's way to maturity.
+/// An expert's progress towards maturity.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExpertMaturity {
-    /// Once mature, it stays so.
+    /// Whether the expert is mature. A mature expert stays mature.
     pub is_mature: bool,
-    /// Label tokens routed to it, each counted by its routing weight.
+    /// Label tokens routed to the expert, each counted by its routing weight.
     pub tokens: f64,
-    /// Sum over the present window of its routing weights.
+    /// Sum of the expert's routing weights over the present window of `plateau.window_steps` steps.
     pub window_weight: f64,
-    /// Sum over the present window of the losses, nats, each times its routing weight.
+    /// Sum over the same window of each token's loss, nats, times its routing weight.
     pub window_loss: f64,
-    /// Mean loss over the window before.
+    /// Weighted mean loss over the previous window, nats.
     pub last_loss: Option<f64>,
 }
 
 impl RoutingState {
-    /// At the start of a run.
+    /// The state at the start of a run.
     pub fn new(config: &RouterConfig, num_experts: i64) -> Self {
         let hybrid = config.hybrid.is_some() && num_experts > 1;
         let num_tracked = if hybrid { num_experts as usize } else { 0 };
         Self { experts: vec![ExpertMaturity::default(); num_tracked], ..Self::default() }
     }
 
-    /// How many experts a token keeps in the next step; none = all.
+    /// How many experts a token keeps in the next step; `None` for all.
     fn top_k(&self, config: &RouterConfig) -> Option<i64> {
         let is_mature = self.experts.iter().all(|expert| expert.is_mature);
         config.top_k.filter(|_| is_mature)
@@ -73,14 +74,17 @@ impl RoutingState {
         StepRule { temperature: temperature(config, step), top_k: self.top_k(config) }
     }
 
-    /// How many experts are mature; none unless the rule is hybrid.
+    /// How many experts are mature; `None` unless `router.hybrid` is set.
     pub fn mature_experts(&self) -> Option<u64> {
         let count = self.experts.iter().filter(|expert| expert.is_mature).count() as u64;
         (!self.experts.is_empty()).then_some(count)
     }
 
-    /// Takes note of step `step`: what each site did, and, where a plateau is looked for, the sum of the
-    /// losses weighted by each expert's routing weights.
+    /// Adds the results of step `step` to the state.
+    ///
+    /// - `totals`: the totals of each site
+    /// - `expert_losses`: for each expert, the sum of the losses times its routing weights, nats;
+    ///   only with a plateau as the criterion of maturity
     pub fn note(
         &mut self,
         config: &RouterConfig,
@@ -109,7 +113,7 @@ impl RoutingState {
         }
     }
 
-    /// The steps and totals of the window; the next one is begun.
+    /// Takes the number of steps and the totals of the window, and begins the next window.
     pub fn take_window(&mut self) -> (u64, Vec<SiteTotals>) {
         (std::mem::take(&mut self.window_steps), std::mem::take(&mut self.window))
     }
@@ -126,7 +130,8 @@ impl ExpertMaturity {
     }
 }
 
-/// Label tokens by their routing weight for an expert, the mean over the sites that have it.
+/// Label tokens, each counted by its routing weight for an expert, as a mean over the sites that
+/// have the expert.
 fn routed_tokens(totals: &[SiteTotals], expert: usize) -> f64 {
     let of_site = |site: &SiteTotals| {
         let at = site.experts.iter().position(|e| *e == expert)?;

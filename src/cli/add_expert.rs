@@ -1,4 +1,5 @@
-//! `dylora add-expert`: one expert more, for a skill that the mixture does not have yet.
+//! `dylora add-expert`: adds an expert for a skill that the mixture does not have yet, and trains
+//! it.
 
 use std::path::{Path, PathBuf};
 
@@ -22,56 +23,61 @@ use crate::train::check_new_run;
 /// Arguments of `dylora add-expert`.
 #[derive(Debug, Args)]
 pub struct AddExpertArgs {
-    /// A run's folder (its best checkpoint, else its last) or one of its `checkpoints/step-*`.
+    /// A checkpoint's folder (`RUN/checkpoints/step-*`) or a run's folder. For a run, the best
+    /// checkpoint is used, or the last one if there is no best.
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
-    /// The new domain's training files or globs, repeatable.
+    /// A file or glob with the new domain's training data. The option can be repeated.
     #[arg(long, value_name = "FILE", required = true)]
     data: Vec<String>,
-    /// The new domain's validation files; without them 0.1 of the training documents are held out.
+    /// A file with the new domain's validation data. The option can be repeated. Without it, 0.1 of
+    /// the training documents are held out.
     #[arg(long, value_name = "FILE")]
     validation: Vec<String>,
-    /// The new domain's name [default: the first file's, up to its first dot].
+    /// The new domain's name [default: the name of the first training file up to its first dot].
     #[arg(long)]
     domain: Option<String>,
     /// The new run's folder.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Share of the blocks that come from the earlier domains.
+    /// Share of the training blocks that come from the earlier domains.
     #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
     replay: f64,
-    /// Steps of training.
+    /// Number of training steps.
     #[arg(long, value_name = "N", default_value_t = 200)]
     steps: u64,
-    /// Steps at the start in which the new domain goes to the new expert alone, and its router column
-    /// learns to tell the domain [default: 0.4 of the steps].
+    /// Number of steps in the seeding phase, in which the new domain's tokens go to the new expert
+    /// alone and its router column learns to recognise the domain [default: 0.4 of the steps].
     #[arg(long, value_name = "N")]
     seed_steps: Option<u64>,
-    /// Factor of all learning rates after that.
+    /// Factor of all learning rates after the seeding phase.
     #[arg(long, value_name = "FACTOR", default_value_t = 0.2)]
     consolidation_rate: f64,
     /// Factor of the old experts' learning rate; 0 freezes them.
     #[arg(long, value_name = "FACTOR", default_value_t = 0.0)]
     old_experts_rate: f64,
-    /// Factor of the learning rate of the old experts' router columns; 0 freezes them.
+    /// Factor of the learning rate of the old experts' router columns and of the router's hidden
+    /// layers; 0 freezes them.
     #[arg(long, value_name = "FACTOR", default_value_t = 0.0)]
     old_columns_rate: f64,
-    /// Cosine of skill embeddings from which on the new data counts as known.
+    /// Treat the new data as already known at or above this cosine similarity of skill embeddings.
     #[arg(long, value_name = "COSINE", default_value_t = SkillRule::default().threshold)]
     threshold: f64,
-    /// Which of the cosines to the known skills is compared with it: the largest or the median.
+    /// Which of the cosine similarities to the known skills is compared with `--threshold`: the
+    /// largest or the median.
     #[arg(long, default_value = "max")]
     compare: SkillComparison,
-    /// Add an expert though the skill is known.
+    /// Add an expert even if the skill is already known.
     #[arg(long)]
     force: bool,
-    /// Override a key of the new run's config, as `optimizer.router.learning_rate=1e-2`; repeatable.
+    /// Override a key of the new run's config, for example `optimizer.router.learning_rate=1e-2`.
+    /// The option can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// The device to train on: `auto`, `cpu` or `cuda[:N]`. It overrides `run.device`.
     #[arg(long)]
     device: Option<DeviceChoice>,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
@@ -138,8 +144,8 @@ fn log_growth(
 ) {
     let (name, cosine) = similar.first().map_or(("nothing", 0.0), |s| (s.name.as_str(), s.cosine));
     tracing::info!(
-        "`{domain}` is new (most like `{name}`, cosine {cosine:.3}): expert_{num_old} is added, at first with \
-         at most {new_prob:.1e} of the weight of a token of the earlier domains",
+        "`{domain}` is new (most like `{name}`, cosine {cosine:.3}): expert_{num_old} is added, at \
+         first with at most {new_prob:.1e} of the weight of a token of the earlier domains",
     );
     if config.router.hybrid.is_some() {
         tracing::info!("by `router.hybrid`, routing is dense until expert_{num_old} is mature too");

@@ -1,4 +1,4 @@
-//! `dylora bench`: how fast the mixture is on this device, and what it costs beside other ways to
+//! `dylora bench`: measures how fast a mixture is on a device, and compares it with other ways to
 //! compute it.
 
 use std::str::FromStr;
@@ -23,7 +23,7 @@ use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::gpt2;
 
-/// Keys of the config that `--set` does not change, each with the flag that does.
+/// Config keys that `--set` cannot change, each with the flag that does.
 const KEYS_OF_FLAGS: [(&str, &str); 5] = [
     ("base.source", "--base"),
     ("base.dtype", "--dtype"),
@@ -39,74 +39,76 @@ const HOPPER_TFLOPS: f64 = 989.4;
 /// Arguments of `dylora bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// The device to measure: `auto`, `cpu` or `cuda[:N]`.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Draw random weights of this shape.
+    /// Measure a base of this shape with random weights.
     #[arg(long, value_name = "NAME", default_value = "gpt2", conflicts_with = "base")]
     size: Size,
-    /// Use these weights: a folder, or a Hub id as `NAME[@REVISION]`.
+    /// Measure this base: a folder, or a Hub id, `NAME[@REVISION]`.
     #[arg(long, value_name = "DIR")]
     base: Option<String>,
-    /// What the base computes in [default: bf16 on CUDA, f32 on the CPU].
+    /// The dtype that the base computes in [default: `bf16` on CUDA, `f32` on the CPU].
     #[arg(long)]
     dtype: Option<Dtype>,
     /// Length of a block, in tokens.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     seq_len: usize,
-    /// Sequences in one forward pass; each of the numbers is measured.
+    /// Number of sequences in one forward pass. With several numbers, each is measured.
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "8")]
     batch: Vec<usize>,
-    /// Forward passes in one step.
+    /// Number of forward passes in one step.
     #[arg(long, value_name = "N", default_value_t = 1)]
     accumulate: usize,
-    /// Pack short documents of this median length, in tokens (lognormal, sigma 0.6) [default: each
-    /// block is one document].
+    /// Pack short documents with this median length, in tokens. The lengths are lognormal with a
+    /// sigma of 0.6 [default: each block is one document].
     #[arg(long, value_name = "MEDIAN")]
     documents: Option<f64>,
     #[command(flatten)]
     mixture: MixtureArgs,
-    /// What to measure [default: all].
+    /// The rows to measure [default: all].
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     rows: Vec<Row>,
     /// Number of steps that count [default: 30 on CUDA, 10 on the CPU].
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Number of steps before those that count, as the first replays of a CUDA graph are slow
-    /// [default: 10 on CUDA, 5 on the CPU].
+    /// Number of steps before those that count. They are left out because the first replays of a
+    /// CUDA graph are slow [default: 10 on CUDA, 5 on the CPU].
     #[arg(long, value_name = "N")]
     warmup: Option<usize>,
     /// The seed of weights, tokens and dropout.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// The device's peak, from which the MFU follows [default: 989.4 on an H100 or H200 in bf16,
-    /// else no MFU].
+    /// The device's peak in TFLOP/s, which the MFU is relative to [default: 989.4 on an H100 or
+    /// H200 in bf16; otherwise the MFU is left out].
     #[arg(long, value_name = "TFLOPS")]
     peak_tflops: Option<f64>,
-    /// Set any other key of the mixture's config, as `router.top_k=2`; repeatable.
+    /// Set any other key of the mixture's config, for example `router.top_k=2`. The option can be
+    /// repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Print JSON: a line for the setting, then a line for each row.
+    /// Print lines of JSON: one for the setting, then one for each row.
     #[arg(long)]
     json: bool,
 }
 
-/// The mixture that is measured.
+/// The arguments that describe the mixture.
 #[derive(Debug, Args)]
 struct MixtureArgs {
-    /// A mixture that is measured often; the flags that follow change it.
+    /// The mixture to start from. `--experts`, `--rank`, `--alpha` and `--modules` change it.
     #[arg(long, default_value = "s1")]
     preset: Preset,
-    /// Number of experts.
+    /// Number of experts [default: the preset's].
     #[arg(long, value_name = "N")]
     experts: Option<i64>,
-    /// Rank of each expert.
+    /// Rank of each expert [default: the preset's].
     #[arg(long, value_name = "N")]
     rank: Option<i64>,
-    /// Numerator of the scaling `alpha / rank`.
+    /// Numerator of the scaling `alpha / rank` [default: the preset's].
     #[arg(long, value_name = "NUMBER")]
     alpha: Option<f64>,
-    /// The linear layers that get experts, as `attn.c_attn,mlp.c_fc`, or `all`.
+    /// The linear layers that get experts, for example `attn.c_attn,mlp.c_fc`, or `all` [default:
+    /// the preset's].
     #[arg(long, value_name = "NAME,..|all")]
     modules: Option<Modules>,
     /// Dropout of the experts' inputs.
@@ -168,7 +170,7 @@ impl Preset {
     }
 }
 
-/// Target modules by name.
+/// The value of `--modules`.
 #[derive(Debug, Clone)]
 struct Modules(Vec<TargetModule>);
 
@@ -223,7 +225,10 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
 }
 
 impl BenchArgs {
-    /// What is measured on `device`, whose model is `device_model`.
+    /// The settings of the bench.
+    ///
+    /// - `device_model`: the device's name as its maker gives it, which says whether its peak is
+    ///   known
     fn settings(&self, device: Device, device_model: &str) -> Result<BenchSettings> {
         let on_cuda = matches!(device, Device::Cuda(_));
         let dtype = self.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
@@ -247,11 +252,11 @@ impl BenchArgs {
         })
     }
 
-    /// The mixture's config, without the micro-batch size, which each row sets.
+    /// The mixture's config. Its micro-batch size does not count, because each row sets its own.
     fn config(&self, dtype: Dtype, on_cuda: bool, num_steps: usize) -> Result<Config> {
         let source = match &self.base {
             Some(text) => base_source(text)?,
-            // nothing is read from there, as the weights are random
+            // nothing is read from there, because the weights are random
             None => BaseSource::Hub(HubSource { repo: name(self.size), revision: "main".into() }),
         };
         let mixture = &self.mixture;
@@ -287,7 +292,7 @@ impl BenchArgs {
             train: TrainConfig {
                 duration: Duration::Steps(num_steps as u64),
                 grad_accum_steps: self.accumulate,
-                // as in the configs for GPT-2: small chunks save memory, but cost time on a GPU
+                // as in the configs for GPT-2: small chunks save memory but cost time on a GPU
                 loss_chunk_tokens: if on_cuda { 4096 } else { 1024 },
                 ..TrainConfig::default()
             },
@@ -297,7 +302,7 @@ impl BenchArgs {
         })
     }
 
-    /// Checks what the check of the config does not cover.
+    /// Checks what the validation of the config does not cover.
     fn check(&self) -> Result<()> {
         if self.steps == Some(0) {
             bail!("`--steps` must be at least 1, got 0");

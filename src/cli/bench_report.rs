@@ -17,9 +17,9 @@ use crate::ffi;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::gpt2;
 
-/// What holds for all rows.
+/// The header of the report, which says what holds for all rows.
 ///
-/// - `base`: the base in words
+/// - `base`: the base's name for people
 /// - `spec`: the base's shape
 pub fn header(
     settings: &BenchSettings,
@@ -64,12 +64,13 @@ pub fn print_line(line: &impl Serialize) -> Result<()> {
     Ok(writeln!(out, "{line}").and_then(|()| out.flush())?)
 }
 
-/// The name of a choice, as the command line takes it.
+/// The name of a choice on the command line.
 pub fn name(choice: impl ValueEnum) -> String {
     choice.to_possible_value().expect("no choice is skipped").get_name().to_owned()
 }
 
-/// The setting, the table of the rows, their errors, and what the mixture costs.
+/// The report as text: the setting, the table of the rows, their errors, and what the mixture
+/// costs.
 pub fn as_text(header: &Header, reports: &[RowReport]) -> String {
     const COLUMNS: [&str; 13] = [
         "row",
@@ -132,7 +133,7 @@ fn setting(header: &Header) -> String {
             "{} expert(s) of rank {}, alpha {}, dropout {} on {}; routers: {}",
             lora.num_experts,
             lora.rank,
-            // as JSON has them, with a decimal point even if they are whole
+            // whole numbers have a decimal point, as in JSON
             Value::from(lora.alpha),
             Value::from(lora.dropout),
             modules.join(", "),
@@ -143,7 +144,7 @@ fn setting(header: &Header) -> String {
     lines.join("\n")
 }
 
-/// The cells of a row from its speed on.
+/// The cells of a row, beginning with its speed.
 fn cells(figures: &Figures) -> Vec<String> {
     let ms = |ms: f64| format!("{ms:.2}");
     let memory = |bytes: Option<u64>| bytes.map_or("-".into(), |n| table::bytes(n as i64));

@@ -1,4 +1,4 @@
-//! `dylora eval`: loss, perplexity and routing by domain.
+//! `dylora eval`: measures the loss, perplexity and routing of a model on each domain.
 
 use anyhow::{Result, anyhow};
 use clap::Args;
@@ -14,17 +14,20 @@ use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
 use crate::growth::stages::forgetting;
 use crate::model::{RoutedModel, RoutingSource};
 
-/// Which data.
+/// The arguments that name the data.
 #[derive(Debug, Args)]
 pub struct DataArgs {
-    /// Data to score, repeatable; without it, the validation data of the checkpoint's config. Without
-    /// a domain, records are grouped by their `domain`, else by file.
+    /// Data to score, as a file with or without its domain. Without a domain, records are grouped
+    /// by their `domain` field, or by file if they have none. The option can be repeated [default:
+    /// the validation data of the checkpoint's config].
     #[arg(long, value_name = "[DOMAIN=]FILE")]
     data: Vec<String>,
-    /// Longest window, tokens [default: the config's, or the base's positions up to 1024].
+    /// The longest window, in tokens [default: the config's `data.seq_len`, or the base's number of
+    /// positions, but at most 1024].
     #[arg(long, value_name = "N")]
     seq_len: Option<usize>,
-    /// Score completions only, or every token [default: the config's, or completion].
+    /// Score completions only, or every token [default: the config's `data.loss_on`, or
+    /// `completion`].
     #[arg(long)]
     loss_on: Option<LossOn>,
 }
@@ -36,14 +39,15 @@ pub struct EvalArgs {
     model: ModelArgs,
     #[command(flatten)]
     data: DataArgs,
-    /// Sequences of a forward pass.
+    /// Number of sequences in one forward pass.
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch_size: usize,
-    /// What routes the tokens: router, uniform, all, expert:N, record (each record's `expert`) or
-    /// none [default: the run's, or router].
+    /// What decides the routing weights: `router`, `uniform`, `all`, `expert:N`, `record` (each
+    /// record's `expert` field) or `none` [default: what decided them in training, or `router` if
+    /// that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
@@ -111,8 +115,8 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-/// The loss of a model on its run's validation data by the rule of evaluation; none if there is no such
-/// data.
+/// Evaluates a model on its run's validation data by the routing rule for evaluation. Without such
+/// data, the result is `None`.
 pub fn validate(
     model: &RoutedModel,
     dataset: &TokenDataset,
@@ -136,7 +140,7 @@ impl DataArgs {
         self.data.is_empty()
     }
 
-    /// The data that is named, or the validation data of the model's run.
+    /// Loads the data that is named, or else the validation data of the model's run.
     pub fn load(&self, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
         let config = open.config.as_ref().map(|config| &config.data);
         let longest = (open.base.spec.n_positions as usize).min(1024);
@@ -175,7 +179,7 @@ impl DataArgs {
     }
 }
 
-/// `[DOMAIN=]FILE` arguments, those of one domain together.
+/// Parses `[DOMAIN=]FILE` arguments and groups them by domain.
 fn domain_files(arguments: &[String]) -> Vec<DomainFiles> {
     let mut sources: Vec<DomainFiles> = vec![];
     for argument in arguments {

@@ -1,4 +1,4 @@
-//! `dylora export-adapters`: a PEFT adapter for each expert, and the router.
+//! `dylora export-adapters`: writes each expert as a PEFT adapter, with the router beside them.
 
 use std::path::{Path, PathBuf};
 
@@ -18,24 +18,24 @@ use crate::export::{
 pub struct ExportArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// The folder to make.
+    /// The folder to create.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// How the experts are joined: `dylora` (`dylora.json` and the router) or `xlora` (an X-LoRA
-    /// folder, for a router on the base's last hidden state).
+    /// How the experts are joined: by `dylora.json` and the router (`dylora`), or as an X-LoRA
+    /// folder (`xlora`), which needs a router that reads the base's last hidden state.
     #[arg(long, default_value = "dylora")]
     format: Layout,
-    /// Replace the folder if it is there, dylora wrote it, and nothing else is in it.
+    /// Replace the folder if it exists. It must be one that dylora wrote, with nothing else in it.
     #[arg(long)]
     overwrite: bool,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
 
 /// Runs the command.
 pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
-    // before anything is read
+    // the output is checked before anything is read
     let early = args.model.output(&args.out, args.overwrite)?;
     early.check_folder(export::is_unmarked_output)?;
     let open = args.model.open(shared)?;
@@ -53,7 +53,7 @@ pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
     Ok(())
 }
 
-/// The files below a folder with their sizes, sorted.
+/// The files below a folder, sorted, with their sizes in bytes.
 pub fn files(dir: &Path) -> Result<Vec<(String, u64)>> {
     let mut files = vec![];
     let mut folders = vec![dir.to_owned()];

@@ -1,5 +1,6 @@
-//! `dylora merge`: a static mixture of the experts, merged into the base or into one adapter, after
-//! measuring what it costs to fix the weights of a mixture whose weights differ from token to token.
+//! `dylora merge`: merges the experts, with fixed weights, into the base or into one adapter. If
+//! the mixture's own weights differ from token to token, it first measures what fixing them costs
+//! in loss.
 
 use std::path::PathBuf;
 
@@ -26,38 +27,40 @@ use crate::model::RoutingSource;
 pub struct MergeArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// One weight for each expert, the same for every token: `expert:N`, `uniform`, `all` (1 each),
-    /// `mean` (the router's mean weights on the data) or a list, as `0.5,0.3,0.2`. Needed where a
-    /// router weights the experts token by token: that has no exact merge.
+    /// The weights of the experts, the same for every token: `expert:N`, `uniform`, `all` (1 each),
+    /// `mean` (the router's mean weights on the data) or a list such as `0.5,0.3,0.2`. The option
+    /// is required if the mixture's own weights differ from token to token, because no merge is
+    /// exact then.
     #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights)]
     weights: Option<Weights>,
-    /// Merge into the base (a Hugging Face folder) or into one PEFT adapter of rank `sum r`.
+    /// Merge into the base, as a Hugging Face folder, or into one PEFT adapter. The adapter's rank
+    /// is the sum of the experts' ranks.
     #[arg(long = "as", value_name = "FORM", default_value = "base")]
     form: MergeInto,
     #[command(flatten)]
     data: DataArgs,
-    /// Of the merged base [default: f32]; an adapter is always f32.
+    /// The dtype of the merged base [default: `f32`]. A merged adapter is always in `f32`.
     #[arg(long, value_name = "DTYPE")]
     save_dtype: Option<SaveDtype>,
-    /// The folder to make.
+    /// The folder to create.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Replace the folder if it is there, dylora wrote it, and nothing else is in it.
+    /// Replace the folder if it exists. It must be one that dylora wrote, with nothing else in it.
     #[arg(long)]
     overwrite: bool,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// One weight for each expert, or how to come by them.
+/// The value of `--weights`.
 #[derive(Debug, Clone, PartialEq)]
 enum Weights {
-    /// Not by a router.
+    /// `uniform`, `all` or `expert:N`.
     Fixed(RoutingChoice),
-    /// The router's mean weights.
+    /// The router's mean weights on the data.
     Mean,
-    /// These.
+    /// One weight for each expert.
     List(Vec<f64>),
 }
 
@@ -76,7 +79,7 @@ fn parse_weights(text: &str) -> Result<Weights> {
     }
 }
 
-/// What fixing the weights costs, on some data.
+/// The evaluations before and after the weights are fixed, on the same data.
 struct Cost {
     routed: EvalReport,
     fixed: EvalReport,
@@ -87,7 +90,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
     if args.form == MergeInto::Adapter && args.save_dtype.is_some() {
         return Err(usage(anyhow!("`--save-dtype` is for `--as base`: an adapter is always f32")));
     }
-    // before anything is measured
+    // the output is checked before anything is measured
     let early = args.model.output(&args.out, args.overwrite)?;
     early.check_folder(export::is_unmarked_output)?;
     let open = args.model.open(shared)?;
@@ -104,7 +107,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         true => Some(data_to_measure(&args, &open, routing, shared)?),
         false => None,
     };
-    // before anything is measured
+    // the weights are checked before anything is measured; `mean` is known only after that
     let given = match args.weights {
         Some(Weights::Mean) => vec![1.0; open.model.specs().len()],
         _ => weights(&args, &open, routing, None).map_err(usage)?,
@@ -117,7 +120,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         (Some(data), Some(routed)) => {
             let fixed = measure(&open, &data, &fixed_source(&weights), shared)?;
             let cost = Cost { routed, fixed };
-            // before anything is written
+            // printed before anything is written, so that it is seen even if that fails
             if !args.json {
                 println!("{}", cost_table(&cost));
             }
@@ -138,7 +141,10 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
     print(&args, &open, &weights, cost.as_ref())
 }
 
-/// The data on which a routed mixture is compared with a static one.
+/// The data on which the routed mixture is compared with the static one.
+///
+/// # Errors
+/// No `--weights`, and data that is missing or does not suit the routing.
 fn data_to_measure(
     args: &MergeArgs,
     open: &OpenModel,
@@ -147,8 +153,9 @@ fn data_to_measure(
 ) -> Result<TokenDataset> {
     if args.weights.is_none() {
         return Err(usage(anyhow!(
-            "routing by `{routing}` weights the experts token by token, so that no merge equals the \
-             mixture\nhint: choose weights to fix: `--weights mean`, `uniform`, `expert:N` or a list"
+            "routing by `{routing}` weights the experts token by token, so that no merge equals \
+             the mixture\nhint: choose weights to fix: `--weights mean`, `uniform`, `expert:N` or \
+             a list"
         )));
     }
     let dataset = args.data.load(open, shared).map_err(|error| match args.data.is_empty() {
@@ -161,7 +168,9 @@ fn data_to_measure(
     Ok(dataset)
 }
 
-/// The weights that were asked for, `[e]`.
+/// The weights of `--weights`, or else those of the run, `[e]`.
+///
+/// - `routed`: the evaluation of the routed mixture, for `mean`
 fn weights(
     args: &MergeArgs,
     open: &OpenModel,
@@ -169,7 +178,7 @@ fn weights(
     routed: Option<&EvalReport>,
 ) -> Result<Vec<f64>> {
     let count = open.model.specs().len();
-    // the weights of the run itself, if they are the same for every token
+    // without `--weights`, the run's own weights are the same for every token
     let of_run = Weights::Fixed(if count == 1 { RoutingChoice::All } else { routing });
     Ok(match args.weights.as_ref().unwrap_or(&of_run) {
         Weights::List(list) if list.len() == count => list.clone(),
@@ -181,8 +190,8 @@ fn weights(
             let routing = routing.context("`--weights mean` needs a router")?;
             if open.model.router_spec().own_experts {
                 return Err(usage(anyhow!(
-                    "where layers have experts of their own (`lora.experts_per_layer`) there is no one mean: \
-                     name the weights"
+                    "where layers have experts of their own (`lora.experts_per_layer`) there is no \
+                     one mean: name the weights"
                 )));
             }
             routing.mean_routing_weights.clone()
@@ -198,7 +207,7 @@ fn weights(
     })
 }
 
-/// The same weights for every token.
+/// The routing source with the same weights for every token.
 fn fixed_source(weights: &[f64]) -> RoutingSource {
     RoutingSource::Given(tch::Tensor::from_slice(weights))
 }

@@ -1,4 +1,5 @@
-//! The command line: clap types, what commands share, and the environment, which only this room reads.
+//! The command line: the clap types, what the commands share, and the environment variables, which
+//! no other part of the library reads.
 
 mod add_expert;
 mod bench;
@@ -38,10 +39,10 @@ pub struct Cli {
     /// Print the versions of dylora and libtorch, and whether CUDA was found.
     #[arg(short = 'V', long)]
     version: bool,
-    /// More messages (`-vv` for most).
+    /// Show debug messages: those of dylora with `-v`, and those of all libraries with `-vv`.
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
-    /// Only warnings and errors; no progress bars.
+    /// Show only warnings and errors, and no progress bars.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
     #[command(subcommand)]
@@ -50,27 +51,27 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train a mixture (or, with `method = "full"`, a base) from a TOML config.
+    /// Train a mixture (or a whole base, with `method = "full"`) from a TOML config.
     Train(train::TrainArgs),
-    /// Loss, perplexity and routing of a checkpoint or a base, by domain.
+    /// Measure the loss, perplexity and routing of a model on each domain.
     Eval(eval::EvalArgs),
-    /// Write each expert as a PEFT adapter, and the router beside them.
+    /// Write each expert as a PEFT adapter, with the router beside them.
     ExportAdapters(export_adapters::ExportArgs),
-    /// Merge a static mixture of the experts into the base or into one PEFT adapter.
+    /// Merge the experts, with fixed weights, into the base or into one PEFT adapter.
     Merge(merge::MergeArgs),
     /// Add an expert for a new skill to a checkpoint's mixture, and train it.
     AddExpert(add_expert::AddExpertArgs),
-    /// Remove an expert from a checkpoint's mixture, and tell what that costs.
+    /// Remove an expert from a checkpoint's mixture, and report what that costs in loss.
     RemoveExpert(remove_expert::RemoveExpertArgs),
-    /// Merge two experts of a checkpoint's mixture into one, and tell what that costs.
+    /// Merge two experts of a checkpoint's mixture into one, and report what that costs in loss.
     MergeExperts(remove_expert::MergeExpertsArgs),
-    /// Show how one text is routed, and save the inside of its forward pass.
+    /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
-    /// Measure the mixture here: tokens/s, memory, and what it costs beside other ways to compute it.
+    /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
 }
 
-/// A fault in how dylora was called or configured; the process exits with 2.
+/// An error in how dylora was called or configured. The process exits with code 2.
 #[derive(Debug)]
 pub struct UsageError(String);
 
@@ -82,7 +83,7 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// What people are told of an error, and the exit code of the process.
+/// The message that is printed for an error, and the exit code of the process.
 pub fn report(error: &anyhow::Error) -> (String, u8) {
     if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
         return (interrupted.to_string(), interrupted.exit_code);
@@ -90,10 +91,11 @@ pub fn report(error: &anyhow::Error) -> (String, u8) {
     (format!("error: {}", describe(error)), if error.is::<UsageError>() { 2 } else { 1 })
 }
 
-/// Prints a result. A reader that has gone, as `| head` goes, is no fault.
+/// Prints a result to standard output. It is no error if the reader has closed the pipe, as `head`
+/// does.
 ///
 /// # Errors
-/// Standard output that takes nothing, such as a full disk.
+/// A write that fails for another reason, such as a full disk.
 fn print_result(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
@@ -104,17 +106,18 @@ fn print_result(text: &str) -> Result<()> {
     }
 }
 
-/// Marks an error as one of usage or config.
+/// Turns an error into a [`UsageError`] with the same message.
 fn usage(error: anyhow::Error) -> anyhow::Error {
     UsageError(describe(&error)).into()
 }
 
-/// An error's chain as people read it: causes follow on the line, or below where they have lines.
+/// The message of an error with its causes. A cause follows on the same line, or on a line of its
+/// own if it has several lines.
 pub fn describe(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain() {
         let cause = cause.to_string();
-        // anyhow's context repeats what a cause already says in its own words
+        // a message may already end with that of its cause
         if text.ends_with(&cause) {
             continue;
         }
@@ -127,14 +130,14 @@ pub fn describe(error: &anyhow::Error) -> String {
 }
 
 impl Cli {
-    /// How much is told: 0 with `--quiet`, 1 as a rule, more with each `-v`.
+    /// How much is logged: 0 with `--quiet`, 1 by default, and 1 more for each `-v`.
     pub fn verbosity(&self) -> u8 {
         if self.quiet { 0 } else { 1 + self.verbose }
     }
 
     /// Runs the command.
     pub fn run(self) -> Result<()> {
-        // libtorch looks for CUDA once, at its first use
+        // must come first, because libtorch looks for CUDA only once, at its first use
         let cuda = ffi::load_cuda();
         ffi::cuda::keep_code_in(&own_cache().join("kernels"));
         if self.version {
@@ -156,7 +159,7 @@ impl Cli {
     }
 }
 
-/// What every command is given.
+/// What every command receives.
 #[derive(Debug)]
 struct Shared {
     show_progress: bool,
@@ -171,7 +174,10 @@ fn version(cuda: Result<(), &'static str>) -> String {
     format!("dylora {dylora}\nlibtorch {torch}\nCUDA {cuda}")
 }
 
-/// The device that a choice means here.
+/// Resolves a choice of device on this machine.
+///
+/// # Errors
+/// A CUDA device that does not exist.
 fn device(choice: DeviceChoice) -> Result<Device> {
     match (choice, ffi::load_cuda()) {
         (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, Err(_)) => Ok(Device::Cpu),
@@ -190,7 +196,7 @@ fn device(choice: DeviceChoice) -> Result<Device> {
     }
 }
 
-/// A variable of the environment, unless it is empty.
+/// An environment variable, if it is set and not empty.
 fn variable(name: &str) -> Option<String> {
     env::var(name).ok().filter(|value| !value.is_empty())
 }
@@ -203,7 +209,7 @@ fn user_cache() -> PathBuf {
     variable("XDG_CACHE_HOME").map_or_else(|| home(".cache"), PathBuf::from)
 }
 
-/// Where caches of our own go: `DYLORA_CACHE`, else `dylora` in the user's cache.
+/// The folder of dylora's own caches: `DYLORA_CACHE`, or `dylora` in the user's cache.
 fn own_cache() -> PathBuf {
     variable("DYLORA_CACHE").map_or_else(|| user_cache().join("dylora"), PathBuf::from)
 }
@@ -212,8 +218,9 @@ fn token_cache() -> PathBuf {
     own_cache().join("tokens")
 }
 
-/// How to reach the Hub, by huggingface_hub's variables: `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
-/// `HF_TOKEN` (else the token that `hf auth login` saved), `HF_HUB_OFFLINE`.
+/// How to reach the Hub, by the environment variables of huggingface_hub: `HF_HOME`,
+/// `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`. Without `HF_TOKEN`, the token
+/// that `hf auth login` saved is used.
 fn hub_settings() -> HubSettings {
     let hf_home =
         variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from);
@@ -230,8 +237,9 @@ fn hub_settings() -> HubSettings {
     }
 }
 
-/// What a panic says to people: out of memory is theirs to mend, a reader of stdout that has gone, as
-/// `| head` does, is nobody's fault and no error; anything else is a bug.
+/// The result of a command that panicked. It is no error if the reader of standard output has
+/// closed the pipe, as `head` does. Out of memory is an error with a hint. Anything else is a bug,
+/// and is reported as one.
 pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
     let text = ffi::panic_message(panic);
     let lower = text.to_lowercase();

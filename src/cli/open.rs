@@ -1,4 +1,4 @@
-//! Opening what a command works on: a checkpoint's model, adapters on a base, or a bare base.
+//! Opening the model that a command works on: a checkpoint's, adapters on a base, or a bare base.
 
 use std::path::{Path, PathBuf};
 
@@ -20,27 +20,28 @@ use crate::hub::{self, AdapterFiles};
 use crate::mixture::Mixture;
 use crate::model::{RoutedModel, kind_of};
 
-/// Which model: a checkpoint, adapters on a base, or a bare base.
+/// The arguments that name a model: a checkpoint, adapters on a base, or a bare base.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A run's folder (its best checkpoint, else its last) or one of its `checkpoints/step-*`.
+    /// A checkpoint's folder (`RUN/checkpoints/step-*`) or a run's folder. For a run, the best
+    /// checkpoint is used, or the last one if there is no best.
     #[arg(long, value_name = "DIR", required_unless_present = "base")]
     pub checkpoint: Option<PathBuf>,
-    /// Adapters on `--base`: an export of dylora's, an X-LoRA folder or a PEFT adapter, as a folder;
-    /// or a PEFT adapter's Hub id, as `NAME[@REVISION]`.
+    /// Adapters to put on `--base`: the folder of an export by dylora, of an X-LoRA model or of a
+    /// PEFT adapter, or the Hub id of a PEFT adapter, `NAME[@REVISION]`.
     #[arg(long, value_name = "DIR", conflicts_with = "checkpoint", requires = "base")]
     pub adapters: Option<String>,
-    /// The base: a folder, or a Hub id as `NAME[@REVISION]`. With `--checkpoint`: where the
-    /// checkpoint's base is now.
+    /// The base: a folder, or a Hub id, `NAME[@REVISION]`. With `--checkpoint`, it overrides the
+    /// config's `base.source`, for example because the base has moved.
     #[arg(long, value_name = "DIR")]
     pub base: Option<String>,
-    /// A `tokenizer.json`, if it is not the one beside the base's weights.
+    /// The `tokenizer.json` to use [default: the config's, or the one beside the base's weights].
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
-    /// What the base computes in [default: the config's, or f32].
+    /// The dtype that the base computes in [default: the config's, or `f32`].
     #[arg(long)]
     pub dtype: Option<Dtype>,
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// The device to compute on: `auto`, `cpu` or `cuda[:N]` [default: the config's, or `auto`].
     #[arg(long)]
     pub device: Option<DeviceChoice>,
 }
@@ -49,23 +50,24 @@ pub struct ModelArgs {
 pub struct OpenModel {
     /// The base with its tokenizer.
     pub base: Base,
-    /// The run's config; none for a bare base.
+    /// The run's config; `None` without a checkpoint.
     pub config: Option<Config>,
-    /// The checkpoint's folder; none for a bare base.
+    /// The checkpoint's folder; `None` without a checkpoint.
     pub checkpoint: Option<PathBuf>,
     /// The model.
     pub model: RoutedModel,
     /// What decided the routing weights in training.
     routing: RoutingChoice,
-    /// BLAKE3 of the base in f32, if it is known without computing it.
+    /// BLAKE3 of the base's parameters in f32, if the checkpoint or export says it.
     base_hash: Option<String>,
 }
 
 impl ModelArgs {
-    /// Where a command writes that opens this model, as far as its inputs can be named before that.
+    /// The output of a command that opens this model. Its inputs are those that are known before
+    /// the model is open.
     pub fn output(&self, path: &Path, overwrite: bool) -> Result<Output> {
         let mut inputs: Vec<PathBuf> = self.tokenizer.iter().cloned().collect();
-        // its files, not the folder: another may well be made in it
+        // the base's files, not its folder, because the output may be a new folder in there
         let entries = self.base.as_ref().and_then(|base| fs_err::read_dir(base).ok());
         let entries = entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
         inputs.extend(entries.filter(|path| path.is_file()));
@@ -104,7 +106,7 @@ impl ModelArgs {
         Ok(OpenModel { base, config: Some(config), checkpoint, model, routing, base_hash })
     }
 
-    /// A base with `--adapters`, or alone.
+    /// Opens a base alone or with `--adapters`.
     fn open_on(
         &self,
         base: Base,
@@ -134,14 +136,14 @@ impl ModelArgs {
 }
 
 impl OpenModel {
-    /// The output with what is known as inputs since the model is open.
+    /// Adds the inputs that are known since the model is open.
     pub fn output(&self, mut early: Output) -> Output {
         early.inputs.extend(self.base.input_files());
         early.inputs.extend(self.checkpoint.clone());
         early
     }
 
-    /// What an export of the model says about where it comes from.
+    /// What an export of the model says about its origin.
     pub fn provenance(&self) -> Result<Provenance> {
         let (base_name, revision) = match &self.base.source {
             BaseSource::Path(path) => (path.display().to_string(), None),
@@ -163,7 +165,11 @@ impl OpenModel {
         })
     }
 
-    /// The routing that is meant without `--routing`: the run's.
+    /// The routing to use: `asked`, the value of `--routing`, or else the one of the training. A
+    /// bare base has none.
+    ///
+    /// # Errors
+    /// An expert that does not exist, and a routing that needs experts on a bare base.
     pub fn routing(&self, asked: Option<RoutingChoice>) -> Result<RoutingChoice> {
         let count = self.model.num_experts();
         let routing = match asked {
@@ -181,7 +187,7 @@ impl OpenModel {
     }
 }
 
-/// The experts and router that a config starts from, with a bar for downloads.
+/// The experts and router that a run starts from, with a progress bar for downloads.
 pub fn open_mixture(config: &Config, base: &Base, shared: &Shared) -> Result<Mixture> {
     Mixture::of_config(config, &base.spec, &|source| find_adapter(source, shared))
 }
@@ -190,7 +196,7 @@ fn find_adapter(source: &AdapterSource, shared: &Shared) -> Result<AdapterFiles>
     hub::find_adapter(source, &hub_settings(), &DownloadBar::new(shared.show_progress))
 }
 
-/// A folder if there is one, else a Hub id.
+/// Parses the name of an adapter like that of a base.
 fn adapter_source(text: &str) -> Result<AdapterSource> {
     Ok(match base_source(text)? {
         BaseSource::Hub(HubSource { repo, revision }) => {
@@ -201,12 +207,12 @@ fn adapter_source(text: &str) -> Result<AdapterSource> {
     })
 }
 
-/// Finds the base's files, with a bar for downloads.
+/// Finds the base's files, with a progress bar for downloads.
 pub fn open_base(config: &BaseConfig, shared: &Shared) -> Result<Base> {
     Base::open(config, &hub_settings(), &DownloadBar::new(shared.show_progress))
 }
 
-/// A folder if there is one, else a Hub id.
+/// Parses the name of a base. It is a folder if one exists or if it cannot be a Hub id.
 pub fn base_source(text: &str) -> Result<BaseSource> {
     let path = PathBuf::from(text);
     folder::restore(&path)?;
@@ -218,7 +224,7 @@ pub fn base_source(text: &str) -> Result<BaseSource> {
     Ok(BaseSource::Hub(HubSource { repo: repo.into(), revision: revision.into() }))
 }
 
-/// The device's name for people.
+/// The name of a device: `cpu` or `cuda:N`.
 pub fn device_name(device: Device) -> String {
     match device {
         Device::Cuda(index) => format!("cuda:{index}"),

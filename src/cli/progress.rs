@@ -1,4 +1,4 @@
-//! Progress bars on stderr. Without a terminal, indicatif draws nothing.
+//! Progress bars on stderr. If stderr is not a terminal, indicatif draws nothing.
 
 use std::time::Duration;
 
@@ -16,27 +16,27 @@ fn bar(show: bool, len: u64, template: &str) -> ProgressBar {
     ProgressBar::with_draw_target(Some(len), target).with_style(style(template))
 }
 
-/// Blocks that are evaluated.
+/// A bar that counts, for example evaluated blocks.
 pub struct CountBar(ProgressBar);
 
 impl CountBar {
-    /// A bar of `len` things.
+    /// A bar that counts up to `len`, with the label `what`.
     pub fn new(show: bool, what: &'static str, len: u64) -> Self {
         Self(bar(show, len, "{msg} {bar:30} {pos}/{len} [{eta} left]").with_message(what))
     }
 
-    /// So many are done.
+    /// Sets the count.
     pub fn set(&self, done: u64) {
         self.0.set_position(done);
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         self.0.finish_and_clear();
     }
 }
 
-/// Source files that are read and tokenized.
+/// The bar for reading and tokenizing source files, in bytes.
 pub struct LoadBar(ProgressBar);
 
 impl LoadBar {
@@ -45,7 +45,7 @@ impl LoadBar {
         Self(bar(show, 0, "reading data {bar:30} {bytes}/{total_bytes} [{eta} left]"))
     }
 
-    /// Draws where the loading stands.
+    /// Draws the progress, and removes the bar after the last file.
     pub fn update(&self, progress: &LoadProgress) {
         self.0.set_length(progress.num_bytes);
         self.0.set_position(progress.bytes_done);
@@ -55,7 +55,7 @@ impl LoadBar {
     }
 }
 
-/// A download from the Hub.
+/// The bar for downloads from the Hub.
 pub struct DownloadBar(ProgressBar);
 
 impl DownloadBar {
@@ -85,15 +85,15 @@ impl DownloadProgress for DownloadBar {
     }
 }
 
-/// The training steps, with the latest loss and speed.
+/// The bar for training steps, with the latest loss and speed.
 pub struct TrainBar {
     bar: ProgressBar,
-    /// Without a bar, every so many steps are told in a line.
+    /// If no bar is drawn, the first step and every multiple of this are logged.
     every: u64,
 }
 
 impl TrainBar {
-    /// A bar of `num_steps`, of which `done` were done in an earlier session.
+    /// A bar of `num_steps` steps, of which `done` were done in earlier sessions.
     pub fn new(show: bool, num_steps: u64, done: u64) -> Self {
         let template = "step {pos}/{len} {bar:24} {msg} [{eta} left]";
         let bar = bar(show, num_steps, template).with_position(done);
@@ -102,7 +102,7 @@ impl TrainBar {
         Self { bar, every: num_steps.div_ceil(20).max(1) }
     }
 
-    /// A step is done.
+    /// Draws or logs a finished step.
     pub fn step(&self, step: u64, loss: f64, tokens_per_sec: f64) {
         self.bar.set_position(step);
         let message = format!("loss {loss:.4}  {tokens_per_sec:.0} tokens/s");
@@ -112,7 +112,7 @@ impl TrainBar {
         self.bar.set_message(message);
     }
 
-    /// A line above the bar, or in the log.
+    /// Prints a line above the bar, or logs it if no bar is drawn.
     pub fn line(&self, text: String) {
         if self.bar.is_hidden() {
             tracing::info!("{text}");
@@ -121,7 +121,7 @@ impl TrainBar {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }

@@ -1,5 +1,5 @@
-//! `dylora remove-expert` and `dylora merge-experts`: a mixture with one expert less, and what that
-//! costs.
+//! `dylora remove-expert` and `dylora merge-experts`: they make a mixture with one expert less and
+//! report what that costs in loss.
 
 use std::path::PathBuf;
 
@@ -16,19 +16,20 @@ use crate::config::DeviceChoice;
 use crate::lifecycle::shrink::{Change, ShrinkingMixture};
 use crate::train::check_new_run;
 
-/// What both commands are given.
+/// The arguments of both commands.
 #[derive(Debug, Args)]
 pub struct ShrinkArgs {
-    /// A run's folder (its best checkpoint, else its last) or one of its `checkpoints/step-*`.
+    /// A checkpoint's folder (`RUN/checkpoints/step-*`) or a run's folder. For a run, the best
+    /// checkpoint is used, or the last one if there is no best.
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
     /// The folder of the new run, which begins with a checkpoint of step 0.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// `auto`, `cpu` or `cuda[:N]`.
+    /// The device to compute on: `auto`, `cpu` or `cuda[:N]`. It overrides `run.device`.
     #[arg(long)]
     device: Option<DeviceChoice>,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
@@ -38,7 +39,7 @@ pub struct ShrinkArgs {
 pub struct RemoveExpertArgs {
     #[command(flatten)]
     shrink: ShrinkArgs,
-    /// Which expert, from 0.
+    /// The number of the expert to remove, counted from 0.
     #[arg(long, value_name = "N")]
     expert: usize,
 }
@@ -48,7 +49,8 @@ pub struct RemoveExpertArgs {
 pub struct MergeExpertsArgs {
     #[command(flatten)]
     shrink: ShrinkArgs,
-    /// Which two, as `0,2` [default: those whose updates are most alike].
+    /// The numbers of the two experts to merge, as `0,2` [default: the two with the most similar
+    /// updates].
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     experts: Option<Vec<usize>>,
 }

@@ -1,4 +1,5 @@
-//! Signals that end a training run: the first asks it to save and stop, the second ends it at once.
+//! Signals that end a training run. The first signal asks the run to save and stop; the second ends
+//! the process at once.
 
 use std::fmt;
 use std::path::Path;
@@ -11,10 +12,10 @@ use signal_hook::flag;
 
 use crate::ffi;
 
-/// What is added to a signal's number for the exit code of a process that it ended, as shells do.
+/// The exit code of a process that a signal ended is this plus the signal's number, as in shells.
 const SIGNAL_EXIT: i32 = 128;
 
-/// Whether and by what a run was asked to stop.
+/// Whether a run was asked to stop, and by which signal.
 #[derive(Debug, Default)]
 pub struct Interrupt {
     is_set: Arc<AtomicBool>,
@@ -22,12 +23,13 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Listens from now on to SIGINT, SIGTERM and SIGHUP, but for those that the process was started to
-    /// ignore.
+    /// Starts to listen to SIGINT, SIGTERM and SIGHUP, except to those that the process was started
+    /// to ignore, as under `nohup`.
     pub fn listen() -> Result<Self> {
         let this = Self::default();
         for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|s| !ffi::ignores_signal(*s)) {
-            // every file is written beside its place and renamed, so that the process may end anywhere
+            // the process may end at any point, because files are written elsewhere and then
+            // renamed
             let code = SIGNAL_EXIT + signal;
             flag::register_conditional_shutdown(signal, code, Arc::clone(&this.is_set))?;
             flag::register_usize(signal, Arc::clone(&this.signal), signal as usize)?;
@@ -36,22 +38,22 @@ impl Interrupt {
         Ok(this)
     }
 
-    /// Set by the first signal.
+    /// The flag that the first signal sets.
     pub fn flag(&self) -> &AtomicBool {
         &self.is_set
     }
 
-    /// The error of a run that has saved and stopped, and that lies in `run_dir`.
+    /// The error of a run in `run_dir` that has saved and stopped.
     pub fn error(&self, run_dir: &Path) -> Interrupted {
         let signal = self.signal.load(Ordering::Relaxed) as i32;
         Interrupted { exit_code: (SIGNAL_EXIT + signal) as u8, run_dir: quoted(run_dir) }
     }
 }
 
-/// A run was interrupted, and has saved: no fault, but not what was asked for either.
+/// A run was interrupted and has saved. It has not failed, but it is not complete either.
 #[derive(Debug)]
 pub struct Interrupted {
-    /// Of the process: 128 and the signal's number.
+    /// The exit code of the process: 128 plus the signal's number.
     pub exit_code: u8,
     run_dir: String,
 }
@@ -64,7 +66,7 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// A path as a shell takes it.
+/// A path, quoted for a shell if it has special characters.
 fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
     let is_plain = |c: char| c.is_alphanumeric() || "/._-+=,@%".contains(c);

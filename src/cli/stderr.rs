@@ -1,9 +1,9 @@
-//! Standard error, the loss of which ends nothing.
+//! A standard error that may be lost without ending the process.
 
 use std::io::{self, Write};
 
-/// Standard error as a writer that never fails: what nobody can read (a closed pipe or terminal, a full
-/// disk) is dropped.
+/// Standard error as a writer that never fails. What cannot be written is dropped, for example when
+/// the pipe or terminal is closed or the disk is full.
 #[derive(Debug, Clone, Copy)]
 pub struct Stderr;
 

@@ -1,11 +1,11 @@
-//! Tables and numbers as people read them.
+//! Tables and numbers for people.
 
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
 use crate::growth::stages::{self, Stage};
 
-/// A table whose first column is text and whose others are numbers.
+/// A table whose first column is text and whose other columns are numbers.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN).set_header(header.to_vec());
@@ -16,7 +16,7 @@ pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
     table
 }
 
-/// `1234567` as `1,234,567`.
+/// A number with separators, as `1,234,567`.
 pub fn count(number: impl TryInto<u64>) -> String {
     let digits = number.try_into().unwrap_or(0).to_string();
     let mut text = String::new();
@@ -29,13 +29,14 @@ pub fn count(number: impl TryInto<u64>) -> String {
     text
 }
 
-/// Bytes in GiB or MiB.
+/// A number of bytes in GiB or MiB.
 pub fn bytes(number: i64) -> String {
     let mib = number as f64 / f64::from(1 << 20);
     if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.1} MiB") }
 }
 
-/// Loss and perplexity by domain, and the router x domain table.
+/// The loss and perplexity of each domain, each expert's mean routing weight on it, and the figures
+/// of each site if there are several.
 pub fn report(report: &EvalReport) -> String {
     let mut rows: Vec<Vec<String>> = report
         .domains
@@ -76,7 +77,8 @@ pub fn report(report: &EvalReport) -> String {
         if let Some(information) = routing.mutual_information {
             let most = domain_entropy(report).min((routing.expert_load.len() as f64).ln());
             text += &format!(
-                "\nexpert and domain share {information:.3} nats of at most {most:.3} (mutual information)"
+                "\nexpert and domain share {information:.3} nats of at most {most:.3} (mutual \
+                 information)"
             );
         }
         if routing.sites.len() > 1 {
@@ -86,13 +88,13 @@ pub fn report(report: &EvalReport) -> String {
     text
 }
 
-/// The entropy of a label token's domain, nats.
+/// The entropy of the domain of a label token, in nats.
 fn domain_entropy(report: &EvalReport) -> f64 {
     let share = |domain: &DomainReport| domain.label_tokens as f64 / report.label_tokens as f64;
     report.domains.iter().map(share).map(|share| -share * share.ln()).sum()
 }
 
-/// The figures of each place where routing is decided.
+/// The routing figures of each site.
 fn site_table(routing: &RoutingReport) -> Table {
     let row = |site: &SiteReport| {
         let (expert, weight) = site.largest();
@@ -111,12 +113,14 @@ fn site_table(routing: &RoutingReport) -> Table {
     table(&header, routing.sites.iter().map(row).collect())
 }
 
-/// A rule of routing in words.
+/// A routing rule in words.
 pub fn rule(top_k: Option<i64>) -> String {
     top_k.map_or("dense".into(), |k| format!("top {k}"))
 }
 
-/// Each domain's loss by two rules, and the gap.
+/// The loss of each domain in two evaluations, and the gap between them.
+///
+/// - `names`: what to call the two evaluations
 pub fn rules(names: &[String; 2], by_training: &EvalReport, by_eval: &EvalReport) -> Table {
     let row = |name: &str, a: f64, b: f64| {
         vec![name.to_owned(), format!("{a:.4}"), format!("{b:.4}"), format!("{:+.4}", b - a)]
@@ -128,7 +132,8 @@ pub fn rules(names: &[String; 2], by_training: &EvalReport, by_eval: &EvalReport
     table(&header.each_ref().map(String::as_str), rows)
 }
 
-/// The forgetting matrix.
+/// The forgetting matrix: the loss of each domain after each stage, and how much it has risen since
+/// the stage that learned the domain.
 pub fn forgetting(stages: &[Stage]) -> Table {
     let mut domains: Vec<&String> = vec![];
     for domain in stages.iter().flat_map(|stage| stage.learned.iter().chain(stage.losses.keys())) {
@@ -157,7 +162,8 @@ pub fn forgetting(stages: &[Stage]) -> Table {
     table(&header, rows)
 }
 
-/// Mean routing weight of each expert on each domain.
+/// The mean routing weight of each expert on each domain, and the routing entropy. There is none
+/// without a router.
 fn router_table(report: &EvalReport) -> Option<Table> {
     let overall = report.routing.as_ref()?;
     let experts = (0..overall.mean_routing_weights.len()).map(|e| format!("expert_{e}"));

@@ -1,5 +1,5 @@
-//! `dylora trace`: how one text is routed, how much that moves each module's output, and the inside of
-//! the forward pass as tensors.
+//! `dylora trace`: shows how one text is routed and how much the experts change the output of each
+//! target module, and saves tensors of the forward pass.
 
 use std::path::{Path, PathBuf};
 
@@ -23,23 +23,25 @@ use crate::tensor_file::write_tensors;
 pub struct TraceArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// The text.
+    /// The text to trace.
     #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
     text: Option<String>,
-    /// Token ids instead, as `2,8,14`.
+    /// Token ids to trace instead of a text, as `2,8,14`.
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     tokens: Vec<i64>,
-    /// Also write `input_ids`, `logits`, `routing_weights` (`.h.{layer}` or `.h.{layer}.{module}` where
-    /// they differ) and `hidden_states.{layer}` here.
+    /// Write `input_ids`, `logits`, `routing_weights` and `hidden_states.{layer}` to this file.
+    /// If each layer or module has routing weights of its own, they are named
+    /// `routing_weights.h.{layer}` or `routing_weights.h.{layer}.{module}`.
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
-    /// Replace the file of `--out` if it is there.
+    /// Replace the file of `--out` if it exists.
     #[arg(long, requires = "out")]
     overwrite: bool,
-    /// What routes the tokens: router, uniform, all, expert:N or none [default: the run's, or router].
+    /// What decides the routing weights: `router`, `uniform`, `all`, `expert:N` or `none` [default:
+    /// what decided them in training, or `router` if that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
@@ -47,7 +49,7 @@ pub struct TraceArgs {
 /// Runs the command.
 pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let out = args.out.as_ref().map(|file| args.model.output(file, args.overwrite)).transpose()?;
-    // before the model is read
+    // checked first, because reading the model takes time
     out.as_ref().map_or(Ok(()), Output::check_file)?;
     let open = args.model.open(shared)?;
     let out = out.map(|early| open.output(early));
@@ -126,7 +128,8 @@ fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
     }
 }
 
-/// The routing weights, `[1, t, e]`: one for all layers, one for each, or none without experts.
+/// The routing weights that were used, `[1, t, e]`: one tensor for all layers, or one for each
+/// site. There are none if the experts are off.
 fn layer_weights(output: &ForwardOutput, model: &RoutedModel, t: i64) -> Vec<Tensor> {
     let weights = output.weights.iter().filter_map(|weights| match weights {
         RoutingWeights::Off => None,
@@ -145,16 +148,16 @@ fn rows(weights_1te: &Tensor) -> Result<Vec<Vec<f64>>> {
     Ok(Vec::try_from(weights_te.to_device(Device::Cpu).to_kind(Kind::Double))?)
 }
 
-/// What is told of a traced text.
+/// What is printed about a traced text.
 struct Traced<'a> {
     routing: RoutingChoice,
     tokens: &'a [i64],
     texts: Vec<String>,
     num_targets: usize,
     updates: &'a [ModuleUpdate],
-    /// Where routers decide.
+    /// The names of the sites.
     sites: Vec<String>,
-    /// `[t][e]`: once for all layers, or for each site.
+    /// The routing weights, `[t][e]`: once for all layers, or once for each site.
     layers: Vec<Vec<Vec<f64>>>,
 }
 

@@ -1,4 +1,4 @@
-//! `dylora train`: a run from its config, or from where it stopped.
+//! `dylora train`: starts a run from its config, or resumes one.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -26,31 +26,33 @@ use crate::train::{Ending, Event, Summary, Trainer};
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// The run's TOML file.
+    /// The TOML file of the run's config.
     #[arg(long, value_name = "FILE", required_unless_present = "resume")]
     config: Option<PathBuf>,
-    /// Override a key, as `lora.rank=16`; repeatable.
+    /// Override a key of the config, for example `lora.rank=16`. The option can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// `auto`, `cpu` or `cuda[:N]`; goes before `run.device`.
+    /// The device to train on: `auto`, `cpu` or `cuda[:N]`. It overrides `run.device`.
     #[arg(long)]
     device: Option<DeviceChoice>,
-    /// Go on from the last checkpoint of the config's run, or of the run in DIR.
+    /// Resume from the last checkpoint of the config's run, or of the run in DIR. DIR can also be a
+    /// checkpoint's folder.
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     resume: Option<Option<PathBuf>>,
-    /// Print the resolved config, parameters, memory and data, and stop.
+    /// Print the resolved config, the number of parameters, the estimated memory and the data, but
+    /// do not train.
     #[arg(long)]
     dry_run: bool,
-    /// Print JSON.
+    /// Print the result as JSON.
     #[arg(long)]
     json: bool,
 }
 
 /// What a run starts from.
 enum Start {
-    /// Its config's experts and router.
+    /// A new run starts from these experts and this router.
     New(Mixture),
-    /// The checkpoint in this folder.
+    /// A resumed run starts from the checkpoint in this folder.
     Resume(PathBuf),
 }
 
@@ -74,7 +76,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         return dry_run(&config, &specs, &base, &data, args.json);
     }
     if config.method == Method::Full {
-        // before the run, whose end it would be otherwise
+        // checked before the run, because the model is written at its end
         model_output(&config).check_folder(export::is_unmarked_output)?;
     }
     tell(&config, &specs, &base, &data, device);
@@ -95,10 +97,11 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     conclude(&config, summary.ending, &interrupt)
 }
 
-/// What a run that did not reach its end has for an exit code, and how to go on.
+/// The result of the command for a run that has ended.
 ///
 /// # Errors
-/// An interruption, which says the command that resumes, and a collapse, with what may be done about it.
+/// An interrupted run, with the command that resumes it, and a run whose routing has collapsed,
+/// with hints.
 pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Result<()> {
     let dir = config.run.dir.display();
     match ending {
@@ -106,14 +109,14 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
         Ending::Collapsed => bail!(
             "the routing has collapsed, and `router.on_collapse` is `stop`\nhint: try \
              `router.load_balancing_coef`, `router.balance_bias_rate`, a smaller \
-             `optimizer.router.learning_rate`, or other bounds; `metrics.jsonl` in `{dir}` tells how it \
-             came"
+             `optimizer.router.learning_rate`, or other bounds; `metrics.jsonl` in `{dir}` tells \
+             how it came"
         ),
         Ending::Completed | Ending::StoppedEarly => Ok(()),
     }
 }
 
-/// Trains with a bar.
+/// Runs the trainer with a progress bar.
 pub fn run_trainer(
     trainer: &mut Trainer,
     interrupt: &AtomicBool,
@@ -125,7 +128,7 @@ pub fn run_trainer(
     summary
 }
 
-/// The resolved config and, to resume, the checkpoint.
+/// The resolved config and, for a run that is resumed, the folder of its checkpoint.
 fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     let last = |dir: &Path| checkpoint::find(dir, Preferred::Last);
     let named = args.resume.as_ref().and_then(Option::as_ref).map(|dir| last(dir)).transpose()?;
@@ -149,7 +152,7 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     Ok((config, Some(dir)))
 }
 
-/// Checks the config's experts against the base, but for those that come from adapters.
+/// Checks the config's experts against the base, except those that are read from adapters.
 fn check_experts(config: &Config, base: &Base) -> Result<()> {
     let lora = &config.lora;
     let has_source = |expert: usize| lora.experts.get(expert).is_some_and(|e| e.source.is_some());
@@ -160,7 +163,7 @@ fn check_experts(config: &Config, base: &Base) -> Result<()> {
     Ok(())
 }
 
-/// Loads the data of a config, with a bar.
+/// Loads the data of a config with a progress bar.
 pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
     let eos = base.spec.eos_token_id;
     let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
@@ -169,7 +172,7 @@ pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datase
     load_datasets(&config.data.domains, &options, base.tokenizer()?, &progress)
 }
 
-/// What is about to happen, in the log.
+/// Logs what is about to be trained, and on which data.
 fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
     let counts = ParameterCounts::new(config, specs, &base.spec);
     tracing::info!(
@@ -183,8 +186,8 @@ fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, dev
     let router = &config.router;
     if router.top_k == Some(1) && router.renormalize && specs.len() > 1 {
         tracing::warn!(
-            "`router.top_k = 1` with `router.renormalize = true` always gives weight 1: the router learns from \
-             its own losses only\nhint: `router.renormalize = false` is Switch's rule"
+            "`router.top_k = 1` with `router.renormalize = true` always gives weight 1: the router \
+             learns from its own losses only\nhint: `router.renormalize = false` is Switch's rule"
         );
     }
     for (split, dataset) in [("training", &data.train), ("validation", &data.validation)] {
@@ -229,7 +232,7 @@ fn observe(bar: &TrainBar, event: &Event<'_>) {
     }
 }
 
-/// The best checkpoint of a full training as a Hugging Face folder.
+/// Writes the best checkpoint of a full training as a Hugging Face folder, and returns the folder.
 fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     let dir = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&dir, config, base, Device::Cpu)?;
@@ -238,12 +241,12 @@ fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     Ok(model_output(config).path)
 }
 
-/// Where a full training puts its model.
+/// The folder that a full training writes its model to.
 fn model_output(config: &Config) -> Output {
     Output { overwrite: true, ..Output::new(&config.run.dir.join("model")) }
 }
 
-/// What a run came to, for people or programs.
+/// The summary of a run, as text or as JSON.
 pub fn summary_text(
     config: &Config,
     summary: &Summary,

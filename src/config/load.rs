@@ -1,4 +1,5 @@
-//! Reads a [`Config`]: the TOML file, `--set key=value` on top, then the checks that types cannot do.
+//! Reads a [`Config`]: parses the TOML file, applies `--set key=value` and checks what types
+//! cannot.
 
 use std::path::{Path, PathBuf};
 
@@ -9,12 +10,13 @@ use super::{AdapterSource, BaseSource, Config, Validation};
 
 /// Reads `path`, applies `overrides` (each `dotted.key=value`) in order and validates the result.
 ///
-/// Relative paths in the file are relative to the process's working folder; they are made absolute,
-/// so that a run's resolved config works from anywhere.
+/// Relative paths, in the file and in overrides, are relative to the process's working folder. They
+/// are made absolute, so that a run's resolved config works from anywhere.
 ///
 /// # Errors
-/// Unknown or mistyped keys with line and caret; a bad override by its text; all faults of
-/// [`validate`] at once.
+/// If a key is unknown or has the wrong type (the error shows the line with a caret), if an
+/// override is faulty (the error shows its text), or if [`validate`] finds faults (the error lists
+/// all of them).
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
     let text = fs_err::read_to_string(path).map_err(|error| {
         anyhow!("cannot read the config: {error}\nhint: `configs/` has one for each kind of run")
@@ -22,10 +24,10 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
     resolve(&text, overrides).with_context(|| format!("in `{}`", path.display()))
 }
 
-/// As [`load`], from the file's text.
+/// Does the same as [`load`] with the text of a config file.
 ///
 /// # Errors
-/// The same.
+/// As for [`load`].
 pub fn resolve(text: &str, overrides: &[String]) -> Result<Config> {
     let mut config = parse(text, overrides)?;
     validate(&config)?;
@@ -39,7 +41,8 @@ pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
     if overrides.is_empty() {
         return Ok(parsed?);
     }
-    // a fault of the file is shown with its line, unless it is a missing key that --set may supply
+    // a fault in the file is reported with its line, except for a missing key, which `--set` may
+    // supply
     if let Err(error) = &parsed
         && !error.message().starts_with("missing field")
     {
@@ -57,7 +60,7 @@ pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
     Ok(parsed?)
 }
 
-/// Puts one `dotted.key=value` into `table`. The value is TOML; what is no TOML is a string.
+/// Sets one `dotted.key=value` in `table`. A value that is not valid TOML is a string.
 fn set(table: &mut toml::Table, item: &str) -> Result<()> {
     let Some((key, value)) = item.split_once('=') else {
         bail!("`--set {item}` has no `=`; write `--set lora.rank=16`");
@@ -82,12 +85,12 @@ fn set(table: &mut toml::Table, item: &str) -> Result<()> {
     Ok(())
 }
 
-/// The config as TOML with every default filled in.
+/// The config as TOML, with every default filled in.
 pub fn to_toml(config: &Config) -> String {
     toml::to_string(config).expect("every config value has a TOML form")
 }
 
-/// Makes every path absolute, against the working folder.
+/// Makes every path absolute, relative to the working folder.
 fn make_absolute(config: &mut Config) -> Result<()> {
     let absolute = |path: &Path| -> Result<PathBuf> {
         std::path::absolute(path)

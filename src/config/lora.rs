@@ -1,4 +1,4 @@
-//! `[lora]`: the experts, all alike or each with settings of its own.
+//! `[lora]`: the settings of all experts, and of single ones.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,8 +12,9 @@ use super::AdapterSource;
 
 /// `[lora]`: the low-rank update that each expert adds to a target module.
 ///
-/// The entries of `[[lora.experts]]` change single experts: the first entry is about expert 0, the
-/// second about expert 1, and so on. An expert without an entry is as the rest of `[lora]` says.
+/// The entries of `[[lora.experts]]` change the settings of single experts: the first entry is for
+/// expert 0, the second for expert 1, and so on. An expert without an entry has the settings of
+/// `[lora]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoraConfig {
@@ -22,37 +23,36 @@ pub struct LoraConfig {
     /// Rank `r` of each expert, which then has `r * (in + out)` parameters in each target module.
     pub rank: i64,
     /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1). The weights of a
-    /// router sum to 1, so that a mixture needs about `E` times the alpha of a single LoRA, or `E /
-    /// k` times with `router.top_k = k`.
+    /// router sum to 1, so a mixture needs about `E` times the alpha of a single LoRA, or `E / k`
+    /// times with `router.top_k = k`.
     pub alpha: f64,
     /// The linear layers that get experts.
     pub target_modules: Vec<TargetModule>,
-    /// Whether to scale by `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
+    /// Whether the scaling is `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
     pub use_rslora: bool,
-    /// Whether to train a magnitude for each output beside the update (DoRA, arXiv:2402.09353, eq.
-    /// 5).
+    /// Whether each expert also trains a magnitude for each output (DoRA, arXiv:2402.09353, eq. 5).
     pub use_dora: bool,
     /// How A and B are initialised.
     pub init: LoraInit,
-    /// Probability with which an element of an expert's input is dropped in training.
+    /// Probability of dropping an element of an expert's input in training.
     pub dropout: f64,
-    /// Whether the experts of a layer share one dropout mask.
+    /// Whether the experts of a target module share one dropout mask.
     pub dropout_masks: DropoutMasks,
     /// Ranks of single modules, for example `{ "mlp.c_fc" = 4, "h.0.attn.c_attn" = 16 }`. A pattern
-    /// for the module of one layer overrides a pattern for that module of all layers.
+    /// for a module in one layer overrides a pattern for that module in all layers.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rank_pattern: BTreeMap<ModulePattern, i64>,
-    /// Alphas of single modules, in the same form.
+    /// Alphas of single modules, in the same form as `rank_pattern`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub alpha_pattern: BTreeMap<ModulePattern, f64>,
     /// How many experts each layer has. Layer `i` has the first `experts_per_layer[i]` experts and
     /// routes over these alone (MoLA, arXiv:2402.08562). Without it, every layer has all experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub experts_per_layer: Option<Vec<i64>>,
-    /// A loss that keeps the experts apart. Without it, there is none.
+    /// A loss that pushes the experts apart. Without it, there is no such loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub orthogonality: Option<Orthogonality>,
-    /// `[[lora.experts]]`: what differs from expert to expert, and adapters to start from.
+    /// `[[lora.experts]]`: settings of single experts, and adapters that experts start from.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<ExpertConfig>,
 }
@@ -79,8 +79,8 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// `[lora]` as it is for one expert: its own settings, or those of all. `num_experts` and
-    /// `experts` are as they were.
+    /// The settings of one expert: its own where it has any, and otherwise those of `[lora]`. The
+    /// fields `num_experts` and `experts` do not change.
     pub fn of_expert(&self, expert: usize) -> Self {
         let mut lora = self.clone();
         let Some(own) = self.experts.get(expert) else { return lora };
@@ -101,12 +101,13 @@ impl LoraConfig {
     }
 }
 
-/// `[[lora.experts]]`: what differs for one expert. A key that is left out is as in `[lora]`.
+/// `[[lora.experts]]`: the settings of one expert. If a key of `[lora]` is left out here, its value
+/// there applies.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExpertConfig {
-    /// A PEFT adapter that the expert starts from. The expert then has the adapter's rank, alpha,
-    /// target modules and options, and none of those may be set here.
+    /// A PEFT adapter that the expert starts from. The expert's rank, alpha, target modules and
+    /// options are then those of the adapter, and none of them may be set here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<AdapterSource>,
     /// Overrides `lora.rank`.
@@ -129,8 +130,9 @@ pub struct ExpertConfig {
     pub init: Option<LoraInit>,
     /// Whether the expert is trained. Its column of the router is trained in any case.
     pub trainable: bool,
-    /// Token ids of an invocation. The expert is active from their last occurrence in a document on
-    /// (aLoRA, arXiv:2504.12397). Without them, it is always active.
+    /// Token ids that invoke the expert. In each document, the expert is active from the start of
+    /// their last occurrence (aLoRA, arXiv:2504.12397), and not at all if they do not occur.
+    /// Without token ids, it is always active.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub alora_invocation_tokens: Vec<i64>,
     /// Overrides `lora.rank_pattern`.
@@ -159,26 +161,28 @@ impl Default for ExpertConfig {
     }
 }
 
-/// A loss that is 0 where the experts are orthogonal, as in `orthogonality = { a = 0.1 }`, where
-/// the number is its factor. The loss is the mean of a squared cosine over the target modules and,
-/// within each, over the pairs of experts:
+/// A loss that is 0 if the experts are orthogonal. In `orthogonality = { a = 0.1 }`, the number is
+/// the factor of the loss. The loss is a squared cosine between two experts, averaged over the
+/// pairs of experts of a target module and then over the target modules:
 ///
 /// ```text
-/// a    |A_e A_f^T|^2 / (|A_e|^2 |A_f|^2)              of the input spaces (O-LoRA, arXiv:2310.14152, eq. 6,
-///                                                       squared and scaled)
-/// ba   <D_e, D_f>^2 / (|D_e|^2 |D_f|^2), D = B A        of the updates
+/// a    |A_e A_f^T|^2 / (|A_e|^2 |A_f|^2)
+/// ba   <D_e, D_f>^2 / (|D_e|^2 |D_f|^2),   D = B A
 /// ```
+///
+/// `a` compares the input spaces of the experts (O-LoRA, arXiv:2310.14152, eq. 6, squared and
+/// scaled), and `ba` compares their updates.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Orthogonality {
-    /// Between the down-projections A.
+    /// The cosine is between the down-projections A.
     A(f64),
-    /// Between the updates B A.
+    /// The cosine is between the updates B A.
     Ba(f64),
 }
 
 impl Orthogonality {
-    /// The factor.
+    /// The factor of the loss.
     pub fn coef(self) -> f64 {
         match self {
             Self::A(coef) | Self::Ba(coef) => coef,
@@ -186,7 +190,8 @@ impl Orthogonality {
     }
 }
 
-/// How A and B are initialised. In every case the first forward pass equals the base's.
+/// How A and B are initialised. In every case, the first forward pass gives the same result as the
+/// base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LoraInit {
@@ -203,15 +208,16 @@ pub enum LoraInit {
     Olora,
 }
 
-/// A linear layer of a GPT-2 block, by its Hugging Face name.
+/// A linear layer of a GPT-2 transformer block, by its Hugging Face name.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 pub enum TargetModule {
-    /// Queries, keys and values in one matrix, `[d, 3d]`.
+    /// The layer that computes queries, keys and values together, `[d, 3d]` with the width `d` of
+    /// the hidden states.
     #[serde(rename = "attn.c_attn")]
     AttnCAttn,
-    /// The output of attention, `[d, d]`.
+    /// The output projection of attention, `[d, d]`.
     #[serde(rename = "attn.c_proj")]
     AttnCProj,
     /// The first layer of the feed-forward network, `[d, n_inner]`.
@@ -223,10 +229,10 @@ pub enum TargetModule {
 }
 
 impl TargetModule {
-    /// All of them, in the order in which a block applies them.
+    /// All target modules, in the order in which a transformer block applies them.
     pub const ALL: [Self; 4] = [Self::AttnCAttn, Self::AttnCProj, Self::MlpCFc, Self::MlpCProj];
 
-    /// The name within a block, as in `attn.c_attn`.
+    /// The name within a transformer block, such as `attn.c_attn`.
     pub fn name(self) -> &'static str {
         match self {
             Self::AttnCAttn => "attn.c_attn",
@@ -241,15 +247,15 @@ impl TargetModule {
     }
 }
 
-/// A target module of one layer, written `h.0.attn.c_attn`.
+/// A target module of one layer, written as `h.0.attn.c_attn`.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(try_from = "String", into = "String")]
 pub struct ModulePath {
-    /// The block, from 0.
+    /// The index of the layer, from 0.
     pub layer: usize,
-    /// The linear layer.
+    /// The target module in that layer.
     pub module: TargetModule,
 }
 
@@ -285,25 +291,27 @@ impl From<ModulePath> for String {
     }
 }
 
-/// A target module of every layer, `attn.c_attn`, or of one, `h.0.attn.c_attn`.
+/// A target module of every layer, written as `attn.c_attn`, or of one layer, written as
+/// `h.0.attn.c_attn`.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(try_from = "String", into = "String")]
 pub enum ModulePattern {
-    /// In every layer.
+    /// The module in every layer.
     Every(TargetModule),
-    /// In one layer.
+    /// The module in one layer.
     One(ModulePath),
 }
 
 impl ModulePattern {
-    /// The value of `patterns` for a module: that of the one layer, else that of every layer.
+    /// The value that `patterns` has for a module. A pattern for its layer overrides one for every
+    /// layer.
     pub fn find<T: Copy>(patterns: &BTreeMap<Self, T>, path: ModulePath) -> Option<T> {
         patterns.get(&Self::One(path)).or_else(|| patterns.get(&Self::Every(path.module))).copied()
     }
 
-    /// The module.
+    /// The target module.
     pub fn module(self) -> TargetModule {
         match self {
             Self::Every(module) => module,
@@ -338,14 +346,14 @@ impl From<ModulePattern> for String {
     }
 }
 
-/// Whether the experts of a layer share one dropout mask.
+/// Whether the experts of a target module share one dropout mask.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DropoutMasks {
-    /// One mask for all experts, which lets one pair of matrix products apply them all.
+    /// All experts share one mask, so that one pair of matrix products applies them all.
     #[default]
     Shared,
-    /// One mask for each expert, as in PEFT. The experts are then computed one after another, which
-    /// is slower.
+    /// Each expert has its own mask, as in PEFT. The experts are then computed one after another,
+    /// which is slower.
     PerExpert,
 }

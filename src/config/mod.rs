@@ -1,8 +1,8 @@
-//! The configuration of a run: one TOML file, typed, with every default written here.
+//! The configuration of a run: one typed TOML file. Every default is defined here.
 //!
-//! Each section of the file is one struct, each choice one enum, and every struct denies unknown
-//! keys, so that a typo is answered with its line and the right keys. [`load`] reads the file, puts
-//! `--set key=value` on top and checks what types cannot.
+//! Each section of the file is a struct and each choice is an enum. Every struct denies unknown
+//! keys, so the error for a typo shows its line and the valid keys. [`load`] reads the file,
+//! applies `--set key=value` and checks what types cannot.
 
 mod growth;
 pub mod load;
@@ -34,7 +34,7 @@ pub use train::{
     ScheduleKind, TrainConfig,
 };
 
-/// A whole run. `method` comes first in the file; the rest are sections.
+/// The config of a run. `method` comes first in the file; every other field is a section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -51,13 +51,13 @@ pub struct Config {
     /// `[lora]`: the experts.
     #[serde(default)]
     pub lora: LoraConfig,
-    /// `[router]`: what mixes the experts.
+    /// `[router]`: how the experts are scored and mixed.
     #[serde(default)]
     pub router: RouterConfig,
-    /// `[train]`: how long and in what portions.
+    /// `[train]`: how long to train, how a step is computed, and when to evaluate and to save.
     #[serde(default)]
     pub train: TrainConfig,
-    /// `[optimizer]`: AdamW, by parameter group.
+    /// `[optimizer]`: AdamW and its settings for each parameter group.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// `[schedule]`: the learning rate over the steps.
@@ -72,10 +72,11 @@ pub struct Config {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Method {
-    /// LoRA experts and their router on a frozen base; with `lora.num_experts = 1`, plain LoRA.
+    /// LoRA experts and their router, on a frozen base. With `lora.num_experts = 1`, this is plain
+    /// LoRA.
     #[default]
     RoutedLora,
-    /// The base itself, all of its parameters; the result is a Hugging Face folder.
+    /// All parameters of the base itself. The result is a Hugging Face folder.
     Full,
 }
 
@@ -87,7 +88,7 @@ pub struct RunConfig {
     pub dir: PathBuf,
     /// Seeds the initial weights, the dropout masks, the data's order and its validation split.
     pub seed: u64,
-    /// Where to compute. The option `--device` overrides it.
+    /// The device to compute on. The option `--device` overrides it.
     pub device: DeviceChoice,
     /// Whether to write TensorBoard event files beside `metrics.jsonl`.
     pub tensorboard: bool,
@@ -104,11 +105,11 @@ impl Default for RunConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceChoice {
-    /// The first CUDA device, else the CPU.
+    /// The first CUDA device if there is one, and the CPU otherwise.
     Auto,
     /// The CPU.
     Cpu,
-    /// The CUDA device of this index.
+    /// The CUDA device with this index.
     Cuda(usize),
 }
 
@@ -158,7 +159,7 @@ impl From<DeviceChoice> for String {
 pub struct BaseConfig {
     /// Where the base comes from.
     pub source: BaseSource,
-    /// A `tokenizer.json` to use in place of the one beside the weights.
+    /// A `tokenizer.json` to use instead of the one beside the weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
     /// The number type that the base and the experts compute in. Trained parameters, DoRA's norms,
@@ -214,17 +215,17 @@ pub struct AdapterHub {
     /// A branch, a tag or a commit.
     #[serde(default = "default_revision")]
     pub revision: String,
-    /// The folder in the repository; left out or empty for its root.
+    /// The folder in the repository. If it is empty or left out, this is the repository's root.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub subfolder: String,
 }
 
 /// The shape of a base that starts from random weights (GPT-2's initialisation). Its vocabulary is
-/// the tokenizer's, its head is tied and its activation is `gelu_new`.
+/// the tokenizer's, its head is tied to the token embedding, and its activation is `gelu_new`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RandomBase {
-    /// Number of blocks.
+    /// Number of layers, that is, of transformer blocks.
     pub n_layer: i64,
     /// Number of attention heads, which must divide `n_embd`.
     pub n_head: i64,
@@ -266,26 +267,27 @@ pub struct DataConfig {
     /// What happens when all blocks of a domain have been used before the epoch ends.
     #[serde(default)]
     pub on_exhausted: OnExhausted,
-    /// `[[data.domains]]`: the kinds of text, at least one.
+    /// `[[data.domains]]`: the kinds of text. There must be at least one.
     pub domains: Vec<DomainConfig>,
 }
 
-/// What share of the training blocks each domain gets. At any point of an epoch, each domain has
-/// had its share to within about a block.
+/// What share of the training blocks each domain gets. At any point of an epoch, the number of
+/// blocks that a domain has had differs from its share by at most the number of domains minus 1.
+/// With `on_exhausted = "end"`, this holds until the first domain is used up.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mixing {
-    /// In proportion to weight times number of blocks, so that an epoch passes `weight` times over
-    /// a domain.
+    /// Shares are proportional to a domain's weight times its number of blocks. Unless
+    /// `on_exhausted` is `end`, an epoch then passes `weight` times over each domain.
     #[default]
     Proportional,
-    /// In proportion to (weight times number of blocks) to the power of 1 / temperature. The
-    /// temperature is above 0; 1 is the same as `proportional`, and a larger one brings the shares
-    /// closer together.
+    /// Shares are proportional to the power `1 / temperature` of a domain's weight times its number
+    /// of blocks. The temperature must be above 0. With 1, the shares are those of `proportional`;
+    /// a larger temperature brings them closer together.
     Temperature(f64),
-    /// In proportion to the weights, whatever the sizes of the domains.
+    /// Shares are proportional to the weights, whatever the sizes of the domains.
     Weights,
-    /// Equal shares, strictly in turn. All weights must be 1.
+    /// All domains have equal shares and strictly take turns. All weights must be 1.
     Interleaved,
 }
 
@@ -293,12 +295,12 @@ pub enum Mixing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnExhausted {
-    /// The domain starts over, so that its blocks are used equally often or differ by one. Unless
-    /// the mixing is `proportional`, an epoch has about as many blocks as all domains together.
+    /// The domain starts over. Any two of its blocks are then used equally often, or one of them
+    /// once more than the other. Unless the mixing is `proportional`, an epoch has about as many
+    /// blocks as all domains together.
     #[default]
     Repeat,
-    /// The domain leaves the rest of the epoch to the others, so that an epoch has each block
-    /// exactly once.
+    /// The other domains get the rest of the epoch, so that an epoch has each block exactly once.
     End,
 }
 
@@ -308,11 +310,11 @@ pub enum OnExhausted {
 )]
 #[serde(rename_all = "snake_case")]
 pub enum LossOn {
-    /// The `completion` of a record and the end-of-text token after it, but not the `prompt`; all
-    /// of a `text`.
+    /// In a record with a `prompt` and a `completion`, the completion and the end-of-text token
+    /// after it. In a `text`, the same as with `all`.
     #[default]
     Completion,
-    /// Every token except the first of a document, which nothing precedes.
+    /// Every token of a document except the first, which has no tokens before it.
     All,
 }
 
@@ -323,7 +325,7 @@ pub enum OnBadRecord {
     /// The run ends with an error that names the file, the line and the fault.
     #[default]
     Fail,
-    /// The record is left out, and counted.
+    /// The record is left out and counted.
     Skip,
 }
 
@@ -331,20 +333,21 @@ pub enum OnBadRecord {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DomainConfig {
-    /// The domain's name in tables and metrics, without `/` and `=`.
+    /// The domain's name in tables and metrics. It must not contain `/` or `=`.
     pub name: String,
-    /// Training files or globs: `.jsonl`, or plain text with one document a file. Each may be
-    /// compressed as `.zst` or `.gz`.
+    /// Paths or globs of the training files. A `.jsonl` file has one record per line, and any other
+    /// file is one plain text document. Each may be compressed as `.zst` or `.gz`.
     pub train: Vec<String>,
     /// What is held out for evaluation. Without it, the domain has no validation set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
-    /// With `data.mixing = "proportional"`, how often an epoch passes over the domain: 2 shows each
-    /// block twice, 0.5 every other block. With another mixing, a factor of the domain's share. A
-    /// domain with weight 0 is only evaluated.
+    /// How often an epoch passes over the domain, with `data.mixing = "proportional"` and
+    /// `data.on_exhausted = "repeat"`: 2 shows each block twice, and 0.5 shows every other block.
+    /// In all other cases, a factor of the domain's share. A domain with weight 0 is only
+    /// evaluated.
     #[serde(default = "one")]
     pub weight: f64,
-    /// Use only those records whose `domain` field has this value.
+    /// Use only the records whose `domain` field has this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record_domain: Option<String>,
 }
@@ -357,9 +360,9 @@ fn one() -> f64 {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Validation {
-    /// Separate files or globs.
+    /// Separate files, as paths or globs.
     Files(Vec<String>),
-    /// This share of the documents in the training files. Which ones are held out depends on
-    /// `run.seed` and on their content alone, so that equal documents are never on both sides.
+    /// This share of the documents in the training files. Which documents are held out depends only
+    /// on `run.seed` and on their content, so that equal documents are never on both sides.
     Fraction(f64),
 }

@@ -1,4 +1,4 @@
-//! `[router]`, and what decides the routing weights of a forward pass.
+//! `[router]`, and the choice of what decides the routing weights in a forward pass.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `[router]`: what scores the experts, by which rule they are mixed, and what is reported about
-/// it.
+/// `[router]`: how the experts are scored, how the scores become weights, and how the routing is
+/// checked.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RouterConfig {
@@ -20,31 +20,32 @@ pub struct RouterConfig {
     pub scope: RouterScope,
     /// Whether each token is routed by itself or by the prompt of its document.
     pub level: RoutingLevel,
-    /// Number of hidden layers, each with a ReLU, before the layer that scores the experts; 0 for a
-    /// linear router.
+    /// Number of hidden layers, each with a ReLU, before the layer that scores the experts. With 0,
+    /// the router is linear.
     pub hidden_layers: i64,
     /// Width of the hidden layers.
     pub hidden_width: i64,
     /// Divides the scores before the softmax. A value below 1 sharpens the routing.
     pub temperature: f64,
-    /// How the temperature reaches its value. Without it, the temperature is constant.
+    /// How the temperature changes during training. Without it, the temperature is constant.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature_schedule: Option<TemperatureSchedule>,
-    /// Keep only the k best experts of each token. Without it, a token uses all experts (dense
-    /// routing).
+    /// Number of experts that each token uses, the best ones by score. Without it, each token uses
+    /// all experts (dense routing).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_k: Option<i64>,
     /// Whether the weights of the k best experts are divided by their sum. With `true`, `top_k = 1`
-    /// always gives weight 1, so that the language model's loss teaches the router nothing. `false`
-    /// is Switch's rule (arXiv:2101.03961, eq. 2).
+    /// always gives weight 1, so the router receives no gradient from the language model's loss.
+    /// `false` is Switch's rule (arXiv:2101.03961, eq. 2).
     pub renormalize: bool,
-    /// Route densely until every expert is mature by this criterion, and by `top_k` from then on
+    /// Use dense routing until every expert is mature by this criterion, and `top_k` from then on
     /// (DyLoRA-MoE's rule). Without it, `top_k` holds from the start.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hybrid: Option<Maturity>,
     /// Noise that disturbs the router in training.
     pub noise: RouterNoise,
-    /// Another routing rule for evaluation. `dylora eval` then reports both rules.
+    /// A different routing rule for evaluation. `dylora eval` then reports the results of both
+    /// rules.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval: Option<EvalRule>,
     /// Factor of the load-balancing loss (arXiv:2101.03961, eqs. 4-6).
@@ -56,24 +57,24 @@ pub struct RouterConfig {
     /// Factor of the mean entropy of the routing probabilities. A value above 0 concentrates each
     /// token on fewer experts; a value below 0 spreads it over more.
     pub entropy_coef: f64,
-    /// How far each step moves the bias of an expert that gets more or less than its share. The
-    /// bias counts where the k best experts are chosen, but not in their weights (loss-free
-    /// balancing, arXiv:2408.15664, algorithm 1). 0 turns it off.
+    /// How far each step moves the selection bias of an expert that gets more or less than its
+    /// share. The bias has an effect on which k experts are chosen, but not on their weights
+    /// (loss-free balancing, arXiv:2408.15664, algorithm 1). 0 turns it off.
     pub balance_bias_rate: f64,
-    /// Steps of a window. After each window, the routing is reported and checked.
+    /// Number of steps in a window. After each window, the routing is reported and checked.
     pub window_steps: u64,
     /// What happens when the routing has collapsed: a router gives one expert more than
-    /// `collapse_share` of the weight, or an expert is dead.
+    /// `collapse_share` of the weight, or an expert is dead (see `dead_share`).
     pub on_collapse: OnCollapse,
-    /// The largest share of the weight over a window that a router may give one expert before it
-    /// counts as collapsed.
+    /// The largest share of the routing weight that a router may give one expert over a window
+    /// without counting as collapsed.
     pub collapse_share: f64,
-    /// An expert is dead if its mean routing weight over a window is less than this part of an even
-    /// weight, 1 / E.
+    /// An expert is dead if its mean routing weight over a window is less than this fraction of an
+    /// even weight, 1 / E.
     pub dead_share: f64,
-    /// A folder to start the router from: an export of dylora's, or a folder with
-    /// `xlora_config.json` and `xlora_classifier.safetensors`. The router's shape and rule must be
-    /// the ones set here.
+    /// A folder with a router to start from: an export of dylora's, or a folder with
+    /// `xlora_config.json` and `xlora_classifier.safetensors`. That router must have the shape and
+    /// the routing rule that are set here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<PathBuf>,
 }
@@ -108,7 +109,7 @@ impl Default for RouterConfig {
 }
 
 impl RouterConfig {
-    /// The factors of the losses by key, and whether a factor below 0 has a meaning.
+    /// The key and the factor of each loss, and whether the factor may be negative.
     pub fn loss_coefs(&self) -> [(&'static str, f64, bool); 4] {
         [
             ("load_balancing_coef", self.load_balancing_coef, false),
@@ -123,13 +124,13 @@ impl RouterConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterInput {
-    /// The sum of token and position embeddings.
+    /// The sum of the token and position embeddings.
     #[default]
     Embeddings,
-    /// The last hidden state (after `ln_f`) of a separate pass of the base alone, without gradient
-    /// (X-LoRA, arXiv:2402.07148, section 2).
+    /// The last hidden state (after `ln_f`) of a separate forward pass of the base alone, without
+    /// gradient (X-LoRA, arXiv:2402.07148, section 2).
     BaseHidden,
-    /// A block's own input, after the block's first LayerNorm.
+    /// The input of the layer itself, after the layer's first LayerNorm.
     LayerInput,
 }
 
@@ -150,13 +151,13 @@ impl RouterInput {
 )]
 #[serde(rename_all = "snake_case")]
 pub enum RouterScope {
-    /// One router. With `embeddings` or `base_hidden` it decides once for all layers; with
-    /// `layer_input` it decides anew in each layer.
+    /// One router. With `embeddings` or `base_hidden`, it decides once for all layers; with
+    /// `layer_input`, it decides anew in each layer.
     #[default]
     Shared,
-    /// One for each layer.
+    /// One router for each layer.
     Layer,
-    /// One for each target module of each layer.
+    /// One router for each target module of each layer.
     Module,
 }
 
@@ -168,13 +169,13 @@ pub enum RoutingLevel {
     #[default]
     Token,
     /// Each token is routed by the mean features of its document's prompt up to that token, so that
-    /// all of a completion is routed by the whole prompt. A document without a prompt counts as all
-    /// prompt, and so does a window of a long document that begins after the prompt.
+    /// the whole prompt routes all of a completion. A document without a prompt counts as all
+    /// prompt, and so does a piece of a long document that begins after the prompt.
     Sequence,
 }
 
-/// `temperature_schedule = { start = 4.0, steps = 500 }`: the temperature changes geometrically
-/// from `start` to `router.temperature`, which it reaches in the step after `steps`.
+/// The temperature changes geometrically from `start` to `router.temperature`, which it reaches in
+/// the step after `steps`, as in `temperature_schedule = { start = 4.0, steps = 500 }`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TemperatureSchedule {
@@ -188,21 +189,22 @@ pub struct TemperatureSchedule {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Maturity {
-    /// Once this many label tokens were routed to the expert, each counted by its routing weight.
+    /// The expert is mature once this many label tokens have been routed to it, each counted with
+    /// its routing weight.
     Tokens(u64),
-    /// Once the expert's loss no longer falls.
+    /// The expert is mature once its loss no longer falls.
     Plateau(Plateau),
 }
 
-/// `hybrid = { plateau = { window_steps = 100, min_delta = 0.01 } }`: an expert is mature when its
-/// loss over a window of steps is not at least `min_delta` below its loss over the window before.
-/// The loss of an expert is the mean over label tokens, weighted by its routing weights.
+/// An expert is mature once its loss falls by less than `min_delta` from one window of steps to the
+/// next, as in `hybrid = { plateau = { window_steps = 100, min_delta = 0.01 } }`. The loss of an
+/// expert is the mean loss over label tokens, weighted by their routing weights for the expert.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plateau {
-    /// Steps of a window.
+    /// Number of steps in a window.
     pub window_steps: u64,
-    /// Smallest fall that counts, in nats.
+    /// The smallest fall of the loss that counts, in nats.
     pub min_delta: f64,
 }
 
@@ -213,11 +215,11 @@ pub enum RouterNoise {
     /// No noise.
     #[default]
     None,
-    /// Adds `N(0, std^2)` with this std to each score (arXiv:1701.06538, eq. 4, with a constant
-    /// std).
+    /// Adds noise from `N(0, std^2)` to each score. The value is `std` (arXiv:1701.06538, eq. 4,
+    /// with a constant std).
     Gaussian(f64),
-    /// Multiplies the router's input by numbers from `[1 - eps, 1 + eps]` with this eps (Switch,
-    /// arXiv:2101.03961, table 11).
+    /// Multiplies the router's input by random numbers, uniform in `[1 - eps, 1 + eps]`. The value
+    /// is `eps` (Switch, arXiv:2101.03961, table 11).
     Jitter(f64),
 }
 
@@ -225,14 +227,14 @@ pub enum RouterNoise {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EvalRule {
-    /// All experts.
+    /// Each token uses all experts.
     Dense,
-    /// The k best experts.
+    /// Each token uses its k best experts.
     TopK(i64),
 }
 
 impl EvalRule {
-    /// How many experts a token keeps; none = all.
+    /// The number of experts that a token uses; `None` means all.
     pub fn top_k(self) -> Option<i64> {
         match self {
             Self::Dense => None,
@@ -245,33 +247,34 @@ impl EvalRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnCollapse {
-    /// The log has a warning.
+    /// A warning is logged.
     #[default]
     Warn,
     /// The run saves a checkpoint and stops.
     Stop,
 }
 
-/// `router`: the learned router (a single expert, which has no router, gets weight 1). `uniform`: 1
-/// / E for each expert. `all`: 1 for each expert, as PEFT does with several active adapters.
-/// `expert:N`: 1 for expert N and 0 for the others. `record`: 1 for the expert that a record's
-/// `expert` field names, as with PEFT's `adapter_names`. `none`: 0 for each expert, which is the
-/// base alone.
+/// `router`: the learned router; a single expert has no router and gets weight 1. `uniform`: weight
+/// 1 / E for each expert. `all`: weight 1 for each expert, as PEFT does with several active
+/// adapters. `expert:N`: weight 1 for expert N and 0 for the others. `record`: weight 1 for the
+/// expert that a record's `expert` field names, as with PEFT's `adapter_names`. `none`: weight 0
+/// for each expert, which is the base alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum RoutingChoice {
-    /// The learned router; with one expert, which has none, weight 1.
+    /// The learned router. A single expert has no router and gets weight 1.
     #[default]
     Router,
-    /// 1 / E for each expert.
+    /// Weight 1 / E for each expert.
     Uniform,
-    /// 1 for each expert: PEFT with several active adapters.
+    /// Weight 1 for each expert, as PEFT does with several active adapters.
     All,
-    /// 1 for this expert, 0 for the others.
+    /// Weight 1 for this expert and 0 for the others.
     Expert(i64),
-    /// 1 for the expert that a record's `expert` field names: PEFT's `adapter_names`.
+    /// Weight 1 for the expert that a record's `expert` field names, as with PEFT's
+    /// `adapter_names`.
     Record,
-    /// 0 for each expert: the base alone.
+    /// Weight 0 for each expert, which is the base alone.
     None,
 }
 

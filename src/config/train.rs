@@ -1,4 +1,5 @@
-//! `[train]`, `[optimizer]` and `[schedule]`: how long, in what portions and at what rates to train.
+//! `[train]`, `[optimizer]` and `[schedule]`: how long to train, how to compute a step, and which
+//! learning rates to use.
 
 use clap::ValueEnum;
 use schemars::JsonSchema;
@@ -6,15 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use super::RoutingChoice;
 
-/// `[train]`: how long and in what portions.
+/// `[train]`: how long to train, how a step is computed, and when to evaluate and to save.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
     /// How long to train.
     pub duration: Duration,
-    /// What decides the routing weights, in training and in the run's evaluations. Only what takes
-    /// part is trained: with `router` the router and the experts, with `expert:N` that expert
-    /// alone, and otherwise the experts.
+    /// What decides the routing weights, in training and in the run's evaluations. Only the experts
+    /// and routers that this choice uses are trained: with `router` the router and the experts,
+    /// with `expert:N` only that expert, and otherwise the experts.
     pub routing: RoutingChoice,
     /// Sequences in one forward pass.
     pub micro_batch_size: usize,
@@ -22,25 +23,26 @@ pub struct TrainConfig {
     pub grad_accum_steps: usize,
     /// Share of the target's probability that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
-    /// Whether to keep only the input of each block and to compute the rest again in the backward
-    /// pass, which saves memory and costs time.
+    /// Whether to keep only the input of each transformer block and to compute the rest again in
+    /// the backward pass. This saves memory and costs time.
     pub gradient_checkpointing: bool,
     /// How a step is computed.
     pub kernels: Kernels,
     /// Number of positions whose logits are in memory at the same time.
     pub loss_chunk_tokens: i64,
-    /// Evaluate after every so many steps, and at the end. Without it, only at the end.
+    /// Number of steps between evaluations. The run also evaluates at the end, and without this key
+    /// only then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every_steps: Option<u64>,
-    /// Save a checkpoint after every so many steps, in addition to those after each evaluation and
-    /// at the end.
+    /// Number of steps between checkpoints. A checkpoint is also saved after each evaluation and at
+    /// the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint_every_steps: Option<u64>,
-    /// Number of latest checkpoints to keep, in addition to the best.
+    /// Number of latest checkpoints to keep, in addition to the best one.
     pub keep_last: usize,
     /// The number type of the Hugging Face folder that `method = "full"` writes at the end.
     pub save_dtype: SaveDtype,
-    /// When to stop before `train.duration` is over. Without it, never.
+    /// When to stop before `train.duration` is over. Without it, the run does not stop early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<EarlyStopping>,
 }
@@ -69,12 +71,12 @@ impl Default for TrainConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Kernels {
-    /// The fastest way that the device, the number type and the kinds of experts allow: fused
-    /// operations with backward passes of their own and, on CUDA, dylora's own kernels and CUDA
+    /// The fastest way that the device, the number type and the kinds of experts allow. It uses
+    /// fused operations with their own backward passes and, on CUDA, dylora's own kernels and CUDA
     /// graphs.
     #[default]
     Auto,
-    /// libtorch's operations one by one, differentiated by autograd.
+    /// libtorch's operations, computed one by one and differentiated by autograd.
     Reference,
 }
 
@@ -102,33 +104,34 @@ pub enum Duration {
     Tokens(u64),
 }
 
-/// Stops when the mean of the domains' validation losses no longer falls.
+/// Stops the run when the mean of the domains' validation losses no longer falls.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EarlyStopping {
     /// Number of evaluations in a row without an improvement after which the run stops.
     pub patience: u64,
-    /// Smallest fall that counts as an improvement, in nats.
+    /// By how much the loss must fall below its best value to count as an improvement, in nats.
     #[serde(default)]
     pub min_delta: f64,
 }
 
-/// `[optimizer]`: AdamW (arXiv:1711.05101), by parameter group.
+/// `[optimizer]`: AdamW (arXiv:1711.05101) and its settings for each parameter group.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
-    /// The experts' matrices.
+    /// The parameters of the experts.
     pub adapters: GroupConfig,
-    /// The router.
+    /// The parameters of the router.
     pub router: GroupConfig,
-    /// The base, with `method = "full"`. Biases, LayerNorms and embeddings have no weight decay.
+    /// The parameters of the base, which only `method = "full"` trains. Biases, LayerNorms and
+    /// embeddings have no weight decay.
     pub base: GroupConfig,
     /// Decay rates of the two moments.
     pub betas: [f64; 2],
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
-    /// Largest norm of all gradients together; larger gradients are scaled down to it. Without it,
-    /// gradients are not clipped.
+    /// Largest norm of all gradients together. Gradients with a larger norm are scaled down to it.
+    /// Without it, gradients are not clipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_grad_norm: Option<f64>,
 }
@@ -152,21 +155,21 @@ impl Default for OptimizerConfig {
 pub struct GroupConfig {
     /// The learning rate at the schedule's peak.
     pub learning_rate: f64,
-    /// Decoupled weight decay: each step shrinks a parameter by `learning_rate * weight_decay` of
-    /// itself.
+    /// Decoupled weight decay: each step reduces a parameter by `learning_rate * weight_decay`
+    /// times its value.
     #[serde(default)]
     pub weight_decay: f64,
 }
 
-/// `[schedule]`: the learning rate over the steps, as a factor of each group's own.
+/// `[schedule]`: the learning rate over the steps, as a factor of each group's learning rate.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScheduleConfig {
     /// The shape after the warm-up.
     pub kind: ScheduleKind,
-    /// Steps over which the factor rises evenly; the step after them has the factor 1.
+    /// Number of steps over which the factor rises evenly. The step after them has the factor 1.
     pub warmup_steps: u64,
-    /// The factor at the end of the run, for `linear` and `cosine`.
+    /// The factor that `linear` and `cosine` approach towards the end of the run.
     pub min_ratio: f64,
 }
 
@@ -182,8 +185,8 @@ impl Default for ScheduleConfig {
 pub enum ScheduleKind {
     /// The factor stays at 1.
     Constant,
-    /// The factor falls in a straight line to `min_ratio`.
+    /// The factor falls in a straight line towards `min_ratio`.
     Linear,
-    /// The factor falls as half a cosine wave to `min_ratio`.
+    /// The factor falls as half a cosine wave towards `min_ratio`.
     Cosine,
 }

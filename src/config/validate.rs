@@ -1,4 +1,4 @@
-//! What types cannot check of a [`Config`]: all faults at once, each by its dotted path.
+//! Checks what the types of a [`Config`] cannot.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,10 @@ use super::{
     Validation,
 };
 
-/// Checks what types cannot and reports every fault at once, by dotted path.
+/// Checks what types cannot.
+///
+/// # Errors
+/// The error lists all faults, each with the dotted path of its key.
 pub fn validate(config: &Config) -> Result<()> {
     let mut faults = Faults::default();
     check_data(config, &mut faults);
@@ -183,7 +186,7 @@ fn check_lora(config: &Config, faults: &mut Faults) {
     }
 }
 
-/// What `[lora]` or one of its experts says for itself about an expert's shape.
+/// The settings of an expert's shape that `[lora]` or one entry of `[[lora.experts]]` contains.
 struct Shape<'a> {
     rank: Option<i64>,
     alpha: Option<f64>,
@@ -192,7 +195,10 @@ struct Shape<'a> {
     alpha_pattern: Option<&'a BTreeMap<ModulePattern, f64>>,
 }
 
-/// Checks a shape under `key`, whose patterns may name `targets`.
+/// Checks a shape.
+///
+/// - `key`: the dotted path of the shape, for messages
+/// - `targets`: the modules that the shape's patterns may name
 fn check_shape(key: &str, shape: &Shape<'_>, targets: &[TargetModule], faults: &mut Faults) {
     let key = |field: &str| format!("{key}.{field}");
     if let Some(rank) = shape.rank {
@@ -281,7 +287,7 @@ fn check_router(config: &Config, faults: &mut Faults) {
     check_layers(&config.lora, faults);
 }
 
-/// Checks how scores become weights.
+/// Checks the rule that turns scores into weights.
 fn check_rule(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
     let top_k = router.top_k.map(|k| ("router.top_k", k));
     let eval_k = router.eval.and_then(EvalRule::top_k).map(|k| ("router.eval.top_k", k));
@@ -314,7 +320,7 @@ fn check_rule(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
     }
 }
 
-/// Checks how many experts each layer has.
+/// Checks the number of experts in each layer.
 fn check_layers(lora: &LoraConfig, faults: &mut Faults) {
     if let Some(layers) = &lora.experts_per_layer {
         let key = "lora.experts_per_layer";
@@ -411,7 +417,7 @@ fn check_train(config: &Config, faults: &mut Faults) {
     }
 }
 
-/// Checks that `train.routing` leaves something to train.
+/// Checks that there is something to train with `train.routing`.
 fn check_routing(config: &Config, faults: &mut Faults) {
     let (routing, num_experts) = (config.train.routing, config.lora.num_experts);
     if config.method == Method::Full {

@@ -1,14 +1,20 @@
-//! [`TokenFile`]s on disk, so that a file is tokenized once.
+//! A cache of [`TokenFile`]s on disk, so that each source file is tokenized only once.
 //!
-//! A cache file is named by BLAKE3 of all that determines it: the source file's content, whether its
-//! lines are records or text, the tokenizer, the end token and the format's version. It is written
-//! under another name and renamed, so processes that start together do not disturb each other.
+//! A cache file is named by a BLAKE3 hash of everything that determines its content: the bytes of
+//! the source file, its format and compression, the tokenizer, the end token and [`VERSION`]. It is
+//! written under a temporary name and then renamed, so that processes that start together do not
+//! disturb each other.
 //!
-//! Everything is little-endian: magic (8 bytes), BLAKE3 of all that follows (32), key (32), then
-//! the numbers of malformed records, domains, documents and tokens (`u64` each); per domain its
-//! length (`u32`) and its name; per document `num_tokens`, `prompt_len`, `record_domain` (`u32`
-//! each), `expert` (`i32`) and `content` (16); the tokens (`u32` each). A file that does not match
-//! its checksum is made again.
+//! The file consists of, all little-endian:
+//!
+//! - the magic (8 bytes), the BLAKE3 hash of all that follows it (32) and the key (32);
+//! - the numbers of malformed records, domains, documents and tokens (`u64` each);
+//! - for each domain, the length of its name (`u32`) and the name;
+//! - for each document, `num_tokens`, `prompt_len` and `record_domain` (`u32` each), `expert`
+//!   (`i32`) and `content` (16 bytes);
+//! - the tokens (`u32` each).
+//!
+//! A file that does not match its checksum is made again.
 
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -23,7 +29,8 @@ use super::tokenize::Tokenizer;
 use crate::ffi;
 
 const MAGIC: [u8; 8] = *b"dylotok\x02";
-/// Goes up when the same input gives other bytes, be it by this code or by `tokenizers`.
+/// The version of the tokens. It is raised when this code or `tokenizers` makes other tokens of the
+/// same input.
 const VERSION: u32 = 2;
 const CHECKED_FROM: u64 = 40;
 const DOCUMENT_BYTES: u64 = 32;
@@ -35,7 +42,8 @@ pub(super) struct Cache {
 }
 
 impl Cache {
-    /// The cache in `dir`, or `None` with a warning if the folder cannot be made.
+    /// Opens the cache in `dir`. If the folder cannot be created, logs a warning and returns
+    /// `None`.
     pub fn open(dir: &Path) -> Option<Self> {
         match fs_err::create_dir_all(dir) {
             Ok(()) => Some(Self { dir: dir.to_owned() }),
@@ -50,7 +58,7 @@ impl Cache {
         self.dir.join(format!("{key}.tokens"))
     }
 
-    /// What is stored under `key`, if it is there and sound.
+    /// The file that is stored under `key`, if there is one and it is intact.
     pub fn get(&self, key: &blake3::Hash) -> Option<TokenFile> {
         let path = self.path(key);
         if !path.exists() {
@@ -65,8 +73,9 @@ impl Cache {
         }
     }
 
-    /// Stores `file` under `key`, and returns it as it is on disk, which frees its memory. If it
-    /// cannot be stored, there is a warning and `file` stays as it is.
+    /// Stores `file` under `key` and returns the stored copy, whose tokens are mapped, so that the
+    /// memory of the original is freed. If the file cannot be stored, logs a warning and returns
+    /// `file` itself.
     pub fn put(&self, key: &blake3::Hash, file: TokenFile) -> TokenFile {
         let Tokens::Memory(tokens) = &file.tokens else { return file };
         match self.write(key, &file, tokens) {
@@ -79,7 +88,7 @@ impl Cache {
     }
 
     fn write(&self, key: &blake3::Hash, file: &TokenFile, tokens: &[u32]) -> Result<Tokens> {
-        // others may read what this user wrote, as far as the umask lets them
+        // other users may read the file, as far as the umask allows
         let permissions = std::fs::Permissions::from_mode(0o666);
         let mut temporary = tempfile::Builder::new()
             .prefix(".writing-")
@@ -109,7 +118,7 @@ impl Cache {
     }
 }
 
-/// The key of what `source` becomes.
+/// The key under which the tokens of `source` are stored.
 pub(super) fn key(
     source: &SourceFile,
     tokenizer: &Tokenizer,
@@ -132,7 +141,7 @@ pub(super) fn key(
     Ok(hasher.finalize())
 }
 
-/// Writes through to `inner` and hashes what it writes.
+/// Passes what is written on to `inner`, and hashes it.
 struct HashingWriter<W> {
     inner: W,
     hasher: blake3::Hasher,
@@ -171,8 +180,8 @@ fn write_index<W: Write>(
     Ok(())
 }
 
-/// Reads a cache file. Nothing in it is trusted before its checksum has been found right, and
-/// nothing after that leads to a panic.
+/// Reads a cache file. The checksum is verified before anything else in the file is used, and no
+/// content of the file leads to a panic.
 fn read(path: &Path, key: &blake3::Hash) -> Result<TokenFile> {
     let map = ffi::map_file(path)?;
     let (head, rest) = map.split_at_checked(CHECKED_FROM as usize).context("it ends early")?;
@@ -196,7 +205,7 @@ fn read(path: &Path, key: &blake3::Hash) -> Result<TokenFile> {
     Ok(index)
 }
 
-/// Reads numbers and keeps the place.
+/// Reads numbers and keeps track of the position in the file.
 struct IndexReader<R> {
     inner: R,
     at: u64,
@@ -272,7 +281,9 @@ mod tests {
 
     use super::*;
 
-    /// Documents of `(prompt_len, more tokens, has a domain)`; their experts are -2, -1, 0 and so on.
+    /// A file with one document per item of `lens`: the length of its prompt, the number of tokens
+    /// after the prompt, and whether it has a domain. The experts of the documents are -2, -1, 0
+    /// and so on.
     fn token_file(lens: &[(u32, u32, bool)], num_bad: u64) -> TokenFile {
         let mut file =
             TokenFile { num_bad, record_domains: vec!["ä".into()], ..Default::default() };

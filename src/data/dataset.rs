@@ -1,4 +1,4 @@
-//! The blocks of all domains, and batches of them.
+//! The blocks of all domains, and batches made of them.
 
 use std::sync::Arc;
 
@@ -7,22 +7,22 @@ use super::pack::{self, Blocks, DomainCounts, Piece};
 use super::token_file::{BASE_EXPERT, Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use crate::config::{LossOn, Mixing, OnExhausted};
 
-/// The label of a position without loss.
+/// The label of a position without loss, as in PyTorch and transformers.
 pub const IGNORED_LABEL: i64 = -100;
 
-/// The document id of padding.
+/// The document id of padding positions.
 pub const PADDING_DOCUMENT: i64 = -1;
 
-/// Packed blocks of documents, by domain.
+/// Documents packed into blocks, by domain.
 #[derive(Debug)]
 pub struct TokenDataset {
-    /// Positions of a block.
+    /// Number of positions in a block.
     pub seq_len: usize,
-    /// The domains; a [`BlockId`] counts in this order.
+    /// The domains. [`BlockId::domain`] is an index into this list.
     pub domains: Vec<Domain>,
     /// What share of an epoch's blocks each domain gets.
     pub mixing: Mixing,
-    /// What happens when a domain is through before the others.
+    /// What happens when all blocks of a domain have been used before the epoch ends.
     pub on_exhausted: OnExhausted,
     files: Vec<Arc<TokenFile>>,
     encoding: blake3::Hash,
@@ -33,22 +33,22 @@ pub struct TokenDataset {
 pub struct Domain {
     /// Its name in tables and metrics.
     pub name: String,
-    /// How often an epoch passes over it, or a factor of its share, as the dataset's `mixing` says.
+    /// How often an epoch passes over the domain, or a factor of its share, depending on `mixing`.
     pub weight: f64,
-    /// What its files hold.
+    /// What its files contain.
     pub counts: DomainCounts,
     record_experts: RecordExperts,
     blocks: Blocks,
     fingerprint: blake3::Hash,
 }
 
-/// Which experts the records of some documents name.
+/// Which experts the records of a set of documents name.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RecordExperts {
-    /// Documents whose record names none; those of plain text files are among them.
+    /// Number of documents whose record names no expert; those of plain text files are among them.
     pub documents_without: u64,
-    /// The largest index that a record names, where `__base__` counts as -1; `None` if none names
-    /// one.
+    /// The largest expert index that a record names, where `__base__` counts as -1; `None` if no
+    /// record names an expert.
     pub largest: Option<i64>,
 }
 
@@ -61,7 +61,7 @@ impl RecordExperts {
     }
 }
 
-/// A domain's documents before they are packed.
+/// The documents of a domain before they are packed.
 #[derive(Debug, Default)]
 pub(super) struct Selection {
     pub name: String,
@@ -71,7 +71,7 @@ pub(super) struct Selection {
 }
 
 impl Selection {
-    /// Adds the documents of `other`, which is counted likewise.
+    /// Adds the documents and counts of `other`.
     pub fn append(&mut self, other: Self) {
         self.documents.extend(other.documents);
         self.counts.records += other.counts.records;
@@ -81,7 +81,7 @@ impl Selection {
     }
 }
 
-/// A document by its file in the dataset and its index in the file.
+/// Identifies a document by its file in the dataset and its index in that file.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct DocumentRef {
     pub file: u32,
@@ -94,67 +94,73 @@ impl DocumentRef {
     }
 }
 
-/// Rows of equal length for the model, row by row. Padding has input 0, position 0, label
-/// [`IGNORED_LABEL`], document [`PADDING_DOCUMENT`] and expert -1 and is no prompt; it follows a
-/// row's documents.
+/// The input of a forward pass: rows of equal length, one after another.
+///
+/// Padding follows a row's documents. It has input 0, position 0, label [`IGNORED_LABEL`], document
+/// [`PADDING_DOCUMENT`] and expert -1, and does not count as a prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// Rows `b`, one block each.
+    /// Number of rows `b`; each row is one block.
     pub num_rows: usize,
-    /// Positions `t` of a row.
+    /// Number of positions `t` in a row.
     pub seq_len: usize,
-    /// Tokens that are read, `[b, t]`.
+    /// The tokens that the model reads, `[b, t]`.
     pub input_ids: Vec<i64>,
-    /// What each position is to predict, `[b, t]`: the document's next token, so they are not to be
-    /// shifted again. The last token of a document is a target only, never an input.
+    /// The token that each position must predict, `[b, t]`. This is the document's next token:
+    /// labels are already shifted. The last token of a document is only a target and never an
+    /// input.
     pub labels: Vec<i64>,
-    /// Positions within the piece of a document, from 0, `[b, t]`.
+    /// Each position's index in its piece of a document, from 0, `[b, t]`.
     pub position_ids: Vec<i64>,
-    /// Index of the piece within its row, `[b, t]`: attention stays within equal ids.
+    /// The index of the position's piece in its row, `[b, t]`. Positions attend only to positions
+    /// with the same id.
     pub document_ids: Vec<i64>,
-    /// The expert that the position's record names, from 0, `[b, t]`; -1 for `__base__` and where
-    /// the record names none ([`TokenDataset::record_experts`] says whether there are such).
+    /// The expert that the position's record names, from 0, `[b, t]`. It is -1 if the record names
+    /// `__base__` or no expert; [`TokenDataset::record_experts`] says whether there are records
+    /// that name none.
     pub expert_ids: Vec<i64>,
-    /// What sequence-level routing averages over, `[b, t]`: the positions that read a token of their
-    /// document's prompt, learned or not; in a piece without any (of a `text`, or one that begins
-    /// after the prompt) all of its positions.
+    /// The positions that sequence-level routing averages over, `[b, t]`: those that read a token
+    /// of their document's prompt, whether or not its target is learned. In a piece without such a
+    /// position (a piece of a `text`, or one that begins after the prompt), all positions count.
     pub prompt: Vec<bool>,
-    /// The domain of each row, `[b]`, as an index in [`TokenDataset::domains`].
+    /// The domain of each row, `[b]`, as an index into [`TokenDataset::domains`].
     pub domains: Vec<u32>,
 }
 
 impl Batch {
-    /// Positions with loss.
+    /// Number of positions with loss.
     pub fn label_tokens(&self) -> u64 {
         self.labels.iter().filter(|label| **label != IGNORED_LABEL).count() as u64
     }
 }
 
-/// A document that is already tokenized, for [`TokenDataset::in_memory`].
+/// A tokenized document for [`TokenDataset::in_memory`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryDocument {
-    /// Its tokens, with the end token if it is to have one.
+    /// Its tokens, including the end token if it has one.
     pub tokens: Vec<u32>,
-    /// How many of them are a prompt.
+    /// How many of the tokens belong to the prompt, which comes first.
     pub prompt_len: u32,
-    /// The expert that is for it, from 0, or -1 for the base alone; `None` = it names none.
+    /// The expert that the document is for, from 0, or -1 for the base alone; `None` if it names
+    /// none.
     pub expert: Option<i64>,
 }
 
-/// A domain of such documents.
+/// A domain of documents in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MemoryDomain {
     /// Its name.
     pub name: String,
-    /// How often an epoch passes over it, or a factor of its share.
+    /// How often an epoch passes over the domain, or a factor of its share.
     pub weight: f64,
     /// Its documents.
     pub documents: Vec<MemoryDocument>,
 }
 
 impl TokenDataset {
-    /// Packs the selected documents of `files`; `encoding` stands for how they became tokens. The
-    /// mixing is the default one.
+    /// Packs the selected documents of `files`, with the default mixing.
+    ///
+    /// - `encoding`: a hash of what turned the text into tokens
     pub(super) fn new(
         selections: Vec<Selection>,
         files: Vec<Arc<TokenFile>>,
@@ -168,11 +174,12 @@ impl TokenDataset {
         Self { seq_len, domains, mixing, on_exhausted, files, encoding }
     }
 
-    /// A dataset of documents that are in memory, for tests, benchmarks and generated data. Its mixing
-    /// is the default one until it is set.
+    /// A dataset of documents in memory, for tests, benchmarks and generated data. It has the
+    /// default mixing until `mixing` is set.
     ///
     /// # Panics
-    /// If `seq_len` is 0, a prompt is longer than its document, or an expert is below -1 or no `i32`.
+    /// If `seq_len` is 0, if a prompt is longer than its document, or if an expert is below -1 or
+    /// does not fit into an `i32`.
     pub fn in_memory(seq_len: usize, loss_on: LossOn, domains: Vec<MemoryDomain>) -> Self {
         assert!(seq_len > 0, "a block has at least one position");
         let mut files = Vec::new();
@@ -191,7 +198,7 @@ impl TokenDataset {
         Self::new(selections, files, seq_len, loss_on, blake3::hash(b"in memory"))
     }
 
-    /// Which experts the records of the documents in the blocks name.
+    /// Which experts the records of all packed documents name.
     pub fn record_experts(&self) -> RecordExperts {
         let experts = self.domains.iter().map(|domain| domain.record_experts);
         experts.fold(RecordExperts::default(), |sum, of| RecordExperts {
@@ -200,28 +207,30 @@ impl TokenDataset {
         })
     }
 
-    /// Blocks of all domains.
+    /// Number of blocks in all domains.
     pub fn num_blocks(&self) -> usize {
         self.domains.iter().map(|domain| domain.blocks.num_blocks()).sum()
     }
 
-    /// The share of the blocks that each domain is to have in training, by `mixing`; they sum to 1.
-    /// A domain without blocks has 0.
+    /// The share of the training blocks that `mixing` gives each domain; the shares sum to 1. A
+    /// domain without blocks has share 0.
     pub fn mix(&self) -> Vec<f64> {
         self.epoch_mix().shares()
     }
 
-    /// The blocks of an epoch (from 0) in training order: a function of `seed` and `epoch`, and of
-    /// what [`fingerprint`](Self::fingerprint) covers.
+    /// The blocks of an epoch (from 0) in training order. The order depends only on `seed`, on
+    /// `epoch` and on what [`fingerprint`](Self::fingerprint) covers.
     ///
-    /// In each prefix of n blocks, a domain with share s of the [`mix`](Self::mix) of D domains has
-    /// n s blocks, give or take at most `1 + s (D - 2)`; with [`OnExhausted::End`] as long as no
-    /// domain is through. Over the epochs, each block of a domain is used equally often.
+    /// Among the first n blocks of an epoch, a domain with share s of the [`mix`](Self::mix) has
+    /// `n s` blocks, give or take at most `1 + s (D - 2)`, where D is the number of domains. With
+    /// [`OnExhausted::End`], this holds until the first domain has no blocks left. Over the epochs,
+    /// two blocks of a domain are used equally often, or one of them once more than the other.
     pub fn epoch_order(&self, seed: u64, epoch: u64) -> Vec<BlockId> {
         self.epoch_mix().order(seed, epoch)
     }
 
-    /// The length of [`epoch_order`](Self::epoch_order), which shares make differ between epochs.
+    /// The length of [`epoch_order`](Self::epoch_order). It can differ between epochs, since a
+    /// domain's part of an epoch need not be a whole number of blocks.
     pub fn epoch_blocks(&self, epoch: u64) -> u64 {
         self.epoch_mix().places(epoch).iter().map(|places| places.end - places.start).sum()
     }
@@ -231,7 +240,7 @@ impl TokenDataset {
         Mix { domains: domains.collect(), mixing: self.mixing, on_exhausted: self.on_exhausted }
     }
 
-    /// All blocks once, domain by domain.
+    /// Every block once, domain by domain.
     pub fn eval_order(&self) -> Vec<BlockId> {
         let domains = (0..).zip(&self.domains);
         domains
@@ -241,7 +250,7 @@ impl TokenDataset {
             .collect()
     }
 
-    /// Learned targets of a block.
+    /// Number of learned targets in a block.
     ///
     /// # Panics
     /// If there is no such block.
@@ -249,10 +258,7 @@ impl TokenDataset {
         self.pieces(id).iter().map(Piece::label_tokens).sum()
     }
 
-    /// The blocks as rows.
-    ///
-    /// # Errors
-    /// A cache file cannot be read.
+    /// A batch with the given blocks as rows.
     ///
     /// # Panics
     /// If there is no such block.
@@ -293,9 +299,9 @@ impl TokenDataset {
         batch
     }
 
-    /// A hash over the tokenizer, the domains, their documents' texts and experts, how they are cut
-    /// and how they are mixed: datasets with equal fingerprints have the same blocks in the same
-    /// order, wherever their files are.
+    /// A hash over the tokenizer, the domains, the texts and experts of their documents, and the
+    /// way these are cut and mixed. Datasets with equal fingerprints have the same blocks in the
+    /// same order, wherever their files are.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.encoding.as_bytes());
@@ -312,7 +318,8 @@ impl TokenDataset {
             Mixing::Weights => (2, 0.0),
             Mixing::Interleaved => (3, 0.0),
         };
-        // one domain by default keeps the order, and so the fingerprint, of before there was mixing
+        // with a single domain and the default mixing, the fingerprint stays as it was in
+        // checkpoints made before there were mixings
         let is_default = (tag, self.on_exhausted) == (0, OnExhausted::Repeat);
         if self.domains.len() > 1 || !is_default {
             hasher.update(&[tag, self.on_exhausted as u8]);
@@ -351,7 +358,7 @@ impl Domain {
             hasher.update(&document.prompt_len.to_le_bytes());
         }
         hasher.update(&[loss_on as u8]);
-        // data without experts keeps the fingerprint that checkpoints already hold
+        // data that names no experts keeps the fingerprint that existing checkpoints hold
         if record_experts.largest.is_some() {
             hasher.update(experts_hasher.finalize().as_bytes());
         }
@@ -360,7 +367,7 @@ impl Domain {
         Self { name, weight, counts, record_experts, blocks, fingerprint: hasher.finalize() }
     }
 
-    /// Blocks of this domain.
+    /// Number of blocks in this domain.
     pub fn num_blocks(&self) -> usize {
         self.blocks.num_blocks()
     }

@@ -1,10 +1,11 @@
-//! A file of records to a [`TokenFile`]: the tokens of its documents, one after another.
+//! Reads a file of records into a [`TokenFile`], which holds the tokens of its documents.
 //!
-//! A document's tokens are those of its text, or those of its prompt followed by those of its
-//! completion, then the end token. Prompt and completion are encoded each on its own, so that no
-//! token lies across their border and the prompt's tokens are the same whatever follows.
+//! The tokens of a document are those of its text, or those of its prompt followed by those of its
+//! completion; the end token follows. Prompt and completion are encoded separately, so that no
+//! token crosses the border between them and the prompt's tokens do not depend on the completion.
 //!
-//! The file is read once, in batches of a few MiB: beyond its tokens, only a batch is in memory.
+//! The file is read once, in batches of 1 MiB per thread and at most 16 MiB. Besides the tokens,
+//! only one batch is in memory.
 
 use std::collections::HashMap;
 
@@ -17,29 +18,29 @@ use super::source::{Format, Lines, SourceFile};
 use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use super::tokenize::Tokenizer;
 
-/// Text that is encoded at once, for each thread.
+/// Number of bytes that are read and encoded at once, for each thread.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
 
-/// How a file becomes tokens.
+/// How a file is turned into tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Reading<'a> {
     pub tokenizer: &'a Tokenizer,
-    /// Ends each document, if there is one.
+    /// The token that ends each document, if there is one.
     pub eos_token_id: Option<u32>,
     pub on_bad_record: OnBadRecord,
     pub num_threads: usize,
 }
 
-/// What a line of the file contributes to the document under construction.
+/// One contribution of a line to the document under construction.
 enum Step {
     Prompt(String),
     Completion(String),
-    /// The document is complete; its record's `domain` and `expert`.
+    /// The document is complete; its record has this `domain` and `expert`.
     End {
         domain: Option<String>,
         expert: Option<i64>,
     },
-    /// The record is malformed; what there is of its document goes.
+    /// The record is malformed; the part of its document that was added before is removed.
     Bad,
 }
 
@@ -52,9 +53,10 @@ impl Step {
     }
 }
 
-/// Reads all documents of `source`, whose unpacked content is `lines`.
+/// Reads all documents of `source`.
 ///
-/// `on_progress` is called after each batch.
+/// - `lines`: the lines of its decompressed content
+/// - `on_progress`: called after each batch
 pub(super) fn read_documents(
     source: &SourceFile,
     lines: Lines,
@@ -90,19 +92,19 @@ pub(super) fn read_documents(
     Ok(builder.finish())
 }
 
-/// The steps of a file, each with its line.
+/// Reads the steps of a file, each with the number of its line.
 struct Steps<'a> {
     source: &'a SourceFile,
     lines: Lines,
     reading: Reading<'a>,
-    /// What is read but not yet handed out of a plain text.
+    /// The text of a plain text file that was read but is not yet part of a step.
     text: String,
     num_bad: u64,
     batch: Vec<(u64, Step)>,
 }
 
 impl Steps<'_> {
-    /// Fills `batch` with about `num_bytes` of text; false at the end of the file.
+    /// Fills `batch` with about `num_bytes` of text; returns false at the end of the file.
     fn fill(&mut self, num_bytes: usize) -> Result<bool> {
         let mut line = Vec::new();
         let mut filled = 0;
@@ -148,7 +150,8 @@ impl Steps<'_> {
         }
     }
 
-    /// Adds a line of a plain text, or its end; false when the file is done.
+    /// Adds a line of a plain text file, or its end if `more` is false. Returns false when the file
+    /// is done.
     fn add_text(&mut self, line: &[u8], more: bool) -> Result<bool> {
         match std::str::from_utf8(line) {
             Ok(line) => self.text.push_str(line),
@@ -191,12 +194,12 @@ impl Steps<'_> {
     }
 }
 
-/// Puts documents together, step by step.
+/// Builds documents from steps.
 struct Builder {
     eos_token_id: Option<u32>,
     file: TokenFile,
     tokens: Vec<u32>,
-    /// Where the document under construction starts.
+    /// The index in `tokens` at which the document under construction starts.
     start: usize,
     prompt_len: usize,
     content: blake3::Hasher,
@@ -216,7 +219,7 @@ impl Builder {
         }
     }
 
-    /// Applies a step, whose text has the tokens `ids`.
+    /// Applies a step whose text has the tokens `ids`.
     fn apply(&mut self, step: Step, ids: &[u32]) -> Result<()> {
         self.tokens.extend_from_slice(ids);
         match step {
@@ -247,7 +250,7 @@ impl Builder {
         self.content.reset();
     }
 
-    /// The document that is now complete.
+    /// The document that has just been completed.
     fn document(&mut self, domain: Option<String>, expert: Option<i64>) -> Result<Document> {
         let narrow = |count: usize| {
             u32::try_from(count)

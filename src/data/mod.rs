@@ -1,21 +1,24 @@
-//! Files of text to batches: source -> tokens -> documents of a domain -> blocks -> batches.
+//! From text files to batches: source -> tokens -> documents of a domain -> blocks -> batches.
 //!
-//! 1. `source`, `record`: patterns become files, a file's lines become records. A `.jsonl` file has
-//!    one JSON object a line, with `text` or with `prompt` and `completion`, and perhaps `domain` and
-//!    `expert`; any other file is one plain text. `.zst` and `.gz` are unpacked on the way.
-//! 2. `tokenize`, `documents`, `read`: records become documents, which are tokens with an end token
-//!    and the length of their prompt. `cache` keeps them, named by the content of their file.
-//! 3. `select`: documents go to domains; some are held out for validation, and what is in a
-//!    validation set is left out of training.
-//! 4. `pack`: documents are cut into pieces of at most `seq_len` positions and packed into blocks of
-//!    one domain each. Inputs and targets of a document of n tokens are `tokens[..n - 1]` and
-//!    `tokens[1..]`; positions start at 0 in each piece, and no piece attends to another. Documents
-//!    of different experts share a block, and each position has its document's expert.
-//! 5. `order`, `dataset`: an epoch is an order of blocks, a function of the seed and the epoch, in
-//!    which each domain has at any point the share that `data.mixing` gives it; a batch is some of
-//!    them as rows.
+//! 1. `source`, `record`: patterns are expanded into files, and the lines of a file into records. A
+//!    `.jsonl` file has one JSON object per line, with `text` or with `prompt` and `completion`,
+//!    and optionally with `domain` and `expert`. Any other file is one plain text. `.zst` and `.gz`
+//!    files are decompressed while they are read.
+//! 2. `tokenize`, `documents`, `read`: records become documents. A document is a list of tokens
+//!    with an end token and the length of its prompt. `cache` stores the documents of a file under
+//!    a hash of the file's content.
+//! 3. `select`: documents are assigned to domains. Some are held out for validation, and documents
+//!    that are in a validation set are left out of training.
+//! 4. `pack`: documents are cut into pieces of at most `seq_len` positions, which are packed into
+//!    blocks. A block holds documents of one domain. The inputs and targets of a document of n
+//!    tokens are `tokens[..n - 1]` and `tokens[1..]`. Positions start at 0 in each piece, and no
+//!    piece attends to another. A block may hold documents of different experts: each position has
+//!    the expert of its document.
+//! 5. `order`, `dataset`: an epoch is an order of blocks that depends on the seed and the epoch. At
+//!    any point of it, each domain has had about the share that `data.mixing` gives it. A batch has
+//!    one block per row.
 //!
-//! All of it is deterministic: the same files and options give the same batches on any machine.
+//! All of this is deterministic: the same files and options give the same batches on any machine.
 
 mod cache;
 mod dataset;
@@ -47,28 +50,29 @@ use crate::config::{
     DataConfig, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation,
 };
 
-/// Longest block; far above any GPT-2, it only keeps a slip of the pen from filling the memory.
+/// The largest `seq_len`. It is far above the context of any GPT-2, and only keeps a typing error
+/// from exhausting the memory.
 const MAX_SEQ_LEN: usize = 1 << 20;
 
-/// How files become blocks.
+/// How files are turned into blocks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataOptions {
-    /// Positions of a block, at least 1.
+    /// Number of positions in a block, at least 1.
     pub seq_len: usize,
-    /// Which targets are learned.
+    /// Which targets the loss counts.
     pub loss_on: LossOn,
-    /// What a malformed record does.
+    /// What happens when a record is malformed.
     pub on_bad_record: OnBadRecord,
-    /// Chooses the documents that a `validation.fraction` holds out.
+    /// The seed that chooses the documents held out by a `validation.fraction`.
     pub seed: u64,
-    /// The token that ends each document; `None` = documents get none.
+    /// The token that ends each document. With `None`, documents get no end token.
     pub eos_token_id: Option<u32>,
-    /// What share of the blocks each domain has in training.
+    /// What share of the training blocks each domain gets.
     pub mixing: Mixing,
-    /// What happens when a domain is through before the others.
+    /// What happens when all blocks of a domain have been used before the epoch ends.
     pub on_exhausted: OnExhausted,
-    /// Where to keep tokens for the next time; `None` = nowhere. Any number of runs and processes
-    /// can share it, and it can be deleted at any time.
+    /// The folder in which tokens are cached; with `None`, they are not cached. Any number of runs
+    /// and processes can share the folder, and it can be deleted at any time.
     pub cache_dir: Option<PathBuf>,
 }
 
@@ -93,7 +97,7 @@ impl DataOptions {
         }
     }
 
-    /// A hash of what turns text into tokens.
+    /// A hash of the tokenizer and the end token.
     fn encoding(&self, tokenizer: &Tokenizer) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         hasher.update(tokenizer.hash().as_bytes());
@@ -102,34 +106,35 @@ impl DataOptions {
     }
 }
 
-/// The two sides of a run's data.
+/// A run's training and validation data.
 #[derive(Debug)]
 pub struct Datasets {
     /// All domains, in the config's order.
     pub train: TokenDataset,
-    /// The domains that have a `validation`, in the config's order; perhaps none.
+    /// The domains that have a `validation`, in the config's order. There may be none.
     pub validation: TokenDataset,
 }
 
 /// Files to evaluate on.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DomainFiles {
-    /// The domain they belong to. `None` = each record's `domain` field says, and where there is
-    /// none, the file's name without folder and suffixes.
+    /// The domain that the documents belong to. With `None`, each document belongs to the domain
+    /// that its record's `domain` field names; without that field, to a domain named like the file,
+    /// without folder and suffixes.
     pub name: Option<String>,
     /// Paths or globs.
     pub files: Vec<String>,
-    /// If given, only records whose `domain` field is this are used.
+    /// If given, only records with this value in their `domain` field are used.
     pub record_domain: Option<String>,
 }
 
-/// Loads the domains of a config.
+/// Loads the training and validation data of `domains`.
 ///
-/// `progress` is called on this thread while files are read.
+/// - `progress`: called on this thread while files are read
 ///
 /// # Errors
-/// A pattern that matches nothing; a malformed record, by file and line; a domain with nothing to
-/// train or validate on; a `validation.fraction` that leaves one side empty.
+/// If a pattern matches no file; if a record is malformed (the error names its file and line); if a
+/// domain has nothing to train or validate on; or if a `validation.fraction` leaves one side empty.
 pub fn load_datasets(
     domains: &[DomainConfig],
     options: &DataOptions,
@@ -185,7 +190,7 @@ pub fn load_datasets(
     Ok(Datasets { train, validation: pack(validation, "validate on")? })
 }
 
-/// Loads files to evaluate on; all of their documents are used and every weight is 1.
+/// Loads files to evaluate on. All of their documents are used, and every domain has weight 1.
 ///
 /// # Errors
 /// As for [`load_datasets`].

@@ -1,36 +1,44 @@
-//! The order of an epoch: a function of the seed, the epoch, the numbers of blocks, the weights and
-//! the mixing alone.
+//! The order of the blocks in an epoch. It depends only on the seed, the epoch, each domain's
+//! number of blocks and weight, `data.mixing` and `data.on_exhausted`.
 //!
-//! Domain d has n_d blocks and weight w_d, of D domains with N blocks. Its share s_d of the blocks is
+//! There are D domains with N blocks in total. Domain d has n_d blocks and weight w_d. Its share
+//! s_d of the blocks is
 //!
 //! - `proportional`: `w_d n_d / sum_j w_j n_j`;
-//! - `temperature` T: `(w_d n_d)^(1/T) / sum_j (w_j n_j)^(1/T)` (T5's temperature-scaled mixing,
-//!   arXiv:1910.10683, section 3.5.2; mT5's `p ~ |L|^alpha` with `alpha = 1 / T`, arXiv:2010.11934).
-//!   T = 1 is `proportional`, a large T nears equal shares. We draw no samples, and set no limit to
-//!   n_d as T5 does;
+//! - `temperature` T: `(w_d n_d)^(1/T) / sum_j (w_j n_j)^(1/T)`. This is T5's temperature-scaled
+//!   mixing (arXiv:1910.10683, section 3.5.2), and mT5's `p ~ |L|^alpha` with `alpha = 1 / T`
+//!   (arXiv:2010.11934). T = 1 gives the shares of `proportional`, and a large T makes the shares
+//!   nearly equal. Unlike T5, we do not draw samples and set no limit to n_d;
 //! - `weights`: `w_d / sum_j w_j`;
 //! - `interleaved`: `1 / D`.
 //!
-//! **Which blocks.** Each domain has a fixed permutation of its blocks, repeated without end. With
-//! `repeat`, an epoch has a quota q_d of it: `w_d n_d` (w_d passes) if `proportional`, else `s_d N`.
-//! Epoch e takes the places from `ceil(e q_d)` up to `ceil((e + 1) q_d)`: all blocks once for
-//! q_d = n_d, a half and then the other half for q_d = n_d / 2. So however long the run is, no block of
-//! a domain is used more than once more than another. With `end`, an epoch takes each block once.
+//! A domain without blocks has share 0 and does not count in D.
 //!
-//! **In which order.** The blocks that an epoch takes of a domain are shuffled, the i-th of them gets
-//! the key `(i + u_i) / s_d` with u_i uniform in [0, 1), and all are sorted by their key, equal ones
-//! by domain. `interleaved` has `u_i = 0`, which is strictly in turn: d0, d1, .., d0, d1, ..
+//! **Which blocks an epoch takes.** The blocks of each domain are permuted once, and this
+//! permutation is repeated without end. With `repeat`, an epoch takes q_d blocks from domain d:
+//! `w_d n_d` (that is, w_d passes) with `proportional`, and `s_d N` with every other mixing. This
+//! quota need not be a whole number: epoch e takes the positions from `ceil(e q_d)` up to, but not
+//! including, `ceil((e + 1) q_d)` of the repeated permutation. With q_d = n_d, each epoch takes
+//! every block once; with q_d = n_d / 2, the epochs take the first and the second half of the
+//! permutation in turn. However long the run is, two blocks of a domain are therefore used equally
+//! often, or one of them once more than the other. With `end`, an epoch takes each block once.
 //!
-//! **How near.** Up to a key x, a domain has `floor(x s_d)` blocks or one more, that is `x s_d + e_d`
-//! with `-1 < e_d <= 1`. Of the first `m = x + sum_j e_j` blocks it thus has
-//! `m s_d + (1 - s_d) e_d - s_d sum_(j != d) e_j`: it is never further from `m s_d` than
-//! `(1 - s_d) + s_d (D - 1) = 1 + s_d (D - 2)` blocks, so 1 for two domains, and 0 for one. With
-//! `repeat` this holds in all of an epoch, since a domain's number of places in it is within 1 of q_d.
-//! With `end` it holds as long as no domain is through; from then on the others go on in the ratio of
-//! their shares.
+//! **In which order.** The blocks that an epoch takes from a domain are shuffled. The i-th of them,
+//! counted from 0, gets the key `(i + u_i) / s_d` with u_i uniform in [0, 1). The blocks of all
+//! domains are then sorted by key, and equal keys by domain. With `interleaved`, `u_i = 0`, so that
+//! the domains strictly take turns: d0, d1, .., d0, d1, ..
 //!
-//! The shuffles are written out here (Fisher-Yates over ChaCha8) rather than taken from `rand`,
-//! whose algorithms may change: a run resumes in the same order under any version.
+//! **How close each prefix is to the shares.** Among the blocks with keys up to x, domain d has
+//! `floor(x s_d)` blocks or one more, that is `x s_d + e_d` with `-1 < e_d <= 1`. There are
+//! `m = x + sum_j e_j` such blocks in total, so domain d has
+//! `m s_d + (1 - s_d) e_d - s_d sum_(j != d) e_j` of them. This differs from `m s_d` by at most
+//! `(1 - s_d) + s_d (D - 1) = 1 + s_d (D - 2)` blocks: by at most 1 with two domains, and by 0 with
+//! one. With `repeat`, the bound holds throughout an epoch, since the number of blocks that an
+//! epoch takes from a domain differs from q_d by less than 1. With `end`, it holds until the first
+//! domain has no blocks left; after that, the other domains continue in the ratio of their shares.
+//!
+//! The shuffle is implemented here (Fisher-Yates over ChaCha8) because the algorithms of `rand` may
+//! change between versions, and a run must resume in the same order.
 
 use std::ops::Range;
 
@@ -49,13 +57,13 @@ pub struct BlockId {
     pub block: u32,
 }
 
-/// What random numbers are for; each use has its own.
+/// The independent streams of random numbers, one for each use.
 enum Stream {
     /// The permutation of a domain's blocks.
     Permutation { domain: u32 },
-    /// The shuffle of what an epoch takes of a domain.
+    /// The shuffle of the blocks that an epoch takes from a domain.
     Epoch { epoch: u64, domain: u32 },
-    /// The keys of these blocks.
+    /// The numbers `u_i` in the keys of these blocks.
     Keys { epoch: u64, domain: u32 },
 }
 
@@ -75,7 +83,7 @@ impl Stream {
     }
 }
 
-/// What the order depends on, beside the seed and the epoch.
+/// What the order depends on besides the seed and the epoch.
 #[derive(Debug)]
 pub(super) struct Mix {
     /// Each domain's number of blocks and its weight.
@@ -85,7 +93,7 @@ pub(super) struct Mix {
 }
 
 impl Mix {
-    /// Each domain's share of the blocks; 0 for a domain without any.
+    /// Each domain's share of the blocks; 0 for a domain without blocks.
     pub fn shares(&self) -> Vec<f64> {
         let raw = |&(num_blocks, weight): &(usize, f64)| match self.mixing {
             _ if num_blocks == 0 => 0.0,
@@ -95,7 +103,7 @@ impl Mix {
         };
         let mut shares: Vec<f64> = self.domains.iter().map(raw).collect();
         if let Mixing::Temperature(temperature) = self.mixing {
-            // as shares of the largest, which no power of at least 0 takes out of range
+            // relative to the largest: powers of numbers from 0 to 1 stay in the range of f64
             let largest = shares.iter().copied().fold(f64::MIN_POSITIVE, f64::max);
             shares.iter_mut().for_each(|share| *share = (*share / largest).powf(1.0 / temperature));
         }
@@ -106,7 +114,7 @@ impl Mix {
         shares
     }
 
-    /// The places that epoch `epoch` takes of each domain's repeated permutation.
+    /// The range of positions that epoch `epoch` takes from each domain's repeated permutation.
     pub fn places(&self, epoch: u64) -> Vec<Range<u64>> {
         let num_blocks: usize = self.domains.iter().map(|(num_blocks, _)| num_blocks).sum();
         let quota = |&(of_domain, weight): &(usize, f64), share: f64| match self.mixing {
@@ -114,7 +122,7 @@ impl Mix {
             _ => share * num_blocks as f64,
         };
         let place = |epoch: u64, quota: f64| {
-            // the margin keeps rounding from turning 7 into 8: 0.07 * 100 = 7.000000000000001
+            // the margin absorbs rounding: 0.07 * 100 = 7.000000000000001, whose `ceil` is 8
             (epoch as f64 * quota - 1e-6).ceil() as u64
         };
         let places = |(domain, share): (&(usize, f64), f64)| match self.on_exhausted {
@@ -128,7 +136,7 @@ impl Mix {
         self.domains.iter().zip(self.shares()).map(places).collect()
     }
 
-    /// The blocks of an epoch in order.
+    /// The blocks of epoch `epoch`, in order.
     pub fn order(&self, seed: u64, epoch: u64) -> Vec<BlockId> {
         let mut keyed: Vec<(f64, BlockId)> = Vec::new();
         let places = self.places(epoch).into_iter().zip(self.shares());
@@ -148,20 +156,20 @@ impl Mix {
                 ((i as f64 + jitter) / share, BlockId { domain, block })
             }));
         }
-        // a stable sort: equal keys stay in the domains' order
+        // the sort is stable, so that equal keys stay in the order of the domains
         keyed.sort_by(|(a, _), (b, _)| a.total_cmp(b));
         keyed.into_iter().map(|(_, id)| id).collect()
     }
 }
 
-/// A number in [0, 1): the upper 53 bits of a 64-bit draw.
+/// A uniform number in [0, 1): the upper 53 bits of a 64-bit draw.
 fn uniform(rng: &mut ChaCha8Rng) -> f64 {
     const UNIT: f64 = 1.0 / (1_u64 << 53) as f64;
     (rng.next_u64() >> 11) as f64 * UNIT
 }
 
-/// Fisher-Yates from the back. The index below `n` is the upper half of a 64-bit draw times `n`,
-/// whose bias is below n / 2^64.
+/// Shuffles by Fisher-Yates, beginning with the last item. A random index below `n` is the upper
+/// half of the 128-bit product of `n` and a 64-bit draw; its bias is below n / 2^64.
 fn shuffle<T>(items: &mut [T], mut rng: ChaCha8Rng) {
     for last in (1..items.len()).rev() {
         let draw = u128::from(rng.next_u64()) * (last as u128 + 1);
@@ -183,13 +191,14 @@ mod tests {
         mix(domains, Mixing::Proportional, OnExhausted::Repeat)
     }
 
-    /// How far a domain with `share` of `num_domains` may be from its share: this file's docs.
+    /// By how many blocks a domain with `share` may differ from its share, by this file's docs.
     fn bound(share: f64, num_domains: usize) -> f64 {
-        // beside the bound, what f64 rounds
+        // the last term allows for the rounding of f64
         1.0 + share * (num_domains as f64 - 2.0) + 1e-6
     }
 
-    /// The largest part of its bound that a domain is from its share of any prefix of `order`.
+    /// The largest difference of a domain from its share of a prefix of `order`, relative to its
+    /// bound.
     fn worst(order: &[BlockId], shares: &[f64]) -> f64 {
         let num_domains = shares.iter().filter(|share| **share > 0.0).count();
         let mut counts = vec![0_u64; shares.len()];
@@ -204,7 +213,7 @@ mod tests {
         worst
     }
 
-    /// The prefix of `order` in which no domain is through: it lacks each domain's last block.
+    /// The prefix of `order` that ends just before the first domain uses its last block.
     fn before_any_ends<'a>(order: &'a [BlockId], domains: &[(usize, f64)]) -> &'a [BlockId] {
         let mut left: Vec<usize> = domains.iter().map(|(num_blocks, _)| *num_blocks).collect();
         let end = order.iter().position(|id| {
@@ -227,7 +236,7 @@ mod tests {
         prop::collection::vec((0..40_usize, 0.05..3.0_f64), 1..6)
     }
 
-    /// Reference: ChaCha8 and what this file's docs say, written again in Python.
+    /// Reference: ChaCha8 and the rules in this file's docs, reimplemented in Python.
     #[test]
     fn the_order_never_changes() {
         let order = |seed, epoch| -> Vec<u32> {
@@ -239,7 +248,7 @@ mod tests {
         assert_eq!(order(1, 0), [2, 4, 7, 0, 1, 5, 3, 8, 6, 9]);
     }
 
-    /// Reference: the same.
+    /// Reference: the same reimplementation in Python.
     #[test]
     fn the_order_of_several_domains_never_changes() {
         use Mixing::{Interleaved, Proportional, Temperature, Weights};
@@ -324,7 +333,7 @@ mod tests {
         let domains = [(300, 1.0), (20, 2.0), (300, 3.0)];
         let order = mix(&domains, Mixing::Weights, OnExhausted::End).order(1, 0);
         let last = order.iter().rposition(|id| id.domain == 1).expect("it has blocks");
-        // 20 blocks at a third of the mix
+        // the domain has 20 blocks and a third of the mix
         assert!((57..=63).contains(&last), "{last}");
         let rest = &order[last + 1..last + 201];
         let others = rest.iter().filter(|id| id.domain == 2).count();
@@ -355,7 +364,8 @@ mod tests {
             seed in any::<u64>(),
         ) {
             let mix = mix(&domains, mixing, OnExhausted::Repeat);
-            let order: Vec<BlockId> = (0..200).flat_map(|epoch| mix.order(seed, epoch)).take(900).collect();
+            let epochs = (0..200).flat_map(|epoch| mix.order(seed, epoch));
+            let order: Vec<BlockId> = epochs.take(900).collect();
             for (domain, share) in (0..).zip(mix.shares()) {
                 let count = order.iter().filter(|id| id.domain == domain).count();
                 let realised = count as f64 / 900.0;
@@ -370,7 +380,7 @@ mod tests {
         ) {
             let domains: Vec<_> = sizes.iter().map(|size| (*size, 1.0)).collect();
             let repeat = mix(&domains, Mixing::Interleaved, OnExhausted::Repeat);
-            // from one epoch to the next too
+            // the turns also continue from one epoch to the next
             let orders = (0..5).flat_map(|epoch| repeat.order(seed, epoch));
             for (n, id) in orders.enumerate() {
                 prop_assert_eq!(id.domain as usize, n % sizes.len());
@@ -402,7 +412,8 @@ mod tests {
                 }
             }
             let num_blocks: usize = domains.iter().map(|(num_blocks, _)| num_blocks).sum();
-            for ((used, (of_domain, weight)), share) in used.iter().zip(&domains).zip(mix.shares()) {
+            let per_domain = used.iter().zip(&domains).zip(mix.shares());
+            for ((used, (of_domain, weight)), share) in per_domain {
                 let quota = match mixing {
                     Mixing::Proportional => weight * *of_domain as f64,
                     _ => share * num_blocks as f64,

@@ -1,87 +1,89 @@
-//! Documents to blocks of `seq_len` positions.
+//! Packs documents into blocks of `seq_len` positions.
 //!
-//! A document of n tokens has n - 1 positions: position p reads token p and has token p + 1 as its
-//! target. It becomes one piece, or several of `seq_len` positions and a rest, one behind another,
-//! so that each target is in exactly one piece. Pieces without a learned target are dropped: they
-//! would cost time and teach nothing.
+//! A document of n tokens has n - 1 positions: position `p` reads token `p`, and its target is
+//! token `p + 1`. A document with at most `seq_len` positions becomes one piece. A longer one is
+//! cut into consecutive pieces of `seq_len` positions and a last one that may be shorter, so that
+//! each target is in exactly one piece. Pieces without a learned target are dropped: they would
+//! cost time and train nothing.
 //!
 //! The pieces are packed best fit, longest first (Ding et al., "Fewer Truncations Improve Language
-//! Modeling", arXiv:2404.10830): each goes to the block whose room it leaves least of, and to a new
-//! one if it fits nowhere. Equal pieces keep their documents' order, and of equal blocks the one
-//! filled last is taken, so the result depends on nothing else.
+//! Modeling", arXiv:2404.10830): each goes into the block in which it leaves the fewest free
+//! positions, or into a new block if it fits into none. Pieces of equal length keep the order of
+//! their documents. Among blocks with equally many free positions, the one that was filled last is
+//! taken. The result therefore depends only on the pieces and their order.
 
 use serde::{Deserialize, Serialize};
 
 use super::token_file::Document;
 use crate::config::LossOn;
 
-/// What a domain's files hold. Each record is in `documents` or in one of `skipped_*`.
+/// What a domain's files contain. Each record is counted in `documents` or in one of `skipped_*`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DomainCounts {
-    /// Records read, plain text files included.
+    /// Records read; a plain text file counts as one.
     pub records: u64,
-    /// Documents that are learned from.
+    /// Documents that have a learned target.
     pub documents: u64,
-    /// Tokens of the documents, end tokens included.
+    /// Tokens of these documents, end tokens included.
     pub tokens: u64,
     /// Learned targets.
     pub label_tokens: u64,
-    /// Positions of the blocks that are not padding.
+    /// Positions in the blocks that are not padding.
     pub positions: u64,
-    /// Blocks.
+    /// Number of blocks.
     pub blocks: u64,
-    /// Documents with more than `seq_len` positions, which are split.
+    /// Documents that are split because they have more than `seq_len` positions.
     pub split_documents: u64,
-    /// Left out: fewer than two tokens, or nothing to learn.
+    /// Records left out because they have fewer than two tokens or no learned target.
     pub skipped_empty: u64,
-    /// Left out: malformed.
+    /// Records left out because they are malformed.
     pub skipped_bad: u64,
-    /// Left out: its `domain` field is not the domain's `record_domain`.
+    /// Records left out because their `domain` field is not the domain's `record_domain`.
     pub skipped_other_domain: u64,
-    /// Left out of training: the text is in a validation set.
+    /// Records left out of training because their text is in a validation set.
     pub skipped_held_out: u64,
 }
 
 impl DomainCounts {
-    /// Share of the blocks' positions that is padding; 0 without blocks.
+    /// The share of the blocks' positions that is padding; 0 if there are no blocks.
     pub fn padding_share(&self, seq_len: usize) -> f64 {
         let total = self.blocks * seq_len as u64;
         if total == 0 { 0.0 } else { 1.0 - self.positions as f64 / total as f64 }
     }
 }
 
-/// A stretch of a document, at most `seq_len` positions long.
+/// A part of a document, at most `seq_len` positions long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Piece {
-    /// Index of its file in the dataset.
+    /// Index of the document's file in the dataset.
     pub file: u32,
-    /// Positions; one less than the tokens it reads.
+    /// Number of positions, one less than the number of tokens that the piece reads.
     pub len: u32,
-    /// First position with a learned target; all from there on are learned.
+    /// The first position with a learned target; all later targets are learned too.
     pub first_label: u32,
-    /// Positions that read a token of the prompt; they come first.
+    /// Number of positions that read a token of the prompt; they are the first ones.
     pub prompt_len: u32,
-    /// The [`Document::expert`] of its document.
+    /// The document's [`Document::expert`].
     pub expert: i32,
-    /// Index of its first token in its file.
+    /// Index of the piece's first token in its file.
     pub start: u64,
 }
 
 impl Piece {
-    /// Learned targets.
+    /// Number of learned targets.
     pub fn label_tokens(&self) -> u64 {
         u64::from(self.len - self.first_label)
     }
 
-    /// The positions that sequence-level routing averages over, which come first: those that read a
-    /// prompt, or all if there are none.
+    /// The number of positions that sequence-level routing averages over: those that read the
+    /// prompt, which come first, or all positions if none reads it.
     pub fn num_prompt(&self) -> u32 {
         if self.prompt_len > 0 { self.prompt_len } else { self.len }
     }
 }
 
-/// The first position of `document` whose target is learned, and its number of positions; `None`
-/// if nothing can be learned from it.
+/// The first position of `document` whose target is learned, and its number of positions; `None` if
+/// no target is learned.
 pub(super) fn learned(document: &Document, loss_on: LossOn) -> Option<(u32, u32)> {
     let len = document.num_tokens.checked_sub(1)?;
     let first_label = match loss_on {
@@ -91,7 +93,7 @@ pub(super) fn learned(document: &Document, loss_on: LossOn) -> Option<(u32, u32)
     (first_label < len).then_some((first_label, len))
 }
 
-/// Adds `document`'s pieces to `pieces` and what it has to `counts`.
+/// Adds the pieces of `document` to `pieces` and its numbers to `counts`.
 pub(super) fn split(
     document: &Document,
     file: u32,
@@ -123,11 +125,11 @@ pub(super) fn split(
     }
 }
 
-/// The pieces of each block, one block after another.
+/// The blocks, each a list of pieces. The pieces of all blocks are stored one block after another.
 #[derive(Debug, Default)]
 pub(super) struct Blocks {
     pieces: Vec<Piece>,
-    /// Where each block's pieces end.
+    /// The end of each block in `pieces`.
     ends: Vec<u32>,
 }
 
@@ -143,7 +145,7 @@ impl Blocks {
     }
 }
 
-/// Packs `pieces`, each of 1 to `seq_len` positions.
+/// Packs `pieces`, each of which has 1 to `seq_len` positions.
 pub(super) fn pack(mut pieces: Vec<Piece>, seq_len: u32) -> Blocks {
     pieces.sort_by_key(|piece| std::cmp::Reverse(piece.len));
     let mut rooms = Rooms::new(seq_len);
@@ -158,7 +160,7 @@ pub(super) fn pack(mut pieces: Vec<Piece>, seq_len: u32) -> Blocks {
         rooms.put(block, room - piece.len);
         block_of.push(block);
     }
-    // a counting sort by block
+    // a counting sort of the pieces by their block
     let mut ends = num_pieces;
     let mut total = 0;
     for end in &mut ends {
@@ -173,11 +175,11 @@ pub(super) fn pack(mut pieces: Vec<Piece>, seq_len: u32) -> Blocks {
     Blocks { pieces: sorted, ends }
 }
 
-/// The blocks that are not full, by the room they have left.
+/// The blocks that are not full, by their room, which is their number of free positions.
 struct Rooms {
-    /// Blocks with exactly this room.
+    /// The blocks with each room: entry `n` lists those with exactly `n` free positions.
     blocks: Vec<Vec<u32>>,
-    /// One bit per entry of `blocks`, set if it is not empty.
+    /// One bit for each entry of `blocks`, set if the entry is not empty.
     filled: Vec<u64>,
 }
 
@@ -187,7 +189,8 @@ impl Rooms {
         Self { blocks: vec![Vec::new(); count], filled: vec![0; count.div_ceil(64)] }
     }
 
-    /// Takes the block with the least room of at least `len`, and its room.
+    /// Takes out the block with the least room that is at least `len`, and returns it with its
+    /// room.
     fn take(&mut self, len: u32) -> Option<(u32, u32)> {
         let mut word = len as usize / 64;
         let mut bits = self.filled.get(word)? & (u64::MAX << (len % 64));

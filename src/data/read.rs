@@ -1,7 +1,8 @@
-//! All files of a run to [`TokenFile`]s, from the cache where it has them.
+//! Reads all files of a run into [`TokenFile`]s, from the cache where possible.
 //!
-//! Large files are read one after another, each with all threads; then the small ones, each by one
-//! thread and many at a time. So neither one big file nor a folder of many leaves a core idle.
+//! The large files are read one after another, each with all threads. The small ones are then read
+//! many at a time, each by one thread. Neither one big file nor a folder of many small files thus
+//! leaves a core idle.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -16,25 +17,27 @@ use super::token_file::TokenFile;
 use super::tokenize::Tokenizer;
 use crate::config::OnBadRecord;
 
-/// Files from this size on are read with all threads.
+/// Files of at least this size are read with all threads.
 const LARGE_BYTES: u64 = 1 << 20;
 
-/// How far the reading is.
+/// How much of the files has been read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Distinct files to read.
     pub num_files: usize,
-    /// Files that are read.
+    /// Files that have been read.
     pub files_done: usize,
-    /// How many of these came from the cache.
+    /// How many of `files_done` came from the cache.
     pub files_cached: usize,
     /// Size of all files on disk.
     pub num_bytes: u64,
-    /// How much of it is read, with the files under way.
+    /// How much of it has been read, including parts of files.
     pub bytes_done: u64,
 }
 
-/// Reads every file, in order. `progress` is called on this thread, several times a second or so.
+/// Reads every file, and returns them in the order of `files`.
+///
+/// - `progress`: called on this thread, after each batch of a large file and after each file
 pub(super) fn read_files(
     files: &[SourceFile],
     options: &DataOptions,
@@ -87,7 +90,7 @@ impl Reader<'_> {
         }
     }
 
-    /// Reads the files `indices` into `read`, many at a time.
+    /// Reads the files with the indices `indices` into `read`, many at a time.
     fn read_small(
         &self,
         indices: &[usize],
@@ -115,7 +118,7 @@ impl Reader<'_> {
             for (index, file) in receiver {
                 match file {
                     Ok(file) => read[index] = Some(file),
-                    // of several threads' errors, always the same one is shown
+                    // if several threads fail, the error of the first file is returned in every run
                     Err(error) if first_error.as_ref().is_none_or(|(first, _)| index < *first) => {
                         first_error = Some((index, error));
                     }
@@ -127,14 +130,15 @@ impl Reader<'_> {
         first_error.map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Reads one file, from the cache if it is there.
+    /// Reads one file, from the cache if it has the file.
     fn read(&self, index: usize, num_threads: usize, on_progress: &dyn Fn()) -> Result<TokenFile> {
         let file = match &self.cache {
             None => self.tokenize(index, num_threads, on_progress)?,
             Some(cache) => {
                 let key = self.key(index)?;
                 let fails = self.reading.on_bad_record == OnBadRecord::Fail;
-                // a cached file with malformed records is read again, to say where they are
+                // if malformed records are an error, a cached file that has some is read again,
+                // because the cache does not know their lines
                 match cache.get(&key).filter(|file| !(fails && file.num_bad > 0)) {
                     Some(file) => {
                         self.files_cached.fetch_add(1, Ordering::Relaxed);

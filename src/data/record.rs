@@ -1,21 +1,22 @@
-//! One line of a `.jsonl` file to a record.
+//! Parses one line of a `.jsonl` file into a record.
 //!
-//! A record is a JSON object with either `text`, or `prompt` and `completion`, all strings; `domain`
-//! may name what it is about. `expert` may name the expert that is for it: its index from 0 as a
-//! number, `expert_N` as it is exported, or `__base__`, PEFT's name for no adapter. Other keys are
-//! ignored, and `null` is as good as absent.
+//! A record is a JSON object with either `text`, or `prompt` and `completion`; all of these are
+//! strings. It may have a string `domain`, which names its domain. It may have an `expert`, which
+//! names the expert that the record is for: by the expert's index, a number from 0; by its exported
+//! name, `expert_N`; or by `__base__`, which is PEFT's name for no adapter. Other keys are ignored,
+//! and `null` counts as absent.
 
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::token_file::BASE_EXPERT;
 
-/// A document's text: what is only read, then what is learned.
+/// A document's text: the prompt, which is only read, and the completion, which is learned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Record {
-    /// Empty for a `text`.
+    /// Empty if the record has a `text`.
     pub prompt: String,
-    /// The `completion`, or all of a `text`.
+    /// The `completion`, or the whole `text`.
     pub completion: String,
     pub domain: Option<String>,
     /// An index that fits into an `i32`, or [`BASE_EXPERT`].
@@ -31,7 +32,7 @@ struct RawRecord {
     expert: Option<Value>,
 }
 
-/// Parses a line. An error is the fault in words, for the caller to put the place before.
+/// Parses a line. The error describes the fault; the caller puts the file and the line before it.
 pub(super) fn parse(line: &[u8]) -> Result<Record, String> {
     let line = std::str::from_utf8(line)
         .map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to() + 1))?;
@@ -79,7 +80,7 @@ fn expert(value: Option<Value>) -> Result<Option<i64>, String> {
         Value::String(name) if name == "__base__" => Some(i64::from(BASE_EXPERT)),
         Value::String(name) => {
             let index = name.strip_prefix("expert_").and_then(|index| index.parse::<u32>().ok());
-            // no `expert_+1` or `expert_01`, which are never exported
+            // `expert_+1` and `expert_01` are refused: no expert is exported under such a name
             index.filter(|index| *name == format!("expert_{index}")).map(i64::from)
         }
         _ => None,
@@ -107,7 +108,8 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// serde_json's message, whose `at line 1 column 5` counts within the line.
+/// serde_json's message, with the column at the front. Its `at line 1 column 5` is dropped, since
+/// it counts lines within this one line.
 fn json_fault(error: &serde_json::Error) -> String {
     let message = error.to_string();
     let message = message.split(" at line ").next().unwrap_or(&message);

@@ -1,8 +1,8 @@
-//! Which documents belong to a domain, and which of them are held out.
+//! Decides which documents belong to a domain and which of them are held out.
 //!
-//! A document is held out if `BLAKE3(seed, content)`, as a number from 0 to 1, is below the
-//! fraction. That depends on its text alone, so equal documents are always on the same side, and
-//! more data moves none of them to the other.
+//! A document is held out if `BLAKE3(seed, content)`, scaled to [0, 1), is below the fraction. This
+//! depends only on the seed and the document's text. Equal documents are therefore always on the
+//! same side, and adding data moves no document to the other side.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -22,8 +22,8 @@ pub(super) struct Selector<'a> {
 }
 
 impl Selector<'_> {
-    /// The documents of the files `indices`, as domain `name`; if `record_domain` is given, only
-    /// those whose record names it.
+    /// Selects the documents of the files `indices` for the domain `name`. With `record_domain`,
+    /// only the documents whose record names that domain are selected.
     pub fn select(
         &self,
         name: &str,
@@ -48,8 +48,11 @@ impl Selector<'_> {
         selection
     }
 
-    /// The documents of the file `index`, each added to the domain that its record names, or else
-    /// to `default_domain`; new domains go to the end. Malformed records count for the first.
+    /// Adds each document of the file `index` to the domain that its record names, or to
+    /// `default_domain` if it names none. A domain that is not yet in `selections` is appended. The
+    /// file's malformed records are counted in the domain of its first document.
+    ///
+    /// - `record_domain`: if given, only the documents whose record names this domain are added
     pub fn group(
         &self,
         selections: &mut Vec<Selection>,
@@ -95,7 +98,7 @@ impl Selector<'_> {
     /// Moves the share `fraction` of the documents to a validation set of the same name.
     ///
     /// # Errors
-    /// It is none of the documents or all of them.
+    /// If no document is held out, or all documents are.
     pub fn hold_out(&self, train: &mut Selection, fraction: f64, seed: u64) -> Result<Selection> {
         let num_documents = train.documents.len();
         let held_out = train
@@ -119,7 +122,7 @@ impl Selector<'_> {
         );
     }
 
-    /// Leaves the documents that are in `validation` out of `train`.
+    /// Removes the documents that are also in `validation` from `train`.
     pub fn leave_out(&self, train: &mut [Selection], validation: &[Selection]) {
         let held_out: HashSet<[u8; 16]> = validation
             .iter()
@@ -136,7 +139,7 @@ impl Selector<'_> {
     }
 }
 
-/// The index of the domain `name`, which is added if there is none.
+/// The index of the domain `name` in `selections`. The domain is appended if it is missing.
 pub(super) fn position_of(selections: &mut Vec<Selection>, name: &str) -> usize {
     selections.iter().position(|selection| selection.name == name).unwrap_or_else(|| {
         selections.push(Selection { name: name.into(), weight: 1.0, ..Selection::default() });
@@ -150,13 +153,13 @@ fn is_held_out(document: &Document, fraction: f64, seed: u64) -> bool {
     hasher.update(&document.content);
     let mut draw = [0; 8];
     hasher.finalize_xof().fill(&mut draw);
-    // 2^64, exactly
+    // the divisor is exactly 2^64
     (u64::from_le_bytes(draw) as f64) / 18_446_744_073_709_551_616.0 < fraction
 }
 
-/// Refuses a domain without blocks and says where its records went.
+/// Checks that a domain has blocks; the error says what became of its records.
 ///
-/// `files` are all files of the run; their `domain` fields make the hint.
+/// - `files`: all files of the run; the hint lists the values of their `domain` fields
 pub(super) fn check_not_empty(
     domain: &Domain,
     purpose: &str,

@@ -1,7 +1,8 @@
-//! Patterns to files, and files to lines.
+//! Expands patterns into files, and reads files line by line.
 //!
-//! A name's suffixes say what a file holds: `.jsonl` (or `.ndjson`) is one JSON object a line,
-//! everything else is one plain text; `.zst` or `.gz` behind either is unpacked while reading.
+//! The suffixes of a file's name say what the file holds. A `.jsonl` or `.ndjson` file has one JSON
+//! object per line, and any other file is one plain text. A file with `.zst` or `.gz` after that is
+//! decompressed while it is read.
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read};
@@ -12,16 +13,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use fs_err::File;
 
-/// What the lines of a file are.
+/// What a file contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
-    /// One JSON object a line.
+    /// One JSON object per line.
     JsonLines,
-    /// One document.
+    /// One document of plain text.
     Text,
 }
 
-/// How a file is packed.
+/// How a file is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
     Plain,
@@ -29,13 +30,13 @@ pub(super) enum Packing {
     Gzip,
 }
 
-/// A file of documents.
+/// A file with documents.
 #[derive(Debug, Clone)]
 pub(super) struct SourceFile {
     pub path: PathBuf,
     pub format: Format,
     pub packing: Packing,
-    /// Size on disk.
+    /// The file's size on disk.
     pub num_bytes: u64,
 }
 
@@ -46,7 +47,7 @@ impl SourceFile {
             bail!("`{0}` is a folder\nhint: name its files, as in `{0}/*.jsonl`", path.display());
         }
         if !metadata.is_file() {
-            // it is read more than once: for its hash, then for its records
+            // a pipe would not do: the file is read once for its hash and again for its records
             bail!("`{}` is no regular file\nhint: write its content to one", path.display());
         }
         let (stem, packing) = unpacked_name(&path);
@@ -62,14 +63,14 @@ impl SourceFile {
         Ok(Self { path, format, packing, num_bytes: metadata.len() })
     }
 
-    /// The name without its folder and the suffixes that were understood: `a/b.jsonl.zst` is `b`.
+    /// The file's name without the folder and the known suffixes: `b` for `a/b.jsonl.zst`.
     pub fn stem(&self) -> String {
         let (name, _) = unpacked_name(&self.path);
         let stem = Path::new(&name).file_stem().unwrap_or_default();
         stem.to_string_lossy().into_owned()
     }
 
-    /// The unpacked content; `bytes_read` grows by what is read from disk.
+    /// Opens the decompressed content. `bytes_read` grows by the number of bytes read from disk.
     pub fn open(&self, bytes_read: Arc<AtomicU64>) -> Result<Box<dyn BufRead>> {
         let file = CountingReader { inner: File::open(&self.path)?, bytes_read };
         let file = BufReader::with_capacity(1 << 16, file);
@@ -79,7 +80,7 @@ impl SourceFile {
             Packing::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::with_buffer(file)
                     .with_context(|| format!("cannot unpack `{}`", self.path.display()))?;
-                // files packed with `zstd --long=31` need it
+                // files compressed with `zstd --long=31` need this window
                 decoder.window_log_max(31).context("cannot set up the unpacking")?;
                 Box::new(BufReader::new(decoder))
             }
@@ -87,12 +88,12 @@ impl SourceFile {
     }
 }
 
-/// The lower-case extension of a file name.
+/// The extension of a file name, in lower case.
 fn extension(name: &str) -> Option<String> {
     Path::new(name).extension().map(|extension| extension.to_string_lossy().to_lowercase())
 }
 
-/// The file name without its packing's suffix, and the packing.
+/// The file name without the suffix of its compression, and the compression.
 fn unpacked_name(path: &Path) -> (String, Packing) {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let packing = match extension(&name).as_deref() {
@@ -104,7 +105,7 @@ fn unpacked_name(path: &Path) -> (String, Packing) {
     (stem.to_string_lossy().into_owned(), packing)
 }
 
-/// Counts what is read, so that a bar can move within a file.
+/// Counts the bytes that are read, so that progress can be shown within a file.
 struct CountingReader {
     inner: File,
     bytes_read: Arc<AtomicU64>,
@@ -118,10 +119,10 @@ impl Read for CountingReader {
     }
 }
 
-/// The lines of a file, as bytes: without the byte order mark, with their line feeds.
+/// The lines of a file as bytes. They keep their line feeds; a byte order mark is removed.
 pub(super) struct Lines {
     reader: Box<dyn BufRead>,
-    /// The line that was read last, from 1.
+    /// The number of the line that was read last, counted from 1.
     pub number: u64,
 }
 
@@ -130,7 +131,7 @@ impl Lines {
         Self { reader, number: 0 }
     }
 
-    /// Reads the next line into `line`; false at the end.
+    /// Reads the next line into `line`; returns false at the end of the file.
     pub fn read(&mut self, line: &mut Vec<u8>) -> io::Result<bool> {
         line.clear();
         if self.reader.read_until(b'\n', line)? == 0 {
@@ -144,7 +145,7 @@ impl Lines {
     }
 }
 
-/// The distinct files of a run; several domains may share one.
+/// The distinct files of a run. Several domains may share a file.
 #[derive(Debug, Default)]
 pub(super) struct SourceFiles {
     pub files: Vec<SourceFile>,
@@ -152,10 +153,11 @@ pub(super) struct SourceFiles {
 }
 
 impl SourceFiles {
-    /// The indices in `files` of what `patterns` name, a pattern's files sorted by name.
+    /// Adds the files that `patterns` name and returns their indices in `files`, in the order of
+    /// the patterns. The files of one pattern are sorted by name.
     ///
     /// # Errors
-    /// A pattern that matches nothing; a file that two patterns of the list match.
+    /// If a pattern matches no file, or if a file is matched twice.
     pub fn add(&mut self, patterns: &[String]) -> Result<Vec<usize>> {
         let mut found = Vec::new();
         let mut found_by: HashMap<usize, &str> = HashMap::new();
@@ -186,13 +188,13 @@ impl SourceFiles {
     }
 }
 
-/// The files of a path or glob, sorted. A file that exists under the very name is no glob.
+/// The files that a path or a glob names, sorted. The name of an existing file is never a glob.
 fn expand(pattern: &str) -> Result<Vec<PathBuf>> {
     if Path::new(pattern).exists() {
         return Ok(vec![pattern.into()]);
     }
     let is_glob = pattern.contains(['*', '?', '[']);
-    // `*` leaves hidden files alone, as in a shell
+    // `*` does not match hidden files, as in a shell
     let options = glob::MatchOptions { require_literal_leading_dot: true, ..Default::default() };
     let mut paths = Vec::new();
     let entries = glob::glob_with(pattern, options)
@@ -234,7 +236,7 @@ mod tests {
         assert!(fault(&[""]).contains("is a folder\nhint: name its files"));
         assert!(fault(&["c.json"]).contains("hint: write one JSON object a line"));
         assert!(fault(&["a.jsonl", "*.jsonl"]).contains("a.jsonl` is listed twice, by"));
-        // a name that could be a glob is taken as it is, and `*` leaves hidden files alone
+        // an existing file's name is not read as a glob, and `*` does not match hidden files
         assert_eq!(add(&["a[1].txt"]).expect("a file"), 1);
         assert_eq!(add(&["*.txt", "a.jsonl"]).expect("files"), 3);
     }

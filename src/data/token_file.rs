@@ -1,60 +1,60 @@
 //! The tokens of one source file, in memory or on disk.
 
-/// [`Document::record_domain`] of a record that names none.
+/// The [`Document::record_domain`] of a record that names no domain.
 pub(super) const NO_DOMAIN: u32 = u32::MAX;
 
-/// [`Document::expert`] of a record that names none.
+/// The [`Document::expert`] of a record that names no expert.
 pub(super) const NO_EXPERT: i32 = -2;
 
-/// [`Document::expert`] of a record that names the base alone.
+/// The [`Document::expert`] of a record that names the base alone.
 pub(super) const BASE_EXPERT: i32 = -1;
 
-/// Bytes of a token on disk, where it is a little-endian `u32`.
+/// Size of a token on disk, where it is a little-endian `u32`.
 pub(super) const TOKEN_BYTES: u64 = 4;
 
 /// The documents of one source file.
 #[derive(Debug, Default)]
 pub(super) struct TokenFile {
-    /// All documents' tokens, one document after another.
+    /// The tokens of all documents, one document after another.
     pub tokens: Tokens,
     pub documents: Vec<Document>,
-    /// The values of the records' `domain` fields.
+    /// The distinct values of the records' `domain` fields.
     pub record_domains: Vec<String>,
-    /// Records that were malformed and left out.
+    /// Number of malformed records, which were left out.
     pub num_bad: u64,
 }
 
 impl TokenFile {
-    /// The `domain` field of a document's record.
+    /// The `domain` field of a document's record, if it has one.
     pub fn record_domain(&self, document: &Document) -> Option<&str> {
         self.record_domains.get(document.record_domain as usize).map(String::as_str)
     }
 }
 
-/// Where a document's tokens are and what is known about it.
+/// Where the tokens of a document are, and what is known about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Document {
     /// Index of its first token in the file's tokens.
     pub start: u64,
-    /// Its tokens, with the end token.
+    /// Number of tokens, including the end token.
     pub num_tokens: u32,
-    /// Tokens of its prompt, which comes first; 0 for a `text`.
+    /// Number of tokens in the prompt, which comes first; 0 for a `text`.
     pub prompt_len: u32,
     /// Index in [`TokenFile::record_domains`], or [`NO_DOMAIN`].
     pub record_domain: u32,
-    /// The expert that its record names, from 0; or [`BASE_EXPERT`], or [`NO_EXPERT`].
+    /// The expert that the record names, from 0, or [`BASE_EXPERT`] or [`NO_EXPERT`].
     pub expert: i32,
-    /// The first half of BLAKE3 of its text (prompt and completion joined): equal texts are equal
-    /// documents, whatever the tokenizer and wherever the prompt ends.
+    /// The first half of the BLAKE3 hash of the text, prompt and completion joined. Documents with
+    /// the same text are equal, whatever the tokenizer is and wherever the prompt ends.
     pub content: [u8; 16],
 }
 
-/// Tokens in memory, or in a file that is mapped into it.
+/// Tokens in memory, or in a memory-mapped file.
 #[derive(Debug)]
 pub(super) enum Tokens {
     Memory(Vec<u32>),
-    /// A cache file, from `offset` on: the page cache holds what is in use, several processes share
-    /// it, and the file may be deleted or replaced meanwhile.
+    /// A cache file, whose tokens begin at byte `offset`. Only the pages in use are in memory,
+    /// several processes share them, and the file may be deleted or replaced meanwhile.
     Mapped {
         map: memmap2::Mmap,
         offset: usize,
@@ -68,7 +68,7 @@ impl Default for Tokens {
 }
 
 impl Tokens {
-    /// Appends the `count` tokens from `start` on to `out`.
+    /// Appends `count` tokens, the first of which has index `start`, to `out`.
     pub fn read(&self, start: u64, count: usize, out: &mut Vec<u32>) {
         let start = usize::try_from(start).expect("an index into what is in memory");
         match self {

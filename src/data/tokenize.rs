@@ -1,9 +1,9 @@
-//! Text to token ids, by the base's own `tokenizer.json`.
+//! Turns text into token ids with the base's own `tokenizer.json`.
 //!
-//! A tokenizer costs microseconds per word, so a file's parts are encoded on all cores, and long
-//! texts are cut where no token can cross: at the end of a line that does not end in white space.
-//! GPT-2's pattern (`ByteLevel`) always ends a word there, so the ids are those of the whole text;
-//! with any other kind of tokenizer texts stay whole.
+//! Tokenizing takes microseconds per word. The parts of a file are therefore encoded on all cores,
+//! and long texts are cut at the end of a line that does not end in white space. GPT-2's pattern
+//! (`ByteLevel`) always ends a word there, so that no token crosses the cut and the ids are those
+//! of the whole text. With any other kind of tokenizer, texts are not cut.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,14 +11,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::{Context, Result, anyhow};
 use tokenizers::PreTokenizerWrapper;
 
-/// A stretch of text is cut at the first safe place after so many bytes.
+/// A text is cut at the first safe place after this many bytes.
 const CUT_AFTER_BYTES: usize = 1 << 16;
 
 /// A `tokenizer.json` of Hugging Face's `tokenizers`.
 ///
-/// Only its words become ids: it adds no start or end token, truncates nothing and pads nothing,
-/// whatever the file says. Text that spells an added token (`<|endoftext|>`) becomes that token, as
-/// in `transformers`.
+/// Only the text itself becomes ids: whatever the file says, no start or end token is added, and
+/// nothing is truncated or padded. Text that spells an added token (`<|endoftext|>`) becomes that
+/// token, as in `transformers`.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -38,8 +38,8 @@ impl Tokenizer {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| {
             anyhow!(
-                "not a tokenizer: {error}\nhint: the file is called `tokenizer.json`; `transformers` \
-                 makes it from `vocab.json` and `merges.txt` by `save_pretrained`"
+                "not a tokenizer: {error}\nhint: the file is called `tokenizer.json`; \
+                 `transformers` makes it from `vocab.json` and `merges.txt` by `save_pretrained`"
             )
         })?;
         inner.with_padding(None);
@@ -59,10 +59,10 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// The ids of each text, in order, on up to `num_threads` threads.
+    /// The ids of each text, in order, computed on up to `num_threads` threads.
     ///
     /// # Errors
-    /// The index of the first text that cannot be encoded, and why.
+    /// The index of the first text that cannot be encoded, and the reason.
     pub(super) fn encode_all(
         &self,
         texts: &[&str],
@@ -90,27 +90,27 @@ impl Tokenizer {
         all.into_iter().collect()
     }
 
-    /// The text of `ids`, special tokens included.
+    /// The text of `ids`, including special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.inner.decode(ids, false).map_err(|error| anyhow!("cannot decode the tokens: {error}"))
     }
 
-    /// The id of a token as it is written in `tokenizer.json`, such as `<|endoftext|>`.
+    /// The id of a token that is written as in `tokenizer.json`, for example `<|endoftext|>`.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// One more than the largest id, added tokens included: the rows that an embedding must have.
+    /// One more than the largest id, including added tokens. An embedding must have this many rows.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// BLAKE3 of the file's content.
+    /// The BLAKE3 hash of the file's content.
     pub fn hash(&self) -> blake3::Hash {
         self.hash
     }
 
-    /// Splits `text` into stretches whose ids, one after another, are the ids of `text`.
+    /// Cuts `text` into parts whose ids, joined, are the ids of `text`.
     pub(super) fn cut(&self, text: String) -> Vec<String> {
         let mut stretches = Vec::new();
         let mut start = 0;
@@ -127,7 +127,8 @@ impl Tokenizer {
         stretches
     }
 
-    /// Whether `text` is long enough to be cut and no token crosses `place`, where a line ends.
+    /// Whether `text` is long enough to be cut and may be cut at `place`, the end of a line,
+    /// because no token crosses it.
     pub(super) fn may_cut(&self, text: &str, place: usize) -> bool {
         self.can_cut
             && place > CUT_AFTER_BYTES
@@ -135,7 +136,7 @@ impl Tokenizer {
     }
 }
 
-/// Whether the end of a line that does not end in white space always ends a word.
+/// Whether a word always ends at the end of a line that does not end in white space.
 fn can_cut(tokenizer: &tokenizers::Tokenizer) -> bool {
     let splits_by_gpt2_pattern = matches!(
         tokenizer.get_pre_tokenizer(),

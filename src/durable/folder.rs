@@ -1,9 +1,10 @@
-//! A folder that takes the place of another in one step.
+//! Replaces a folder by another in one step.
 //!
-//! The new folder is filled beside the old one as `.writing-*`, forced to disk, and the two exchange
-//! their names (`renameat2` with `RENAME_EXCHANGE`, Linux 3.15), so that at any moment one of them,
-//! whole, is at the place. A file system without that exchange, such as NFS, gets two renames, between
-//! which the old folder is at `.replaced-NAME` alone; [`restore`] brings it back after a kill there.
+//! The new folder is filled beside the old one under a name `.writing-*` and forced to disk. The
+//! two then exchange their names (`renameat2` with `RENAME_EXCHANGE`, Linux 3.15), so that a
+//! complete folder is at the path at any moment. On a file system that cannot exchange names, such
+//! as NFS, two renames are made. Between them, the old folder is only at `.replaced-NAME`; if the
+//! process is killed there, [`restore`] brings it back.
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
@@ -15,13 +16,13 @@ use rustix::io::Errno;
 
 use super::sync_folder;
 
-/// How a folder is named while it is written; eight random characters follow.
+/// Beginning of a folder's name while it is written; random characters follow.
 pub const WRITING: &str = ".writing-";
-/// How a folder is named between two renames; its own name follows.
+/// Beginning of a folder's name between the two renames; its own name follows.
 pub const REPLACED: &str = ".replaced-";
 
-/// Fills a folder with `fill` and puts it at `dir`, with the missing parents, in place of any folder
-/// that is there. What may be replaced is the caller's to decide.
+/// Fills a folder by calling `fill` and moves it to `dir`, in place of any folder that is there.
+/// Missing parent folders are created. The caller decides what may be replaced.
 pub fn write(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     restore(dir)?;
     let dir = std::path::absolute(dir)?;
@@ -38,7 +39,7 @@ pub fn write(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     }
     exchange(temporary.path(), &dir)?;
     sync_folder(parent)?;
-    // what was there has the temporary name now
+    // the old folder has the temporary name now
     let old = temporary.path().to_owned();
     if let Err(error) = temporary.close() {
         tracing::warn!("`{}` is left over and may be deleted: {error}", old.display());
@@ -46,8 +47,8 @@ pub fn write(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     Ok(())
 }
 
-/// Renames `from` to `to`, where nothing is; what has come there meanwhile is not replaced, if the file
-/// system can tell.
+/// Renames `from` to `to`, where nothing must exist. If something has been created there meanwhile,
+/// this is an error, unless the file system cannot tell.
 pub(super) fn rename_to_free(from: &Path, to: &Path) -> Result<()> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         Ok(()) => Ok(()),
@@ -57,7 +58,7 @@ pub(super) fn rename_to_free(from: &Path, to: &Path) -> Result<()> {
     }
 }
 
-/// Puts the folder `new` at `dir` and what was there at `new`.
+/// Moves the folder `new` to `dir`, and the folder at `dir` to `new`.
 fn exchange(new: &Path, dir: &Path) -> Result<()> {
     match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
         Ok(()) => Ok(()),
@@ -78,15 +79,15 @@ fn exchange_by_renames(new: &Path, dir: &Path) -> Result<()> {
     Ok(fs_err::rename(&parked, new)?)
 }
 
-/// Where a folder is between two renames.
+/// The path of a folder between the two renames.
 fn parked(dir: &Path) -> Option<PathBuf> {
     let mut name = OsString::from(REPLACED);
     name.push(dir.file_name()?);
     Some(dir.with_file_name(name))
 }
 
-/// Undoes what a process left that was killed while it replaced `dir`: a folder that is away from its
-/// place comes back, and one that has been replaced goes.
+/// Cleans up after a process that was killed while it replaced `dir`: if the old folder is missing
+/// from `dir`, it is moved back, and if it has been replaced, it is deleted.
 pub fn restore(dir: &Path) -> Result<()> {
     let Some(parked) = parked(dir).filter(|parked| parked.is_dir() && !parked.is_symlink()) else {
         return Ok(());
@@ -114,7 +115,7 @@ mod tests {
         Ok(())
     }
 
-    /// The text that both files of a whole folder hold.
+    /// The text that both files of a complete folder contain.
     fn text_of(dir: &Path) -> Result<String> {
         let [a, b] = ["a", "b"].map(|name| fs_err::read_to_string(dir.join(name)));
         let (a, b) = (a?, b?);
@@ -159,7 +160,7 @@ mod tests {
         exchange_by_renames(&new, &dir)?;
         assert_eq!((text_of(&dir)?, text_of(&new)?), ("new".into(), "old".into()));
         assert_eq!(names(place.path())?, ["dir", "new"]);
-        // the new folder is gone: the old one comes back
+        // the new folder does not exist, so the old one comes back
         fs_err::remove_dir_all(&new)?;
         exchange_by_renames(&new, &dir).expect_err("there is nothing to put there");
         assert_eq!(text_of(&dir)?, "new");
@@ -171,21 +172,21 @@ mod tests {
         let place = tempfile::tempdir()?;
         let dir = place.path().join("out");
         write(&dir, |dir| fill(dir, "old"))?;
-        // before the second rename
+        // the process was killed before the second rename
         fs_err::rename(&dir, place.path().join(".replaced-out"))?;
         restore(&dir)?;
         assert_eq!(text_of(&dir)?, "old");
-        // after it
+        // the process was killed after the second rename
         fs_err::create_dir(place.path().join(".replaced-out"))?;
         restore(&dir)?;
         assert_eq!((text_of(&dir)?.as_str(), names(place.path())?), ("old", vec!["out".into()]));
         Ok(())
     }
 
-    /// The variable by which the next test's process knows what it is to replace.
+    /// The environment variable that tells the next test's child process which folder to replace.
     const CHILD: &str = "DYLORA_TEST_REPLACES";
 
-    /// A process that replaces a folder without pause is killed at many moments.
+    /// Kills a process that replaces a folder again and again, at many different moments.
     #[test]
     fn a_kill_at_any_moment_leaves_a_whole_folder() -> Result<()> {
         if let Some(dir) = std::env::var_os(CHILD) {

@@ -1,5 +1,5 @@
-//! Files and folders that are whole or absent, also after a crash: single files here, folders in
-//! [`folder`], and what a command may write where in [`output`].
+//! Writes files and folders that are either complete or absent, even after a crash. Single files
+//! are written here and folders in [`folder`]; [`output`] checks what a command may write.
 
 pub mod folder;
 pub mod output;

@@ -1,9 +1,14 @@
-//! What a command may write where.
+//! Checks what a command may write or replace, and writes it.
 //!
-//! An output folder holds a marker, [`MARKER`], that lists the files that dylora wrote. A folder may be
-//! replaced if it holds those files and nothing else, and a file if the user says so. Never replaced are
-//! what the command reads, the working folder, and folders that hold one of these; links and devices; and,
-//! in place of a folder, a file.
+//! An output folder contains a marker, [`MARKER`], which lists the files that dylora wrote. With
+//! `overwrite`, a file may be replaced, and a folder if it contains only files that its marker
+//! lists, or if it has no marker but the caller recognises it. These are never replaced:
+//!
+//! - what the command reads, and what is inside a folder that it reads;
+//! - the working folder;
+//! - a folder that contains one of these;
+//! - links and devices;
+//! - a file by a folder, or a folder by a file.
 
 use std::collections::BTreeSet;
 use std::fs::FileType;
@@ -15,38 +20,38 @@ use serde::{Deserialize, Serialize};
 
 use super::folder;
 
-/// The file by which a folder is known as dylora's.
+/// The file that marks a folder as written by dylora.
 pub const MARKER: &str = ".dylora-output.json";
 
-/// The version of the marker's format.
+/// The version of the marker's format. Folders with another version count as unmarked.
 const FORMAT: u32 = 1;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
     format: u32,
     dylora_version: String,
-    /// Paths from the folder, sorted, without the marker's own.
+    /// Paths relative to the folder, sorted, without the marker itself.
     files: BTreeSet<String>,
 }
 
-/// Where a command writes.
+/// The output of a command.
 #[derive(Debug, Clone, Default)]
 pub struct Output {
-    /// The file or folder to make.
+    /// The file or folder to write.
     pub path: PathBuf,
     /// Whether an earlier output may be replaced.
     pub overwrite: bool,
     /// Files and folders that the command reads.
     pub inputs: Vec<PathBuf>,
-    /// Where relative paths begin.
+    /// The folder in which relative paths begin. It is never replaced.
     pub working_folder: PathBuf,
 }
 
-/// Whether a folder without a marker is dylora's, given the files in it.
+/// Whether dylora wrote the folder, which has no marker and contains the given files.
 pub type IsUnmarkedOutput = fn(&Path, &BTreeSet<String>) -> bool;
 
 impl Output {
-    /// A new file or folder.
+    /// An output to a new file or folder.
     pub fn new(path: &Path) -> Self {
         Self { path: path.to_owned(), ..Self::default() }
     }
@@ -54,7 +59,7 @@ impl Output {
     /// Checks that [`Self::write_folder`] may write.
     ///
     /// # Errors
-    /// What is at the path and may not be replaced, by name.
+    /// If there is something at the path that may not be replaced; the message names it.
     pub fn check_folder(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
         folder::restore(&self.path)?;
         let name = self.path.display();
@@ -73,11 +78,11 @@ impl Output {
         if is_empty { Ok(()) } else { self.check_ours(is_unmarked) }
     }
 
-    /// Fills a folder with `fill`, adds the marker and puts the folder at the path in one step, with the
-    /// missing parents.
+    /// Fills a folder by calling `fill`, adds the marker and moves the folder to the path in one
+    /// step. Missing parent folders are created.
     ///
     /// # Errors
-    /// As [`Self::check_folder`], and what `fill` says; what was there is then as it was.
+    /// As for [`Self::check_folder`], and if `fill` fails. What was at the path is then unchanged.
     pub fn write_folder(
         &self,
         is_unmarked: IsUnmarkedOutput,
@@ -96,7 +101,7 @@ impl Output {
     /// Checks that [`Self::write_file`] may write.
     ///
     /// # Errors
-    /// What is at the path and may not be replaced, by name.
+    /// If there is something at the path that may not be replaced; the message names it.
     pub fn check_file(&self) -> Result<()> {
         let name = self.path.display();
         let Ok(metadata) = self.path.symlink_metadata() else { return Ok(()) };
@@ -111,10 +116,11 @@ impl Output {
         Ok(())
     }
 
-    /// Writes a file with `fill` beside the path and puts it there in one step, with the missing parents.
+    /// Writes a temporary file beside the path by calling `fill`, and renames it to the path.
+    /// Missing parent folders are created.
     ///
     /// # Errors
-    /// As [`Self::check_file`], and what `fill` says; what was there is then as it was.
+    /// As for [`Self::check_file`], and if `fill` fails. What was at the path is then unchanged.
     pub fn write_file(&self, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.check_file()?;
         let path = std::path::absolute(&self.path)?;
@@ -131,7 +137,8 @@ impl Output {
         super::sync_folder(parent)
     }
 
-    /// Checks that what is at the path is neither an input nor the working folder, and holds none.
+    /// Checks that what is at the path is no input and not the working folder, and contains
+    /// neither.
     fn check_kept(&self) -> Result<()> {
         let name = self.path.display();
         let real = fs_err::canonicalize(&self.path)?;
@@ -152,8 +159,8 @@ impl Output {
             }
             if real_input.starts_with(&real) {
                 bail!(
-                    "`{name}` holds `{}`, which is read by this command, and is not replaced\nhint: name \
-                     another",
+                    "`{name}` holds `{}`, which is read by this command, and is not replaced\n\
+                     hint: name another",
                     input.display()
                 );
             }
@@ -161,7 +168,7 @@ impl Output {
         Ok(())
     }
 
-    /// Checks that the folder at the path holds what dylora wrote and nothing else.
+    /// Checks that the folder at the path contains only what dylora wrote.
     fn check_ours(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
         let name = self.path.display();
         let files = files_below(&self.path)?;
@@ -172,14 +179,14 @@ impl Output {
                 return Ok(());
             }
             bail!(
-                "`{name}` was not written by dylora, as far as can be told, and is not replaced\nhint: \
-                 delete it yourself, or name another"
+                "`{name}` was not written by dylora, as far as can be told, and is not replaced\n\
+                 hint: delete it yourself, or name another"
             );
         };
         if let Some(other) = files.difference(&marker.files).next() {
             bail!(
-                "`{name}` holds `{other}`, which dylora did not write, and is not replaced\nhint: move \
-                 that elsewhere, or name another"
+                "`{name}` holds `{other}`, which dylora did not write, and is not replaced\n\
+                 hint: move that elsewhere, or name another"
             );
         }
         Ok(())
@@ -200,8 +207,8 @@ fn kind_of(kind: FileType) -> &'static str {
     }
 }
 
-/// The paths from `dir` of all that is below it, without the marker: files, links and the like, and
-/// folders that are empty.
+/// The paths, relative to `dir`, of everything below it except the marker: files, links, other
+/// entries and empty folders.
 fn files_below(dir: &Path) -> Result<BTreeSet<String>> {
     let (mut found, mut folders) = (BTreeSet::new(), vec![dir.to_owned()]);
     while let Some(folder) = folders.pop() {

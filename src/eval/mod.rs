@@ -1,10 +1,10 @@
 //! Loss, perplexity and routing statistics of a model on a dataset.
 //!
-//! Protocol: each document is cut into windows of at most `seq_len` tokens that do not overlap (the
-//! stride is `seq_len`), a token sees what precedes it within its window, and each target is scored
-//! once. A domain's loss is the mean over its label tokens, `loss` the mean over the domains,
-//! `token_loss` the mean over all label tokens; perplexity is `exp` of a loss. Routing statistics are
-//! means over the same tokens.
+//! Each document is cut into windows of at most `seq_len` tokens that do not overlap, so the stride
+//! is `seq_len`. A token sees the tokens before it in its window, and each target is scored once.
+//! The loss of a domain is the mean over its label tokens, `loss` is the mean over the domains, and
+//! `token_loss` is the mean over all label tokens. Perplexity is `exp` of a loss. Routing
+//! statistics are means over the same tokens.
 
 pub mod routing;
 
@@ -23,41 +23,41 @@ use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 use routing::SiteExperts;
 pub use routing::{RoutingReport, SiteReport};
 
-/// What an evaluation found.
+/// The results of an evaluation.
 #[derive(Debug, Clone, Serialize)]
 pub struct EvalReport {
-    /// Longest window, tokens.
+    /// Length of the longest window, in tokens.
     pub seq_len: usize,
-    /// Distance of windows, tokens; equal to `seq_len`.
+    /// Distance between windows, in tokens; equal to `seq_len`.
     pub stride: usize,
     /// Mean of the domains' losses, nats.
     pub loss: f64,
-    /// Mean over all label tokens, nats.
+    /// Mean loss over all label tokens, nats.
     pub token_loss: f64,
     /// `exp(token_loss)`.
     pub perplexity: f64,
     /// Label tokens of all domains.
     pub label_tokens: u64,
-    /// Each domain's figures.
+    /// The results of each domain that has label tokens.
     pub domains: Vec<DomainReport>,
-    /// Routing over all domains; none without a router.
+    /// Routing over all domains; `None` without a router.
     pub routing: Option<RoutingReport>,
 }
 
-/// One domain's figures.
+/// The results of one domain.
 #[derive(Debug, Clone, Serialize)]
 pub struct DomainReport {
     /// Its name.
     pub name: String,
-    /// Documents that were scored.
+    /// Number of documents that were scored.
     pub documents: u64,
     /// Label tokens.
     pub label_tokens: u64,
-    /// Mean over label tokens, nats.
+    /// Mean loss over the domain's label tokens, nats.
     pub loss: f64,
     /// `exp(loss)`.
     pub perplexity: f64,
-    /// Routing of this domain's tokens: its row in the router x domain table.
+    /// Routing of this domain's tokens; `None` without a router.
     pub routing: Option<RoutingReport>,
 }
 
@@ -68,21 +68,22 @@ impl EvalReport {
     }
 }
 
-/// Batches and chunks of an evaluation.
+/// How to evaluate.
 #[derive(Debug, Clone, Copy)]
 pub struct EvalSettings {
-    /// Sequences of a forward pass.
+    /// Sequences in one forward pass.
     pub batch_size: usize,
-    /// Positions whose logits are in memory at once.
+    /// Number of positions whose logits are in memory at the same time.
     pub loss_chunk_tokens: i64,
-    /// The rule of routing; none = the model's.
+    /// The routing rule; `None` for the model's own.
     pub rule: Option<EvalRule>,
-    /// Dead is an expert with less than this part of an even weight.
+    /// An expert is dead if its mean routing weight is less than this part of an even weight.
     pub dead_share: f64,
 }
 
 impl EvalSettings {
-    /// As a run evaluates: its micro-batches and chunks, by `rule`.
+    /// The settings of a run's evaluations: its micro-batches and chunks, with the routing rule
+    /// `rule`.
     pub fn of_run(config: &Config, rule: Option<EvalRule>) -> Self {
         Self {
             batch_size: config.train.micro_batch_size,
@@ -100,8 +101,12 @@ impl Default for EvalSettings {
     }
 }
 
-/// Evaluates `model` on every block of `dataset`, routed by `source`; `progress` hears `(blocks done,
-/// blocks)`.
+/// Evaluates `model` on every block of `dataset`, with routing weights from `source`.
+///
+/// - `progress`: receives the number of blocks done and the number of all blocks
+///
+/// # Errors
+/// Fails if the data has no label token.
 pub fn evaluate(
     model: &RoutedModel,
     dataset: &TokenDataset,
@@ -165,7 +170,7 @@ pub fn evaluate(
     })
 }
 
-/// The summed loss of a batch, nats, and what the routers did.
+/// The summed loss of a batch, nats, and its routing at each site.
 fn score(
     model: &RoutedModel,
     inputs: &Inputs,
@@ -183,8 +188,10 @@ fn score(
     (loss.token_losses.sum(Kind::Double).double_value(&[]), routing)
 }
 
-/// Checks that a dataset can be routed by `routing` over `num_experts` experts: by `record`, each of
-/// its documents must name one of them.
+/// Checks that a dataset can be routed by `routing` over `num_experts` experts.
+///
+/// # Errors
+/// Fails with `record` if a document names no expert or one that does not exist.
 pub fn check_records(
     dataset: &TokenDataset,
     routing: RoutingChoice,

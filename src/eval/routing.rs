@@ -1,15 +1,15 @@
-//! How tokens were routed: sums on the host, and the figures that follow from them.
+//! How tokens were routed: sums on the host, and the statistics that follow from them.
 //!
-//! With `w[g][e]` the sum of routing weights that the tokens of domain g gave to expert e, and
-//! `p(g, e) = w[g][e] / sum w`, the mutual information of expert and domain is
+//! Let `w[g][e]` be the sum of the routing weights that the tokens of domain g gave to expert e,
+//! and `p(g, e) = w[g][e] / sum w`. The mutual information of expert and domain is
 //!
 //! ```text
 //! I = sum_g sum_e p(g, e) ln(p(g, e) / (p(g) p(e)))     nats, from 0 to min(H(domain), ln E)
 //! ```
 //!
-//! 0 if every domain is routed alike, H(domain) if the expert tells the domain.
+//! It is 0 if every domain is routed alike, and H(domain) if the expert determines the domain.
 //!
-//! Letters of shapes: `g` domain, `e` expert, `m` a site's experts.
+//! Letters of shapes: `g` domain, `e` expert, `m` expert of a site.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -19,30 +19,29 @@ use crate::config::RouterConfig;
 use crate::model::routing::totals::RoutingTotals;
 use crate::model::{RoutedModel, Site};
 
-/// Sums over label tokens at one place where routing is decided, on the host. Those of other tokens add
-/// up.
+/// Sums over label tokens at one site, on the host. Sums over different tokens can be added.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SiteTotals {
-    /// The place's name.
+    /// The site's name.
     pub site: String,
-    /// The experts that it routes over, `[m]`.
+    /// The experts that the site routes over, `[m]`.
     pub experts: Vec<usize>,
-    /// Label tokens by domain, `[g]`.
+    /// Number of label tokens by domain, `[g]`.
     pub tokens: Vec<f64>,
     /// Sum of routing_probs, `[m]`.
     pub probs: Vec<f64>,
     /// Sum of routing weights, `[g][m]`.
     pub weights: Vec<Vec<f64>>,
-    /// Assignments, `[g][m]`.
+    /// Number of assignments, `[g][m]`; without top-k, the sum of routing_probs.
     pub assignments: Vec<Vec<f64>>,
-    /// Sum of the probs' entropy, `[g]`, nats.
+    /// Sum of the entropy of routing_probs, `[g]`, nats.
     pub entropy: Vec<f64>,
     /// Sum of the squared logsumexp of the scores.
     pub squared_lse: f64,
 }
 
-/// Fetches the totals of all places at once.
+/// Fetches the totals of all sites in one transfer.
 pub fn fetch(sites: Vec<SiteExperts>, totals: &[RoutingTotals]) -> Result<Vec<SiteTotals>> {
     if totals.is_empty() {
         return Ok(vec![]);
@@ -53,7 +52,7 @@ pub fn fetch(sites: Vec<SiteExperts>, totals: &[RoutingTotals]) -> Result<Vec<Si
     Ok(of_numbers(sites, num_groups, &mut numbers.into_iter()))
 }
 
-/// The totals of `sites` from the numbers of [`RoutingTotals::flat`], one after the other.
+/// The totals of `sites`, from the numbers of each site's [`RoutingTotals::flat`] in order.
 pub fn of_numbers(
     sites: Vec<SiteExperts>,
     groups: usize,
@@ -72,24 +71,24 @@ pub fn of_numbers(
     fetched.collect()
 }
 
-/// A place where routing is decided, by name, and its experts.
+/// A site's name and its experts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SiteExperts {
-    /// As [`crate::model::Site`] is displayed.
+    /// The name, as [`crate::model::Site`] displays it.
     pub site: String,
-    /// The experts that it routes over.
+    /// The experts that the site routes over.
     pub experts: Vec<usize>,
 }
 
 impl SiteExperts {
-    /// Those of a model, in the order of a forward pass.
+    /// The sites of a model, in the order of a forward pass.
     pub fn of(model: &RoutedModel) -> Vec<Self> {
         let of = |site: Site| Self { site: site.to_string(), experts: model.experts_at(site) };
         model.sites().into_iter().map(of).collect()
     }
 }
 
-/// Adds each site's totals; `sums` is empty before the first.
+/// Adds the totals of each site to `sums`, which is empty at first.
 pub fn add(sums: &mut Vec<SiteTotals>, new: &[SiteTotals]) {
     if sums.is_empty() {
         sums.extend_from_slice(new);
@@ -110,21 +109,22 @@ pub fn add(sums: &mut Vec<SiteTotals>, new: &[SiteTotals]) {
     }
 }
 
-/// The losses of routers, each before its factor and as the mean over the sites.
+/// The routers' losses, without their factors, as means over the sites.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct RouterLosses {
-    /// 1 when even, m when collapsed.
+    /// Load-balancing loss: 1 when even, m when collapsed.
     pub load_balancing_loss: f64,
-    /// 0 when even, (m - 1) / m^2 when collapsed.
+    /// Mean squared distance of the mean routing_probs from 1 / m: 0 when even, (m - 1) / m^2 when
+    /// collapsed.
     pub uniform_mse: f64,
     /// Mean squared logsumexp of the scores.
     pub router_z_loss: f64,
-    /// Nats.
+    /// Mean entropy of routing_probs, nats.
     pub routing_entropy: f64,
 }
 
 impl RouterLosses {
-    /// The losses over the tokens of the totals; none without a router.
+    /// The losses over the tokens of `totals`; `None` without a router.
     pub fn new(totals: &[SiteTotals]) -> Option<Self> {
         let mean = |of: &dyn Fn(&SiteTotals) -> f64| {
             totals.iter().map(of).sum::<f64>() / totals.len() as f64
@@ -154,7 +154,7 @@ impl SiteTotals {
         self.probs.iter().map(|sum| sum / self.num_tokens()).collect()
     }
 
-    /// The sum of rows, or one domain's row.
+    /// The sum of all rows, or the row of one domain.
     fn sum(rows: &[Vec<f64>], domain: Option<usize>) -> Vec<f64> {
         match domain {
             Some(domain) => rows[domain].clone(),
@@ -215,23 +215,23 @@ impl SiteTotals {
     }
 }
 
-/// How tokens were routed at one place.
+/// How tokens were routed at one site.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SiteReport {
-    /// The place's name.
+    /// The site's name.
     pub site: String,
-    /// The experts that it routes over, `[m]`.
+    /// The experts that the site routes over, `[m]`.
     pub experts: Vec<usize>,
-    /// Mean routing weight of each, `[m]`.
+    /// Mean routing weight of each expert, `[m]`.
     pub mean_routing_weights: Vec<f64>,
-    /// Share of assignments of each, sums to 1, `[m]`.
+    /// Share of assignments of each expert, sums to 1, `[m]`.
     pub expert_load: Vec<f64>,
     /// Mean entropy of routing_probs, nats.
     pub routing_entropy: f64,
-    /// Of expert and domain, nats; absent for a single domain.
+    /// Mutual information of expert and domain, nats; absent in the report of one domain's tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mutual_information: Option<f64>,
-    /// Those with less than `dead_share` of an even weight, 1 / m.
+    /// The experts whose mean routing weight is less than `dead_share` of an even weight, 1 / m.
     pub dead_experts: Vec<usize>,
 }
 
@@ -251,24 +251,27 @@ impl SiteReport {
 /// How tokens were routed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RoutingReport {
-    /// Mean routing weight of each expert, `[e]`; 0 at a site that lacks it.
+    /// Mean routing weight of each expert over the sites, `[e]`. A site that lacks the expert
+    /// counts as 0.
     pub mean_routing_weights: Vec<f64>,
-    /// Share of assignments of each expert, likewise, `[e]`; sums to 1.
+    /// Share of assignments of each expert, in the same way, `[e]`; sums to 1.
     pub expert_load: Vec<f64>,
     /// Mean entropy of routing_probs over the sites, nats.
     pub routing_entropy: f64,
-    /// Of expert and domain, nats, the mean over the sites; absent for a single domain.
+    /// Mutual information of expert and domain, nats, as a mean over the sites; absent in the
+    /// report of one domain's tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mutual_information: Option<f64>,
-    /// Share of experts that are dead, the mean over the sites.
+    /// Share of dead experts, as a mean over the sites.
     pub dead_share: f64,
-    /// Each place where routing is decided.
+    /// The report of each site.
     pub sites: Vec<SiteReport>,
 }
 
 impl RoutingReport {
-    /// The routing of all tokens of the totals, or of one domain's; none without a router or tokens.
-    /// Dead is an expert with less than `dead_share` of an even weight.
+    /// The routing of all tokens of `totals`, or of one domain's tokens; `None` without a router or
+    /// tokens. An expert is dead if its mean routing weight is less than `dead_share` of an even
+    /// weight.
     pub fn new(totals: &[SiteTotals], domain: Option<usize>, dead_share: f64) -> Option<Self> {
         let has_tokens = |site: &SiteTotals| match domain {
             Some(domain) => site.tokens[domain] > 0.0,
@@ -302,7 +305,8 @@ impl RoutingReport {
         })
     }
 
-    /// What is wrong with the routing by a config's bounds, one line each for a share and for deaths.
+    /// Messages about how the routing has collapsed by a config's bounds: at most one about experts
+    /// with too large a share and one about dead experts. Empty if the routing has not collapsed.
     pub fn collapse(&self, config: &RouterConfig) -> Vec<String> {
         let several = self.sites.iter().filter(|site| site.experts.len() > 1);
         let mut faults = vec![];
@@ -312,8 +316,8 @@ impl RoutingReport {
         if let Some(worst) = over.iter().max_by(|a, b| a.largest().1.total_cmp(&b.largest().1)) {
             let (expert, weight) = worst.largest();
             faults.push(format!(
-                "expert_{expert} takes {weight:.3} of the routing weight at `{}`, more than {share} \
-                 ({} of {of} places)",
+                "expert_{expert} takes {weight:.3} of the routing weight at `{}`, more than \
+                 {share} ({} of {of} places)",
                 worst.site,
                 over.len()
             ));
@@ -323,8 +327,8 @@ impl RoutingReport {
             let names: Vec<String> =
                 worst.dead_experts.iter().map(|expert| format!("expert_{expert}")).collect();
             faults.push(format!(
-                "{} of {} experts are dead at `{}` ({}), with less than {} of an even weight ({} of {of} \
-                 places)",
+                "{} of {} experts are dead at `{}` ({}), with less than {} of an even weight \
+                 ({} of {of} places)",
                 worst.dead_experts.len(),
                 worst.experts.len(),
                 worst.site,

@@ -1,4 +1,5 @@
-//! A base as a folder that transformers loads: `config.json`, `model.safetensors`, tokenizer.
+//! Writing a base as a folder that transformers loads: `config.json`, `model.safetensors` and the
+//! tokenizer.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,10 +20,11 @@ const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// Writes `base` in `dtype` to `out`, with the tokenizer beside it, reads it back and compares.
+/// Writes `base` to the folder `out` in `dtype`, with the tokenizer beside it. The weights and
+/// configs are read back and compared.
 ///
 /// # Errors
-/// What [`Output::write_folder`] says.
+/// Those of [`Output::write_folder`], and a file that reads back differently.
 pub fn export(
     out: &Output,
     base: &Decoder,
@@ -60,7 +62,7 @@ pub fn export(
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
 }
 
-/// The dtype and its name in `config.json`.
+/// libtorch's dtype, and its name in `config.json`.
 fn kind_of(dtype: SaveDtype) -> (Kind, &'static str) {
     match dtype {
         SaveDtype::F32 => (Kind::Float, "float32"),
@@ -69,7 +71,8 @@ fn kind_of(dtype: SaveDtype) -> (Kind, &'static str) {
     }
 }
 
-/// Whether a folder with these files is a base whose `config.json` is, to the byte, what dylora writes.
+/// Whether a folder with these files is a base that dylora wrote: it holds nothing else, and its
+/// `config.json` is to the byte what dylora writes.
 pub(super) fn is_unmarked_base(dir: &Path, files: &BTreeSet<String>) -> bool {
     let has_config = || {
         let path = dir.join(CONFIG);

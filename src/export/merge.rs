@@ -1,12 +1,17 @@
-//! A mixture whose weights are the same for every token, merged: into the base, or into one adapter.
+//! Merging a static mixture, whose weights are the same for every token, into the base or into one
+//! adapter.
 //!
 //! ```text
-//! base      W'_  = W + sum_e g_e (c_e * (W + D_e) - W)       D_e = s_e (B_e A_e)^T, c_e = 1 without DoRA
-//! adapter   A' = [A_1; ..; A_E],  B' = [g_1 s_1 B_1, .., g_E s_E B_E],  rank' = sum_e r_e, alpha' = rank'
+//! base      W' = W + sum_e g_e (c_e * (W + D_e) - W)
+//!           D_e = s_e (B_e A_e)^T, or s_e (B_e A_e - B0_e A0_e)^T with PiSSA and OLoRA
+//!           c_e = magnitude_e / |W + D_e| for each output with DoRA, else 1
+//! adapter   A' = [A_1; ..; A_E]                        rank'  = sum_e r_e
+//!           B' = [g_1 s_1 B_1, .., g_E s_E B_E]        alpha' = rank'
 //! ```
 //!
-//! Both are exact for given weights `g`, `[e]`. A router's weights differ from token to token, so that
-//! no merge equals the mixture: the caller measures what fixing them costs.
+//! Both merges are exact, up to rounding, for given weights `g`, `[e]`. A router's weights differ
+//! from token to token, so no merge equals a routed mixture. The caller measures what fixing them
+//! costs.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +28,7 @@ use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::model::parameters::expert_name;
 use crate::peft::adapter::Adapter;
 
-/// What experts are merged into.
+/// What the experts are merged into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum MergeInto {
     /// The base.
@@ -35,8 +40,9 @@ pub enum MergeInto {
 /// Checks that a model's experts can be merged under `weights`, `[e]`.
 ///
 /// # Errors
-/// Weights that are not one finite number for each expert; experts with invocation tokens. For an
-/// adapter also a DoRA expert, whose magnitudes are no low-rank update, and weights that are all 0.
+/// A model without experts; weights that are not one finite number for each expert; an expert with
+/// invocation tokens whose weight is not 0. For an adapter also a DoRA expert whose weight is not
+/// 0, because magnitudes are no low-rank update, and weights that are all 0.
 pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()> {
     if model.specs().is_empty() {
         bail!("a base alone has nothing to merge");
@@ -66,12 +72,12 @@ pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()
     Ok(())
 }
 
-/// The base with the experts merged into it under `weights`, f32 on the CPU.
+/// Merges the experts under `weights`, `[e]`, into the base. The result is in f32 on the CPU.
 ///
-/// - `base`: the base as it was read, f32 on the CPU
+/// - `base`: the base as it was read, in f32 on the CPU
 ///
 /// # Errors
-/// As [`check`].
+/// Those of [`check`].
 pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result<Decoder> {
     check(model, weights, MergeInto::Base)?;
     let _no_grad = tch::no_grad_guard();
@@ -79,7 +85,7 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
     for (path, experts) in model.modules() {
         let linear = merged.blocks[path.layer].linears.get_mut(&path.module);
         let linear = linear.expect("a block has every linear layer");
-        // f64 throughout, rounded once
+        // computed in f64 and rounded once, at the end
         let weight_io = linear.weight.to_kind(Kind::Double);
         let mut change_io = weight_io.zeros_like();
         for (expert, &g) in weights.iter().enumerate() {
@@ -111,9 +117,9 @@ pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64])
         .map(|(expert, weight)| format!("`{}` {weight}", expert_name(expert)))
         .collect();
     format!(
-        "{head}# A static mixture of LoRA experts\n\nThe experts of a mixture by dylora {version} on \
-         `{label}`, joined into one adapter with the same weights for every token: {weights}.\n\n- \
-         {shape}\n",
+        "{head}# A static mixture of LoRA experts\n\nThe experts of a mixture by dylora {version} \
+         on `{label}`, joined into one adapter with the same weights for every token: \
+         {weights}.\n\n- {shape}\n",
         head = card_head(provenance),
         version = env!("CARGO_PKG_VERSION"),
         label = provenance.base_label,
@@ -122,10 +128,11 @@ pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64])
     )
 }
 
-/// One plain adapter of rank `sum_e r_e` that is the mixture under `weights`.
+/// Merges the experts under `weights`, `[e]`, into one plain adapter of rank `sum_e r_e`. Experts
+/// with weight 0 are left out.
 ///
 /// # Errors
-/// As [`check`].
+/// Those of [`check`].
 pub fn into_adapter(model: &RoutedModel, weights: &[f64]) -> Result<Adapter> {
     check(model, weights, MergeInto::Adapter)?;
     let _no_grad = tch::no_grad_guard();

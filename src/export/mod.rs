@@ -1,5 +1,6 @@
-//! What others load: each expert as a PEFT adapter with the mixture's router beside them ([`peft`]),
-//! static mixtures merged ([`merge`]), and a base as a Hugging Face folder ([`hugging_face`]).
+//! Files that other programs load: each expert as a PEFT adapter, with the mixture's router beside
+//! them ([`peft`]); a static mixture, merged into a base or an adapter ([`merge`]); and a base as a
+//! Hugging Face folder ([`hugging_face`]).
 
 pub mod hugging_face;
 pub mod merge;
@@ -9,8 +10,8 @@ mod xlora;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Whether a folder with these files is an output of a version that wrote no marker: an export with
-/// `dylora.json`, a merged base, or a merged adapter, each with nothing else in it.
+/// Whether a folder with these files is an output of a version of dylora that wrote no marker: an
+/// export with `dylora.json`, a base or a merged adapter, with no other files beside it.
 pub fn is_unmarked_output(dir: &Path, files: &BTreeSet<String>) -> bool {
     peft::is_unmarked_export(dir, files)
         || peft::is_unmarked_adapter(dir, files)

@@ -1,14 +1,17 @@
-//! Experts as PEFT adapters, and what joins them: dylora's own manifest and router, or X-LoRA's
+//! Exporting experts as PEFT adapters, joined by dylora's own manifest and router or by X-LoRA's
 //! classifier.
 //!
 //! ```text
+//! the layout `dylora`
 //! OUT/expert_0/ ..             PEFT adapters (`peft::adapter`), each with a model card
 //! OUT/router.safetensors       absent with one expert
-//! OUT/dylora.json              what joins them (`mixture`)
-//! OUT/README.md                model card of the mixture
+//! OUT/dylora.json              the manifest (`mixture`)
+//! OUT/README.md                the model card of the mixture
 //!
-//! OUT/adapters/expert_0/ ..    as X-LoRA: the same adapters
-//! OUT/xlora_config.json, OUT/xlora_classifier.safetensors, OUT/README.md   (`peft::xlora`)
+//! the layout `xlora`
+//! OUT/adapters/expert_0/ ..    the same adapters
+//! OUT/xlora_config.json, OUT/xlora_classifier.safetensors      (`peft::xlora`)
+//! OUT/README.md                the model card of the mixture
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,25 +40,25 @@ use crate::tensor_file::{read_tensors, write_tensors};
 const CARD: &str = "README.md";
 /// The files of an adapter, sorted.
 const ADAPTER_FILES: [&str; 3] = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS];
-/// By which a card says who wrote it; the version follows.
+/// The words by which a model card says that dylora wrote it. The version follows them.
 const BY_DYLORA: &str = "by dylora ";
 
-/// What an export says about where it comes from.
+/// What an export says about its origin.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Provenance {
-    /// The base as `from_pretrained` finds it.
+    /// The name by which `from_pretrained` finds the base.
     pub base_name: String,
-    /// Its revision on the Hub.
+    /// The base's revision on the Hub.
     pub revision: Option<String>,
-    /// The base as people know it.
+    /// The base's name for people: [`crate::base::Base::label`].
     pub base_label: String,
-    /// BLAKE3 of its parameters in f32.
+    /// BLAKE3 of the base's parameters in f32.
     pub base_hash: String,
     /// The dropout of the experts' inputs in training.
     pub dropout: f64,
     /// What decided the routing weights in training.
     pub routing: RoutingChoice,
-    /// What was trained on.
+    /// The names of the domains that the experts were trained on.
     pub domains: Vec<String>,
 }
 
@@ -68,10 +71,12 @@ pub enum Layout {
     Xlora,
 }
 
-/// Writes the experts and the router of `model` to `out`, reads every file back and compares it.
+/// Writes the experts and the router of `model` to the folder `out`. Tensors and JSON files are
+/// read back and compared.
 ///
 /// # Errors
-/// A mixture that X-LoRA cannot express, if that is asked for, and what [`Output::write_folder`] says.
+/// A model without experts, with [`Layout::Xlora`] a mixture that X-LoRA cannot express, and those
+/// of [`Output::write_folder`].
 pub fn export(
     out: &Output,
     model: &RoutedModel,
@@ -125,7 +130,8 @@ pub fn export(
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
 }
 
-/// Whether a folder with these files is an export that `dylora.json` describes.
+/// Whether a folder with these files is an export: it has a `dylora.json`, and each file belongs to
+/// the export that this describes.
 pub(super) fn is_unmarked_export(dir: &Path, files: &BTreeSet<String>) -> bool {
     let text = fs_err::read_to_string(dir.join(MANIFEST)).ok();
     let manifest = text.and_then(|text| serde_json::from_str::<Manifest>(&text).ok());
@@ -143,7 +149,8 @@ pub(super) fn is_unmarked_adapter(dir: &Path, files: &BTreeSet<String>) -> bool 
     files.iter().map(String::as_str).eq(ADAPTER_FILES) && is_ours()
 }
 
-/// Writes one adapter into a folder that is there, and reads it back as an import would.
+/// Writes one adapter with its model card into an existing folder, and reads the adapter back as an
+/// import would.
 pub fn write_adapter(
     folder: &Path,
     adapter: &Adapter,
@@ -182,7 +189,7 @@ fn manifest(model: &RoutedModel, provenance: &Provenance, experts: Vec<String>) 
     }
 }
 
-/// Writes tensors and compares what was written with what was meant.
+/// Writes tensors, reads the file back and compares it with them.
 pub(super) fn write_checked(file: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     write_tensors(file, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;
     let read = read_tensors(file)?;
@@ -201,7 +208,7 @@ pub(super) fn write_checked(file: &Path, tensors: &BTreeMap<String, Tensor>) -> 
     Ok(())
 }
 
-/// Writes JSON and compares what was written with what was meant.
+/// Writes JSON, reads the file back and compares it.
 pub(super) fn write_json(file: &Path, json: &Value) -> Result<()> {
     durable::write(file, (serde_json::to_string_pretty(json)? + "\n").as_bytes())?;
     let read: Value = serde_json::from_str(&fs_err::read_to_string(file)?)?;
@@ -227,7 +234,7 @@ fn domain_line(provenance: &Provenance) -> String {
     }
 }
 
-/// Rank, alpha, modules and kind of an expert on one line.
+/// An expert in one line: rank, alpha, target modules and options.
 pub(super) fn describe(spec: &ExpertSpec) -> String {
     let range = |values: Vec<f64>| {
         let low = values.iter().copied().fold(f64::INFINITY, f64::min);
@@ -249,7 +256,7 @@ pub(super) fn describe(spec: &ExpertSpec) -> String {
     text
 }
 
-/// A router in words.
+/// The routers of a mixture in words.
 fn describe_router(spec: &RouterSpec) -> String {
     let reads = match spec.input {
         RouterInput::Embeddings => "the token plus position embedding",
@@ -288,8 +295,8 @@ fn describe_router(spec: &RouterSpec) -> String {
         false => "",
     };
     format!(
-        "{scope} It gives each token `softmax((x weight^T + bias) / {})` over the experts{hidden}, where `x` \
-         is {reads}{averaged}{chosen}.{own}",
+        "{scope} It gives each token `softmax((x weight^T + bias) / {})` over the \
+         experts{hidden}, where `x` is {reads}{averaged}{chosen}.{own}",
         spec.temperature
     )
 }
@@ -316,8 +323,9 @@ fn expert_card(
         }
     };
     format!(
-        "{head}# {name}\n\n{is}, by dylora {version}.\n\n- {shape}\n{domains}\n{note}```python\nfrom \
-         peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \"{name}\")\n```\n",
+        "{head}# {name}\n\n{is}, by dylora {version}.\n\n- {shape}\n{domains}\n{note}\
+         ```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \
+         \"{name}\")\n```\n",
         head = card_head(provenance),
         version = env!("CARGO_PKG_VERSION"),
         shape = describe(spec),
@@ -334,17 +342,17 @@ fn mixture_card(model: &RoutedModel, adapters: &[Adapter], provenance: &Provenan
         None => "There is one expert and no router: plain LoRA.".to_owned(),
         Some(_) => describe_router(model.router_spec()),
     };
-    // as they are written: PiSSA's and OLoRA's as plain LoRA of twice the rank
+    // not the specs of the model, because PiSSA and OLoRA are written as LoRA of twice the rank
     let experts: String = adapters
         .iter()
         .enumerate()
         .map(|(e, adapter)| format!("- `{}`: {}\n", expert_name(e), describe(&adapter.spec)))
         .collect();
     format!(
-        "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n{experts}\
-         {domains}\nThe output of a target module is `W x + b + sum_e g_e (E_e(x) - W x - b)`, `E_e` \
-         being expert e alone and `g` the routing weights. {routing}\n\nEach `expert_*` folder is a \
-         PEFT adapter.\n",
+        "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n\
+         {experts}{domains}\nThe output of a target module is \
+         `W x + b + sum_e g_e (E_e(x) - W x - b)`, `E_e` being expert e alone and `g` the \
+         routing weights. {routing}\n\nEach `expert_*` folder is a PEFT adapter.\n",
         head = card_head(provenance),
         count = model.num_experts(),
         version = env!("CARGO_PKG_VERSION"),

@@ -1,4 +1,4 @@
-//! A mixture as an X-LoRA folder, if X-LoRA can express it.
+//! Writing a mixture as an X-LoRA folder, if X-LoRA can express it.
 
 use std::collections::BTreeMap;
 
@@ -10,10 +10,10 @@ use crate::config::{RouterInput, RoutingLevel};
 use crate::model::RoutedModel;
 use crate::peft::xlora::{ADAPTERS, XloraConfig, classifier_tensors};
 
-/// `xlora_config.json` of a mixture, and the classifier's tensors.
+/// The `xlora_config.json` and the classifier's tensors of a mixture.
 ///
 /// # Errors
-/// A mixture that X-LoRA cannot express, by what stands against it.
+/// A mixture that X-LoRA cannot express. The error says why.
 pub fn settings_and_classifier(
     model: &RoutedModel,
     base_name: &str,

@@ -1,5 +1,5 @@
-//! What needs CUDA itself, through the shared object that build.rs makes of `csrc/cuda.cpp`: it is part of
-//! the binary and loaded once libtorch's CUDA part is.
+//! The functions that need CUDA itself. build.rs compiles `csrc/cuda.cpp` into a shared object,
+//! which is part of this binary and is loaded after libtorch's CUDA part.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -37,13 +37,14 @@ struct Library {
 
 static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
 
-/// The shared object, loaded at the first call; libtorch's CUDA part must be there ([`super::load_cuda`]).
+/// The shared object, which the first call loads. libtorch's CUDA part must be loaded already
+/// ([`super::load_cuda`]).
 fn library() -> Result<&'static Library> {
     let library = LIBRARY.get_or_init(|| open().map_err(|error| format!("{error:#}")));
     library.as_ref().map_err(|error| anyhow!("{error}"))
 }
 
-/// Writes all of `bytes` to a file in memory, which has no path.
+/// Writes all of `bytes` to a file in memory, which has no path for error messages.
 fn write_all(file: &OwnedFd, mut bytes: &[u8]) -> Result<()> {
     while !bytes.is_empty() {
         let count = rustix::io::write(file, bytes).context("cannot fill a file in memory")?;
@@ -56,7 +57,7 @@ fn open() -> Result<Library> {
     if IMAGE.is_empty() {
         bail!("this binary was built without CUDA's headers");
     }
-    // SAFETY: a C string; the result is checked, and owned from here on
+    // SAFETY: the name is a C string; the descriptor is checked and then owned
     let file = unsafe {
         let fd = libc::memfd_create(c"dylora_cuda".as_ptr(), libc::MFD_CLOEXEC);
         if fd < 0 {
@@ -67,7 +68,7 @@ fn open() -> Result<Library> {
     write_all(&file, IMAGE)?;
     let path = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let handle = try_open(&path, libc::RTLD_LAZY | libc::RTLD_LOCAL)?;
-    // SAFETY: the shared object is this build's, so that its functions have these types
+    // SAFETY: the shared object belongs to this build, so its functions have these types
     unsafe {
         Ok(Library {
             take_error: symbol(handle, c"dylora_cuda_take_error")?,
@@ -88,10 +89,10 @@ fn open() -> Result<Library> {
     }
 }
 
-/// A function of a loaded shared object.
+/// Looks up a function of a loaded shared object.
 ///
 /// # Safety
-/// `F` must be the function's type.
+/// `F` must be the type of the function.
 unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
     assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
     // SAFETY: a live handle and a C string
@@ -99,25 +100,26 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
     if pointer.is_null() {
         bail!("the CUDA part of this binary lacks `{}`", name.to_string_lossy());
     }
-    // SAFETY: a pointer to a function of type `F`, says the caller
+    // SAFETY: the caller guarantees that the pointer is a function of type `F`
     Ok(unsafe { std::mem::transmute_copy(&pointer) })
 }
 
-/// The kernels' source.
+/// The source of the kernels.
 static SOURCE: &str = include_str!("../../csrc/kernels.cu");
 
 static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
 
-/// Names the folder where compiled kernels are kept; without one they are compiled in each process (1 to
-/// 2 s). The first call counts.
+/// Sets the folder in which compiled kernels are cached. Without it, every process compiles them,
+/// which takes 1 to 2 s. Only the first call has an effect.
 pub fn keep_code_in(dir: &Path) {
     let _ = CODE_CACHE.set(dir.to_owned());
 }
 
-/// The devices and widths that there are kernels for, and how long it took to make them.
+/// The devices and widths whose kernels are loaded, and the time that this took in total.
 static PREPARED: Mutex<(Vec<(usize, i64)>, Duration)> = Mutex::new((vec![], Duration::ZERO));
 
-/// How long this process has spent on kernels so far: compiling, or reading what was kept, and loading.
+/// The time that this process has spent so far on compiling kernels or reading them from the cache,
+/// and on loading them.
 pub fn kernels_took() -> Duration {
     PREPARED.lock().expect("nothing panics while it is held").1
 }
@@ -126,12 +128,12 @@ unsafe extern "C" {
     fn dylora_set_kernels(table: *const c_void);
 }
 
-/// Makes the kernels for activations of `width` columns on a CUDA device, for which [`super::fused`]
-/// then uses them. Machine code is kept by the source's hash, the GPU's architecture, the compiler's
-/// version and the width.
+/// Makes the kernels for activations of `width` columns on a CUDA device, so that [`super::fused`]
+/// uses them there. The machine code is cached under a hash of the source, the GPU's architecture,
+/// the compiler's version and the width.
 ///
 /// # Errors
-/// A libtorch without CUDA or without NVRTC, a GPU that NVRTC does not know.
+/// If libtorch has no CUDA or no NVRTC, or if NVRTC does not know the GPU.
 pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
     let started = Instant::now();
     let mut guard = PREPARED.lock().expect("nothing panics while it is held");
@@ -143,11 +145,11 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
     if prepared.is_empty() {
         let nvrtc = libtorch_path()?.with_file_name("libcaffe2_nvrtc.so");
         let nvrtc = CString::new(nvrtc.as_os_str().as_encoded_bytes())?;
-        // SAFETY: a C string
+        // SAFETY: `nvrtc` is a C string
         library.check(unsafe { (library.open_compiler)(nvrtc.as_ptr()) })?;
     }
     let mut target = [0; 4];
-    // SAFETY: the library writes four numbers
+    // SAFETY: the library writes four numbers into `target`
     library.check(unsafe { (library.target)(device as c_int, target.as_mut_ptr()) })?;
     let [major, minor, ..] = target;
     let options = [
@@ -157,7 +159,8 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
         "-std=c++17".to_owned(),
     ];
     let load = |code: &[u8]| {
-        // SAFETY: machine code that NVRTC made, or a file named by the hash of what it is made from
+        // SAFETY: NVRTC made this machine code, or it is from a file named by the hash of its
+        // inputs
         library
             .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })
     };
@@ -165,29 +168,29 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
     if kept.is_none_or(|code| load(&code).is_err()) {
         load(&library.new_code(&options, target)?)?;
     }
-    // SAFETY: a table that lives as long as the process
+    // SAFETY: the table lives as long as the process
     unsafe { dylora_set_kernels((library.kernels)()) };
     prepared.push((device, width));
     *took += started.elapsed();
     Ok(())
 }
 
-/// A sequence of kernels that runs as one (CUDA graph). It holds addresses: the tensors that it reads and
-/// writes must live as long.
+/// A sequence of kernels that runs as one (a CUDA graph). It contains addresses, so the tensors
+/// that it reads and writes must live as long as the graph.
 #[derive(Debug)]
 pub struct Graph {
     library: &'static Library,
     pointer: *mut c_void,
 }
 
-// SAFETY: libtorch guards the device's state, and a graph is used by one owner at a time
+// SAFETY: libtorch guards the device's state, and a graph has one owner at a time
 unsafe impl Send for Graph {}
 
 impl Graph {
     /// An empty graph on a CUDA device.
     pub fn new(device: usize) -> Result<Self> {
         let library = library()?;
-        // SAFETY: no pointers go in
+        // SAFETY: the call takes no pointers
         let pointer = unsafe { (library.graph_new)(device as c_int) };
         if pointer.is_null() {
             return Err(library.error());
@@ -195,40 +198,40 @@ impl Graph {
         Ok(Self { library, pointer })
     }
 
-    /// Runs `f` on the graph's stream without capturing, which makes the handles and workspaces that a
-    /// capture must not make.
+    /// Runs `f` on the graph's stream without capturing. This creates the handles and workspaces
+    /// that must not be created during a capture.
     pub fn warm_up<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
-        // SAFETY: a live graph
+        // SAFETY: `self.pointer` is a live graph
         self.check(unsafe { (self.library.graph_enter)(self.pointer) })?;
         let result = catch_unwind(AssertUnwindSafe(f));
-        // SAFETY: as above
+        // SAFETY: `self.pointer` is a live graph
         let left = self.check(unsafe { (self.library.graph_leave)(self.pointer) });
         let result = result.unwrap_or_else(|panic| resume_unwind(panic))?;
         left.map(|()| result)
     }
 
-    /// Captures the kernels that `f` launches, which do not run yet. What `f` returns lives in the
-    /// graph's memory and has its values after each [`Graph::replay`].
+    /// Captures the kernels that `f` launches; they do not run yet. The tensors that `f` returns
+    /// live in the graph's memory and get their values in each [`Graph::replay`].
     ///
-    /// - `memory_of`: another graph whose memory this one shares. The two must not run at the same
-    ///   time, and what the one leaves there is lost when the other runs.
+    /// - `memory_of`: another graph whose memory this one shares. The two graphs must not run at
+    ///   the same time, and running one overwrites what the other left there.
     ///
     /// # Errors
-    /// `f`'s own, and anything in it that cannot be captured, such as a value read by the host.
+    /// If `f` fails, or if something in it cannot be captured, such as the host reading a value.
     pub fn capture<T>(&self, memory_of: Option<&Self>, f: impl FnOnce() -> Result<T>) -> Result<T> {
         let memory = memory_of.map_or(std::ptr::null_mut(), |graph| graph.pointer);
-        // SAFETY: live graphs, or null
+        // SAFETY: both pointers are live graphs, or `memory` is null
         self.check(unsafe { (self.library.graph_begin)(self.pointer, memory) })?;
         let result = f();
-        // SAFETY: a live graph
+        // SAFETY: `self.pointer` is a live graph
         let ended = self.check(unsafe { (self.library.graph_end)(self.pointer) });
         let result = result?;
         ended.map(|()| result)
     }
 
-    /// Runs what was captured; returns once it is in the queue.
+    /// Runs the captured kernels. Returns once they are queued.
     pub fn replay(&self) -> Result<()> {
-        // SAFETY: a live graph
+        // SAFETY: `self.pointer` is a live graph
         self.check(unsafe { (self.library.graph_replay)(self.pointer) })
     }
 
@@ -239,7 +242,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: made by `graph_new`, freed once
+        // SAFETY: `graph_new` made this graph, and it is freed once
         unsafe { (self.library.graph_free)(self.pointer) }
     }
 }
@@ -249,19 +252,19 @@ impl Library {
         if status < 0 { Err(self.error()) } else { Ok(()) }
     }
 
-    /// Where machine code of the kernels for a target is kept.
+    /// The path under which the machine code for a target is cached, if there is a cache.
     fn place(options: &[String], target: [c_int; 4]) -> Option<PathBuf> {
         let key = format!("{SOURCE}\0{options:?}\0{target:?}");
         let name = format!("{}.cubin", blake3::hash(key.as_bytes()).to_hex());
         CODE_CACHE.get().map(|dir| dir.join(name))
     }
 
-    /// Code that an earlier process has kept.
+    /// The machine code that an earlier process cached.
     fn kept_code(options: &[String], target: [c_int; 4]) -> Option<Vec<u8>> {
         fs_err::read(Self::place(options, target)?).ok().filter(|code| !code.is_empty())
     }
 
-    /// Compiles the kernels for a target and keeps their code.
+    /// Compiles the kernels for a target and caches their code.
     fn new_code(&self, options: &[String], target: [c_int; 4]) -> Result<Vec<u8>> {
         tracing::info!("compiling the kernels for this GPU");
         let code = self.compile(options)?;
@@ -281,7 +284,8 @@ impl Library {
             options.iter().map(|o| CString::new(o.as_str())).collect::<Result<Vec<_>, _>>()?;
         let pointers: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
         let mut size = 0;
-        // SAFETY: C strings; the library returns `size` bytes of its own, freed below
+        // SAFETY: all strings are C strings; the library returns `size` bytes, which are freed
+        // below
         unsafe {
             let (n, options) = (pointers.len() as c_int, pointers.as_ptr());
             let code = (self.compile)(source.as_ptr(), options, n, &mut size);
@@ -295,7 +299,7 @@ impl Library {
     }
 
     fn error(&self) -> anyhow::Error {
-        // SAFETY: as `taken` wants
+        // SAFETY: the library gives up the ownership of a string from strdup, or returns null
         unsafe { taken((self.take_error)()) }
     }
 }

@@ -1,5 +1,9 @@
-//! The fused transformer block and loss of `csrc/block.cpp` and `csrc/head_loss.cpp`: what they compute is said
-//! there. All matrices are `[M, n]` with `M = b t` tokens.
+//! The fused transformer block of `csrc/block.cpp` and the fused loss of `csrc/head_loss.cpp`,
+//! which define what is computed.
+//!
+//! Letters of shapes: `M` tokens (`b t`), `b` batch, `t` position, `d` width, `i` in, `o` out, `e`
+//! expert, `R` columns of a module's rank space (the sum of its experts' ranks), `R'` is `R`
+//! rounded up, `n` positions.
 
 use std::ffi::c_int;
 
@@ -74,49 +78,54 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// How the routing weights of `e` experts become factors of the `R` columns of a module's rank space.
+/// Maps the routing weights of `e` experts to factors of the `R` columns of a module's rank space.
 #[derive(Debug)]
 pub struct RankColumns {
-    /// Each column's expert, int32 `[R']`; `R'` is `R` and what fills it up to a round number.
+    /// The expert of each column, int32 `[R']`. The columns after the first `R` are padding.
     pub expert_of: Tensor,
-    /// Each column's scaling, f32 `[R']`, 0 for what fills up.
+    /// The scaling of each column, f32 `[R']`; 0 for padding.
     pub scaling: Tensor,
-    /// Each expert's columns, `[first, second)` and `[third, fourth)`, int32 `[e, 4]`.
+    /// The columns of each expert, which are `[first, second)` and `[third, fourth)`; int32
+    /// `[e, 4]`.
     pub runs: Tensor,
-    /// The scaling where a column is the expert's, else 0: `[e, R]`, in the experts' dtype.
+    /// The scaling where a column belongs to the expert, and otherwise 0; `[e, R]`, in the experts'
+    /// dtype.
     pub rows: Tensor,
-    /// The scaling, if there is a single expert.
+    /// The scaling of the expert if there is only one.
     pub single_scaling: f64,
 }
 
 /// The experts of a linear layer.
 #[derive(Debug)]
 pub struct Experts<'a> {
-    /// `A`, `[R, i]`.
+    /// The down-projections `A` of all experts, stacked, `[R, i]`.
     pub a: &'a Tensor,
-    /// `B^T`, `[R, o]`.
+    /// The transposed up-projections `B^T` of all experts, stacked, `[R, o]`.
     pub b: &'a Tensor,
-    /// Routing weights `[M, e]`; none = all 1. Modules that share them share the tensor.
+    /// Routing weights `[M, e]`; with `None`, all are 1. Modules with the same weights share the
+    /// tensor.
     pub g: Option<&'a Tensor>,
-    /// Their places.
+    /// The columns of the experts in the module's rank space.
     pub columns: &'a RankColumns,
-    /// `[W A^T; B^T 0]`, `[i + R', o + R']`; none without kernels.
+    /// The weight and the experts in one matrix, `[W A^T; B^T 0]`, `[i + R', o + R']`; `None`
+    /// without kernels.
     pub packed: Option<&'a Tensor>,
 }
 
-/// A linear layer of a block.
+/// A linear layer of a transformer block.
 #[derive(Debug)]
 pub struct Product<'a> {
-    /// `[i, o]`.
+    /// The weight `W`, `[i, o]`.
     pub weight: &'a Tensor,
-    /// `[o]`.
+    /// The bias, `[o]`.
     pub bias: &'a Tensor,
     /// Its experts, if it has any.
     pub experts: Option<Experts<'a>>,
 }
 
 impl Product<'_> {
-    /// Columns that its input and its output's gradient have behind each row.
+    /// The row padding: the number of extra columns at the end of each row of the layer's input and
+    /// of its output's gradient.
     pub fn row_padding(&self) -> i64 {
         match &self.experts {
             Some(Experts { packed: Some(_), columns, .. }) => columns.expert_of.size()[0],
@@ -128,35 +137,36 @@ impl Product<'_> {
 /// A LayerNorm.
 #[derive(Debug)]
 pub struct Norm<'a> {
-    /// `[d]`.
+    /// The weight, `[d]`.
     pub weight: &'a Tensor,
-    /// `[d]`.
+    /// The bias, `[d]`.
     pub bias: &'a Tensor,
     /// Added to the variance.
     pub eps: f64,
-    /// [`Product::row_padding`] of what reads its output.
+    /// [`Product::row_padding`] of the layer that reads the output of this LayerNorm.
     pub row_padding_forward: i64,
-    /// [`Product::row_padding`] of what its sum's second part comes from.
+    /// [`Product::row_padding`] of the layer whose output is the second summand of the input.
     pub row_padding_backward: i64,
 }
 
-/// A block's attention.
+/// The attention of a transformer block.
 #[derive(Debug)]
 pub struct Attention<'a> {
-    /// `b`.
+    /// Number of rows `b`.
     pub batch: i64,
-    /// `t`.
+    /// Number of positions `t` in a row.
     pub seq: i64,
-    /// Heads.
+    /// Number of heads.
     pub heads: i64,
-    /// Factor of the scores.
+    /// Factor of the attention scores.
     pub scale: f64,
-    /// True where attention is allowed, `[b, 1, t, t]`; none = wherever it is causal, or by `cu_seqlens`
-    /// where [`attends_by_length`].
+    /// True where attention is allowed, `[b, 1, t, t]`. With `None`, attention is causal, within
+    /// the documents of `cu_seqlens` if [`attends_by_length`] holds and otherwise over whole rows.
     pub mask: Option<&'a Tensor>,
-    /// Where documents begin in the flattened tokens, then `M`, int32; the same documents as `mask`'s.
+    /// The start of each document in the flattened tokens, followed by `M`; int32. These are the
+    /// same documents as in `mask`.
     pub cu_seqlens: Option<&'a Tensor>,
-    /// Tokens of the longest of these documents, at most.
+    /// An upper bound of the number of tokens in a document.
     pub max_len: i64,
 }
 
@@ -181,29 +191,32 @@ fn pair(call: impl FnOnce(*mut *mut C_tensor) -> c_int) -> Result<(Tensor, Tenso
     Ok(unsafe { (Tensor::from_ptr(out[0]), Tensor::from_ptr(out[1])) })
 }
 
-/// `x + y` (or `x`) and its LayerNorm.
+/// The sum `x + y`, or `x` without `y`, and its LayerNorm.
 ///
 /// - `x`, `y`: `[M, d]`
 pub fn norm(x: &Tensor, y: Option<&Tensor>, norm: &Norm<'_>) -> Result<(Tensor, Tensor)> {
     let raw = raw_norm(norm);
-    // SAFETY: live tensors; the shim keeps references of its own
+    // SAFETY: live tensors, to which the shim keeps its own references
     pair(|out| unsafe { dylora_fused_norm(x.as_ptr(), or_null(y), &raw, out) })
 }
 
-/// Whether attention within documents needs their lengths alone, not a mask, for activations like this
-/// and heads of this size.
+/// Whether attention within documents needs only their lengths and no mask, for activations like
+/// `like` and heads of this size.
 pub fn attends_by_length(like: &Tensor, head_size: i64) -> bool {
-    // SAFETY: a live tensor
+    // SAFETY: `like` is alive during the call
     unsafe { dylora_attends_by_length(like.as_ptr(), head_size) != 0 }
 }
 
-/// A block without its first LayerNorm: two tensors whose sum is the block's output.
+/// Computes a transformer block from after its first LayerNorm. The block's output is the sum of
+/// the two tensors that are returned.
 ///
-/// - `x`: the residual stream, `[M, d]`, and `a`: its LayerNorm by [`norm`]
+/// - `x`: the residual stream, `[M, d]`
+/// - `a`: the LayerNorm of `x` by [`norm`], `[M, d]`
 /// - `modules`: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`
-/// - `second`: the LayerNorm between
-/// - `tanh_gelu`: the tanh form, else the exact one
-/// - `dropout`: of the experts' inputs, one mask for all experts of a module
+/// - `second`: the LayerNorm between attention and the feed-forward network
+/// - `tanh_gelu`: whether GELU has its tanh form or its exact one
+/// - `dropout`: the probability of dropping an element of the experts' inputs; all experts of a
+///   module share one mask
 pub fn block(
     x: &Tensor,
     a: &Tensor,
@@ -240,7 +253,7 @@ pub fn block(
         max_len: attention.max_len,
     };
     let raw = raw_norm(second);
-    // SAFETY: four modules of live tensors; the shim keeps references of its own
+    // SAFETY: four modules of live tensors, to which the shim keeps its own references
     pair(|out| unsafe {
         dylora_fused_block(
             x.as_ptr(),
@@ -255,21 +268,25 @@ pub fn block(
     })
 }
 
-/// How [`head_loss`] is taken.
+/// The settings of [`head_loss`].
 #[derive(Debug, Clone, Copy)]
 pub struct HeadLoss {
-    /// How many of the head's rows are tokens.
+    /// Number of the head's rows that are tokens; they are the first ones.
     pub vocabulary: i64,
-    /// Share of the target's probability that is spread evenly.
+    /// Share of the target's probability that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
-    /// Positions whose logits are in memory at once.
+    /// Number of positions whose logits are in memory at the same time.
     pub chunk_tokens: i64,
 }
 
-/// The sum of the positions' cross entropy times `scale`, 0-dim, and each position's without smoothing,
-/// `[n]`, nats. A label below 0 counts in neither.
+/// The cross entropy under a frozen head, in nats. Returns the sum over all positions times
+/// `scale`, with label smoothing, 0-dim; and the loss of each position without label smoothing,
+/// `[n]`. A position whose label is below 0 has loss 0 in both.
 ///
-/// - `hidden`: `[n, d]`, `head`: `[v', d]`, frozen, `labels`: `[n]`, int64, `scale`: 0-dim
+/// - `hidden`: the hidden states, `[n, d]`
+/// - `head`: the frozen head, `[v', d]`, where `v'` is the vocabulary and padding
+/// - `labels`: `[n]`, int64
+/// - `scale`: 0-dim
 pub fn head_loss(
     hidden: &Tensor,
     head: &Tensor,
@@ -277,7 +294,7 @@ pub fn head_loss(
     scale: &Tensor,
     settings: HeadLoss,
 ) -> Result<(Tensor, Tensor)> {
-    // SAFETY: live tensors; the shim keeps references of its own
+    // SAFETY: live tensors, to which the shim keeps its own references
     pair(|out| unsafe {
         dylora_head_loss(
             hidden.as_ptr(),

@@ -1,4 +1,4 @@
-//! Tensors over the bytes of a file, and the bytes of tensors, without a copy.
+//! Tensors that share the bytes of a file, and access to the bytes of tensors, both without a copy.
 
 use std::ffi::c_void;
 use std::ops::Deref;
@@ -19,41 +19,45 @@ unsafe extern "C" {
     ) -> *mut C_tensor;
 }
 
-/// What the first byte that matters of [`FileBytes::read`] is aligned to, as libtorch's own tensors are.
+/// The alignment that [`FileBytes::read`] gives to the byte `at`, in bytes; libtorch's own tensors
+/// have the same.
 const ALIGNMENT: usize = 64;
 
-/// A smaller part of a file is not worth a thread.
+/// The least number of bytes that are worth a thread of their own.
 const MIN_PART_LEN: usize = 1 << 20;
 
-/// The content of a file, which tensors can share. What is written into such a tensor is the process's own:
-/// the file never changes.
+/// The content of a file, which tensors can share. Writing into such a tensor changes only this
+/// process's memory and never the file.
 #[derive(Debug, Clone)]
 pub struct FileBytes {
     map: Arc<MmapMut>,
-    /// Where the file begins in the map.
+    /// The offset at which the file begins in the map.
     start: usize,
     len: usize,
 }
 
 impl FileBytes {
-    /// Maps a file: a page is read when it is first used, and processes that map the same file share it.
-    /// The file must not be written in place meanwhile; replacing it by renaming leaves the map whole.
+    /// Maps a file into memory. A page is read when it is first used, and processes that map the
+    /// same file share it. The file must not be written in place while it is mapped. Replacing it
+    /// by renaming does not affect the map.
     pub fn map(path: &Path) -> Result<Self> {
         let file = fs_err::File::open(path)?;
-        // SAFETY: a private map; a writer that shrinks the file could end the process, not corrupt it
+        // SAFETY: the map is private; a writer that shrinks the file could end the process, but not
+        // corrupt its memory
         let map = unsafe { MmapOptions::new().map_copy(file.file()) };
         let map = map.map_err(|error| anyhow!("cannot map `{}`: {error}", path.display()))?;
         let len = map.len();
         Ok(Self { map: Arc::new(map), start: 0, len })
     }
 
-    /// Reads a file, on all cores, so that its byte `at` lies as libtorch's own tensors do, at a multiple of 64.
+    /// Reads a file on all cores, and places its byte `at` at a multiple of 64, where libtorch's
+    /// own tensors begin too.
     pub fn read(path: &Path, at: usize) -> Result<Self> {
         let file = fs_err::File::open(path)?;
         let len = usize::try_from(file.metadata()?.len())?;
         let start = at.next_multiple_of(ALIGNMENT) - at;
         let mut map = MmapMut::map_anon((start + len).max(1))?;
-        // most of the time goes into the pages' first touch, which each core does for its part
+        // most of the time is spent on touching the pages first, which each core does for its part
         let num_parts = std::thread::available_parallelism().map_or(1, usize::from);
         let part_len = len.div_ceil(num_parts).max(MIN_PART_LEN);
         std::thread::scope(|scope| {
@@ -70,10 +74,11 @@ impl FileBytes {
         Ok(Self { map: Arc::new(map), start, len })
     }
 
-    /// A tensor on the CPU over the bytes from `offset` on, without a copy; the bytes stay as long as it does.
+    /// A CPU tensor over the bytes from `offset` on, without a copy. The bytes live as long as the
+    /// tensor.
     ///
     /// # Errors
-    /// Bytes that end too early, or that are not aligned to the dtype's size.
+    /// If there are too few bytes, or if they are not aligned to the size of the dtype.
     pub fn tensor(&self, offset: usize, shape: &[i64], kind: Kind) -> Result<Tensor> {
         let element = kind.elt_size_in_bytes();
         let num_bytes = shape
@@ -88,8 +93,8 @@ impl FileBytes {
             strides[i - 1] = strides[i] * shape[i];
         }
         let owner = Box::into_raw(Box::new(Arc::clone(&self.map)));
-        // SAFETY: the bytes are there and aligned, as was just checked; the map is writable memory, and the
-        // tensor that is returned owns a share of it, which it drops once
+        // SAFETY: it was checked above that the bytes exist and are aligned; the map is writable
+        // memory, and the returned tensor owns a share of it, which it drops once
         unsafe {
             let view = Tensor::from_blob(data, shape, &strides, kind, Device::Cpu);
             super::owned(dylora_owned_view(view.as_ptr(), drop_owner, owner.cast()))
@@ -106,14 +111,14 @@ impl Deref for FileBytes {
 }
 
 extern "C" fn drop_owner(owner: *mut c_void) {
-    // SAFETY: called once, with the pointer that `FileBytes::tensor` made with `Box::into_raw`
+    // SAFETY: called once, with the pointer that `FileBytes::tensor` got from `Box::into_raw`
     drop(unsafe { Box::from_raw(owner.cast::<Arc<MmapMut>>()) });
 }
 
-/// Hands the bytes of a contiguous tensor on the CPU to `take`, without a copy.
+/// Passes the bytes of a contiguous CPU tensor to `take`, without a copy.
 ///
 /// # Panics
-/// If it is anything else.
+/// If the tensor is not contiguous or not on the CPU.
 pub fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> T {
     assert!(
         tensor.device() == Device::Cpu && tensor.is_contiguous(),
@@ -123,8 +128,8 @@ pub fn with_bytes<T>(tensor: &Tensor, take: impl FnOnce(&[u8]) -> T) -> T {
     if len == 0 {
         return take(&[]);
     }
-    // SAFETY: a contiguous tensor's numbers are that many bytes from its data pointer on; `tensor` keeps
-    // them alive, and nothing writes to it while it is borrowed here
+    // SAFETY: a contiguous tensor has this many bytes from its data pointer on; `tensor` keeps them
+    // alive, and nothing writes to it while it is borrowed here
     take(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), len) })
 }
 
@@ -162,7 +167,7 @@ mod tests {
 
     #[test]
     fn bytes_are_read_to_where_they_are_aligned() -> Result<()> {
-        // several parts, the last of them short
+        // the content has several parts, and the last one is short
         let content: Vec<u8> = (0..2 * MIN_PART_LEN as u32 + 5).map(|i| (i / 3) as u8).collect();
         let file = file(&content);
         for at in [0, 1, 63, 64, 99] {

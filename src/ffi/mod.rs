@@ -1,5 +1,6 @@
-//! The parts of libtorch that tch does not reach, through the C++ shim in `csrc/shim.cpp`, and the
-//! loading of libtorch's CUDA part at run time. The one place of `unsafe`.
+//! Bindings to the parts of libtorch that tch does not cover, through the C++ shim in
+//! `csrc/shim.cpp`. This folder also loads libtorch's CUDA part at run time, and contains all
+//! `unsafe` code of the crate.
 
 pub mod cuda;
 pub mod fused;
@@ -64,19 +65,19 @@ unsafe extern "C" {
 }
 
 fn last_error() -> anyhow::Error {
-    // SAFETY: as `taken` wants
+    // SAFETY: the shim gives up the ownership of a string from strdup, or returns null
     unsafe { taken(dylora_take_error()) }
 }
 
-/// The error of a message.
+/// Converts a message of the shim into an error.
 ///
 /// # Safety
-/// `pointer` must be null or a string from strdup whose ownership is given up.
+/// `pointer` must be null or a string from strdup whose ownership the caller gives up.
 unsafe fn taken(pointer: *mut c_char) -> anyhow::Error {
     if pointer.is_null() {
         return anyhow!("libtorch failed without a message");
     }
-    // SAFETY: a C string of our own
+    // SAFETY: a C string that this function owns
     let message = unsafe {
         let message = CStr::from_ptr(pointer).to_string_lossy().into_owned();
         libc::free(pointer.cast());
@@ -108,38 +109,40 @@ fn index(device: Device) -> c_int {
     }
 }
 
-/// The version of the libtorch headers that this binary was compiled with, as in `2.11.0`.
+/// The version of the libtorch headers that this binary was compiled with, such as `2.11.0`.
 pub fn torch_version() -> &'static str {
-    // SAFETY: a string literal of the shim
+    // SAFETY: the shim returns a string literal
     unsafe { CStr::from_ptr(dylora_torch_version()) }.to_str().expect("a version is ASCII")
 }
 
 /// The hyperparameters of AdamW for one group of tensors.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
-    /// Decay rates of the moments.
+    /// Decay rates of the two moments.
     pub betas: [f64; 2],
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f64,
 }
 
-/// What tells one update from others: 0-dim tensors, so that the host need not know them.
+/// The values that change from update to update. They are 0-dim tensors, so that the host need not
+/// know them.
 #[derive(Debug)]
 pub struct AdamWUpdate {
-    /// Which update it is, from 1, f32.
+    /// The number of the update, from 1; f32.
     pub number: Tensor,
-    /// Learning rate: f64 on the CPU, f32 on CUDA.
+    /// The learning rate; f64 on the CPU, f32 on CUDA.
     pub lr: Tensor,
-    /// 1 where a gradient is not finite, and nothing is to be updated; else 0, f32.
+    /// 1 if a gradient is not finite, so that nothing must be updated, and otherwise 0; f32.
     pub found_inf: Tensor,
 }
 
-/// One AdamW update in place (`at::_fused_adamw_`, arXiv:1711.05101, algorithm 2).
+/// Makes one AdamW update in place (`at::_fused_adamw_`, arXiv:1711.05101, algorithm 2).
 ///
-/// - `exp_avgs`, `exp_avg_sqs`: the moments, shaped, typed and laid out like `params` and `grads`
-/// - `update`: what tells this update from others, all of it on the same device
+/// - `exp_avgs`, `exp_avg_sqs`: the moments, with the shapes, dtypes and layouts of `params` and
+///   `grads`
+/// - `update`: the values for this update, on the same device as the parameters
 pub fn adamw(
     params: &[Tensor],
     grads: &[Tensor],
@@ -150,7 +153,7 @@ pub fn adamw(
 ) -> Result<()> {
     let n = params.len();
     assert!(grads.len() == n && exp_avgs.len() == n && exp_avg_sqs.len() == n);
-    // SAFETY: four arrays of `n` live tensors; the shim keeps none of them
+    // SAFETY: the arrays hold `n` live tensors each, and the shim keeps none of them
     check(unsafe {
         dylora_adamw(
             pointers(params).as_ptr(),
@@ -169,16 +172,16 @@ pub fn adamw(
     })
 }
 
-/// The 2-norm of all `grads` together, as a 0-dim tensor (no host synchronisation). With `max_norm`,
-/// gradients beyond it are scaled to it in place.
+/// The 2-norm of all `grads` together, as a 0-dim tensor, without waiting for the device. If it is
+/// larger than `max_norm`, the gradients are scaled down to `max_norm` in place.
 pub fn clip_grad_norm(grads: &[Tensor], max_norm: Option<f64>) -> Result<Tensor> {
-    // SAFETY: an array of live tensors; the shim keeps none of them
+    // SAFETY: the array holds live tensors, and the shim keeps none of them
     owned(unsafe {
         dylora_clip_grad_norm(pointers(grads).as_ptr(), grads.len(), max_norm.unwrap_or(0.0))
     })
 }
 
-/// What a panic says, without libtorch's own stack: what tch's operations cannot do, they tell so.
+/// The message of a panic, without libtorch's stack trace. tch's operations panic when they fail.
 pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic
         .downcast_ref::<String>()
@@ -188,9 +191,10 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     text.split("\nException raised from").next().unwrap_or(text)
 }
 
-/// Whether the process ignores a signal, as `nohup` and background jobs of scripts have it.
+/// Whether the process ignores a signal, as it does under `nohup` and in background jobs of
+/// scripts.
 pub fn ignores_signal(signal: i32) -> bool {
-    // SAFETY: all zeros is a valid `sigaction`, which the call only writes
+    // SAFETY: a `sigaction` of zeros is valid, and the call only writes to it
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         libc::sigaction(signal, std::ptr::null(), &mut action) == 0
@@ -198,20 +202,20 @@ pub fn ignores_signal(signal: i32) -> bool {
     }
 }
 
-/// The state of a device's random number generator, a `u8` tensor on the CPU.
+/// The state of a device's random number generator, as a `u8` tensor on the CPU.
 pub fn rng_state(device: Device) -> Result<Tensor> {
-    // SAFETY: no pointers go in
+    // SAFETY: the call takes no pointers
     owned(unsafe { dylora_rng_state(index(device)) })
 }
 
-/// Sets what [`rng_state`] returned.
+/// Restores a state that [`rng_state`] returned.
 pub fn set_rng_state(device: Device, state: &Tensor) -> Result<()> {
-    // SAFETY: `state` lives through the call
+    // SAFETY: `state` is alive during the call
     check(unsafe { dylora_set_rng_state(index(device), state.as_ptr()) })
 }
 
-/// The most memory in use so far, bytes: of the process on the CPU (resident), of the allocator on
-/// CUDA.
+/// The largest memory use so far, in bytes: the resident memory of the process on the CPU, and the
+/// memory allocated by libtorch on CUDA.
 pub fn peak_memory_bytes(device: Device) -> Result<u64> {
     match device {
         Device::Cuda(index) => Ok(cuda_memory(index)?[1] as u64),
@@ -219,7 +223,7 @@ pub fn peak_memory_bytes(device: Device) -> Result<u64> {
     }
 }
 
-/// The memory in use, bytes, counted like [`peak_memory_bytes`].
+/// The present memory use in bytes, measured as in [`peak_memory_bytes`].
 pub fn memory_bytes(device: Device) -> Result<u64> {
     match device {
         Device::Cuda(index) => Ok(cuda_memory(index)?[0] as u64),
@@ -227,29 +231,29 @@ pub fn memory_bytes(device: Device) -> Result<u64> {
     }
 }
 
-/// Gives back memory that is held unused, and lets [`peak_memory_bytes`] begin anew from what is left.
+/// Frees memory that is held but not used, and restarts [`peak_memory_bytes`] from the present use.
 ///
 /// # Errors
-/// On the CPU, a kernel that does not let a process write to its `/proc/self/clear_refs`.
+/// On the CPU, if the kernel does not let the process write to `/proc/self/clear_refs`.
 pub fn reset_peak_memory(device: Device) -> Result<()> {
     if let Device::Cuda(index) = device {
-        // SAFETY: no pointers go in
+        // SAFETY: the call takes no pointers
         return check(unsafe { dylora_reset_peak_memory(index as c_int) });
     }
-    // SAFETY: no pointers go in
+    // SAFETY: the call takes no pointers
     unsafe { libc::malloc_trim(0) };
     Ok(fs_err::write("/proc/self/clear_refs", "5")?)
 }
 
-/// `[allocated, peak allocated]`, bytes.
+/// `[allocated, peak allocated]`, in bytes.
 fn cuda_memory(index: usize) -> Result<[i64; 2]> {
     let mut stats = [0i64; 2];
-    // SAFETY: the shim writes two numbers
+    // SAFETY: the shim writes two numbers into `stats`
     check(unsafe { dylora_memory_stats(index as c_int, stats.as_mut_ptr()) })?;
     Ok(stats)
 }
 
-/// A line of `/proc/self/status`, bytes.
+/// The value of a line of `/proc/self/status`, in bytes.
 fn process_memory(key: &str) -> Result<u64> {
     let status = fs_err::read_to_string("/proc/self/status")?;
     let kib = status
@@ -259,7 +263,8 @@ fn process_memory(key: &str) -> Result<u64> {
     kib.map(|kib| kib * 1024).ok_or_else(|| anyhow!("`/proc/self/status` has no `{key}`"))
 }
 
-/// What a device is, as `NVIDIA H100 80GB HBM3` or the processor's name; none if the system does not say.
+/// The model of a device: `NVIDIA H100 80GB HBM3`, for example, or the name of the processor;
+/// `None` if the system does not give it.
 pub fn device_model(device: Device) -> Option<String> {
     let Device::Cuda(index) = device else {
         let info = fs_err::read_to_string("/proc/cpuinfo").ok()?;
@@ -267,7 +272,7 @@ pub fn device_model(device: Device) -> Option<String> {
         return Some(line.split_once(':')?.1.trim().to_owned());
     };
     let mut buffer = [0u8; 256];
-    // SAFETY: the driver writes a C string within the capacity
+    // SAFETY: the driver writes a C string within the capacity of `buffer`
     let status = unsafe {
         dylora_cuda_name(index as c_int, buffer.as_mut_ptr().cast(), buffer.len() as c_int)
     };
@@ -275,53 +280,55 @@ pub fn device_model(device: Device) -> Option<String> {
     (status == 0 && !name.is_empty()).then(|| name.to_owned())
 }
 
-/// Makes a CUDA device the one on which streams, kernels and graphs of this thread are made.
+/// Makes a CUDA device the current one, on which this thread creates streams, kernels and graphs.
+/// Does nothing for the CPU.
 pub fn use_device(device: Device) -> Result<()> {
     match device {
-        // SAFETY: no pointers go in
+        // SAFETY: the call takes no pointers
         Device::Cuda(index) => check(unsafe { dylora_use_device(index as c_int) }),
         _ => Ok(()),
     }
 }
 
-/// The same numbers where a transfer to `device` best begins: for a GPU in memory that it reads by itself, so that
-/// the host need not wait; if there is none to be had, where they are.
+/// Copies a tensor into pinned memory if `device` is a GPU, which can then fetch it without the
+/// host waiting. For the CPU, or if there is no pinned memory, returns the tensor itself.
 pub fn staged(tensor: Tensor, device: Device) -> Tensor {
     if !device.is_cuda() {
         return tensor;
     }
-    // SAFETY: a live tensor
+    // SAFETY: `tensor` is alive during the call
     owned(unsafe { dylora_pinned(tensor.as_ptr()) }).unwrap_or(tensor)
 }
 
-/// Waits until a CUDA device has done all its work; nothing to wait for on the CPU.
+/// Waits until a CUDA device has finished all its work. Does nothing for the CPU.
 pub fn synchronize(device: Device) -> Result<()> {
     match device {
-        // SAFETY: no pointers go in
+        // SAFETY: the call takes no pointers
         Device::Cuda(index) => check(unsafe { dylora_synchronize(index as c_int) }),
         _ => Ok(()),
     }
 }
 
-/// Gives memory that a CUDA device's allocator keeps for later back to the device; nothing to give on the CPU.
+/// Returns memory that a CUDA device's allocator caches to the device. Does nothing for the CPU.
 pub fn empty_cache(device: Device) -> Result<()> {
     match device {
-        // SAFETY: no pointers go in
+        // SAFETY: the call takes no pointers
         Device::Cuda(_) => check(unsafe { dylora_empty_cache() }),
         _ => Ok(()),
     }
 }
 
-/// A part of the forward pass that can be run twice: from its activations to one output.
+/// A part of the forward pass that can be run twice: a function from activations to one output.
 pub type Segment = Box<dyn Fn(&[Tensor]) -> Tensor + Send>;
 
-/// Runs `segment` without keeping its inside for the backward pass, which runs it again instead
+/// Runs `segment` without keeping its intermediate results. The backward pass runs it again
 /// (gradient checkpointing, arXiv:1604.06174).
 ///
-/// - `activations`: the segment's arguments
-/// - `parameters`: the leaf tensors that it uses by itself and that receive gradients
+/// - `activations`: the arguments of the segment
+/// - `parameters`: the leaf tensors that the segment captures and that receive gradients
 ///
-/// A panic of the segment becomes an error here, or a panic of the backward pass.
+/// If the segment panics in the forward pass, this is an error; in the backward pass, it is a
+/// panic.
 pub fn checkpoint(
     segment: Segment,
     activations: &[Tensor],
@@ -330,8 +337,8 @@ pub fn checkpoint(
     let data: *mut Segment = Box::into_raw(Box::new(segment));
     let mut inputs = pointers(activations);
     inputs.extend(pointers(parameters));
-    // SAFETY: the shim owns `data` from here on and hands it back to `drop_segment` once, whatever
-    // happens; inputs are live tensors, of which it keeps references of its own
+    // SAFETY: the shim owns `data` from here on and passes it to `drop_segment` exactly once in
+    // every case; the inputs are live tensors, to which the shim keeps its own references
     owned(unsafe {
         dylora_checkpoint(
             run_segment,
@@ -350,8 +357,8 @@ extern "C" fn run_segment(
     n: usize,
 ) -> *mut C_tensor {
     let run = || {
-        // SAFETY: `data` is the `Segment` of `checkpoint`, alive until `drop_segment`; the shim
-        // passes `n` live tensors, of which `clone_from_ptr` takes references
+        // SAFETY: `data` is the `Segment` of `checkpoint`, which lives until `drop_segment`; the
+        // shim passes `n` live tensors, and `clone_from_ptr` takes its own references to them
         let (segment, activations) = unsafe {
             let pointers = std::slice::from_raw_parts(activations, n);
             let tensors: Vec<_> = pointers.iter().map(|&at| Tensor::clone_from_ptr(at)).collect();
@@ -366,23 +373,24 @@ extern "C" fn run_segment(
 }
 
 extern "C" fn drop_segment(data: *mut c_void) {
-    // SAFETY: called once, with the pointer that `checkpoint` made with `Box::into_raw`
+    // SAFETY: called once, with the pointer that `checkpoint` got from `Box::into_raw`
     drop(unsafe { Box::from_raw(data.cast::<Segment>()) });
 }
 
-/// Which way [`permute`] goes.
+/// The direction of [`permute`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Permutation {
-    /// Each assignment gets its token's row: `[n, d]` to `[n k, d]`.
+    /// Each assignment gets the row of its token: `[n, d]` to `[n k, d]`.
     Dispatch,
-    /// Each token gets the sum of its assignments' rows: `[n k, d]` to `[n, d]`.
+    /// Each token gets the sum of the rows of its assignments: `[n k, d]` to `[n, d]`.
     Combine,
 }
 
-/// Takes rows from tokens to assignments or back. One is the gradient of the other, and both only
-/// gather: the same input has the same result to the bit, on CUDA too, unlike `index_add`.
+/// Moves rows from tokens to assignments or back. Each direction is the gradient of the other. Both
+/// only gather, so unlike `index_add`, the same input gives the same result to the bit, on CUDA
+/// too.
 ///
-/// - `tokens`: the token of each assignment's row, `[n k]`, int64
+/// - `tokens`: the token of each assignment, `[n k]`, int64
 /// - `inverse`: the rows of each token's assignments, `[n, k]`, int64
 pub fn permute(
     rows: &Tensor,
@@ -391,23 +399,25 @@ pub fn permute(
     way: Permutation,
 ) -> Result<Tensor> {
     let dispatch = c_int::from(way == Permutation::Dispatch);
-    // SAFETY: three live tensors, of which the graph keeps references of its own
+    // SAFETY: three live tensors, to which the graph keeps its own references
     owned(unsafe { dylora_permute(rows.as_ptr(), tokens.as_ptr(), inverse.as_ptr(), dispatch) })
 }
 
-/// Maps a file into memory, read-only. The file must not be changed while it is mapped; dylora
-/// replaces files by renaming, which leaves a map whole.
+/// Maps a file into memory, read-only. The file must not be modified while it is mapped. dylora
+/// replaces files by renaming, which does not affect a map.
 pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
     let file = fs_err::File::open(path)?;
-    // SAFETY: read-only; a writer that shrinks the file could end the process, not corrupt it
+    // SAFETY: the map is read-only; a writer that shrinks the file could end the process, but not
+    // corrupt its memory
     let map = unsafe { memmap2::Mmap::map(file.file()) };
     map.map_err(|error| anyhow!("cannot map `{}`: {error}", path.display()))
 }
 
 static CUDA: OnceLock<std::result::Result<(), String>> = OnceLock::new();
 
-/// Loads libtorch's CUDA part if it lies beside its CPU part, and says why if there is no CUDA.
-/// Must run before any other call of libtorch, which looks for CUDA once and remembers.
+/// Loads libtorch's CUDA part if it is in the same folder as the CPU part. The error says why CUDA
+/// cannot be used. This must run before any other call of libtorch, since libtorch looks for CUDA
+/// only once.
 pub fn load_cuda() -> std::result::Result<(), &'static str> {
     CUDA.get_or_init(|| try_load_cuda().map_err(|error| error.to_string()))
         .as_ref()
@@ -427,10 +437,10 @@ fn try_load_cuda() -> Result<()> {
     Ok(())
 }
 
-/// The file of `libtorch_cpu.so` that this process uses.
+/// The path of the `libtorch_cpu.so` that this process uses.
 pub fn libtorch_path() -> Result<PathBuf> {
     let mut buffer = vec![0u8; 4096];
-    // SAFETY: the shim writes a C string within the capacity
+    // SAFETY: the shim writes a C string within the capacity of `buffer`
     check(unsafe { dylora_libtorch_path(buffer.as_mut_ptr().cast(), buffer.len()) })?;
     let path = CStr::from_bytes_until_nul(&buffer)?.to_str()?;
     Ok(PathBuf::from(path))
@@ -443,10 +453,11 @@ fn open_globally(library: &Path) -> Result<()> {
 }
 
 fn try_open(name: &CStr, flags: c_int) -> Result<*mut c_void> {
-    // SAFETY: a C string; constructors of the library register it with libtorch, as in Python
+    // SAFETY: `name` is a C string; the library's constructors register it with libtorch, as in
+    // Python
     let handle = unsafe { libc::dlopen(name.as_ptr(), flags) };
     if handle.is_null() {
-        // SAFETY: dlopen just failed, so dlerror returns a C string
+        // SAFETY: dlopen has just failed, so dlerror returns a C string
         let message = unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned();
         bail!(message);
     }

@@ -1,21 +1,33 @@
-//! How alike experts are, and two of them merged into one.
+//! Measures how similar experts are, and merges two of them into one.
 //!
 //! ```text
-//! D_e = s_e (B_e A_e - B0_e A0_e)         the update of a module; 0 where the expert has none
+//! update        D_e = s_e (B_e A_e - B0_e A0_e)         of a module; 0 if the expert lacks it
 //! similarity    <D_e, D_f> / (|D_e| |D_f|)              over all modules, Frobenius
-//! merged        D  ~  w_a D_a + w_b D_b                 of rank max(r_a, r_b), by module
+//! merged        D  ~  w_a D_a + w_b D_b                 of rank max(r_a, r_b), for each module
 //! router        R = w_a R_a + w_b R_b,   c = w_a c_a + w_b c_b + T H(w),   H(w) = - sum w ln w
 //! ```
 //!
-//! No update is formed: `<B A, B' A'> = tr((B^T B') (A' A^T))`, and the singular value decomposition is
-//! that of the small product of two triangles, `B = Q R`, `A^T = Q' R'`, `R R'^T = U S V^T`. Its first r
-//! components are the best approximation of rank r in the Frobenius norm (Eckart and Young, 1936).
+//! `B0` and `A0` are the initial values with PiSSA and OLoRA, and zero otherwise. `R` and `c` are
+//! the rows of the router's weight and bias, `T` is its temperature, and `w` are shares with
+//! `w_a + w_b = 1`.
 //!
-//! The merged expert should have the weight that both had, `p_a + p_b = softmax of T ln(e^(l_a / T) +
-//! e^(l_b / T))`, which no linear router gives for every token. But by Jensen's inequality `T ln(e^(l_a
-//! / T) + e^(l_b / T)) >= w_a l_a + w_b l_b + T H(w)` for any w, with equality where `w = softmax(l /
-//! T)`: the row here is the tangent to it, and with w the experts' shares of weight it is exact
-//! where a token shares its weight so.
+//! No update is computed as a full matrix. Products follow from
+//! `<B A, B' A'> = tr((B^T B') (A' A^T))`. The singular value decomposition is that of a small
+//! product of two triangular matrices: with `B = Q R` and `A^T = Q' R'`, it is `R R'^T = U S V^T`.
+//! Its first r components are the best approximation of rank r in the Frobenius norm (Eckart and
+//! Young, 1936).
+//!
+//! The merged expert should get the probability that both experts had, `p_a + p_b`. With their
+//! logits `l_a` and `l_b`, its logit would have to be `T ln(e^(l_a / T) + e^(l_b / T))`, which no
+//! linear router gives for every token. By Jensen's inequality, any shares w give a lower bound:
+//!
+//! ```text
+//! T ln(e^(l_a / T) + e^(l_b / T)) >= w_a l_a + w_b l_b + T H(w)
+//! ```
+//!
+//! Equality holds where `w = softmax(l / T)`, so the right side is a tangent of the left side. It
+//! is also the logit that the merged row gives. With the experts' shares of routing weight as w,
+//! this logit is exact for a token that divides its weight between the two in the same shares.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,13 +42,13 @@ use crate::model::experts::delta::Delta;
 use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::model::parameters::expert_name;
 
-/// A mixture in which one expert stands for two.
+/// A mixture in which one expert has replaced two.
 #[derive(Debug)]
 pub struct Merged {
     /// The mixture.
     pub mixture: Mixture,
-    /// Norm of what the rank left out over the norm of `w_a D_a + w_b D_b`, over all modules; 0 if
-    /// that is 0.
+    /// The norm of the part that the rank cut off, divided by the norm of `w_a D_a + w_b D_b`, over
+    /// all modules; 0 if the latter is 0.
     pub relative_error: f64,
 }
 
@@ -48,11 +60,11 @@ struct Update {
     a: Tensor,
 }
 
-/// The cosine between the whole updates of each two experts, `[e][e]`; 0 beside an update that is 0,
-/// as a fresh expert's is.
+/// The cosine between the updates of every two experts over all modules, `[e][e]`. It is 0 if an
+/// update is 0, as that of a fresh expert is.
 ///
 /// # Errors
-/// A DoRA expert, which scales the base's own weight.
+/// Fails for a DoRA expert, which scales the base's own weight.
 pub fn similarity(model: &RoutedModel) -> Result<Vec<Vec<f64>>> {
     let (specs, tensors) = (model.specs(), model.tensors());
     let e = specs.len();
@@ -77,7 +89,7 @@ pub fn similarity(model: &RoutedModel) -> Result<Vec<Vec<f64>>> {
     Ok(Vec::<Vec<f64>>::try_from(cosines)?)
 }
 
-/// 1 where a row of the stacked updates is the expert's, `[e, R]`.
+/// 1 where a rank of the stacked updates belongs to the expert and 0 elsewhere, `[e, R]`.
 fn members(updates: &[(usize, Update)], num_experts: usize) -> Tensor {
     let rows: Vec<i64> = updates
         .iter()
@@ -86,8 +98,8 @@ fn members(updates: &[(usize, Update)], num_experts: usize) -> Tensor {
     Tensor::from_slice(&rows).one_hot(num_experts as i64).tr().to_kind(Kind::Double)
 }
 
-/// The two experts `a < b` that are most alike by a matrix of [`similarity`], and their cosine; none
-/// with fewer than two.
+/// The two most similar experts `a < b` of a matrix from [`similarity`], and their cosine; `None`
+/// with fewer than two experts.
 pub fn most_similar(similarity: &[Vec<f64>]) -> Option<(usize, usize, f64)> {
     let pairs = similarity
         .iter()
@@ -96,16 +108,19 @@ pub fn most_similar(similarity: &[Vec<f64>]) -> Option<(usize, usize, f64)> {
     pairs.max_by(|x, y| x.2.total_cmp(&y.2).then((y.0, y.1).cmp(&(x.0, x.1))))
 }
 
-/// The mixture with one expert, in the place of `a`, for `a < b`: plain LoRA on every module that
-/// either has, at the larger of the two ranks and at the scaling of `a`, or of `b` where `a` has
-/// none. A's rows are orthonormal, and B is zero in directions without weight, so that they can be
-/// trained as a fresh expert's. Whether it is trainable follows either.
+/// The mixture in which expert `a` is replaced by the merger of `a` and `b`, for `a < b`, and `b`
+/// is removed.
+///
+/// The merged expert is plain LoRA on every module that `a` or `b` has, with the larger of their
+/// ranks. Its scaling is that of `a`, or that of `b` on modules that `a` lacks. The rows of A are
+/// orthonormal, and B is zero in directions without weight, so that these can be trained as in a
+/// fresh expert. The expert is trainable if `a` or `b` is.
 ///
 /// - `weights`: `[w_a, w_b]`, the experts' shares of routing weight, which sum to 1
 ///
 /// # Errors
-/// Experts that are not there or in this order, DoRA experts and ones with invocation tokens, missing
-/// tensors, weights that are no shares.
+/// Fails if `a` or `b` does not exist, if they are not in this order, if one of them is a DoRA
+/// expert or has invocation tokens, if a tensor is missing, or if `weights` are no shares.
 pub fn merged(mixture: &Mixture, a: usize, b: usize, weights: [f64; 2]) -> Result<Merged> {
     check(mixture, a, b, weights)?;
     let _no_grad = tch::no_grad_guard();
@@ -179,7 +194,8 @@ fn tensor_name(path: ModulePath, expert: usize, key: &str) -> String {
     format!("{path}.{}.{key}", expert_name(expert))
 }
 
-/// What an expert adds to each of its modules; PiSSA and OLoRA without their start.
+/// The update of each of an expert's modules. With PiSSA and OLoRA, the initial values are
+/// subtracted.
 fn updates(
     specs: &[ExpertSpec],
     tensors: &BTreeMap<String, Tensor>,
@@ -208,7 +224,7 @@ fn updates(
     Ok(updates)
 }
 
-/// The alpha by which an expert of rank `rank` has the scaling that `spec` has on a module.
+/// The alpha that gives an expert of rank `rank` the scaling that `spec` has on a module.
 fn alpha(spec: &ExpertSpec, path: ModulePath, rank: i64, use_rslora: bool) -> f64 {
     let RankAlpha { rank: old, alpha } = spec.modules[&path];
     if (old, spec.use_rslora) == (rank, use_rslora) {
@@ -219,8 +235,8 @@ fn alpha(spec: &ExpertSpec, path: ModulePath, rank: i64, use_rslora: bool) -> f6
     scaling * if use_rslora { rank.sqrt() } else { rank }
 }
 
-/// The singular value decomposition of `B A`: `U`, `[o, k]`, `S`, `[k]`, falling, and `V`, `[i, k]`,
-/// with k the smallest of o, i and `r`; f64 on the CPU.
+/// The singular value decomposition of `B A`, f64 on the CPU: `U`, `[o, k]`, `S`, `[k]`, in
+/// descending order, and `V`, `[i, k]`, where k is the smallest of o, i and r.
 ///
 /// - `b`: `[o, r]`
 /// - `a`: `[r, i]`
@@ -232,7 +248,7 @@ fn svd(b: &Tensor, a: &Tensor) -> (Tensor, Tensor, Tensor) {
     (q_b.matmul(&u), s, q_a.matmul(&v))
 }
 
-/// A router's tensor whose row `a` is the merged expert's; row `b` stays.
+/// A router's tensor with the merged expert's row in place of row `a`. Row `b` is left as it is.
 fn merge_rows(
     tensor: &Tensor,
     is_bias: bool,

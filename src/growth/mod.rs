@@ -1,16 +1,18 @@
-//! Surgery on a mixture: an expert removed, added, or [merged](merge) with another. Each gives a new
-//! mixture and leaves the old as it was.
+//! Changes of a mixture's experts: one is removed, added, or [merged](merge) with another. Each
+//! change makes a new mixture and leaves the old one as it was.
 //!
 //! ```text
-//! without_expert e    E - 1   the softmax without a logit: the others have p_f / (1 - p_e)
-//! with_expert         E + 1   a router's row of zeros and a bias; the expert itself is a fresh one
-//! merged a, b         E - 1   one update for both, with a weight of about p_a + p_b
+//! without_expert e    E - 1   the softmax loses a logit: another expert f gets p_f / (1 - p_e)
+//! with_expert         E + 1   a fresh expert, whose row in a router is zero but for a bias
+//! merged a, b         E - 1   one expert for two, with a routing weight of about p_a + p_b
 //! ```
 //!
-//! Experts behind one that goes move up by one, in the router and in tensors' names; what names experts
-//! by number elsewhere, as records do, is the caller's to renumber. Of a router's tensors,
-//! `router.weight`, `router.bias` and `router.selection_bias` have a row for each expert, with
-//! `h.{layer}.` or `h.{layer}.{module}.` before it if there are several routers; any others stay.
+//! The experts after a removed one move up by one, in the routers and in the names of tensors.
+//! Other places that name experts by number, such as records, are for the caller to renumber.
+//!
+//! Each router has a row for each expert in `router.weight`, `router.bias` and
+//! `router.selection_bias`. If there are several routers, these names begin with `h.{layer}.` or
+//! `h.{layer}.{module}.`. Other tensors of a router do not change.
 
 pub mod merge;
 pub mod new_column;
@@ -37,14 +39,14 @@ const ROW_TENSORS: [&str; 3] = [WEIGHT, BIAS, SELECTION_BIAS];
 const WEIGHT: &str = "router.weight";
 /// `[e]`.
 const BIAS: &str = "router.bias";
-/// `[e]`, of routers that have one.
+/// `[e]`; not every router has one.
 const SELECTION_BIAS: &str = "router.selection_bias";
 
-/// The mixture without an expert. Of two experts, one stays, without a router. `router.top_k` becomes
-/// at most the number of experts.
+/// The mixture without an expert. If a single expert is left, it has no router. The `top_k` of the
+/// router becomes at most the number of experts.
 ///
 /// # Errors
-/// An expert that is not there, the only one, or the one that [`Mixture::routing`] names.
+/// Fails if there is no such expert, if it is the only one, or if [`Mixture::routing`] names it.
 pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
     check_expert(mixture, expert)?;
     if mixture.specs.len() == 1 {
@@ -80,18 +82,21 @@ pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
     Ok(smaller)
 }
 
-/// The mixture with one more expert, the last. Its router row is zero but for a bias, and its selection
-/// bias is the least, so that it is chosen by its score alone; its own tensors are left to [`Mixture::put_on`], which draws them as for a fresh model (by the default start B is
-/// zero). To a single expert, which has no router, comes one that reads nothing yet: weights zero,
-/// bias 0 for the old and `initial_bias` for the new. To learn its shape, a model is drawn, from
-/// libtorch's default CPU generator.
+/// The mixture with one more expert, the last. In each router, the row of the new expert is zero
+/// but for a bias. Its selection bias is the smallest of the others', so that only its score can
+/// get it chosen. The expert's own tensors are left to [`Mixture::put_on`], which draws them as for
+/// a fresh model (with the default init, B is zero).
 ///
-/// - `base`: what the mixture is put on
-/// - `initial_bias`: the new expert's bias in the router with this prefix: nothing if there is one
-///   router, else as `h.0.`
+/// A single expert has no router, so it gets one that does not read its input yet: the weights are
+/// zero, and the bias is 0 for the old expert and `initial_bias` for the new one. To find the
+/// router's shape, a model is drawn from libtorch's default CPU generator.
+///
+/// - `base`: the base for which the mixture is made
+/// - `initial_bias`: the new expert's bias in the router whose tensors' names have this prefix,
+///   which is empty if there is one router, and otherwise for example `h.0.`
 ///
 /// # Errors
-/// A mixture of several experts whose router is yet to be drawn.
+/// Fails if the mixture has several experts but no router tensors yet.
 pub fn with_expert(
     mixture: &Mixture,
     base: &Decoder,
@@ -123,10 +128,10 @@ pub fn with_expert(
     Ok(larger)
 }
 
-/// The tensors with rows of a router for a mixture's experts, all zero. What else the router has is
-/// left to be drawn.
+/// Router tensors with a row for each expert of a mixture, all zero. The router's hidden layers are
+/// left out, so that they are drawn later.
 fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
-    // a fresh model knows where routers are; where experts start does not matter, only what they are on
+    // a fresh model has the right routers, whatever the init of its experts
     let plain = |spec: &ExpertSpec| ExpertSpec { init: LoraInit::Default, ..spec.clone() };
     let specs: Vec<ExpertSpec> = mixture.specs.iter().map(plain).collect();
     let kind = wide(base.wte.kind());
@@ -138,7 +143,7 @@ fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
 /// Checks that a mixture has an expert.
 ///
 /// # Errors
-/// An expert that is not there, by how many there are.
+/// Fails if there is no such expert, and says how many there are.
 pub fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
     let count = mixture.specs.len();
     if expert >= count {
@@ -147,7 +152,7 @@ pub fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
     Ok(())
 }
 
-/// The same mixture; the tensors are shared.
+/// A copy of a mixture that shares its tensors.
 fn copy(mixture: &Mixture) -> Mixture {
     let tensors = mixture.tensors.iter();
     Mixture {
@@ -160,7 +165,7 @@ fn copy(mixture: &Mixture) -> Mixture {
     }
 }
 
-/// Prefix and key of a tensor that has a row for each expert.
+/// The prefix and the key of a router tensor with a row for each expert; `None` for other tensors.
 fn row_tensor(name: &str) -> Option<(&str, &'static str)> {
     let split = |key: &'static str| Some((name.strip_suffix(key)?, key));
     let found = ROW_TENSORS.into_iter().find_map(split);
@@ -171,13 +176,13 @@ fn is_router(name: &str) -> bool {
     name.split('.').any(|part| part == "router")
 }
 
-/// The expert that a tensor belongs to.
+/// The expert that a tensor belongs to; `None` if it belongs to none.
 fn expert_of(name: &str) -> Option<usize> {
     let (expert, _) = name.rsplit_once('.')?;
     expert.rsplit_once('.')?.1.strip_prefix("expert_")?.parse().ok()
 }
 
-/// The name of an expert's tensor under another number.
+/// The name of an expert's tensor after the expert got another number.
 fn renamed(name: &str, old: usize, new: usize) -> String {
     let part = |expert| format!(".{}.", expert_name(expert));
     name.replace(&part(old), &part(new))

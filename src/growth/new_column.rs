@@ -1,15 +1,17 @@
 //! The router column of a new expert.
 //!
-//! The new expert starts with B = 0 and a router column of zeros whose bias keeps it out: with `l` the
-//! scores of the old experts and T the temperature, the bias is
+//! A new expert starts with B = 0 and a router column of zeros, with a bias that keeps the expert
+//! out of use: with the scores `l_t` that the old experts have for token t, and the temperature T,
+//! the bias is
 //!
 //! ```text
-//! T (ln 1e-8 + min_t logsumexp(l_t / T))       over the tokens of the old domains
+//! T (ln 1e-8 + min_t logsumexp(l_t / T))       over the tokens t of the old domains
 //! ```
 //!
-//! so that it has a probability of at most 1e-8 on each of them, and no old expert's changes by more.
-//! Adam would not bring such a column up again by the language model's loss, whose gradient is as
-//! small; that is what the seeding phase is for ([`crate::train::losses`]).
+//! The new expert then has a probability of at most 1e-8 for each of these tokens, and no old
+//! expert's probability changes by more. The gradient that the language model's loss gives to such
+//! a column is equally small, and Adam would not raise the column again with it. The seeding phase
+//! does so ([`crate::train::losses`]).
 
 use std::collections::BTreeMap;
 
@@ -19,14 +21,15 @@ use tch::{Device, Kind, Tensor};
 use crate::data::{Batch, TokenDataset};
 use crate::model::{ForwardMode, Inputs, RoutedModel};
 
-/// The largest probability of a new expert on an old domain's token.
+/// The largest probability of a new expert for a token of an old domain.
 const MAX_NEW_PROB: f64 = 1e-8;
 
-/// The bias that keeps a new expert out of each router, by what precedes the router's name, from the
-/// tokens, prompts too, of every domain of `dataset` but `except`; at most `max_blocks` of each.
+/// The bias that keeps a new expert out of use, for each router by the prefix of its name. It
+/// follows from the tokens, prompts included, of every domain of `dataset` except `except`, of
+/// which at most `max_blocks` blocks are read. A single expert has no router and gets no bias here.
 ///
 /// # Errors
-/// No such tokens.
+/// Fails if the model has routers, but the old domains have no tokens.
 pub fn initial_biases(
     model: &RoutedModel,
     dataset: &TokenDataset,
@@ -58,13 +61,14 @@ pub fn initial_biases(
         .collect())
 }
 
-/// The bias that keeps a new expert out of a router that is new itself, and scores the old one 0.
+/// The bias that keeps a new expert out of use beside a single old expert, whose score is 0.
 pub fn bias_beside_one(temperature: f64) -> f64 {
     temperature * MAX_NEW_PROB.ln()
 }
 
-/// The largest probability that the routers of a grown mixture give its last expert on the tokens of the
-/// old domains, in f64 from the scores: no old expert's probability has changed by more.
+/// The largest probability that the routers of a grown mixture give its last expert for a token of
+/// the old domains, computed in f64 from the scores. No old expert's probability has changed by
+/// more.
 pub fn largest_new_prob(
     model: &RoutedModel,
     dataset: &TokenDataset,
@@ -87,14 +91,15 @@ pub fn largest_new_prob(
     largest
 }
 
-/// The positions of a batch that hold a token, in the flattened `[b t]`.
+/// The positions of a batch that are not padding, as indices in the flattened `[b t]`.
 fn token_rows(batch: &Batch, device: Device) -> Tensor {
     let ids = batch.document_ids.iter().zip(0i64..);
     let rows: Vec<i64> = ids.filter(|(id, _)| **id >= 0).map(|(_, row)| row).collect();
     Tensor::from_slice(&rows).to_device(device)
 }
 
-/// Blocks of the domains other than `except`, at even distances, one by one.
+/// At most `max_blocks` blocks of each domain other than `except`, at even distances, each as a
+/// batch of its own.
 fn old_blocks(
     dataset: &TokenDataset,
     except: &str,

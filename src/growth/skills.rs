@@ -1,19 +1,21 @@
-//! Which skills the experts know: a fingerprint of each domain, and whether a new one is among them.
+//! The skills of a mixture's experts: an embedding of each domain, and a rule by which a new domain
+//! counts as known.
 //!
 //! ```text
 //! h(x)   = mean over label tokens of the base's last hidden state (after ln_f)        [d]
-//! c      = the same over text that the base writes itself, or 0
+//! c      = the same mean over text that the base writes itself, or 0
 //! cosine = <h - c, h' - c> / (|h - c| |h' - c|)
 //! known    if the largest cosine to the library's skills, or their median, reaches a threshold
 //! ```
 //!
-//! The base is frozen, so an embedding means the same whatever the experts have learned since.
+//! The base is frozen, so an embedding stays valid while the experts learn.
 //!
-//! Hidden states of language models share a large common part, by which any two texts look alike
-//! (Ethayarajh, arXiv:1909.00512: in the last layer of GPT-2, two random words have a cosine of
-//! about 1). Subtracting their mean removes it (Mu and Viswanath, arXiv:1702.01417, section 2). That mean
-//! must not depend on the skills at hand: with two, it would put them opposite to each other
-//! whatever they are. Here it is the base's own: [`SkillCenter::OwnText`].
+//! The hidden states of language models share a large common part, which makes any two texts look
+//! similar (Ethayarajh, arXiv:1909.00512: in the last layer of GPT-2, two random words have a
+//! cosine of about 1). Subtracting the mean of the hidden states removes this part (Mu and
+//! Viswanath, arXiv:1702.01417, section 2). The mean must not be taken over the skills that are
+//! compared: with two skills, it would put them opposite to each other, however similar they are.
+//! Here it is taken over text that the base writes ([`SkillCenter::OwnText`]).
 
 use std::path::Path;
 
@@ -28,31 +30,31 @@ use crate::data::{BlockId, IGNORED_LABEL, TokenDataset};
 use crate::durable;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 
-/// Texts that the base writes to find its center.
+/// Number of texts that the base writes to find its center.
 const OWN_TEXTS: usize = 16;
-/// Tokens of each.
+/// Number of tokens of each text.
 const OWN_TOKENS: i64 = 64;
 
-/// Where a domain's text lies for the base.
+/// The embedding of a domain's text by the base.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embedding {
     /// Mean hidden state, `[d]`.
     pub mean: Vec<f64>,
-    /// Label tokens that it is the mean over.
+    /// Number of label tokens that the mean is taken over.
     pub label_tokens: u64,
 }
 
-/// A skill that some expert learned.
+/// A skill that an expert has learned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Skill {
-    /// Its name, as a rule its domain's.
+    /// Its name, which is usually that of its domain.
     pub name: String,
     /// [`Embedding::mean`], `[d]`.
     pub embedding: Vec<f64>,
-    /// Label tokens that it is the mean over.
+    /// Number of label tokens that the mean is taken over.
     pub label_tokens: u64,
-    /// The expert that learned it; none if none is known.
+    /// The expert that has learned it, if that is known.
     pub expert: Option<usize>,
 }
 
@@ -60,49 +62,51 @@ pub struct Skill {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SkillLibrary {
-    /// What is subtracted before a cosine, [`SkillCenter::of`] the base, `[d]`.
+    /// What is subtracted from embeddings before their cosine is taken, `[d]`
+    /// ([`SkillCenter::of`]).
     pub center: Vec<f64>,
     /// The skills, in the order in which they were learned.
     pub skills: Vec<Skill>,
 }
 
-/// What is subtracted from embeddings before their cosine.
+/// What is subtracted from embeddings before their cosine is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SkillCenter {
-    /// The mean hidden state of 16 texts of 64 tokens that the base writes at temperature 1, from
-    /// the end-of-text token and the same random numbers each time.
+    /// The mean hidden state of 16 texts of 64 tokens that the base writes at temperature 1. They
+    /// start with the end-of-text token, and the random numbers are the same each time.
     #[default]
     OwnText,
-    /// Nothing: raw cosines.
+    /// Nothing, which gives raw cosines.
     Origin,
 }
 
-/// How like a skill of the library something is.
+/// The similarity of an embedding to a skill of the library.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Similarity {
     /// The skill's name.
     pub name: String,
-    /// Its expert.
+    /// The expert that has learned it, if that is known.
     pub expert: Option<usize>,
-    /// From -1 to 1; 0 for an embedding that is the center itself.
+    /// The cosine, from -1 to 1; 0 if an embedding equals the center.
     pub cosine: f64,
 }
 
-/// When a skill counts as known.
+/// The rule by which an embedding counts as that of a known skill.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SkillRule {
-    /// The cosine that must be reached.
+    /// The smallest cosine at which it is known.
     pub threshold: f64,
-    /// Which cosine.
+    /// Which of the cosines to the library's skills counts.
     pub by: SkillComparison,
 }
 
-/// A largest cosine of 0.93, for centered embeddings. On the demo's base, a demo domain's validation
-/// text had at least 0.999 with its training text, and another domain's at most 0.54 (raw: 0.70). On
-/// seven datasets unlike the text of that base, of which two are of programs, it was 0.956 and
-/// 0.92 (raw: 0.978 and 0.95); from 4 blocks of 256 tokens 0.945 and 0.92 (raw: 0.937 and 0.94).
+/// By default an embedding is known if its largest cosine, with centered embeddings, is at least
+/// 0.93. On the demo's base, a demo domain's validation text had a cosine of at least 0.999 with
+/// its own training text and of at most 0.54 with another domain's (raw: 0.70). On seven datasets
+/// unlike the text of that base, two of them of programs, these numbers were 0.956 and 0.92 (raw:
+/// 0.978 and 0.95); with 4 blocks of 256 tokens they were 0.945 and 0.92 (raw: 0.937 and 0.94).
 impl Default for SkillRule {
     fn default() -> Self {
         Self { threshold: 0.93, by: SkillComparison::Max }
@@ -113,20 +117,20 @@ impl Default for SkillRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum SkillComparison {
-    /// The largest.
+    /// The largest cosine.
     #[default]
     Max,
-    /// The median; of an even number, the mean of the middle two. Skills that differ from each other
-    /// keep it low, however well one of them covers the new.
+    /// The median cosine; of an even number, the mean of the middle two. If the skills differ much
+    /// from each other, the median is low even if one of them covers the new data well.
     Median,
 }
 
-/// Embeds a domain by the base of `model`; the experts have no part in it.
+/// Embeds a domain with the base of `model`, without the experts.
 ///
-/// - `max_blocks`: at most so many blocks, at even distances over the domain
+/// - `max_blocks`: the largest number of blocks to read, at even distances over the domain
 ///
 /// # Errors
-/// A domain without label tokens; hidden states that are not finite.
+/// Fails if the domain has no label tokens or if hidden states are not finite.
 pub fn embed(
     model: &RoutedModel,
     dataset: &TokenDataset,
@@ -156,7 +160,7 @@ pub fn embed(
     Ok(Embedding { mean, label_tokens })
 }
 
-/// All blocks of a domain, or the middles of `max_blocks` equal stretches of them.
+/// All blocks of a domain, or the middle block of each of `max_blocks` equal stretches.
 fn spread_blocks(dataset: &TokenDataset, domain: usize, max_blocks: Option<usize>) -> Vec<BlockId> {
     let num_blocks = dataset.domains[domain].num_blocks();
     let count = max_blocks.map_or(num_blocks, |max| max.min(num_blocks));
@@ -174,7 +178,7 @@ impl SkillCenter {
     /// The center of a model's base, `[d]`.
     ///
     /// # Errors
-    /// Hidden states that are not finite.
+    /// Fails if hidden states are not finite.
     pub fn of(self, model: &RoutedModel) -> Result<Vec<f64>> {
         let config = &model.base().spec;
         match self {
@@ -184,8 +188,8 @@ impl SkillCenter {
     }
 }
 
-/// The mean over what the base writes. The first position, where every text has the same token, is
-/// left out.
+/// The mean hidden state of text that the base writes. The first position is left out, as its token
+/// is the same in every text.
 fn own_text(model: &RoutedModel) -> Result<Vec<f64>> {
     let _no_grad = tch::no_grad_guard();
     let config = &model.base().spec;
@@ -196,7 +200,7 @@ fn own_text(model: &RoutedModel) -> Result<Vec<f64>> {
     for position in 0..num_tokens - 1 {
         let last_bd = hidden(model, &inputs_of(&texts, model)).select(1, position);
         let probs_bv = model.logits(&last_bd).softmax(-1, Kind::Double);
-        // 53 random bits each, as a uniform number below 1
+        // 53 random bits make a uniform number from 0 to below 1
         let uniform = || (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
         let draws: Vec<f64> = std::iter::repeat_with(uniform).take(OWN_TEXTS).collect();
         let draws_b1 = Tensor::from_slice(&draws).unsqueeze(-1).to_device(model.device());
@@ -214,7 +218,7 @@ fn own_text(model: &RoutedModel) -> Result<Vec<f64>> {
     Ok(center)
 }
 
-/// Texts of one length.
+/// Unlabelled texts of equal length as a batch.
 fn inputs_of(texts: &[Vec<i64>], model: &RoutedModel) -> Inputs {
     let seq_len = texts[0].len();
     let positions: Vec<i64> = texts.iter().flat_map(|text| 0..text.len() as i64).collect();
@@ -232,15 +236,15 @@ fn inputs_of(texts: &[Vec<i64>], model: &RoutedModel) -> Inputs {
 }
 
 impl SkillLibrary {
-    /// A library without skills around a center, `[d]`.
+    /// A library with the center `center`, `[d]`, and without skills.
     pub fn new(center: Vec<f64>) -> Self {
         Self { center, skills: vec![] }
     }
 
-    /// Reads a library for a base of width `d`; numbers are exactly those that were written.
+    /// Reads a library for a base of width `d`. Numbers are read exactly as they were written.
     ///
     /// # Errors
-    /// A file that is no library, or one of another width.
+    /// Fails if the file holds no library, or one of another width.
     pub fn read(file: &Path, d: i64) -> Result<Self> {
         let parse = || {
             let library: Self = serde_json::from_str(&fs_err::read_to_string(file)?)?;
@@ -259,15 +263,15 @@ impl SkillLibrary {
         }
     }
 
-    /// Writes the library as JSON and waits until it is on disk.
+    /// Writes the library as JSON and waits until the file is on disk.
     pub fn write(&self, file: &Path) -> Result<()> {
         durable::write(file, &serde_json::to_vec_pretty(self)?)
     }
 
-    /// How like each skill an embedding is, the most similar first.
+    /// The similarity of an embedding to each skill, the most similar first.
     ///
     /// # Panics
-    /// If the embedding is of another width.
+    /// If the embedding has another width.
     pub fn compare(&self, embedding: &[f64]) -> Vec<Similarity> {
         let ranked = self.ranked(embedding).into_iter();
         let similarity = |(skill, cosine): (&Skill, f64)| Similarity {
@@ -278,10 +282,10 @@ impl SkillLibrary {
         ranked.map(similarity).collect()
     }
 
-    /// The most similar skill, if by `rule` it covers an embedding.
+    /// The most similar skill, if the embedding counts as known by `rule`.
     ///
     /// # Panics
-    /// If the embedding is of another width.
+    /// If the embedding has another width.
     pub fn known(&self, embedding: &[f64], rule: SkillRule) -> Option<&Skill> {
         let ranked = self.ranked(embedding);
         let &(best, largest) = ranked.first()?;
@@ -295,7 +299,7 @@ impl SkillLibrary {
         (cosine >= rule.threshold).then_some(best)
     }
 
-    /// The skills with their cosines, the largest first; of equals, the first learned.
+    /// The skills with their cosines, the largest first. Equal cosines keep the order of learning.
     fn ranked(&self, embedding: &[f64]) -> Vec<(&Skill, f64)> {
         let cosine = |skill: &Skill| cosine(embedding, &skill.embedding, &self.center);
         let mut ranked: Vec<_> = self.skills.iter().map(|skill| (skill, cosine(skill))).collect();

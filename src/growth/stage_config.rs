@@ -1,4 +1,5 @@
-//! The config of a mixture's next stage: one expert more for one new domain, or one fewer.
+//! The config of a mixture's next stage, in which an expert is added for a new domain or one is
+//! removed.
 
 use std::path::PathBuf;
 
@@ -12,17 +13,18 @@ use crate::config::{
 /// How an expert is added.
 #[derive(Debug, Clone)]
 pub struct Growth {
-    /// The new domain; its weight does not count.
+    /// The new domain. Its weight is ignored.
     pub domain: DomainConfig,
-    /// Share of the blocks that come from the earlier domains.
+    /// Share of the blocks that come from the old domains.
     pub replay: f64,
-    /// Steps of the stage.
+    /// Number of steps of the stage.
     pub steps: u64,
-    /// Steps of its seeding phase.
+    /// Number of steps of the seeding phase.
     pub seed_steps: u64,
     /// Factor of the old experts' learning rate; 0 freezes them.
     pub old_experts_rate: f64,
-    /// Factor of the learning rate of the old experts' router columns; 0 freezes them.
+    /// Factor of the learning rate of the old experts' router columns and of the router's hidden
+    /// layers; 0 freezes them.
     pub old_columns_rate: f64,
     /// Factor of all learning rates after the seeding phase.
     pub consolidation_rate: f64,
@@ -30,11 +32,12 @@ pub struct Growth {
     pub run_dir: PathBuf,
 }
 
-/// The config of the stage in which `config`'s mixture, whose routers have `temperature` now, gets one
-/// expert more.
+/// The config of the stage in which the mixture of `config` gets one more expert.
+///
+/// - `temperature`: the present temperature of its routers
 ///
 /// # Errors
-/// A mixture that cannot grow, and a domain that it has already.
+/// Fails if the mixture cannot grow or already has the domain.
 pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Result<Config> {
     check_can_change(config)?;
     if config.train.routing != RoutingChoice::Router {
@@ -72,8 +75,8 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
     Ok(grown)
 }
 
-/// Whether expert `expert` is trained in a stage of `config`: as its own setting says, and in a growing
-/// mixture not where the old experts' rate is 0.
+/// Whether expert `expert` is trained in a stage of `config`: its own setting must allow it, and in
+/// a growing mixture an old expert also needs a learning rate above 0.
 pub fn is_trainable(config: &Config, expert: usize) -> bool {
     let own = config.lora.experts.get(expert).is_none_or(|expert| expert.trainable);
     let is_old = (expert as i64) < config.lora.num_experts - 1;
@@ -81,10 +84,12 @@ pub fn is_trainable(config: &Config, expert: usize) -> bool {
     own && !(is_old && frozen)
 }
 
-/// The config of the mixture without expert `expert`, or with it merged into another.
+/// The config of the mixture after expert `expert` was removed or merged into another.
+///
+/// - `temperature`: the present temperature of its routers
 ///
 /// # Errors
-/// A mixture that cannot lose an expert.
+/// Fails if the mixture cannot lose this expert.
 pub fn shrunk_config(
     config: &Config,
     temperature: f64,
@@ -118,7 +123,7 @@ pub fn shrunk_config(
         routing => routing,
     };
     shrunk.growth = None;
-    // a single expert has no router beside it: something must be left to train
+    // a single expert has no router, so it must be trainable for anything to train
     if count == 1 {
         shrunk.lora.experts.iter_mut().for_each(|expert| expert.trainable = true);
     }
@@ -126,10 +131,10 @@ pub fn shrunk_config(
     Ok(shrunk)
 }
 
-/// Checks that a mixture may get or lose an expert at all.
+/// Checks that a mixture can gain or lose an expert at all.
 ///
 /// # Errors
-/// A base that was trained in full, and layers with different experts.
+/// Fails if the base was trained in full, or if layers have different experts.
 pub fn check_can_change(config: &Config) -> Result<()> {
     if config.method == Method::Full {
         bail!("a base that was trained in full has no experts");

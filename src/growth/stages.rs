@@ -1,38 +1,39 @@
-//! What a mixture has been through, and what it has forgotten: the rows of the forgetting matrix are
-//! stages, its columns domains, its numbers each domain's validation loss at the end of a stage.
+//! The stages of a mixture and what it has forgotten. In the forgetting matrix, a row is a stage, a
+//! column is a domain, and an entry is the domain's validation loss at the end of the stage.
 //!
-//! A domain's forgetting is its loss after the last stage less its loss after the stage that it was
-//! learned in (backward transfer of arXiv:1706.08840, eq. 3, with losses, so that above 0 is worse).
+//! The forgetting of a domain is its loss after the last stage minus its loss after the stage in
+//! which it was learned. This is backward transfer (arXiv:1706.08840, eq. 3) with losses in place
+//! of accuracies, so that a value above 0 is worse.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// A stage of a mixture's life.
+/// A run in the history of a mixture, after which each domain's loss is known.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
-    /// `train`, `add DOMAIN`, `remove expert_N`, `merge expert_N expert_M`.
+    /// What was done: `train`, `add DOMAIN`, `remove expert_N` or `merge expert_N expert_M`.
     pub name: String,
-    /// The domains that were new in it.
+    /// The domains that were new in this stage.
     pub learned: Vec<String>,
-    /// Experts at its end.
+    /// Number of experts at its end.
     pub num_experts: i64,
-    /// Its last step that was evaluated.
+    /// The step of its last evaluation.
     pub step: u64,
     /// Validation loss of each domain at that step, nats.
     pub losses: BTreeMap<String, f64>,
 }
 
 impl Stage {
-    /// A stage before its first evaluation.
+    /// A stage that has not been evaluated yet.
     pub fn new(name: &str, learned: Vec<String>, num_experts: i64) -> Self {
         Self { name: name.into(), learned, num_experts, step: 0, losses: BTreeMap::new() }
     }
 }
 
-/// How much each domain's loss has risen since the stage that it was learned in, nats; of the domains
-/// that were evaluated then and in the last stage.
+/// How much each domain's loss has risen since the stage in which it was learned, nats. Only
+/// domains that were evaluated both then and in the last stage are there.
 pub fn forgetting(stages: &[Stage]) -> BTreeMap<String, f64> {
     let Some(last) = stages.last() else { return BTreeMap::new() };
     let risen = last.losses.iter().filter_map(|(domain, now)| {

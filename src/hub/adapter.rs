@@ -1,5 +1,5 @@
-//! A LoRA adapter as `save_pretrained` of PEFT writes it: `adapter_config.json` and
-//! `adapter_model.safetensors`.
+//! Finds the files of a LoRA adapter as PEFT's `save_pretrained` writes it: `adapter_config.json`
+//! and `adapter_model.safetensors`.
 
 use std::path::Path;
 
@@ -12,22 +12,22 @@ pub(super) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 
-/// The config's key for an adapter, in messages.
+/// The config key of an adapter, for messages.
 pub(super) const OPTION: &str = "source";
 
 const HINT: &str = "hint: `source.path` is a folder with `adapter_config.json` and \
                     `adapter_model.safetensors`; an adapter of the Hub is \
                     `source = { hub = { repo = \"OWNER/NAME\" } }`";
 
-/// Names of a folder's entries that an error lists.
+/// The largest number of a folder's entries that an error lists.
 const MAX_LISTED: usize = 8;
 
-/// The adapter in the user's folder `dir`.
+/// Finds the adapter in the user's folder `dir`.
 pub(super) fn find_in_folder(dir: &Path) -> Result<AdapterFiles> {
     collect(&Place::user_folder(dir, "adapter", HINT)?)
 }
 
-/// The files of the adapter in `place`; an error if it lacks one.
+/// The files of the adapter in `place`. It is an error if one of them is missing.
 pub(super) fn collect(place: &Place) -> Result<AdapterFiles> {
     if !place.has(CONFIG) {
         bail!("{place} has no `{CONFIG}`; {}{}", contents(place)?, subfolder_hint(place)?);
@@ -50,7 +50,7 @@ pub(super) fn collect(place: &Place) -> Result<AdapterFiles> {
     })
 }
 
-/// What `place` has, as a clause.
+/// A clause for messages that says what `place` contains.
 fn contents(place: &Place) -> Result<String> {
     let entries = place.entries()?;
     Ok(match entries.len() {
@@ -59,7 +59,7 @@ fn contents(place: &Place) -> Result<String> {
     })
 }
 
-/// Names the folders in `place` that are adapters, if there are any.
+/// A hint that names the folders in `place` that are adapters; empty if there are none.
 fn subfolder_hint(place: &Place) -> Result<String> {
     let mut folders: Vec<String> = place.entries()?.into_iter().collect();
     folders.retain(|folder| place.has(&format!("{folder}/{CONFIG}")));

@@ -1,5 +1,6 @@
-//! A base as `save_pretrained` of `transformers` writes it: `config.json`, `model.safetensors` (or
-//! `model.safetensors.index.json` and the shards that it names) and, as a rule, `tokenizer.json`.
+//! Finds the files of a base as `save_pretrained` of `transformers` writes it: `config.json`, the
+//! weights and, as a rule, `tokenizer.json`. The weights are `model.safetensors`, or
+//! `model.safetensors.index.json` and the shards that it names.
 //!
 //! The index is JSON: `{"metadata": {..}, "weight_map": {"<tensor>": "<shard>", ..}}`.
 
@@ -18,19 +19,19 @@ const WEIGHTS: &str = "model.safetensors";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
 
-/// The config's key for the base, in messages.
+/// The config key of the base, for messages.
 pub(super) const OPTION: &str = "base.source";
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
                     `model.safetensors`; a model of the Hub is \
                     `base.source = { hub = { repo = \"openai-community/gpt2\" } }`";
 
-/// The base in the user's folder `dir`.
+/// Finds the base in the user's folder `dir`.
 pub(super) fn find_in_folder(dir: &Path) -> Result<BaseFiles> {
     collect(&Place::user_folder(dir, "base", HINT)?)
 }
 
-/// The files of the base in `place`; an error if it lacks one that a base needs.
+/// The files of the base in `place`. It is an error if one that is needed is missing.
 pub(super) fn collect(place: &Place) -> Result<BaseFiles> {
     if !place.has(CONFIG) {
         bail!("{place} has no `{CONFIG}`{}", adapter_hint(place));
@@ -54,7 +55,7 @@ pub(super) fn collect(place: &Place) -> Result<BaseFiles> {
     Ok(BaseFiles { label, commit, config, weights, tokenizer })
 }
 
-/// The shards that the index at `path` names, each once, sorted.
+/// The names of the shards in the index at `path`, sorted and without duplicates.
 fn shards(path: &Path) -> Result<Vec<String>> {
     #[derive(Deserialize)]
     struct Index {
@@ -78,7 +79,7 @@ fn shards(path: &Path) -> Result<Vec<String>> {
     Ok(shards.into_iter().collect())
 }
 
-/// The error for a `place` that has none of the weights that are read; `files` is what it has.
+/// The error for a `place` without weights that can be read; `files` are the entries of its folder.
 fn no_weights(place: &Place, files: &BTreeSet<String>) -> Error {
     let ending_in = |endings: &[&str]| {
         files.iter().find(|file| endings.iter().any(|ending| file.ends_with(ending)))
@@ -105,7 +106,7 @@ fn adapter_hint(place: &Place) -> &'static str {
     }
 }
 
-/// Whether `name`, from a file, stays inside the folder that it is joined to.
+/// Whether `name`, which was read from a file, stays inside the folder that it is joined to.
 fn is_inside(name: &str) -> bool {
     let plain = |part| matches!(part, std::path::Component::Normal(_));
     !name.is_empty() && !name.contains('\\') && Path::new(name).components().all(plain)

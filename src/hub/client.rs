@@ -1,5 +1,6 @@
-//! One repository of the Hub: what a revision has, and what a refusal means. The Hub explains one by
-//! its status and `X-Error-Code`, with `X-Error-Message` for people.
+//! Asks the Hub about one repository: which files a revision has, and what a refusal means. The Hub
+//! explains a refusal by its status and the header `X-Error-Code`, and to people by
+//! `X-Error-Message`.
 
 use anyhow::{Error, Result, anyhow};
 use hf_hub::Cache;
@@ -12,18 +13,18 @@ use super::http::{Http, redirect, shown_origin};
 use super::names::{RepoSource, is_commit};
 use super::settings::HubSettings;
 
-/// Redirects of one request; `huggingface_hub` follows as many.
+/// The largest number of redirects that are followed for one request, as in `huggingface_hub`.
 pub(super) const MAX_REDIRECTS: usize = 10;
 
 /// Why a request failed.
 pub(super) enum Fault {
-    /// The network's or the server's state: another attempt, or the cache, may help.
+    /// A fault of the network or of the server. Another attempt or the cache may help.
     Transient(Error),
-    /// An answer that will stay the same.
+    /// A fault that stays the same in another attempt.
     Final(Error),
 }
 
-/// A local fault does not go away by asking again.
+/// An error of the local machine is final: asking the Hub again does not help.
 impl From<std::io::Error> for Fault {
     fn from(error: std::io::Error) -> Self {
         Self::Final(error.into())
@@ -37,10 +38,10 @@ pub(super) struct Client<'a> {
     pub(super) source: &'a RepoSource<'a>,
 }
 
-/// What a revision has.
+/// What a repository has at one revision.
 #[derive(Debug, Deserialize)]
 pub(super) struct RepoInfo {
-    /// The commit at which the revision stands.
+    /// The commit that the revision points to.
     pub(super) sha: String,
     /// Its files.
     pub(super) siblings: Vec<RepoFile>,
@@ -49,7 +50,7 @@ pub(super) struct RepoInfo {
 /// A file of a repository.
 #[derive(Debug, Deserialize)]
 pub(super) struct RepoFile {
-    /// Its path in the repository.
+    /// The file's path in the repository.
     pub(super) rfilename: String,
 }
 
@@ -59,12 +60,12 @@ impl<'a> Client<'a> {
         Ok(Self { http, cache: Cache::new(settings.cache_dir.clone()), source })
     }
 
-    /// The Hub's address in messages.
+    /// The Hub's address for messages.
     pub(super) fn endpoint(&self) -> &str {
         self.http.endpoint()
     }
 
-    /// Which commit the revision stands at and what files it has.
+    /// Fetches the commit that the revision points to and the list of its files.
     pub(super) fn info(&self) -> Result<RepoInfo, Fault> {
         let RepoSource { repo, revision, .. } = self.source;
         let path = ["api", "models"].into_iter().chain(repo.split('/'));
@@ -98,7 +99,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// The error for an answer that the Hub would not give.
+    /// The error for an answer that the real Hub would not give.
     pub(super) fn not_the_hub(&self, fault: &str) -> Fault {
         Fault::Final(anyhow!(
             "`{}` does not answer as the Hub does: {fault}\n\
@@ -107,8 +108,8 @@ impl<'a> Client<'a> {
         ))
     }
 
-    /// Notes the commit at which the revision stands. Only offline runs need the note, so a cache
-    /// that cannot be written is no error.
+    /// Records in the cache which commit the revision points to. Only offline runs need this, so a
+    /// failure is logged as a warning and is not an error.
     pub(super) fn write_ref(&self, commit: &str) {
         let revision = self.source.revision;
         let cache = self.cache.repo(self.source.repo_at(revision));
@@ -122,7 +123,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// The error for an answer of `url` that did not come, or not whole.
+    /// The error for an answer of `url` that did not arrive, or not completely.
     pub(super) fn request_fault(&self, url: &Url, error: ureq::Error) -> Fault {
         let host = self.shown(url);
         let limits = &self.http.limits;
@@ -147,7 +148,7 @@ impl<'a> Client<'a> {
         }
     }
 
-    /// What a message shows of `url`: the Hub's address, or the origin of another host.
+    /// The part of `url` that messages show: the Hub's address, or the origin of another host.
     fn shown(&self, url: &Url) -> String {
         if self.http.is_hub(url) { self.endpoint().to_owned() } else { shown_origin(url) }
     }
@@ -156,7 +157,7 @@ impl<'a> Client<'a> {
     pub(super) fn answer_fault<B>(&self, url: &Url, response: &Response<B>) -> Fault {
         let status = response.status();
         if !self.http.is_hub(url) {
-            // an address that the Hub has signed expires; the next attempt asks for another
+            // an address signed by the Hub expires, and the next attempt gets a new one
             return Fault::Transient(anyhow!("`{}` answers {status}", self.shown(url)));
         }
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
@@ -164,7 +165,8 @@ impl<'a> Client<'a> {
         self.refusal(status, code, header("x-error-message"))
     }
 
-    /// The error for a `status` of the Hub that is not a success, with its `code`.
+    /// The error for an answer of the Hub whose `status` is not a success and whose `X-Error-Code`
+    /// is `code`.
     fn refusal(&self, status: StatusCode, code: &str, message: Option<&str>) -> Fault {
         let RepoSource { repo, revision, option, .. } = self.source;
         let endpoint = self.endpoint();

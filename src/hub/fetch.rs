@@ -1,14 +1,16 @@
-//! One file from the Hub into its cache, repeated and checked, so that what carries its name is whole.
+//! Fetches one file from the Hub into its cache. Failed attempts are repeated, and the size is
+//! checked before the file gets its name, so that a file with that name is complete.
 //!
 //! ```text
-//! locate    GET {endpoint}/{repo}/resolve/{commit}/{file}    ETag, commit and, for a large file, where
-//!                                                            its content is: `X-Linked-*`, `Location`
-//! content   GET {content}   Range: bytes={length of the part}-
+//! locate    GET {endpoint}/{repo}/resolve/{commit}/{file}
+//!           answers `ETag` and commit; for a large file, `X-Linked-*` and, in `Location`, the
+//!           address of the content
+//! content   GET {content}   Range: bytes={length of the partial file}-
 //! ```
 //!
-//! The content grows in `blobs/<etag>.incomplete` under the lock `.locks/<repo>/<etag>.lock`, as
-//! huggingface_hub does it, so that either continues what the other has begun. Each attempt continues
-//! the part that the last one left.
+//! The content is written to `blobs/<etag>.incomplete` under the lock `.locks/<repo>/<etag>.lock`,
+//! as in huggingface_hub, so that either program resumes what the other began. Each attempt resumes
+//! where the last one stopped.
 
 use std::fs::TryLockError;
 use std::io::{Read, Write};
@@ -28,14 +30,16 @@ use super::http::{redirect, with_least_speed};
 use super::names::RepoSource;
 use super::settings::DownloadProgress;
 
-/// Attempts in a row that bring too little, by [`super::settings::HubLimits::window_bytes`].
+/// Number of failed attempts in a row after which a file is given up. An attempt that brings at
+/// least [`window_bytes`](super::settings::HubLimits::window_bytes) new bytes starts the count
+/// again at 1.
 const MAX_FAILURES: u32 = 4;
-/// Pause after the first failure; triples with each.
+/// Pause after the first failure. It triples with each further failure in a row.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// Pause between two looks at a lock that another process holds.
+/// Pause between two attempts to take a lock that another process holds.
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
-/// What arrives of one file in one attempt, told to the caller too.
+/// Counts the bytes of one file that arrive in one attempt, and reports them to the caller.
 struct Meter<'a> {
     progress: &'a dyn DownloadProgress,
     arrived_bytes: AtomicU64,
@@ -57,17 +61,17 @@ impl Meter<'_> {
     }
 }
 
-/// Where the content of a file is, and what it is called in the cache.
+/// The address of a file's content and the content's name in the cache.
 struct Located {
     etag: String,
-    /// What the Hub says of a large file.
+    /// The size that the Hub gives for a large file.
     size_bytes: Option<u64>,
     url: Url,
-    /// The answer, if it was the content itself.
+    /// The answer, if it contains the content itself.
     response: Option<Response<Body>>,
 }
 
-/// The files of a content in the cache.
+/// The paths in the cache that belong to one content.
 struct Blob {
     whole: PathBuf,
     part: PathBuf,
@@ -111,7 +115,7 @@ impl Client<'_> {
         fetched
     }
 
-    /// Makes `pointer` lead to the whole content of `file`.
+    /// Makes `pointer` a link to the complete content of `file`, which is fetched if necessary.
     fn attempt(
         &self,
         file: &str,
@@ -127,7 +131,7 @@ impl Client<'_> {
         }
         let lock = fs_err::File::create(&blob.lock).map_err(|error| in_cache(error.into()))?;
         self.wait_for_lock(&lock, &blob)?;
-        // another process, or another revision, may have brought the content
+        // the content may be there by now, from another process or another revision
         if !blob.whole.is_file() {
             self.download(file, located, &blob, meter)?;
         }
@@ -143,7 +147,7 @@ impl Client<'_> {
         Blob { whole, part, lock: locks.join(format!("{etag}.lock")) }
     }
 
-    /// Asks the Hub for a file, up to where another host has its content.
+    /// Asks the Hub for a file, and follows its redirects up to the host that has the content.
     fn locate(&self, file: &str, commit: &str) -> Result<Located, Fault> {
         let RepoSource { repo, .. } = self.source;
         let path = repo.split('/').chain(["resolve", commit]).chain(file.split('/'));
@@ -185,7 +189,7 @@ impl Client<'_> {
         Err(self.not_the_hub("it redirects without end"))
     }
 
-    /// Checks that an answer is of the commit that was asked for, if it says of which it is.
+    /// Checks that an answer belongs to the requested commit, if it names its commit.
     fn check_commit(&self, headers: &HeaderMap, commit: &str) -> Result<(), Fault> {
         match text_of(headers, "x-repo-commit") {
             Some(found) if !found.eq_ignore_ascii_case(commit) => Err(self.not_the_hub(&format!(
@@ -195,11 +199,11 @@ impl Client<'_> {
         }
     }
 
-    /// The name of a content by its `ETag`, which becomes the name of a file.
+    /// The name of a content by its `ETag`. It is checked because it becomes the name of a file.
     fn check_etag(&self, header: &str) -> Result<String, Fault> {
         let name = header.strip_prefix("W/").unwrap_or(header).trim_matches('"');
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        // 200 leaves room for the endings that files of the cache have
+        // 200 leaves space for the suffixes of files in the cache
         if name.is_empty()
             || name.starts_with('.')
             || name.len() > 200
@@ -213,7 +217,7 @@ impl Client<'_> {
     /// Waits until no other process fetches the content.
     ///
     /// # Errors
-    /// A process that holds the lock while the part does not grow.
+    /// If another process holds the lock while the partial file does not grow.
     fn wait_for_lock(&self, lock: &fs_err::File, blob: &Blob) -> Result<(), Fault> {
         let (mut seen_bytes, mut since) = (len_or_zero(&blob.part), Instant::now());
         loop {
@@ -236,7 +240,7 @@ impl Client<'_> {
         }
     }
 
-    /// Brings the rest of the part, and gives it its name once it is whole.
+    /// Fetches the rest of the content, and gives the file its name once it is complete.
     fn download(
         &self,
         file: &str,
@@ -248,7 +252,7 @@ impl Client<'_> {
         let part_bytes = len_or_zero(&blob.part);
         let fits = located.size_bytes.is_none_or(|size| part_bytes < size);
         if !fits {
-            // whole or too long, as a process that is killed may leave it
+            // the partial file is complete or too long, as a killed process may leave it
             fs_err::remove_file(&blob.part).map_err(in_cache)?;
         }
         let from = if fits { part_bytes } else { 0 };
@@ -286,7 +290,7 @@ impl Client<'_> {
         fs_err::rename(&blob.part, &blob.whole).map_err(in_cache)
     }
 
-    /// The answer with the content from byte `from` on.
+    /// The answer that has the content from byte `from` on.
     fn content(&self, agent: &Agent, mut url: Url, from: u64) -> Result<Response<Body>, Fault> {
         for _ in 0..=MAX_REDIRECTS {
             let response = self
@@ -306,7 +310,7 @@ impl Client<'_> {
         Err(self.not_the_hub("it redirects without end"))
     }
 
-    /// Appends what `reader` brings to `part`.
+    /// Appends everything that `reader` yields to `part`.
     fn receive(
         &self,
         agent: &Agent,
@@ -339,7 +343,7 @@ impl Client<'_> {
         Err(Fault::Transient(anyhow!("{} of {size} bytes came: {error}", meter.arrived())))
     }
 
-    /// The error for something that the cache refuses.
+    /// The error for a failed access to the cache.
     fn cache_fault(&self, error: &anyhow::Error) -> Fault {
         Fault::Final(anyhow!(
             "cannot write to the Hub's cache `{}`: {error:#}\n\
@@ -349,11 +353,11 @@ impl Client<'_> {
     }
 }
 
-/// The first byte of an answer's content, and how many bytes the whole file has.
+/// The offset of an answer's first byte in the file, and the size of the whole file.
 fn extent(response: &Response<Body>, from: u64) -> Result<(u64, Option<u64>), Fault> {
     let headers = response.headers();
     if response.status() != StatusCode::PARTIAL_CONTENT {
-        // a server without `Range` sends all of it where the rest was asked for
+        // a server that does not support `Range` sends the whole content
         return Ok((0, text_of(headers, CONTENT_LENGTH.as_str()).and_then(number)));
     }
     let range = text_of(headers, CONTENT_RANGE.as_str()).unwrap_or_default();
@@ -367,7 +371,7 @@ fn extent(response: &Response<Body>, from: u64) -> Result<(u64, Option<u64>), Fa
     }
 }
 
-/// The limit that an error of reading comes from, if it comes from one.
+/// The time limit that caused a read error, if one did.
 fn timeout_of(error: &std::io::Error) -> Option<ureq::Timeout> {
     match error.get_ref()?.downcast_ref::<ureq::Error>()? {
         ureq::Error::Timeout(timeout) => Some(*timeout),
@@ -375,7 +379,7 @@ fn timeout_of(error: &std::io::Error) -> Option<ureq::Timeout> {
     }
 }
 
-/// Makes `pointer` a relative link to `blob`, in one step.
+/// Makes `pointer` a relative link to `blob` in one step, replacing what was there.
 fn link(pointer: &Path, blob: &Path) -> Result<()> {
     make_parent(pointer)?;
     let folder = pointer.parent().context("a file lies in a folder")?;

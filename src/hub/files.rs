@@ -1,29 +1,29 @@
-//! What is found: the files of a base or of an adapter.
+//! The files of a base or of an adapter that were found.
 
 use std::path::PathBuf;
 
-/// The files of a base; all of them exist.
+/// The files of a base. All of them exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BaseFiles {
-    /// What to call it: the folder's path, or `repo@revision`.
+    /// The name for messages: the folder's path, or `repo@revision`.
     pub label: String,
-    /// The commit that the revision stood at; absent for a folder.
+    /// The commit that the revision pointed to; `None` for a local folder.
     pub commit: Option<String>,
     /// `config.json`.
     pub config: PathBuf,
-    /// `model.safetensors`, or the shards that `model.safetensors.index.json` names, each once,
-    /// sorted.
+    /// `model.safetensors`, or the shards that `model.safetensors.index.json` names, sorted and
+    /// without duplicates.
     pub weights: Vec<PathBuf>,
     /// `tokenizer.json`, if there is one.
     pub tokenizer: Option<PathBuf>,
 }
 
-/// The files of an adapter; both exist.
+/// The files of an adapter. Both exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterFiles {
-    /// What to call it: the folder's path, `repo@revision` or `repo@revision/subfolder`.
+    /// The name for messages: the folder's path, `repo@revision` or `repo@revision/subfolder`.
     pub label: String,
-    /// The commit that the revision stood at; absent for a folder.
+    /// The commit that the revision pointed to; `None` for a local folder.
     pub commit: Option<String>,
     /// `adapter_config.json`.
     pub config: PathBuf,

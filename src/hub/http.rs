@@ -1,10 +1,11 @@
-//! HTTP to the Hub and to the hosts that it redirects to. Every request of the Hub, downloads as
-//! uploads, goes through [`Http`], so that these rules hold everywhere:
+//! HTTP requests to the Hub and to the hosts that it redirects to. All requests go through
+//! [`Http`], so that these rules hold for each:
 //!
-//! - Authorisation goes to the endpoint's own origin alone: the same scheme, host and port.
-//! - Redirects are followed by the caller, hop by hop; one from https to http is refused.
-//! - Connecting, silence and slowness have limits ([`HubLimits`]).
-//! - Credentials in the endpoint's address are sent as HTTP's basic authorisation and shown nowhere.
+//! - The authorisation is sent only to the endpoint's own origin: the same scheme, host and port.
+//! - The caller follows redirects one by one. A redirect from https to http is refused.
+//! - Connecting, silence and slow transfers have time limits ([`HubLimits`]).
+//! - Credentials in the endpoint's address are sent as HTTP basic authorisation and are never
+//!   shown.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -20,10 +21,10 @@ use url::Url;
 
 use super::settings::{HubLimits, HubSettings, without_credentials};
 
-/// Sends requests to the Hub and to where it redirects.
+/// Sends requests to the Hub and to the hosts that it redirects to.
 pub(super) struct Http {
     endpoint: Url,
-    /// The endpoint in messages: without credentials and without a slash at its end.
+    /// The endpoint for messages, without credentials and without a trailing slash.
     shown: String,
     authorization: Option<HeaderValue>,
     pub(super) has_token: bool,
@@ -41,8 +42,8 @@ impl Http {
         }
         let authorization = match (token, credentials) {
             (Some(_), Some(_)) => bail!(
-                "`HF_ENDPOINT` has a user name or a password, and there is a token too, but a request \
-                 carries only one of them\n\
+                "`HF_ENDPOINT` has a user name or a password, and there is a token too, but a \
+                 request carries only one of them\n\
                  hint: take the credentials out of `HF_ENDPOINT`, or unset `HF_TOKEN` and log out \
                  with `hf auth logout`"
             ),
@@ -61,29 +62,30 @@ impl Http {
         Ok(Self { endpoint, shown, authorization, has_token, limits })
     }
 
-    /// The Hub's address in messages.
+    /// The Hub's address for messages.
     pub(super) fn endpoint(&self) -> &str {
         &self.shown
     }
 
-    /// The address of `path`, of which each segment is one argument and is escaped.
+    /// The endpoint's address followed by `path`. Each item of `path` is one segment and is
+    /// escaped.
     pub(super) fn url<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Url {
         let mut url = self.endpoint.clone();
         url.path_segments_mut().expect("it is http or https").pop_if_empty().extend(path);
         url
     }
 
-    /// Whether `url` is at the Hub itself.
+    /// Whether `url` has the same origin as the Hub.
     pub(super) fn is_hub(&self, url: &Url) -> bool {
         url.origin() == self.endpoint.origin()
     }
 
-    /// An agent for short answers.
+    /// An agent for short answers, which must arrive completely within [`HubLimits::answer`].
     pub(super) fn agent(&self) -> Agent {
         self.config().timeout_global(Some(self.limits.answer)).build().into()
     }
 
-    /// An agent for the content of a file, which may take as long as it makes progress.
+    /// An agent for the content of a file, which may take any time as long as it makes progress.
     pub(super) fn content_agent(&self) -> Agent {
         self.config().timeout_recv_response(Some(self.limits.answer)).build().into()
     }
@@ -101,9 +103,10 @@ impl Http {
             .timeout_per_write(Some(self.limits.silence))
     }
 
-    /// Asks for `url`, and does not follow a redirect.
+    /// Requests `url` without following a redirect.
     ///
-    /// - `from`: the first byte that is wanted; `None` asks for everything without `Range`
+    /// - `from`: the first byte that is wanted; with `None`, the request has no `Range` and asks
+    ///   for the whole content
     pub(super) fn get(
         &self,
         agent: &Agent,
@@ -121,10 +124,10 @@ impl Http {
     }
 }
 
-/// The address that an answer of `url` redirects to; `None` for an answer that is no redirect.
+/// The address that an answer of `url` redirects to; `None` if the answer is not a redirect.
 ///
 /// # Errors
-/// A redirect without an address, from https to http, or to anything but http and https.
+/// If a redirect has no valid address, leads from https to http, or leads to another scheme.
 pub(super) fn redirect<B>(response: &Response<B>, url: &Url) -> Result<Option<Url>> {
     if !response.status().is_redirection() {
         return Ok(None);
@@ -142,20 +145,20 @@ pub(super) fn redirect<B>(response: &Response<B>, url: &Url) -> Result<Option<Ur
     }
 }
 
-/// The scheme, host and port of `url`: what a message may show of an address whose path and query
-/// may be signed.
+/// The scheme, host and port of `url`. Messages show only these, since the path and the query may
+/// contain a signature.
 pub(super) fn shown_origin(url: &Url) -> String {
     url.origin().ascii_serialization()
 }
 
-/// A redirect's address without its query, which may be a signature.
+/// A redirect's address without its query, which may contain a signature.
 fn shown_location(location: &str) -> &str {
     location.split(['?', '#']).next().unwrap_or_default()
 }
 
-/// Runs `read`, and shuts `agent` down if `arrived` does not grow by `limits.window_bytes` in each
-/// `limits.window`; what `read` waits for then ends with an error. Returns what `read` does, and
-/// whether the agent was shut down.
+/// Runs `read`, and shuts `agent` down if `arrived` grows by less than `limits.window_bytes` in a
+/// `limits.window`; a read that is waiting then fails. Returns the result of `read` and whether the
+/// agent was shut down.
 pub(super) fn with_least_speed<T>(
     agent: &Agent,
     limits: &HubLimits,
@@ -196,7 +199,7 @@ fn parse_endpoint(text: &str) -> Result<Url> {
     })
 }
 
-/// Takes `user:password` out of an address, decoded.
+/// Removes `user:password` from an address and returns it decoded.
 fn take_credentials(url: &mut Url) -> Result<Option<Vec<u8>>> {
     if url.username().is_empty() && url.password().is_none() {
         return Ok(None);

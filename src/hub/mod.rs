@@ -1,23 +1,24 @@
-//! The files of a base or an adapter: from a local folder, or from a repository of the Hugging Face
+//! Finds the files of a base or an adapter in a local folder or in a repository of the Hugging Face
 //! Hub.
 //!
-//! The Hub is asked once which commit the revision stands at and which files it has; only the
-//! files that are needed are fetched, all at that commit, into the cache that Python's
-//! `huggingface_hub` and `transformers` share, so that each finds what the other has fetched:
+//! The Hub is asked once which commit the revision points to and which files that commit has. Only
+//! the files that are needed are fetched, all of them at that commit. They go into the cache that
+//! Python's `huggingface_hub` and `transformers` use too, so that each program finds what another
+//! has fetched:
 //!
 //! ```text
 //! <cache_dir>/models--<owner>--<name>/refs/<revision>            the commit of a branch or tag
-//!                                     snapshots/<commit>/<file>  links to
+//!                                     snapshots/<commit>/<file>  a link to the blob
 //!                                     blobs/<etag>               the content
-//!                                     blobs/<etag>.incomplete    the same while it is fetched
-//! <cache_dir>/.locks/models--<owner>--<name>/<etag>.lock         held by the process that fetches it
+//!                                     blobs/<etag>.incomplete    the content while it is fetched
+//! <cache_dir>/.locks/models--<owner>--<name>/<etag>.lock         locked by whoever fetches it
 //! ```
 //!
-//! The crate `hf-hub` knows the cache; requests are this folder's own. Those of hf-hub 0.5 send the
-//! token to other hosts and have no limits of time, and hf-hub 1.0 takes any `ETag` for the name of a
-//! file, neither continues nor checks a download that broke, and lets no limit be set either.
+//! The crate `hf-hub` provides the layout of the cache, but the requests are made here. hf-hub 0.5
+//! sends the token to other hosts too and sets no time limits. hf-hub 1.0 accepts any `ETag` as a
+//! file name, neither resumes nor checks an interrupted download, and allows no time limits either.
 //!
-//! Sizes are checked; hashes are not.
+//! The sizes of files are checked; their hashes are not.
 
 mod adapter;
 mod base;
@@ -37,14 +38,15 @@ pub use files::{AdapterFiles, BaseFiles};
 use names::RepoSource;
 pub use settings::{DownloadProgress, HubLimits, HubSettings};
 
-/// Finds the files of `source`, and fetches those that the Hub has and the cache lacks.
+/// Finds the files of `source`, and fetches the files that the Hub has and the cache lacks.
 ///
-/// Without a network, a revision that the cache holds in full is taken from there, with a warning
-/// in the log. An interrupted download is continued, by this call or a later one.
+/// If the Hub cannot be reached and the cache holds the revision completely, its files are taken
+/// from the cache, and a warning is logged. An interrupted download is resumed by this call or by a
+/// later one.
 ///
 /// # Errors
-/// [`BaseSource::Random`] has no files: the caller handles it. Otherwise the message says what is
-/// missing and what to do.
+/// If a file is missing or cannot be fetched; the message says which, and what to do.
+/// [`BaseSource::Random`] has no files and is an error too: the caller must handle it.
 pub fn find_base(
     source: &BaseSource,
     settings: &HubSettings,
@@ -55,7 +57,7 @@ pub fn find_base(
         BaseSource::Hub(HubSource { repo, revision }) => {
             let (config_file, option) = (base::CONFIG, base::OPTION);
             let source = RepoSource { repo, revision, subfolder: "", config_file, option };
-            // a missing tokenizer.json is worth a question to the Hub
+            // ask the Hub for a `tokenizer.json` that the cache lacks
             let is_whole = |files: &BaseFiles| files.tokenizer.is_some();
             repo::find(&source, settings, progress, base::collect, is_whole)
         }
@@ -63,10 +65,10 @@ pub fn find_base(
     }
 }
 
-/// Finds the files of an adapter, as [`find_base`] finds those of a base.
+/// Finds the files of an adapter, in the same way as [`find_base`] does.
 ///
 /// # Errors
-/// The message says what is missing and what to do.
+/// If a file is missing or cannot be fetched; the message says which, and what to do.
 pub fn find_adapter(
     source: &AdapterSource,
     settings: &HubSettings,

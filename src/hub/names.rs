@@ -1,29 +1,30 @@
-//! What is looked for on the Hub, by name.
+//! The name of a folder in a repository of the Hub.
 
 use anyhow::{Result, bail};
 use hf_hub::{Repo, RepoType};
 
-/// What is looked for on the Hub.
+/// A folder in a repository of the Hub at one revision.
 pub(super) struct RepoSource<'a> {
     pub(super) repo: &'a str,
     pub(super) revision: &'a str,
     /// The folder in the repository; empty for its root.
     pub(super) subfolder: &'a str,
-    /// The file in the folder without which the cache has nothing of it.
+    /// The file that every such folder has. A revision without it in the cache counts as not
+    /// cached.
     pub(super) config_file: &'static str,
-    /// The config's key for it, such as `base.source`, in messages.
+    /// The config key of the source, such as `base.source`, for messages.
     pub(super) option: &'static str,
 }
 
 impl RepoSource<'_> {
-    /// Its name in messages: `repo@revision`, and the folder behind a slash if there is one.
+    /// The name for messages: `repo@revision`, followed by `/subfolder` if there is a subfolder.
     pub(super) fn label(&self) -> String {
         let Self { repo, revision, subfolder, .. } = self;
         let slash = if subfolder.is_empty() { "" } else { "/" };
         format!("{repo}@{revision}{slash}{subfolder}")
     }
 
-    /// The path in the repository of the folder's `file`.
+    /// The path in the repository of the file `file` in the folder.
     pub(super) fn path_of(&self, file: &str) -> String {
         match self.subfolder {
             "" => file.to_owned(),
@@ -31,12 +32,12 @@ impl RepoSource<'_> {
         }
     }
 
-    /// The repository at `revision`, as `hf-hub` names it.
+    /// The repository at `revision`, as the type of `hf-hub`.
     pub(super) fn repo_at(&self, revision: &str) -> Repo {
         Repo::with_revision(self.repo.to_owned(), RepoType::Model, revision.to_owned())
     }
 
-    /// Refuses names that cannot exist, which also keeps them inside the cache.
+    /// Refuses names that cannot exist. This also keeps all paths inside the cache.
     pub(super) fn check_names(&self) -> Result<()> {
         let Self { repo, revision, subfolder, option, .. } = self;
         let is_name = |part: &str| {
@@ -61,7 +62,7 @@ impl RepoSource<'_> {
                  hint: `{option}.hub.revision` is a branch (as a rule `main`), a tag or a commit"
             );
         }
-        // the Hub has no such folders, and they would mean other ones in an address
+        // the Hub has no such folders, and in an address these names would mean other folders
         let odd = |c: char| odd(c) || "#%".contains(c);
         if !subfolder.is_empty() && (!subfolder.split('/').all(is_step) || subfolder.contains(odd))
         {

@@ -1,6 +1,6 @@
-//! Where the files of a base or an adapter are looked for: a local folder, or a folder of a
-//! repository at one commit, whose files are fetched as they are asked for. A snapshot in the Hub's
-//! cache is a local folder too.
+//! Where the files of a base or an adapter are looked for: in a local folder, or in a folder of a
+//! repository at one commit, whose files are fetched when they are needed. A snapshot in the Hub's
+//! cache counts as a local folder.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,11 +12,11 @@ use super::client::Client;
 use super::names::RepoSource;
 use super::settings::DownloadProgress;
 
-/// A folder of files. Displayed, it is the folder in the words of messages.
+/// A folder of files. Its `Display` is the folder as messages name it.
 pub(super) struct Place<'a> {
-    /// What to call it: the folder's path, or `repo@revision`.
+    /// The name for messages: the folder's path, or the source's label, such as `repo@revision`.
     pub(super) label: String,
-    /// The commit that the revision stood at; absent for a user's folder.
+    /// The commit that the revision pointed to; `None` for a user's folder.
     pub(super) commit: Option<String>,
     store: Store<'a>,
 }
@@ -26,7 +26,7 @@ enum Store<'a> {
     Repo {
         client: &'a Client<'a>,
         commit: String,
-        /// All files below the folder, by their paths from there.
+        /// The paths, relative to the folder, of all files below it.
         files: BTreeSet<String>,
         progress: &'a dyn DownloadProgress,
     },
@@ -42,7 +42,8 @@ impl fmt::Display for Place<'_> {
 }
 
 impl<'a> Place<'a> {
-    /// The user's folder `dir`, which is to hold a `what`; errors end with `hint`.
+    /// The user's folder `dir`, which should hold a `what`. The error for a missing folder ends
+    /// with `hint`.
     pub(super) fn user_folder(dir: &Path, what: &str, hint: &str) -> Result<Self> {
         let name = dir.display();
         if dir.is_file() {
@@ -54,13 +55,15 @@ impl<'a> Place<'a> {
         Ok(Self { label: name.to_string(), commit: None, store: Store::Folder(dir.to_owned()) })
     }
 
-    /// A folder in the cache.
+    /// A folder in the Hub's cache.
     pub(super) fn cached(label: String, commit: &str, dir: PathBuf) -> Self {
         Self { label, commit: Some(commit.to_owned()), store: Store::Folder(dir) }
     }
 
-    /// The folder that `client` is to look in, at `commit`; `files` is all that the repository has.
-    /// An error if there is no such folder.
+    /// The folder of `client`'s source in the repository at `commit`. It is an error if the
+    /// repository has no such folder.
+    ///
+    /// - `files`: the paths of all files in the repository
     pub(super) fn on_hub(
         client: &'a Client<'a>,
         commit: &str,
@@ -89,7 +92,8 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// The path of `file`, which the place has. On the Hub, it is fetched if the cache lacks it.
+    /// The path of `file`, which must exist in this place. A file on the Hub is fetched if the
+    /// cache lacks it.
     pub(super) fn get(&self, file: &str) -> Result<PathBuf> {
         match &self.store {
             Store::Folder(dir) => Ok(dir.join(file)),
@@ -99,7 +103,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// The names of the files and folders that lie in the folder itself, sorted.
+    /// The names of the files and folders directly in the folder, sorted.
     pub(super) fn entries(&self) -> Result<BTreeSet<String>> {
         match &self.store {
             Store::Folder(dir) => {

@@ -1,4 +1,5 @@
-//! A folder of a repository at one revision: from the cache, or from the Hub into it.
+//! Finds a folder of a repository at one revision in the cache, and fetches what is missing there
+//! from the Hub.
 
 use std::path::Path;
 
@@ -10,10 +11,11 @@ use super::names::{RepoSource, is_commit};
 use super::place::Place;
 use super::settings::{DownloadProgress, HubSettings};
 
-/// What `collect` makes of the folder's files, which are fetched as far as the cache lacks them.
+/// Finds the folder of `source` and returns what `collect` makes of it. Files that `collect` asks
+/// for and the cache lacks are fetched.
 ///
-/// - `is_whole`: whether a commit's files that are in the cache are all that it can have, so that
-///   the Hub is not asked
+/// - `is_whole`: whether the result for a cached commit has everything that the commit can have, so
+///   that the Hub need not be asked
 pub(super) fn find<F>(
     source: &RepoSource,
     settings: &HubSettings,
@@ -56,7 +58,8 @@ pub(super) fn find<F>(
     }
 }
 
-/// The commit at which `source`'s revision last stood, and its cached files.
+/// The commit that the revision of `source` pointed to when it was last fetched, and its cached
+/// files.
 fn find_in_cache<F>(
     source: &RepoSource,
     cache_dir: &Path,
@@ -86,7 +89,7 @@ fn find_in_cache<F>(
     Ok((commit.to_owned(), files))
 }
 
-/// Fetches what the cache lacks of `info`'s commit.
+/// Fetches the files of `info`'s commit that the cache lacks.
 fn fetch_all<F>(
     info: RepoInfo,
     client: &Client,
@@ -95,7 +98,7 @@ fn fetch_all<F>(
 ) -> Result<F> {
     let files = info.siblings.into_iter().map(|file| file.rfilename);
     let files = collect(&Place::on_hub(client, &info.sha, files, progress)?)?;
-    // last, so that a reference never leads to a snapshot that was not whole
+    // comes last, so that a reference never points to an incomplete snapshot
     client.write_ref(&info.sha);
     Ok(files)
 }

@@ -1,4 +1,4 @@
-//! How to reach the Hub, how long it may take, and who is told about downloads.
+//! How to reach the Hub, how long it may take, and how downloads report their progress.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,24 +7,24 @@ use std::time::Duration;
 /// How to reach the Hub.
 #[derive(Clone)]
 pub struct HubSettings {
-    /// The Hub's address (`HF_ENDPOINT`), [`HubSettings::DEFAULT_ENDPOINT`] as a rule.
+    /// The Hub's address (`HF_ENDPOINT`), normally [`HubSettings::DEFAULT_ENDPOINT`].
     pub endpoint: String,
     /// The Hub's cache: `$HF_HUB_CACHE`, or `$HF_HOME/hub`, or `~/.cache/huggingface/hub`.
     pub cache_dir: PathBuf,
-    /// Sent to the origin of `endpoint` alone (`HF_TOKEN`).
+    /// The token (`HF_TOKEN`). It is sent only to the origin of `endpoint`.
     pub token: Option<String>,
-    /// Use the cache alone (`HF_HUB_OFFLINE`).
+    /// Whether to use only the cache (`HF_HUB_OFFLINE`).
     pub offline: bool,
-    /// How long the Hub may take.
+    /// The time limits of requests.
     pub limits: HubLimits,
 }
 
 impl HubSettings {
-    /// The Hub itself.
+    /// The address of the Hub itself.
     pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 }
 
-/// Without the token and without credentials in the address.
+/// Shows neither the token nor credentials in the address.
 impl fmt::Debug for HubSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("HubSettings")
@@ -37,23 +37,24 @@ impl fmt::Debug for HubSettings {
     }
 }
 
-/// How long the Hub may take.
+/// Time limits of requests to the Hub.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HubLimits {
-    /// For a connection to stand, encryption included.
+    /// The longest time until a connection is made, including encryption.
     pub connect: Duration,
-    /// Without a byte from the server.
+    /// The longest time without a byte from the server.
     pub silence: Duration,
-    /// For an answer that is not a file's content, from the request to its last byte.
+    /// The longest time from a request to the last byte of the answer; for a file's content, to its
+    /// first byte.
     pub answer: Duration,
-    /// Span over which a file's content has to bring `window_bytes`.
+    /// The time in which `window_bytes` bytes of a file's content must arrive.
     pub window: Duration,
-    /// Least number of bytes that a `window` of a file's content brings.
+    /// The least number of bytes of a file's content that must arrive in each `window`.
     pub window_bytes: u64,
 }
 
 impl Default for HubLimits {
-    /// Connect 15 s, silence 30 s, answer 60 s, 64 KiB a minute.
+    /// 15 s to connect, 30 s of silence, 60 s for an answer, 64 KiB per 60 s.
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(15),
@@ -65,14 +66,17 @@ impl Default for HubLimits {
     }
 }
 
-/// Is told about downloads, one file at a time; `()` is silent.
+/// Receives the progress of downloads, which fetch one file at a time. `()` ignores it.
 pub trait DownloadProgress {
-    /// `file`, of `total_bytes`, is now fetched, and nothing of it is there yet. Comes again for the
-    /// same file with each attempt.
+    /// A download of `file` begins, with 0 bytes so far. This is called again for each attempt to
+    /// fetch the file.
+    ///
+    /// - `total_bytes`: the size of the file; 0 if it is unknown
     fn start(&self, file: &str, total_bytes: u64);
-    /// `bytes` more are there; first those that an earlier attempt left.
+    /// `bytes` more bytes have arrived. The first call counts the bytes that earlier attempts
+    /// fetched.
     fn advance(&self, bytes: u64);
-    /// The file is whole or given up.
+    /// The file is complete, or the download was given up.
     fn finish(&self);
 }
 
@@ -82,7 +86,7 @@ impl DownloadProgress for () {
     fn finish(&self) {}
 }
 
-/// An address as a message may show it, whether or not it is one.
+/// `text` as messages may show it, without credentials. It need not be a valid address.
 pub(super) fn without_credentials(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").map_or(("", text), |(a, b)| (a, b));
     let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);

@@ -1,4 +1,4 @@
-//! One expert more, for a skill that a mixture does not have yet.
+//! Adds an expert to a mixture for a skill that it does not have yet.
 //!
 //! ```text
 //! checkpoint -> compare the new data with the known skills -> grow the mixture -> train the stage
@@ -28,10 +28,11 @@ use crate::model::experts::spec::ExpertSpec;
 use crate::model::{RoutedModel, kind_of};
 use crate::train::{MixtureHistory, Trainer};
 
-/// Blocks by which a skill is told, and by which the new router column is kept out of old data.
+/// Largest number of a domain's blocks that are read for its embedding and for the new router
+/// column.
 const SKILL_BLOCKS: usize = 32;
 
-/// A mixture that is to grow, and what it is to learn.
+/// A mixture that is to grow, with the data of its old domains and the new one.
 #[derive(Debug)]
 pub struct GrowingMixture {
     dir: PathBuf,
@@ -46,14 +47,14 @@ pub struct GrowingMixture {
     device: Device,
 }
 
-/// What the new data is, beside the skills that are known.
+/// The new data compared with the known skills.
 #[derive(Debug)]
 pub struct Compared {
     skills: SkillLibrary,
     new: Embedding,
     /// The known skills, the most similar first.
     pub similar: Vec<Similarity>,
-    /// What is to be said if the skill is known already.
+    /// A message for the user if the new data counts as known.
     pub known: Option<String>,
 }
 
@@ -61,16 +62,17 @@ pub struct Compared {
 #[derive(Debug)]
 pub struct Grown {
     mixture: Mixture,
-    /// The largest probability that the new expert has on a token of the earlier domains.
+    /// The largest probability that the new expert has for a token of the old domains.
     pub largest_new_prob: f64,
 }
 
 /// The config of the stage in which the mixture of the checkpoint in `dir` grows.
 ///
-/// - `sets`: what overrides it, as `optimizer.router.learning_rate=1e-2`
+/// - `sets`: overrides of single keys, as `optimizer.router.learning_rate=1e-2`
 ///
 /// # Errors
-/// A mixture that cannot grow, a domain that it has already, and an override of what its tensors depend on.
+/// Fails if the mixture cannot grow, if it already has the domain, or if an override changes a key
+/// that the mixture's tensors depend on.
 pub fn stage_config(dir: &Path, growth: &Growth, sets: &[String]) -> Result<Config> {
     let (old, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
     let rule = state.routing.rule(&old.router, state.step.max(1));
@@ -81,10 +83,11 @@ pub fn stage_config(dir: &Path, growth: &Growth, sets: &[String]) -> Result<Conf
 }
 
 impl GrowingMixture {
-    /// The mixture of the checkpoint in `dir`, which is to grow by `config`, a [`stage_config`].
+    /// The mixture of the checkpoint in `dir`, which is to grow with `config`, made by
+    /// [`stage_config()`].
     ///
     /// # Errors
-    /// A base other than the one that the checkpoint was trained on.
+    /// Fails if the checkpoint was trained on another base.
     pub fn new(
         dir: &Path,
         config: Config,
@@ -106,7 +109,7 @@ impl GrowingMixture {
         &self.config
     }
 
-    /// The domain that is new.
+    /// The name of the new domain.
     pub fn domain(&self) -> &str {
         &self.growth.domain
     }
@@ -116,12 +119,12 @@ impl GrowingMixture {
         &self.data
     }
 
-    /// How many experts there are before one is added: the new one's number.
+    /// Number of experts before one is added, which is also the index of the new one.
     pub fn num_old(&self) -> usize {
         self.mixture.specs.len()
     }
 
-    /// The model of the mixture as it is.
+    /// The model of the mixture before it grows.
     pub fn model(&self) -> Result<RoutedModel> {
         self.put_on(&self.mixture)
     }
@@ -132,7 +135,8 @@ impl GrowingMixture {
 
     /// Compares the new data with the known skills.
     ///
-    /// - `before`: an evaluation of [`GrowingMixture::model`], by which it is told which expert covers what
+    /// - `before`: an evaluation of [`GrowingMixture::model`], which shows which expert covers
+    ///   which domain
     pub fn compare(
         &self,
         model: &RoutedModel,
@@ -150,7 +154,7 @@ impl GrowingMixture {
         Ok(Compared { skills, new, similar, known })
     }
 
-    /// Adds the expert, which at first has next to nothing of the earlier domains' tokens.
+    /// Adds the expert, which has almost no routing weight on the old domains' tokens at first.
     pub fn grow(&self, model: &RoutedModel) -> Result<Grown> {
         let Self { config, mixture, data, growth, .. } = self;
         let biases = new_column::initial_biases(model, &data.train, &growth.domain, SKILL_BLOCKS)?;
@@ -168,9 +172,9 @@ impl GrowingMixture {
         Ok(Grown { mixture: grown, largest_new_prob })
     }
 
-    /// The stage that begins with the grown mixture.
+    /// The run of the stage that begins with the grown mixture.
     ///
-    /// - `before`: as of [`GrowingMixture::compare`]
+    /// - `before`: as in [`GrowingMixture::compare`]
     pub fn stage(
         self,
         grown: &Grown,
@@ -200,7 +204,7 @@ impl GrowingMixture {
     }
 }
 
-/// Checks that `--set` leaves what the mixture's tensors depend on.
+/// Checks that overrides have not changed a key that the mixture's tensors depend on.
 fn check_same_shape(config: &Config, grown: &Config) -> Result<()> {
     let parts = |config: &Config| {
         let RouterConfig { input, scope, level, hidden_layers, hidden_width, .. } = config.router;
@@ -216,7 +220,7 @@ fn check_same_shape(config: &Config, grown: &Config) -> Result<()> {
             ("router.hidden_width", json!(hidden_width)),
         ]
     };
-    // beside a single expert, the router is new
+    // a single old expert has no router, so the new router may have any form
     let is_free = |key: &str| key.starts_with("router.") && grown.lora.num_experts == 2;
     for ((key, now), (_, was)) in parts(config).into_iter().zip(parts(grown)) {
         if now != was && !is_free(key) {
@@ -231,7 +235,8 @@ fn check_same_shape(config: &Config, grown: &Config) -> Result<()> {
     Ok(())
 }
 
-/// The skills of the checkpoint; of one that has no library yet, those of the domains it was trained on.
+/// The skills of the checkpoint in `dir`. If it has no library yet, the domains that it was trained
+/// on are embedded.
 fn library(
     dir: &Path,
     model: &RoutedModel,
@@ -261,7 +266,7 @@ fn domain_index(dataset: &TokenDataset, name: &str) -> Result<usize> {
     index.with_context(|| format!("there is no training data of domain `{name}`"))
 }
 
-/// The expert that the router gives most of a domain's weight to.
+/// The expert with the largest mean routing weight on a domain.
 fn covering_expert(report: &EvalReport, domain: &str) -> Option<usize> {
     let of = report.domains.iter().find(|of| of.name == domain)?;
     let weights = of.routing.as_ref()?.mean_routing_weights.iter().enumerate();

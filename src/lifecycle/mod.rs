@@ -1,5 +1,6 @@
-//! Whole jobs in a mixture's life, which train or end with a checkpoint of step 0: an expert is added ([`add`]),
-//! or one is removed or merged into another ([`shrink`]).
+//! Whole jobs that change a mixture: [`add`] adds an expert, and [`shrink`] removes an expert or
+//! merges it into another. Both make the run of the next stage. After [`add`] it is trained; after
+//! [`shrink`] it only saves a checkpoint of step 0.
 
 pub mod add;
 pub mod shrink;

@@ -1,4 +1,4 @@
-//! One expert less: removed, or merged into another.
+//! Removes an expert of a mixture, or merges it into another.
 
 use std::path::{Path, PathBuf};
 
@@ -18,12 +18,12 @@ use crate::model::decoder::Decoder;
 use crate::model::{RoutedModel, kind_of};
 use crate::train::{MixtureHistory, Trainer};
 
-/// What is to be done.
+/// The change to make.
 #[derive(Debug, Clone, Copy)]
 pub enum Change {
-    /// This expert goes.
+    /// Remove this expert.
     Remove(usize),
-    /// Two experts, or the two that are most alike.
+    /// Merge these two experts, or the two most similar ones.
     Merge(Option<(usize, usize)>),
 }
 
@@ -36,7 +36,7 @@ pub struct ShrinkingMixture {
     mixture: Mixture,
 }
 
-/// A mixture with one expert less, and the config that trains it on.
+/// A mixture with one expert fewer, and the config with which it is trained further.
 #[derive(Debug)]
 pub struct Shrunk {
     changed: Changed,
@@ -46,41 +46,41 @@ pub struct Shrunk {
 #[derive(Debug)]
 struct Changed {
     mixture: Mixture,
-    /// The expert whose number is free now.
+    /// The old index of the expert that was removed or merged into another.
     gone: usize,
-    /// The expert in whose place a merged one is.
+    /// The expert that the merged one has replaced; `None` if an expert was removed.
     merged_into: Option<usize>,
     name: String,
     message: String,
 }
 
 impl Shrunk {
-    /// Its stage's name, as `remove expert_2`.
+    /// The name of the stage, such as `remove expert_2`.
     pub fn name(&self) -> &str {
         &self.changed.name
     }
 
-    /// What has happened, for people.
+    /// A message for the user about what was changed.
     pub fn message(&self) -> &str {
         &self.changed.message
     }
 
-    /// The config that trains it on.
+    /// The config with which it is trained further.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// Its model.
+    /// The model of the smaller mixture.
     pub fn model(&self, weights: &Decoder, device: Device) -> Result<RoutedModel> {
         self.changed.mixture.put_on(weights, device, kind_of(self.config.base.dtype))
     }
 }
 
 impl ShrinkingMixture {
-    /// The mixture of the checkpoint in `dir`, if `change` can be made to it.
+    /// The mixture of the checkpoint in `dir`, to which `change` is to be made.
     ///
     /// # Errors
-    /// A mixture that cannot lose an expert, and an expert that is not there.
+    /// Fails if the mixture cannot lose an expert or lacks one that `change` names.
     pub fn new(dir: &Path, change: &Change) -> Result<Self> {
         let (config, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
         stage_config::check_can_change(&config)?;
@@ -89,27 +89,27 @@ impl ShrinkingMixture {
         Ok(Self { dir: dir.to_owned(), state, config, mixture })
     }
 
-    /// The config of its run.
+    /// The config of the mixture's run.
     pub fn config(&self) -> &Config {
         &self.config
     }
 
-    /// The weights of the base that it was trained on.
+    /// The weights of the base that the mixture was trained on.
     ///
     /// # Errors
-    /// A base other than that.
+    /// Fails if `base` is another base.
     pub fn weights(&self, base: &Base) -> Result<Decoder> {
         checkpoint_base(base, &self.state)
     }
 
-    /// The model of the mixture as it is.
+    /// The model of the mixture before the change.
     pub fn model(&self, weights: &Decoder, device: Device) -> Result<RoutedModel> {
         self.mixture.put_on(weights, device, kind_of(self.config.base.dtype))
     }
 
-    /// The mixture with one expert less, whose run will be in `run_dir`.
+    /// Makes the change. The run of the smaller mixture will be in `run_dir`.
     ///
-    /// - `before`: an evaluation of `model`, by which merged experts are weighted
+    /// - `before`: an evaluation of `model`, from which the weights of merged experts follow
     pub fn change(
         &self,
         change: &Change,
@@ -126,9 +126,9 @@ impl ShrinkingMixture {
         Ok(Shrunk { changed, config })
     }
 
-    /// The stage that begins with the smaller mixture.
+    /// The run of the stage that begins with the smaller mixture.
     ///
-    /// - `before`, `after`: evaluations of the mixture as it was and of the smaller one
+    /// - `before`, `after`: evaluations of the mixture before and after the change
     pub fn stage(
         self,
         shrunk: Shrunk,
@@ -158,7 +158,7 @@ impl ShrinkingMixture {
     }
 }
 
-/// Checks what can be said before anything is measured.
+/// Checks that the experts of `change` exist and that an expert will be left.
 fn check(change: &Change, mixture: &Mixture) -> Result<()> {
     let experts = match *change {
         Change::Remove(expert) => vec![expert],
@@ -175,7 +175,7 @@ fn check(change: &Change, mixture: &Mixture) -> Result<()> {
     Ok(())
 }
 
-/// The mixture with one expert less.
+/// The mixture with one expert fewer.
 fn changed(
     change: &Change,
     mixture: &Mixture,
@@ -209,8 +209,9 @@ fn changed(
                 merged_into: Some(a),
                 name: format!("merge expert_{a} expert_{b}"),
                 message: format!(
-                    "expert_{b} is merged into expert_{a} with weights {:.3} and {:.3}; the cosine of their \
-                     updates is {cosine:.3}, and the merged one is {:.2} % off for its rank",
+                    "expert_{b} is merged into expert_{a} with weights {:.3} and {:.3}; the cosine \
+                     of their updates is {cosine:.3}, and the merged one is {:.2} % off for its \
+                     rank",
                     shares[0],
                     shares[1],
                     100.0 * merged.relative_error
@@ -220,8 +221,8 @@ fn changed(
     }
 }
 
-/// The shares of two experts in the routing weight that both have on the validation data; even
-/// without any.
+/// The shares of two experts in the sum of their mean routing weights on the validation data; even
+/// shares if there is no evaluation or no weight.
 fn shares(before: Option<&EvalReport>, a: usize, b: usize) -> [f64; 2] {
     let weights = before.and_then(|report| report.routing.as_ref());
     let of = |expert: usize| {

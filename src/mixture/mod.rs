@@ -1,12 +1,13 @@
-//! Experts and router before they are put on a base: new ones, PEFT adapters, whole exports.
+//! Experts and routers before they are put on a base. They are new, or come from PEFT adapters, an
+//! export or a checkpoint.
 //!
 //! ```text
-//! [lora], [[lora.experts]] source, [router] source \
-//! export of dylora: dylora.json, expert_*, router   > Mixture { specs, router, tensors } -> RoutedModel
-//! X-LoRA folder | PEFT adapter | checkpoint        /
+//! [lora], [[lora.experts]], [router]         \
+//! export: dylora.json, expert_*, router       > Mixture { specs, router, tensors } -> RoutedModel
+//! X-LoRA folder, PEFT adapter, checkpoint    /
 //! ```
 //!
-//! `dylora.json` of an export, format 3:
+//! The file `dylora.json` of an export, in format 3:
 //!
 //! ```text
 //! { "format": 3, "dylora_version": "..", "base": { "name": "..", "blake3": ".." },
@@ -33,52 +34,53 @@ use crate::peft::adapter::{self, Adapter};
 use crate::peft::xlora::{self, Classifier};
 use crate::tensor_file::{check_numbers, read_tensors};
 
-/// The version of `dylora.json`.
+/// The version of `dylora.json`'s format.
 pub const FORMAT: u32 = 3;
-/// What joins the parts of an export.
+/// The file that joins the parts of an export.
 pub const MANIFEST: &str = "dylora.json";
-/// The routers of an export, by the names of [`RoutedModel::router_tensors`].
+/// The file of an export's routers, with the names of [`RoutedModel::router_tensors`].
 pub const ROUTER: &str = "router.safetensors";
-/// An adapter's config, in a folder of its own.
+/// The file of an adapter's config. Each adapter has a folder of its own.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// An adapter's tensors.
+/// The file of an adapter's tensors.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
-/// How adapters are found: in a folder or on the Hub.
+/// Finds the files of an adapter in a folder or on the Hub.
 pub type FindAdapter<'a> = dyn Fn(&AdapterSource) -> Result<AdapterFiles> + 'a;
 
-/// Experts and router before they are put on a base.
+/// Experts and routers before they are put on a base.
 #[derive(Debug)]
 pub struct Mixture {
     /// The experts' settings.
     pub specs: Vec<ExpertSpec>,
-    /// The routers'; without meaning for a single expert.
+    /// The routers' settings. A single expert has no router and ignores them.
     pub router: RouterSpec,
-    /// Tensors of the model, by the names of [`RoutedModel::tensors`].
+    /// Tensors of the model, with the names of [`RoutedModel::tensors`].
     pub tensors: BTreeMap<String, Tensor>,
-    /// Whether those are all; else the others are as in a fresh model.
+    /// Whether `tensors` has every tensor of the model. If not, the missing ones are initialised as
+    /// in a new model.
     pub is_whole: bool,
     /// What decided the routing weights in training.
     pub routing: RoutingChoice,
-    /// BLAKE3 of the base that they belong to, in f32, if that is known.
+    /// BLAKE3 of the parameters, in f32, of the base that the experts belong to, if it is known.
     pub base_hash: Option<String>,
 }
 
-/// `dylora.json`.
+/// The contents of `dylora.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`FORMAT`].
+    /// The version of the format, [`FORMAT`].
     pub format: u32,
-    /// The version that wrote it.
+    /// The version of dylora that wrote the file.
     pub dylora_version: String,
-    /// What the experts belong to.
+    /// The base that the experts belong to.
     pub base: ManifestBase,
     /// The experts' folders, in the order of the router's outputs.
     pub experts: Vec<String>,
     /// What decided the routing weights in training.
     pub routing: RoutingChoice,
-    /// None for a single expert.
+    /// The routers; `None` for a single expert.
     pub router: Option<ManifestRouter>,
 }
 
@@ -86,24 +88,24 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ManifestBase {
-    /// How people know it.
+    /// The base's name for people: [`crate::base::Base::label`].
     pub name: String,
-    /// BLAKE3 of its parameters in f32.
+    /// BLAKE3 of the base's parameters in f32.
     pub blake3: String,
 }
 
-/// The router of an export.
+/// The routers of an export.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ManifestRouter {
-    /// Its file.
+    /// The name of the routers' file.
     pub file: String,
-    /// Its settings.
+    /// The routers' settings.
     pub spec: RouterSpec,
 }
 
 impl Mixture {
-    /// A mixture whose other tensors are as in a fresh model.
+    /// A mixture with some of the tensors. The others are initialised as in a new model.
     pub fn new(
         specs: Vec<ExpertSpec>,
         router: RouterSpec,
@@ -113,11 +115,12 @@ impl Mixture {
         Self { specs, router, tensors, is_whole: false, routing, base_hash: None }
     }
 
-    /// What a config starts from: fresh experts, those that have a source as it says; nothing for
-    /// `method = "full"`.
+    /// The mixture that a run starts from. Experts and router with a source are read from it; the
+    /// others are new. With `method = "full"` there are no experts.
     ///
     /// # Errors
-    /// What [`adapter::read`] refuses, and a router's source of another shape or rule, by key.
+    /// Those of `find`, [`ExpertSpec::new`] and [`adapter::read`], and a source of the router that
+    /// has another shape or rule than the config, by key.
     pub fn of_config(config: &Config, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
         let lora = &config.lora;
         let (mut specs, mut tensors) = (vec![], BTreeMap::new());
@@ -143,7 +146,7 @@ impl Mixture {
         }
     }
 
-    /// What a folder holds: an export of dylora's, an X-LoRA folder or a single PEFT adapter.
+    /// The mixture in a folder: an export by dylora, an X-LoRA folder or a single PEFT adapter.
     pub fn of_folder(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
         if dir.join(MANIFEST).is_file() {
             return Self::of_export(dir, base, find);
@@ -162,7 +165,7 @@ impl Mixture {
         Self::of_adapters(&[AdapterSource::Path(dir.to_owned())], base, find)
     }
 
-    /// PEFT adapters as experts, with a fresh router.
+    /// A mixture of PEFT adapters with a new router.
     pub fn of_adapters(
         sources: &[AdapterSource],
         base: &DecoderSpec,
@@ -194,7 +197,7 @@ impl Mixture {
         Ok(mixture)
     }
 
-    /// An X-LoRA folder: classifier and adapters.
+    /// The mixture in an X-LoRA folder: its adapters and its classifier.
     fn of_xlora(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
         let adapters = xlora::read_adapters(dir, base.n_embd)?;
         let source = |(name, path): (String, String)| {
@@ -217,7 +220,7 @@ impl Mixture {
             let file = dir.join(xlora::CLASSIFIER);
             bail!("`{}` scores {outputs} adapters, the config names {count}", file.display());
         }
-        // the softmax of a single score is 1
+        // a single expert needs no router: the softmax of one score is 1
         if count > 1 {
             mixture.router = router;
             mixture.tensors.extend(tensors);
@@ -226,7 +229,8 @@ impl Mixture {
         Ok(mixture)
     }
 
-    /// The mixture with the router of an export or X-LoRA folder, which must follow the same rule.
+    /// The mixture with the router of an export or X-LoRA folder. That router's settings and number
+    /// of experts must be those of the mixture.
     fn with_router(mut self, dir: &Path) -> Result<Self> {
         let (router, tensors) = if dir.join(MANIFEST).is_file() {
             match read_manifest(dir)?.router {
@@ -260,11 +264,11 @@ impl Mixture {
         Ok(self)
     }
 
-    /// A model of the mixture on a base. What the tensors leave open is drawn from libtorch's default
+    /// Puts the mixture on a base. Tensors that the mixture lacks are drawn from libtorch's default
     /// CPU generator.
     ///
     /// # Errors
-    /// A tensor that does not fit, by name.
+    /// A tensor that does not fit the model, by name.
     pub fn put_on(
         &self,
         base: &Decoder,
@@ -298,7 +302,8 @@ fn add_adapter(
     specs.push(adapter.spec);
 }
 
-/// X-LoRA's classifier as a router: its rule, and its tensors by the names of [`RoutedModel::tensors`].
+/// X-LoRA's classifier as a router: its settings, and its tensors with the names of
+/// [`RoutedModel::tensors`].
 fn xlora_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)> {
     let Classifier { softmax_temperature, weight, bias } = xlora::read_classifier(dir)?;
     let router = RouterSpec {
@@ -310,9 +315,12 @@ fn xlora_router(dir: &Path) -> Result<(RouterSpec, BTreeMap<String, Tensor>)> {
     Ok((router, named.map(|(name, tensor)| (name.to_owned(), tensor)).into()))
 }
 
-/// Reads `dylora.json`.
+/// Reads `dylora.json` in the folder `dir`.
+///
+/// # Errors
+/// Another format, an unknown key, or a value that is out of range.
 pub fn read_manifest(dir: &Path) -> Result<Manifest> {
-    /// All that has to be known of another version's.
+    /// The only key that is read before the format is known to be this version's.
     #[derive(Deserialize)]
     struct Version {
         format: u32,
@@ -331,7 +339,7 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest> {
     parse().with_context(|| format!("`{}`", path.display()))
 }
 
-/// Checks what the types of a manifest cannot.
+/// Checks what the types of a manifest do not ensure.
 fn check(manifest: &Manifest) -> Result<()> {
     let count = manifest.experts.len() as i64;
     if count == 0 {
@@ -357,7 +365,7 @@ fn check(manifest: &Manifest) -> Result<()> {
     }
 }
 
-/// The tensors of the routers' file.
+/// Reads the routers' file of an export.
 fn router_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     let tensors = read_tensors(file).context("cannot read the router")?;
     for (name, tensor) in &tensors {

@@ -1,4 +1,5 @@
-//! A block of the base with the experts of its target modules, by the reference and by the fused way.
+//! A block of the base with the experts of its target modules, computed by libtorch's operations
+//! one by one (the reference) or by the fused operations.
 //!
 //! Letters of shapes: `b` batch, `t` position, `M = b t`, `d` width.
 
@@ -23,9 +24,10 @@ use crate::ffi::fused::{Attention, Experts, Norm, Product};
 /// The experts of a block.
 #[derive(Debug, Default)]
 pub struct BlockExperts {
-    /// Of the modules that some expert targets.
+    /// The experts of each module that at least one expert targets.
     pub modules: BTreeMap<TargetModule, LoraExperts>,
-    /// What the fused way needs of them; none where the base is trained.
+    /// What the fused operations need of each of these modules; `None` where the base is trained or
+    /// the config asks for the reference (`train.kernels`).
     pub fused: Option<BTreeMap<TargetModule, FusedModule>>,
 }
 
@@ -43,17 +45,18 @@ impl BlockExperts {
 /// A block of the base and its experts.
 #[derive(Debug, Clone, Copy)]
 pub struct RoutedBlock<'a> {
-    /// The base's.
+    /// The block of the base.
     pub block: &'a Block,
     /// Its experts.
     pub experts: &'a BlockExperts,
 }
 
-/// Hears of a module's output without and with its experts.
+/// Receives a module and its output, first without and then with its experts.
 pub type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
 
 impl RoutedBlock<'_> {
-    /// `x`, `[b, t, d]`, after this block; `note` hears of each module that used its weights.
+    /// Applies the block to `x`, `[b, t, d]`, and returns the same shape. `note` is called for each
+    /// module whose experts were applied.
     pub fn forward(
         self,
         x: &Tensor,
@@ -82,7 +85,8 @@ impl RoutedBlock<'_> {
         })
     }
 
-    /// Whether the fused way computes this block under these weights.
+    /// Whether the fused operations compute this block with these routing weights. They do not if a
+    /// module skips the experts that a token did not choose.
     pub fn fuses(self, x_btd: &Tensor, g: &BlockWeights, dropout: LoraDropout) -> bool {
         self.experts.modules.iter().all(|(&module, experts)| match g.of(module) {
             RoutingWeights::Chosen(_, assignments) => !experts.skips(x_btd, assignments),
@@ -90,29 +94,32 @@ impl RoutedBlock<'_> {
         }) && self.may_fuse(dropout)
     }
 
-    /// The same whatever the weights are.
+    /// Whether the fused operations may compute this block, whatever its routing weights are.
     pub fn may_fuse(self, dropout: LoraDropout) -> bool {
         self.experts.fused.is_some() && dropout.masks == DropoutMasks::Shared && !self.has_dora()
     }
 
-    /// Whether some of its experts are DoRA experts.
+    /// Whether some expert of the block is a DoRA expert.
     pub fn has_dora(self) -> bool {
         self.experts.modules.values().any(|experts| experts.dora.is_some())
     }
 
-    /// Whether the fused way takes packed documents by their lengths, without a mask; `x` is `[.., d]`.
+    /// Whether attention within packed documents needs only their lengths, without a mask, for
+    /// activations like `x`, `[.., d]`.
     pub fn attends_by_length(self, x: &Tensor) -> bool {
         let d = *x.size().last().expect("activations have a width");
         ffi::fused::attends_by_length(x, d / self.block.n_head)
     }
 
-    /// Columns behind the rows of what `module` reads and of its output's gradient.
+    /// The row padding of `module`: extra columns behind each row of its input and of its output's
+    /// gradient.
     pub fn row_padding(self, module: TargetModule) -> i64 {
         let fused = self.experts.fused.as_ref().and_then(|modules| modules.get(&module));
         fused.map_or(0, FusedModule::row_padding)
     }
 
-    /// This block of a stream and its first LayerNorm, as [`Stream::normed`] gives them.
+    /// Applies the block to a stream without a pending part and to the stream's LayerNorm `normed`,
+    /// both as [`Stream::normed`] returns them.
     pub fn fused(
         self,
         stream: Stream,
@@ -155,7 +162,7 @@ impl RoutedBlock<'_> {
         let (mask, cu_seqlens, max_len) = match mask {
             AttentionMask::Causal => (None, None, t),
             AttentionMask::Documents(documents) => {
-                // the mask is made where it is needed only
+                // the mask is built only where it is needed
                 let by_length = self.attends_by_length(&stream.x);
                 let mask = (!by_length).then(|| documents.mask());
                 (mask, Some(&documents.cu_seqlens), documents.max_len)
@@ -178,14 +185,15 @@ impl RoutedBlock<'_> {
         Stream { x, pending: Some(pending), shape: stream.shape }
     }
 
-    /// The padding of rows behind this block's first LayerNorm, and behind the gradient of what the block before
-    /// adds.
+    /// The row padding of this block's first LayerNorm, and that of the gradient of what the block
+    /// `before` adds to the stream.
     pub fn row_paddings(self, before: Option<Self>) -> (i64, i64) {
         let behind = before.map_or(0, |block| block.row_padding(TargetModule::MlpCProj));
         (self.row_padding(TargetModule::AttnCAttn), behind)
     }
 
-    /// All of this block alone, `[b, t, d]` to `[b, t, d]`.
+    /// Applies the whole block, with its first LayerNorm and both additions to the residual stream,
+    /// to `x`, `[b, t, d]`, and returns the same shape.
     pub fn fused_alone(
         self,
         x: &Tensor,

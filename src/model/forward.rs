@@ -27,16 +27,17 @@ use crate::ffi::fused::HeadLoss;
 pub struct ForwardMode {
     /// Dropout of the experts' inputs.
     pub dropout: LoraDropout,
-    /// What disturbs the routers.
+    /// Noise that disturbs the routers.
     pub noise: RouterNoise,
-    /// The rule of routing; none = the model's.
+    /// The routing rule; `None` for the model's own.
     pub rule: Option<EvalRule>,
-    /// Keep only each block's input (and what a layer's own router reads) for the backward pass.
+    /// Keep only each block's input, and what a layer's own router reads, for the backward pass,
+    /// which computes the rest again.
     pub gradient_checkpointing: bool,
 }
 
 impl ForwardMode {
-    /// Without dropout, keeping everything.
+    /// Without dropout, noise and gradient checkpointing, by the model's own routing rule.
     pub const EVAL: Self = Self {
         dropout: LoraDropout::NONE,
         noise: RouterNoise::None,
@@ -45,51 +46,54 @@ impl ForwardMode {
     };
 }
 
-/// What a forward pass comes to.
+/// The result of a forward pass.
 #[derive(Debug)]
 pub struct ForwardOutput {
     /// The last hidden states after `ln_f`, `[b, t, d]`.
     pub hidden: Tensor,
-    /// The routing weights used: one for all layers, or one for each of [`RoutedModel::sites`].
+    /// The routing weights used: one entry for all layers, or one for each of
+    /// [`RoutedModel::sites`].
     pub weights: Vec<RoutingWeights>,
-    /// What the routers did at each of [`RoutedModel::sites`], if they decided.
+    /// What the routers did at each of [`RoutedModel::sites`]; empty if no router decided.
     pub routing: Vec<Routing>,
 }
 
-/// What a forward pass tells about its inside.
+/// Records what happens inside a forward pass.
 #[derive(Debug, Default)]
 pub struct Recorder {
-    /// After the embeddings and after each block, before `ln_f`: `n_layer + 1` of `[b, t, d]`.
+    /// The residual stream after the embeddings and after each block, before `ln_f`: `n_layer + 1`
+    /// tensors `[b, t, d]`.
     pub hidden_states: Vec<Tensor>,
-    /// The target modules that received routing weights, in order.
+    /// The target modules whose experts were applied, in the order of the forward pass.
     pub updates: Vec<ModuleUpdate>,
 }
 
-/// How much the experts of a module moved its output.
+/// How much the experts of a module changed its output.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ModuleUpdate {
-    /// The module.
+    /// The target module.
     pub path: ModulePath,
     /// Frobenius norm of what the experts added, over all tokens.
     pub update_norm: f64,
-    /// Of the output with it.
+    /// Frobenius norm of the output with the experts.
     pub output_norm: f64,
 }
 
 impl ModuleUpdate {
-    /// Norm of the update over the norm of the output; 0 where nothing was put out.
+    /// Norm of the update over the norm of the output; 0 if the output is 0.
     pub fn share(&self) -> f64 {
         if self.output_norm > 0.0 { self.update_norm / self.output_norm } else { 0.0 }
     }
 }
 
 impl RoutedModel {
-    /// Token plus position embeddings, `[b, t, d]`.
+    /// The sum of token and position embeddings, `[b, t, d]`.
     fn embed(&self, inputs: &Inputs) -> Tensor {
         self.decoder.embed(&inputs.input_ids, &inputs.position_ids, self.kind)
     }
 
-    /// The last hidden states after `ln_f`, the routing weights used, and how they came about.
+    /// Runs the decoder with its experts and returns the last hidden states, the routing weights
+    /// used, and what the routers did.
     pub fn forward(
         &self,
         inputs: &Inputs,
@@ -110,14 +114,15 @@ impl RoutedModel {
         RoutingRule { temperature, top_k, renormalize, noise: mode.noise }
     }
 
-    /// What the routers do with a batch; nothing if there are none. Those that read a layer's own input
-    /// need the whole forward pass, and so do those in whose training the same random numbers must come
-    /// again.
+    /// What the routers do with a batch; empty if there are none.
+    ///
+    /// Routers that read a layer's own input need the whole forward pass. With both noise and
+    /// dropout it is run as well, so that the routers draw the same random numbers as in training.
     pub fn routing(&self, inputs: &Inputs, mode: ForwardMode) -> Vec<Routing> {
         self.routing_by(inputs, &RoutingSource::Router, mode)
     }
 
-    /// The same where `source` lets the routers decide.
+    /// The same for any `source`; empty if no router decides.
     pub fn routing_by(
         &self,
         inputs: &Inputs,
@@ -137,7 +142,7 @@ impl RoutedModel {
         })
     }
 
-    /// Runs `run` with the routing by `source` of a batch whose embeddings are `x`, `[b, t, d]`.
+    /// Calls `run` with the routing by `source` of a batch whose embeddings are `x`, `[b, t, d]`.
     fn with_pass<T>(
         &self,
         inputs: &Inputs,
@@ -157,7 +162,7 @@ impl RoutedModel {
         run(RoutingPass::new(parts, inputs, x, source, self.rule(mode), &base_hidden))
     }
 
-    /// The base's last hidden state, after `ln_f`, of embeddings `x`: `[b, t, d]`.
+    /// The base's last hidden state, after `ln_f`, for the embeddings `x`: `[b, t, d]`.
     fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
         let mode = ForwardMode::EVAL;
         self.with_pass(inputs, x, &RoutingSource::Base, mode, |pass| {
@@ -180,7 +185,7 @@ impl RoutedModel {
         self.run_whole(x, inputs, pass, mode, recorder)
     }
 
-    /// Block by block with the residual stream between them whole.
+    /// Runs the blocks one by one. Between them, the residual stream is a single tensor.
     fn run_whole(
         &self,
         mut x: Tensor,
@@ -216,7 +221,8 @@ impl RoutedModel {
         ForwardOutput { hidden: self.decoder.ln_f.forward(&x), weights: used, routing }
     }
 
-    /// The same with what a block adds left to the next LayerNorm, where blocks are fused.
+    /// Runs the blocks by the fused operations where these apply. What such a block adds to the
+    /// residual stream is added by the next LayerNorm.
     fn run_fused(
         &self,
         x: &Tensor,
@@ -256,7 +262,8 @@ impl RoutedModel {
         ForwardOutput { hidden, weights: used, routing }
     }
 
-    /// One block under gradient checkpointing; the second run draws the dropout masks of the first.
+    /// Runs one block under gradient checkpointing. Its second run, in the backward pass, draws the
+    /// same dropout masks as the first.
     fn checkpointed(
         &self,
         block: RoutedBlock<'_>,
@@ -272,12 +279,12 @@ impl RoutedModel {
             parameters.extend(block.block.parameters());
         }
         let mut activations = vec![x.shallow_clone()];
-        // a block without experts has no use for the weights, and so no gradient for them
+        // a block without experts does not use the weights, so it has no gradient for them
         if !block.experts.modules.is_empty() {
             activations.extend(g.tensors());
         }
         let fuses = self.kernels == Kernels::Auto;
-        // before it is cloned, so that all blocks share one mask
+        // built before the mask is cloned, so that all blocks share it
         if let AttentionMask::Documents(documents) = mask
             && !(fuses && block.may_fuse(dropout) && block.attends_by_length(x))
         {
@@ -311,7 +318,8 @@ impl RoutedModel {
             .unwrap_or_else(|error| panic!("{error:#}"))
     }
 
-    /// Logits `[.., v]` of hidden states `[.., d]`; for few positions only.
+    /// Logits `[.., v]` of hidden states `[.., d]`. They are all in memory at once, so this is for
+    /// few positions only.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
         hidden.matmul(&self.decoder.head().to_kind(hidden.kind()).tr())
     }
@@ -345,8 +353,8 @@ impl RoutedModel {
         (loss, output.routing)
     }
 
-    /// The fused loss of hidden states `[n, d]`, or none where the head is trained: the scaled sum, and
-    /// each position's, `[n]`.
+    /// The scaled sum of the fused loss of hidden states `[n, d]`, and the loss of each position,
+    /// `[n]`; `None` if the base is trained or the config asks for the reference.
     fn fused_loss(
         &self,
         hidden: &Tensor,
@@ -363,7 +371,7 @@ impl RoutedModel {
     }
 }
 
-/// Runs `f` from a generator state and leaves the generator as it was.
+/// Runs `f` with the generator in `state` and then restores the generator.
 fn with_rng<T>(device: Device, state: &Tensor, f: impl FnOnce() -> T) -> T {
     let now = ffi::rng_state(device).expect("every device has a generator");
     ffi::set_rng_state(device, state).expect("the state came from this generator");

@@ -1,6 +1,6 @@
-//! Cross entropy over a large vocabulary without ever holding all logits.
+//! Cross entropy over a large vocabulary, without holding all logits in memory at once.
 //!
-//! The loss and its gradient with respect to the hidden states come out of the same chunk of
+//! The loss and its gradient with respect to the hidden states are computed from the same chunk of
 //! positions, so that at most `chunk_tokens x v` logits are in memory. For a position with hidden
 //! state h, label y and label smoothing s (arXiv:1512.00567, section 7):
 //!
@@ -15,32 +15,32 @@ use tch::Tensor;
 
 use super::decoder::precision::wide;
 
-/// How the loss is taken.
+/// How the loss is computed.
 #[derive(Debug)]
 pub struct LossSettings {
-    /// Positions of a chunk.
+    /// Number of positions in a chunk.
     pub chunk_tokens: i64,
-    /// Share of the target's probability that is spread evenly.
+    /// Share of the target's probability that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
-    /// What the sum over positions is multiplied with, 0-dim: 1 / label tokens of the step.
+    /// Factor of the sum over positions, 0-dim: 1 / label tokens of the step.
     pub scale: Tensor,
-    /// Whether gradients will be asked for.
+    /// Whether gradients are needed.
     pub with_grad: bool,
 }
 
 /// The loss of a batch's labelled positions.
 #[derive(Debug)]
 pub struct ChunkedLoss {
-    /// The scaled sum, 0-dim; differentiable with respect to the hidden states and the head.
+    /// The scaled sum, 0-dim, differentiable with respect to the hidden states and the head.
     pub loss: Tensor,
-    /// `-log p(label)` of each position, without smoothing, `[n]`, detached, nats.
+    /// `-log p(label)` of each position, without smoothing and without gradient, `[n]`, nats.
     pub token_losses: Tensor,
 }
 
-/// The loss of `hidden`, `[n, d]`, against `labels`, `[n]`, under the head `[v, d]`. A position of label
-/// -100 has a loss of zero and no gradient.
+/// The loss of `hidden`, `[n, d]`, against `labels`, `[n]`, under the head `[v, d]`. A position
+/// with label -100 has loss 0 and no gradient.
 ///
-/// Gradients are computed here, not in the backward pass, where anything needs them.
+/// Where gradients are needed, they are computed here and not in the backward pass.
 pub fn chunked_cross_entropy(
     hidden: &Tensor,
     head: &Tensor,
@@ -50,7 +50,8 @@ pub fn chunked_cross_entropy(
     let sums = tch::no_grad(|| chunk_sums(hidden, head, labels, &settings));
     let token_losses = Tensor::cat(&sums.token_losses, 0);
     let mut loss = &sums.loss * settings.scale.to_kind(sums.loss.kind());
-    // loss + (x . dx - (x . dx without graph)): the value is the loss's to the bit, the gradient dx
+    // adds x . dx and subtracts the same without graph: the loss stays the same to the bit, and its
+    // gradient for x is dx
     let mut attach = |x: &Tensor, dx: &Tensor| {
         let product = (x.to_kind(dx.kind()) * dx).sum(loss.kind());
         loss = &loss + (&product - product.detach());
@@ -64,7 +65,7 @@ pub fn chunked_cross_entropy(
     ChunkedLoss { loss, token_losses }
 }
 
-/// What the chunks add up to.
+/// The sums over all chunks.
 struct ChunkSums {
     loss: Tensor,
     token_losses: Vec<Tensor>,
@@ -79,7 +80,7 @@ fn chunk_sums(
     settings: &LossSettings,
 ) -> ChunkSums {
     let kind = hidden.kind();
-    // bf16 logits become f32 at once; f64 stays f64
+    // bf16 logits are converted to f32 at once; f64 stays f64
     let wide = wide(kind);
     let scale = settings.scale.to_kind(wide);
     let head_compute = head.detach().to_kind(kind);
@@ -91,7 +92,7 @@ fn chunk_sums(
             .then(|| head.zeros_like().to_kind(wide)),
     };
     let (n, v, smoothing) = (hidden.size()[0], head.size()[0], settings.label_smoothing);
-    // without labels: one empty chunk, whose sums are zero
+    // without labels there is one empty chunk, whose sums are zero
     for start in (0..n.max(1)).step_by(settings.chunk_tokens as usize) {
         let len = settings.chunk_tokens.min(n - start);
         let h_cd = hidden.detach().narrow(0, start, len);

@@ -1,17 +1,17 @@
-//! RoutedModel: a frozen [`gpt2`] base whose linear layers carry LoRA [`experts`], mixed per token by
-//! routing weights, in one forward pass with every expert active.
+//! The model: a frozen base ([`decoder`]) whose linear layers carry LoRA [`experts`]. One forward
+//! pass applies the experts, mixed for each token by routing weights.
 //!
 //! ```text
 //! input_ids, position_ids -> embeddings -> routing -> routing_weights [b, t, e]
-//!                                 |                        |  shared by all layers, or one each
-//!                                 +-> n_layer blocks: base linear + experts -> ln_f -> loss in chunks
+//!                             |                        |  shared, or for each layer or module
+//!                             +-> n_layer blocks: base linear + experts -> ln_f -> loss in chunks
 //! ```
 //!
-//! [`routing`] decides the weights, by a learned [`router`] or otherwise; [`forward`] runs the blocks;
-//! [`parameters`] names what is trained and what is saved.
+//! [`routing`] decides the weights, by a learned router ([`routing::router`]) or otherwise;
+//! [`forward`] runs the blocks; [`parameters`] names what is trained and what is saved.
 //!
-//! Letters of shapes: `b` batch, `t` position, `n` labelled positions, `d` width, `e` expert, `v`
-//! vocabulary.
+//! Letters of shapes: `b` batch, `t` position, `n` labelled positions, `d` width, `e` expert, `m` a
+//! site's experts, `v` vocabulary.
 
 pub mod batch;
 pub mod block;
@@ -47,22 +47,24 @@ use routing::router::{Router, RouterSpec};
 use routing::routers::Routers;
 pub use routing::{RoutingSource, Site};
 
-/// The model: base, experts, routers.
+/// A base with its experts and routers.
 #[derive(Debug)]
 pub struct RoutedModel {
     decoder: Decoder,
-    /// Of each block.
+    /// The experts of each block.
     experts: Vec<BlockExperts>,
     specs: Vec<ExpertSpec>,
     routers: Routers,
     trains_base: bool,
     kind: Kind,
     kernels: Kernels,
-    /// The head with rows of zeros behind it, of which the decoder's is a view; with kernels.
+    /// The head with rows of zeros behind it, of which the decoder's head is a view; `None` without
+    /// kernels or if the head needs no such rows.
     padded_head: Option<Tensor>,
 }
 
-/// What a model computes in, and how; of a dtype alone, with [`Kernels::Auto`].
+/// The dtype in which a model computes, and how it computes. A [`Kind`] converts into it with
+/// [`Kernels::Auto`].
 #[derive(Debug, Clone, Copy)]
 pub struct Compute {
     /// The dtype of the base and of activations.
@@ -72,7 +74,7 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// As a config says.
+    /// The settings of a config.
     pub fn of_config(config: &Config) -> Self {
         Self { kind: kind_of(config.base.dtype), kernels: config.train.kernels }
     }
@@ -85,8 +87,8 @@ impl From<Kind> for Compute {
 }
 
 impl RoutedModel {
-    /// A base that computes on `device`, without experts. With `trains_base` its
-    /// parameters stay in f32 and are trained.
+    /// A base without experts on `device`. With `trains_base`, its parameters are trained and kept
+    /// in f32 (or f64 if it computes in f64).
     pub fn plain(
         base: &Decoder,
         device: Device,
@@ -98,7 +100,7 @@ impl RoutedModel {
         model
     }
 
-    /// The same before it is made ready for the fused way.
+    /// The same model, not yet prepared for the fused operations.
     fn bare(base: &Decoder, device: Device, compute: Compute, trains_base: bool) -> Self {
         let Compute { kind, kernels } = compute;
         let parameter_kind = if trains_base { wide(kind) } else { kind };
@@ -120,8 +122,9 @@ impl RoutedModel {
         }
     }
 
-    /// A frozen base with new experts and, for more than one, new routers, all from libtorch's
-    /// default CPU generator, so that they are the same for every device.
+    /// A frozen base with new experts and, if there is more than one, new routers. All random
+    /// numbers come from libtorch's default CPU generator, so that they are the same for every
+    /// device.
     pub fn with_experts(
         base: &Decoder,
         specs: &[ExpertSpec],
@@ -132,11 +135,11 @@ impl RoutedModel {
         Self::assemble(base, specs, router, device, compute.into(), InitialValues::Fresh)
     }
 
-    /// A frozen base with the experts and routers of `tensors`, which are all of
-    /// [`RoutedModel::tensors`].
+    /// A frozen base whose experts and routers have the values of `tensors`, which must hold every
+    /// tensor of [`RoutedModel::tensors`].
     ///
     /// # Errors
-    /// A missing, extra or misshapen tensor, by name.
+    /// If a tensor is missing, extra or misshapen; the message names it.
     pub fn from_tensors(
         base: &Decoder,
         specs: &[ExpertSpec],
@@ -181,12 +184,13 @@ impl RoutedModel {
         model
     }
 
-    /// BLAKE3 of what is not trained: the base, and the frozen experts if there are any.
+    /// BLAKE3 hash of what is not trained: the base, and the frozen experts if there are any.
     pub fn frozen_hash(&self) -> Result<String> {
         self.frozen_hash_beside(self.decoder.hash()?)
     }
 
-    /// [`RoutedModel::frozen_hash`], where the hash of the base as it lies on the device is known.
+    /// The same as [`RoutedModel::frozen_hash`], given the hash of the base as it lies on the
+    /// device.
     pub fn frozen_hash_beside(&self, base_hash: String) -> Result<String> {
         let experts = self.frozen_tensors();
         if experts.is_empty() {
@@ -203,67 +207,69 @@ impl RoutedModel {
         &self.decoder
     }
 
-    /// The experts' settings; none for a bare base.
+    /// The experts' settings; empty for a base without experts.
     pub fn specs(&self) -> &[ExpertSpec] {
         &self.specs
     }
 
-    /// `E`; 0 for a bare base.
+    /// Number of experts `E`; 0 for a base without experts.
     pub fn num_experts(&self) -> i64 {
         self.specs.len() as i64
     }
 
-    /// The routers: one, one for each layer or target module, or none with fewer than two experts.
+    /// The routers: one for all layers, or one for each layer or target module. There are none with
+    /// fewer than two experts.
     pub fn routers(&self) -> &[Router] {
         self.routers.all()
     }
 
-    /// What the routers are.
+    /// The settings of the routers.
     pub fn router_spec(&self) -> &RouterSpec {
         self.routers.spec()
     }
 
-    /// What precedes each router's tensors in their names, as `router` or `h.0.router`.
+    /// The prefix of each router's tensor names, such as `router` or `h.0.router`.
     pub fn router_names(&self) -> Vec<String> {
         self.routers.names()
     }
 
-    /// The temperature that divides the scores, 0-dim, f64; one tensor for the model's life.
+    /// The temperature that divides the scores, 0-dim, f64. It is the same tensor for the model's
+    /// whole life.
     pub fn temperature(&self) -> &Tensor {
         self.routers.temperature()
     }
 
-    /// Sets the rule by which scores become weights.
+    /// Sets the temperature, and how many experts a token keeps (`None` for all).
     pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
         self.routers.set_rule(temperature, top_k);
     }
 
-    /// Where the routers decide, in the order of a forward pass.
+    /// The sites, in the order of a forward pass.
     pub fn sites(&self) -> Vec<Site> {
         self.routers.sites()
     }
 
-    /// The experts that a site routes over, `[m]`; none = all.
+    /// The experts that a site routes over, `[m]`; `None` for all.
     pub fn present_at(&self, site: Site) -> Option<&Tensor> {
         self.routers.present_at(site)
     }
 
-    /// The experts that a site routes over.
+    /// The indices of the experts that a site routes over.
     pub fn experts_at(&self, site: Site) -> Vec<usize> {
         self.routers.experts_at(site, self.specs.len())
     }
 
-    /// Where the model is.
+    /// The device that holds the model.
     pub fn device(&self) -> Device {
         self.decoder.wte.device()
     }
 
-    /// The experts of a target module.
+    /// The experts of a target module, if it has any.
     pub fn experts(&self, path: ModulePath) -> Option<&LoraExperts> {
         self.experts[path.layer].modules.get(&path.module)
     }
 
-    /// Every target module with its experts, in the order of a forward pass.
+    /// Every target module that has experts, in the order of a forward pass.
     pub fn modules(&self) -> impl Iterator<Item = (ModulePath, &LoraExperts)> {
         self.experts.iter().enumerate().flat_map(|(layer, experts)| {
             let experts = experts.modules.iter();
@@ -279,7 +285,8 @@ impl RoutedModel {
         pairs.map(|(block, experts)| RoutedBlock { block, experts })
     }
 
-    /// Whether some module that a site decides for may skip the experts that a token did not choose.
+    /// Whether some module that the site decides for may skip the experts that a token did not
+    /// choose, if each token chooses `k` experts.
     fn may_skip(&self, site: Site, k: i64) -> bool {
         let e = self.num_experts();
         self.modules().any(|(path, experts)| {
@@ -289,8 +296,8 @@ impl RoutedModel {
         })
     }
 
-    /// Whether some module may skip the experts that a token did not choose: how much is computed then
-    /// depends on the numbers.
+    /// Whether some module may skip the experts that a token did not choose. How much is computed
+    /// then depends on the values of a batch.
     pub fn skips_experts(&self) -> bool {
         let chooses = |site: &Site| {
             let m = self.present_at(*site).map_or(self.num_experts(), |experts| experts.size()[0]);
@@ -299,12 +306,14 @@ impl RoutedModel {
         self.sites().into_iter().any(|site| chooses(&site).is_some_and(|k| self.may_skip(site, k)))
     }
 
-    /// The mean squared cosine between experts, 0-dim, differentiable; none if no module has two experts.
+    /// The mean squared cosine between experts, 0-dim and differentiable; `None` if no module has
+    /// two experts.
     pub fn orthogonality(&self, of: Orthogonality) -> Option<Tensor> {
         orthogonality(self.modules().map(|(_, experts)| experts), of)
     }
 
-    /// Makes ready for the fused way, if it is wanted and the base is frozen.
+    /// Prepares the model for the fused operations, unless the base is trained or the config asks
+    /// for the reference.
     fn prepare_fused(&mut self) {
         if self.trains_base || self.kernels == Kernels::Reference {
             return;
@@ -332,7 +341,7 @@ impl RoutedModel {
         }
     }
 
-    /// Whether there are kernels for this model.
+    /// Makes the kernels ready and returns whether there are any for this model.
     fn prepare_kernels(&self) -> bool {
         let Device::Cuda(device) = self.device() else { return false };
         let (d, inner) = (self.decoder.spec.n_embd, self.decoder.spec.n_inner);
@@ -352,7 +361,7 @@ impl RoutedModel {
     }
 }
 
-/// libtorch's name of a config's dtype.
+/// The libtorch dtype of a config's dtype.
 pub fn kind_of(dtype: Dtype) -> Kind {
     match dtype {
         Dtype::F32 => Kind::Float,

@@ -3,17 +3,17 @@
 //! ```text
 //! h.{layer}.{module}.expert_{e}.lora_a      [r, i]    PEFT's lora_A.weight
 //!                              .lora_b      [o, r]    PEFT's lora_B.weight
-//!                              .magnitude   [o]       of DoRA
-//!                              .initial_a, .initial_b of PiSSA and OLoRA: where A and B started
-//! router.weight [e, d], .bias [e]                     of one router for all layers
+//!                              .magnitude   [o]       with DoRA
+//!                              .initial_a, .initial_b with PiSSA and OLoRA: the first A and B
+//! router.weight [e, d], .bias [e]                     a router for all layers
 //!       .hidden.{i}.weight, .bias                     its hidden layers
-//!       .selection_bias [e]                           by which the k best are chosen; not trained
-//! h.{layer}.router.*, h.{layer}.{module}.router.*     of one for each layer or module
+//!       .selection_bias [e]                           helps to choose the k best; not trained
+//! h.{layer}.router.*, h.{layer}.{module}.router.*     a router for each layer or module
 //! transformer.*, lm_head.weight                       the base, with method = "full"
 //! ```
 //!
-//! An expert is a run of rows of its module's stacks, so that one stack is one leaf of the graph, and
-//! an expert in it can be trained while its neighbour is frozen.
+//! An expert is a run of rows in its module's stacks. Each stack is one leaf of the graph, and an
+//! expert in it can be trained while another is frozen.
 
 use std::collections::BTreeMap;
 
@@ -33,49 +33,51 @@ pub enum ParameterGroup {
     Router,
     /// Matrices of the base (`method = "full"`).
     Base,
-    /// Biases, LayerNorms and embeddings of the base, which do not decay.
+    /// Biases, LayerNorms and embeddings of the base, which have no weight decay.
     BaseNoDecay,
 }
 
-/// A parameter that is trained: a leaf, or rows of one.
+/// A trained parameter: a whole leaf of the graph, or some rows of one.
 #[derive(Debug)]
 pub struct TrainedParameter {
     /// Its name in checkpoints.
     pub name: String,
-    /// The numbers, without gradient: a view of the leaf's rows. B of an expert is `[r, o]` here.
+    /// The values, without gradient: a view of the leaf or its rows. An expert's B is `[r, o]`
+    /// here.
     pub tensor: Tensor,
     /// Its group.
     pub group: ParameterGroup,
-    /// Factor of its group's learning rate.
+    /// Factor of the group's learning rate.
     pub rate: f64,
     /// Index of its leaf in [`Trained::leaves`].
     leaf: usize,
-    /// First row and number of rows; none for the whole leaf.
+    /// First row and number of rows; `None` for the whole leaf.
     rows: Option<(i64, i64)>,
 }
 
-/// How fast the parts of a mixture that was there before its last expert are trained.
+/// How fast the older parts of a mixture are trained after it has grown.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OldParts {
-    /// Experts that were there.
+    /// Number of experts before the growth.
     pub num_experts: usize,
-    /// Factor of their learning rate.
+    /// Factor of these experts' learning rate.
     pub experts_rate: f64,
-    /// Factor of the learning rate of their router columns and of the routers' hidden layers; 0 = frozen.
+    /// Factor of the learning rate of these experts' router columns and of the routers' hidden
+    /// layers; 0 freezes them.
     pub columns_rate: f64,
 }
 
 /// What is trained.
 #[derive(Debug, Default)]
 pub struct Trained {
-    /// The tensors to differentiate with respect to.
+    /// The tensors with respect to which the loss is differentiated.
     pub leaves: Vec<Tensor>,
-    /// What of them is trained, in a fixed order.
+    /// The trained parameters in these leaves, in a fixed order.
     pub parameters: Vec<TrainedParameter>,
 }
 
 impl Trained {
-    /// The gradients of the parameters from those of the leaves.
+    /// The gradients of the parameters, from those of the leaves.
     pub fn split(&self, leaf_grads: &[Tensor]) -> Vec<Tensor> {
         let of = |parameter: &TrainedParameter| {
             let grad = &leaf_grads[parameter.leaf];
@@ -104,8 +106,9 @@ impl Trained {
 }
 
 impl RoutedModel {
-    /// What is trained when `routing` decides the weights: the routers by [`RoutingChoice::Router`]
-    /// alone, the trainable experts that it reaches. `old` is for a mixture that has grown.
+    /// What is trained when `routing` decides the weights: the trainable experts that it can give a
+    /// weight, and the routers if it is [`RoutingChoice::Router`]. If the base is trained, nothing
+    /// else is. `old` is for a mixture that has grown.
     pub fn trained(&self, routing: RoutingChoice, old: Option<OldParts>) -> Trained {
         let mut trained = Trained::default();
         if self.trains_base {
@@ -149,7 +152,8 @@ impl RoutedModel {
         trained
     }
 
-    /// Every tensor that is not a frozen base's, by name, in PEFT's layout: views, without gradient.
+    /// Every tensor by name, in PEFT's layout, except those of a frozen base: views without
+    /// gradient.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         if self.trains_base {
             let named = self.decoder.named_parameters().into_iter();
@@ -166,7 +170,7 @@ impl RoutedModel {
         tensors
     }
 
-    /// The tensors of the experts that are frozen.
+    /// The tensors of the frozen experts, by name.
     pub fn frozen_tensors(&self) -> Vec<(String, Tensor)> {
         let frozen = |name: &String| {
             let is_of = |e: usize| name.contains(&format!(".{}.", expert_name(e)));
@@ -175,10 +179,11 @@ impl RoutedModel {
         self.tensors().into_iter().filter(|(name, _)| frozen(name)).collect()
     }
 
-    /// Overwrites all of [`RoutedModel::tensors`] with `tensors` of the same names and shapes.
+    /// Overwrites every tensor of [`RoutedModel::tensors`] with the one of the same name in
+    /// `tensors`.
     ///
     /// # Errors
-    /// A missing, extra or misshapen tensor, by name.
+    /// If a tensor is missing, extra or misshapen; the message names it.
     pub fn load(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         let own = self.tensors();
         if let Some(name) = own.keys().find(|name| !tensors.contains_key(*name)) {
@@ -190,7 +195,7 @@ impl RoutedModel {
     /// Overwrites those of [`RoutedModel::tensors`] that `tensors` holds.
     ///
     /// # Errors
-    /// An extra or misshapen tensor, by name; nothing is overwritten then.
+    /// If a tensor is extra or misshapen; the message names it, and nothing is overwritten.
     pub fn load_some(&self, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
         let own = self.tensors();
         for (name, source) in tensors {
@@ -209,7 +214,7 @@ impl RoutedModel {
         Ok(())
     }
 
-    /// The routers' leaves by name.
+    /// The routers' leaves, by name.
     fn router_leaves(&self) -> Vec<(String, Tensor)> {
         let mut leaves = vec![];
         for (name, router) in self.routers.names().into_iter().zip(self.routers.all()) {
@@ -234,13 +239,14 @@ impl RoutedModel {
         leaves.chain(biases).collect()
     }
 
-    /// The tensor that [`RoutedModel::tensors`] calls by a module, an expert and a key.
+    /// An expert's tensor on a module; `key` is the last part of its name in
+    /// [`RoutedModel::tensors`].
     pub fn expert_tensor(&self, path: ModulePath, expert: usize, key: &str) -> Option<Tensor> {
         self.experts(path)?.tensor(expert, key)
     }
 }
 
-/// Rows of a leaf that are one parameter.
+/// Rows of a leaf that become one parameter, with its name and its factor of the learning rate.
 struct NamedRows {
     name: String,
     rows: Option<(i64, i64)>,
@@ -253,7 +259,8 @@ impl NamedRows {
     }
 }
 
-/// What is trained of a router's tensor: all of it, or the old and the new columns at rates of their own.
+/// The parameters in a router's tensor: the whole tensor or, in a mixture that has grown, its old
+/// and its new columns, each at a rate of its own.
 fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<NamedRows> {
     let Some(OldParts { num_experts, columns_rate, .. }) = old else {
         return vec![NamedRows::whole(name)];
@@ -269,7 +276,7 @@ fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<Name
     rows
 }
 
-/// An expert's name in files: `expert_0`, ..; PEFT mistakes bare digits.
+/// An expert's name in files, such as `expert_0`. PEFT misreads a name of digits only.
 pub fn expert_name(expert: usize) -> String {
     format!("expert_{expert}")
 }

@@ -1,4 +1,4 @@
-//! PEFT adapters (PEFT 0.21, `LoraConfig` and `save_pretrained`), read and written.
+//! Reading and writing PEFT adapters (PEFT 0.21, `LoraConfig` and `save_pretrained`).
 //!
 //! ```text
 //! adapter_config.json          peft_type LORA, r, lora_alpha, target_modules, ..
@@ -7,8 +7,10 @@
 //!                                                                 .lora_magnitude_vector   [o]
 //! ```
 //!
-//! Of the config, what shapes the update is read; what cannot change it, such as `lora_dropout`, which
-//! `lora.dropout` replaces, is passed over; all else must be at PEFT's default and is refused by name.
+//! Config keys that shape the update are read. Keys that cannot change it are ignored; one of them
+//! is `lora_dropout`, which `lora.dropout` replaces. Any other key must have an empty value (null,
+//! false, `[]` or `{}`), as is PEFT's default; otherwise the adapter is refused and the error names
+//! the key.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,13 +30,15 @@ use crate::tensor_file::{check_numbers, read_tensors};
 /// An adapter in memory.
 #[derive(Debug)]
 pub struct Adapter {
-    /// Rank, alpha, modules and options.
+    /// Target modules with their rank and alpha, and options.
     pub spec: ExpertSpec,
-    /// `lora_a` `[r, i]`, `lora_b` `[o, r]`, `magnitude` `[o]` of each target module, f32 on the CPU.
+    /// `lora_a` `[r, i]`, `lora_b` `[o, r]` and, for DoRA, `magnitude` `[o]` of each target module,
+    /// in f32 on the CPU.
     pub tensors: BTreeMap<(ModulePath, &'static str), Tensor>,
 }
 
-/// Keys that tell nothing about the update.
+/// Keys that [`check_options`] ignores. They do not change the update, except for `layers_pattern`
+/// and `peft_type`, which are read elsewhere.
 const IDLE_KEYS: [&str; 14] = [
     "auto_mapping",
     "base_model_name_or_path",
@@ -52,7 +56,8 @@ const IDLE_KEYS: [&str; 14] = [
     "eva_config",
 ];
 
-/// Keys that are read.
+/// Keys that are read, and `loftq_config`, which counts only with an `init_lora_weights` that is
+/// refused.
 const READ_KEYS: [&str; 13] = [
     "alora_invocation_tokens",
     "alpha_pattern",
@@ -72,8 +77,9 @@ const READ_KEYS: [&str; 13] = [
 /// Reads an adapter for a base.
 ///
 /// # Errors
-/// Another `peft_type`; an option that changes the update in a way that dylora does not know; missing,
-/// extra or misshapen tensors, and ranks other than the config's: each by name.
+/// A `peft_type` other than `LORA`, an option that changes the update in a way that dylora does not
+/// support, and a tensor that is missing, extra or of another shape than the config and the base
+/// imply. Each is named.
 pub fn read(config: &Path, weights: &Path, base: &DecoderSpec) -> Result<Adapter> {
     let parse = || {
         let text = fs_err::read_to_string(config)?;
@@ -140,7 +146,7 @@ fn spec_of(json: &Map<String, Value>, base: &DecoderSpec) -> Result<ExpertSpec> 
     })
 }
 
-/// Refuses what would change the update.
+/// Refuses options that change the update in a way that dylora does not support.
 fn check_options(json: &Map<String, Value>) -> Result<()> {
     let init = json.get("init_lora_weights").unwrap_or(&Value::Bool(true));
     match init {
@@ -178,12 +184,12 @@ fn patterns(value: Option<&Value>, key: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// A module's name in the base.
+/// A module's full name in the base, as `transformer.h.0.attn.c_attn`.
 fn full_name(path: ModulePath) -> String {
     format!("transformer.{path}")
 }
 
-/// The value of the first pattern that matches, as PEFT's `get_pattern_key` finds it.
+/// The value of the first pattern that matches a module, by the rule of PEFT's `get_pattern_key`.
 fn find(patterns: &Map<String, Value>, path: ModulePath) -> Result<Option<Value>> {
     for (key, value) in patterns {
         if matches(&format!(r"^(?:.*\.)?(?:{key})$"), &full_name(path), key)? {
@@ -199,7 +205,7 @@ fn matches(pattern: &str, name: &str, key: &str) -> Result<bool> {
     regex.is_match(name).map_err(|_| invalid())
 }
 
-/// Which modules an adapter is for, as PEFT's `check_target_module_exists` finds them.
+/// Which modules an adapter targets, by the rules of PEFT's `check_target_module_exists`.
 struct Targets<'a> {
     target_modules: &'a Value,
     exclude_modules: &'a Value,
@@ -246,7 +252,7 @@ impl<'a> Targets<'a> {
         if !name_is_in(self.target_modules, &name, "target_modules")? {
             return Ok(false);
         }
-        // PEFT takes a module that is named in full whatever its layer
+        // PEFT takes a module that is named in full even if `layers_to_transform` lacks its layer
         let is_name = |item: &Value| item.as_str() == Some(&name);
         if self.target_modules.as_array().is_some_and(|items| items.iter().any(is_name)) {
             return Ok(true);
@@ -261,7 +267,8 @@ impl<'a> Targets<'a> {
     }
 }
 
-/// Whether a regular expression matches all of `name`, or a list has its end.
+/// Whether `value` names the module `name`. A regular expression must match all of it; an item of a
+/// list must be all of it or its end after a dot.
 fn name_is_in(value: &Value, name: &str, key: &str) -> Result<bool> {
     match value {
         Value::Null => Ok(false),
@@ -274,7 +281,7 @@ fn name_is_in(value: &Value, name: &str, key: &str) -> Result<bool> {
     }
 }
 
-/// The tensors' PEFT names, dylora's keys and shapes, for a spec.
+/// PEFT's name, dylora's key and the shape of each tensor of an adapter with this spec.
 fn expected(
     spec: &ExpertSpec,
     base: &DecoderSpec,
@@ -295,7 +302,8 @@ fn expected(
     all
 }
 
-/// Checks `tensors` against a spec and gives them dylora's keys.
+/// Checks that `tensors`, by PEFT's names, are those of a spec, and returns them in f32 under
+/// dylora's keys.
 fn named(
     spec: &ExpertSpec,
     mut tensors: BTreeMap<String, Tensor>,
@@ -320,7 +328,8 @@ fn named(
 }
 
 impl Adapter {
-    /// An expert of a model, on the CPU; PiSSA and OLoRA as plain LoRA of twice the rank.
+    /// An expert of a model as an adapter on the CPU. An expert with PiSSA or OLoRA becomes plain
+    /// LoRA of twice the rank.
     pub fn of_model(model: &RoutedModel, expert: usize) -> Self {
         let spec = model.specs()[expert].clone();
         let (mut tensors, mut initial) = (BTreeMap::new(), BTreeMap::new());
@@ -340,16 +349,16 @@ impl Adapter {
         if initial.is_empty() { adapter } else { adapter.without_start(&initial) }
     }
 
-    /// The tensors under PEFT's names.
+    /// The tensors with PEFT's names.
     pub fn peft_tensors(&self, base: &DecoderSpec) -> BTreeMap<String, Tensor> {
         let expected = expected(&self.spec, base).into_iter();
         expected.map(|(name, key, _)| (name, self.tensors[&key].shallow_clone())).collect()
     }
 
-    /// The same adapter without a start of its own: PiSSA's and OLoRA's update `s (B A - B0 A0)` as
-    /// plain LoRA of twice the rank (as PEFT's `subtract_mutated_init`).
+    /// Turns the update `s (B A - B0 A0)` of PiSSA or OLoRA into plain LoRA of twice the rank, as
+    /// PEFT's `subtract_mutated_init` does.
     ///
-    /// - `initial`: `A0`, `[r, i]`, and `B0`, `[o, r]`, of each module
+    /// - `initial`: the initial values `A0`, `[r, i]`, and `B0`, `[o, r]`, of each module
     fn without_start(mut self, initial: &BTreeMap<ModulePath, (Tensor, Tensor)>) -> Self {
         for (path, size) in &mut self.spec.modules {
             let Some((a0, b0)) = initial.get(path) else { continue };
@@ -368,10 +377,10 @@ impl Adapter {
     }
 }
 
-/// `adapter_config.json` of a spec whose start is the default's.
+/// The `adapter_config.json` of a spec. Its `init` must be the default.
 ///
-/// - `base_name`, `revision`: how `from_pretrained` finds the base
-/// - `dropout`: what it was trained with
+/// - `base_name`, `revision`: the name and revision by which `from_pretrained` finds the base
+/// - `dropout`: the dropout of the training
 pub fn config_json(
     spec: &ExpertSpec,
     base: &DecoderSpec,
@@ -411,7 +420,7 @@ pub fn config_json(
         "alpha_pattern": pattern(&|size| number(size.alpha)),
         "base_model_name_or_path": base_name,
         "bias": "none",
-        // GPT-2's Conv1D keeps its weight as [in, out]
+        // GPT-2's Conv1D stores its weight as [in, out]
         "fan_in_fan_out": true,
         "inference_mode": true,
         "init_lora_weights": true,
@@ -429,7 +438,7 @@ pub fn config_json(
     })
 }
 
-/// A whole number without a decimal point, as PEFT types `lora_alpha`.
+/// A number as JSON. A whole number has no decimal point, as PEFT's `lora_alpha` is an integer.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 { json!(value as i64) } else { json!(value) }
 }

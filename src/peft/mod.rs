@@ -1,5 +1,5 @@
-//! The formats of others, as plain structs that are read and written: PEFT's adapters ([`adapter`]), and what
-//! X-LoRA puts beside them ([`xlora`]).
+//! File formats of other projects, read and written as plain structs: PEFT's adapters ([`adapter`])
+//! and the files that X-LoRA adds to them ([`xlora`]).
 
 pub mod adapter;
 pub mod xlora;

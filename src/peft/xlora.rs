@@ -1,16 +1,17 @@
 //! X-LoRA folders (arXiv:2402.07148; github.com/EricLBuehler/xlora, `save_pretrained`), depth 1.
 //!
 //! ```text
-//! xlora_config.json            hidden_size, base_model_id, adapters { name: path }, softmax_temperature, ..
+//! xlora_config.json            hidden_size, base_model_id, adapters { name: path },
+//!                              softmax_temperature, ..
 //! xlora_classifier.safetensors last.weight [e, d], last.bias [e]
 //! adapters/NAME/               PEFT adapters
 //! ```
 //!
-//! Its classifier of one linear layer reads the last hidden state of a pass of the base alone and
-//! gives every layer the same softmax weights: dylora's router with `input = "base_hidden"`. What
-//! X-LoRA can do beside that is refused by name. So is top-k, which it takes over positions, not
-//! experts (`get_maybe_topk_scalings`, `dim=1`), and which PEFT 0.21, where it is over experts, does not
-//! renormalise.
+//! The classifier is one linear layer. It reads the last hidden state of a pass of the base alone,
+//! and its softmax weights hold for every layer. dylora's router does the same with
+//! `input = "base_hidden"`. X-LoRA's other options are refused by name. Top-k is one of them:
+//! X-LoRA takes it over positions instead of experts (`get_maybe_topk_scalings`, `dim=1`), and PEFT
+//! 0.21 takes it over experts without renormalising their weights.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,14 +22,14 @@ use tch::Tensor;
 
 use crate::tensor_file::{check_numbers, read_tensors};
 
-/// The classifier's settings.
+/// The file of the settings.
 pub const CONFIG: &str = "xlora_config.json";
-/// The classifier.
+/// The file of the classifier's tensors.
 pub const CLASSIFIER: &str = "xlora_classifier.safetensors";
-/// Where the trained adapters are.
+/// The folder of the trained adapters.
 pub const ADAPTERS: &str = "adapters";
 
-/// Options and the one value of each that dylora's router has.
+/// Options for which only one value is supported, with that value.
 fn fixed_options() -> [(&'static str, Value); 7] {
     [
         ("enable_softmax", json!(true)),
@@ -41,7 +42,7 @@ fn fixed_options() -> [(&'static str, Value); 7] {
     ]
 }
 
-/// Options without effect on a classifier of depth 1, and X-LoRA's defaults.
+/// Options that have no effect on a classifier of depth 1, with X-LoRA's defaults.
 fn idle_options() -> [(&'static str, Value); 3] {
     [
         ("xlora_size", json!(2048)),
@@ -50,23 +51,23 @@ fn idle_options() -> [(&'static str, Value); 3] {
     ]
 }
 
-/// What `xlora_config.json` says beside its fixed options.
+/// The options of `xlora_config.json` that differ between mixtures.
 #[derive(Debug, Clone, PartialEq)]
 pub struct XloraConfig {
     /// Width `d` of the hidden states that the classifier reads.
     pub hidden_size: i64,
-    /// The base as `from_pretrained` finds it.
+    /// The name by which `from_pretrained` finds the base.
     pub base_model_id: String,
     /// Name and path of each adapter, in the order of the classifier's outputs.
     pub adapters: Vec<(String, String)>,
-    /// Divides the scores.
+    /// The temperature that divides the scores.
     pub softmax_temperature: f64,
 }
 
-/// The classifier of depth 1.
+/// A classifier of depth 1.
 #[derive(Debug)]
 pub struct Classifier {
-    /// Divides the scores.
+    /// The temperature that divides the scores.
     pub softmax_temperature: f64,
     /// `last.weight`, `[e, d]`.
     pub weight: Tensor,
@@ -74,10 +75,11 @@ pub struct Classifier {
     pub bias: Tensor,
 }
 
-/// Name and path of each adapter of the folder `dir`, in the order of the classifier's outputs.
+/// Name and path of each adapter in the X-LoRA folder `dir`, in the order of the classifier's
+/// outputs.
 ///
 /// # Errors
-/// Options other than those above, by name; a width that is not `hidden_size`.
+/// An option that is not supported, by name; a width other than `hidden_size`; no adapters.
 pub fn read_adapters(dir: &Path, hidden_size: i64) -> Result<Vec<(String, String)>> {
     let config = read_config(dir)?;
     let place = || format!("in `{}`", dir.join(CONFIG).display());
@@ -93,7 +95,10 @@ pub fn read_adapters(dir: &Path, hidden_size: i64) -> Result<Vec<(String, String
     Ok(adapters.iter().map(path).collect())
 }
 
-/// The classifier of the folder `dir`.
+/// Reads the classifier of the X-LoRA folder `dir`.
+///
+/// # Errors
+/// An option that is not supported, and a tensor that is missing or extra, each by name.
 pub fn read_classifier(dir: &Path) -> Result<Classifier> {
     let config = read_config(dir)?;
     let temperature = config.get("softmax_temperature").map_or(Some(1.0), Value::as_f64);
@@ -126,7 +131,7 @@ pub fn read_classifier(dir: &Path) -> Result<Classifier> {
     Ok(Classifier { softmax_temperature: temperature, weight, bias })
 }
 
-/// Reads the settings and refuses what dylora's router cannot do.
+/// Reads the settings and refuses options that dylora's router does not support.
 fn read_config(dir: &Path) -> Result<Map<String, Value>> {
     let path = dir.join(CONFIG);
     let parse = || {
@@ -160,7 +165,7 @@ fn read_config(dir: &Path) -> Result<Map<String, Value>> {
 }
 
 impl XloraConfig {
-    /// `xlora_config.json`.
+    /// The contents of `xlora_config.json`.
     pub fn to_json(&self) -> Value {
         let adapters = self.adapters.iter().map(|(name, path)| (name.clone(), json!(path)));
         let mut config = Map::new();
@@ -170,7 +175,7 @@ impl XloraConfig {
         let options = fixed_options().into_iter().chain(idle_options());
         config.extend(options.map(|(key, value)| (key.to_owned(), value)));
         config.insert("use_bias".into(), json!(true));
-        // the adapters are then looked for beside the classifier
+        // with this, X-LoRA looks for the adapters in the folder beside the classifier
         config.insert("use_trainable_adapters".into(), json!(true));
         config.insert("softmax_temperature".into(), json!(self.softmax_temperature));
         Value::Object(config)

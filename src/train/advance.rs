@@ -1,8 +1,9 @@
-//! The trainer's next step: its data, its place in the schedules, what is kept and reported of it.
+//! The trainer's next step: its data, its learning rate and routing rule, the state that it leaves,
+//! and its metrics.
 //!
 //! ```text
-//! host     launch | prepare the next | wait, note, report | launch | ..
-//! device          |     the step     |       idle         |        | ..
+//! host     launch | prepare the next | wait, record, report | launch | ..
+//! device          |     the step     |        idle          |        | ..
 //! ```
 
 use std::time::Instant;
@@ -19,7 +20,7 @@ use crate::eval::RoutingReport;
 use crate::eval::routing::RouterLosses;
 use crate::ffi;
 
-/// The data of a step, and where the stream of blocks stands behind it.
+/// The data of a step, and the position of the stream of blocks after it.
 #[derive(Debug)]
 pub(super) struct PreparedStep {
     blocks: Vec<BlockId>,
@@ -28,7 +29,7 @@ pub(super) struct PreparedStep {
     epoch: f64,
 }
 
-/// What a step was launched with.
+/// What is known of a step once it has been launched.
 #[derive(Debug, Clone, Copy)]
 struct Launched {
     started: Instant,
@@ -38,7 +39,7 @@ struct Launched {
 }
 
 impl Trainer {
-    /// Makes the next step of the run, and prepares the data of the one after while the device works.
+    /// Runs the next step, and prepares the data of the one after it while the device works.
     pub(super) fn step(&mut self) -> Result<StepMetrics> {
         let started = Instant::now();
         let step = self.state.step + 1;
@@ -77,7 +78,7 @@ impl Trainer {
         self.step_metrics(&ready, result, Launched { started, host_secs, temperature, lr_factor })
     }
 
-    /// The data of step `step`, which are the next blocks of the stream.
+    /// Takes the next blocks of the stream as the data of step `step`.
     fn prepare(&mut self, step: u64) -> PreparedStep {
         let train = &self.config.train;
         let dataset = &self.data.train;
@@ -91,7 +92,7 @@ impl Trainer {
         PreparedStep { blocks, data, position: self.stream.position(), epoch: self.stream.epoch() }
     }
 
-    /// What is reported of the step just done.
+    /// The metrics of the step just done.
     fn step_metrics(
         &self,
         ready: &PreparedStep,
@@ -129,7 +130,7 @@ impl Trainer {
         })
     }
 
-    /// The seeding of a new expert, if step `step` is part of it.
+    /// The seeding phase of a new expert, if step `step` belongs to one.
     pub(super) fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
         let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;
         let domains = &self.data.train.domains;

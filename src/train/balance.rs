@@ -1,13 +1,14 @@
-//! Loss-free balancing: the selection bias of each router follows the load of its experts.
+//! Loss-free balancing, which adapts each router's selection bias to the load of its experts.
 
 use tch::{Kind, Tensor};
 
 use crate::model::RoutedModel;
 use crate::model::routing::totals::RoutingTotals;
 
-/// Moves each router's selection bias by `rate` towards the experts that had less than their share of
-/// the step's assignments (arXiv:2408.15664, algorithm 1: `b_i + u sign(mean load - load_i)`). With
-/// `old_rate`, those of all experts but the last move by that part of it.
+/// In each router, moves the selection bias of every expert by `rate`: up if the expert had less
+/// than its share of the step's assignments, down if it had more (arXiv:2408.15664, algorithm 1:
+/// `b_i + u sign(mean load - load_i)`). With `old_rate`, the biases of all experts but the last
+/// move by `rate * old_rate`.
 pub fn balance_biases(
     model: &RoutedModel,
     totals: &[RoutingTotals],
@@ -17,7 +18,7 @@ pub fn balance_biases(
     balance_biases_if(None, model, totals, rate, old_rate);
 }
 
-/// The same where `is_finite`, 0-dim, is true; else nothing moves.
+/// As [`balance_biases`], but if `is_finite`, 0-dim, is given and false, no bias moves.
 pub fn balance_biases_if(
     is_finite: Option<&Tensor>,
     model: &RoutedModel,
@@ -30,7 +31,7 @@ pub fn balance_biases_if(
     let mut surplus: Vec<Option<Tensor>> =
         biases.map(|bias| bias.map(|bias| bias.to_kind(Kind::Double).zeros_like())).collect();
     for (site, totals) in model.sites().into_iter().zip(totals) {
-        // where all experts are chosen, as before they are mature, none has more than its share
+        // with dense routing, as before all experts are mature, no expert has more than its share
         let Some(sum) = surplus[site.router].as_mut().filter(|_| !totals.is_dense()) else {
             continue;
         };
@@ -42,7 +43,7 @@ pub fn balance_biases_if(
     }
     for (router, surplus) in model.routers().iter().zip(surplus) {
         let (Some(bias), Some(surplus)) = (&router.selection_bias, surplus) else { continue };
-        // loads are quotients of whole numbers: what is even but for rounding stays
+        // loads are quotients of whole numbers; a surplus that is only rounding moves nothing
         let direction = surplus.sign() * surplus.abs().ge(1e-12).to_kind(Kind::Double);
         if let Some(old_rate) = old_rate {
             let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);

@@ -1,4 +1,4 @@
-//! The files of a run that only the first process writes: its metrics, as lines and for TensorBoard.
+//! The files of a run's metrics: `metrics.jsonl`, and events for TensorBoard.
 
 use std::io::{ErrorKind, Write};
 use std::path::Path;
@@ -9,12 +9,12 @@ use serde::Deserialize;
 use super::metrics::Metrics;
 use super::tensorboard::EventWriter;
 
-/// The file of the metrics in a run's folder.
+/// The name of the metrics file in a run's folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
-/// The folder of the event files in a run's folder.
+/// The name of the folder in a run's folder that holds the event files.
 pub const TENSORBOARD_DIR: &str = "tensorboard";
 
-/// Writes a run's metrics to its folder. Of several processes, only the first has one.
+/// Writes a run's metrics to its folder.
 #[derive(Debug)]
 pub struct MetricsWriter {
     file: fs_err::File,
@@ -22,13 +22,14 @@ pub struct MetricsWriter {
 }
 
 impl MetricsWriter {
-    /// Opens `metrics.jsonl` in `run_dir` to write on after `resume_step`, and if `tensorboard`, a
-    /// new event file in its `tensorboard` folder. The folders are made if need be.
+    /// Opens `metrics.jsonl` in `run_dir` to continue after `resume_step`, and with `tensorboard` a
+    /// new event file in the folder `tensorboard`. The folders are created if necessary.
     ///
-    /// `resume_step` is the step of the checkpoint that is resumed. What a broken run wrote after
-    /// it is cut off, so that the file becomes that of an unbroken run; this takes a new file and
-    /// a rename, so that no moment is without a complete one. With 0 the run starts anew and what
-    /// another one left is dropped, its step 0 included.
+    /// `resume_step` is the step of the checkpoint from which the run is resumed. The lines that a
+    /// broken run wrote after this step are removed, so that the file becomes that of an unbroken
+    /// run. The shortened file is written beside the old one and renamed, so that a complete file
+    /// is there at any moment. With 0 the run starts anew: everything that an earlier run left is
+    /// removed, lines of step 0 included.
     pub fn open(run_dir: &Path, tensorboard: bool, resume_step: u64) -> Result<Self> {
         fs_err::create_dir_all(run_dir).context("cannot create the folder of the run")?;
         let path = run_dir.join(METRICS_FILE);
@@ -45,10 +46,10 @@ impl MetricsWriter {
         Ok(Self { file, events })
     }
 
-    /// Writes one line, and its scalars to TensorBoard. Nothing is held back in a buffer.
+    /// Writes one line, and its scalars for TensorBoard. Nothing is buffered.
     ///
-    /// A step's metrics must be written before its checkpoint is saved: a run that resumes from it
-    /// does not write them again.
+    /// Write a step's metrics before its checkpoint: a run that is resumed from the checkpoint does
+    /// not write them again.
     pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
         let mut line = serde_json::to_vec(metrics).context("cannot put the metrics into JSON")?;
         line.push(b'\n');
@@ -60,7 +61,7 @@ impl MetricsWriter {
     }
 }
 
-/// Cuts the lines after `resume_step` off the file at `path`, if there is one.
+/// Removes the lines after `resume_step` from the file at `path`, if there is one.
 fn cut_after(path: &Path, resume_step: u64) -> Result<()> {
     let bytes = match fs_err::read(path) {
         Ok(bytes) => bytes,
@@ -82,10 +83,10 @@ fn cut_after(path: &Path, resume_step: u64) -> Result<()> {
     fs_err::rename(&new_path, path).context("cannot shorten the metrics")
 }
 
-/// The lines up to `resume_step`, to the byte. A last line without its end, which a broken run
-/// leaves, is dropped unless it is whole.
+/// The lines up to `resume_step`, unchanged. If the last line lacks its newline, as a broken run
+/// may leave it, the line is kept only if it is complete JSON.
 fn kept_lines(bytes: &[u8], resume_step: u64) -> Result<Vec<u8>> {
-    /// All that has to be known of a line, so that other versions' lines are kept too.
+    /// The only field that is read, so that lines of other versions are kept too.
     #[derive(Deserialize)]
     struct Line {
         step: u64,
@@ -118,7 +119,7 @@ mod tests {
     use super::super::metrics::samples::{train, validation};
     use super::*;
 
-    /// The steps of a run that evaluates before the first and at each even one.
+    /// Writes the metrics of `steps`, with an evaluation at each even step, 0 included.
     fn write_steps(writer: &mut MetricsWriter, steps: std::ops::RangeInclusive<u64>) -> Result<()> {
         for step in steps {
             if step > 0 {
@@ -131,7 +132,7 @@ mod tests {
         Ok(())
     }
 
-    /// What `metrics.jsonl` must hold after these steps without a break.
+    /// What `metrics.jsonl` must hold after these steps of an unbroken run.
     fn unbroken(steps: std::ops::RangeInclusive<u64>) -> Result<String> {
         let dir = tempfile::tempdir()?;
         write_steps(&mut MetricsWriter::open(dir.path(), false, 0)?, steps)?;

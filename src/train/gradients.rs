@@ -1,9 +1,11 @@
-//! The gradients of a step, and what is measured on the way.
+//! The gradients of a step, and what is measured while they are computed.
 //!
-//! They are exact under accumulation: each forward's loss is divided by the label tokens of the whole step, and
-//! the routers' losses are those of the whole step too. Where one of them depends on the step's means and there
-//! are several micro-batches, the routers' totals are taken over all of them, with the random numbers that come,
-//! before the first is differentiated; elsewhere each forward's own do.
+//! Gradients are exact under accumulation: each forward pass divides its loss by the label tokens
+//! of the whole step, and the routers' losses are those of the whole step too. If one of the
+//! routers' losses depends on means over the step, and the step has several micro-batches, the
+//! routers' totals over all of them are computed before the first micro-batch is differentiated,
+//! with the random numbers that the later passes draw again. Otherwise each forward pass gives the
+//! totals itself.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -21,24 +23,27 @@ use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, add_totals, rows};
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Trained};
 
-/// The gradients of a step, before they are clipped.
+/// The gradients of a step before clipping, and what was measured with them.
 #[derive(Debug)]
 pub struct StepGradients {
-    /// One for each trained parameter.
+    /// The gradients, one for each trained parameter.
     pub grads: Vec<Tensor>,
     /// Sums of the label tokens' losses by domain, nats, `[domains]`, f64.
     pub domain_sums: Tensor,
-    /// The totals of each place where a router decides.
+    /// The routing totals of each site.
     pub routing: Vec<RoutingTotals>,
-    /// Sums of the label tokens' losses, each times the token's routing weight for the expert (the mean
-    /// over the places that have it), nats, `[e]`, f64; only where the plateau of an expert is looked for.
+    /// Sums of the label tokens' losses, nats, `[e]`, f64. Each loss is multiplied by the token's
+    /// routing weight for the expert, which is the mean over the sites that have the expert. `None`
+    /// unless routers take part and `router.hybrid` looks for plateaus.
     pub expert_losses: Option<Tensor>,
-    /// The orthogonality loss before its factor, 0-dim; none if it does not count.
+    /// The orthogonality loss without its factor, 0-dim; `None` without `lora.orthogonality` or if
+    /// no module has two experts.
     pub orthogonality: Option<Tensor>,
 }
 
-/// The gradients of the mean loss over the label tokens of all micro-batches, and of the other losses
-/// over them: the same however they are cut.
+/// The gradients of a step's loss: the mean loss over the label tokens of all micro-batches, and
+/// the other losses over the same tokens. The result does not depend on how the tokens are split
+/// into micro-batches.
 pub fn gradients(
     model: &RoutedModel,
     trained: &Trained,
@@ -52,7 +57,7 @@ pub fn gradients(
     gradients_of(model, trained, config, &tensors)
 }
 
-/// The same of a step on the device. The host looks at none of its numbers.
+/// As [`gradients`], for a step whose numbers are on the device. The host reads none of them.
 pub fn gradients_of(
     model: &RoutedModel,
     trained: &Trained,
@@ -62,7 +67,7 @@ pub fn gradients_of(
     let StepTensors { micro_batches, per_token, seeding, num_domains, .. } = step;
     let num_groups = *num_domains as i64;
     let source = source(config, *seeding);
-    // while a new expert is seeded, the router decides on a part of the tokens only
+    // while a new expert is seeded, the router decides for only some of the tokens
     let counts = config.train.routing == RoutingChoice::Router && seeding.is_none();
     let ahead = counts && takes_totals_ahead(config, micro_batches.len());
     let mut routing = match ahead {
@@ -75,7 +80,7 @@ pub fn gradients_of(
     let mut expert_losses: Option<Tensor> = None;
     let orthogonality = config.lora.orthogonality.and_then(|of| {
         let loss = model.orthogonality(of)?;
-        // experts that are all frozen have it, but no gradient
+        // if all experts are frozen, the loss exists but has no gradient
         if loss.requires_grad() {
             grads.add(&(&loss * of.coef()), trained);
         }
@@ -110,12 +115,12 @@ pub fn gradients_of(
     Ok(StepGradients { grads, domain_sums, routing, expert_losses, orthogonality })
 }
 
-/// Whether the routers' totals are taken before any micro-batch is differentiated.
+/// Whether the routers' totals are computed before any micro-batch is differentiated.
 fn takes_totals_ahead(config: &Config, num_micro_batches: usize) -> bool {
     needs_totals(&config.router) && num_micro_batches > 1
 }
 
-/// Whether a step sets the generators back, so that random numbers come twice.
+/// Whether a step sets the generators back in order to draw the same random numbers twice.
 pub(super) fn rewinds_generators(config: &Config) -> bool {
     let drops = config.lora.dropout > 0.0;
     let is_routed = config.train.routing == RoutingChoice::Router;
@@ -129,7 +134,7 @@ fn totals_draw(config: &Config) -> bool {
     config.router.noise != RouterNoise::None || config.lora.dropout > 0.0 && reads_layers
 }
 
-/// The seeding loss of a micro-batch with its factor.
+/// The seeding loss of a micro-batch times its factor.
 fn seeding_part(
     model: &RoutedModel,
     config: &Config,
@@ -144,8 +149,8 @@ fn seeding_part(
     losses::seeding_loss(routing, model.temperature(), labelled, seeding) * coef
 }
 
-/// Sums of `token_losses`, `[n]`, each times its routing weight for an expert, the mean over the places
-/// that have it, `[e]`.
+/// Sums of `token_losses`, `[n]`, for each expert, `[e]`. Each loss is multiplied by the token's
+/// routing weight for the expert, which is the mean over the sites that have the expert.
 fn losses_by_expert(
     model: &RoutedModel,
     routing: &[Routing],
@@ -155,16 +160,16 @@ fn losses_by_expert(
     let _no_grad = tch::no_grad_guard();
     let options = (Kind::Double, token_losses.device());
     let mut sums = Tensor::zeros([model.num_experts()], options);
-    let mut places = sums.zeros_like();
+    let mut sites_e = sums.zeros_like();
     for (site, routing) in model.sites().into_iter().zip(routing) {
         let weights_ne = rows(&routing.weights, labelled);
         sums = &sums + weights_ne.to_kind(Kind::Double).tr().mv(token_losses);
-        places = match model.present_at(site) {
-            None => places + 1.0,
-            Some(experts) => places.index_add(0, experts, &Tensor::ones(experts.size(), options)),
+        sites_e = match model.present_at(site) {
+            None => sites_e + 1.0,
+            Some(experts) => sites_e.index_add(0, experts, &Tensor::ones(experts.size(), options)),
         };
     }
-    sums / places.clamp_min(1.0)
+    sums / sites_e.clamp_min(1.0)
 }
 
 fn mode(config: &Config) -> ForwardMode {
@@ -176,7 +181,7 @@ fn mode(config: &Config) -> ForwardMode {
     }
 }
 
-/// The loss of one micro-batch, and what the routers did.
+/// The loss of one micro-batch, and its routing at each site.
 fn forward(
     model: &RoutedModel,
     config: &Config,
@@ -194,7 +199,7 @@ fn forward(
 }
 
 /// The routers' totals over all micro-batches of a step, before any of them is differentiated. The
-/// generators are left as they were, so that the same noise and dropout masks come again.
+/// generators are set back afterwards, so that the same noise and dropout masks are drawn again.
 fn totals_ahead(
     model: &RoutedModel,
     config: &Config,

@@ -1,17 +1,21 @@
-//! Whole steps as CUDA graphs: what launches thousands of kernels one by one becomes one launch.
+//! Whole steps as CUDA graphs, which launch thousands of kernels at once instead of one by one.
 //!
 //! ```text
-//! steps 1, 2      as without a graph, but on the graph's stream (handles and workspaces are made)
-//! step 3          captured, which runs nothing, and replayed; later, the first step of another shape likewise
-//! steps 4, ..     the numbers are copied to where the captured step reads them; replayed
+//! steps 1, 2   run without a graph, but on its stream, so that handles and workspaces exist
+//! step 3       captured, which runs nothing, and then replayed
+//! steps 4, ..  copy their numbers to where the captured step reads them, and replay it
 //! ```
 //!
-//! So the updates are those of a run without graphs, in the same order. A step's shape is what the host
-//! decides; as sizes are rounded up, there are few. The graphs share one memory: what a step leaves there must
-//! be fetched before the next one.
+//! Later, the first step of another shape is captured and replayed at once. The updates are those
+//! of a run without graphs, in the same order.
 //!
-//! Random numbers: a replay draws new ones, as many as the step without a graph, from the device's generator,
-//! whose state is right whenever no step is in the queue; so it is what a checkpoint saves.
+//! A step's shape is everything that the host decides about it. Sizes are rounded up, so that few
+//! shapes occur. All graphs share one pool of memory, so the results of a step must be fetched
+//! before the next one.
+//!
+//! A replay draws new random numbers from the device's generator, as many as the step without a
+//! graph. The generator's state is correct whenever no step is in the queue, so a checkpoint can
+//! save it.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,41 +33,42 @@ use crate::ffi::cuda::Graph;
 use crate::model::RoutedModel;
 use crate::model::batch::InputLayout;
 
-/// Steps before the first capture.
+/// Number of steps of a shape before the first capture.
 const WARM_UP_STEPS: u32 = 2;
-/// Most shapes that are captured.
+/// Largest number of shapes that are captured.
 const MAX_GRAPHS: usize = 64;
 
 /// Whether steps are captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Capture {
-    /// No.
+    /// Never.
     Off,
-    /// Yes, where the step can be.
+    /// Whenever a step can be captured.
     Graph,
-    /// As `Graph`, through the same memory, but run anew each time: on any device, to compare with.
+    /// As with `Graph`, a step's numbers are copied into the same memory, but then the step is run
+    /// anew. This works on any device and serves as a reference for tests.
     Rerun,
 }
 
 impl Capture {
-    /// What suits a device.
+    /// The choice for a device.
     pub fn of(device: Device) -> Self {
         if device.is_cuda() { Self::Graph } else { Self::Off }
     }
 }
 
-/// The shape of a step: what the host decides and the kernels have built in.
+/// The shape of a step: everything that the host decides and that a captured graph fixes.
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
-    /// Of the micro-batches.
+    /// The layouts of the micro-batches.
     pub layouts: Vec<InputLayout>,
-    /// Experts that a token keeps.
+    /// How many experts a token keeps; `None` for all.
     pub top_k: Option<i64>,
-    /// The seeding of a new expert.
+    /// The seeding phase, if the step belongs to one.
     pub seeding: Option<SeedingPhase>,
 }
 
-/// Runs a step whose numbers are in the micro-batches' tensors and in that of the scalars.
+/// Runs a step whose numbers are in the tensors of the micro-batches and in the tensor of scalars.
 type Run<'a> = dyn Fn(&[Tensor], &Tensor) -> Result<StepOutput> + 'a;
 
 /// The graphs of a run.
@@ -72,21 +77,21 @@ pub(super) struct Graphs {
     capture: Capture,
     device: Device,
     shapes: HashMap<Key, Shape>,
-    /// The first has the memory of all, and the stream that steps warm up on.
+    /// The first graph owns the memory of all and the stream on which steps warm up.
     graphs: Vec<Graph>,
     num_recorded: usize,
-    /// How long the captures took.
+    /// Time that the captures took.
     pub capture_time: Duration,
-    /// Steps that ran as graphs.
+    /// Number of steps that ran as graphs.
     pub num_replays: u64,
-    /// Why steps could not be captured, as the log says last.
+    /// The last logged reason why steps are not captured.
     told: Option<&'static str>,
 }
 
-/// Steps of one shape.
+/// The steps of one shape.
 #[derive(Debug)]
 struct Shape {
-    /// What the captured step reads.
+    /// The tensors of the micro-batches that the captured step reads.
     flats: Vec<Tensor>,
     scalars: Tensor,
     num_steps: u32,
@@ -96,9 +101,9 @@ struct Shape {
 /// A captured step.
 #[derive(Debug)]
 enum Recorded {
-    /// Which of the graphs, and what it leaves in its memory.
+    /// The index of the graph, and the results that a replay leaves in its memory.
     Graph(usize, StepOutput),
-    /// It runs anew.
+    /// The step runs anew each time.
     Rerun,
 }
 
@@ -116,7 +121,8 @@ impl Graphs {
         }
     }
 
-    /// Whether steps by `model`'s present rule can be captured; if not, the log says why, once.
+    /// Whether steps can be captured under `model`'s present routing rule. If not, the reason is
+    /// logged once.
     pub fn can_capture(&mut self, model: &RoutedModel, config: &Config) -> bool {
         if self.capture == Capture::Off {
             return false;
@@ -135,7 +141,7 @@ impl Graphs {
         }
     }
 
-    /// Runs a step of shape `key`, whose numbers are `flats` and `scalars`.
+    /// Runs a step of shape `key` whose numbers are `flats` and `scalars`.
     pub fn run(
         &mut self,
         key: Key,
@@ -168,7 +174,7 @@ impl Graphs {
 
     fn run_shape(&mut self, shape: &mut Shape, run: &Run<'_>) -> Result<StepOutput> {
         shape.num_steps = shape.num_steps.saturating_add(1);
-        // once there is a graph, a step without one would need as much memory again as its own
+        // once there is a graph, a step that runs without one needs as much memory again
         if shape.num_steps <= WARM_UP_STEPS && self.num_recorded == 0 {
             return self.warm_up(shape, run);
         }
@@ -180,7 +186,7 @@ impl Graphs {
                         "the step cannot be captured; steps run without a CUDA graph: {error:#}"
                     );
                     self.capture = Capture::Off;
-                    // and with it the memory that the graphs have
+                    // this also frees the graphs' memory
                     self.graphs.clear();
                     ffi::empty_cache(self.device)?;
                     return run(&shape.flats, &shape.scalars);
@@ -225,7 +231,7 @@ impl Graphs {
             return Ok(Recorded::Rerun);
         }
         let started = Instant::now();
-        // what the steps before have left to the allocator, the graph's own memory cannot use
+        // the graph has its own memory and cannot use what earlier steps left in the allocator
         ffi::empty_cache(self.device)?;
         let has_recorded = self.num_recorded > 0;
         let index = if has_recorded { self.graphs.len() } else { 0 };
@@ -248,7 +254,7 @@ impl Shape {
         Self { flats, scalars: scalars.copy(), num_steps: 0, recorded: None }
     }
 
-    /// Puts a step's numbers where the captured one reads them.
+    /// Copies a step's numbers to where the captured step reads them.
     fn fill(&mut self, flats: &[Tensor], scalars: &Tensor) {
         for (to, from) in self.flats.iter_mut().zip(flats) {
             to.copy_(from);
@@ -257,7 +263,7 @@ impl Shape {
     }
 }
 
-/// Why a step cannot be captured.
+/// Why steps cannot be captured; `None` if they can.
 fn why_not(model: &RoutedModel, config: &Config) -> Option<&'static str> {
     if config.train.kernels == Kernels::Reference {
         return Some("`train.kernels` is `reference`");
@@ -274,7 +280,7 @@ fn why_not(model: &RoutedModel, config: &Config) -> Option<&'static str> {
     None
 }
 
-/// A panic of libtorch's as an error, so that the capture is ended whatever happens.
+/// Turns a panic of libtorch into an error, so that the capture is ended in any case.
 fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(f))
         .unwrap_or_else(|panic| Err(anyhow!("{}", ffi::panic_message(panic.as_ref()))))

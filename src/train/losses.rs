@@ -1,19 +1,21 @@
-//! The losses beside that of the language model, with their gradients for one micro-batch.
+//! The losses that are added to the language model's, as computed for one micro-batch.
 //!
-//! The load-balancing loss and the distance from even depend on the whole step's mean routing_probs; what
-//! has their gradient with respect to one micro-batch is a product with numbers that the step's totals
-//! give ([`crate::model::routing_totals`]). The z-loss, the entropy and the seeding loss are sums over
-//! tokens. Each counts once however a step is cut, and is averaged over the places where routing is
-//! decided.
+//! `load_balancing_loss` and `uniform_mse` depend on the mean routing_probs of the whole step. In
+//! their place, a micro-batch gets the sum of its routing_probs times the gradient of the loss with
+//! respect to them, which follows from the step's totals ([`crate::model::routing::totals`]). This
+//! product has the right gradient, but not the loss's value. The z-loss, the entropy and the
+//! seeding loss are sums over tokens. The gradients do not depend on how a step is split into
+//! micro-batches, and each loss is averaged over the sites.
 //!
-//! While a new expert is seeded, its router column learns which tokens are for it by a logistic loss in
-//! which both sides count the same, with `p` the probability of the new expert:
+//! While a new expert is seeded, its router column learns by a logistic loss which tokens belong to
+//! it. The new domain and the others have the same weight; with `p` the probability of the new
+//! expert, the loss is
 //!
 //! ```text
-//! -mean over the new domain's tokens of ln p - mean over the others of ln(1 - p)
+//! -mean over the new domain's tokens of ln p - mean over the other tokens of ln(1 - p)
 //! ```
 //!
-//! Letters of shapes: `n` labelled positions of the micro-batch, `m` the layer's experts.
+//! Letters of shapes: `n` labelled positions of the micro-batch, `m` experts of the site.
 
 use tch::{Kind, Tensor};
 
@@ -22,15 +24,15 @@ use crate::model::batch::Labelled;
 use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, entropies, rows};
 
-/// Whether a loss depends on the mean over all micro-batches of a step.
+/// Whether one of the losses depends on means over all micro-batches of a step.
 pub fn needs_totals(config: &RouterConfig) -> bool {
     config.load_balancing_coef > 0.0 || config.uniform_mse_coef > 0.0
 }
 
-/// What has the gradient of the routers' losses, with their factors, with respect to one micro-batch;
-/// none if every factor is 0.
+/// A scalar with the gradient of the routers' losses, times their factors, for one micro-batch;
+/// `None` without routers or if every factor is 0.
 ///
-/// - `totals`: of the whole step where [`needs_totals`]
+/// - `totals`: the totals of each site, over the whole step if [`needs_totals`]
 /// - `labelled`: the micro-batch's labelled positions
 /// - `per_token`: 1 / label tokens of the whole step, 0-dim, f64
 pub fn router_losses(
@@ -74,13 +76,13 @@ pub fn router_losses(
 pub struct Seeding<'a> {
     /// The new expert.
     pub expert: i64,
-    /// The new domain, as a group of tokens.
+    /// The group of tokens that is the new domain.
     pub group: i64,
-    /// Label tokens of the step in the new domain and in the others, 0-dim, f64.
+    /// Label tokens of the step in the new domain and in the others, each 0-dim, f64.
     pub tokens: [&'a Tensor; 2],
 }
 
-/// The seeding loss of one micro-batch.
+/// The seeding loss of one micro-batch, averaged over the sites.
 pub fn seeding_loss(
     routing: &[Routing],
     temperature: &Tensor,
@@ -90,11 +92,11 @@ pub fn seeding_loss(
     let terms = routing.iter().map(|routing| {
         let scores_nm = rows(&routing.logits, labelled.rows) / temperature;
         let kind = scores_nm.kind();
-        // a config with `[growth]` has every expert in every layer
+        // `[growth]` does not go with `lora.experts_per_layer`
         assert!(routing.present.is_none(), "a layer of a growing mixture has all experts");
         let at = seeding.expert;
-        // ln p is the log-sigmoid of x = s_new - logsumexp of the others, and ln(1 - p) that of -x: their
-        // gradients do not vanish where p is 1 but for rounding
+        // with x = s_new - logsumexp(others), ln p is the log-sigmoid of x and ln(1 - p) that of
+        // -x, which have a gradient even where p is rounded to 1
         let m = *scores_nm.size().last().expect("scores are [n, m]");
         let is_new_m = Tensor::arange(m, (Kind::Int64, scores_nm.device())).eq(at);
         let others_nm = scores_nm.masked_fill(&is_new_m, f64::NEG_INFINITY);

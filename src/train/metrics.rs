@@ -1,4 +1,4 @@
-//! What a run reports of itself: one JSON object a line in `metrics.jsonl`.
+//! The metrics of a run: one JSON object a line in `metrics.jsonl`.
 //!
 //! ```text
 //! {"kind":"train","step":1,"epoch":0.01,"tokens_seen":8192,"loss":3.21,...}
@@ -6,8 +6,8 @@
 //! {"kind":"validation","step":1,"tokens_seen":8192,"loss":3.18,...}
 //! ```
 //!
-//! JSON has no number that is not finite: such a value is written as `null` and read as NaN, while
-//! a value that does not apply (the routing's, in a run without a router) has no key at all.
+//! JSON has no NaN and no infinities: such a value is written as `null` and read as NaN. A value
+//! that does not apply, as those of the routing in a run without a router, has no key.
 
 use std::collections::BTreeMap;
 
@@ -15,63 +15,63 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::eval::RoutingReport;
 
-/// A line of `metrics.jsonl`; its `kind` tells which.
+/// A line of `metrics.jsonl`. The key `kind` names the variant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Metrics {
-    /// One optimizer update.
+    /// One step.
     Train(StepMetrics),
-    /// A window of updates: how they were routed, and the mix of domains so far.
+    /// A window of steps: how its tokens were routed, and the mix of domains so far.
     Window(WindowMetrics),
     /// One pass over the validation sets.
     Validation(ValidationMetrics),
 }
 
-/// One optimizer update, over all of its micro-batches and processes.
+/// One step, over all of its micro-batches.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepMetrics {
-    /// Which update, from 1.
+    /// The step's number, from 1.
     pub step: u64,
-    /// Passes over the training set so far, with the fraction of the present one.
+    /// Passes over the training set so far, with a fraction for the present one.
     #[serde(deserialize_with = "number")]
     pub epoch: f64,
-    /// Target tokens trained on so far, this step's among them.
+    /// Target tokens trained on so far, including this step's.
     pub tokens_seen: u64,
-    /// Mean over the step's label tokens, nats.
+    /// Mean loss over the step's label tokens, nats.
     #[serde(deserialize_with = "number")]
     pub loss: f64,
-    /// The same for each domain that has label tokens in the step, by its name.
+    /// The same for each domain that has label tokens in the step, by the domain's name.
     #[serde(deserialize_with = "numbers")]
     pub domain_losses: BTreeMap<String, f64>,
-    /// 1 when even, before its factor; absent without a router.
+    /// Load-balancing loss without its factor, 1 when even; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub load_balancing_loss: Option<f64>,
-    /// Mean squared distance of the mean routing_probs from even, before its factor; absent without a
-    /// router.
+    /// Mean squared distance of the mean routing_probs from 1 / E, without its factor; absent
+    /// without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub uniform_mse: Option<f64>,
-    /// Mean squared logsumexp of the scores, before its factor; absent without a router.
+    /// Mean squared logsumexp of the router's scores, without its factor; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub router_z_loss: Option<f64>,
     /// Mean entropy of the routing probabilities, nats; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub routing_entropy: Option<f64>,
-    /// Before its factor; absent unless it counts.
+    /// Orthogonality loss without its factor; absent unless `lora.orthogonality` is set.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub orthogonality: Option<f64>,
     /// Share of assignments per expert `[e]`, sums to 1; absent without a router.
     #[serde(default, deserialize_with = "some_list", skip_serializing_if = "Option::is_none")]
     pub expert_load: Option<Vec<f64>>,
-    /// Experts that are mature after the step; absent unless the rule is hybrid.
+    /// Number of experts that are mature after the step; absent unless `router.hybrid` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mature_experts: Option<u64>,
-    /// Of the step's softmax over the scores; absent without a router.
+    /// Temperature of the step's softmax over the scores; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
     /// L2 norm of all gradients together, before clipping.
     #[serde(deserialize_with = "number")]
     pub grad_norm: f64,
-    /// The step's learning rate for each parameter group, by its name.
+    /// The step's learning rate for each parameter group, by the group's name.
     #[serde(deserialize_with = "numbers")]
     pub learning_rates: BTreeMap<String, f64>,
     /// Target tokens of the step.
@@ -79,35 +79,38 @@ pub struct StepMetrics {
     /// Wall-clock time of the step.
     #[serde(deserialize_with = "number")]
     pub step_secs: f64,
-    /// Wall-clock time in which the device had nothing to do: from the end of the step before, or of an
-    /// evaluation or checkpoint after it, until this one was in its queue (without a graph: until its first kernel
-    /// was; gaps within the step do not count).
+    /// Wall-clock time for which the device had nothing to do before the step. It begins with the
+    /// end of the previous step, or of an evaluation or checkpoint after that, and ends when the
+    /// step is in the device's queue (without a graph: when its first kernel is). Gaps within the
+    /// step do not count.
     #[serde(default, deserialize_with = "number")]
     pub host_secs: f64,
-    /// Positions of the step, padding included, per second of it.
+    /// Positions of the step, padding included, per second of wall-clock time.
     #[serde(deserialize_with = "number")]
     pub tokens_per_sec: f64,
-    /// The most memory that was in use on the device; 0 if unknown.
+    /// The most memory that has been in use so far: of libtorch's allocator on CUDA, of the process
+    /// on the CPU.
     pub peak_memory_bytes: u64,
 }
 
-/// A window of `router.window_steps` updates.
+/// A window of at most `router.window_steps` steps. It also ends with the seeding phase and with
+/// the run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WindowMetrics {
-    /// Its last update.
+    /// The last step of the window.
     pub step: u64,
-    /// Its updates.
+    /// Number of steps in the window.
     pub window_steps: u64,
-    /// Each domain's share of all blocks so far, by its name.
+    /// Each domain's share of all blocks so far, by the domain's name.
     pub mix: BTreeMap<String, MixShare>,
-    /// Mean routing weight of each expert on each domain's tokens, by the domain's name: the router x
-    /// domain table; empty without a router.
+    /// Mean routing weight of each expert on each domain's tokens, by the domain's name; empty
+    /// without a router.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub domain_routing_weights: BTreeMap<String, Vec<f64>>,
-    /// How the window's label tokens were routed, at each site; absent without a router.
+    /// How the window's label tokens were routed, in all and at each site; absent without a router.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routing: Option<RoutingReport>,
-    /// What is wrong with it; empty if nothing is.
+    /// Messages about how the routing has collapsed; empty if it has not.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub collapse: Vec<String>,
 }
@@ -115,26 +118,26 @@ pub struct WindowMetrics {
 /// A domain's share of the blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct MixShare {
-    /// As `data.mixing` asks.
+    /// The share that `data.mixing` asks for.
     pub asked: f64,
-    /// As it came.
+    /// The share of the blocks so far.
     pub realised: f64,
 }
 
 /// One pass over the validation sets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ValidationMetrics {
-    /// Updates done before it; 0 before training.
+    /// Number of steps done before the pass.
     pub step: u64,
-    /// Target tokens trained on before it.
+    /// Target tokens trained on before the pass.
     pub tokens_seen: u64,
     /// Mean of the domains' losses, each of which counts the same, nats.
     #[serde(deserialize_with = "number")]
     pub loss: f64,
-    /// Mean over the label tokens of all domains, nats.
+    /// Mean loss over the label tokens of all domains, nats.
     #[serde(deserialize_with = "number")]
     pub token_loss: f64,
-    /// Mean over a domain's label tokens, nats, by the domain's name.
+    /// Mean loss over a domain's label tokens, nats, by the domain's name.
     #[serde(deserialize_with = "numbers")]
     pub domain_losses: BTreeMap<String, f64>,
     /// Mean entropy of the routing probabilities, nats; absent without a router.
@@ -143,7 +146,7 @@ pub struct ValidationMetrics {
     /// Share of assignments per expert `[e]`, sums to 1; absent without a router.
     #[serde(default, deserialize_with = "some_list", skip_serializing_if = "Option::is_none")]
     pub expert_load: Option<Vec<f64>>,
-    /// Of expert and domain, nats; absent without a router.
+    /// Mutual information of expert and domain, nats; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub mutual_information: Option<f64>,
     /// Wall-clock time of the pass.
@@ -151,7 +154,7 @@ pub struct ValidationMetrics {
     pub eval_secs: f64,
 }
 
-/// Reads a number, `null` as NaN.
+/// Reads a number, or `null` as NaN.
 fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
@@ -171,7 +174,7 @@ fn some_list<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<f6
 }
 
 impl Metrics {
-    /// The number of updates done.
+    /// The number of steps done.
     pub fn step(&self) -> u64 {
         match self {
             Self::Train(metrics) => metrics.step,

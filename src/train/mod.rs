@@ -1,11 +1,12 @@
-//! Training: [`Trainer`] holds a run's model, optimizer, data and counters; [`Trainer::run`] is the
-//! loop. One step is in [`step`] and [`gradients`], as a CUDA graph in [`graph`], what is reported in [`metrics`].
+//! Training. [`Trainer`] holds a run's model, optimizer, data and counters, and [`Trainer::run`] is
+//! the loop. [`step`] and [`gradients`] compute one step, [`graph`] replays steps as CUDA graphs,
+//! and [`metrics`] defines what is reported.
 //!
 //! ```text
 //! blocks -> step (forwards, gradients, clip, AdamW) -> metrics -> evaluation -> checkpoint
 //! ```
 //!
-//! While a step runs on the device, the host prepares the data of the next.
+//! While the device runs a step, the host prepares the data of the next one.
 
 mod advance;
 pub mod balance;
@@ -50,14 +51,14 @@ use optim::Optimizer;
 use plan::BlockStream;
 use step::Stepper;
 
-/// What the loop tells while it runs.
+/// What the loop reports while it runs.
 #[derive(Debug)]
 pub enum Event<'a> {
     /// A step is done.
     Step(&'a StepMetrics),
     /// A window of steps is done.
     Window(&'a WindowMetrics),
-    /// An evaluation has scored so many blocks of so many.
+    /// An evaluation is running; the numbers are the blocks scored so far and all of its blocks.
     Evaluating(u64, u64),
     /// An evaluation is done.
     Validation(&'a ValidationMetrics),
@@ -68,18 +69,18 @@ pub enum Event<'a> {
 /// Why the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// The duration is reached.
+    /// The run has lasted for its whole duration.
     Completed,
-    /// Validation losses no longer fall.
+    /// The validation loss has stopped falling (`train.early_stopping`).
     StoppedEarly,
-    /// Somebody asked; `train --resume` goes on.
+    /// The caller interrupted the run; `train --resume` continues it.
     Interrupted,
     /// The routing has collapsed, and `router.on_collapse` is `stop`.
     Collapsed,
 }
 
 impl Ending {
-    /// The name in results.
+    /// The name in results, such as `completed`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Completed => "completed",
@@ -90,21 +91,21 @@ impl Ending {
     }
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Debug)]
 pub struct Summary {
-    /// Why it ended.
+    /// Why the run ended.
     pub ending: Ending,
-    /// Counters at the end.
+    /// The counters at the end.
     pub state: TrainState,
     /// The last checkpoint.
     pub checkpoint: PathBuf,
-    /// BLAKE3 of the frozen base in the dtype it computed in and of the frozen experts, the same
-    /// before and after the run; none if the base itself was trained.
+    /// BLAKE3 of everything frozen: the base, in the dtype that it computed in, and the frozen
+    /// experts. It is the same before and after the run. `None` if the base itself was trained.
     pub frozen_hash: Option<String>,
 }
 
-/// A run.
+/// A training run.
 #[derive(Debug)]
 pub struct Trainer {
     config: Config,
@@ -113,35 +114,36 @@ pub struct Trainer {
     stepper: Stepper,
     data: Datasets,
     state: TrainState,
-    /// Behind the blocks of `ready`.
+    /// The training blocks after those of `ready`.
     stream: BlockStream,
-    /// The data of the next step, if it is prepared already.
+    /// The data of the next step, if it is already prepared.
     ready: Option<advance::PreparedStep>,
-    /// Since when the device has had nothing to do.
+    /// When the device became idle; `None` before the first step and after an evaluation or
+    /// checkpoint.
     idle_since: Option<Instant>,
     num_steps: u64,
-    /// BLAKE3 of the frozen base and experts as they lie on the device.
+    /// BLAKE3 of everything frozen before the run, as in [`Summary::frozen_hash`].
     frozen_hash: Option<String>,
     skills: Option<SkillLibrary>,
 }
 
-/// What a mixture has been through before a run.
+/// The history of a mixture before a run.
 #[derive(Debug, Default)]
 pub struct MixtureHistory {
-    /// Its stages.
+    /// The earlier stages.
     pub stages: Vec<Stage>,
-    /// Label tokens trained on.
+    /// Label tokens that the mixture was trained on.
     pub tokens_seen: u64,
-    /// Its experts' ways to maturity, if its rule is hybrid.
+    /// Each expert's progress towards maturity; empty unless `router.hybrid` is set.
     pub maturity: Vec<ExpertMaturity>,
-    /// The skills that it is known to have.
+    /// The skills that the mixture has, if they are known.
     pub skills: Option<SkillLibrary>,
 }
 
-/// Checks that a folder may become a new run's.
+/// Checks that a folder may be used for a new run.
 ///
 /// # Errors
-/// A folder with checkpoints.
+/// Fails if the folder holds checkpoints.
 pub fn check_new_run(run_dir: &Path) -> Result<()> {
     if !checkpoint::steps(run_dir)?.is_empty() {
         bail!(
@@ -154,7 +156,7 @@ pub fn check_new_run(run_dir: &Path) -> Result<()> {
 }
 
 impl Trainer {
-    /// A new run from a mixture. Its folder must not hold checkpoints.
+    /// Starts a new run from a mixture. The run's folder must not hold checkpoints.
     pub fn new(
         config: Config,
         base: &Base,
@@ -167,8 +169,8 @@ impl Trainer {
         Self::next_stage(config, base, mixture, data, device, MixtureHistory::default(), stage)
     }
 
-    /// A new run from a mixture with a history; `stage` is what begins. Its folder must not hold
-    /// checkpoints.
+    /// Starts a new run from a mixture that has a history. `stage` is the stage that begins with
+    /// this run. The run's folder must not hold checkpoints.
     pub fn next_stage(
         config: Config,
         base: &Base,
@@ -209,11 +211,12 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Goes on from the checkpoint in `dir`, to the bit on the CPU: parameters, moments, schedule,
-    /// generators, data position, best metric and early-stopping counter.
+    /// Continues from the checkpoint in `dir` with its parameters, moments, schedule, generators,
+    /// data position, best loss and early-stopping counter. On the CPU, a resumed run equals an
+    /// unbroken one to the bit.
     ///
     /// # Errors
-    /// A config, base or data other than the checkpoint's.
+    /// Fails if the config, the base or the training data does not match the checkpoint.
     pub fn resume(
         config: Config,
         base: &Base,
@@ -256,7 +259,7 @@ impl Trainer {
         let old = config.growth.as_ref().map(|growth| OldParts {
             num_experts: model.specs().len() - 1,
             experts_rate: growth.old_experts_rate,
-            // beside a single expert, all of the router is new
+            // a single expert has no router, so the router of two experts is all new
             columns_rate: if model.specs().len() > 2 { growth.old_columns_rate } else { 1.0 },
         });
         let trained = model.trained(config.train.routing, old);
@@ -285,26 +288,26 @@ impl Trainer {
         })
     }
 
-    /// Steps of the whole run.
+    /// Number of steps of the whole run.
     pub fn num_steps(&self) -> u64 {
         self.num_steps
     }
 
-    /// Counters.
+    /// The counters so far.
     pub fn state(&self) -> &TrainState {
         &self.state
     }
 
-    /// The model as it stands.
+    /// The model in its present state.
     pub fn model(&self) -> &RoutedModel {
         &self.model
     }
 
-    /// Trains to the end, or until `interrupt` is set; `observe` hears of every step.
+    /// Trains to the end, or until `interrupt` is set. `observe` receives every event.
     ///
     /// # Errors
-    /// A loss or gradient that is NaN or infinite, a frozen base that has changed, and what the disk
-    /// refuses; the last checkpoint is then whole and in place.
+    /// Fails if a loss or gradient is NaN or infinite, if a frozen tensor has changed, or if a file
+    /// cannot be written. The last checkpoint then stays whole and in place.
     pub fn run(
         &mut self,
         interrupt: &AtomicBool,
@@ -365,28 +368,29 @@ impl Trainer {
         Ok(Summary { ending, state: self.state.clone(), checkpoint, frozen_hash })
     }
 
-    /// Whether enough evaluations in a row have brought no improvement.
+    /// Whether enough evaluations in a row have brought no improvement. The seeding phase is never
+    /// cut short.
     fn stops_early(&self) -> bool {
         let stopping = self.config.train.early_stopping;
         let seeds = self.seeding_phase(self.state.step + 1).is_some();
         stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience) && !seeds
     }
 
-    /// Whether the step just done is followed by an evaluation.
+    /// Whether an evaluation follows the step just done.
     fn evaluates_now(&self) -> bool {
         let due =
             self.config.train.eval_every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
         self.data.validation.num_blocks() > 0 && (due || self.state.step == self.num_steps)
     }
 
-    /// Whether the step just done is followed by a checkpoint.
+    /// Whether a checkpoint follows the step just done.
     fn saves_now(&self) -> bool {
         let every = self.config.train.checkpoint_every_steps;
         let due = every.is_some_and(|n| self.state.step.is_multiple_of(n));
         due || self.evaluates_now() || self.state.step == self.num_steps
     }
 
-    /// Writes a checkpoint.
+    /// Writes a checkpoint and returns its folder.
     pub fn save(&self) -> Result<PathBuf> {
         let model = self.model.tensors();
         let experts = self.model.specs().to_vec();
@@ -400,11 +404,12 @@ impl Trainer {
     }
 }
 
-/// BLAKE3 of what is frozen, where `base_hash`, if it is known, is that of the base as it was read: in f32 on the CPU.
+/// BLAKE3 of everything frozen. `base_hash` is the hash of the base as it was read, in f32 on the
+/// CPU, if that is known.
 fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String> {
     let wte = &model.base().wte;
     match base_hash {
-        // it computes in the very numbers that were read
+        // the model computes with exactly the numbers that were read
         Some(hash) if (wte.device(), wte.kind()) == (Device::Cpu, Kind::Float) => {
             model.frozen_hash_beside(hash)
         }
@@ -412,8 +417,9 @@ fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String>
     }
 }
 
-/// Checks that `config` continues the run of `saved`. What decides only when to stop, what to write
-/// and where to compute may differ.
+/// Checks that `config` continues the run of `saved`. Settings may differ if they only decide when
+/// to stop, what to write, on which device and with which kernels to compute, or how a collapse of
+/// the routing is detected and handled.
 fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
     let comparable = |config: &Config| {
         let mut config = config.clone();

@@ -1,5 +1,5 @@
-//! AdamW (arXiv:1711.05101, algorithm 2) over parameter groups; its state is ours, so that a
-//! checkpoint can hold it.
+//! AdamW (arXiv:1711.05101, algorithm 2) over parameter groups. The moments are kept here, so that
+//! a checkpoint can hold them.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ pub struct Optimizer {
     betas: [f64; 2],
     eps: f64,
     max_grad_norm: Option<f64>,
-    /// Updates so far.
+    /// Number of updates so far.
     step: u64,
 }
 
@@ -36,7 +36,7 @@ struct Group {
 }
 
 impl Optimizer {
-    /// An optimizer of `parameters` with moments of zero.
+    /// An optimizer of `parameters` whose moments are zero.
     pub fn new(config: &OptimizerConfig, parameters: &[TrainedParameter]) -> Self {
         let kinds = [
             (ParameterGroup::Adapters, "adapters", config.adapters),
@@ -77,25 +77,26 @@ impl Optimizer {
         }
     }
 
-    /// Clips `grads`, one for each trained parameter in the model's order, and returns their norm
-    /// before clipping, 0-dim.
+    /// Clips `grads`, which holds one gradient for each trained parameter in the model's order.
+    /// Returns their norm before clipping, 0-dim.
     pub fn clip(&self, grads: &[Tensor]) -> Result<Tensor> {
         ffi::clip_grad_norm(grads, self.max_grad_norm)
     }
 
-    /// What [`Optimizer::update`] is told of the next update: which one it is, from 1, and each group's
-    /// learning rate, scaled by `factor`.
+    /// The numbers that [`Optimizer::update`] needs for the next update: its number, from 1, then
+    /// each group's learning rate times `factor`.
     pub fn scalars(&self, factor: f64) -> Vec<f64> {
         let rates = self.groups.iter().map(|group| group.learning_rate * factor);
         [(self.step + 1) as f64].into_iter().chain(rates).collect()
     }
 
-    /// One update; the host looks at none of its numbers.
+    /// Makes one update. The host reads no number from the device.
     ///
-    /// - `scalars`: of [`Optimizer::scalars`], f64, `[1 + groups]`, on the parameters' device
-    /// - `is_finite`: whether to update anything, 0-dim
+    /// - `scalars`: the numbers of [`Optimizer::scalars`], f64, `[1 + groups]`, on the parameters'
+    ///   device
+    /// - `is_finite`: false to leave the parameters and moments as they are, 0-dim
     pub fn update(&self, grads: &[Tensor], scalars: &Tensor, is_finite: &Tensor) -> Result<()> {
-        // libtorch reads the rate as f32 on CUDA and in full on the CPU
+        // libtorch reads the learning rate as f32 on CUDA and as f64 on the CPU
         let kind = if scalars.device().is_cuda() { Kind::Float } else { Kind::Double };
         let number = scalars.get(0).to_kind(Kind::Float);
         let found_inf = is_finite.logical_not().to_kind(Kind::Float);
@@ -114,22 +115,22 @@ impl Optimizer {
         Ok(())
     }
 
-    /// Takes note that the update was made.
+    /// Records that an update was made.
     pub fn count_update(&mut self) {
         self.step += 1;
     }
 
-    /// Updates so far.
+    /// Number of updates so far.
     pub fn num_updates(&self) -> u64 {
         self.step
     }
 
-    /// Each group's learning rate under `factor`.
+    /// Each group's learning rate times `factor`, by the group's name.
     pub fn learning_rates(&self, factor: f64) -> BTreeMap<String, f64> {
         self.groups.iter().map(|g| (g.name.clone(), g.learning_rate * factor)).collect()
     }
 
-    /// The moments as `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`.
+    /// The moments, named `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`.
     pub fn state(&self) -> BTreeMap<String, Tensor> {
         let mut state = BTreeMap::new();
         for group in &self.groups {
@@ -141,7 +142,10 @@ impl Optimizer {
         state
     }
 
-    /// Sets what [`Optimizer::state`] returned after `step` updates.
+    /// Restores what [`Optimizer::state`] returned after `step` updates.
+    ///
+    /// # Errors
+    /// Fails if a tensor is missing or has another shape.
     pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>, step: u64) -> Result<()> {
         for (name, target) in self.state() {
             match state.get(&name) {
@@ -159,7 +163,7 @@ impl Optimizer {
     }
 }
 
-/// Sums gradients over the forwards of a step.
+/// Sums gradients over the forward passes of a step.
 #[derive(Debug, Default)]
 pub struct GradientSum(Vec<Tensor>);
 
@@ -167,7 +171,8 @@ impl GradientSum {
     /// Differentiates `loss` with respect to the leaves of `trained` and adds the result.
     pub fn add(&mut self, loss: &Tensor, trained: &Trained) {
         let grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
-        // the fused optimizer wants the parameters' own layout; what the loss does not reach has none
+        // the fused optimizer needs the parameters' own layout; libtorch gives no gradient for a
+        // leaf that the loss does not depend on
         let grads = grads.into_iter().zip(&trained.leaves).map(|(grad, leaf)| {
             if grad.defined() { grad.contiguous() } else { leaf.zeros_like().detach() }
         });
@@ -180,13 +185,13 @@ impl GradientSum {
         }
     }
 
-    /// The sums, one for each parameter of `trained`.
+    /// The summed gradients, one for each parameter of `trained`.
     pub fn of_parameters(self, trained: &Trained) -> Vec<Tensor> {
         trained.split(&self.0)
     }
 }
 
-/// The generator states that a checkpoint holds: the CPU's, and the device's if it is another.
+/// The generator states for a checkpoint: the CPU's, and the device's if it is not the CPU.
 pub fn rng_states(device: Device) -> Result<BTreeMap<String, Tensor>> {
     let mut states = BTreeMap::from([("rng.cpu".to_owned(), ffi::rng_state(Device::Cpu)?)]);
     if device != Device::Cpu {
@@ -195,8 +200,8 @@ pub fn rng_states(device: Device) -> Result<BTreeMap<String, Tensor>> {
     Ok(states)
 }
 
-/// Sets what [`rng_states`] returned; a run that moved to another kind of device starts that
-/// device's generator afresh.
+/// Restores what [`rng_states`] returned. If a run has moved from the CPU to a GPU, there is no
+/// state for the GPU's generator, which then keeps its own.
 pub fn load_rng_states(states: &BTreeMap<String, Tensor>, device: Device) -> Result<()> {
     for (name, device) in [("rng.cpu", Device::Cpu), ("rng.cuda", device)] {
         if let Some(state) = states.get(name)

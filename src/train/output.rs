@@ -1,25 +1,25 @@
-//! What a step leaves on the device, for one transfer to the host.
+//! The results of a step, which stay on the device until one transfer takes them to the host.
 
 use tch::Tensor;
 
 use crate::eval::routing::SiteExperts;
 
-/// What a step leaves on the device.
+/// The results of a step on the device.
 #[derive(Debug)]
 pub(super) struct StepOutput {
-    /// The gradients' norm, the domains' sums, then what `parts` names, f64.
+    /// One f64 row: the gradient norm, the loss sum of each domain, then what `parts` lists.
     pub numbers: Tensor,
     pub parts: Parts,
 }
 
-/// What follows in a step's numbers.
+/// What follows the domains' loss sums in [`StepOutput::numbers`], in the order of the fields.
 #[derive(Debug, Clone)]
 pub(super) struct Parts {
-    /// Whether the orthogonality loss does.
+    /// Whether the orthogonality loss is included.
     pub has_orthogonality: bool,
-    /// How many experts have a loss.
+    /// Number of experts whose losses are included; 0 if they were not measured.
     pub expert_losses: usize,
-    /// Where routers decided.
+    /// The sites whose routing totals are included.
     pub sites: Vec<SiteExperts>,
 }
 

@@ -1,4 +1,4 @@
-//! What a run will do, known before any weight is read: its parameters, its steps, its memory.
+//! The plan of a run, known before any weight is read: its parameters, steps, memory and blocks.
 
 use std::collections::BTreeSet;
 
@@ -12,10 +12,10 @@ use crate::model::experts::spec::ExpertSpec;
 use crate::model::kind_of;
 use crate::model::routing::router::RouterSpec;
 
-/// Parameters of the model by part.
+/// Numbers of parameters of the model's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct ParameterCounts {
-    /// The base; a tied head counts once.
+    /// The base, in which a tied head counts once.
     pub base: i64,
     /// All experts' down-projections.
     pub lora_a: i64,
@@ -23,14 +23,14 @@ pub struct ParameterCounts {
     pub lora_b: i64,
     /// All experts' magnitudes (DoRA).
     pub magnitude: i64,
-    /// The router; 0 with one expert.
+    /// The routers; 0 with one expert.
     pub router: i64,
-    /// Those that are trained.
+    /// All parameters that are trained.
     pub trained: i64,
 }
 
 impl ParameterCounts {
-    /// The counts that a config and its experts lead to on a base.
+    /// The counts for a config and its experts on a base.
     pub fn new(config: &Config, specs: &[ExpertSpec], base: &DecoderSpec) -> Self {
         let mut counts = Self {
             base: base.num_parameters(),
@@ -56,7 +56,7 @@ impl ParameterCounts {
                 counts.trained += lora_a + lora_b + magnitude;
             }
         }
-        // of the last expert
+        // the router columns of the last expert
         let mut new_columns = 0;
         if specs.len() > 1 {
             let num_routers = match config.router.scope {
@@ -82,24 +82,25 @@ impl ParameterCounts {
         counts
     }
 
-    /// Trained parameters as a share of all.
+    /// The trained parameters as a share of all parameters.
     pub fn trainable_share(&self) -> f64 {
         let adapters = self.lora_a + self.lora_b + self.magnitude;
         self.trained as f64 / (self.base + adapters + self.router) as f64
     }
 }
 
-/// An estimate of a step's memory, bytes. It counts tensors, not libtorch itself (some hundred MB) nor
-/// the allocator's slack.
+/// An estimate of a step's memory in bytes. It counts tensors, but neither libtorch itself (some
+/// hundred MB) nor the allocator's slack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
     /// The base's parameters.
     pub base: i64,
-    /// Trained parameters beside the base, gradients and two moments, f32.
+    /// Trained parameters other than the base's, and the gradients and two moments of all trained
+    /// parameters, f32.
     pub training: i64,
-    /// What the forward pass keeps for the backward pass.
+    /// The activations that the forward pass keeps for the backward pass.
     pub activations: i64,
-    /// Logits of one chunk and their gradient.
+    /// The logits of one chunk and their gradient.
     pub logits: i64,
 }
 
@@ -115,9 +116,9 @@ impl MemoryEstimate {
         let full = config.method == Method::Full;
         let tokens = (config.train.micro_batch_size * config.data.seq_len) as i64;
         let (d, inner, layers) = (base.n_embd, base.n_inner, base.n_layer);
-        // two residual sums, two LayerNorms, q k v, attention's output, before and after the GELU
         let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
-        // the rank space before and after its weights, in the mean block
+        // 8 d: two residual sums, two LayerNorms, q, k and v, attention's output; 2 inner: before
+        // and after the GELU; the average block's ranks twice: before and after the routing weights
         let block = 8 * d + 2 * inner + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
@@ -132,24 +133,24 @@ impl MemoryEstimate {
         }
     }
 
-    /// All of it.
+    /// The sum of all parts.
     pub fn total(&self) -> i64 {
         self.base + self.training + self.activations + self.logits
     }
 }
 
-/// The endless sequence of blocks, epoch after epoch, read from a position on.
+/// The sequence of a run's training blocks, epoch after epoch, read from a position on.
 #[derive(Debug)]
 pub struct BlockStream {
     seed: u64,
     position: Position,
     order: Vec<BlockId>,
-    /// Ends before this epoch, if given.
+    /// The epoch before which the sequence ends; `None` if it is endless.
     end_epoch: Option<u64>,
 }
 
 impl BlockStream {
-    /// The stream from `position` on, to the end of the run's epochs if it has a number of them.
+    /// The stream from `position` on. It ends with the last epoch if the duration is in epochs.
     pub fn new(dataset: &TokenDataset, config: &Config, position: Position) -> Self {
         let end_epoch = match config.train.duration {
             Duration::Epochs(epochs) => Some(epochs),
@@ -160,17 +161,17 @@ impl BlockStream {
         Self { seed, position, order, end_epoch }
     }
 
-    /// Where the stream stands.
+    /// The position of the next block.
     pub fn position(&self) -> Position {
         self.position
     }
 
-    /// The epochs done, as a number with a fraction.
+    /// The number of epochs done, with a fraction for the present one.
     pub fn epoch(&self) -> f64 {
         self.position.epoch as f64 + self.position.offset as f64 / self.order.len().max(1) as f64
     }
 
-    /// The next `n` blocks of `dataset`; fewer at the end.
+    /// Takes the next `n` blocks of `dataset`, or fewer at the end of the stream.
     pub fn take(&mut self, dataset: &TokenDataset, n: usize) -> Vec<BlockId> {
         let mut blocks = Vec::with_capacity(n);
         while blocks.len() < n && Some(self.position.epoch) != self.end_epoch {
@@ -187,7 +188,7 @@ impl BlockStream {
     }
 }
 
-/// The number of steps of a run, for every kind of duration.
+/// The number of steps of a run.
 pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
     let per_step = config.train.micro_batch_size * config.train.grad_accum_steps;
     match config.train.duration {

@@ -1,5 +1,6 @@
-//! What a step is made from: its micro-batches and the few numbers that change from step to step, first on the
-//! host, then on the device. Nothing else of a step does, so that steps of one shape are the same kernels.
+//! The input of a step, first on the host and then on the device: its micro-batches, and the few
+//! numbers that change from step to step. Nothing else changes, so steps of the same shape run the
+//! same kernels.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,12 +10,12 @@ use crate::ffi;
 use crate::model::batch::{Extent, HostInputs, InputLayout};
 use crate::model::{Inputs, RoutedModel, RoutingSource, Rows};
 
-/// Which phase of its growth a mixture is in.
+/// The phase of growth in which a new expert is seeded: all tokens of its domain go to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct SeedingPhase {
-    /// The new expert, which gets all of the new domain's tokens.
+    /// The new expert.
     pub expert: i64,
-    /// The new domain, as an index in the dataset.
+    /// The new domain's index in the dataset.
     pub domain: u32,
 }
 
@@ -22,11 +23,11 @@ pub struct SeedingPhase {
 #[derive(Debug)]
 pub struct Prepared {
     micro_batches: Vec<HostInputs>,
-    /// Label tokens of each domain.
+    /// Number of label tokens of each domain.
     pub label_counts: Vec<u64>,
-    /// The seeding of a new expert, if the step is part of it.
+    /// The seeding phase, if the step belongs to one.
     pub seeding: Option<SeedingPhase>,
-    /// Whether the sizes are rounded up, so that there are few of them.
+    /// Whether the sizes of the micro-batches are rounded up, so that few different sizes occur.
     pub is_rounded: bool,
     device: Device,
 }
@@ -34,7 +35,7 @@ pub struct Prepared {
 impl Prepared {
     /// Lays out a step's micro-batches for `model`'s device.
     ///
-    /// - `is_rounded`: whether to round their sizes up, all of them to the same
+    /// - `is_rounded`: whether to round the sizes of all micro-batches up to the same extent
     pub fn new(
         model: &RoutedModel,
         config: &Config,
@@ -72,9 +73,9 @@ impl Prepared {
         self.micro_batches.iter().map(|batch| batch.to_device(self.device)).collect()
     }
 
-    /// The numbers beside them, on the device; the host does not wait for them to arrive.
+    /// The step's other numbers on the device, f64. The host does not wait for the transfer.
     ///
-    /// - `update`: of the optimizer's update
+    /// - `update`: the numbers for the optimizer's update
     pub fn scalars(&self, update: &[f64]) -> Tensor {
         let all: u64 = self.label_counts.iter().sum();
         let new = self.seeding.map_or(0, |phase| self.label_counts[phase.domain as usize]);
@@ -84,7 +85,7 @@ impl Prepared {
         numbers.to_device_(self.device, Kind::Double, true, false)
     }
 
-    /// The step whose numbers are in `flats` and `scalars`.
+    /// The step whose numbers are `flats` and `scalars`, as views of them.
     pub fn tensors(&self, flats: &[Tensor], scalars: &Tensor) -> StepTensors {
         let layouts = self.micro_batches.iter().map(|batch| &batch.layout);
         StepTensors {
@@ -98,20 +99,20 @@ impl Prepared {
     }
 }
 
-/// A step's numbers on the device, and the shape of it.
+/// A step's numbers on the device, and its shape.
 #[derive(Debug)]
 pub struct StepTensors {
-    /// The micro-batches; the groups of their tokens are the domains.
+    /// The micro-batches, whose groups of tokens are the domains.
     pub micro_batches: Vec<Inputs>,
     /// 1 / label tokens of the step, 0-dim, f64.
     pub per_token: Tensor,
-    /// Label tokens of the domain that is seeded and of the others, 0-dim, f64.
+    /// Label tokens of the new domain and of the others, each 0-dim, f64.
     pub seeded_tokens: [Tensor; 2],
-    /// What the optimizer is told of the update, f64.
+    /// The numbers of [`super::optim::Optimizer::scalars`], f64.
     pub update: Tensor,
-    /// The seeding of a new expert, if the step is part of it.
+    /// The seeding phase, if the step belongs to one.
     pub seeding: Option<SeedingPhase>,
-    /// Domains.
+    /// Number of domains.
     pub num_domains: usize,
 }
 
@@ -123,13 +124,13 @@ pub fn source(config: &Config, seeding: Option<SeedingPhase>) -> RoutingSource {
     }
 }
 
-/// The new expert at each position of the new domain, elsewhere -1, `[b t]`.
+/// The new expert at each position of the new domain and -1 elsewhere, `[b t]`.
 fn named_experts(batch: &Batch, phase: SeedingPhase) -> Vec<i64> {
     let of_row = |&domain| if domain == phase.domain { phase.expert } else { -1 };
     batch.domains.iter().map(of_row).flat_map(|e| std::iter::repeat_n(e, batch.seq_len)).collect()
 }
 
-/// Label tokens of each domain.
+/// Number of label tokens of each domain.
 fn domain_tokens(batches: &[Batch], num_domains: usize) -> Vec<u64> {
     let mut counts = vec![0; num_domains];
     for batch in batches {

@@ -1,6 +1,6 @@
-//! A run's metrics as TensorBoard shows them: scalars by tag.
+//! A run's metrics as scalars for TensorBoard, each under a tag.
 //!
-//! TensorBoard gets NaN and infinities as they are, and all else in f32.
+//! Values are converted to f32; NaN and infinities stay as they are.
 //!
 //! | TensorBoard tag | value |
 //! |---|---|
@@ -10,12 +10,15 @@
 //! | `train/tokens_per_sec` | `tokens_per_sec` |
 //! | `train/peak_memory_gib` | `peak_memory_bytes / 2^30` |
 //! | `train/orthogonality` | `orthogonality` |
-//! | `router/load_balancing_loss`, `/uniform_mse`, `/z_loss` | the losses of the same name |
+//! | `router/load_balancing_loss`, `/uniform_mse` | the losses of the same name |
+//! | `router/z_loss` | `router_z_loss` |
 //! | `router/temperature`, `router/mature_experts` | `temperature`, `mature_experts` |
-//! | `router/entropy`, `router/load/expert_<e>` | `routing_entropy`, `expert_load` of a step |
+//! | `router/entropy`, `router/load/expert_<e>` | a step's `routing_entropy` and `expert_load` |
 //! | `router/window/dead_share`, `/mutual_information` | the same of a window's `routing` |
-//! | `router/window/<site>/<figure>` | `largest_share`, `entropy`, `dead_share`, `mutual_information` |
-//! | `data/mix/<domain>` | the realised share of the blocks so far |
+//! | `router/window/<site>/largest_share` | largest mean routing weight of an expert at the site |
+//! | `router/window/<site>/entropy` | `routing_entropy` of the site |
+//! | `router/window/<site>/dead_share`, `/mutual_information` | the same of the site |
+//! | `data/mix/<domain>` | the domain's realised share of the blocks so far |
 //! | `validation/loss`, `validation/loss/<domain>` | `loss`, `domain_losses` |
 //! | `validation/token_loss` | `token_loss` |
 //! | `validation/router/entropy` | `routing_entropy` on the validation sets |
@@ -29,7 +32,7 @@ use super::metrics::{Metrics, StepMetrics, ValidationMetrics, WindowMetrics};
 const BYTES_PER_GIB: f64 = (1_u64 << 30) as f64;
 
 impl Metrics {
-    /// What TensorBoard shows: tags and values, as listed at the top of this file.
+    /// The tags and values that are listed at the top of this file.
     pub(super) fn scalars(&self) -> Vec<(String, f32)> {
         match self {
             Self::Train(metrics) => metrics.scalars(),

@@ -3,14 +3,14 @@
 //! With `w` warm-up steps and `n` steps in all, step `s` (from 1) has
 //!
 //! ```text
-//! s / (w + 1)                                          while s <= w
+//! s / (w + 1)                                          while s <= w; after that
 //! 1                                                    constant
 //! m + (1 - m) (1 - p)                                  linear
 //! m + (1 - m) (1 + cos(pi p)) / 2                      cosine
 //! ```
 //!
-//! where `p = (s - 1 - w) / (n - w)` and `m` is `min_ratio` (transformers' schedules, without their
-//! first step at 0).
+//! where `p = (s - 1 - w) / (n - w)` and `m` is `min_ratio`. These are transformers' schedules
+//! without their first step, whose factor is 0.
 
 use std::f64::consts::PI;
 

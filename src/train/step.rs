@@ -1,9 +1,9 @@
-//! One optimizer update: forwards, gradients, clipping, AdamW, and what is measured on the way.
+//! One step: forward passes, gradients, clipping, AdamW, and what is measured with them.
 //!
-//! [`Stepper::launch`] puts a step in the device's queue and [`Stepper::wait`] fetches what came of it, all
-//! numbers in one transfer: in between, the host is free for the next step's data. The step itself
-//! never waits for the host. Where a loss or gradient is not finite, the update is skipped on the device,
-//! and `wait` tells.
+//! [`Stepper::launch`] puts a step in the device's queue, and [`Stepper::wait`] fetches its results
+//! in one transfer. In between, the host is free to prepare the next step's data. The step itself
+//! never waits for the host: if a loss or gradient is not finite, the update is skipped on the
+//! device, and `wait` returns an error.
 
 use std::time::{Duration, Instant};
 
@@ -24,18 +24,19 @@ use crate::eval::routing::{self, SiteExperts, SiteTotals};
 use crate::model::routing::totals::RoutingTotals;
 use crate::model::{RoutedModel, Trained};
 
-/// What one step measured.
+/// The measurements of one step.
 #[derive(Debug)]
 pub struct StepResult {
-    /// Mean over the step's label tokens, nats, without label smoothing.
+    /// Mean loss over the step's label tokens, nats, without label smoothing.
     pub loss: f64,
-    /// The same by domain, in the dataset's order; none for those that the step has not seen.
+    /// The same for each domain, in the dataset's order; `None` for a domain without label tokens
+    /// in the step.
     pub domain_losses: Vec<Option<f64>>,
-    /// Label tokens.
+    /// Label tokens of the step.
     pub label_tokens: u64,
-    /// Of all gradients together, before clipping.
+    /// L2 norm of all gradients together, before clipping.
     pub grad_norm: f64,
-    /// The totals of each site where a router decides.
+    /// The routing totals of each site.
     pub routing: Vec<SiteTotals>,
     /// As [`StepGradients::expert_losses`].
     pub expert_losses: Option<Vec<f64>>,
@@ -43,7 +44,7 @@ pub struct StepResult {
     pub orthogonality: Option<f64>,
 }
 
-/// What makes steps of one model: its optimizer, and the graphs of the steps so far.
+/// Runs the steps of one model. It holds the optimizer and the graphs captured so far.
 #[derive(Debug)]
 pub struct Stepper {
     /// The optimizer of the trained parameters.
@@ -56,23 +57,23 @@ pub struct Stepper {
 pub struct StepInFlight {
     output: StepOutput,
     label_counts: Vec<u64>,
-    /// From when on the device has had work: for a graph once all of it was in the queue, else before the first
-    /// kernel was.
+    /// The time from which the device has had work. With a graph, it is taken once the whole step
+    /// is in the queue; without one, before the first kernel is.
     pub busy_from: Instant,
 }
 
 impl Stepper {
-    /// A maker of steps on `device`.
+    /// A stepper on `device`.
     pub fn new(optimizer: Optimizer, capture: Capture, device: Device) -> Self {
         Self { optimizer, graphs: Graphs::new(capture, device) }
     }
 
-    /// How long it took to capture steps as CUDA graphs, of all steps so far.
+    /// Time that captures of CUDA graphs have taken so far.
     pub fn capture_time(&self) -> Duration {
         self.graphs.capture_time
     }
 
-    /// Lays out a step's data. It may be done while the step before is in the queue.
+    /// Lays out a step's data. This may be done while the previous step is in the queue.
     pub fn prepare(
         &mut self,
         model: &RoutedModel,
@@ -85,9 +86,9 @@ impl Stepper {
         Prepared::new(model, config, batches, seeding, num_domains, is_rounded)
     }
 
-    /// Puts the update by `step` in the device's queue.
+    /// Puts a step in the device's queue.
     ///
-    /// - `lr_factor`: of all learning rates
+    /// - `lr_factor`: the factor of all learning rates
     pub fn launch(
         &mut self,
         model: &RoutedModel,
@@ -103,7 +104,8 @@ impl Stepper {
         let run = |flats: &[Tensor], scalars: &Tensor| {
             on_device(model, trained, optimizer, config, &step.tensors(flats, scalars))
         };
-        // by a hybrid rule that has just become sparse, the step cannot be captured though its data is rounded
+        // if a hybrid rule has become sparse since the data was rounded, the step cannot be
+        // captured
         let output = if step.is_rounded && self.graphs.can_capture(model, config) {
             let top_k = model.router_spec().top_k;
             let key = Key { layouts: step.layouts(), top_k, seeding: step.seeding };
@@ -117,11 +119,11 @@ impl Stepper {
         Ok(StepInFlight { output, label_counts: step.label_counts.clone(), busy_from })
     }
 
-    /// Waits for a step and fetches its numbers.
+    /// Waits for a step and fetches its results.
     ///
     /// # Errors
-    /// A loss or gradient that is NaN or infinite; the parameters, the optimizer and the selection biases
-    /// are then as before the step.
+    /// Fails if a loss or gradient is NaN or infinite. The parameters, the optimizer and the
+    /// selection biases are then as before the step.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
         let StepInFlight { output: StepOutput { numbers, parts }, label_counts, .. } = pending;
         let mut numbers = Vec::<f64>::try_from(numbers)?.into_iter();
@@ -147,7 +149,7 @@ impl Stepper {
     }
 }
 
-/// All of a step. The host looks at none of its numbers and waits for nothing.
+/// The whole step on the device. The host reads none of its numbers and waits for nothing.
 fn on_device(
     model: &RoutedModel,
     trained: &Trained,

@@ -8,13 +8,16 @@
 //! ```
 //!
 //! Each record is an `Event` (`tensorflow/core/util/event.proto`, and `summary.proto` of
-//! `tensorflow/core/framework`); the structs below hold the part of these messages that scalars
-//! need, by the same names and field numbers. The first event of a file names the format's
-//! version, the second is a session's start: TensorBoard drops what earlier files hold of its step
-//! and later ones, which is what a broken run wrote after the checkpoint that a run resumes from
-//! (`_CheckForRestartAndMaybePurge` in TensorBoard's `event_accumulator.py`). TensorBoard's faster
-//! data server (`--load_fast`) does not heed the start; it drops a tag's later steps when the tag
-//! comes back with an earlier or equal one, so it shows the same once each tag has been written.
+//! `tensorflow/core/framework`). The structs below have the names and field numbers of these
+//! messages, but only the fields that scalars need.
+//!
+//! The first event of a file names the format's version. The second starts a session at a step:
+//! TensorBoard then drops the events of earlier files at this step and later
+//! (`_CheckForRestartAndMaybePurge` in TensorBoard's `event_accumulator.py`). Those are the events
+//! that a broken run wrote after the checkpoint from which it is resumed. TensorBoard's faster data
+//! server (`--load_fast`) ignores the start of a session. It drops a tag's later steps when the tag
+//! comes back with an earlier or equal step, so it shows the same scalars once each tag has been
+//! written again.
 
 use std::io::Write;
 use std::path::Path;
@@ -23,25 +26,26 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result};
 use prost::Message;
 
-/// What the names of event files begin with, before the seconds since 1970.
+/// The start of an event file's name; the seconds since 1970 follow.
 const FILE_PREFIX: &str = "events.out.tfevents.";
-/// The version from which on a session's start drops later steps of earlier files.
+/// The first version whose session starts drop later steps of earlier files.
 const FILE_VERSION: &str = "brain.Event:2";
 /// `SessionLog.SessionStatus.START`.
 const SESSION_START: i32 = 1;
 
-/// The event file of one process. There is no buffer: an event is in the file once written.
+/// The event file of one process. Events are not buffered.
 #[derive(Debug)]
 pub struct EventWriter {
     file: fs_err::File,
 }
 
 impl EventWriter {
-    /// Starts a new file in `dir`, which is made if need be, and a session at `first_step`.
+    /// Starts a new file in `dir`, which is created if necessary, and a session at `first_step`.
     ///
-    /// The name is `events.out.tfevents.<seconds since 1970>.dylora.<process id>.0`, where
-    /// TensorFlow has the host's name and a count of writers. TensorBoard reads files by the order
-    /// of their names, so the seconds are always more than those of the files that are there.
+    /// The name is `events.out.tfevents.<seconds since 1970>.dylora.<process id>.0`. TensorFlow has
+    /// the host's name in place of `dylora` and a count of writers in place of `0`. TensorBoard
+    /// reads files in the order of their names, so the seconds are always greater than those of the
+    /// files that are already there.
     pub fn create(dir: &Path, first_step: u64) -> Result<Self> {
         fs_err::create_dir_all(dir).context("cannot create the folder of TensorBoard events")?;
         let after_last = last_file_secs(dir)?.map_or(0, |secs| secs + 1);
@@ -55,7 +59,7 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Writes the scalars of a step, each a tag and its value, as one event.
+    /// Writes the scalars of a step as one event. Each scalar is a tag and a value.
     pub fn write_scalars(&mut self, step: u64, scalars: Vec<(String, f32)>) -> Result<()> {
         let value = |(tag, value)| Value { tag, simple_value: Some(value) };
         let summary = Summary { value: scalars.into_iter().map(value).collect() };
@@ -71,7 +75,7 @@ impl EventWriter {
     }
 }
 
-/// The time since 1970-01-01 UTC; none if the clock is set before it.
+/// The time since 1970-01-01 UTC; zero if the clock is set to an earlier time.
 fn since_1970() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
@@ -95,7 +99,7 @@ fn record(data: &[u8]) -> Vec<u8> {
         .concat()
 }
 
-/// CRC-32C, masked so that the checksum of data that holds checksums stays a good one
+/// CRC-32C, masked because the CRC of data that holds CRCs is a weak checksum
 /// (`tensorflow/core/lib/hash/crc32c.h`).
 fn masked_crc(data: &[u8]) -> u32 {
     crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
@@ -132,7 +136,8 @@ struct Summary {
 struct Value {
     #[prost(string, tag = "1")]
     tag: String,
-    /// Part of a `oneof` in the original, so that a zero is written out; hence the `optional`.
+    /// Optional because the field is part of a `oneof` in the original, so that a zero is written
+    /// too.
     #[prost(float, optional, tag = "2")]
     simple_value: Option<f32>,
 }
@@ -179,7 +184,7 @@ mod tests {
     }
 
     /// Reference: TensorBoard 2.21.0's `RecordWriter` and `event_pb2`. The scalar is a zero, which
-    /// must not be left out.
+    /// must be written too.
     #[test]
     fn records_equal_those_of_tensorboard_to_the_byte() {
         let value = Value { tag: "train/loss".into(), simple_value: Some(0.0) };

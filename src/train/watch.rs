@@ -1,4 +1,4 @@
-//! What a run finds out about itself: windows of routing, and evaluations.
+//! How a run is observed: windows of steps, whose routing is checked, and evaluations.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -15,8 +15,8 @@ use crate::eval::{EvalReport, EvalSettings, RoutingReport, evaluate};
 use crate::model::RoutingSource;
 
 impl Trainer {
-    /// Tells of the window that the step just done ends, if it ends one, and says whether the run must
-    /// stop because of it.
+    /// Reports the window that the step just done ends, if it ends one. Returns whether the run
+    /// must stop because its routing has collapsed.
     pub(super) fn close_window(
         &mut self,
         writer: &mut MetricsWriter,
@@ -34,7 +34,7 @@ impl Trainer {
         let report = RoutingReport::new(&totals, None, config.dead_share);
         let routed = self.config.train.routing == RoutingChoice::Router;
         let collapse = match &report {
-            // while a new expert is seeded, the router does not decide
+            // while a new expert is seeded, the router decides for only some of the tokens
             Some(report) if routed && self.seeding_phase(step).is_none() => report.collapse(config),
             _ => vec![],
         };
@@ -64,7 +64,7 @@ impl Trainer {
         Ok(is_collapsed && self.config.router.on_collapse == OnCollapse::Stop)
     }
 
-    /// The share of the blocks so far that each domain had, and should have had.
+    /// Each domain's share of the blocks so far, and the share that `data.mixing` asks for.
     fn mix(&self) -> BTreeMap<String, MixShare> {
         let total: u64 = self.state.domain_blocks.iter().sum();
         let domains = self.data.train.domains.iter().zip(&self.state.domain_blocks);
@@ -76,7 +76,8 @@ impl Trainer {
         domains.zip(asked).map(share).collect()
     }
 
-    /// Evaluates and keeps the best and the early-stopping counter.
+    /// Evaluates on the validation sets, and updates the best loss, the early-stopping counter and
+    /// the stage's losses.
     pub(super) fn validate(
         &mut self,
         writer: &mut MetricsWriter,
@@ -98,7 +99,8 @@ impl Trainer {
         }
         observe(Event::Validation(&metrics));
         writer.write(&Metrics::Validation(metrics))?;
-        // as transformers' EarlyStoppingCallback: a smaller fall is a new best, but no improvement
+        // like transformers' EarlyStoppingCallback: a fall of at most `min_delta` is a new best,
+        // but no improvement
         let min_delta = self.config.train.early_stopping.map_or(0.0, |s| s.min_delta);
         let falls_by = |delta| self.state.best.is_none_or(|best| report.loss < best.loss - delta);
         let (is_best, improves) = (falls_by(0.0), falls_by(min_delta));
@@ -110,7 +112,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// Evaluates the model as it stands.
+    /// Evaluates the model in its present state.
     pub fn evaluate(
         &self,
         dataset: &TokenDataset,

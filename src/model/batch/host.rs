@@ -1,8 +1,9 @@
 //! A batch on the host: rows of token ids, and one tensor that holds all of their numbers.
 //!
-//! What the host decides of a batch is its [`InputLayout`] alone: two batches of one layout run the same kernels,
-//! and the numbers of the one can take the place of the other's in memory. Some sizes differ from batch to batch
-//! ([`Extent`]); rounded up, they take a few values only. What fills them up counts in nothing.
+//! The host's decisions depend on nothing but a batch's [`InputLayout`]: batches of one layout run
+//! the same kernels, and the numbers of one can replace those of another in memory. Some sizes
+//! differ from batch to batch ([`Extent`]). Rounded up, they take only a few values. The fillers
+//! that rounding adds do not count in any result.
 //!
 //! Letters of shapes: `b` batch, `t` position, `n` labelled positions.
 
@@ -11,36 +12,37 @@ use tch::{Device, Kind, Tensor};
 use crate::data::{Batch, IGNORED_LABEL};
 use crate::ffi;
 
-/// Of how many parts the largest number of labelled positions is made when it is rounded.
+/// Labelled positions are rounded up in units of the batch's positions divided by this.
 const LABEL_PARTS: usize = 8;
-/// The smallest such part.
+/// The smallest such unit.
 const MIN_LABEL_PART: usize = 64;
-/// The smallest number of documents when it is rounded.
+/// The smallest rounded number of documents.
 const MIN_DOCUMENTS: usize = 16;
 
-/// Host rows of token ids, as the data room makes them; all slices are `[b t]`, row-major.
+/// Rows of token ids on the host, as [`crate::data`] makes them. All slices are `[b t]`, row-major.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a> {
-    /// `b`.
+    /// Number of rows `b`.
     pub num_rows: usize,
-    /// `t`.
+    /// Number of positions `t` in a row.
     pub seq_len: usize,
     /// Token ids; any valid id in padding.
     pub input_ids: &'a [i64],
-    /// Targets, already shifted: what follows each position; -100 = no loss.
+    /// Targets, already shifted: the token that follows each position; -100 means no loss.
     pub labels: &'a [i64],
     /// Positions within each document.
     pub position_ids: &'a [i64],
-    /// Which document of its row a position belongs to; -1 in padding, which may be anywhere.
+    /// Index of each position's document in its row; -1 in padding, which may be anywhere.
     pub document_ids: &'a [i64],
-    /// The expert that a position's record names, -1 for the base; none where no record decides.
+    /// The expert that each position's record names, -1 for the base; `None` if no record decides.
     pub expert_ids: Option<&'a [i64]>,
-    /// Which positions read their document's prompt, all of them in one without; none = all of all.
+    /// Which positions read their document's prompt. A document without a prompt counts as all
+    /// prompt; `None` means every position.
     pub prompt: Option<&'a [bool]>,
 }
 
 impl<'a> Rows<'a> {
-    /// The rows of a batch of the data.
+    /// The rows of a batch of data.
     ///
     /// - `by_record`: whether the experts that records name decide the routing
     pub fn of_batch(batch: &'a Batch, by_record: bool) -> Self {
@@ -56,7 +58,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// The runs of positions of one document, or of padding, in the flattened `[b t]`: where each ends.
+    /// Where each run of positions of one document, or of padding, ends in the flattened `[b t]`.
     fn document_ends(&self) -> Vec<i64> {
         let mut end = 0;
         let rows = self.document_ids.chunks(self.seq_len);
@@ -72,8 +74,8 @@ impl<'a> Rows<'a> {
         self.labels.iter().filter(|&&label| label >= 0).count()
     }
 
-    /// Whether a row is anything but one document, perhaps with padding behind it, which causality alone
-    /// keeps out.
+    /// False if each row is one document, possibly with padding behind it, which causal attention
+    /// alone keeps out.
     fn is_packed(&self) -> bool {
         let single = |row: &[i64]| {
             row.iter().all(|&id| id <= 0) && row.windows(2).all(|pair| pair[0] >= pair[1])
@@ -82,23 +84,23 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The sizes of a batch that the documents in it decide.
+/// The sizes of a batch that depend on its documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Extent {
-    /// Labelled positions `n`.
+    /// Number of labelled positions `n`.
     pub num_labelled: usize,
-    /// Whether some of them may be fillers, which count in nothing.
+    /// Whether some of the labelled positions may be fillers, which do not count in any result.
     pub is_rounded: bool,
-    /// Of the documents, if attention must stop between them.
+    /// The sizes of the documents, if attention must stay within them.
     pub packed: Option<PackedExtent>,
 }
 
-/// Of packed documents.
+/// The sizes of packed documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PackedExtent {
-    /// Documents, runs of padding among them.
+    /// Number of documents; each run of padding counts as one.
     pub num_documents: usize,
-    /// Positions of the longest.
+    /// Number of positions of the longest document.
     pub longest: usize,
 }
 
@@ -112,7 +114,7 @@ impl PackedExtent {
 }
 
 impl Extent {
-    /// A batch's own.
+    /// The exact sizes of a batch.
     pub fn of(rows: &Rows<'_>) -> Self {
         Self {
             num_labelled: rows.num_labelled(),
@@ -121,8 +123,12 @@ impl Extent {
         }
     }
 
-    /// What holds each of several batches, rounded up: the labelled positions to eighths of the positions of
-    /// the largest, but at least 64 and at most all of them, the documents and the longest of them to powers of two.
+    /// Sizes that hold each of several batches, rounded up:
+    ///
+    /// - the labelled positions to units of an eighth of the largest batch's positions, or of 64 if
+    ///   that is more, but at most to all positions
+    /// - the number of documents to a power of two, at least 16
+    /// - the longest document to a power of two, at most a whole row
     pub fn rounded(batches: &[Rows<'_>]) -> Self {
         let positions = batches.iter().map(|rows| rows.num_rows * rows.seq_len).max().unwrap_or(0);
         let part = positions.div_ceil(LABEL_PARTS).max(MIN_LABEL_PART);
@@ -158,7 +164,7 @@ pub struct InputLayout {
 }
 
 impl InputLayout {
-    /// Whether the labelled positions are all there are, in their order; those without a label are
+    /// Whether the labelled positions are all positions, in their order. Those without a label are
     /// fillers.
     pub(super) fn labels_every_position(&self) -> bool {
         self.extent.is_rounded && self.extent.num_labelled == self.num_rows * self.seq_len
@@ -168,17 +174,17 @@ impl InputLayout {
 /// A batch on the host: all of its numbers in one int64 tensor.
 #[derive(Debug)]
 pub struct HostInputs {
-    /// `[..]`, in pinned memory if it will go to a GPU.
+    /// The numbers, `[..]`, in pinned memory if they will go to a GPU.
     pub flat: Tensor,
     /// What lies where in it.
     pub layout: InputLayout,
 }
 
 impl HostInputs {
-    /// Lays out `rows`, for `device`.
+    /// Lays out `rows` for `device`.
     ///
-    /// - `extent`: their own, or a larger one
-    /// - `groups`: which group of tokens each row is of, `[b]`
+    /// - `extent`: the sizes of the rows, or larger ones
+    /// - `groups`: the group of tokens that each row belongs to, `[b]`
     pub fn new(rows: Rows<'_>, extent: Extent, groups: &[u32], device: Device) -> Self {
         let layout = InputLayout {
             num_rows: rows.num_rows,
@@ -198,7 +204,8 @@ impl HostInputs {
             flat.extend(labelled.iter().map(|&i| of(i)));
             flat.extend((0..fillers).map(filler));
         };
-        // different positions, since gradients of one position are added one after the other
+        // fillers take different positions, since gradients of one position are added one after the
+        // other
         extend(&|i| i as i64, &|filler| (filler % rows.labels.len()) as i64);
         extend(&|i| rows.labels[i], &|_| IGNORED_LABEL);
         extend(&|i| i64::from(groups[i / rows.seq_len]), &|_| 0);
@@ -213,7 +220,7 @@ impl HostInputs {
         Self { flat: ffi::staged(Tensor::from_slice(&flat), device), layout }
     }
 
-    /// The numbers on `device`; the host does not wait for them to arrive.
+    /// Copies the numbers to `device`. The host does not wait until they arrive.
     pub fn to_device(&self, device: Device) -> Tensor {
         self.flat.to_device_(device, Kind::Int64, true, false)
     }

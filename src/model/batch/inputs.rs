@@ -1,4 +1,4 @@
-//! A batch as the model takes it: views of one tensor on the device.
+//! A batch in the form that the model takes: views of one tensor on the device.
 //!
 //! ```text
 //! Rows -> HostInputs (one flat tensor and its layout) --one transfer--> Inputs (views of it)
@@ -16,38 +16,39 @@ use crate::model::decoder::attention::{AttentionMask, Documents, same_document};
 /// A batch on the device.
 #[derive(Debug)]
 pub struct Inputs {
-    /// `[b, t]`.
+    /// Token ids, `[b, t]`.
     pub input_ids: Tensor,
-    /// `[b, t]`.
+    /// Positions within each document, `[b, t]`.
     pub position_ids: Tensor,
-    /// Where attention stops.
+    /// Which earlier positions each position attends to.
     pub mask: AttentionMask,
-    /// Indices of the labelled positions in the flattened `[b t]`, `[n]`; any in fillers.
+    /// Indices of the labelled positions in the flattened `[b t]`, `[n]`; any index for a filler.
     pub labelled: Tensor,
-    /// Whether these are all positions in their order.
+    /// Whether the labelled positions are all positions, in their order.
     pub every_position: bool,
-    /// Their targets, `[n]`; -100 in fillers.
+    /// Targets of the labelled positions, `[n]`; -100 for a filler.
     pub labels: Tensor,
-    /// Which of them are no fillers, `[n]`; none = all.
+    /// Which labelled positions are not fillers, `[n]`; `None` if all count.
     pub counted: Option<Tensor>,
-    /// The group of tokens that each is of, as its domain, `[n]`.
+    /// The group of tokens that each labelled position belongs to, such as its domain, `[n]`.
     pub groups: Tensor,
-    /// The expert that a position's record names, -1 for the base, `[b, t]`.
+    /// The expert that each position's record names, -1 for the base, `[b, t]`; `None` if no record
+    /// decides.
     pub expert_ids: Option<Tensor>,
-    /// Which document of its row a position belongs to; -1 in padding, `[b, t]`.
+    /// Index of each position's document in its row; -1 in padding, `[b, t]`.
     pub(super) document_ids: Tensor,
-    /// Which positions read a prompt, `[b, t]`.
+    /// Which positions read a prompt, `[b, t]`; `None` means every position.
     prompt: Option<Tensor>,
 }
 
 impl Inputs {
-    /// Moves host rows to `device`, all of one group of tokens.
+    /// Moves host rows to `device`. All tokens are in one group.
     pub fn new(rows: Rows<'_>, device: Device) -> Self {
         let groups = vec![0; rows.num_rows];
         Self::of(&HostInputs::new(rows, Extent::of(&rows), &groups, device), device)
     }
 
-    /// Moves a batch of the data to `device`; the groups of its tokens are the domains.
+    /// Moves a batch of data to `device`. The groups of tokens are the domains.
     ///
     /// - `by_record`: whether the experts that records name decide the routing
     pub fn of_batch(batch: &Batch, by_record: bool, device: Device) -> Self {
@@ -70,8 +71,8 @@ impl Inputs {
         }
     }
 
-    /// What makes means over prompts, `[b, t, t]`: row t of a sequence has equal numbers at the positions
-    /// up to t that read the prompt of t's document.
+    /// The matrix that takes means over prompts, `[b, t, t]`: its row t has equal numbers at the
+    /// positions up to t that read the prompt of t's document, and zeros elsewhere.
     pub fn prompt_means(&self, kind: Kind) -> Tensor {
         let same = same_document(&self.document_ids);
         let averaged = match &self.prompt {
@@ -83,8 +84,8 @@ impl Inputs {
         averaged / counts
     }
 
-    /// 1 from the last occurrence of `wanted`, which is not empty, in its document on, and in padding; 0
-    /// elsewhere, `[b, t]`.
+    /// 1 from the last occurrence of `wanted` in a document on and in padding, 0 elsewhere,
+    /// `[b, t]`. `wanted` is not empty.
     pub fn active_from_last(&self, wanted: &[i64], kind: Kind) -> Tensor {
         let options = (Kind::Int64, self.input_ids.device());
         let (b, t) = self.input_ids.size2().expect("token ids are [b, t]");
@@ -99,7 +100,7 @@ impl Inputs {
             let found = self.input_ids.narrow(1, offset, num_starts).eq(token);
             starts = starts.logical_and(&found);
         }
-        // from 1, so that 0 is none
+        // counted from 1, so that 0 means none
         let places_t = Tensor::arange(t, options) + 1;
         let starts_bt = Tensor::cat(
             &[starts.to_kind(options.0), Tensor::zeros([b, t - num_starts], options)],

@@ -1,5 +1,5 @@
-//! A batch on its way from the data to the model: rows on the host ([`host`]), then tensors on the device
-//! ([`inputs`]), of which some positions have labels ([`labelled`]).
+//! A batch on its way from the data to the model: rows on the host ([`host`]), tensors on the
+//! device ([`inputs`]), and those of its positions that have labels ([`labelled`]).
 
 pub mod host;
 pub mod inputs;

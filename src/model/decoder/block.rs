@@ -15,23 +15,23 @@ use crate::config::TargetModule;
 /// One transformer block.
 #[derive(Debug)]
 pub struct Block {
-    /// Before the attention.
+    /// Normalises the input of attention.
     pub ln_1: LayerNorm,
-    /// Before the feed-forward layer.
+    /// Normalises the input of the feed-forward layer.
     pub ln_2: LayerNorm,
     /// The four linear layers.
     pub linears: BTreeMap<TargetModule, Linear>,
-    /// Attention heads.
+    /// Number of attention heads.
     pub n_head: i64,
-    /// What attention scores are multiplied with.
+    /// Factor of the attention scores.
     pub attention_scale: f64,
-    /// Of the feed-forward layer.
+    /// Activation of the feed-forward layer.
     pub activation: Activation,
 }
 
 impl Block {
-    /// `x`, `[b, t, d]`, after this block. `linear` applies a linear layer to its input: the base's
-    /// own, or that plus its experts.
+    /// Applies the block to `x`, `[b, t, d]`, and returns the same shape. `linear` applies a linear
+    /// layer to its input, with or without experts.
     pub fn forward(
         &self,
         x: &Tensor,

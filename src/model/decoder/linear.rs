@@ -4,7 +4,7 @@
 
 use tch::Tensor;
 
-/// A linear layer as GPT-2 keeps it (`Conv1D`): the weight is `[in, out]`.
+/// A linear layer whose weight has GPT-2's layout (`Conv1D`), `[in, out]`.
 #[derive(Debug)]
 pub struct Linear {
     /// `[i, o]`.

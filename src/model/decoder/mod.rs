@@ -1,5 +1,5 @@
-//! The decoder: GPT-2's forward pass (transformers 5.17, `models/gpt2/modeling_gpt2.py`), without any
-//! LoRA. Dropout of the base is never active, in training neither.
+//! The decoder: GPT-2's forward pass (transformers 5.17, `models/gpt2/modeling_gpt2.py`), without
+//! LoRA. The base's dropout is never active, not even in training.
 //!
 //! ```text
 //! x_0 = wte[input_ids] + wpe[position_ids]
@@ -8,7 +8,8 @@
 //! logits = ln_f(x) lm_head^T
 //! ```
 //!
-//! Letters of shapes: `b` batch, `t` position, `d` width, `h` head, `i` in, `o` out, `v` vocabulary.
+//! Letters of shapes: `b` batch, `t` position, `d` width, `h` head, `i` in, `o` out, `v`
+//! vocabulary.
 
 pub mod attention;
 pub mod block;
@@ -30,25 +31,25 @@ use linear::Linear;
 use norm::LayerNorm;
 use spec::DecoderSpec;
 
-/// The base's parameters under their Hugging Face names.
+/// The base's parameters, with their Hugging Face names.
 #[derive(Debug)]
 pub struct Decoder {
-    /// Its shape.
+    /// The sizes of the base.
     pub spec: DecoderSpec,
-    /// `transformer.wte.weight`, `[v, d]`.
+    /// Token embedding, `transformer.wte.weight`, `[v, d]`.
     pub wte: Tensor,
-    /// `transformer.wpe.weight`, `[n_positions, d]`.
+    /// Position embedding, `transformer.wpe.weight`, `[n_positions, d]`.
     pub wpe: Tensor,
-    /// `transformer.h.*`.
+    /// The blocks, `transformer.h.*`.
     pub blocks: Vec<Block>,
-    /// `transformer.ln_f`.
+    /// The final LayerNorm, `transformer.ln_f`.
     pub ln_f: LayerNorm,
-    /// `lm_head.weight`, `[v, d]`; none if the head is the token embedding.
+    /// `lm_head.weight`, `[v, d]`; `None` if the head is the token embedding.
     lm_head: Option<Tensor>,
 }
 
 impl Decoder {
-    /// Builds the base from `tensors`, which hold exactly the names and shapes of
+    /// Builds the base from `tensors`, which must have exactly the names and shapes of
     /// [`DecoderSpec::parameter_shapes`].
     pub fn new(spec: DecoderSpec, mut tensors: BTreeMap<String, Tensor>) -> Self {
         let mut take = |name: String| {
@@ -90,8 +91,9 @@ impl Decoder {
         Self { spec, wte, wpe, blocks, ln_f, lm_head }
     }
 
-    /// Random parameters, f32 on the CPU, from libtorch's default generator (GPT-2's
-    /// initialisation: N(0, 0.02), residual projections scaled by `1 / sqrt(2 n_layer)`).
+    /// Random parameters, f32 on the CPU, from libtorch's default generator. As in GPT-2, weights
+    /// have mean 0 and standard deviation 0.02, which is divided by `sqrt(2 n_layer)` for the
+    /// residual projections.
     pub fn random(spec: DecoderSpec) -> Self {
         let options = (Kind::Float, Device::Cpu);
         let residual = 0.02 / (2.0 * spec.n_layer as f64).sqrt();
@@ -110,9 +112,8 @@ impl Decoder {
         Self::new(spec, tensors)
     }
 
-    /// Every parameter under its Hugging Face name, in that of
-    /// [`DecoderSpec::parameter_shapes`]'s order; a tied head appears once, as
-    /// `transformer.wte.weight`.
+    /// Every parameter with its Hugging Face name, in the order of
+    /// [`DecoderSpec::parameter_shapes`]. A tied head appears once, as `transformer.wte.weight`.
     pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
         let mut named = vec![
             ("transformer.wte.weight".to_owned(), &self.wte),
@@ -135,26 +136,29 @@ impl Decoder {
         named.into_iter().map(|(name, tensor)| (name, tensor.shallow_clone())).collect()
     }
 
-    /// The base with its parameters on `device`, in `kind`.
+    /// The base with its parameters on `device`, in dtype `kind`.
     pub fn to(&self, device: Device, kind: Kind) -> Self {
         let tensors = self.named_parameters().into_iter();
         let tensors = tensors.map(|(name, t)| (name, t.detach().to_device(device).to_kind(kind)));
         Self::new(self.spec.clone(), tensors.collect())
     }
 
-    /// Token plus position embeddings, `[b, t, d]`, of `input_ids` and `position_ids`, `[b, t]`.
+    /// The sum of token and position embeddings, `[b, t, d]`, in dtype `kind`, of `input_ids` and
+    /// `position_ids`, both `[b, t]`.
     pub fn embed(&self, input_ids: &Tensor, position_ids: &Tensor, kind: Kind) -> Tensor {
         let tokens = Tensor::embedding(&self.wte, input_ids, -1, false, false);
         let positions = Tensor::embedding(&self.wpe, position_ids, -1, false, false);
         (tokens + positions).to_kind(kind)
     }
 
-    /// What hidden states are multiplied with for logits, `[v, d]`: the token embedding, if the head is tied.
+    /// The head, `[v, d]`, which turns hidden states into logits. It is the token embedding if the
+    /// head is tied.
     pub fn head(&self) -> &Tensor {
         self.lm_head.as_ref().unwrap_or(&self.wte)
     }
 
-    /// Puts the head, and with it a token embedding that is tied to it, at another place in memory.
+    /// Makes `place` the head, and also the token embedding if the head is tied to it. `place`
+    /// holds the same numbers elsewhere in memory.
     pub fn set_head(&mut self, place: Tensor) {
         match &mut self.lm_head {
             Some(head) => *head = place,
@@ -162,7 +166,7 @@ impl Decoder {
         }
     }
 
-    /// BLAKE3 over every parameter's name, dtype, shape and bytes.
+    /// BLAKE3 hash over every parameter's name, dtype, shape and bytes.
     pub fn hash(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         hash_tensors(&mut hasher, &self.named_parameters())?;

@@ -16,7 +16,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Normalises `x`, `[.., d]`, in its dtype (statistics of bf16 are taken in f32 by libtorch).
+    /// Normalises `x`, `[.., d]`, in its dtype. For bf16, libtorch takes the statistics in f32.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
         x.layer_norm(weight.size(), Some(weight), Some(bias), self.eps, true)

@@ -1,4 +1,4 @@
-//! The shape of a base: how many of what there are, and the name and shape of each parameter.
+//! The shape of a base: its sizes, and the name and shape of each parameter.
 
 use super::mlp::Activation;
 use crate::config::{RandomBase, TargetModule};
@@ -6,34 +6,34 @@ use crate::config::{RandomBase, TargetModule};
 /// The shape of a base.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DecoderSpec {
-    /// Blocks.
+    /// Number of blocks.
     pub n_layer: i64,
-    /// Attention heads.
+    /// Number of attention heads.
     pub n_head: i64,
     /// Width `d` of the hidden states.
     pub n_embd: i64,
-    /// Width of the feed-forward layer, as a rule `4 d`.
+    /// Width of the feed-forward layer, usually `4 d`.
     pub n_inner: i64,
-    /// Longest sequence.
+    /// Length of the longest sequence.
     pub n_positions: i64,
-    /// Vocabulary `v`.
+    /// Size `v` of the vocabulary.
     pub vocab_size: i64,
     /// Added to the variance by each LayerNorm.
     pub layer_norm_epsilon: f64,
-    /// Of the feed-forward layer.
+    /// Activation of the feed-forward layer.
     pub activation: Activation,
     /// Whether the head is the token embedding.
     pub tied_head: bool,
-    /// Divide attention scores by the root of the head's width.
+    /// Whether attention scores are divided by the square root of a head's width.
     pub scale_attn_weights: bool,
-    /// Divide attention scores by the block's number, from 1.
+    /// Whether attention scores are divided by the block's number, counted from 1.
     pub scale_attn_by_inverse_layer_idx: bool,
-    /// The token that ends a document, if it is in the vocabulary.
+    /// The token that ends a document; `None` if the vocabulary lacks it.
     pub eos_token_id: Option<u32>,
 }
 
 impl DecoderSpec {
-    /// The shape of a random base over a tokenizer's vocabulary.
+    /// The shape of a random base with a tokenizer's vocabulary.
     pub fn from_random(shape: &RandomBase, vocab_size: i64, eos_token_id: Option<u32>) -> Self {
         Self {
             n_layer: shape.n_layer,
@@ -51,7 +51,7 @@ impl DecoderSpec {
         }
     }
 
-    /// What attention scores of block `layer` (from 0) are multiplied with.
+    /// Factor of the attention scores of block `layer`, counted from 0.
     pub fn attention_scale(&self, layer: i64) -> f64 {
         let mut scale = 1.0;
         if self.scale_attn_weights {
@@ -63,7 +63,7 @@ impl DecoderSpec {
         scale
     }
 
-    /// `(in, out)` of a linear layer of a block.
+    /// The widths `(in, out)` of a linear layer of a block.
     pub fn linear_shape(&self, module: TargetModule) -> (i64, i64) {
         use TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
         match module {
@@ -102,7 +102,7 @@ impl DecoderSpec {
         shapes
     }
 
-    /// Parameters of the base; a tied head counts once.
+    /// Number of parameters of the base; a tied head counts once.
     pub fn num_parameters(&self) -> i64 {
         self.parameter_shapes().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
     }

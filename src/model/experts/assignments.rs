@@ -1,32 +1,32 @@
 //! Which tokens chose which expert under top-k routing.
 //!
-//! Letters of shapes: `b` batch, `t` position, `n = b t`, `k` chosen experts, `m = n k` assignments, `e`
-//! expert.
+//! Letters of shapes: `b` batch, `t` position, `n = b t`, `k` chosen experts, `m = n k`
+//! assignments, `e` expert.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::ffi::{self, Permutation};
 
-/// Which tokens chose which expert, in the order of experts. Made once for a routing decision, however
-/// many modules follow it.
+/// Which tokens chose which expert, sorted by expert. This is computed once for a routing decision,
+/// however many modules use it.
 #[derive(Debug)]
 pub struct Assignments {
     /// How many tokens chose each expert.
     pub(super) counts: Vec<i64>,
     /// Where each expert's run of assignments ends, `[e]`, int32.
     pub(super) ends: Tensor,
-    /// Whether no token chose an expert, `[e, 1, 1]`.
+    /// True where no token chose the expert, `[e, 1, 1]`.
     pub(super) unchosen: Tensor,
     /// The token of each assignment, `[m]`, int64.
     tokens: Tensor,
-    /// The element of the routing weights `[n e]` of each assignment, `[m]`, int64.
+    /// Index of each assignment's weight in the flattened routing weights `[n e]`, `[m]`, int64.
     pub(super) weights: Tensor,
     /// The assignments of each token, `[n, k]`, int64.
     pub(super) inverse: Tensor,
 }
 
 impl Assignments {
-    /// Sorts the assignments; waits for the device once.
+    /// Sorts the assignments by expert. Waits for the device once.
     ///
     /// - `selected`: the experts that each token chose, all different, `[b, t, k]`, int64
     pub fn new(selected: &Tensor, num_experts: i64) -> Self {
@@ -69,7 +69,7 @@ impl Assignments {
         }
     }
 
-    /// Moves rows from tokens to assignments, or sums them back.
+    /// Copies rows from tokens to their assignments, or sums them back.
     pub(super) fn permute(&self, rows: &Tensor, way: Permutation) -> Tensor {
         ffi::permute(rows, &self.tokens, &self.inverse, way).unwrap_or_else(|e| panic!("{e:#}"))
     }

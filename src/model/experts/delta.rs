@@ -1,35 +1,39 @@
-//! What an expert adds to a weight, less its scaling: `B A`, or, if it starts from the base's weight (PiSSA,
-//! OLoRA), `B A - B0 A0`, as factors.
+//! The update of an expert before scaling, as factors. It is `B A` or, if the expert starts from
+//! the base's weight (PiSSA, OLoRA), `B A - B0 A0`:
 //!
 //! ```text
-//! precise   (B - B0) A + B0 (A - A0)      0 to the bit at the start; small differences of large numbers,
-//!                                         which bf16 would round away after the products, come first
-//! plain     B A - B0 A0                   one LoRA of twice the rank, as PEFT's `subtract_mutated_init`
+//! precise   (B - B0) A + B0 (A - A0)
+//! plain     B A - B0 A0
 //! ```
+//!
+//! The precise form is 0 to the bit at the start. It subtracts before it multiplies, since bf16
+//! would round away the small difference of two large products. The plain form is one LoRA of twice
+//! the rank, as by PEFT's `subtract_mutated_init`.
 //!
 //! Letters of shapes: `r` rank, `i` in, `o` out.
 
 use tch::Tensor;
 
-/// An expert's factors and where they started.
+/// An expert's factors and their initial values.
 #[derive(Debug)]
 pub struct Delta {
     /// `A`, `[r, i]`.
     pub a: Tensor,
     /// `B^T`, `[r, o]`.
     pub b: Tensor,
-    /// `A0`, `[r, i]`, and `B0^T`, `[r, o]`.
+    /// `A0`, `[r, i]`, and `B0^T`, `[r, o]`; `None` if the expert does not start from the base's
+    /// weight.
     pub start: Option<(Tensor, Tensor)>,
 }
 
 impl Delta {
-    /// `A - A0` and `(B - B0)^T`; none without a start.
+    /// `A - A0` and `(B - B0)^T`; `None` if the expert does not start from the base's weight.
     pub fn moved(&self) -> Option<(Tensor, Tensor)> {
         let (a0, b0) = self.start.as_ref()?;
         Some((&self.a - a0, &self.b - b0))
     }
 
-    /// The update itself, `[o, i]`.
+    /// The update as one matrix, `[o, i]`.
     pub fn product(&self) -> Tensor {
         let product = |a: &Tensor, b: &Tensor| b.tr().matmul(a);
         match &self.start {
@@ -38,7 +42,7 @@ impl Delta {
         }
     }
 
-    /// The precise factors, `[r or 2 r, i]` and `[r or 2 r, o]`.
+    /// The factors of the precise form, `[r or 2 r, i]` and `[r or 2 r, o]`.
     pub fn precise(&self) -> (Tensor, Tensor) {
         match (self.moved(), &self.start) {
             (Some((a, b)), Some((_, b0))) => {
@@ -48,7 +52,7 @@ impl Delta {
         }
     }
 
-    /// The plain factors, `[r or 2 r, i]` and `[r or 2 r, o]`.
+    /// The factors of the plain form, `[r or 2 r, i]` and `[r or 2 r, o]`.
     pub fn plain(&self) -> (Tensor, Tensor) {
         match &self.start {
             Some((a0, b0)) => (Tensor::cat(&[&self.a, a0], 0), Tensor::cat(&[&self.b, &-b0], 0)),

@@ -7,7 +7,7 @@ use crate::config::DropoutMasks;
 /// Dropout of the experts' input in a forward pass.
 #[derive(Debug, Clone, Copy)]
 pub struct LoraDropout {
-    /// Probability of zero; 0 outside of training.
+    /// Probability that an element becomes zero; 0 outside of training.
     pub probability: f64,
     /// Whether the experts share one mask.
     pub masks: DropoutMasks,

@@ -1,4 +1,4 @@
-//! What the experts of a module add to its output: all at once, or one after the other.
+//! Applies the experts of a module to its input, all at once or one after the other.
 //!
 //! Letters of shapes: `b` batch, `t` position, `n = b t`, `i` in, `o` out, `e` expert, `R` sum of
 //! ranks (with those of the initial components), `m` experts with a magnitude.
@@ -13,9 +13,10 @@ use crate::config::DropoutMasks;
 use crate::model::decoder::linear::Linear;
 
 impl LoraExperts {
-    /// Adds what the experts contribute for the layer's input `x`, `[b, t, i]`, to the frozen
-    /// layer's output `y`, `[b, t, o]`, by the way that `dropout.masks` needs; of chosen experts, those
-    /// alone where that is faster.
+    /// Adds the experts' updates for the layer's input `x`, `[b, t, i]`, to the frozen layer's
+    /// output `y`, `[b, t, o]`. `dropout.masks` decides whether the experts are applied at once or
+    /// one after the other. Under top-k routing, only the chosen experts are computed where that is
+    /// faster.
     pub fn add(
         &self,
         y: Tensor,
@@ -33,7 +34,7 @@ impl LoraExperts {
         }
         match (g, dropout.masks) {
             (RoutingWeights::Off, _) => y,
-            // one expert, which is plain LoRA to the bit in its own order of operations
+            // with these operations, a single expert equals plain LoRA to the bit
             (RoutingWeights::Ones, _) if self.slots.len() == 1 => {
                 self.add_looped(y, x, linear, g, dropout)
             }
@@ -42,7 +43,8 @@ impl LoraExperts {
         }
     }
 
-    /// All experts at once: one pair of matrix products and one dropout mask. `g` is not `Off`.
+    /// Applies all experts at once, by one pair of matrix products and one dropout mask. `g` is not
+    /// `Off`.
     fn add_stacked(
         &self,
         y: Tensor,
@@ -73,9 +75,11 @@ impl LoraExperts {
         sum.addcmul(&base, &dora.weigh((factors_mo - 1.0).to_kind(kind), g)).view([b, t, o])
     }
 
-    /// `A`, `[R, i]`, and `B^T`, `[R, o]`, whose product is the update less its scaling.
+    /// The stacked factors `A`, `[R, i]`, and `B^T`, `[R, o]`, of all updates before scaling.
     ///
-    /// Those of experts with a start are the precise ones of [`super::delta`], with all `A` in front.
+    /// An expert that starts from the base's weight has the factors of the precise form of
+    /// [`super::delta`]: its rows of the stacks hold `A` and `B - B0`, its initial rows `A - A0`
+    /// and `B0`.
     pub(crate) fn factors(&self) -> (Tensor, Tensor) {
         let Some((_, initial_b)) = &self.initial else {
             return (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
@@ -95,7 +99,8 @@ impl LoraExperts {
         (Tensor::cat(&down, 0), Tensor::cat(&up, 0))
     }
 
-    /// Multiplies the rank space `z`, `[n, R]`, with each row's scaling and routing weight.
+    /// Multiplies the rank space `z`, `[n, R]`, by the scaling and the routing weight of each of
+    /// its columns.
     fn weigh(&self, z: Tensor, g: &RoutingWeights) -> Tensor {
         let kind = z.kind();
         let (n, rows) = z.size2().expect("rank space is [n, R]");
@@ -120,8 +125,8 @@ impl LoraExperts {
         }
     }
 
-    /// One expert after the other, each with a dropout mask of its own, by the formulas to the letter
-    /// (PEFT 0.21, `Linear.forward` and `DoraLinearLayer.forward`). `g` is not `Off`.
+    /// Applies one expert after the other, each with its own dropout mask, exactly by the formulas
+    /// of PEFT 0.21 (`Linear.forward` and `DoraLinearLayer.forward`). `g` is not `Off`.
     fn add_looped(
         &self,
         mut y: Tensor,
@@ -150,7 +155,7 @@ impl LoraExperts {
                     Some(base) => base.shallow_clone(),
                     None => x.matmul(&linear.weight.to_kind(kind)),
                 };
-                // the factor is near 1, of which bf16 would leave too little once 1 is subtracted
+                // the factor is near 1, so 1 is subtracted before rounding to bf16
                 update = base * (&factor - 1.0).to_kind(kind) + factor.to_kind(kind) * update;
             }
             y = match g {
@@ -163,7 +168,7 @@ impl LoraExperts {
         y
     }
 
-    /// `|W + s (B A - B0 A0)|` over inputs, `[o]`, from the weight in full.
+    /// `|W + s (B A - B0 A0)|` over inputs, `[o]`, from the full weight.
     fn updated_weight_norm(&self, slot: &Slot, linear: &Linear) -> Tensor {
         let kind = self.lora_a.kind();
         let (a, b) = self.delta(slot).plain();
@@ -173,19 +178,19 @@ impl LoraExperts {
 }
 
 impl Dora {
-    /// `c_e = m_e / |W + s B A|` of the DoRA experts, `[m, o]`, differentiable through `m_e` alone
+    /// `c_e = m_e / |W + s B A|` of the DoRA experts, `[m, o]`, differentiable through `m_e` only
     /// (arXiv:2402.09353, section 4.3).
     ///
-    /// With `U = s B^T` the squared norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`, for all experts
-    /// at once, so that no updated weight `[i, o]` is ever formed.
+    /// With `U = s B^T`, the squared norm is `|W|^2 + 2 sum_r (A W) U + sum_r U (A A^T U)`. It is
+    /// computed for all experts at once, without forming an updated weight `[i, o]`.
     ///
-    /// - `down`: `A`, `[R, i]`, `up`: `B^T`, `[R, o]`, as [`LoraExperts::factors`] gives them
+    /// - `down`, `up`: `A`, `[R, i]`, and `B^T`, `[R, o]`, as [`LoraExperts::factors`] returns them
     fn factors(&self, down: &Tensor, up: &Tensor, linear: &Linear) -> Tensor {
         let kind = self.magnitude.kind();
         let norms = tch::no_grad(|| {
             let (down, up) = (down.detach(), up.detach() * &self.scalings);
             let cross = down.matmul(&linear.weight.detach().to_kind(kind)) * 2.0;
-            // the rows of an expert meet each other only
+            // only products within one expert count
             let square = (down.matmul(&down.tr()) * &self.same).matmul(&up);
             let norm2 = &self.base_norm2 + self.members.matmul(&((cross + square) * up));
             norm2.clamp_min(f64::from(f32::MIN_POSITIVE)).sqrt()
@@ -193,12 +198,13 @@ impl Dora {
         &self.magnitude / norms
     }
 
-    /// The factors `[m, o]` of each row of the stack, `[R, o]`; 1 where an expert is no DoRA.
+    /// The factor of each row of the rank space, `[R, o]`, from the experts' factors `[m, o]`; 1
+    /// for the rows of experts without DoRA.
     fn factors_of_rows(&self, factors_mo: &Tensor) -> Tensor {
         self.others.addmm(&self.members.tr(), factors_mo)
     }
 
-    /// `sum_e g_e values_e` over the DoRA experts, `[n, o]`, or `[o]` if every weight is 1.
+    /// `sum_e g_e values_e` over the DoRA experts: `[n, o]`, or `[o]` if every weight is 1.
     fn weigh(&self, values_mo: Tensor, g: &RoutingWeights) -> Tensor {
         let kind = values_mo.kind();
         match g {

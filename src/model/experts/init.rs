@@ -1,4 +1,4 @@
-//! Where experts start: A, B and magnitudes of a module (PEFT 0.21, `tuners/lora/layer.py`).
+//! The initial A, B and magnitudes of a module's experts (PEFT 0.21, `tuners/lora/layer.py`).
 //!
 //! ```text
 //! default   A ~ U(-1/sqrt(i), 1/sqrt(i))        B = 0     `reset_lora_parameters`
@@ -8,9 +8,9 @@
 //! DoRA      m = |W^T + s (B A - B0 A0)| over inputs = |W^T|                 `DoraLinearLayer`
 //! ```
 //!
-//! `W` is GPT-2's `[i, o]`, so that `W^T` is what PEFT calls the weight of a linear layer. PEFT's
-//! OLoRA factorises GPT-2's `W` itself, as if it were that, whose factors do not fit (its
-//! `olora_init` overlooks `fan_in_fan_out`); here it is `W^T`, as for a linear layer.
+//! `W` is GPT-2's weight `[i, o]`, so `W^T` is what PEFT calls the weight of a linear layer. PEFT's
+//! `olora_init` overlooks `fan_in_fan_out` and factorises GPT-2's `W` itself, which gives factors
+//! of the wrong shapes. Here OLoRA factorises `W^T`, as for a linear layer.
 
 use tch::{Device, Kind, Tensor};
 
@@ -21,23 +21,23 @@ use crate::config::{LoraInit, ModulePath};
 use crate::model::decoder::linear::Linear;
 use crate::model::decoder::precision::wide;
 
-/// Whether the numbers of an expert are to be those of a new one.
+/// Whether experts get the initial values of new ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InitialValues {
-    /// As [`LoraInit`] says.
+    /// Values as [`LoraInit`] says.
     Fresh,
-    /// Any: they are about to be overwritten.
+    /// Any values, since they are about to be overwritten.
     Empty,
 }
 
 impl LoraExperts {
-    /// The experts among `specs` that target `path`; none if there are none. What is random comes from
-    /// libtorch's default CPU generator, so that it is the same for every device.
+    /// The experts among `specs` that target `path`; `None` if there are none. Random numbers come
+    /// from libtorch's default CPU generator, so that they are the same for every device.
     ///
     /// - `weight`: the base's weight as it was read, `[i, o]`, on the CPU
-    /// - `linear`: the base's layer as it computes, on its device
-    /// - `kind`: of what is trained: f32, or f64 in tests
-    /// - `values`: whether the numbers are to be those of new experts
+    /// - `linear`: the base's layer as the model uses it, on the model's device
+    /// - `kind`: dtype of the trained parameters: f32, or f64 in tests
+    /// - `values`: whether the experts get the initial values of new ones
     pub fn new(
         path: ModulePath,
         specs: &[ExpertSpec],
@@ -93,7 +93,7 @@ impl LoraExperts {
 }
 
 impl Dora {
-    /// Magnitudes that leave the layer as it is; none without a DoRA expert.
+    /// Magnitudes that leave the layer unchanged; `None` if there is no DoRA expert.
     fn new(slots: &[Slot], num_experts: usize, linear: &Linear, kind: Kind) -> Option<Self> {
         let experts: Vec<i64> =
             slots.iter().filter(|s| s.magnitude.is_some()).map(|s| s.expert as i64).collect();
@@ -121,7 +121,8 @@ impl Dora {
     }
 }
 
-/// Factorisations of a base's weight, computed when first asked for, in f32 as PEFT does, or in f64.
+/// Factorisations of a base's weight, computed at the first use, in f32 as in PEFT, or in f64 if
+/// the weight is f64.
 struct BaseFactors<'a> {
     weight: &'a Tensor,
     /// `U [o, k]`, `S [k]`, `V [i, k]` of `W^T`.

@@ -1,6 +1,6 @@
-//! The LoRA experts of a frozen linear layer: what they are ([`spec`]), where they lie ([`stack`]) and
-//! start ([`init`]), and what they add to the layer's output, all at once or one after the other
-//! ([`forward`]) or for the tokens that chose them alone ([`grouped`]).
+//! The LoRA experts of a frozen linear layer: their settings ([`spec`]), their tensors ([`stack`])
+//! and the initial values of these ([`init`]). [`stack::LoraExperts::add`] adds their updates to
+//! the layer's output; [`grouped`] does so only for the tokens that chose an expert.
 
 pub mod assignments;
 pub mod delta;

@@ -1,8 +1,9 @@
-//! How far experts are from orthogonal: the mean over the target modules and their pairs of experts of a
-//! squared cosine from 0 to 1, which [`Orthogonality`] defines.
+//! How far experts are from orthogonal: the mean of a squared cosine between two experts, from 0 to
+//! 1, which [`Orthogonality`] defines. The mean is taken over a module's pairs of experts and then
+//! over the target modules.
 //!
-//! Both are taken from Gram matrices of the stacked factors, `[R, R]`; no update `[i, o]` is formed:
-//! `<D_e, D_f> = sum_rs (A A^T)_rs (B^T B)_rs` over the rows r of e and s of f.
+//! It is computed from Gram matrices `[R, R]` of the stacked factors, so that no update `[i, o]` is
+//! formed: `<D_e, D_f> = sum_rs (A A^T)_rs (B^T B)_rs` over the rows r of e and s of f.
 //!
 //! Letters of shapes: `e` experts of a module, `R` sum of their ranks.
 
@@ -12,7 +13,8 @@ use super::slots::{RankRows, Slot};
 use super::stack::LoraExperts;
 use crate::config::Orthogonality;
 
-/// The mean squared cosine over `modules`, 0-dim, differentiable; none if no module has two experts.
+/// The mean squared cosine over `modules`, 0-dim and differentiable; `None` if no module has two
+/// experts.
 pub fn orthogonality<'a>(
     modules: impl Iterator<Item = &'a LoraExperts>,
     of: Orthogonality,
@@ -24,7 +26,8 @@ pub fn orthogonality<'a>(
 }
 
 impl LoraExperts {
-    /// The mean over the pairs of the module's experts, 0-dim.
+    /// The mean over the pairs of the module's experts, 0-dim; `None` if it has fewer than two
+    /// experts.
     fn mean_squared_cosine(&self, of: Orthogonality) -> Option<Tensor> {
         let num_experts = self.slots.len() as i64;
         if num_experts < 2 {
@@ -47,15 +50,15 @@ impl LoraExperts {
                 (inner.square(), norms)
             }
         };
-        // an update of zero is orthogonal to all
+        // an update of zero counts as orthogonal to every other
         let cosines = num / norms.matmul(&norms.tr()).clamp_min(1e-30);
         let pairs = Tensor::ones([num_experts, num_experts], options).triu(1);
         let count = (num_experts * (num_experts - 1) / 2) as f64;
         Some((cosines * pairs).sum(options.0) / count)
     }
 
-    /// 1 where a row of the stack is the expert's, and, if `with_initial`, of `initial` behind it,
-    /// `[e, rows]`.
+    /// 1 where a row belongs to the expert, `[e, rows]`. The rows are those of the stacks and, with
+    /// `with_initial`, the initial rows behind them.
     fn members(&self, rows: i64, with_initial: bool) -> Tensor {
         let options = (self.lora_a.kind(), self.lora_a.device());
         let line = |slot: &Slot| self.slots.iter().position(|s| s.expert == slot.expert);

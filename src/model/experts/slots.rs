@@ -1,6 +1,6 @@
-//! Where the experts of a module lie: each has a run of rows of the module's stacks of A and B, and, if it
-//! starts from the base's weight, a run of the rows of initial components. The rows of the stacks, then the
-//! initial ones, are the module's rank space.
+//! Where the experts of a module lie. Each expert has a run of rows in the module's stacks of A and
+//! B. If it starts from the base's weight, it also has a run of initial rows. The module's rank
+//! space consists of the rows of the stacks and then the initial rows.
 //!
 //! Letters of shapes: `R` rows of the stacks, `R0` initial rows.
 
@@ -9,26 +9,26 @@ use tch::{Device, Kind, Tensor};
 use super::spec::ExpertSpec;
 use crate::config::ModulePath;
 
-/// Where an expert lies in the stacks of a module.
+/// Where an expert lies in the stacks of a module, and its settings there.
 #[derive(Debug, Clone)]
 pub struct Slot {
-    /// The expert.
+    /// Index of the expert.
     pub expert: usize,
-    /// First of its rows.
+    /// Its first row in the stacks.
     pub start: i64,
-    /// How many it has.
+    /// Number of its rows.
     pub rank: i64,
-    /// `s_e`.
+    /// Its scaling, `s_e`.
     pub scaling: f64,
     /// Its row of the magnitudes, if it is a DoRA expert.
     pub magnitude: Option<i64>,
-    /// First of its initial rows, if it starts from the base's weight.
+    /// Its first initial row, if it starts from the base's weight.
     pub initial: Option<i64>,
     /// Whether it is trained.
     pub trainable: bool,
 }
 
-/// Lays out the experts that target `path`; none if there are none.
+/// Lays out the experts that target `path`; empty if there are none.
 pub fn lay_out(specs: &[ExpertSpec], path: ModulePath) -> Vec<Slot> {
     let (mut start, mut magnitudes, mut initials) = (0, 0, 0);
     let mut slots = vec![];
@@ -57,27 +57,27 @@ pub fn lay_out(specs: &[ExpertSpec], path: ModulePath) -> Vec<Slot> {
 pub struct RankRows<'a>(pub &'a [Slot]);
 
 impl RankRows<'_> {
-    /// `R`.
+    /// Number of rows of the stacks, `R`.
     pub fn num_stacked(self) -> i64 {
         self.0.iter().map(|slot| slot.rank).sum()
     }
 
-    /// `R + R0`.
+    /// Number of rows of the rank space, `R + R0`.
     pub fn num_rows(self) -> i64 {
         let initial = self.0.iter().filter(|slot| slot.initial.is_some());
         self.num_stacked() + initial.map(|slot| slot.rank).sum::<i64>()
     }
 
-    /// A slot's runs of rows, first and behind the last: in the stacks and, if it has any, among the initial
-    /// rows.
+    /// The rows of a slot in the rank space: its run in the stacks and, if it has one, its run
+    /// among the initial rows.
     pub fn of(self, slot: &Slot) -> (std::ops::Range<i64>, Option<std::ops::Range<i64>>) {
         let initial = slot.initial.map(|start| self.num_stacked() + start);
         let run = |start: i64| start..start + slot.rank;
         (run(slot.start), initial.map(run))
     }
 
-    /// A matrix `[num_lines, R + R0]`, f64 on the CPU, with `value(slot)` at a slot's rows in the line
-    /// `line(slot)`, if it has one, and 0 elsewhere.
+    /// A matrix `[num_lines, R + R0]`, f64 on the CPU. The rows of a slot hold `value(slot)` in the
+    /// line `line(slot)`, if it has one; everything else is 0.
     pub fn filled(
         self,
         num_lines: i64,

@@ -1,6 +1,7 @@
-//! What an expert is, apart from its numbers: rank and alpha of each target module, and options.
+//! The settings of an expert: rank and alpha on each target module, and options.
 //!
-//! An expert is one PEFT adapter; its spec is what `adapter_config.json` says, resolved to modules.
+//! An expert is one PEFT adapter. Its spec says what `adapter_config.json` says, resolved to
+//! modules.
 
 use std::collections::BTreeMap;
 
@@ -18,13 +19,14 @@ pub struct ExpertSpec {
     pub modules: BTreeMap<ModulePath, RankAlpha>,
     /// Scale by `alpha / sqrt(rank)` instead of `alpha / rank`.
     pub use_rslora: bool,
-    /// Whether it has a magnitude per output (DoRA).
+    /// Whether it has a magnitude for each output (DoRA).
     pub use_dora: bool,
-    /// Where A and B start. By PiSSA and OLoRA the update is what they have moved since.
+    /// Where A and B start. With PiSSA and OLoRA, the update is the change of `s B A` since the
+    /// start.
     pub init: LoraInit,
     /// Whether it is trained.
     pub trainable: bool,
-    /// Active from the last occurrence of these tokens on; empty for always.
+    /// The expert is active from the last occurrence of these tokens on; always, if there are none.
     pub alora_invocation_tokens: Vec<i64>,
 }
 
@@ -32,18 +34,19 @@ pub struct ExpertSpec {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RankAlpha {
-    /// `r`.
+    /// Rank `r`.
     pub rank: i64,
     /// Numerator of the scaling.
     pub alpha: f64,
 }
 
 impl ExpertSpec {
-    /// The spec of expert `expert` that a config describes, on a base.
+    /// The spec of expert `expert` in a config, for a base.
     ///
     /// # Errors
-    /// A pattern for a layer or an invocation token that the base lacks; PiSSA or OLoRA with a rank
-    /// above the weight's.
+    /// If a pattern names a layer that the base lacks, `experts_per_layer` has another number of
+    /// layers than the base, an invocation token is not in its vocabulary, or PiSSA or OLoRA has a
+    /// rank above that of the weight.
     pub fn new(lora: &LoraConfig, expert: usize, base: &DecoderSpec) -> Result<Self> {
         Self::resolve(lora, expert, base).with_context(|| format!("expert {expert} of `lora`"))
     }
@@ -94,7 +97,7 @@ impl ExpertSpec {
         Ok(spec)
     }
 
-    /// The specs of all experts of a config, none of which has a source.
+    /// The specs of all experts of a config in which no expert has a source.
     pub fn all(lora: &LoraConfig, base: &DecoderSpec) -> Result<Vec<Self>> {
         (0..lora.num_experts as usize).map(|expert| Self::new(lora, expert, base)).collect()
     }
@@ -116,26 +119,26 @@ impl ExpertSpec {
         Ok(())
     }
 
-    /// Whether A and B start from the base's weight, so that where they started is subtracted.
+    /// Whether A and B start from the base's weight, so that their initial product is subtracted.
     pub fn starts_from_base(&self) -> bool {
         matches!(self.init, LoraInit::Pissa | LoraInit::Olora)
     }
 
-    /// What multiplies `B A` on a module, if the expert targets it.
+    /// The factor of `B A` on a module, if the expert targets it.
     pub fn scaling(&self, path: ModulePath) -> Option<f64> {
         let RankAlpha { rank, alpha } = self.modules.get(&path)?;
         let rank = *rank as f64;
         Some(alpha / if self.use_rslora { rank.sqrt() } else { rank })
     }
 
-    /// The target modules, in any layer, in the order of a block.
+    /// The modules that the expert targets in some layer, in the order of a block.
     pub fn target_modules(&self) -> Vec<TargetModule> {
         let targets =
             |module: &TargetModule| self.modules.keys().any(|path| path.module == *module);
         TargetModule::ALL.into_iter().filter(targets).collect()
     }
 
-    /// Parameters of A, of B and of the magnitudes on a base.
+    /// Number of parameters of A, of B and of the magnitudes, for a base.
     pub fn num_parameters(&self, base: &DecoderSpec) -> (i64, i64, i64) {
         let mut sums = (0, 0, 0);
         for (path, RankAlpha { rank, .. }) in &self.modules {

@@ -4,24 +4,25 @@
 //! y = x W + b + sum_e g_e * s_e * drop(x) A_e^T B_e^T       s_e = alpha_e / r_e, or / sqrt(r_e)
 //! ```
 //!
-//! Experts may differ in rank and scaling, and some may not target the layer. All A lie in one stack,
-//! `[R, i]` with `R = sum_e r_e`, and all B, transposed, in another, `[R, o]`, so that the layer
-//! costs one pair of matrix products, whatever E is ([`LoraExperts::add`]). An expert is a run
-//! of rows of both.
+//! Experts may differ in rank and scaling, and some may not target the layer. All A lie in one
+//! stack, `[R, i]` with `R = sum_e r_e`, and all transposed B in another, `[R, o]`. So the layer
+//! costs one pair of matrix products for any number of experts ([`LoraExperts::add`]). An expert is
+//! a run of rows of both stacks.
 //!
-//! Two kinds of expert have more:
+//! Two kinds of experts have more:
 //!
 //! - **PiSSA and OLoRA** start from components `A0`, `B0` of the base's own weight. PEFT subtracts
-//!   them from the base, `W - s B0 A0`, which fits one adapter. Here each expert subtracts its own:
-//!   its update is `s (B A - B0 A0)`, which is the same for one expert, and leaves the base as it is
-//!   for any number and any weights. The price is twice the rank.
-//! - **DoRA** (arXiv:2402.09353, eqs. 5 and 11) scales each output of the updated layer: with
+//!   them from the base, `W - s B0 A0`, which fits one adapter only. Here each expert subtracts its
+//!   own: its update is `s (B A - B0 A0)`. For one expert this is the same, and for any number of
+//!   experts and any weights it leaves the base unchanged. It costs twice the rank.
+//! - **DoRA** (arXiv:2402.09353, eqs. 5 and 11) scales each output of the updated layer. With
 //!   `c_e = m_e / |W + s B A|` (norm over inputs, without gradient), expert e alone gives
-//!   `c_e * (x W + s x A^T B^T) + b`. Weighted, the layer adds `g_e` times the difference to the base:
-//!   `g_e ((c_e - 1) * x W + c_e * s x A^T B^T)`.
+//!   `c_e * (x W + s x A^T B^T) + b`. With routing weights, the layer adds `g_e` times the
+//!   difference between this and the base: `g_e ((c_e - 1) * x W + c_e * s x A^T B^T)`.
 //!
 //! Letters of shapes: `b` batch, `t` position, `n = b t`, `i` in, `o` out, `e` expert, `r` rank,
-//! `R` sum of ranks, `m` experts with a magnitude.
+//! `R` sum of ranks, `R0` sum of the ranks of PiSSA and OLoRA experts, `m` experts with a
+//! magnitude.
 
 use tch::{Device, Kind, Tensor};
 
@@ -42,22 +43,22 @@ pub struct LoraExperts {
     pub(super) row_factors: RowFactors,
 }
 
-/// What the DoRA experts of a module have beside A and B.
+/// What the DoRA experts of a module have besides A and B.
 #[derive(Debug)]
 pub(crate) struct Dora {
-    /// `[m, o]`; an expert's row is PEFT's `lora_magnitude_vector`.
+    /// Magnitudes `[m, o]`; an expert's row is PEFT's `lora_magnitude_vector`.
     pub magnitude: Tensor,
-    /// Squared norm of the base's weight by output, `[o]`.
+    /// Squared norm of the base's weight for each output, `[o]`.
     pub base_norm2: Tensor,
-    /// Which experts they are, `[m]`; none if they are all.
+    /// Indices of the DoRA experts, `[m]`; `None` if every expert is one.
     pub experts: Option<Tensor>,
-    /// 1 where a row of the stack, then of `initial`, is the expert's, `[m, R + R0]`.
+    /// 1 where a row of the rank space belongs to the expert, `[m, R + R0]`.
     pub members: Tensor,
-    /// 1 where a row is of no DoRA expert, `[R + R0, 1]`.
+    /// 1 where a row of the rank space belongs to no DoRA expert, `[R + R0, 1]`.
     pub others: Tensor,
-    /// 1 where two rows are of the same DoRA expert, `[R + R0, R + R0]`.
+    /// 1 where two rows belong to the same DoRA expert, `[R + R0, R + R0]`.
     pub same: Tensor,
-    /// `s_e` of each row of the stack, then of `initial`, `[R + R0, 1]`.
+    /// `s_e` of each row of the rank space, `[R + R0, 1]`.
     pub scalings: Tensor,
 }
 
@@ -75,13 +76,13 @@ impl Dora {
     }
 }
 
-/// How routing weights `[n, e]` become factors of the stack's rows, on the module's device.
+/// How routing weights `[n, e]` become factors of the rank space's rows, on the module's device.
 #[derive(Debug)]
 pub(super) struct RowFactors {
-    /// `s_e`, 0 where an expert does not target the module, `[e]`.
+    /// `s_e`, or 0 if the expert does not target the module, `[e]`.
     pub scalings: Tensor,
-    /// Scaling where a row of the stack, then of `initial`, is the expert's, else 0: `[e, R + R0]`.
-    /// None if every expert has the same rank and nothing initial.
+    /// The scaling where a row of the rank space belongs to the expert, otherwise 0, `[e, R + R0]`.
+    /// `None` if every expert targets the module with the same rank and none has initial rows.
     pub rows: Option<Tensor>,
 }
 
@@ -94,19 +95,20 @@ impl RowFactors {
     }
 }
 
-/// One tensor of an expert, in PEFT's layout: a view, without gradient.
+/// One tensor of an expert in PEFT's layout, as a view without gradient.
 #[derive(Debug)]
 pub struct ExpertTensor {
     /// The expert.
     pub expert: usize,
-    /// `lora_a` `[r, i]`, `lora_b` `[o, r]`, `magnitude` `[o]`, `initial_a`, `initial_b`.
+    /// `lora_a` `[r, i]`, `lora_b` `[o, r]`, `magnitude` `[o]`, `initial_a` `[r, i]` or `initial_b`
+    /// `[o, r]`.
     pub key: &'static str,
-    /// The numbers.
+    /// The values.
     pub tensor: Tensor,
 }
 
 impl LoraExperts {
-    /// How the weights of `num_experts` experts become factors of rows.
+    /// How the routing weights of `num_experts` experts become factors of rows.
     pub(super) fn row_factors(
         slots: &[Slot],
         num_experts: usize,
@@ -131,7 +133,7 @@ impl LoraExperts {
         RowFactors { scalings, rows: Some(to(rows)) }
     }
 
-    /// Every tensor of every expert, as views, so that copying into one changes the expert.
+    /// Every tensor of every expert as a view, so that copying into it changes the expert.
     pub fn tensors(&self) -> Vec<ExpertTensor> {
         let mut tensors = vec![];
         for slot in &self.slots {
@@ -158,7 +160,7 @@ impl LoraExperts {
         tensors.find(|t| t.expert == expert && t.key == key).map(|t| t.tensor)
     }
 
-    /// What a slot's expert adds, less its scaling.
+    /// The update of a slot's expert before scaling.
     pub(super) fn delta(&self, slot: &Slot) -> Delta {
         let rows = |stack: &Tensor, start| stack.narrow(0, start, slot.rank);
         let start = slot.initial.zip(self.initial.as_ref());
@@ -169,12 +171,12 @@ impl LoraExperts {
         }
     }
 
-    /// `s_e`, if expert `e` targets the module.
+    /// `s_e` of an expert, if it targets the module.
     pub fn scaling(&self, expert: usize) -> Option<f64> {
         self.slots.iter().find(|slot| slot.expert == expert).map(|slot| slot.scaling)
     }
 
-    /// The leaves of the graph: the stacks, whether they are trained or not.
+    /// The leaves of the graph: the stacks and magnitudes, whether they are trained or not.
     pub(crate) fn leaves(&self) -> impl Iterator<Item = &Tensor> {
         let magnitude = self.dora.as_ref().map(|dora| &dora.magnitude);
         [&self.lora_a, &self.lora_b].into_iter().chain(magnitude)

@@ -1,19 +1,19 @@
-//! Routing weights as the experts of a module take them.
+//! Routing weights in the form that the experts of a module take.
 
 use tch::Tensor;
 
 use super::assignments::Assignments;
 
-/// What multiplies each expert's part.
+/// The weight of each expert's update.
 #[derive(Debug)]
 pub enum RoutingWeights {
     /// Nothing is added: the base alone.
     Off,
-    /// 1 for every expert; what a single expert, which has no router, has.
+    /// Weight 1 for every expert, as for a single expert, which has no router.
     Ones,
-    /// `[b, t, e]`.
+    /// A weight for each token and expert, `[b, t, e]`.
     PerToken(Tensor),
-    /// The same with zeros but for the experts that a token chose, and which those are.
+    /// The same with zeros for the experts that a token did not choose, and which experts it chose.
     Chosen(Tensor, Assignments),
 }
 

@@ -1,4 +1,4 @@
-//! GPT-2: its `config.json` (transformers 5.17, `GPT2Config`): what is read from it, what is refused.
+//! GPT-2's `config.json` (transformers 5.17, `GPT2Config`), and the names of its parameters.
 
 use std::path::Path;
 
@@ -11,8 +11,8 @@ use crate::model::decoder::spec::DecoderSpec;
 /// Reads `config.json`.
 ///
 /// # Errors
-/// Another architecture, an activation other than GELU, cross-attention, or a shape that
-/// contradicts itself, by key.
+/// If the architecture is another, the activation is not GELU, there is cross-attention, or the
+/// shape contradicts itself; the message names the key.
 pub fn read_spec(path: &Path) -> Result<DecoderSpec> {
     let text = fs_err::read_to_string(path).context("cannot read the base's config")?;
     let parse = || {
@@ -22,7 +22,7 @@ pub fn read_spec(path: &Path) -> Result<DecoderSpec> {
     parse().with_context(|| format!("in `{}`", path.display()))
 }
 
-/// Reads the parsed `config.json`; absent keys have transformers' defaults.
+/// Reads a parsed `config.json`. Keys that are absent have the defaults of transformers.
 pub fn from_json(json: &Value) -> Result<DecoderSpec> {
     let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("absent");
     if model_type != "gpt2" {
@@ -65,7 +65,7 @@ pub fn from_json(json: &Value) -> Result<DecoderSpec> {
     Ok(spec)
 }
 
-/// The `config.json` that transformers reads. `dtype`: `float32`, `bfloat16` or `float16`.
+/// A `config.json` that transformers can read. `dtype` is `float32`, `bfloat16` or `float16`.
 pub fn to_json(spec: &DecoderSpec, dtype: &str) -> Value {
     json!({
         "architectures": ["GPT2LMHeadModel"],
@@ -90,7 +90,7 @@ pub fn to_json(spec: &DecoderSpec, dtype: &str) -> Value {
     })
 }
 
-/// The parameter's name as transformers writes it, or none for a mask buffer.
+/// The name that transformers gives the parameter; `None` for a buffer of a mask.
 pub(super) fn canonical_name(name: &str) -> Option<String> {
     if name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") {
         return None;
@@ -124,7 +124,8 @@ fn flag(json: &Value, key: &str, default: bool) -> Result<bool> {
 mod tests {
     use super::*;
 
-    /// The Hub's four GPT-2s; transformers 5.17 counts the same (`num_parameters`, tied head once).
+    /// The four GPT-2s on the Hub. transformers 5.17 counts the same numbers (`num_parameters`,
+    /// where a tied head counts once).
     #[test]
     fn the_four_sizes_have_their_known_numbers_of_parameters() -> Result<()> {
         for (n_layer, n_head, n_embd, parameters) in [

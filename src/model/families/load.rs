@@ -1,4 +1,4 @@
-//! A base's weights from its safetensors files.
+//! Reads a base's weights from safetensors files.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,18 +12,19 @@ use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::tensor_file::{for_each_tensor, open, share};
 
-/// Reads the base from one safetensors file or several shards, in `kind`, on the CPU.
+/// Reads the base from one safetensors file or several shards, in dtype `kind`, on the CPU.
 ///
-/// What the file holds in `kind` is not copied but mapped into memory, where pages are read when they are first used;
-/// writing into such a tensor does not change the file. A file whose header leaves its numbers unaligned, as some
-/// older ones do, is read into memory.
+/// A tensor that the file holds in `kind` is not copied but mapped into memory, where a page is
+/// read when it is first used. Writing into such a tensor does not change the file. A file whose
+/// header leaves its numbers unaligned, as in some older files, is read into memory.
 ///
-/// Names with and without the `transformer.` prefix are read, the causal-mask buffers `attn.bias` and
-/// `attn.masked_bias` that old files carry are left out, and a tied head may be stored if it equals
-/// the token embedding.
+/// Names may have the `transformer.` prefix or lack it. The causal-mask buffers `attn.bias` and
+/// `attn.masked_bias` of old files are left out. A tied head may be stored if it equals the token
+/// embedding.
 ///
 /// # Errors
-/// Missing, extra, doubled or misshapen tensors and dtypes other than f32, f16, bf16 and f64, by name.
+/// If a tensor is missing, extra, doubled or misshapen, has a dtype other than f32, f16, bf16 and
+/// f64, or is a tied head that differs from the token embedding; the message names it.
 pub fn read(spec: &DecoderSpec, files: &[PathBuf], kind: Kind) -> Result<Decoder> {
     let expected: BTreeMap<String, Vec<i64>> = spec.parameter_shapes().into_iter().collect();
     let mut tensors = BTreeMap::new();
@@ -53,7 +54,7 @@ pub fn read(spec: &DecoderSpec, files: &[PathBuf], kind: Kind) -> Result<Decoder
         };
         for_each_tensor(&bytes, file, add).with_context(|| format!("in `{}`", file.display()))?;
     }
-    assert!(!files.is_empty(), "the hub room finds at least one file");
+    assert!(!files.is_empty(), "a base has at least one file");
     let missing: Vec<_> = expected.keys().filter(|name| !tensors.contains_key(*name)).collect();
     if let [first, rest @ ..] = missing.as_slice() {
         let more =
@@ -65,7 +66,7 @@ pub fn read(spec: &DecoderSpec, files: &[PathBuf], kind: Kind) -> Result<Decoder
     {
         bail!(
             "`lm_head.weight` differs from `transformer.wte.weight`, but the config says that the \
-             head is tied\nhint: set `\"tie_word_embeddings\": false` in `spec.json`"
+             head is tied\nhint: set `\"tie_word_embeddings\": false` in `config.json`"
         );
     }
     Ok(Decoder::new(spec.clone(), tensors))

@@ -1,4 +1,5 @@
-//! The families of bases: how each writes its `config.json`, names its tensors and lays them out.
+//! The families of bases: how each family writes its `config.json`, names its tensors and lays them
+//! out.
 
 pub mod gpt2;
 pub mod load;

@@ -1,7 +1,8 @@
-//! What the fused way needs of a target module, and the base's weights packed with it.
+//! What the fused operations need of a target module, and how the base's weights are packed for
+//! them.
 //!
-//! Letters of shapes: `d` width, `i` in, `o` out, `e` expert, `R` sum of ranks (with those of the initial
-//! components), `v` vocabulary.
+//! Letters of shapes: `d` width, `i` in, `o` out, `e` expert, `R` sum of ranks (with those of the
+//! initial components), `R'` the same rounded up to a multiple of [`COLUMNS`], `v` vocabulary.
 
 use tch::{Kind, Tensor};
 
@@ -10,24 +11,27 @@ use crate::model::decoder::precision::wide;
 use crate::model::experts::slots::RankRows;
 use crate::model::experts::stack::LoraExperts;
 
-/// Columns of a rank space come in multiples of this: rows of 16 bytes for any dtype.
+/// The number of columns of a rank space is rounded up to a multiple of this, so that its rows take
+/// a multiple of 16 bytes in any dtype.
 pub const COLUMNS: i64 = 8;
-/// The most columns of a rank space that the kernels take: a row of it lies in shared memory.
+/// The most columns of a rank space that the kernels accept. They keep a row of it in shared
+/// memory.
 const MAX_COLUMNS: i64 = 4096;
-/// Rows of a padded head come in multiples of this.
+/// The number of rows of a padded head is a multiple of this.
 const HEAD_ROWS: i64 = 64;
 
-/// What the fused way needs of a target module.
+/// What the fused operations need of a target module.
 #[derive(Debug)]
 pub struct FusedModule {
-    /// Its rank space as kernels see it.
+    /// The module's rank space as the kernels see it.
     pub columns: RankColumns,
-    /// `[W A^T; B^T 0]`, `[i + R', o + R']`, with kernels.
+    /// `[W A^T; B^T 0]`, `[i + R', o + R']`; `None` without kernels.
     pub packed: Option<Tensor>,
 }
 
 impl FusedModule {
-    /// Of a module's experts; `kind` is what the model computes in.
+    /// Describes the experts of a module, not yet packed; `kind` is the dtype in which the model
+    /// computes.
     pub fn new(experts: &LoraExperts, num_experts: usize, kind: Kind) -> Self {
         let device = experts.lora_a.device();
         let rank_rows = RankRows(&experts.slots);
@@ -59,7 +63,7 @@ impl FusedModule {
         Self { columns, packed: None }
     }
 
-    /// Another handle to the same.
+    /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
         let RankColumns { expert_of, scaling, runs, rows, single_scaling } = &self.columns;
         let columns = RankColumns {
@@ -72,22 +76,23 @@ impl FusedModule {
         Self { columns, packed: self.packed.as_ref().map(Tensor::shallow_clone) }
     }
 
-    /// Columns of the rank space, filled up.
+    /// Number of columns of the rank space, `R'`.
     fn num_columns(&self) -> i64 {
         self.columns.expert_of.size()[0]
     }
 
-    /// Columns behind the rows of what the module reads and of its output's gradient.
+    /// The module's row padding: extra columns behind each row of its input and of its output's
+    /// gradient.
     pub fn row_padding(&self) -> i64 {
         self.packed.as_ref().map_or(0, |_| self.num_columns())
     }
 
-    /// Whether the kernels take a rank space of this size.
+    /// Whether the kernels accept a rank space of this size.
     pub fn fits(&self) -> bool {
         self.num_columns() <= MAX_COLUMNS
     }
 
-    /// Puts the base's weight, `[i, o]`, into a packed matrix and returns its place there.
+    /// Copies the base's weight, `[i, o]`, into a packed matrix and returns the view of it there.
     pub fn pack(&mut self, weight: &Tensor) -> Tensor {
         let (i, o) = weight.size2().expect("a weight is [i, o]");
         let padding = self.num_columns();
@@ -99,8 +104,8 @@ impl FusedModule {
     }
 }
 
-/// The head with rows of zeros behind it up to a multiple of 64, and the head's place in it; none if it has
-/// as many already.
+/// The head with rows of zeros behind it, up to a multiple of 64 rows, and the view of the head in
+/// it; `None` if the head has a multiple of 64 rows already.
 pub fn padded_head(head: &Tensor) -> Option<(Tensor, Tensor)> {
     let (v, d) = head.size2().expect("the head is [v, d]");
     let rows = rounded_up(v, HEAD_ROWS);

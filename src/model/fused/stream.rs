@@ -11,22 +11,22 @@ use crate::model::decoder::norm::LayerNorm;
 /// The residual stream between blocks.
 #[derive(Debug)]
 pub struct Stream {
-    /// `[M, d]`.
+    /// The stream without the pending part, `[M, d]`.
     pub x: Tensor,
-    /// What is still to be added, `[M, d]`.
+    /// What the last block adds to `x`, `[M, d]`; `None` if it has been added.
     pub pending: Option<Tensor>,
-    /// `[b, t, d]`.
+    /// Shape of the activations, `[b, t, d]`.
     pub shape: [i64; 3],
 }
 
 impl Stream {
-    /// The stream of `x`, `[b, t, d]`, without anything pending.
+    /// The stream `x`, `[b, t, d]`, without a pending part.
     pub fn new(x_btd: &Tensor) -> Self {
         let (b, t, d) = x_btd.size3().expect("activations are [b, t, d]");
         Self { x: x_btd.reshape([b * t, d]), pending: None, shape: [b, t, d] }
     }
 
-    /// All of it, `[b, t, d]`.
+    /// The sum of both parts, `[b, t, d]`.
     pub fn whole(&self) -> Tensor {
         match &self.pending {
             None => self.x.view(self.shape),
@@ -34,7 +34,10 @@ impl Stream {
         }
     }
 
-    /// The stream without anything pending, and its LayerNorm, `[M, d]`.
+    /// Adds the pending part, and returns the stream and its LayerNorm, `[M, d]`.
+    ///
+    /// - `row_padding_forward`: extra columns behind each row of the LayerNorm
+    /// - `row_padding_backward`: extra columns behind each row of the pending part's gradient
     pub fn normed(
         &self,
         norm: &LayerNorm,
@@ -48,7 +51,7 @@ impl Stream {
         (Self { x, pending: None, shape: self.shape }, normed)
     }
 
-    /// `[M, d]` as `[b, t, d]`.
+    /// `x`, `[M, d]`, as `[b, t, d]`.
     pub fn shaped(&self, x: &Tensor) -> Tensor {
         x.view(self.shape)
     }

@@ -1,6 +1,11 @@
-//! How tokens are routed: what decides ([`source`]), where ([`site`]), how a router scores the experts
-//! and a rule makes weights of the scores ([`router`]), all routers of a model ([`routers`]), their
-//! decisions in one forward pass ([`pass`]), and sums over what they did ([`totals`]).
+//! How tokens are routed:
+//!
+//! - [`source`]: what decides the routing weights
+//! - [`site`]: the sites at which routers decide
+//! - [`router`]: how a router scores the experts, and the rule that turns scores into weights
+//! - [`routers`]: all routers of a model
+//! - [`pass`]: their decisions in one forward pass
+//! - [`totals`]: sums over what they did, and the losses that follow
 
 pub mod pass;
 pub mod router;

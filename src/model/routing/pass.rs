@@ -1,4 +1,4 @@
-//! The routing of one forward pass, decided as the layers come.
+//! The routing of one forward pass, decided layer by layer.
 //!
 //! Letters of shapes: `b` batch, `t` position, `d` width, `e` expert.
 
@@ -14,25 +14,25 @@ use crate::model::experts::assignments::Assignments;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::experts::weights::RoutingWeights;
 
-/// Whether some module that a site decides for may skip the experts that a token did not choose, where
-/// each token chooses so many.
+/// Whether some module that a site decides for may skip the experts that a token did not choose.
+/// The second argument is the number of experts that each token chooses.
 pub type SkipRule<'a> = dyn Fn(Site, i64) -> bool + 'a;
 
-/// What of a model takes part in routing.
+/// The parts of a model that take part in routing.
 #[derive(Clone, Copy)]
 #[expect(missing_debug_implementations, reason = "a borrow for one call, with a function in it")]
 pub struct RoutedParts<'a> {
-    /// Its routers.
+    /// The routers.
     pub routers: &'a Routers,
-    /// Its experts.
+    /// The experts' settings.
     pub specs: &'a [ExpertSpec],
     /// The dtype of routing weights.
     pub kind: Kind,
-    /// Where experts may be skipped.
+    /// Whether the modules of a site may skip experts.
     pub may_skip: &'a SkipRule<'a>,
 }
 
-/// The routing of one forward pass, decided as the layers come.
+/// The routing of one forward pass, decided layer by layer.
 #[expect(
     missing_debug_implementations,
     reason = "it lives for one forward pass, with a function in it"
@@ -41,34 +41,36 @@ pub struct RoutingPass<'a> {
     routers: &'a Routers,
     may_skip: &'a SkipRule<'a>,
     decided_by: DecidedBy,
-    /// 1 where an expert is active.
+    /// 1 where an expert is active, `[b, t, e]`; `None` if every expert always is.
     mask: Option<Tensor>,
-    /// The weights used: one for all layers, or those of each site so far.
+    /// The weights used: one entry for all layers, or one for each site so far.
     pub used: Vec<RoutingWeights>,
-    /// What the routers did.
+    /// What the routers did at each site so far; empty if no router decides.
     pub routing: Vec<Routing>,
 }
 
 enum DecidedBy {
-    /// These weights, the same in every layer.
+    /// Weights that are the same in every layer.
     Fixed(RoutingWeights),
-    /// The routers.
+    /// The routers decide.
     Routers {
         rule: RoutingRule,
-        /// What they read, `[b, t, d]`; none where each layer has its own input.
+        /// What the routers read, `[b, t, d]`; `None` if they read each layer's own input.
         features: Option<Tensor>,
-        /// Means over prompts, `[b, t, t]`.
+        /// Matrix that takes means over prompts, `[b, t, t]`; `None` if each token is routed by
+        /// itself.
         averaging: Option<Tensor>,
-        /// Experts that decide in the router's place, -1 for none, `[b, t]`.
+        /// The expert that each position's record names, `[b, t]`. It overrides the router, except
+        /// where it is -1.
         named: Option<Tensor>,
     },
 }
 
 impl<'a> RoutingPass<'a> {
-    /// The routing by `source` of a batch.
+    /// The routing of a batch by `source`.
     ///
-    /// - `x`: its embeddings, `[b, t, d]`
-    /// - `base_hidden`: gives the base's last hidden state, `[b, t, d]`
+    /// - `x`: the batch's embeddings, `[b, t, d]`
+    /// - `base_hidden`: computes the base's last hidden state, `[b, t, d]`
     pub fn new(
         model: RoutedParts<'a>,
         inputs: &Inputs,
@@ -108,12 +110,13 @@ impl<'a> RoutingPass<'a> {
         Self { routers, may_skip, decided_by, mask, used: vec![], routing: vec![] }
     }
 
-    /// Whether the routers' decisions need each layer's input.
+    /// Whether the routers read each layer's own input.
     pub fn reads_layers(&self) -> bool {
         matches!(&self.decided_by, DecidedBy::Routers { features: None, .. })
     }
 
-    /// The weights of a layer, whose own input after its first LayerNorm is `layer_input()`.
+    /// The weights of a layer. `layer_input` computes the layer's own input, after its first
+    /// LayerNorm.
     pub fn block(&mut self, layer: usize, layer_input: &dyn Fn() -> Tensor) -> BlockWeights {
         let DecidedBy::Routers { rule, features, averaging, named } = &self.decided_by else {
             let DecidedBy::Fixed(weights) = &self.decided_by else { unreachable!() };
@@ -159,7 +162,7 @@ impl<'a> RoutingPass<'a> {
     }
 }
 
-/// `features`, `[b, t, d]`, or their means by `averaging`, `[b, t, t]`.
+/// `features`, `[b, t, d]`, or their means by the matrix `averaging`, `[b, t, t]`.
 fn averaged(features: &Tensor, averaging: Option<&Tensor>) -> Tensor {
     match averaging {
         None => features.shallow_clone(),

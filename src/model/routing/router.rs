@@ -1,18 +1,20 @@
-//! The router: what scores the experts for each token, and the rule that makes weights of the scores.
+//! The router, which scores the experts for each token, and the rule that turns scores into
+//! weights.
 //!
 //! ```text
 //! h = x, or relu(h W^T + c) for each hidden layer
 //! router_logits = h R^T + c                                    [b, t, m]
 //! routing_probs = softmax(router_logits / temperature)         in f32
-//! routing_weights = routing_probs, or the k best of them, as a rule divided by their sum
+//! routing_weights = routing_probs, or only those of the k best, which `renormalize`
+//!                   divides by their sum
 //! ```
 //!
-//! The k best are the largest routing_probs, or, with a selection bias, the largest sums of probs and
-//! bias (arXiv:2408.15664, eq. 3). In a layer that has only some of the experts, the others have no
-//! score there: the softmax is over its own.
+//! The k best experts have the largest routing_probs or, with a selection bias, the largest sums of
+//! routing_probs and bias (arXiv:2408.15664, eq. 3). If layers route over their own experts, a
+//! layer that lacks some of them takes the softmax over the scores of the others.
 //!
-//! Letters of shapes: `b` batch, `t` position, `d` width, `e` expert, `m` the layer's experts, `k` chosen
-//! experts.
+//! Letters of shapes: `b` batch, `t` position, `d` width, `w` width of a hidden layer, `e` expert,
+//! `m` the layer's experts, `k` chosen experts.
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -21,38 +23,38 @@ use crate::config::{
     Config, EvalRule, RouterConfig, RouterInput, RouterNoise, RouterScope, RoutingLevel,
 };
 
-/// What the routers of a mixture are, apart from their numbers.
+/// The settings of a mixture's routers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RouterSpec {
-    /// What they read.
+    /// What a router reads.
     pub input: RouterInput,
-    /// How many there are.
+    /// Whether there is one router, or one for each layer or target module.
     pub scope: RouterScope,
-    /// What is routed as one.
+    /// Whether each token is routed by itself or by the prompt of its document.
     pub level: RoutingLevel,
-    /// Layers before the one that scores.
+    /// Number of hidden layers before the layer that scores the experts.
     pub hidden_layers: i64,
-    /// Their width.
+    /// Width of the hidden layers.
     pub hidden_width: i64,
-    /// Divides the scores.
+    /// Divides the scores before the softmax.
     pub temperature: f64,
-    /// How many experts a token keeps; none = all.
+    /// How many experts a token keeps; `None` for all.
     pub top_k: Option<i64>,
-    /// Whether their weights are divided by their sum.
+    /// Whether the weights of the k best experts are divided by their sum.
     pub renormalize: bool,
-    /// The rule for evaluation, if it is another.
+    /// The routing rule in evaluation, if it is another.
     pub eval: Option<EvalRule>,
-    /// Whether a bias takes part in choosing them.
+    /// Whether a bias takes part in choosing the k best experts.
     pub selection_bias: bool,
-    /// Whether a layer routes over the experts that it has, or over all, of which the absent add
-    /// nothing.
+    /// Whether each layer routes over the experts that it has. Otherwise it routes over all
+    /// experts, and those that it lacks add nothing.
     pub own_experts: bool,
 }
 
 impl From<&RouterConfig> for RouterSpec {
-    /// Routers as they are at the end of their temperature's schedule and, if hybrid, once all experts
-    /// are mature.
+    /// The settings at the end of the temperature schedule and, with hybrid routing, once all
+    /// experts are mature.
     fn from(config: &RouterConfig) -> Self {
         Self {
             input: config.input,
@@ -77,13 +79,13 @@ impl Default for RouterSpec {
 }
 
 impl RouterSpec {
-    /// The routers of a run.
+    /// The settings of the routers of a run.
     pub fn of_config(config: &Config) -> Self {
         let own_experts = config.lora.experts_per_layer.is_some();
         Self { own_experts, ..Self::from(&config.router) }
     }
 
-    /// Parameters of one router over `num_experts` experts and `d` features.
+    /// Number of parameters of one router over `num_experts` experts and `d` features.
     pub fn num_parameters(&self, num_experts: i64, d: i64) -> i64 {
         let (width, layers) = (self.hidden_width, self.hidden_layers);
         match layers {
@@ -93,50 +95,52 @@ impl RouterSpec {
     }
 }
 
-/// How scores become weights.
+/// The rule that turns scores into weights.
 #[derive(Debug)]
 pub struct RoutingRule {
-    /// Divides the scores, 0-dim.
+    /// Divides the scores before the softmax, 0-dim.
     pub temperature: Tensor,
-    /// How many experts a token keeps; none = all.
+    /// How many experts a token keeps; `None` for all.
     pub top_k: Option<i64>,
-    /// Whether their weights are divided by their sum.
+    /// Whether the weights of the k best experts are divided by their sum.
     pub renormalize: bool,
-    /// What disturbs the router.
+    /// Noise that disturbs the router.
     pub noise: RouterNoise,
 }
 
-/// What scores the experts.
+/// The layer or MLP that scores the experts.
 #[derive(Debug)]
 pub struct Router {
-    /// Weight `[w, d]` and bias `[w]` of each hidden layer.
+    /// Weight and bias `[w]` of each hidden layer. The first weight is `[w, d]`, the others
+    /// `[w, w]`.
     pub hidden: Vec<(Tensor, Tensor)>,
-    /// `[e, d]`, behind hidden layers `[e, w]`.
+    /// Weight of the layer that scores: `[e, d]`, or `[e, w]` after hidden layers.
     pub weight: Tensor,
-    /// `[e]`.
+    /// Bias of that layer, `[e]`.
     pub bias: Tensor,
-    /// Added to routing_probs where the k best are chosen, `[e]`; not trained.
+    /// Added to routing_probs to choose the k best experts, not to weigh them, `[e]`; not trained.
     pub selection_bias: Option<Tensor>,
 }
 
-/// How the tokens of a forward pass were routed at one place.
+/// How the tokens of a forward pass were routed at one site.
 #[derive(Debug)]
 pub struct Routing {
     /// The raw scores, `[b, t, m]`.
     pub logits: Tensor,
-    /// Softmax over the experts that are there, `[b, t, m]`.
+    /// Softmax over the experts that the site routes over, `[b, t, m]`.
     pub probs: Tensor,
-    /// What mixes the experts, `[b, t, e]`.
+    /// The weights that mix the experts, `[b, t, e]`.
     pub weights: Tensor,
-    /// The k chosen, `[b, t, k]`; none = all.
+    /// The k experts that each token chose, `[b, t, k]`; `None` if it uses all.
     pub selected: Option<Tensor>,
-    /// Which experts are there, `[m]`; none = all.
+    /// The experts that the site routes over, `[m]`; `None` for all.
     pub present: Option<Tensor>,
 }
 
 impl Router {
-    /// A new router over `d` features: matrices from N(0, 0.02) where they score, so that tokens start
-    /// near an even mixture, but not all alike; hidden layers as He et al. (arXiv:1502.01852, eq. 10).
+    /// A new router over `d` features. The weights that score the experts have mean 0 and standard
+    /// deviation 0.02, so that routing starts near an even mixture but not alike for all tokens.
+    /// Hidden layers are initialised as by He et al. (arXiv:1502.01852, eq. 10).
     pub fn new(spec: &RouterSpec, num_experts: i64, d: i64, kind: Kind) -> Self {
         let options = (kind, Device::Cpu);
         let mut width = d;
@@ -155,7 +159,7 @@ impl Router {
         }
     }
 
-    /// The same router on `device`, as leaves of the graph.
+    /// The same router on `device`, with its parameters as leaves of the graph.
     pub(crate) fn into_leaf(self, device: Device) -> Self {
         let leaf = |x: Tensor| x.to_device(device).detach().copy().set_requires_grad(true);
         Self {
@@ -166,8 +170,8 @@ impl Router {
         }
     }
 
-    /// The raw scores of the tokens whose features are `x`, `[b, t, d]`, for all experts, `[b, t, e]`,
-    /// in the router's own dtype.
+    /// The raw scores of all experts, `[b, t, e]`, in the router's own dtype, for tokens with the
+    /// features `x`, `[b, t, d]`.
     pub fn logits(&self, x: &Tensor) -> Tensor {
         let mut h = x.to_kind(self.weight.kind());
         for (weight, bias) in &self.hidden {
@@ -176,7 +180,8 @@ impl Router {
         h.linear(&self.weight, Some(&self.bias))
     }
 
-    /// Routes the tokens whose features are `x`, `[b, t, d]`, over the experts `present`, `[m]`, or all.
+    /// Routes tokens with the features `x`, `[b, t, d]`, over the experts `present`, `[m]`; `None`
+    /// means all experts.
     pub fn forward(&self, x: &Tensor, rule: &RoutingRule, present: Option<&Tensor>) -> Routing {
         let own = |x: Tensor, dim: i64| match present {
             Some(experts) => x.index_select(dim, experts),
@@ -222,7 +227,7 @@ impl Router {
         Routing { logits, probs, weights, selected, present: Some(present.shallow_clone()) }
     }
 
-    /// `E`.
+    /// Number of experts `E`.
     pub fn num_experts(&self) -> i64 {
         self.bias.size()[0]
     }

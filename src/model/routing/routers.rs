@@ -1,4 +1,5 @@
-//! All routers of a model: one, or one for each layer or target module, and where each decides.
+//! All routers of a model, one or one for each layer or target module, and the sites at which they
+//! decide.
 //!
 //! Letters of shapes: `d` width, `m` a layer's experts.
 
@@ -9,24 +10,26 @@ use super::site::Site;
 use crate::config::{ModulePath, RouterInput, RouterScope, TargetModule};
 use crate::model::experts::spec::ExpertSpec;
 
-/// The routers of a model, by one spec.
+/// The routers of a model, which share their settings.
 #[derive(Debug)]
 pub struct Routers {
-    /// One, or one for each layer or target module; none with fewer than two experts.
+    /// One router for all layers, or one for each layer or target module. There are none with fewer
+    /// than two experts.
     routers: Vec<Router>,
     spec: RouterSpec,
-    /// The present temperature of the router's rule, 0-dim, f64, on the device.
+    /// The current temperature of the routing rule, 0-dim, f64, on the device.
     temperature: Tensor,
     /// The target modules of each layer that have experts, in the order of a block.
     modules: Vec<Vec<TargetModule>>,
-    /// The experts that each layer routes over.
+    /// The experts that each layer has.
     experts: Vec<Vec<usize>>,
-    /// The same, `[m]`, where a layer lacks some and routes over its own.
+    /// The same as a tensor, `[m]`, for each layer that lacks some experts, and `None` for the
+    /// other layers. Empty unless layers route over their own experts.
     present: Vec<Option<Tensor>>,
 }
 
 impl Routers {
-    /// No routers, of a model without experts.
+    /// No routers, for a model without experts.
     pub fn none(device: Device) -> Self {
         Self {
             routers: vec![],
@@ -38,10 +41,10 @@ impl Routers {
         }
     }
 
-    /// New routers over `d` features, from libtorch's default CPU generator.
+    /// New routers over `d` features, initialised by libtorch's default CPU generator.
     ///
     /// - `modules`: the target modules of each layer that have experts
-    /// - `kind`: of what is trained
+    /// - `kind`: dtype of the parameters
     pub fn new(
         spec: &RouterSpec,
         specs: &[ExpertSpec],
@@ -78,27 +81,29 @@ impl Routers {
         }
     }
 
-    /// The routers: one, one for each layer or target module, or none with fewer than two experts.
+    /// The routers: one for all layers, or one for each layer or target module. There are none with
+    /// fewer than two experts.
     pub fn all(&self) -> &[Router] {
         &self.routers
     }
 
-    /// Whether there are none.
+    /// Whether there are no routers.
     pub fn is_empty(&self) -> bool {
         self.routers.is_empty()
     }
 
-    /// What they are.
+    /// The settings of the routers.
     pub fn spec(&self) -> &RouterSpec {
         &self.spec
     }
 
-    /// The temperature that divides the scores, 0-dim, f64; one tensor for the model's life.
+    /// The temperature that divides the scores, 0-dim, f64. It is the same tensor for the model's
+    /// whole life.
     pub fn temperature(&self) -> &Tensor {
         &self.temperature
     }
 
-    /// Sets the rule by which scores become weights.
+    /// Sets the temperature, and how many experts a token keeps (`None` for all).
     pub fn set_rule(&mut self, temperature: f64, top_k: Option<i64>) {
         if temperature != self.spec.temperature {
             let _ = self.temperature.fill_(temperature);
@@ -107,7 +112,7 @@ impl Routers {
         self.spec.top_k = top_k;
     }
 
-    /// What precedes each router's tensors in their names, as `router` or `h.0.router`.
+    /// The prefix of each router's tensor names, such as `router` or `h.0.router`.
     pub fn names(&self) -> Vec<String> {
         match self.spec.scope {
             _ if self.routers.is_empty() => vec![],
@@ -124,7 +129,7 @@ impl Routers {
         }
     }
 
-    /// Where the routers decide, in the order of a forward pass.
+    /// The sites, in the order of a forward pass.
     pub fn sites(&self) -> Vec<Site> {
         if self.routers.is_empty() {
             return vec![];
@@ -163,12 +168,12 @@ impl Routers {
         }
     }
 
-    /// The experts that a site routes over, `[m]`; none = all.
+    /// The experts that a site routes over, `[m]`; `None` for all.
     pub fn present_at(&self, site: Site) -> Option<&Tensor> {
         self.present.get(site.layer?)?.as_ref()
     }
 
-    /// The experts that a site routes over, of `num_experts`.
+    /// The indices of the experts that a site routes over, out of `num_experts`.
     pub fn experts_at(&self, site: Site, num_experts: usize) -> Vec<usize> {
         match (self.present_at(site), site.layer) {
             (Some(_), Some(layer)) => self.experts[layer].clone(),
@@ -177,7 +182,7 @@ impl Routers {
     }
 }
 
-/// The experts that have a module in a layer.
+/// The experts that target a module of a layer.
 pub fn experts_in(specs: &[ExpertSpec], layer: usize) -> Vec<usize> {
     let has = |expert: &usize| specs[*expert].modules.keys().any(|path| path.layer == layer);
     (0..specs.len()).filter(has).collect()

@@ -1,4 +1,4 @@
-//! Where routing is decided, and the weights that a block gets.
+//! The sites at which routers decide, and the routing weights of a block.
 
 use std::fmt;
 
@@ -7,14 +7,14 @@ use tch::Tensor;
 use crate::config::TargetModule;
 use crate::model::experts::weights::RoutingWeights;
 
-/// One decision of the routers in a forward pass.
+/// A site: one decision of a router in a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Site {
-    /// Which of [`super::routers::Routers::all`] decides.
+    /// Index of the router in [`super::routers::Routers::all`].
     pub router: usize,
-    /// The layer it decides for; none = all.
+    /// The layer that it decides for; `None` for all layers.
     pub layer: Option<usize>,
-    /// The module it decides for; none = all of the layer.
+    /// The module that it decides for; `None` for all modules of the layer.
     pub module: Option<TargetModule>,
 }
 
@@ -28,22 +28,22 @@ impl fmt::Display for Site {
     }
 }
 
-/// The routing weights of a block: one for all of its modules, or one for each.
+/// The routing weights of a block: the same for all of its modules, or one entry for each.
 #[derive(Debug)]
 pub struct BlockWeights(Vec<(Option<TargetModule>, RoutingWeights)>);
 
 impl BlockWeights {
-    /// These weights for every module.
+    /// The same weights for every module.
     pub fn of_all(weights: RoutingWeights) -> Self {
         Self(vec![(None, weights)])
     }
 
-    /// Weights by module, or for every module.
+    /// Weights by module. `None` stands for every module.
     pub fn new(weights: Vec<(Option<TargetModule>, RoutingWeights)>) -> Self {
         Self(weights)
     }
 
-    /// A module's weights.
+    /// The weights of a module; [`RoutingWeights::Off`] if it has none.
     pub fn of(&self, module: TargetModule) -> &RoutingWeights {
         let weights = self.0.iter().find(|(of, _)| of.is_none_or(|of| of == module));
         weights.map_or(&RoutingWeights::Off, |(_, weights)| weights)
@@ -54,14 +54,15 @@ impl BlockWeights {
         Self(self.0.iter().map(|(module, g)| (*module, g.shallow_clone())).collect())
     }
 
-    /// The same with tensors over flattened tokens, `[b t, e]`; modules that share weights share a tensor.
+    /// The same weights over flattened tokens, `[b t, e]`. Modules that share weights share the
+    /// tensor.
     pub fn flat(&self, num_tokens: i64) -> Self {
         let tensors = self.tensors();
         let flat = tensors.iter().map(|g| g.reshape([num_tokens, -1]).contiguous());
         self.with_tensors(&flat.collect::<Vec<_>>())
     }
 
-    /// The tensors in it.
+    /// The tensors of the weights, in order.
     pub fn tensors(&self) -> Vec<Tensor> {
         let tensors = self.0.iter().filter_map(|(_, weights)| match weights {
             RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _) => {
@@ -72,7 +73,7 @@ impl BlockWeights {
         tensors.collect()
     }
 
-    /// The same with other tensors in the places of [`BlockWeights::tensors`].
+    /// The same weights with `tensors` in place of those that [`BlockWeights::tensors`] returns.
     pub fn with_tensors(&self, tensors: &[Tensor]) -> Self {
         let mut tensors = tensors.iter();
         let replaced = self.0.iter().map(|(module, weights)| {

@@ -1,16 +1,18 @@
-//! What decides the routing weights of a forward pass, whatever it is: one mechanism.
+//! What decides the routing weights of a forward pass. The experts use the weights in the same way,
+//! whatever decides them:
 //!
 //! ```text
 //! source ------------------> weights [b, t, e] --x mask--> the experts of a layer or module
-//!   router: embeddings, last hidden state of the base, or a layer's own input
+//!   router, which reads embeddings, the base's last hidden state, or a layer's own input
 //!   given | uniform | one expert | all at weight 1 | the record's expert | none
 //! mask: 0 before the last invocation of an expert that has invocation tokens (aLoRA,
-//!       arXiv:2504.12397), found as PEFT 0.21 does (`calculate_alora_offsets`), document by document
+//!       arXiv:2504.12397), found as by PEFT 0.21 (`calculate_alora_offsets`), in each
+//!       document by itself
 //! ```
 //!
-//! A router decides at one or more [`Site`]s: once for all layers, or for each layer, or for each target
-//! module. Switching the source changes neither the experts nor what of them is trained. The mask is the
-//! one part that looks ahead: where an expert's tokens come twice, the first time does not count.
+//! A router decides at one or more [sites](super::site): one for all layers, or one for each layer
+//! or target module. Switching the source does not change the experts. Only the mask looks ahead:
+//! if an expert's invocation tokens occur twice in a document, the first occurrence does not count.
 //!
 //! Letters of shapes: `b` batch, `t` position, `d` width, `e` expert, `m` a layer's experts.
 
@@ -24,21 +26,22 @@ use crate::model::experts::weights::RoutingWeights;
 /// What decides the routing weights of a forward pass.
 #[derive(Debug)]
 pub enum RoutingSource {
-    /// The learned router; with one expert, which has none, weight 1.
+    /// The learned router. A model with one expert has no router and gives it weight 1.
     Router,
-    /// 1 / E for each expert.
+    /// Weight 1 / E for each expert.
     Uniform,
-    /// 1 for each expert: PEFT's unweighted sum of several active adapters.
+    /// Weight 1 for each expert, as in PEFT's unweighted sum of several active adapters.
     All,
-    /// 1 for this expert, 0 for the others.
+    /// Weight 1 for this expert and 0 for the others.
     Expert(i64),
-    /// 1 for the expert that [`Inputs::expert_ids`] names: PEFT's `adapter_names`.
+    /// Weight 1 for the expert that [`Inputs::expert_ids`] names, as with PEFT's `adapter_names`.
     Record,
-    /// As `Record` where an expert is named, elsewhere the learned router: how a new expert is seeded.
+    /// As `Record` where an expert is named, and as `Router` elsewhere. This is how a new expert is
+    /// seeded.
     RecordOrRouter,
-    /// The base alone.
+    /// Weight 0 for each expert, which is the base alone.
     Base,
-    /// These weights, `[b, t, e]`, or `[e]` for every token; they need not sum to 1.
+    /// These weights, `[b, t, e]`, or `[e]` for every token. They need not sum to 1.
     Given(Tensor),
 }
 
@@ -56,14 +59,15 @@ impl From<RoutingChoice> for RoutingSource {
 }
 
 impl RoutingSource {
-    /// Whether the experts that records name take part.
+    /// Whether the source uses the experts that records name.
     pub fn reads_records(&self) -> bool {
         matches!(self, Self::Record | Self::RecordOrRouter)
     }
 
-    /// The weights that a source that is no router decides on, over `num_experts` experts.
+    /// The weights of a source that does not ask a router, over `num_experts` experts. The router
+    /// itself counts as such if the model has only one expert.
     ///
-    /// - `kind`, `device`: of the weights
+    /// - `kind`, `device`: dtype and device of the weights
     pub fn fixed_weights(
         &self,
         inputs: &Inputs,
@@ -82,7 +86,7 @@ impl RoutingSource {
         };
         match self {
             Self::Base => RoutingWeights::Off,
-            // with one expert, which has no router
+            // a model with one expert has no router
             Self::Router | Self::RecordOrRouter | Self::All => RoutingWeights::Ones,
             Self::Uniform => every(Tensor::full([e], 1.0 / e as f64, (kind, device))),
             Self::Expert(expert) => every(Tensor::arange(e, (Kind::Int64, device)).eq(*expert)),
@@ -92,8 +96,8 @@ impl RoutingSource {
     }
 }
 
-/// 1 where an expert is active, 0 before its invocation, `[b, t, e]`; none if every expert always
-/// is.
+/// 1 where an expert is active and 0 before its invocation, `[b, t, e]`; `None` if every expert is
+/// always active.
 pub fn invocation_mask(specs: &[ExpertSpec], inputs: &Inputs, kind: Kind) -> Option<Tensor> {
     if specs.iter().all(|spec| spec.alora_invocation_tokens.is_empty()) {
         return None;
@@ -105,12 +109,12 @@ pub fn invocation_mask(specs: &[ExpertSpec], inputs: &Inputs, kind: Kind) -> Opt
     Some(Tensor::stack(&active.collect::<Vec<_>>(), -1))
 }
 
-/// The expert that each position's record names, `[b, t]`.
+/// The expert that each position's record names, `[b, t]`; -1 for none.
 pub fn named_experts(inputs: &Inputs) -> Tensor {
     inputs.expert_ids.as_ref().expect("the caller saw that records name one").shallow_clone()
 }
 
-/// 1 where an expert is named, `[b, t, e]`; zeros for -1.
+/// 1 at the expert that `ids_bt` names, `[b, t, e]`; all zeros where it is -1.
 pub fn one_hot(ids_bt: &Tensor, e: i64, kind: Kind) -> Tensor {
     let experts = Tensor::arange(e, (Kind::Int64, ids_bt.device()));
     ids_bt.unsqueeze(-1).eq_tensor(&experts).to_kind(kind)

@@ -1,7 +1,7 @@
-//! What is told about the routing of some tokens, and the losses that follow from it.
+//! Totals of the routing of some tokens, and the losses that follow from them.
 //!
-//! With `p` a token's routing_probs over the `m` experts of its layer, `f` the expert load and `P` the mean
-//! of `p` over the label tokens, a router has
+//! Let `p` be a token's routing_probs over the `m` experts of its layer, `f` the expert load, and
+//! `P` the mean of `p` over the label tokens. Then
 //!
 //! ```text
 //! load_balancing_loss   m sum_e f_e P_e                 Switch, arXiv:2101.03961, eqs. 4-6
@@ -10,23 +10,26 @@
 //! routing_entropy       mean_t -sum_e p_e ln p_e        nats, at most ln m
 //! ```
 //!
-//! The load-balancing loss is 1 when even and m when collapsed. With top-k routing, `f_e` is the share of
-//! the n k assignments that went to expert e. Without it every expert is chosen for every token, so that
-//! such an `f` would be 1/m whatever the router does; there the load is the share of probs, `f = P`, and
-//! the loss is 1 + CV^2 of the importance (arXiv:1701.06538, eq. 7).
+//! With top-k routing, `f_e` is the share of the n k assignments that went to expert e. With dense
+//! routing, every token uses every expert, and this share would be 1/m whatever the router does.
+//! There the load is the share of routing_probs, `f = P`, and the load-balancing loss is 1 + CV^2
+//! of the importance (arXiv:1701.06538, eq. 7).
 //!
-//! Each is taken at each site where routing is decided and then averaged over the sites: a router that
-//! several layers apply to inputs of their own counts once for each.
+//! The load-balancing loss is 1 when routing is even. When routing has collapsed to one expert, the
+//! loss is m with dense routing and m / k with top-k routing.
 //!
-//! Letters of shapes: `b` batch, `t` position, `n` label tokens, `e` expert, `m` the layer's experts, `g`
-//! groups of tokens (domains).
+//! Each value is taken at each site and then averaged over the sites. A router that several layers
+//! apply to their own inputs counts once for each layer.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n` label tokens, `e` expert, `m` the layer's
+//! experts, `g` groups of tokens (domains).
 
 use tch::{Kind, Tensor};
 
 use super::router::Routing;
 use crate::model::batch::Labelled;
 
-/// Adds a batch's totals to those of each site so far; `totals` is empty before the first batch.
+/// Adds a batch's totals to those of each site. `totals` is empty before the first batch.
 pub fn add_totals(totals: &mut Vec<RoutingTotals>, routing: &[Routing], labelled: Labelled<'_>) {
     for (site, routing) in routing.iter().enumerate() {
         let new = RoutingTotals::new(routing, labelled);
@@ -37,24 +40,24 @@ pub fn add_totals(totals: &mut Vec<RoutingTotals>, routing: &[Routing], labelled
     }
 }
 
-/// Sums over label tokens at one site; those of several batches add up.
+/// Sums over the label tokens at one site. The totals of several batches can be added.
 #[derive(Debug)]
 pub struct RoutingTotals {
-    /// Label tokens by group, `[g]`, f64.
+    /// Number of label tokens by group, `[g]`, f64.
     pub tokens: Tensor,
     /// Sum of routing_probs, `[m]`, f64.
     pub probs: Tensor,
     /// Sum of routing_weights by group, `[g, m]`, f64.
     pub weights: Tensor,
-    /// Assignments by group, `[g, m]`, f64; without top-k the sum of routing_probs.
+    /// Number of assignments by group, `[g, m]`, f64; with dense routing, the sum of routing_probs.
     pub assignments: Tensor,
-    /// Sum of the probs' entropy by group, `[g]`, f64, nats.
+    /// Sum of the entropy of routing_probs by group, `[g]`, f64, nats.
     pub entropy: Tensor,
-    /// Sum of the squared logsumexp of the scores, 0-dim, f64.
+    /// Sum of the squared logsumexp of router_logits, 0-dim, f64.
     pub squared_lse: Tensor,
-    /// Experts per token that `assignments` counts.
+    /// How many experts of each token `assignments` counts.
     assignments_per_token: i64,
-    /// Whether every expert is chosen for every token.
+    /// Whether every token uses every expert.
     dense: bool,
 }
 
@@ -112,8 +115,8 @@ impl RoutingTotals {
         self.squared_lse = &self.squared_lse + &other.squared_lse;
     }
 
-    /// All sums in a row, for one transfer to the host: tokens `[g]`, probs `[m]`, weights `[g m]`,
-    /// assignments `[g m]`, entropy `[g]`, squared_lse.
+    /// All sums in one row, for a single transfer to the host: tokens `[g]`, probs `[m]`, weights
+    /// `[g m]`, assignments `[g m]`, entropy `[g]`, squared_lse.
     pub fn flat(&self) -> Tensor {
         let flat = |x: &Tensor| x.reshape([-1]);
         let parts = [&self.tokens, &self.probs, &self.weights, &self.assignments, &self.entropy];
@@ -121,12 +124,12 @@ impl RoutingTotals {
         Tensor::cat(&parts.collect::<Vec<_>>(), 0)
     }
 
-    /// `m`.
+    /// Number of experts `m`.
     pub fn num_experts(&self) -> i64 {
         self.probs.size()[0]
     }
 
-    /// Label tokens, 0-dim, f64.
+    /// Number of label tokens, 0-dim, f64.
     pub fn num_tokens(&self) -> Tensor {
         self.tokens.sum(Kind::Double)
     }
@@ -137,46 +140,47 @@ impl RoutingTotals {
         num_tokens.full_like(value) / num_tokens
     }
 
-    /// Whether every expert was chosen for every token.
+    /// Whether every token uses every expert.
     pub fn is_dense(&self) -> bool {
         self.dense
     }
 
-    /// Share of assignments per expert `f`, `[m]`.
+    /// The expert load `f`: each expert's share of the assignments, `[m]`.
     pub fn expert_load(&self) -> Tensor {
         let sums = self.assignments.sum_dim_intlist(0, false, Kind::Double);
         sums / (self.num_tokens() * self.assignments_per_token as f64)
     }
 
-    /// Mean routing_probs `P`, `[m]`.
+    /// The mean of routing_probs, `P`, `[m]`.
     fn mean_probs(&self) -> Tensor {
         &self.probs / self.num_tokens()
     }
 
-    /// `d load_balancing_loss / d probs`, the same for each token, `[m]`: the loss depends on a
-    /// token's probs through `P` (and, without top-k, through `f = P`). Its product with a batch's
-    /// probs has the gradient of the loss over all batches of the totals.
+    /// `d load_balancing_loss / d probs`, which is the same for each token, `[m]`. The loss depends
+    /// on a token's probs through `P` and, with dense routing, also through `f = P`. The product of
+    /// this gradient with a batch's probs has the gradient of the loss over all batches of the
+    /// totals.
     pub fn balance_gradient(&self) -> Tensor {
         let factor = if self.dense { 2.0 } else { 1.0 };
         self.expert_load() * self.per_token(factor * self.num_experts() as f64)
     }
 
-    /// `d uniform_mse / d probs`, likewise, `[m]`.
+    /// `d uniform_mse / d probs`, which is the same for each token, `[m]`.
     pub fn uniform_gradient(&self) -> Tensor {
         let m = self.num_experts() as f64;
         (self.mean_probs() - 1.0 / m) * self.per_token(2.0 / m)
     }
 }
 
-/// The positions `at`, `[n]` of the flattened `[b t]`, of `x`, `[b, t, m]`: `[n, m]`.
+/// The rows of `x`, `[b, t, m]`, at the positions `at`, `[n]`, of the flattened `[b t]`: `[n, m]`.
 pub fn rows(x: &Tensor, at: &Tensor) -> Tensor {
     let width = *x.size().last().expect("routing tensors are [b, t, _]");
     x.view([-1, width]).index_select(0, at)
 }
 
-/// The entropy of each row of `probs`, `[n, m]`: `[n]`, nats.
+/// The entropy of each row of `probs_nm`, `[n, m]`, in nats: `[n]`.
 pub fn entropies(probs_nm: &Tensor) -> Tensor {
-    // 0 ln 0 = 0, with a finite gradient
+    // makes 0 ln 0 equal 0, with a finite gradient
     let tiny = if probs_nm.kind() == Kind::Double { f64::MIN_POSITIVE } else { 1e-37 };
     -(probs_nm * probs_nm.clamp_min(tiny).log()).sum_dim_intlist(-1, false, probs_nm.kind())
 }
