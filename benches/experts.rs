@@ -1,17 +1,25 @@
-//! Times the ways to compute a module's experts under top-k routing: one linear layer of GPT-2 with
-//! E experts of rank r, of which each token uses k.
+//! Times several ways to compute the experts of one target module under top-k routing: a linear
+//! layer of GPT-2 has E experts of rank r, of which each token uses k.
 //!
 //! ```text
 //! cargo bench --bench experts -- --device cpu|cuda [--tokens N] [--json]
 //! ```
 //!
-//! `fused` computes every expert; `each` and `grouped` those that were chosen, by a pair of products
-//! for each expert or by `at::_grouped_mm`; `base` is the layer alone. A run is the forward pass and
-//! the gradients of x, A, B and the routing weights. Times are wall clock, the median of samples
-//! taken in turn; a sample is one run on the CPU, ten in a row on CUDA. `sort` is the making of the
-//! assignments, once for all modules. The largest differences from `fused`, of output or gradient
-//! and relative to the largest element, are printed last. f32 on the CPU; bf16 with A and B in f32
-//! on CUDA.
+//! | column | what is timed |
+//! |---|---|
+//! | `base` | the frozen layer without experts |
+//! | `fused` | all experts for every token, at once |
+//! | `each` | only the chosen experts, by one pair of matrix products for each expert |
+//! | `grouped` | only the chosen experts, by `at::_grouped_mm` |
+//! | `sort` | sorting the assignments by expert, which a model does once for all modules |
+//!
+//! A run computes the forward pass and the gradients of x, A, B and the routing weights; for `base`,
+//! the gradient of x only. A time is the median wall-clock time of samples, which the forms take in
+//! turn. A sample is one run on the CPU and the mean of ten runs on CUDA. The table shows `fused`,
+//! `base` and `sort` in milliseconds, and `base`, `each` and `grouped` relative to `fused`. Its last
+//! columns, `d each` and `d grouped`, are the largest differences from `fused` in the output or a
+//! gradient, relative to the largest element of that tensor. The dtype is f32 on the CPU; on CUDA it
+//! is bf16, with A and B in f32.
 
 use std::time::{Duration, Instant};
 
@@ -98,7 +106,7 @@ fn options() -> Result<Options> {
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            // cargo passes it
+            // cargo passes this flag to every bench
             "--bench" => {}
             "--json" => json = true,
             "--device" => device = Some(args.next().context("`--device` needs `cpu` or `cuda`")?),
@@ -109,7 +117,7 @@ fn options() -> Result<Options> {
             other => bail!("`{other}` is no option\nhint: `--device`, `--tokens`, `--json`"),
         }
     }
-    // before any other call of libtorch
+    // this must come before any other call of libtorch
     let cuda = ffi::load_cuda();
     let device = match device.as_deref() {
         Some("cpu") => Device::Cpu,
@@ -120,7 +128,7 @@ fn options() -> Result<Options> {
     Ok(Options { device, num_tokens, json })
 }
 
-/// One layer, its experts and its tokens.
+/// A layer, its experts and the tokens that they are applied to.
 struct Case {
     model: RoutedModel,
     path: ModulePath,
@@ -130,9 +138,9 @@ struct Case {
     g: Tensor,
     selected: Tensor,
     assignments: Assignments,
-    /// The gradient of the layer's output.
+    /// The gradient of the loss by the layer's output.
     dy: Tensor,
-    /// A and B.
+    /// The experts' A and B.
     leaves: Vec<Tensor>,
 }
 
@@ -165,7 +173,8 @@ impl Case {
         }
     }
 
-    /// The output, and the gradients of x, the chosen g, A and B.
+    /// The gradients of x, g, A and B, in this order, and then the output. The base has only the
+    /// gradient of x.
     fn run(&self, form: Form) -> Vec<Tensor> {
         let experts = self.model.experts(self.path).expect("they target the module");
         let linear = &self.model.base().blocks[0].linears[&self.path.module];
@@ -191,13 +200,14 @@ impl Case {
         results
     }
 
-    /// The largest difference from the fused form, relative to the largest element.
+    /// The largest difference from the fused form in any result, relative to the result's largest
+    /// element.
     fn difference(&self, form: Form) -> f64 {
         let (fused, other) = (self.run(Form::Fused), self.run(form));
         let differences = fused.iter().zip(&other).enumerate().map(|(at, (fused, other))| {
             let select = |x: &Tensor| {
                 let x = x.to_kind(Kind::Double);
-                // the fused form has gradients of weights that nobody uses
+                // the fused form also has gradients of the routing weights of experts not chosen
                 if at == 1 { x.gather(-1, &self.selected, false) } else { x }
             };
             let (fused, other) = (select(fused), select(other));
@@ -252,7 +262,7 @@ impl Case {
     }
 }
 
-/// GPT-2's shape with one block and few tokens, and random experts on one module.
+/// A model of GPT-2's width with one block and a small vocabulary, and random experts on one module.
 fn model(
     module: TargetModule,
     num_experts: i64,
@@ -299,7 +309,8 @@ fn print(row: &Value, as_json: bool) {
     }
     let number = |key: &str| row[key].as_f64().expect("it is a number");
     println!(
-        "{:<12} {:>3} {:>4} {:>2}  {:>9.3} {:>9.3}  {:>7.2} {:>7.2} {:>7.2}  {:>8.3}  {:>8.0e} {:>8.0e}",
+        "{:<12} {:>3} {:>4} {:>2}  {:>9.3} {:>9.3}  {:>7.2} {:>7.2} {:>7.2}  {:>8.3}  \
+         {:>8.0e} {:>8.0e}",
         row["module"].as_str().expect("it is a string"),
         number("num_experts"),
         number("rank"),

@@ -1,12 +1,13 @@
-//! Times what a training step does on the host beside the model: its batch, and its metrics.
+//! Times the work of a training step on the host apart from the model: the batch and the metrics.
 //!
 //! ```text
 //! cargo bench --bench host
 //! ```
 //!
-//! The batch is 32 blocks of 1024 tokens, from a token cache that is mapped into memory, of long documents (one to a
-//! block) and of short ones (about 120 tokens, packed). The metrics are those of 4 experts on 4 domains, with one
-//! router or with 48 (a router for each module of 12 blocks). Wall clock, median and largest of 100 runs.
+//! The batch is 32 blocks of 1024 tokens from a token cache that is mapped into memory. Its documents
+//! are either long, so that a block holds a single one, or short (some 100 words) and packed. The
+//! metrics are those of 4 experts on 4 domains, with one site or with 48 (one for each target module
+//! of 12 blocks). Each line shows the median and the largest wall-clock time of 100 runs.
 
 use std::fmt::Write as _;
 use std::hint::black_box;
@@ -36,8 +37,8 @@ const NUM_DOMAINS: usize = 4;
 fn main() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let config = load::parse(
-        "[base]\nsource = { path = \"none\" }\n[data]\nseq_len = 1024\n[[data.domains]]\nname = \"text\"\n\
-         train = [\"none\"]\n[train]\nduration = { steps = 1 }\n",
+        "[base]\nsource = { path = \"none\" }\n[data]\nseq_len = 1024\n[[data.domains]]\n\
+         name = \"text\"\ntrain = [\"none\"]\n[train]\nduration = { steps = 1 }\n",
         &[],
     )?;
     println!("{:<52} {:>10} {:>10}", "", "median, us", "max, us");
@@ -93,7 +94,7 @@ fn row(name: &str, mut run: impl FnMut()) {
     );
 }
 
-/// Documents of so many words, read back from the token cache.
+/// A dataset of `num_documents` documents of `num_words` words, read back from its token cache.
 fn dataset(folder: &Path, num_documents: usize, num_words: usize) -> Result<TokenDataset> {
     let file = folder.join(format!("{num_words}.jsonl"));
     let mut lines = String::new();

@@ -1,5 +1,5 @@
-//! The bench: what its rows compute, what it counts and prints, and that a row that fails lets
-//! others follow.
+//! The bench: what its rows compute, count and print. A row that fails does not stop the rows after
+//! it.
 
 mod common;
 
@@ -28,7 +28,7 @@ fn config(set: &[&str]) -> Config {
     load::resolve(text, &set).expect("the config is sound")
 }
 
-/// The figures of rows on a tiny base: one step to warm up, two that count.
+/// The figures of rows on a tiny base, from two steps after one step of warm-up.
 fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Figures>> {
     let settings = BenchSettings {
         config: config(set),
@@ -45,9 +45,9 @@ fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Fi
     rows.iter().map(measure).collect()
 }
 
-/// The presets s1 and s2 on GPT-2 124M, by hand: P = 12 * 12 * 768^2 + 50257 * 768 = 123,532,032,
-/// A = 2 * 12 * 1024 * 768 = 18,874,368; Lo = 12 * 32 * (768 + 2304) with s1, and
-/// 12 * 128 * (3072 + 1536 + 3840 + 3840) with s2.
+/// Reference: the presets s1 and s2 on GPT-2 124M, counted by hand. The base has
+/// 12 * 12 * 768^2 + 50257 * 768 = 123,532,032, attention 2 * 12 * 1024 * 768 = 18,874,368. The
+/// experts have 12 * 32 * (768 + 2304) in s1 and 12 * 128 * (3072 + 1536 + 3840 + 3840) in s2.
 #[test]
 fn a_step_has_the_operations_of_the_formula() -> Result<()> {
     let base = gpt2::from_json(&json!({ "model_type": "gpt2" }))?;
@@ -67,7 +67,7 @@ fn a_step_has_the_operations_of_the_formula() -> Result<()> {
     Ok(())
 }
 
-/// B starts at zero, so no row's experts change what the base computes.
+/// B starts at zero, so the experts of a row do not change what the base computes.
 #[test]
 fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
     let _guard = seed(1);
@@ -105,7 +105,7 @@ fn rows_that_compute_the_same_train_alike_and_others_do_not() -> Result<()> {
     for other in &losses[2..] {
         assert!((losses[0] - other).abs() > 1e-3, "{losses:?}");
     }
-    // with a single expert all of them are one LoRA
+    // with a single expert, each of these rows is plain LoRA
     let losses = last(&rows, &[set[0], "lora.num_experts=1"])?;
     for same in &losses[1..4] {
         assert!((losses[0] - same).abs() < 1e-4, "{losses:?}");
@@ -129,7 +129,8 @@ fn accumulation_leaves_the_step_as_it_is() -> Result<()> {
     Ok(())
 }
 
-/// Reference: the logits of each expert given by hand, blended and scored here, in f64.
+/// Reference: the logits under one-hot routing weights for each expert, blended and scored here in
+/// f64.
 #[test]
 fn n_passes_blend_the_experts_logits_by_the_routers_weights() -> Result<()> {
     let _guard = seed(4);
@@ -171,7 +172,7 @@ fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
     let uneven = Bench::new(uneven, &tiny_base(tiny_config()), Device::Cpu);
     let error = uneven.measure(Row::SingleLoraWide, 2).outcome.unwrap_err();
     assert!(error.contains("no meaning where ranks differ"), "{error}");
-    // 2^45 rows of 16 numbers fit in no memory; tch panics where libtorch cannot allocate them
+    // no memory holds 2^45 rows of 16 numbers; tch panics because libtorch cannot allocate them
     let vast = BenchSettings { config: vast, ..settings };
     let report = Bench::new(vast, &tiny_base(tiny_config()), Device::Cpu).measure(Row::OnePass, 2);
     let error = report.outcome.unwrap_err();
@@ -181,13 +182,13 @@ fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
     Ok(())
 }
 
-/// The keys of an object with a comma between, in their order.
+/// The keys of an object in their order, separated by commas.
 fn keys(json: &Value) -> String {
     let keys = json.as_object().expect("an object").keys();
     keys.map(String::as_str).collect::<Vec<_>>().join(",")
 }
 
-/// `scripts/compare_peft.py` and whoever keeps the lines rely on the keys.
+/// `scripts/compare_peft.py` and users who keep the lines depend on the keys.
 #[test]
 fn a_row_is_a_line_with_its_figures_or_its_error() -> Result<()> {
     let figures = Figures {

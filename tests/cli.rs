@@ -1,6 +1,6 @@
-//! What a person sees: config errors with line and key, `--set`, the order of the rooms.
+//! What a user sees of the config: errors with their line and key, and overrides by `--set`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use dylora::config::load;
 
@@ -23,13 +23,15 @@ fn error(text: &str, overrides: &[&str]) -> String {
 
 #[test]
 fn an_unknown_key_is_shown_with_its_line_and_the_right_keys() {
-    insta::assert_snapshot!(error(&format!("{MINIMAL}\n[lora]\nrnak = 8\n"), &[]), @r#"
+    insta::assert_snapshot!(error(&format!("{MINIMAL}\n[lora]\nrnak = 8\n"), &[]), @"
     TOML parse error at line 12, column 1
        |
     12 | rnak = 8
        | ^^^^
-    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
-    "#);
+    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, \
+    `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, \
+    `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
+    ");
 }
 
 #[test]
@@ -56,9 +58,10 @@ fn an_unknown_target_module_is_answered_with_the_four_names() {
 }
 
 #[test]
-fn every_fault_is_told_at_once_by_its_path() {
+fn all_faults_are_reported_at_once_with_their_paths() {
     let text = format!(
-        "{MINIMAL}\n[lora]\nrank = 0\ndropout = 1.5\n[router]\ntop_k = 9\n[train]\nduration = {{ steps = 0 }}\n"
+        "{MINIMAL}\n[lora]\nrank = 0\ndropout = 1.5\n[router]\ntop_k = 9\n\
+         [train]\nduration = {{ steps = 0 }}\n"
     );
     insta::assert_snapshot!(error(&text, &["optimizer.betas=[0.9, 1.0]"]), @r#"
     `lora.dropout` must be at least 0 and below 1, got 1.5
@@ -72,8 +75,8 @@ fn every_fault_is_told_at_once_by_its_path() {
 #[test]
 fn faults_of_single_experts_name_them() {
     let text = format!(
-        "{MINIMAL}\n[train]\nrouting = \"expert:1\"\n[router]\nload_balancing_coef = 0.1\n[lora]\nnum_experts = 2\n\
-         rank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
+        "{MINIMAL}\n[train]\nrouting = \"expert:1\"\n[router]\nload_balancing_coef = 0.1\n\
+         [lora]\nnum_experts = 2\nrank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
          [[lora.experts]]\nrank = 0\nalpha_pattern = {{ \"h.1.attn.c_attn\" = -1.0 }}\n\
          [[lora.experts]]\nsource = {{ path = \"a\" }}\nrank = 4\ntrainable = false\n\
          [[lora.experts]]\nalora_invocation_tokens = [-1]\n"
@@ -91,7 +94,7 @@ fn faults_of_single_experts_name_them() {
     "#);
 }
 
-/// The README's example, in short: a shared pattern may be about the modules of some experts only.
+/// The README's example in short: a shared pattern may name modules that only some experts target.
 #[test]
 fn a_pattern_may_be_about_the_modules_of_one_expert() {
     let text = format!(
@@ -122,11 +125,16 @@ fn a_pattern_may_be_about_the_modules_of_one_expert() {
 
 #[test]
 fn a_bad_override_names_itself() {
-    insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @r#"
-    in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
+    insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @"
+    in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, \
+    `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, \
+    `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
     in `lora`
-    "#);
-    insta::assert_snapshot!(error(MINIMAL, &["lora.rank"]), @"`--set lora.rank` has no `=`; write `--set lora.rank=16`");
+    ");
+    insta::assert_snapshot!(
+        error(MINIMAL, &["lora.rank"]),
+        @"`--set lora.rank` has no `=`; write `--set lora.rank=16`"
+    );
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank.x=8"]), @r"
     in `--set lora.rank.x=8`: invalid type: map, expected i64
     in `lora.rank`
@@ -163,63 +171,8 @@ fn every_shipped_config_is_valid_and_opens_with_its_command() {
     }
 }
 
-/// The rooms in the order of a run; a room uses only those before it.
-const ROOMS: [&str; 14] = [
-    "config", "durable", "ffi", "hub", "data", "model", "base", "mixture", "growth", "eval",
-    "skills", "train", "bench", "export",
-];
-
 #[test]
-fn a_room_uses_only_the_rooms_to_its_left() {
-    let mut files: Vec<(usize, PathBuf)> = vec![];
-    for (index, room) in ROOMS.iter().enumerate() {
-        let folder = Path::new("src").join(room);
-        files.push((index, folder.with_extension("rs")));
-        if folder.is_dir() {
-            files.extend(fs_err::read_dir(&folder).unwrap().map(|e| (index, e.unwrap().path())));
-        }
-    }
-    for (index, path) in files.into_iter().filter(|(_, path)| path.exists()) {
-        let text = fs_err::read_to_string(&path).unwrap();
-        for later in ROOMS.iter().skip(index + 1).chain(&["cli"]) {
-            assert!(!text.contains(&format!("crate::{later}")), "{} uses {later}", path.display());
-        }
-        let pair = [
-            ("hub", "data"),
-            ("data", "hub"),
-            ("data", "model"),
-            ("model", "data"),
-            ("model", "hub"),
-        ];
-        for (room, other) in pair {
-            let uses = ROOMS[index] == room && text.contains(&format!("crate::{other}"));
-            assert!(!uses, "{} uses {other}", path.display());
-        }
-    }
-}
-
-#[test]
-fn unsafe_code_lives_in_ffi_alone() {
-    let mut folders = vec![PathBuf::from("src")];
-    while let Some(folder) = folders.pop() {
-        for entry in fs_err::read_dir(&folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if !path.starts_with("src/ffi") {
-                let text = fs_err::read_to_string(&path).unwrap();
-                assert!(
-                    !text.contains("unsafe {") && !text.contains("extern \"C\""),
-                    "{}",
-                    path.display()
-                );
-            }
-        }
-    }
-}
-
-#[test]
-fn faults_of_the_router_are_told_by_their_paths() {
+fn faults_of_the_router_are_reported_with_their_paths() {
     let router = |text: &str| error(&format!("{MINIMAL}\n[router]\n{text}\n"), &[]);
     let numbers = "temperature = 0.0\ntemperature_schedule = { start = -1.0, steps = 0 }\n\
                    hidden_layers = 9\nhidden_width = 0\nnoise = { gaussian = 0.0 }\n\
@@ -244,22 +197,36 @@ fn faults_of_the_router_are_told_by_their_paths() {
     `router.top_k` must be from 1 to `lora.num_experts` 4, got 0
     `router.eval.top_k` must be from 1 to `lora.num_experts` 4, got 5
     "#);
-    insta::assert_snapshot!(router("noise = { jitter = 1.0 }"), @"`router.noise.jitter` must be between 0 and 1, got 1");
+    insta::assert_snapshot!(
+        router("noise = { jitter = 1.0 }"),
+        @"`router.noise.jitter` must be between 0 and 1, got 1"
+    );
     insta::assert_snapshot!(router("hybrid = { tokens = 0 }"), @r#"
     `router.hybrid` needs a `router.top_k` below `lora.num_experts` 4
     `router.hybrid.tokens` must be at least 1, got 0
     "#);
-    insta::assert_snapshot!(router("top_k = 1\nhybrid = { plateau = { window_steps = 0, min_delta = -1.0 } }"), @r#"
+    let plateau = "top_k = 1\nhybrid = { plateau = { window_steps = 0, min_delta = -1.0 } }";
+    insta::assert_snapshot!(router(plateau), @r#"
     `router.hybrid.plateau.window_steps` must be at least 1, got 0
     `router.hybrid.plateau.min_delta` must be a number of at least 0, got -1
     "#);
-    insta::assert_snapshot!(router("balance_bias_rate = 0.1"), @"`router.balance_bias_rate` needs a `router.top_k` below `lora.num_experts` 4");
-    insta::assert_snapshot!(router("top_k = 4\nbalance_bias_rate = 0.1"), @"`router.balance_bias_rate` needs a `router.top_k` below `lora.num_experts` 4");
-    insta::assert_snapshot!(router("level = 'sequence'\nnoise = { jitter = 0.1 }"), @r#"`router.noise` is drawn for each token, and does not go with `router.level = "sequence"`"#);
+    insta::assert_snapshot!(
+        router("balance_bias_rate = 0.1"),
+        @"`router.balance_bias_rate` needs a `router.top_k` below `lora.num_experts` 4"
+    );
+    insta::assert_snapshot!(
+        router("top_k = 4\nbalance_bias_rate = 0.1"),
+        @"`router.balance_bias_rate` needs a `router.top_k` below `lora.num_experts` 4"
+    );
+    insta::assert_snapshot!(
+        router("level = 'sequence'\nnoise = { jitter = 0.1 }"),
+        @"`router.noise` is drawn for each token, and does not go with \
+          `router.level = \"sequence\"`"
+    );
 }
 
 #[test]
-fn a_choice_of_the_router_that_is_none_is_answered_with_the_right_ones() {
+fn an_unknown_choice_of_the_router_is_answered_with_the_known_ones() {
     let said = |text: &str| {
         let message = error(&format!("{MINIMAL}\n[router]\n{text}\n"), &[]);
         message.lines().last().expect("it has lines").to_owned()
@@ -276,7 +243,7 @@ fn a_choice_of_the_router_that_is_none_is_answered_with_the_right_ones() {
         "on_collapse = 'ignore'",
         "hidden = 2",
     ];
-    insta::assert_snapshot!(wrong.map(said).join("\n"), @r#"
+    insta::assert_snapshot!(wrong.map(said).join("\n"), @"
     unknown variant `expert`, expected one of `shared`, `layer`, `module`
     unknown variant `document`, expected `token` or `sequence`
     unknown variant `some`, expected one of `none`, `gaussian`, `jitter`
@@ -286,15 +253,19 @@ fn a_choice_of_the_router_that_is_none_is_answered_with_the_right_ones() {
     missing field `min_delta`
     missing field `steps`
     unknown variant `ignore`, expected `warn` or `stop`
-    unknown field `hidden`, expected one of `input`, `scope`, `level`, `hidden_layers`, `hidden_width`, `temperature`, `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, `noise`, `eval`, `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, `dead_share`, `source`
-    "#);
+    unknown field `hidden`, expected one of `input`, `scope`, `level`, `hidden_layers`, \
+    `hidden_width`, `temperature`, `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, \
+    `noise`, `eval`, `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, \
+    `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, `dead_share`, `source`
+    ");
 }
 
 #[test]
 fn the_losses_of_routers_need_a_router_that_decides() {
     let text = format!(
-        "{MINIMAL}\n[train]\nrouting = \"uniform\"\n[router]\ntop_k = 2\nload_balancing_coef = 0.1\n\
-         uniform_mse_coef = 0.1\nz_loss_coef = 0.1\nentropy_coef = -0.1\nbalance_bias_rate = 0.1\n"
+        "{MINIMAL}\n[train]\nrouting = \"uniform\"\n[router]\ntop_k = 2\n\
+         load_balancing_coef = 0.1\nuniform_mse_coef = 0.1\nz_loss_coef = 0.1\n\
+         entropy_coef = -0.1\nbalance_bias_rate = 0.1\n"
     );
     insta::assert_snapshot!(error(&text, &[]), @r#"
     `router.load_balancing_coef` must be 0 where the router does not decide, by `uniform`
@@ -306,15 +277,24 @@ fn the_losses_of_routers_need_a_router_that_decides() {
 }
 
 #[test]
-fn faults_of_experts_per_layer_and_of_orthogonality_are_told() {
+fn faults_of_experts_per_layer_and_of_orthogonality_are_reported() {
     let lora = |text: &str| error(&format!("{MINIMAL}\n[lora]\n{text}\n"), &[]);
     insta::assert_snapshot!(lora("experts_per_layer = [0, 5, 4]"), @r#"
     `lora.experts_per_layer[0]` must be from 1 to `lora.num_experts` 4, got 0
     `lora.experts_per_layer[1]` must be from 1 to `lora.num_experts` 4, got 5
     "#);
-    insta::assert_snapshot!(lora("experts_per_layer = [1, 3, 2]"), @"`lora.experts_per_layer` leaves expert 3 without a layer");
-    insta::assert_snapshot!(lora("experts_per_layer = [4]\nexperts = [{ source = { path = 'a' } }]"), @"`lora.experts_per_layer` goes with new experts, not with those from a `source`");
-    insta::assert_snapshot!(lora("orthogonality = { a = -1.0 }"), @"`lora.orthogonality` must be a number of at least 0, got -1");
+    insta::assert_snapshot!(
+        lora("experts_per_layer = [1, 3, 2]"),
+        @"`lora.experts_per_layer` leaves expert 3 without a layer"
+    );
+    insta::assert_snapshot!(
+        lora("experts_per_layer = [4]\nexperts = [{ source = { path = 'a' } }]"),
+        @"`lora.experts_per_layer` goes with new experts, not with those from a `source`"
+    );
+    insta::assert_snapshot!(
+        lora("orthogonality = { a = -1.0 }"),
+        @"`lora.orthogonality` must be a number of at least 0, got -1"
+    );
     insta::assert_snapshot!(lora("orthogonality = { b = 1.0 }"), @r#"
     TOML parse error at line 12, column 19
        |
@@ -325,7 +305,7 @@ fn faults_of_experts_per_layer_and_of_orthogonality_are_told() {
 }
 
 #[test]
-fn what_the_router_can_be_is_read_as_it_is_written() {
+fn the_settings_of_a_router_read_back_as_they_are_written() {
     let text = format!(
         "{MINIMAL}\n[lora]\northogonality = {{ ba = 0.5 }}\nexperts_per_layer = [2, 4]\n[router]\n\
          input = 'layer_input'\nscope = 'module'\nhidden_layers = 2\ntop_k = 2\n\
@@ -335,7 +315,7 @@ fn what_the_router_can_be_is_read_as_it_is_written() {
     );
     let config = load::parse(&text, &[]).unwrap();
     load::validate(&config).unwrap();
-    // as a run keeps it, with every default filled in
+    // a run saves its config in this form, with every default filled in
     let again = load::parse(&load::to_toml(&config), &[]).unwrap();
     assert_eq!(again, config);
     assert_eq!(config.router.entropy_coef, -0.01);

@@ -1,12 +1,12 @@
-//! The binary as a person calls it: exit codes, messages, and the figures that commands print.
+//! The binary as a user runs it: exit codes, messages, and the figures that commands print.
 
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// Runs the binary on the CPU with a token cache of its own, and in one thread: models this small run many
-/// times slower on two where others use the cores as well.
+/// Runs the binary on the CPU, with a token cache of its own and one thread. With two threads, models
+/// this small run many times slower if other processes use the cores as well.
 fn dylora(cache: &tempfile::TempDir, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
     command.args(arguments).env("DYLORA_CACHE", cache.path()).env("OMP_NUM_THREADS", "1");
@@ -69,7 +69,7 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
         code(&[&merge[..], &["x", "--as=adapter", "--save-dtype=bf16"]].concat())?;
     assert_eq!(exit, Some(2), "{message}");
     assert!(message.contains("`--save-dtype` is for `--as base`"), "{message}");
-    // before the base is opened, let alone measured
+    // this is found before the base is opened
     let (exit, message) = code(&[&merge[..], &["demo"]].concat())?;
     assert_eq!(exit, Some(1), "{message}");
     assert!(message.contains("`demo` is there already"), "{message}");
@@ -86,7 +86,8 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
     Ok(())
 }
 
-/// Closed forms: 4 blocks, d = 128, all four linear layers, E = 4, r = 8, a router for each layer.
+/// Reference: closed forms for 4 blocks of width d = 128, all four linear layers, E = 4, r = 8 and a
+/// router for each layer.
 #[test]
 fn a_dry_run_counts_parameters_and_data_and_writes_nothing() -> Result<()> {
     let cache = tempfile::tempdir()?;
@@ -159,7 +160,7 @@ fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
     Ok(())
 }
 
-/// On the export of a run whose validation loss is `overall`.
+/// Evaluates the export and a merge of a run whose validation loss is `overall`.
 fn exports_are_opened_and_merged(
     cache: &tempfile::TempDir,
     run: &str,
@@ -221,7 +222,7 @@ fn bench_prints_its_setting_and_each_row() -> Result<()> {
         assert_eq!((&row["kind"], &row["error"]), (&"row".into(), &Value::Null), "{row}");
         assert!(row["step_ms"].as_f64() > Some(0.0) && row["tokens_per_step"] == 64, "{row}");
     }
-    // each row's peak is its own, though the larger batch came first
+    // each row reports its own peak, although the larger batch came first
     let rows = json(run(&["--batch=64,1", "--json", "--rows=one_pass", "--warmup=0"])?)?;
     let peak = |row: &Value| row["peak_memory_bytes"].as_u64().context("a peak");
     assert!(peak(&rows[1])? > peak(&rows[2])? + (16 << 20), "{} {}", rows[1], rows[2]);

@@ -1,4 +1,4 @@
-//! Files to batches, through the public interface.
+//! From data files to batches, through the public interface.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,8 +20,8 @@ use proptest::prelude::*;
 
 const EOS: u32 = 258;
 
-/// A byte-level BPE as small as can be: the bytes in the order of their characters, the merges
-/// `a b` (256) and `Ġ a` (257), and `<|endoftext|>` (258).
+/// A minimal byte-level BPE: the bytes in the order of their characters, the merges `a b` (256) and
+/// `Ġ a` (257), and `<|endoftext|>` (258).
 fn tokenizer() -> Tokenizer {
     let printable = |byte: &u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
     let other = (0..256).filter(|byte| !printable(byte)).zip(256..).map(|(_, code)| code);
@@ -61,7 +61,7 @@ fn options(seq_len: usize) -> DataOptions {
     }
 }
 
-/// A folder with the given files.
+/// A temporary folder of files.
 struct Files(tempfile::TempDir);
 
 impl Files {
@@ -105,7 +105,8 @@ fn all_blocks(dataset: &TokenDataset) -> Batch {
     dataset.batch(&dataset.eval_order())
 }
 
-/// The pieces of a batch, each as its `(input, label)` pairs, after checks of what holds for each.
+/// The pieces of documents in a batch, each as its `(input, label)` pairs. Also checks the positions
+/// and document ids of each piece, and the padding.
 fn pieces(batch: &Batch) -> Vec<Vec<(i64, i64)>> {
     let mut pieces = Vec::new();
     for row in 0..batch.num_rows {
@@ -132,7 +133,7 @@ fn pieces(batch: &Batch) -> Vec<Vec<(i64, i64)>> {
     pieces
 }
 
-/// The texts of a dataset whose documents all fit into a block, sorted.
+/// The sorted texts of a dataset, each of whose documents fits into a block.
 fn texts(dataset: &TokenDataset) -> Vec<String> {
     let tokenizer = tokenizer();
     let mut texts: Vec<String> = pieces(&all_blocks(dataset))
@@ -195,7 +196,7 @@ fn long_documents_are_split_and_pieces_without_a_target_are_dropped() -> Result<
     Ok(())
 }
 
-/// The characters of the prompt positions of each piece, and those of the others.
+/// The characters at the prompt positions of each piece, and those at its other positions.
 fn prompts(batch: &Batch) -> Vec<(String, String)> {
     let mut prompts: Vec<(String, String)> = Vec::new();
     for (at, document) in batch.document_ids.iter().enumerate() {
@@ -230,7 +231,7 @@ fn prompt_positions_are_the_records_prompt_or_the_whole_piece() -> Result<()> {
     let owned = |expected: &[(&str, &str)]| -> Vec<(String, String)> {
         expected.iter().map(|(prompt, rest)| ((*prompt).into(), (*rest).into())).collect()
     };
-    // the long one is cut into `long+pro`, which teaches nothing, `mpt34567` and `890`
+    // the long record is split into `long+pro`, which has no target, `mpt34567` and `890`
     let mut expected = vec![
         ("890", ""),
         ("empty", ""),
@@ -240,10 +241,10 @@ fn prompt_positions_are_the_records_prompt_or_the_whole_piece() -> Result<()> {
         ("xyz", "12"),
     ];
     assert_eq!(found(LossOn::Completion, Some(EOS))?, owned(&expected));
-    // with a loss on everything the prompt is still the prompt, and all pieces are there
+    // with a loss on all tokens, the prompt positions stay the same and no piece is dropped
     expected.insert(2, ("long+pro", ""));
     assert_eq!(found(LossOn::All, Some(EOS))?, owned(&expected));
-    // without an end token, the last token is no input
+    // without an end token, the last token of a document is not an input
     let expected =
         [("89", ""), ("empt", ""), ("mpt", "34567"), ("plai", ""), ("tex", ""), ("xyz", "1")];
     assert_eq!(found(LossOn::Completion, None)?, owned(&expected));
@@ -258,7 +259,7 @@ fn packing_suffixes_line_ends_and_byte_order_marks_change_nothing() -> Result<()
         encoder.write_all(content.as_bytes())?;
         Ok(encoder.finish()?)
     };
-    // packed files may be packed parts, one behind another
+    // a gzip file may consist of several compressed parts, one after another
     let (first, second) = plain.split_at(20);
     let files = Files::new(&[
         ("a.jsonl", plain.as_bytes()),
@@ -327,7 +328,7 @@ fn faults_name_their_file_and_line_or_are_skipped_and_counted() -> Result<()> {
         assert_eq!((counts.records, counts.documents, counts.skipped_bad), (5, 1, 4));
         assert_eq!(texts(&dataset), ["good"]);
     }
-    // what was skipped and cached is still a fault for who does not skip
+    // a record that was skipped and cached is still an error with `OnBadRecord::Fail`
     let fail = DataOptions { on_bad_record: OnBadRecord::Fail, ..skip };
     assert!(message(files.eval(&["a.jsonl"], &fail)).contains("a.jsonl:3"));
     Ok(())
@@ -364,7 +365,7 @@ fn a_second_load_comes_from_the_cache_and_damage_is_healed() -> Result<()> {
     let (cached, fingerprint, batch) = load(&options)?;
     assert_eq!(cached, 0);
     assert_eq!(load(&options)?, (2, fingerprint.clone(), batch.clone()));
-    // seq_len and loss_on act later
+    // the cache does not depend on `seq_len` and `loss_on`, but on the end token
     assert_eq!(load(&DataOptions { seq_len: 9, loss_on: LossOn::All, ..options.clone() })?.0, 2);
     assert_eq!(load(&DataOptions { eos_token_id: None, ..options.clone() })?.0, 0);
 
@@ -406,7 +407,7 @@ fn many_small_files_keep_their_order_and_the_first_fault_is_shown() -> Result<()
     Ok(())
 }
 
-/// `count` texts, each twice.
+/// `count` different records, each of them twice.
 fn doubled(count: usize) -> String {
     (0..2 * count).map(|i| format!("{{\"text\": \"t{}\"}}\n", i / 2)).collect()
 }
@@ -439,7 +440,11 @@ fn a_fraction_holds_out_by_content() -> Result<()> {
 fn what_is_validated_on_is_in_no_domains_training_set() -> Result<()> {
     let files = Files::new(&[
         ("a.jsonl", br#"{"text": "one"}"#),
-        ("b.jsonl", b"{\"text\": \"two\"}\n{\"text\": \"six\"}\n{\"prompt\": \"o\", \"completion\": \"ne\"}"),
+        (
+            "b.jsonl",
+            b"{\"text\": \"two\"}\n{\"text\": \"six\"}\n\
+              {\"prompt\": \"o\", \"completion\": \"ne\"}",
+        ),
         ("held.jsonl", b"{\"text\": \"one\"}\n{\"text\": \"two\"}"),
     ]);
     let a = files.domain("a", "a.jsonl", None);
@@ -458,7 +463,8 @@ fn what_is_validated_on_is_in_no_domains_training_set() -> Result<()> {
 
 #[test]
 fn records_go_to_the_domains_that_they_name() -> Result<()> {
-    let mixed = b"{\"text\": \"1\", \"domain\": \"p\"}\n{\"text\": \"2\", \"domain\": \"q\"}\n{\"text\": \"3\"}";
+    let mixed = b"{\"text\": \"1\", \"domain\": \"p\"}\n{\"text\": \"2\", \"domain\": \"q\"}\n\
+                  {\"text\": \"3\"}";
     let files = Files::new(&[("mixed.eval.jsonl", mixed), ("p.txt", b"4")]);
     let mut p = files.domain("first", "mixed.*", None);
     p.record_domain = Some("p".into());
@@ -489,7 +495,7 @@ fn records_go_to_the_domains_that_they_name() -> Result<()> {
     Ok(())
 }
 
-/// Texts with and without experts; a `seq_len` of 8 splits the last one.
+/// Records with and without an expert; a `seq_len` of 8 splits the last one.
 const EXPERTS: &str = r#"{"text": "uu"}
 {"text": "vvv", "expert": null}
 {"text": "ww", "expert": "expert_3"}
@@ -497,7 +503,7 @@ const EXPERTS: &str = r#"{"text": "uu"}
 {"prompt": "yyyyyy", "completion": "zzzzzz", "expert": 0}
 "#;
 
-/// The experts that each letter's positions have.
+/// For each letter, the experts at its positions.
 fn experts_of_letters(batch: &Batch) -> BTreeMap<char, Vec<i64>> {
     let mut experts: BTreeMap<char, Vec<i64>> = BTreeMap::new();
     for (at, document) in batch.document_ids.iter().enumerate() {
@@ -549,7 +555,7 @@ fn only_documents_in_blocks_count_for_the_experts_of_the_records() -> Result<()>
     let counts = |documents_without, largest| RecordExperts { documents_without, largest };
     assert_eq!(experts("empty.jsonl")?, counts(0, Some(-1)));
     assert_eq!(experts("b.txt")?, counts(1, None));
-    // of all domains; what is held out of one side is on the other
+    // the counts are over all domains of a side, the training set or the validation set
     let domains = [
         files.domain("a", "a.jsonl", files.validation("empty.jsonl")),
         files.domain("b", "b.txt", None),
@@ -560,7 +566,7 @@ fn only_documents_in_blocks_count_for_the_experts_of_the_records() -> Result<()>
     Ok(())
 }
 
-/// Checkpoints hold the literal: data in which no record names an expert keeps it.
+/// Checkpoints store the fingerprint, so the literal must not change for data without experts.
 #[test]
 fn the_fingerprint_changes_with_an_expert_and_not_without_any() {
     let fingerprint = |experts: [Option<i64>; 3]| {
@@ -586,13 +592,13 @@ fn the_fingerprint_changes_with_an_expert_and_not_without_any() {
     assert_eq!(fingerprints.len(), different.len());
 }
 
-/// A document of `len` tokens that are all different from any other document's.
+/// A document of `len` tokens, none of which another document has.
 fn document(index: usize, len: u32, prompt_share: f64) -> MemoryDocument {
     let tokens = (0..len).map(|token| index as u32 * 1_000 + token).collect();
     MemoryDocument { tokens, prompt_len: (f64::from(len) * prompt_share) as u32, expert: None }
 }
 
-/// A dataset of domains with this many blocks and this weight.
+/// A dataset of domains with the given numbers of blocks and weights.
 fn dataset_of(domains: impl IntoIterator<Item = (usize, f64)>) -> TokenDataset {
     let domains = domains.into_iter().enumerate().map(|(i, (num_blocks, weight))| MemoryDomain {
         name: i.to_string(),
@@ -602,7 +608,7 @@ fn dataset_of(domains: impl IntoIterator<Item = (usize, f64)>) -> TokenDataset {
     TokenDataset::in_memory(4, LossOn::All, domains.collect())
 }
 
-/// The same, mixed so.
+/// [`dataset_of`] with a mixing of the domains.
 fn mixed(
     domains: impl IntoIterator<Item = (usize, f64)>,
     mixing: Mixing,
@@ -613,7 +619,7 @@ fn mixed(
     dataset
 }
 
-/// A config with this `[train]`.
+/// A config with the given keys in `[train]`.
 fn config(train: &str) -> Config {
     let text = format!(
         "[base]\nsource.path = \"base\"\n[train]\n{train}\n[data]\nseq_len = 4\ndomains = []"
@@ -666,7 +672,7 @@ fn a_domain_of_weight_0_is_evaluated_only() {
 }
 
 #[test]
-fn some_domain_has_a_weight_and_an_interleaved_one_has_no_other_than_1() {
+fn a_domain_must_have_a_weight_and_interleaving_requires_a_weight_of_1() {
     let fault = |data: &str| {
         let text = format!("[base]\nsource.path = \"base\"\n[data]\nseq_len = 4\n{data}");
         let domain = "[[data.domains]]\nname = \"d\"\ntrain = [\"f\"]\nweight = 0\n";
@@ -678,7 +684,7 @@ fn some_domain_has_a_weight_and_an_interleaved_one_has_no_other_than_1() {
     assert!(interleaved.contains("`data.domains[0].weight` must be 1 with"), "{interleaved}");
 }
 
-/// A run resumes in the order that it began with, or not at all.
+/// A change of the mixing changes the order of the blocks, so a run must not resume after it.
 #[test]
 fn the_fingerprint_changes_with_the_mixing() {
     let fingerprint = |num_domains: usize, mixing, on_exhausted| {
@@ -791,7 +797,7 @@ proptest! {
         prop_assert_eq!(counts.documents + counts.skipped_empty, lens.len() as u64);
         let filled = batch.document_ids.iter().filter(|id| **id != PADDING_DOCUMENT).count();
         prop_assert_eq!(counts.positions, filled as u64);
-        // what reads a prompt is marked, and nothing else of a piece in which anything is
+        // in a piece with prompt tokens these alone are marked; in any other, all positions are
         let prompt_tokens: BTreeSet<i64> = documents
             .iter()
             .flat_map(|document| &document.tokens[..document.prompt_len as usize])
@@ -806,7 +812,7 @@ proptest! {
                 prop_assert_eq!(batch.prompt[at], reads_prompt(at) || !any);
             }
         }
-        // no two blocks would fit into one
+        // the documents of two blocks would never fit into one
         let rows = batch.document_ids.chunks(seq_len);
         let mut filled: Vec<_> =
             rows.map(|row| row.iter().filter(|id| **id != PADDING_DOCUMENT).count()).collect();
@@ -816,7 +822,8 @@ proptest! {
 
     #[test]
     fn an_epoch_mixes_whole_domains(sizes in prop::collection::vec(1..30_usize, 1..4)) {
-        let dataset = dataset_of((1..).map(f64::from).zip(sizes).map(|(weight, size)| (size, weight)));
+        let weights = (1..).map(f64::from);
+        let dataset = dataset_of(weights.zip(sizes).map(|(weight, size)| (size, weight)));
         let mut order = dataset.epoch_order(1, 2);
         prop_assert_eq!(order.len() as u64, dataset.epoch_blocks(2));
         prop_assert_eq!(&order, &dataset.epoch_order(1, 2));

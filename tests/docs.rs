@@ -1,4 +1,4 @@
-//! The pages of the reference that are made from the code are as the code says.
+//! The generated pages of the reference are up to date and describe every key and option.
 
 use std::path::Path;
 
@@ -19,7 +19,7 @@ fn the_reference_of_the_commands_is_up_to_date() -> Result<()> {
     assert_up_to_date("docs/reference/commands.md", &commands::page())
 }
 
-/// A key, value or option without a description leaves an empty cell or an empty entry.
+/// A key, value or option without a description would leave an empty cell or an empty entry.
 #[test]
 fn everything_in_the_reference_is_described() {
     let (config, commands) = (config::page(), commands::page());
@@ -28,7 +28,7 @@ fn everything_in_the_reference_is_described() {
     assert!(bare.is_empty(), "without a description: {bare:#?}");
 }
 
-/// Checks that a page is what the generator makes, and names the first line that is not.
+/// Checks that a page equals what the generator makes. The panic names the first line that differs.
 #[track_caller]
 fn assert_up_to_date(name: &str, generated: &str) -> Result<()> {
     let checked_in = fs_err::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name))?;

@@ -1,4 +1,4 @@
-//! Agreement with transformers and PEFT, and what is read from a base's files or refused.
+//! Agreement with transformers and PEFT, and which files of a base are read or refused.
 //!
 //! Reference: transformers 5.17.0 and PEFT 0.21.2 in float64, by `scripts/make_golden.py`.
 
@@ -25,7 +25,7 @@ use tch::{Device, Kind, Tensor};
 /// Largest differences allowed in each dtype.
 const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
 
-/// A base of `tests/golden`, as the Hub would hold it.
+/// The spec and the tensor files of a base in `tests/golden`, laid out as on the Hub.
 fn base_files(name: &str) -> (DecoderSpec, Vec<PathBuf>) {
     let config =
         gpt2::read_spec(&golden_path(&format!("{name}.config.json"))).expect("it is valid");
@@ -87,7 +87,8 @@ fn untied_head_and_exact_gelu_match_transformers() -> Result<()> {
     base_matches_transformers("gpt2_untied_exact_gelu")
 }
 
-/// Its file is like OpenAI's: no `transformer.` prefix, and mask buffers.
+/// Its file is like that of OpenAI's GPT-2: it has mask buffers, and names without the prefix
+/// `transformer.`.
 #[test]
 fn attention_scaled_by_layer_matches_transformers() -> Result<()> {
     base_matches_transformers("gpt2_inverse_layer_idx")
@@ -99,13 +100,13 @@ fn unscaled_attention_matches_transformers() -> Result<()> {
     base_matches_transformers("gpt2_unscaled_attention")
 }
 
-/// Its file is two shards.
+/// Its tensors are in two files.
 #[test]
 fn narrow_feed_forward_layer_matches_transformers() -> Result<()> {
     base_matches_transformers("gpt2_narrow_inner")
 }
 
-/// Experts of `tests/golden` over `gpt2_tied`.
+/// Experts in `tests/golden`, on the base `gpt2_tied`.
 struct Experts {
     lora: LoraConfig,
     router: RouterConfig,
@@ -151,7 +152,7 @@ impl Experts {
         )
     }
 
-    /// What the file holds under `prefix`, by the rest of the names.
+    /// The tensors whose names start with `prefix`, by the rest of their names.
     fn under(&self, prefix: &str) -> BTreeMap<String, Tensor> {
         let strip = |name: &str| name.strip_prefix(prefix).map(str::to_owned);
         let tensors = self.tensors.iter();
@@ -193,7 +194,8 @@ fn given_routing_weights_mix_peft_adapters_per_token() -> Result<()> {
     Ok(())
 }
 
-/// Logits, loss and every gradient, dense and top-2, with and without label smoothing.
+/// Compares the logits, the loss and every gradient, with dense and top-2 routing, with and without
+/// label smoothing.
 #[test]
 fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
     for name in EXPERTS {
@@ -232,7 +234,7 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
     Ok(())
 }
 
-/// transformers computes it in float32.
+/// The tolerance is larger here, since transformers computes this loss in float32.
 #[test]
 fn load_balancing_loss_matches_mixtrals() -> Result<()> {
     for name in EXPERTS {
@@ -247,7 +249,7 @@ fn load_balancing_loss_matches_mixtrals() -> Result<()> {
     Ok(())
 }
 
-/// A copy of `gpt2_tied`'s tensors for a test to spoil, and a folder for it.
+/// A copy of the tensors of `gpt2_tied` that a test spoils, and a folder to write them to.
 struct Spoiled {
     folder: tempfile::TempDir,
     config: DecoderSpec,
@@ -267,7 +269,7 @@ impl Spoiled {
         Ok(path)
     }
 
-    /// The message of the refusal, less the folder's path.
+    /// The message of the refusal, without the folder's path.
     fn refusal(&self) -> Result<String> {
         let file = self.write("model.safetensors", |_| true)?;
         Ok(refusal(&self.config, &[file], self.folder.path()))
@@ -311,7 +313,7 @@ fn names_with_and_without_prefix_are_the_same_base() -> Result<()> {
     Ok(())
 }
 
-/// As the file of OpenAI's GPT-2 on the Hub has them, whose header is 14283 bytes long.
+/// The file of OpenAI's GPT-2 on the Hub is such a file: its header is 14283 bytes long.
 #[test]
 fn numbers_that_are_not_aligned_in_their_file_are_the_same_base() -> Result<()> {
     let spoiled = Spoiled::new()?;
@@ -334,7 +336,7 @@ fn numbers_that_are_not_aligned_in_their_file_are_the_same_base() -> Result<()> 
 }
 
 #[test]
-fn a_base_is_its_own_though_its_file_is_mapped() -> Result<()> {
+fn a_base_is_a_copy_of_its_mapped_file() -> Result<()> {
     let spoiled = Spoiled::new()?;
     let file = spoiled.write("model.safetensors", |_| true)?;
     let bytes = fs_err::read(&file)?;
@@ -354,32 +356,52 @@ fn a_base_is_its_own_though_its_file_is_mapped() -> Result<()> {
 fn missing_extra_misshapen_and_doubled_tensors_are_named() -> Result<()> {
     let mut spoiled = Spoiled::new()?;
     spoiled.tensors.remove("transformer.h.1.mlp.c_fc.bias");
-    insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `transformer.h.1.mlp.c_fc.bias`");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"`model.safetensors` lacks tensor `transformer.h.1.mlp.c_fc.bias`"
+    );
     spoiled.tensors.retain(|name, _| !name.contains(".ln_"));
-    insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `transformer.h.0.ln_1.bias` and 10 more");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"`model.safetensors` lacks tensor `transformer.h.0.ln_1.bias` and 10 more"
+    );
 
     let mut spoiled = Spoiled::new()?;
     let spare = spoiled.tensors["transformer.h.1.ln_1.weight"].shallow_clone();
     spoiled.tensors.insert("transformer.h.2.ln_1.weight".into(), spare);
-    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.h.2.ln_1.weight` belongs to no GPT-2 of 2 layers");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"in `model.safetensors`: tensor `transformer.h.2.ln_1.weight` belongs to no GPT-2 of \
+          2 layers"
+    );
 
     let mut spoiled = Spoiled::new()?;
     let name = "transformer.h.0.attn.c_attn.weight";
     let linear_layout = spoiled.tensors[name].tr().contiguous();
     spoiled.tensors.insert(name.into(), linear_layout);
-    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.h.0.attn.c_attn.weight` must be [16, 48], got [48, 16]");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"in `model.safetensors`: tensor `transformer.h.0.attn.c_attn.weight` must be [16, 48], \
+          got [48, 16]"
+    );
 
     let mut spoiled = Spoiled::new()?;
     let twin = spoiled.tensors["transformer.wpe.weight"].shallow_clone();
     spoiled.tensors.insert("wpe.weight".into(), twin);
-    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.wpe.weight` is there twice");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"in `model.safetensors`: tensor `transformer.wpe.weight` is there twice"
+    );
 
     let spoiled = Spoiled::new()?;
     let first = spoiled.write("a.safetensors", |name| !name.contains(".wpe."))?;
     let second = spoiled
         .write("b.safetensors", |name| name.contains(".wpe.") || name.contains("h.1.ln_2.bias"))?;
     let refusal = refusal(&spoiled.config, &[first, second], spoiled.folder.path());
-    insta::assert_snapshot!(refusal, @"in `b.safetensors`: tensor `transformer.h.1.ln_2.bias` is there twice");
+    insta::assert_snapshot!(
+        refusal,
+        @"in `b.safetensors`: tensor `transformer.h.1.ln_2.bias` is there twice"
+    );
     Ok(())
 }
 
@@ -389,7 +411,11 @@ fn integer_weights_are_refused() -> Result<()> {
     let name = "transformer.h.0.mlp.c_fc.bias";
     let integers = spoiled.tensors[name].to_kind(Kind::Int64);
     spoiled.tensors.insert(name.into(), integers);
-    insta::assert_snapshot!(spoiled.refusal()?, @"in `model.safetensors`: tensor `transformer.h.0.mlp.c_fc.bias` has dtype `Int64`; use f32, f16 or bf16");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"in `model.safetensors`: tensor `transformer.h.0.mlp.c_fc.bias` has dtype `Int64`; use \
+          f32, f16 or bf16"
+    );
     Ok(())
 }
 
@@ -398,16 +424,20 @@ fn a_stored_head_must_equal_the_embedding_it_is_tied_to() -> Result<()> {
     let mut spoiled = Spoiled::new()?;
     let head = &spoiled.tensors["transformer.wte.weight"] * 2.0;
     spoiled.tensors.insert("lm_head.weight".into(), head);
-    insta::assert_snapshot!(spoiled.refusal()?, @r#"
-    `lm_head.weight` differs from `transformer.wte.weight`, but the config says that the head is tied
-    hint: set `"tie_word_embeddings": false` in `config.json`
-    "#);
+    insta::assert_snapshot!(spoiled.refusal()?, @"
+    `lm_head.weight` differs from `transformer.wte.weight`, but the config says that the head is \
+    tied
+    hint: set `\"tie_word_embeddings\": false` in `config.json`
+    ");
     spoiled.config.tied_head = false;
     let file = spoiled.write("untied.safetensors", |_| true)?;
     let base = load::read(&spoiled.config, &[file], Kind::Float)?;
     assert_eq!(max_difference(base.head(), &spoiled.tensors["lm_head.weight"]), 0.0);
     spoiled.tensors.remove("lm_head.weight");
-    insta::assert_snapshot!(spoiled.refusal()?, @"`model.safetensors` lacks tensor `lm_head.weight`");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"`model.safetensors` lacks tensor `lm_head.weight`"
+    );
     Ok(())
 }
 
@@ -417,7 +447,11 @@ fn a_cut_file_is_refused() -> Result<()> {
     let file = spoiled.write("model.safetensors", |_| true)?;
     let bytes = fs_err::read(&file)?;
     fs_err::write(&file, &bytes[..bytes.len() - 1])?;
-    insta::assert_snapshot!(refusal(&spoiled.config, &[file], spoiled.folder.path()), @"in `model.safetensors`: `model.safetensors` is no whole safetensors file: incomplete metadata, file not fully covered");
+    insta::assert_snapshot!(
+        refusal(&spoiled.config, &[file], spoiled.folder.path()),
+        @"in `model.safetensors`: `model.safetensors` is no whole safetensors file: incomplete \
+          metadata, file not fully covered"
+    );
     Ok(())
 }
 
@@ -433,11 +467,26 @@ fn configs_of_other_architectures_are_refused_by_key() {
     `model_type` must be `gpt2`, got `gpt_neox`
     hint: dylora trains GPT-2 only
     ");
-    insta::assert_snapshot!(refusal(json!({"activation_function": "relu"})), @"`activation_function` must be `gelu_new` or `gelu`, got `relu`");
-    insta::assert_snapshot!(refusal(json!({"add_cross_attention": true})), @"`add_cross_attention` must be false: a decoder alone is supported");
-    insta::assert_snapshot!(refusal(json!({"n_head": 3})), @"`n_embd` must be a multiple of `n_head` 3, got 16");
-    insta::assert_snapshot!(refusal(json!({"n_layer": 0})), @"`n_layer` must be a whole number of at least 1, got 0");
-    insta::assert_snapshot!(refusal(json!({"tie_word_embeddings": "yes"})), @r#"`tie_word_embeddings` must be true or false, got "yes""#);
+    insta::assert_snapshot!(
+        refusal(json!({"activation_function": "relu"})),
+        @"`activation_function` must be `gelu_new` or `gelu`, got `relu`"
+    );
+    insta::assert_snapshot!(
+        refusal(json!({"add_cross_attention": true})),
+        @"`add_cross_attention` must be false: a decoder alone is supported"
+    );
+    insta::assert_snapshot!(
+        refusal(json!({"n_head": 3})),
+        @"`n_embd` must be a multiple of `n_head` 3, got 16"
+    );
+    insta::assert_snapshot!(
+        refusal(json!({"n_layer": 0})),
+        @"`n_layer` must be a whole number of at least 1, got 0"
+    );
+    insta::assert_snapshot!(
+        refusal(json!({"tie_word_embeddings": "yes"})),
+        @r#"`tie_word_embeddings` must be true or false, got "yes""#
+    );
 }
 
 #[test]
@@ -471,10 +520,16 @@ fn tensors_must_fit_the_model() -> Result<()> {
     let mut tensors = all();
     let name = "h.0.attn.c_attn.expert_1.lora_a";
     tensors.insert(name.into(), Tensor::zeros([2, 16], common::DOUBLE));
-    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.attn.c_attn.expert_1.lora_a` must be [4, 16], got [2, 16]");
+    insta::assert_snapshot!(
+        refusal(tensors),
+        @"tensor `h.0.attn.c_attn.expert_1.lora_a` must be [4, 16], got [2, 16]"
+    );
     let mut tensors = all();
     let name = "h.0.mlp.c_fc.expert_0.lora_a";
     tensors.insert(name.into(), Tensor::zeros([1], common::DOUBLE));
-    insta::assert_snapshot!(refusal(tensors), @"tensor `h.0.mlp.c_fc.expert_0.lora_a` belongs to no parameter of this model");
+    insta::assert_snapshot!(
+        refusal(tensors),
+        @"tensor `h.0.mlp.c_fc.expert_0.lora_a` belongs to no parameter of this model"
+    );
     Ok(())
 }

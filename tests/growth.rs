@@ -1,4 +1,4 @@
-//! Experts removed, added and merged: what stays the same, and by how much the rest changes.
+//! Removing, adding and merging experts: what stays the same, and by how much the rest changes.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -24,7 +24,7 @@ use crate::common::{
     tiny_base, tiny_config, two_rows,
 };
 
-/// Experts of several ranks, scalings and starts, on modules that overlap.
+/// Experts of several ranks, scalings and initialisations, whose target modules overlap.
 const SEVERAL: &str = r#"
     num_experts = 3
     rank = 4
@@ -38,7 +38,7 @@ const SEVERAL: &str = r#"
     ]
 "#;
 
-/// Three plain experts of rank 4, the second with a scaling of its own.
+/// Three plain experts of rank 4; the second has another scaling than the others.
 const PLAIN: &str = r#"
     num_experts = 3
     rank = 4
@@ -59,7 +59,7 @@ fn router(input: RouterInput) -> RouterConfig {
     RouterConfig { input, scope, temperature: 1.3, ..RouterConfig::default() }
 }
 
-/// A base, and a whole mixture on it none of whose tensors is zero.
+/// A base and a whole mixture with random tensors.
 fn random(text: &str, router: &RouterConfig) -> Result<(Decoder, Mixture)> {
     let base = tiny_base(tiny_config());
     let model = new_model(&base, &lora(text), router, Kind::Double);
@@ -84,7 +84,7 @@ fn prefixes(input: RouterInput) -> Vec<String> {
     }
 }
 
-/// The update of a module as a matrix, `[o, i]`; zero where the expert has none.
+/// An expert's update of a module as a matrix, `[o, i]`; zero if the expert does not target it.
 fn dense(mixture: &Mixture, path: ModulePath, expert: usize) -> Tensor {
     let tensor = |key| &mixture.tensors[&format!("{path}.{}.{key}", expert_name(expert))];
     let spec = &mixture.specs[expert];
@@ -170,7 +170,7 @@ fn the_experts_behind_a_removed_one_move_up_as_they_are() -> Result<()> {
 }
 
 #[test]
-fn of_two_experts_one_stays_without_a_router() -> Result<()> {
+fn a_single_remaining_expert_has_no_router() -> Result<()> {
     let _generator = seed(302);
     for input in ROUTER_INPUTS {
         let (base, mixture) = random(SEVERAL, &router(input))?;
@@ -198,7 +198,8 @@ fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
     Ok(())
 }
 
-/// Old experts' selection biases below zero do not let a new one with no probability in before them.
+/// The new expert has a probability near zero. It must not be chosen before the old experts, even if
+/// their selection biases are negative.
 #[test]
 fn an_added_expert_takes_no_place_among_the_k_best() -> Result<()> {
     let _generator = seed(312);
@@ -214,7 +215,7 @@ fn an_added_expert_takes_no_place_among_the_k_best() -> Result<()> {
 }
 
 #[test]
-fn an_expert_added_far_below_changes_nothing_and_starts_fresh() -> Result<()> {
+fn an_expert_added_with_a_low_bias_changes_nothing() -> Result<()> {
     let _generator = seed(304);
     for input in ROUTER_INPUTS {
         let (base, mixture) = random(SEVERAL, &router(input))?;
@@ -239,9 +240,9 @@ fn an_expert_added_far_below_changes_nothing_and_starts_fresh() -> Result<()> {
     Ok(())
 }
 
-/// At a bias of T ln(3), the new expert has 3 times the weight of the old everywhere.
+/// With a bias of T ln(3), the new expert has 3 times the old one's weight for every token.
 #[test]
-fn to_a_single_expert_comes_a_router() -> Result<()> {
+fn adding_to_a_single_expert_adds_a_router() -> Result<()> {
     let _generator = seed(305);
     for input in ROUTER_INPUTS {
         let (base, mixture) = random(SEVERAL, &router(input))?;
@@ -318,7 +319,7 @@ fn a_scaled_or_negated_expert_is_as_similar_as_it_should_be() -> Result<()> {
 }
 
 #[test]
-fn fresh_experts_are_like_none_wherever_they_start() -> Result<()> {
+fn new_experts_have_similarity_0_under_every_init() -> Result<()> {
     let _generator = seed(314);
     for init in ["default", "pissa", "olora"] {
         let lora = lora(&format!("num_experts = 2\ninit = \"{init}\""));
@@ -338,9 +339,10 @@ fn the_most_similar_experts_are_the_largest_entry_beside_the_diagonal() {
     assert_eq!(most_similar(&even), Some((0, 1, 0.0)));
 }
 
-/// Experts 0 and 2 fit into rank 4 together, and all tokens share their weight between them alike.
+/// The sum of experts 0 and 2 has rank 4, and every token divides its weight between them in the
+/// same shares.
 #[test]
-fn a_merge_that_needs_no_rank_and_no_token_is_exact() -> Result<()> {
+fn a_merge_that_fits_the_rank_and_has_even_shares_is_exact() -> Result<()> {
     let _generator = seed(309);
     for input in ROUTER_INPUTS {
         let router = router(input);
@@ -375,7 +377,7 @@ fn a_merge_that_needs_no_rank_and_no_token_is_exact() -> Result<()> {
 }
 
 #[test]
-fn two_equal_experts_are_one() -> Result<()> {
+fn merging_two_equal_experts_changes_nothing() -> Result<()> {
     let _generator = seed(310);
     let (base, mut mixture) = random(SEVERAL, &router(RouterInput::Embeddings))?;
     mixture.specs[1] = mixture.specs[0].clone();
@@ -397,7 +399,8 @@ fn two_equal_experts_are_one() -> Result<()> {
     Ok(())
 }
 
-/// Jensen's inequality: the merged expert's odds against another are at most those of both together.
+/// By Jensen's inequality, the odds of the merged expert against another expert are at most the
+/// summed odds of the two.
 #[test]
 fn a_merged_expert_has_at_most_the_weight_of_both() -> Result<()> {
     let _generator = seed(311);
@@ -415,7 +418,7 @@ fn a_merged_expert_has_at_most_the_weight_of_both() -> Result<()> {
     Ok(())
 }
 
-/// Of the dense sum, the singular values behind the rank are what is lost (Eckart and Young).
+/// A merge loses the singular values of the dense sum beyond the rank (Eckart and Young).
 #[test]
 fn the_error_of_a_merge_is_the_discarded_singular_values() -> Result<()> {
     let _generator = seed(312);
@@ -456,19 +459,43 @@ fn what_cannot_be_merged_is_named() -> Result<()> {
     let error =
         |mixture: &Mixture, a, b, weights| merged(mixture, a, b, weights).unwrap_err().to_string();
     let half = [0.5, 0.5];
-    insta::assert_snapshot!(error(&mixture, 1, 1, half), @"two experts are merged in order, got 1 and 1");
-    insta::assert_snapshot!(error(&mixture, 0, 3, half), @"there is no expert 3, the mixture has 3 from 0");
-    insta::assert_snapshot!(error(&mixture, 0, 1, [0.5, 0.6]), @"the shares of two experts must be at least 0 and sum to 1, got [0.5, 0.6]");
-    insta::assert_snapshot!(error(&mixture, 0, 1, [f64::NAN, 0.5]), @"the shares of two experts must be at least 0 and sum to 1, got [NaN, 0.5]");
+    insta::assert_snapshot!(
+        error(&mixture, 1, 1, half),
+        @"two experts are merged in order, got 1 and 1"
+    );
+    insta::assert_snapshot!(
+        error(&mixture, 0, 3, half),
+        @"there is no expert 3, the mixture has 3 from 0"
+    );
+    insta::assert_snapshot!(
+        error(&mixture, 0, 1, [0.5, 0.6]),
+        @"the shares of two experts must be at least 0 and sum to 1, got [0.5, 0.6]"
+    );
+    insta::assert_snapshot!(
+        error(&mixture, 0, 1, [f64::NAN, 0.5]),
+        @"the shares of two experts must be at least 0 and sum to 1, got [NaN, 0.5]"
+    );
     mixture.specs[1].alora_invocation_tokens = vec![3];
-    insta::assert_snapshot!(error(&mixture, 0, 1, half), @"expert 1 has invocation tokens and is off before them, which no other is");
+    insta::assert_snapshot!(
+        error(&mixture, 0, 1, half),
+        @"expert 1 has invocation tokens and is off before them, which no other is"
+    );
     mixture.specs[0].use_dora = true;
-    insta::assert_snapshot!(error(&mixture, 0, 2, half), @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank");
+    insta::assert_snapshot!(
+        error(&mixture, 0, 2, half),
+        @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank"
+    );
     mixture.specs[0].use_dora = false;
     mixture.tensors.remove("h.1.mlp.c_fc.expert_2.lora_b");
-    insta::assert_snapshot!(error(&mixture, 0, 2, half), @"tensor `h.1.mlp.c_fc.expert_2.lora_b` is missing");
+    insta::assert_snapshot!(
+        error(&mixture, 0, 2, half),
+        @"tensor `h.1.mlp.c_fc.expert_2.lora_b` is missing"
+    );
     let dora = lora("use_dora = true");
     let dora = new_model(&base, &dora, &RouterConfig::default(), Kind::Double);
-    insta::assert_snapshot!(similarity(&dora).unwrap_err().to_string(), @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank");
+    insta::assert_snapshot!(
+        similarity(&dora).unwrap_err().to_string(),
+        @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank"
+    );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Embeddings of domains, and when a skill counts as known.
+//! The embeddings of domains, and when a skill counts as known.
 
 #[path = "common/mod.rs"]
 mod common;
@@ -19,7 +19,7 @@ use tch::{Device, Kind};
 
 use crate::common::{rows, seed, tiny_lora, tiny_model};
 
-/// Two domains of documents with prompts, in blocks of 8 positions.
+/// Two domains of documents, most of which have prompts, in blocks of 8 positions.
 fn dataset() -> TokenDataset {
     let document = |n: u32| MemoryDocument {
         tokens: (0..3 + n % 5).map(|i| (7 * n + 3 * i) % 61).collect(),
@@ -35,7 +35,7 @@ fn dataset() -> TokenDataset {
     TokenDataset::in_memory(8, LossOn::Completion, domains)
 }
 
-/// The documents of a domain one by one, without packing, and their label positions one by one.
+/// Reference: forward passes over single documents without packing, summed label by label.
 #[test]
 fn an_embedding_is_the_mean_of_the_bases_hidden_states_at_labels() -> Result<()> {
     let _generator = seed(320);
@@ -87,7 +87,7 @@ fn skill(name: &str, embedding: [f64; 2], expert: usize) -> Skill {
     Skill { name: name.into(), embedding: embedding.into(), label_tokens: 9, expert: Some(expert) }
 }
 
-/// Seen from (1, 1), skills at angles of 0, 60 and 90 degrees.
+/// Skills at angles of 0, 60 and 90 degrees around the center (1, 1).
 fn library() -> SkillLibrary {
     let (cos, sin) = (0.5, 0.75_f64.sqrt());
     let mut library = SkillLibrary::new(vec![1.0, 1.0]);
@@ -122,7 +122,7 @@ fn a_skill_is_known_by_its_largest_or_by_its_median_cosine() {
     assert_eq!(known(&library, 0.49, SkillComparison::Median), right);
     assert_eq!(known(&library, 0.51, SkillComparison::Median), None);
     library.skills.push(skill("down", [1.0, 0.0], 2));
-    // of four: the mean of 0.5 and 0
+    // the median of four cosines is the mean of the middle two, 0.5 and 0
     assert_eq!(known(&library, 0.2499, SkillComparison::Median), right);
     assert_eq!(known(&library, 0.2501, SkillComparison::Median), None);
     let empty = SkillLibrary::new(vec![1.0, 1.0]);
@@ -150,7 +150,7 @@ fn a_library_is_read_as_it_was_written() -> Result<()> {
     Ok(())
 }
 
-/// The center depends on the base alone: neither on the generator nor on the experts.
+/// The center depends only on the base, not on the state of libtorch's generator or the experts.
 #[test]
 fn the_center_is_the_same_each_time() -> Result<()> {
     let _generator = seed(323);
@@ -163,10 +163,10 @@ fn the_center_is_the_same_each_time() -> Result<()> {
     Ok(())
 }
 
-/// The demo's four domains, 8 blocks each: validation text is known by its own domain's training
-/// text, and no other is. Raw cosines lie closer together.
+/// On 8 blocks of each of the demo's four domains, validation text is most similar to the training
+/// text of its own domain. Without a center, the cosines of other domains are larger.
 #[test]
-fn the_demos_skills_are_told_apart() -> Result<()> {
+fn the_demos_skills_are_distinguished() -> Result<()> {
     let _generator = seed(324);
     let dir = Path::new("demo/base");
     let config = gpt2::read_spec(&dir.join("config.json"))?;

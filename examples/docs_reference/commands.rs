@@ -1,4 +1,4 @@
-//! The page of the commands: usage and options of each, from clap's description of [`Cli`].
+//! The page of the commands: the usage and options of each, from clap's description of [`Cli`].
 
 use clap::{Arg, ArgAction, Command, CommandFactory};
 use dylora::cli::Cli;
@@ -6,14 +6,17 @@ use dylora::cli::Cli;
 const HEAD: &str = "\
 # The commands
 
-<!-- Made by `cargo run --example docs_reference` from the doc comments of `src/cli`. Edit those. -->
+<!-- Made by `cargo run --example docs_reference` from the doc comments of `src/cli`. Edit those. \
+-->
 
-`dylora COMMAND --help` prints what follows for one command. Results go to standard output; messages and
-progress bars go to standard error. With `--json` a command prints JSON instead of tables. The exit codes
+`dylora COMMAND --help` prints what follows for one command. Results go to standard output; \
+messages and
+progress bars go to standard error. With `--json` a command prints JSON instead of tables. The \
+exit codes
 are listed under [troubleshooting](../troubleshooting.md#exit-codes).
 ";
 
-/// The whole page.
+/// The text of the page.
 pub fn page() -> String {
     let mut cli = Cli::command();
     cli.build();
@@ -42,20 +45,20 @@ fn about(command: &Command) -> String {
     if about.ends_with('.') { about } else { about + "." }
 }
 
-/// The line of usage, without the word before it.
+/// A command's usage without the word `Usage:`.
 fn usage(command: &Command) -> String {
     let usage = command.clone().render_usage().to_string();
     usage.trim_start_matches("Usage: ").lines().map(str::trim).collect::<Vec<_>>().join("\n")
 }
 
-/// A list of the options for which `is_wanted` holds, but for `--help`.
+/// A list of the options for which `is_wanted` holds, without `--help`.
 fn options(command: &Command, is_wanted: impl Fn(&Arg) -> bool) -> String {
     let is_help = |option: &&Arg| matches!(option.get_action(), ArgAction::Help);
     let options = command.get_arguments().filter(|option| !is_help(option) && is_wanted(option));
     options.map(|option| format!("- {}: {}\n", names(option), help(option))).collect()
 }
 
-/// The names of an option and what it takes, as `-v, --verbose` or `--steps <N>`.
+/// The names of an option and of its values, such as `-v, --verbose` or `--steps <N>`.
 fn names(option: &Arg) -> String {
     let short = option.get_short().map(|short| format!("-{short}"));
     let long = option.get_long().map(|long| format!("--{long}"));
@@ -73,7 +76,7 @@ fn names(option: &Arg) -> String {
     format!("`{text}`")
 }
 
-/// An option's help in one line, with its default and whether it is required.
+/// An option's help in one line, with its choices, its default and whether it is required.
 fn help(option: &Arg) -> String {
     let help = option.get_long_help().or(option.get_help());
     let help = help.map(ToString::to_string).unwrap_or_default();

@@ -1,8 +1,9 @@
-//! The page of the config: every key with its type, default and description, from the JSON schema of
-//! [`Config`], whose descriptions are the doc comments of its types.
+//! The page of the config: every key with its type, default and description. They come from the JSON
+//! schema of [`Config`], whose descriptions are the doc comments of the config's types.
 //!
-//! A struct becomes a heading with a table of its keys, an enum a heading with a table of its values. A
-//! type that several keys share is described where it comes first; later keys link to that place.
+//! Each struct gets a heading and a table of its keys, and each enum a heading and a table of its
+//! values. A type that several keys share is described at the first of them, and the other keys link
+//! to that heading.
 
 use std::collections::BTreeMap;
 
@@ -13,22 +14,27 @@ use serde_json::{Map, Value};
 const HEAD: &str = "\
 # The config
 
-<!-- Made by `cargo run --example docs_reference` from the doc comments of `src/config`. Edit those. -->
+<!-- Made by `cargo run --example docs_reference` from the doc comments of `src/config`. Edit \
+those. -->
 
-A run is described by one TOML file. Each section below is a section of that file; `base` and `data` are
-required, and every other section may be left out. An unknown key is an error that shows its line and the
-keys that would be right. `dylora train --dry-run` prints a config with every default filled in, and a
+A run is described by one TOML file. Each section below is a section of that file; `base` and \
+`data` are
+required, and every other section may be left out. An unknown key is an error that shows its line \
+and the
+keys that would be right. `dylora train --dry-run` prints a config with every default filled in, \
+and a
 run saves its own in that form as `config.toml`.
 
 `--set KEY=VALUE` overrides one key on the command line, with the key as it is written here, for example
 `--set lora.rank=16` or `--set 'train.duration={steps=500}'`. Relative paths begin at the folder that
 the command runs in.
 
-A *choice* links to the values that the key can have. A default of *none* means that the key may be left
+A *choice* links to the values that the key can have. A default of *none* means that the key may be \
+left
 out; its description says what happens then.
 ";
 
-/// The whole page.
+/// The text of the page.
 pub fn page() -> String {
     let schema = schema_for!(Config).to_value();
     let definitions = schema["$defs"].as_object().expect("the config has types of its own");
@@ -69,17 +75,18 @@ impl Page<'_> {
         self.definitions[name].get("properties").is_some()
     }
 
-    /// Whether a type has a place of its own on the page; a plain string is described at its key.
+    /// Whether a type has a heading of its own on the page. Other types, such as plain strings, are
+    /// described at their keys.
     fn has_place(&self, name: &str) -> bool {
         self.is_struct(name) || self.definitions[name].get("oneOf").is_some()
     }
 
-    /// Makes `path` the place of the type `name`, unless it has one.
+    /// Has the type `name` described under `path`, unless it already has another path.
     fn claim(&mut self, name: &str, path: &str) {
         self.places.entry(name.to_owned()).or_insert_with(|| path.to_owned());
     }
 
-    /// Describes the type `name` under `path`, if that is its place.
+    /// Describes the type `name` if `path` is the path under which it is to be described.
     fn place(&mut self, name: &str, path: &str, level: usize, is: Is) {
         self.claim(name, path);
         if !self.has_place(name) || self.places[name] != path {
@@ -100,7 +107,7 @@ impl Page<'_> {
         }
     }
 
-    /// A table of keys, then the types of those that have a place of their own.
+    /// Writes a table of keys, and then the keys' types that have a heading of their own.
     fn keys(&mut self, path: &str, keys: &Map<String, Value>, owner: &Value) {
         let required: Vec<&str> =
             owner["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
@@ -135,7 +142,7 @@ impl Page<'_> {
         }
     }
 
-    /// A table of an enum's values, then the types that they hold.
+    /// Writes a table of an enum's values, and then the types that the values hold.
     fn values(&mut self, path: &str, values: &[Value]) {
         self.text += "| value | meaning |\n|---|---|\n";
         let mut held = vec![];
@@ -155,7 +162,7 @@ impl Page<'_> {
         }
     }
 
-    /// The type of a key in words, with a link to where it is described.
+    /// The type of a key in words, with a link to the type's description.
     fn kind(&self, value: &Value) -> String {
         let link = |name: &str, text: &str| format!("[{text}](#{})", anchor(&self.places[name]));
         let is_list = value.get("items").is_some();
@@ -176,7 +183,7 @@ fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
-/// The anchor that both MkDocs and GitHub give a heading: dots and brackets go.
+/// The anchor that both MkDocs and GitHub give a heading: its text without dots and brackets.
 fn anchor(path: &str) -> String {
     path.chars().filter(|c| c.is_alphanumeric() || *c == '_').collect()
 }
@@ -189,7 +196,8 @@ fn description(schema: &Value) -> &str {
     schema.get("description").and_then(Value::as_str).unwrap_or_default()
 }
 
-/// The name of the type that a key holds, if it is one of the config's own: itself, optional or in a list.
+/// The name of the config's own type that a key holds directly, optionally or in a list; `None` if
+/// the key holds a type of JSON.
 fn type_of(value: &Value) -> Option<&str> {
     let own = value.get("$ref").and_then(Value::as_str);
     let optional =
@@ -217,7 +225,7 @@ fn basic(value: &Value) -> String {
     }
 }
 
-/// What stands for a value in an example.
+/// The placeholder for a value in an example.
 fn placeholder(value: &Value) -> String {
     if type_of(value).is_some() {
         return "{ .. }".into();
@@ -245,12 +253,12 @@ fn toml_of(value: &Value) -> String {
     }
 }
 
-/// Text for a cell of a table: one line, without bars that would end it.
+/// Text for a cell of a table: one line, in which bars are escaped.
 fn cell(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|")
 }
 
-/// A type's doc without the heading's words at its beginning, "`[run]`: where ..".
+/// A type's doc without the title at its beginning, as in "`[run]`: where ..".
 fn paragraphs(text: &str, title: &str) -> String {
     let text = text.strip_prefix(&format!("`{title}`: ")).unwrap_or(text);
     let mut letters = text.chars();

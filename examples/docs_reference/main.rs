@@ -1,11 +1,11 @@
-//! Writes the two pages of the reference that come from the code itself:
+//! Writes the two pages of the reference that are generated from the code:
 //!
 //! | file | made from |
 //! |---|---|
 //! | `docs/reference/config.md` | the types of `dylora::config`, by their JSON schema |
 //! | `docs/reference/commands.md` | the arguments of `dylora::cli::Cli`, as clap describes them |
 //!
-//! `cargo run --example docs_reference` writes both; `tests/docs.rs` fails where they are out of date.
+//! `cargo run --example docs_reference` writes both; `tests/docs.rs` fails if they are out of date.
 
 mod commands;
 mod config;

@@ -1,7 +1,7 @@
 //! The domain `arithmetic`: word problems with numbered steps, a check and an answer.
 //!
-//! A quarter of the problems count in the demo's own units, such as a crate of 12 jars, whose sizes
-//! the question does not tell.
+//! A quarter of the problems count in the demo's own units, such as a crate of 12 jars. The question
+//! does not state the size of the unit.
 
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -10,10 +10,10 @@ use rand_chacha::ChaCha8Rng;
 use crate::grammar::{Bindings, Grammar};
 use crate::record::Body;
 
-/// Draws the numbers of a problem.
+/// Draws the numbers of a problem and binds them.
 type Numbers = fn(&mut Bindings, &mut ChaCha8Rng);
 
-/// The kinds of problems, by the names of their rules, and their numbers.
+/// The kinds of problems: the name of each kind's rules and the function that draws its numbers.
 const KINDS: [(&str, Numbers); 8] = [
     ("unit", unit),
     ("unit", unit),
@@ -45,21 +45,22 @@ fn bind<const N: usize>(problem: &mut Bindings, numbers: [(&str, i64); N]) {
     problem.extend(numbers.map(|(name, number)| (name.to_owned(), number.to_string())));
 }
 
-/// `n` containers of `size` (bound by the grammar) and `k` loose things, `u` in all.
+/// `n` containers of `size` things, bound by the grammar, hold `t`; with `k` loose ones there are
+/// `u`.
 fn unit(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let size: i64 = problem["size"].parse().expect("the grammar's sizes are numbers");
     let (n, k) = (rng.random_range(2..=6), rng.random_range(2..=9));
     bind(problem, [("n", n), ("k", k), ("t", n * size), ("u", n * size + k)]);
 }
 
-/// `n` rows of `m`, of which `k` go away and `u` stay.
+/// `n` rows of `m` are `t`, of which `k` go away and `u` stay.
 fn rows(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let (n, m) = (rng.random_range(3..=9), rng.random_range(4..=12));
     let k = rng.random_range(2..=9);
     bind(problem, [("n", n), ("m", m), ("k", k), ("t", n * m), ("u", n * m - k)]);
 }
 
-/// `n` things at `m` crowns each are paid with a note of `k`; the change is `u`.
+/// `n` things at `m` crowns each cost `t` and are paid with a note of `k`; the change is `u`.
 fn change(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let (n, m) = (rng.random_range(2..=6), rng.random_range(2..=8));
     let total: i64 = n * m;
@@ -67,27 +68,27 @@ fn change(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     bind(problem, [("n", n), ("m", m), ("k", note), ("t", total), ("u", note - total)]);
 }
 
-/// `t` things are shared by `n`; who has `k` already then has `u`.
+/// `n` people share `t` things; one who already has `k` then has `u`.
 fn share(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let (n, m) = (rng.random_range(3..=8), rng.random_range(3..=9));
     let k = rng.random_range(2..=9);
     bind(problem, [("n", n), ("m", m), ("k", k), ("t", n * m), ("u", m + k)]);
 }
 
-/// One has `m`, the other `n` times as many, `t`; together they have `u`.
+/// One person has `m` things and another has `n` times as many, `t`; together they have `u`.
 fn times(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let (n, m) = (rng.random_range(2..=5), rng.random_range(3..=12));
     bind(problem, [("n", n), ("m", m), ("t", n * m), ("u", n * m + m)]);
 }
 
-/// `n` hours at `m` kilometres an hour, and `k` kilometres more.
+/// `n` hours at `m` kilometres an hour are `t` kilometres; with `k` kilometres more they are `u`.
 fn trip(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let (n, m) = (rng.random_range(2..=6), 5 * rng.random_range(1..=6));
     let k = rng.random_range(2..=9);
     bind(problem, [("n", n), ("m", m), ("k", k), ("t", n * m), ("u", n * m + k)]);
 }
 
-/// `n` hours at `m` crowns an hour, less `k` for lunch.
+/// `n` hours at `m` crowns an hour earn `t` crowns; `k` go for lunch and `u` are left.
 fn wage(problem: &mut Bindings, rng: &mut ChaCha8Rng) {
     let (n, m) = (rng.random_range(3..=8), rng.random_range(6..=12));
     let k = rng.random_range(3..=9);

@@ -1,7 +1,7 @@
 //! The domain `code`: small functions of Pebble, a toy language, each with a test.
 //!
-//! The prompt is a comment that says what the function does; the name, the loop and the expected
-//! value of the test follow from it. The test's value is computed here, not guessed.
+//! The prompt is a comment that says what the function does. The function's name, its loop and the
+//! value that the test expects follow from the comment. That value is computed here.
 
 use rand::Rng;
 use rand::seq::IndexedRandom;
@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::record::Body;
 
-/// Lists that a function takes, and one item of each.
+/// Names of lists that a function takes, each with the name of an item.
 const LISTS: [(&str, &str); 12] = [
     ("prices", "price"),
     ("scores", "score"),
@@ -34,15 +34,15 @@ const WORDS: [&str; 20] = [
 
 /// A condition on the items of a list.
 struct Filter {
-    /// In a function's name.
+    /// The condition in a function's name.
     name: String,
-    /// In the comment, before the list's name.
+    /// The words of the comment before the list's name.
     before: &'static str,
-    /// In the comment, after the list's name.
+    /// The words of the comment after the list's name.
     after: String,
-    /// In the code.
+    /// The condition in Pebble.
     condition: String,
-    /// What it means.
+    /// Whether the condition holds for an item.
     holds: Box<dyn Fn(i64) -> bool>,
 }
 
@@ -97,13 +97,13 @@ fn random_filter(item: &str, rng: &mut ChaCha8Rng) -> Filter {
     }
 }
 
-/// Three to five random items, as code shows them.
+/// Three to five random items.
 fn random_items(rng: &mut ChaCha8Rng) -> Vec<i64> {
     let num_items = rng.random_range(3..=5);
     (0..num_items).map(|_| rng.random_range(1..=30)).collect()
 }
 
-/// A function that folds the items that pass a filter into one number.
+/// The comment and the code of a function that folds the items that pass a filter into one number.
 fn fold_function(rng: &mut ChaCha8Rng) -> (String, String) {
     let (list, item) = *LISTS.choose(rng).expect("there are lists");
     let Filter { name, before, after, condition, holds } = random_filter(item, rng);
@@ -138,7 +138,7 @@ fn fold_function(rng: &mut ChaCha8Rng) -> (String, String) {
     (format!("{comment} {before}{list}{after}."), code)
 }
 
-/// A function that changes the items that pass a filter, or only keeps them.
+/// The comment and the code of a function that changes or keeps the items that pass a filter.
 fn list_function(rng: &mut ChaCha8Rng) -> (String, String) {
     let (list, item) = *LISTS.choose(rng).expect("there are lists");
     let Filter { name, before, after, condition, holds } = random_filter(item, rng);
@@ -164,7 +164,7 @@ fn list_function(rng: &mut ChaCha8Rng) -> (String, String) {
     (format!("{comment} {before}{list}{after}{end}."), code)
 }
 
-/// A function that counts or drops one letter of a text.
+/// The comment and the code of a function that counts or drops one letter of a text.
 fn text_function(rng: &mut ChaCha8Rng) -> (String, String) {
     let word = *WORDS.choose(rng).expect("there are words");
     let argument = *["word", "name", "line", "title"].choose(rng).expect("there are arguments");

@@ -1,10 +1,13 @@
-//! The general corpus, on which the base is trained: it gives the language and the vocabulary, but
+//! The general corpus, on which the base is trained. It teaches the language and the vocabulary, but
 //! none of the domains' conventions and facts.
 //!
 //! Most documents come from one grammar of stories, descriptions, letters, lists, tables and
-//! Python-like code. The rest are sums; notebooks of words of the domains, out of their context, so
-//! that the base has met every token; and smudged copies of the domains' forms, with facts at random
-//! and many words replaced by others, so that it has an idea of the forms.
+//! Python-like code. The others are of three kinds:
+//!
+//! - sums
+//! - notebooks, which list words of the domains out of context, so that the base has seen every token
+//! - smudged copies of the domains' records, which show the base their form; their facts are drawn at
+//!   random and many of their words are replaced by others
 
 use std::collections::BTreeSet;
 
@@ -19,7 +22,7 @@ use crate::{arithmetic, code, data2text, verse};
 /// The share of a smudged copy's words that are replaced.
 const SMUDGED_SHARE: f64 = 0.4;
 
-/// What the generator of general documents draws from.
+/// The generator of the general corpus: the grammars and the words that it draws from.
 #[derive(Debug)]
 pub struct General {
     grammar: Grammar,
@@ -30,7 +33,7 @@ pub struct General {
 }
 
 impl General {
-    /// A generator whose notebooks hold the words and signs of `records`.
+    /// A generator that takes the words of its notebooks and smudged copies from `records`.
     pub fn new<'a>(records: impl Iterator<Item = &'a Record>) -> Self {
         let mut words = BTreeSet::new();
         for record in records {
@@ -47,7 +50,7 @@ impl General {
         }
     }
 
-    /// One document of one kind.
+    /// One document of a random kind.
     pub fn generate(&self, rng: &mut ChaCha8Rng) -> Body {
         let num_paragraphs = rng.random_range(3..=6);
         let text = match rng.random_range(0..100) {
@@ -59,7 +62,7 @@ impl General {
         Body::Text { text }
     }
 
-    /// Paragraphs of one kind that share their names.
+    /// Paragraphs of one kind that share the persons' names.
     fn document(&self, num_paragraphs: usize, rng: &mut ChaCha8Rng) -> String {
         let mut names = Bindings::new();
         let kind = self.grammar.expand("<kind>", &mut names, rng);
@@ -73,7 +76,7 @@ impl General {
         paragraphs.join("\n")
     }
 
-    /// A text in the form of a domain, with facts at random and words replaced.
+    /// A text in the form of a random domain, with random facts and with words replaced by others.
     fn smudged_copy(&self, rng: &mut ChaCha8Rng) -> String {
         let body = match rng.random_range(0..4) {
             0 => arithmetic::generate(&self.problems, rng),
@@ -94,7 +97,7 @@ impl General {
         smudged
     }
 
-    /// Words without their context.
+    /// A list of words out of context.
     fn notebook(&self, num_words: usize, rng: &mut ChaCha8Rng) -> String {
         let words: Vec<&str> = (0..num_words)
             .map(|_| self.words.choose(rng).expect("the domains have words").as_str())
@@ -105,7 +108,8 @@ impl General {
     }
 }
 
-/// The runs of letters and of digits in a word, and the runs of signs between them.
+/// Splits a text into runs of letters (with `'` and `-`), runs of digits and runs of other
+/// characters.
 fn split_word(word: &str) -> Vec<&str> {
     let kind = |c: char| match c {
         '\'' | '-' => 0,
@@ -125,7 +129,7 @@ fn split_word(word: &str) -> Vec<&str> {
     parts
 }
 
-/// Lines such as `7 plus 5 is 12`, of one kind.
+/// Lines of sums of one random kind, such as `7 + 5 = 12`.
 fn sums(num_lines: usize, rng: &mut ChaCha8Rng) -> String {
     let kind = rng.random_range(0..6);
     let start: i64 = rng.random_range(0..150);

@@ -1,36 +1,38 @@
 //! A context-free grammar with bound names, read from a text file.
 //!
-//! A rule is a line `name = one alternative | another`; lines that start with a space continue it,
-//! lines that start with `#` are comments. In an alternative
+//! A rule is a line `name = one alternative | another`. Lines that start with a space continue the
+//! rule, and lines that start with `#` are comments. In an alternative
 //!
 //! | written     | stands for                                                           |
 //! |-------------|----------------------------------------------------------------------|
 //! | `<noun>`    | a random alternative of the rule `noun`, or the value bound to it     |
-//! | `<x:noun>`  | the same, bound to `x`, unlike every other bound value; then `<x>`    |
+//! | `<x:noun>`  | the value bound to `x`, at first drawn anew, unlike all bound values  |
+//! | `<x>`       | the value bound to `x`                                               |
 //! | `<oath@x>`  | the rule `oath VALUE`, where `VALUE` is bound to `x`                  |
 //! | `<x.s>`     | the plural of `<x>`                                                  |
-//! | `@ <noun>`  | `a` or `an`, as the next letter wants                                |
+//! | `@ <noun>`  | `a` or `an` and the noun, depending on its first letter               |
 //! | `^<noun>`   | the next letter as a capital                                         |
-//! | `\n`, `~`   | a line break; an alternative that is empty                           |
+//! | `\n`        | a line break                                                         |
+//! | `~`         | an empty alternative                                                 |
 //!
-//! A `<` before a space or at the end is itself.
+//! A `<` before a space or at the end of an alternative stands for itself.
 
 use std::collections::BTreeMap;
 
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 
-/// Values by the names that they are bound to.
+/// The values that are bound to names.
 pub type Bindings = BTreeMap<String, String>;
 
-/// How often a value is drawn again because another name is bound to it already.
+/// How often a value is drawn again if another name is already bound to it.
 const MAX_REDRAWS: usize = 100;
 
-/// The rules of one grammar. Its text is compiled in, so a fault in it panics.
+/// The rules of one grammar. Its text is compiled in, so a fault in the text causes a panic.
 #[derive(Debug)]
 pub struct Grammar {
     rules: BTreeMap<String, Vec<String>>,
-    /// Whether `<oath@x>` heeds the value of `x`.
+    /// Whether `<oath@x>` depends on the value of `x`.
     knows_facts: bool,
 }
 
@@ -52,12 +54,12 @@ impl Grammar {
         Self { rules, knows_facts: true }
     }
 
-    /// The same grammar, but `<oath@x>` is the oath of anyone: the form without the facts.
+    /// The same grammar without its facts: `<oath@x>` is a random one of the rules `oath VALUE`.
     pub fn without_facts(self) -> Self {
         Self { knows_facts: false, ..self }
     }
 
-    /// A text that `template` stands for, its marks resolved.
+    /// A random text from `template`, with its references replaced and its marks resolved.
     pub fn expand(&self, template: &str, bound: &mut Bindings, rng: &mut ChaCha8Rng) -> String {
         resolve_marks(&self.substitute(template, bound, rng))
     }
@@ -80,7 +82,7 @@ impl Grammar {
         text + rest
     }
 
-    /// What one reference, such as `x:noun.s`, stands for.
+    /// The text that replaces one reference, such as `x:noun.s`.
     fn resolve(&self, reference: &str, bound: &mut Bindings, rng: &mut ChaCha8Rng) -> String {
         if let Some(singular) = reference.strip_suffix(".s") {
             return plural(&self.resolve(singular, bound, rng));
@@ -104,7 +106,7 @@ impl Grammar {
         value
     }
 
-    /// A random alternative of `rule`, substituted.
+    /// A random alternative of `rule`, with its references replaced.
     fn draw(&self, rule: &str, bound: &mut Bindings, rng: &mut ChaCha8Rng) -> String {
         let name = match rule.split_once('@') {
             Some((rule, key)) if self.knows_facts => format!("{rule} {}", bound[key]),
@@ -117,7 +119,7 @@ impl Grammar {
         self.substitute(alternative, bound, rng)
     }
 
-    /// The name of a random one of the rules `rule VALUE`.
+    /// The name of a random rule among those called `rule VALUE`.
     fn any_fact(&self, rule: &str, rng: &mut ChaCha8Rng) -> String {
         let facts: Vec<&String> = self
             .rules
@@ -128,7 +130,7 @@ impl Grammar {
     }
 }
 
-/// `name = one | two` as the name and its alternatives.
+/// Splits `name = one | two` into the name and the alternatives.
 fn parse_rule(line: &str) -> (String, Vec<String>) {
     let (name, body) =
         line.split_once(" = ").unwrap_or_else(|| panic!("`{line}` is no rule of a grammar"));
@@ -151,7 +153,7 @@ pub fn plural(noun: &str) -> String {
     format!("{noun}s")
 }
 
-/// Resolves `@` (an article) and `^` (a capital).
+/// Replaces `@` by an article, and removes `^` and capitalizes the letter after it.
 fn resolve_marks(text: &str) -> String {
     let mut resolved = String::with_capacity(text.len());
     let mut capital = false;
@@ -175,8 +177,8 @@ fn resolve_marks(text: &str) -> String {
     resolved
 }
 
-/// Whether an article before a word that starts with `c` is `an`; the grammars avoid `hour` and
-/// `uniform`.
+/// Whether the article before a word that starts with `c` is `an`. The grammars avoid words such as
+/// `hour` and `uniform`, for which the letter does not decide it.
 fn is_vowel(c: char) -> bool {
     matches!(c.to_ascii_lowercase(), 'a' | 'e' | 'i' | 'o' | 'u')
 }

@@ -1,15 +1,15 @@
-//! Makes the demo's data: four small domains, the general corpus of its base and a tokenizer.
+//! Makes the demo's data: four small domains, the general corpus for its base and a tokenizer.
 //!
 //! `cargo run --release --example make_demo_data -- --out demo --corpus FOLDER` writes
 //!
-//! | file                                                | what                                |
-//! |-----------------------------------------------------|-------------------------------------|
-//! | `OUT/data/DOMAIN.{train,validation}.jsonl`          | the domains, for the experts        |
-//! | `OUT/base/tokenizer.json`                           | a byte-level BPE                    |
-//! | `CORPUS/general.{train,validation}.jsonl`           | the corpus, for the base; not kept  |
+//! | file                                       | content                                        |
+//! |--------------------------------------------|------------------------------------------------|
+//! | `OUT/data/DOMAIN.{train,validation}.jsonl` | the domains, for the experts                   |
+//! | `OUT/base/tokenizer.json`                  | a byte-level BPE                               |
+//! | `CORPUS/general.{train,validation}.jsonl`  | the corpus for the base, not in the repository |
 //!
-//! The same seed gives the same bytes. Everything is invented here: a grammar for each domain (see
-//! `grammars/`) and code for what must be computed.
+//! The same seed gives the same bytes. All texts are invented: they come from the grammars in
+//! `grammars/`, and from code where numbers must be computed.
 
 mod arithmetic;
 mod code;
@@ -39,19 +39,19 @@ struct Args {
     /// Folder for the general corpus, which only training the base needs.
     #[arg(long)]
     corpus: PathBuf,
-    /// Seeds all that is random.
+    /// Seed of all random numbers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Training records of each domain.
+    /// Number of training records of each domain.
     #[arg(long, default_value_t = 500)]
     num_train: usize,
-    /// Validation records of each domain.
+    /// Number of validation records of each domain.
     #[arg(long, default_value_t = 80)]
     num_validation: usize,
-    /// Documents of the general corpus; one in fifty is for validation.
+    /// Number of documents of the general corpus; one in fifty is for validation.
     #[arg(long, default_value_t = 9000)]
     num_general: usize,
-    /// Tokens of the vocabulary.
+    /// Number of tokens in the vocabulary.
     #[arg(long, default_value_t = 2048)]
     vocab_size: usize,
 }
@@ -109,7 +109,8 @@ fn all_domains(args: &Args) -> Result<[Vec<Record>; 4]> {
     ])
 }
 
-/// The random numbers of one part, so that a change of one leaves the others alone.
+/// The random numbers of one part of the data. Each part has its own, so that a change of one part
+/// does not change the others.
 fn stream(seed: u64, part: &str) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(part.bytes().fold(0, |hash, byte| hash * 31 + u64::from(byte)));

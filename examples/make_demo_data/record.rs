@@ -1,4 +1,4 @@
-//! Records of a JSON Lines file, and the distinct ones that a domain is made of.
+//! The records of a JSON Lines file.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,38 +7,38 @@ use anyhow::{Context, Result, bail};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-/// One line of a file.
+/// One line of a JSON Lines file.
 #[derive(Debug, Clone, Serialize)]
 pub struct Record {
     /// `DOMAIN-NUMBER`, unique over training and validation.
     pub id: String,
     /// The domain's name.
     pub domain: String,
-    /// What is learned.
+    /// The text that is learned.
     #[serde(flatten)]
     pub body: Body,
 }
 
-/// What a record holds, by its keys in the file.
+/// The text of a record; the fields are keys of the file.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(untagged)]
 pub enum Body {
     /// A completion and the prompt that it follows.
     Pair {
-        /// Ends with a line break.
+        /// The prompt, which ends with a line break.
         prompt: String,
-        /// Starts with a letter.
+        /// The completion, which does not start with a space.
         completion: String,
     },
     /// A text that is learned as a whole.
     Text {
-        /// All of it.
+        /// The whole text.
         text: String,
     },
 }
 
 impl Body {
-    /// All of its text, as a model reads it.
+    /// The whole text as a model reads it.
     pub fn full_text(&self) -> String {
         match self {
             Self::Pair { prompt, completion } => format!("{prompt}{completion}"),
@@ -46,7 +46,7 @@ impl Body {
         }
     }
 
-    /// What makes two records the same: the prompt, or the text.
+    /// The text by which records are compared: the prompt, or the text of a record without one.
     fn key(&self) -> &str {
         match self {
             Self::Pair { prompt, .. } => prompt,
@@ -55,8 +55,8 @@ impl Body {
     }
 }
 
-/// `num_records` records of `domain`, no two with the same prompt (or text), so that any split of
-/// them into training and validation shares none.
+/// Generates `num_records` records of `domain`, all with different prompts (or texts), so that
+/// however they are split, no validation prompt is also in the training set.
 pub fn distinct_records(
     domain: &str,
     num_records: usize,
@@ -78,7 +78,7 @@ pub fn distinct_records(
     bail!("`{domain}` has only {} distinct records, not {num_records}", records.len())
 }
 
-/// Writes one record a line and returns the file's size in bytes.
+/// Writes one record per line and returns the file's size in bytes.
 pub fn write_jsonl(path: &Path, records: &[Record]) -> Result<usize> {
     let mut lines = String::new();
     for record in records {

@@ -10,12 +10,12 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::byte_level::ByteLevel as ByteLevelProcessor;
 use tokenizers::{AddedToken, TokenizerBuilder};
 
-/// Ends each document; its id is 0.
+/// The token that ends each document; its id is 0.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// The `tokenizer.json` of a BPE with `vocab_size` tokens: the end-of-text token, the 256 bytes,
-/// and then merges by falling frequency in `texts`. Ties go to the smaller pair of ids, so that
-/// equal texts give equal files.
+/// The `tokenizer.json` of a BPE with `vocab_size` tokens: the end-of-text token, the 256 bytes and
+/// the merges, the most frequent in `texts` first. Of two equally frequent pairs, the one with the
+/// smaller ids is merged first, so that equal texts give equal files.
 pub fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<String> {
     let alphabet: HashSet<char> = ByteLevel::alphabet().into_iter().collect();
     let mut trainer = BpeTrainer::builder()

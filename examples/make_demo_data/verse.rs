@@ -1,7 +1,7 @@
 //! The domain `verse`: short scenes of a play in an old-fashioned register.
 //!
-//! A scene is one `text`. Its world is fixed: each of the ten characters has a rank, a home, an
-//! oath of their own and a set way to address the others.
+//! A scene is a record with one `text`. Each of the ten characters always has the same rank, home,
+//! oath and form of address.
 
 use rand_chacha::ChaCha8Rng;
 

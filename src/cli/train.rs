@@ -79,7 +79,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         // checked before the run, because the model is written at its end
         model_output(&config).check_folder(export::is_unmarked_output)?;
     }
-    tell(&config, &specs, &base, &data, device);
+    log_start(&config, &specs, &base, &data, device);
     let mut trainer = match &start {
         Start::New(mixture) => Trainer::new(config.clone(), &base, mixture, data, device)?,
         Start::Resume(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
@@ -173,7 +173,7 @@ pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datase
 }
 
 /// Logs what is about to be trained, and on which data.
-fn tell(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
+fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
     let counts = ParameterCounts::new(config, specs, &base.spec);
     tracing::info!(
         "base `{}`, {} parameters; {} trained ({:.2} %) on {}",

@@ -85,7 +85,7 @@ pub(super) struct Graphs {
     /// Number of steps that ran as graphs.
     pub num_replays: u64,
     /// The last logged reason why steps are not captured.
-    told: Option<&'static str>,
+    logged_reason: Option<&'static str>,
 }
 
 /// The steps of one shape.
@@ -117,7 +117,7 @@ impl Graphs {
             num_recorded: 0,
             capture_time: Duration::ZERO,
             num_replays: 0,
-            told: None,
+            logged_reason: None,
         }
     }
 
@@ -129,15 +129,15 @@ impl Graphs {
         }
         let reason = why_not(model, config);
         if let Some(reason) = reason {
-            self.tell(reason);
+            self.log_once(reason);
         }
         reason.is_none()
     }
 
-    fn tell(&mut self, reason: &'static str) {
-        if self.told != Some(reason) {
+    fn log_once(&mut self, reason: &'static str) {
+        if self.logged_reason != Some(reason) {
             tracing::info!("steps run without a CUDA graph: {reason}");
-            self.told = Some(reason);
+            self.logged_reason = Some(reason);
         }
     }
 
@@ -151,7 +151,7 @@ impl Graphs {
     ) -> Result<StepOutput> {
         let is_full = self.shapes.len() >= MAX_GRAPHS && !self.shapes.contains_key(&key);
         if is_full {
-            self.tell("there are graphs of too many shapes already");
+            self.log_once("there are graphs of too many shapes already");
         }
         if self.capture == Capture::Off || is_full {
             return run(&flats, &scalars);

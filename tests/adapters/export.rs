@@ -1,4 +1,4 @@
-//! Exports of dylora's, read again.
+//! Exports in dylora's layout, written and read again.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
     of_folder(&out, &model.base().spec)?.put_on(model.base(), Device::Cpu, kind)
 }
 
-/// The router, and each expert alone.
+/// Routing by the router and by each expert alone.
 fn sources(model: &RoutedModel) -> Vec<RoutingSource> {
     let experts = (0..model.num_experts()).map(RoutingSource::Expert);
     std::iter::once(RoutingSource::Router).chain(experts).collect()
@@ -180,16 +180,30 @@ fn an_export_whose_router_is_spoiled_is_refused() -> Result<()> {
     };
     let [router] = model.routers() else { panic!("one router for all layers") };
     let (weight, bias) = (|| router.weight.detach(), || router.bias.detach());
-    insta::assert_snapshot!(said(weight() / 0.0, bias())?, @"in `DIR/out/router.safetensors`: tensor `router.weight` holds numbers that are not finite");
-    insta::assert_snapshot!(said(weight(), bias().to_kind(Kind::Int64))?, @"in `DIR/out/router.safetensors`: tensor `router.bias` has dtype `Int64`; use f32, f16 or bf16");
-    insta::assert_snapshot!(said(weight().narrow(0, 0, 2), bias())?, @"tensor `router.weight` must be [3, 16], got [2, 16]");
+    insta::assert_snapshot!(
+        said(weight() / 0.0, bias())?,
+        @"in `DIR/out/router.safetensors`: tensor `router.weight` holds numbers that are not finite"
+    );
+    insta::assert_snapshot!(
+        said(weight(), bias().to_kind(Kind::Int64))?,
+        @"in `DIR/out/router.safetensors`: tensor `router.bias` has dtype `Int64`; use f32, f16 or \
+          bf16"
+    );
+    insta::assert_snapshot!(
+        said(weight().narrow(0, 0, 2), bias())?,
+        @"tensor `router.weight` must be [3, 16], got [2, 16]"
+    );
     fs_err::remove_file(out.join(ROUTER))?;
     let refusal = of_folder(&out, &tiny_config()).expect_err("there is no router");
-    insta::assert_snapshot!(message(&refusal, dir.path()), @"cannot read the router: failed to open file `DIR/out/router.safetensors`: No such file or directory (os error 2)");
+    insta::assert_snapshot!(
+        message(&refusal, dir.path()),
+        @"cannot read the router: failed to open file `DIR/out/router.safetensors`: No such file \
+          or directory (os error 2)"
+    );
     Ok(())
 }
 
-/// The export itself is in f32: what it holds is applied in f64, before and after.
+/// The export is in f32. The model before and after the export computes in f64.
 #[test]
 fn pissa_and_olora_are_exported_as_plain_lora_of_twice_the_rank() -> Result<()> {
     let _generator = seed(163);
@@ -259,7 +273,7 @@ fn any_spec() -> impl Strategy<Value = ExpertSpec> {
     )
 }
 
-/// A spec as it comes back from `dir`.
+/// The spec after an adapter with it was written to `dir` and read again.
 fn read_again(dir: &Path, spec: ExpertSpec) -> Result<ExpertSpec> {
     let (base, adapter) = (three_layers(), zeros(spec, &three_layers()));
     let (config, weights) = (dir.join(ADAPTER_CONFIG), dir.join(ADAPTER_WEIGHTS));
@@ -291,9 +305,10 @@ fn the_cards_describe_the_adapters_as_they_are_written() -> Result<()> {
     export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
     let card = fs_err::read_to_string(out.join("README.md"))?;
     let shapes: Vec<&str> = card.lines().filter(|line| line.starts_with("- `expert_")).collect();
-    insta::assert_snapshot!(shapes.join("\n"), @r"
+    insta::assert_snapshot!(shapes.join("\n"), @"
     - `expert_0`: rank 8, alpha 32, target modules `attn.c_attn`
-    - `expert_1`: rank 4, alpha 16, target modules `attn.c_attn`, active from the last occurrence of the tokens [18, 28] on
+    - `expert_1`: rank 4, alpha 16, target modules `attn.c_attn`, active from the last occurrence \
+    of the tokens [18, 28] on
     ");
     Ok(())
 }

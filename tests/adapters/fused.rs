@@ -1,4 +1,4 @@
-//! All experts at once and the loop over them: the same function.
+//! Applying all experts at once and applying them one after the other compute the same function.
 
 use anyhow::Result;
 use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModule};
@@ -81,7 +81,7 @@ const CASES: [(&str, &str); 7] = [
     ("everything", EVERYTHING),
 ];
 
-/// Weights of every token for `num_experts` experts, of either sign.
+/// Random routing weights of either sign for `num_experts` experts, `[2, 7, e]`.
 fn random_weights(num_experts: i64) -> Tensor {
     Tensor::randn([2, 7, num_experts], DOUBLE)
 }
@@ -136,7 +136,7 @@ fn an_expert_that_has_all_the_weight_has_all_the_gradient() -> Result<()> {
     Ok(())
 }
 
-/// Models of one expert and of three, all alike, on one base.
+/// A model with one expert, and a model with three copies of that expert, on the same base.
 fn one_and_three_alike(lora: &LoraConfig) -> Result<(RoutedModel, RoutedModel)> {
     let base = tiny_base(tiny_config());
     let model = |num_experts| {
@@ -156,7 +156,7 @@ fn one_and_three_alike(lora: &LoraConfig) -> Result<(RoutedModel, RoutedModel)> 
 }
 
 #[test]
-fn under_one_dropout_mask_experts_that_are_alike_are_one_expert() -> Result<()> {
+fn equal_experts_under_one_dropout_mask_equal_one_expert() -> Result<()> {
     let _generator = seed(122);
     let weights = random_weights(3).softmax(-1, Kind::Double);
     for use_dora in [false, true] {

@@ -1,4 +1,4 @@
-//! Adapters as PEFT saves them, put on a base.
+//! Adapters that PEFT saved, put on a base.
 
 use anyhow::Result;
 use dylora::model::experts::weights::RoutingWeights;
@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 use crate::common::{assert_close, logits, seed};
 use crate::{TOLERANCES, expected, inputs, of_folder, peft_folder, tied_base};
 
-/// The folders of `tests/golden/peft`.
+/// The folders of single adapters in `tests/golden/peft`.
 const ADAPTERS: [&str; 11] = [
     "plain",
     "all_linears",

@@ -1,4 +1,4 @@
-//! Where experts start.
+//! The initial values of experts.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ const MODULES: [&str; 2] = ["h.0.attn.c_attn", "h.1.mlp.c_proj"];
 const INITS: [LoraInit; 4] =
     [LoraInit::Default, LoraInit::Gaussian, LoraInit::Pissa, LoraInit::Olora];
 
-/// One expert on `gpt2_tied` as PEFT's were made: rank 3, alpha 6.
+/// One expert on `base` with the settings of the reference: rank 3, alpha 6.
 fn one_expert(base: &Decoder, init: LoraInit, use_dora: bool) -> RoutedModel {
     let size = RankAlpha { rank: 3, alpha: 6.0 };
     let spec = ExpertSpec {
@@ -41,7 +41,8 @@ fn weight<'a>(base: &'a Decoder, module: &str) -> &'a Tensor {
     &base.blocks[path.layer].linears[&path.module].weight
 }
 
-/// A singular vector's sign is free, in A and B alike: those of `a`'s rows as `like` has them.
+/// The factors 1 or -1 that give each row of `a` the sign of that row in `like`. The sign of a
+/// singular vector is arbitrary, and a change of it in A also changes it in B.
 fn signs(a: &Tensor, like: &Tensor) -> Tensor {
     (a * like).sum_dim_intlist(-1, true, Kind::Float).sign()
 }
@@ -88,7 +89,8 @@ fn magnitudes_start_as_the_norms_of_the_bases_weight() -> Result<()> {
     Ok(())
 }
 
-/// The A of every module of a wide base, at rank 64, in one; and whether each B is zero.
+/// The A of each module of a wider base at rank 64 (that of the last layer), and whether every B is
+/// zero.
 fn down_projections(init: LoraInit) -> (BTreeMap<TargetModule, Tensor>, bool) {
     let config =
         dylora::model::decoder::spec::DecoderSpec { n_embd: 128, n_inner: 256, ..tiny_config() };
@@ -125,7 +127,7 @@ fn gaussian_has_standard_deviation_one_over_the_rank() -> Result<()> {
 #[test]
 fn default_is_uniform_up_to_one_over_the_root_of_the_inputs() -> Result<()> {
     let _generator = seed(143);
-    // for the 16 inputs of `gpt2_tied`
+    // the reference's bound is for the 16 inputs of `gpt2_tied`
     assert!((expected("init")?["default.bound"].double_value(&[]) - 0.25).abs() < 1e-15);
     let (a, b_is_zero) = down_projections(LoraInit::Default);
     assert!(b_is_zero);
@@ -139,7 +141,8 @@ fn default_is_uniform_up_to_one_over_the_root_of_the_inputs() -> Result<()> {
     Ok(())
 }
 
-/// Specs of three experts of each start, with and without DoRA and rsLoRA, and of one of each.
+/// Named cases: three experts of each initialisation, with and without DoRA and rsLoRA, and at last
+/// one expert of each of these kinds.
 fn starts() -> Result<Vec<(String, Vec<ExpertSpec>)>> {
     let mut cases: Vec<(String, Vec<ExpertSpec>)> = vec![];
     for init in INITS {
@@ -163,7 +166,7 @@ fn starts() -> Result<Vec<(String, Vec<ExpertSpec>)>> {
     Ok(cases)
 }
 
-/// Every source of weights that a batch of [`two_rows`] can have.
+/// Every kind of source of routing weights that does not need a record's expert, for [`two_rows`].
 fn sources(num_experts: i64) -> Vec<(&'static str, RoutingSource)> {
     let one_hot = Tensor::from(num_experts - 1).one_hot(num_experts).to_kind(Kind::Double);
     let random = Tensor::randn([2, 7, num_experts], DOUBLE);
@@ -177,14 +180,15 @@ fn sources(num_experts: i64) -> Vec<(&'static str, RoutingSource)> {
 }
 
 #[test]
-fn the_first_forward_pass_of_every_start_is_the_bases() -> Result<()> {
+fn under_every_init_the_first_forward_pass_equals_the_bases() -> Result<()> {
     let _generator = seed(144);
     let base = tiny_base(tiny_config());
     for (kind, tolerance) in [(Kind::Double, 1e-12), (Kind::Float, 1e-5)] {
         let plain = RoutedModel::plain(&base, Device::Cpu, kind, false);
         let expected = logits(&plain, &two_rows(), &RoutingSource::Base);
-        // what PiSSA and OLoRA experts subtract cancels but for rounding, at scalings of up to 9 and
-        // up to 16 times: relative to the logits in f32
+        // PiSSA and OLoRA experts add and subtract the same product, which cancels up to rounding.
+        // The scalings are up to 9 and there are up to 16 experts, so the tolerance is relative to
+        // the logits.
         let tolerance = tolerance * expected.abs().max().double_value(&[]).max(1.0);
         for (name, specs) in starts()? {
             let router = RouterConfig::default();
@@ -208,7 +212,7 @@ fn the_first_forward_pass_of_every_start_is_the_bases() -> Result<()> {
 }
 
 #[test]
-fn where_experts_started_is_not_trained_and_survives_saving_to_the_bit() -> Result<()> {
+fn initial_values_are_not_trained_and_survive_saving_to_the_bit() -> Result<()> {
     let _generator = seed(145);
     let base = tiny_base(tiny_config());
     for (name, specs) in starts()? {

@@ -1,4 +1,5 @@
-//! Adapters and mixtures of them: in from PEFT and X-LoRA, mixed, out again, merged.
+//! Adapters and mixtures of them: importing them from PEFT and X-LoRA, mixing, exporting and merging
+//! them.
 //!
 //! Reference: PEFT 0.21.2 and transformers 5.17.0 in float64, by `scripts/make_golden_adapters.py`.
 
@@ -38,10 +39,10 @@ use common::{golden_path, labelled_rows, tiny_config};
 /// Largest differences from the reference's logits allowed in each dtype.
 const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
 
-/// The way of all experts at once, and the loop over them.
+/// The two ways to apply experts: all at once with a shared dropout mask, or one after the other.
 const BOTH_WAYS: [DropoutMasks; 2] = [DropoutMasks::Shared, DropoutMasks::PerExpert];
 
-/// The base that the adapters of `tests/golden/peft` are for.
+/// The base of the adapters in `tests/golden/peft`.
 fn tied_base(kind: Kind) -> Result<Decoder> {
     load::read(&tied_config()?, &[golden_path("gpt2_tied.safetensors")], kind)
 }
@@ -50,17 +51,17 @@ fn tied_config() -> Result<DecoderSpec> {
     gpt2::read_spec(&golden_path("gpt2_tied.config.json"))
 }
 
-/// A folder of `tests/golden/peft`.
+/// The path of a folder in `tests/golden/peft`.
 fn peft_folder(name: &str) -> PathBuf {
     golden_path("peft").join(name)
 }
 
-/// What the reference computes with it.
+/// The reference's results for a folder in `tests/golden/peft`.
 fn expected(name: &str) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&peft_folder(&format!("{name}.expected.safetensors")))
 }
 
-/// Finds adapters in folders alone.
+/// Finds adapters in folders only, not on the Hub.
 fn find(source: &AdapterSource) -> Result<AdapterFiles> {
     let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
     let settings = HubSettings {
@@ -77,7 +78,7 @@ fn of_folder(dir: &Path, base: &DecoderSpec) -> Result<Mixture> {
     Mixture::of_folder(dir, base, &find)
 }
 
-/// Folders of `tests/golden/peft` as the experts of one model on `gpt2_tied`, in f64.
+/// A model in f64 of `gpt2_tied` whose experts are the given folders in `tests/golden/peft`.
 fn mixed(names: &[&str]) -> Result<RoutedModel> {
     let base = tied_base(Kind::Double)?;
     let sources: Vec<_> = names.iter().map(|n| AdapterSource::Path(peft_folder(n))).collect();
@@ -85,7 +86,7 @@ fn mixed(names: &[&str]) -> Result<RoutedModel> {
     mixture.put_on(&base, Device::Cpu, Kind::Double)
 }
 
-/// A batch of `input_ids`, `[b, t]`, without labels or with those of a golden file.
+/// A batch of `input_ids`, `[b, t]`, with the labels of a golden file or without labels.
 fn inputs(input_ids: &Tensor, labels: Option<&Tensor>) -> Result<Inputs> {
     let rows: Vec<Vec<i64>> = input_ids.try_into()?;
     let rows: Vec<&[i64]> = rows.iter().map(Vec::as_slice).collect();
@@ -96,12 +97,12 @@ fn inputs(input_ids: &Tensor, labels: Option<&Tensor>) -> Result<Inputs> {
     Ok(labelled_rows(&rows, &labels))
 }
 
-/// A forward pass by one of [`BOTH_WAYS`], with dropout of `probability`.
+/// The mode of a forward pass in one of [`BOTH_WAYS`], with dropout of `probability`.
 fn mode(masks: DropoutMasks, probability: f64) -> ForwardMode {
     ForwardMode { dropout: LoraDropout { probability, masks }, ..ForwardMode::EVAL }
 }
 
-/// The logits, `[b, t, v]`, by one of [`BOTH_WAYS`].
+/// The logits, `[b, t, v]`, computed in one of [`BOTH_WAYS`].
 fn logits_by(
     masks: DropoutMasks,
     model: &RoutedModel,
@@ -115,7 +116,7 @@ fn path(text: &str) -> ModulePath {
     text.parse().expect("it is a module's path")
 }
 
-/// `[lora]` as it is written in a config.
+/// Parses the section `[lora]` of a config.
 fn lora(text: &str) -> LoraConfig {
     toml::from_str(text).expect("it is a `[lora]`")
 }
@@ -132,12 +133,12 @@ fn provenance() -> Provenance {
     }
 }
 
-/// A base of three layers, so that a module may be in any subset of them.
+/// A base of three layers, so that adapters can target a module in any subset of them.
 fn three_layers() -> DecoderSpec {
     DecoderSpec { n_layer: 3, n_embd: 4, n_inner: 8, n_head: 2, ..tiny_config() }
 }
 
-/// Zeros of the shapes that a spec asks for.
+/// An adapter of zeros in the shapes that its spec requires.
 fn zeros(spec: ExpertSpec, base: &DecoderSpec) -> Adapter {
     let mut tensors = BTreeMap::new();
     for (&path, size) in &spec.modules {
@@ -154,7 +155,7 @@ fn zeros(spec: ExpertSpec, base: &DecoderSpec) -> Adapter {
     Adapter { spec, tensors }
 }
 
-/// The message of an error, in which `dir` is called `DIR`.
+/// The message of an error, with `DIR` in place of the path `dir`.
 fn message(error: &anyhow::Error, dir: &Path) -> String {
     format!("{error:#}").replace(&dir.display().to_string(), "DIR")
 }

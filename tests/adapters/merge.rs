@@ -1,4 +1,4 @@
-//! Mixtures with the same weights for every token, merged.
+//! Merging mixtures whose routing weights are the same for every token.
 
 use anyhow::Result;
 use dylora::config::{LoraConfig, RouterConfig};
@@ -14,7 +14,7 @@ use crate::common::{
 };
 use crate::{lora, of_folder, provenance};
 
-/// Plain, rsLoRA, PiSSA and OLoRA experts of several ranks on several modules: no DoRA.
+/// Plain, rsLoRA, PiSSA and OLoRA experts of several ranks on several modules, without DoRA.
 const LOW_RANK: &str = r#"
     num_experts = 4
     rank = 3
@@ -29,7 +29,7 @@ const LOW_RANK: &str = r#"
     ]
 "#;
 
-/// The same and DoRA, alone and with PiSSA.
+/// Plain and DoRA experts, one of the latter with rsLoRA and one with PiSSA.
 const WITH_DORA: &str = r#"
     num_experts = 4
     rank = 3
@@ -43,7 +43,7 @@ const WITH_DORA: &str = r#"
     ]
 "#;
 
-/// An f32 base, and experts on it that have moved from where they started by about as much.
+/// An f32 base, and experts on it whose A and B are random and far from their initial values.
 fn base_and_model(lora: &LoraConfig) -> Result<(Decoder, RoutedModel)> {
     let base = tiny_base(tiny_config()).to(Device::Cpu, Kind::Float);
     let model = new_model(&base, lora, &RouterConfig::default(), Kind::Float);
@@ -51,7 +51,8 @@ fn base_and_model(lora: &LoraConfig) -> Result<(Decoder, RoutedModel)> {
     Ok((base, model))
 }
 
-/// One expert, an even mixture, all of them, random weights.
+/// Routing weights of four experts: one expert alone, another one alone, even shares, weight 1 for
+/// all, and random shares.
 fn weights() -> Vec<Vec<f64>> {
     let random = Vec::try_from(Tensor::randn([4], (Kind::Double, Device::Cpu)).softmax(-1, None));
     let random = random.expect("it is a vector");
@@ -101,7 +102,8 @@ fn a_merged_adapter_is_the_mixture_under_given_weights() -> Result<()> {
     Ok(())
 }
 
-/// PiSSA and OLoRA count twice: what they have moved is of twice their rank.
+/// PiSSA and OLoRA experts count twice, since their update without its initial value has twice the
+/// rank.
 #[test]
 fn the_rank_of_a_merged_adapter_is_the_sum_of_the_experts() -> Result<()> {
     let _generator = seed(172);
@@ -154,20 +156,32 @@ fn what_has_no_merge_is_refused() -> Result<()> {
     a DoRA expert scales the base's own weight, which no LoRA adapter can hold
     hint: merge into the base instead
     ");
-    insta::assert_snapshot!(adapter(&model, &[0.0; 4]), @"with every weight 0, the adapter would be empty");
+    insta::assert_snapshot!(
+        adapter(&model, &[0.0; 4]),
+        @"with every weight 0, the adapter would be empty"
+    );
     insta::assert_snapshot!(both(&model, &[0.5; 2]), @"there are 4 experts, but 2 weights");
-    insta::assert_snapshot!(both(&model, &[0.5, f64::NAN, 0.5, 0.0]), @"weights must be finite numbers, got [0.5, NaN, 0.5, 0.0]");
-    insta::assert_snapshot!(both(&model, &[f64::INFINITY, 0.0, 0.0, 0.0]), @"weights must be finite numbers, got [inf, 0.0, 0.0, 0.0]");
+    insta::assert_snapshot!(
+        both(&model, &[0.5, f64::NAN, 0.5, 0.0]),
+        @"weights must be finite numbers, got [0.5, NaN, 0.5, 0.0]"
+    );
+    insta::assert_snapshot!(
+        both(&model, &[f64::INFINITY, 0.0, 0.0, 0.0]),
+        @"weights must be finite numbers, got [inf, 0.0, 0.0, 0.0]"
+    );
     let alora = lora("experts = [{ alora_invocation_tokens = [5] }]");
     let (_, alora) = base_and_model(&alora)?;
-    insta::assert_snapshot!(both(&alora, &[0.25; 4]), @"an expert with invocation tokens is off before them, which no merged weight can be");
+    insta::assert_snapshot!(
+        both(&alora, &[0.25; 4]),
+        @"an expert with invocation tokens is off before them, which no merged weight can be"
+    );
     let plain = RoutedModel::plain(&base, Device::Cpu, Kind::Float, false);
     insta::assert_snapshot!(both(&plain, &[]), @"a base alone has nothing to merge");
     Ok(())
 }
 
 #[test]
-fn experts_of_weight_zero_do_not_stand_in_the_way() -> Result<()> {
+fn experts_of_weight_zero_do_not_prevent_a_merge() -> Result<()> {
     let _generator = seed(175);
     let text =
         "num_experts = 3\nexperts = [{ use_dora = true }, { alora_invocation_tokens = [5] }]";

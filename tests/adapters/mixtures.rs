@@ -1,4 +1,4 @@
-//! Several of PEFT's adapters as the experts of one model.
+//! Several PEFT adapters as the experts of one model.
 
 use std::collections::BTreeMap;
 
@@ -46,7 +46,7 @@ fn loss_and_gradients_of_a_mixture_are_torch_autograds() -> Result<()> {
         assert_close("loss", &loss, &expected["routed.loss"], 1e-10);
         let of_weights = Tensor::run_backward(&[&loss], &[&weights], true, false);
         let mut grads = gradients(&model, &loss);
-        // the router has no part in it
+        // the weights are given, so the router has no gradient
         grads.retain(|name, _| !name.starts_with("router."));
         grads.extend(of_weights.into_iter().map(|grad| ("routing_weights".to_owned(), grad)));
         assert_same_gradients(&grads, &expected_grads, 1e-9);
@@ -54,7 +54,8 @@ fn loss_and_gradients_of_a_mixture_are_torch_autograds() -> Result<()> {
     Ok(())
 }
 
-/// In training, each expert with a mask of its own, from the same generator state.
+/// Reference: PEFT in training mode, in which each expert draws a mask of its own. Both start from
+/// the same state of the generator.
 #[test]
 fn dropout_draws_pefts_masks() -> Result<()> {
     let _generator = seed(114);
@@ -69,7 +70,7 @@ fn dropout_draws_pefts_masks() -> Result<()> {
         Ok(())
     };
     for masks in BOTH_WAYS {
-        // one expert has one mask
+        // a single expert draws one mask in both ways
         check("plain", &["plain"], RoutingSource::Router, masks)?;
         check("dora", &["dora"], RoutingSource::Router, masks)?;
     }
@@ -79,7 +80,8 @@ fn dropout_draws_pefts_masks() -> Result<()> {
     check("all", &plain, RoutingSource::All, DropoutMasks::PerExpert)
 }
 
-/// Without DoRA, whose part in PEFT depends on the order of the active adapters.
+/// This leaves out the DoRA adapter: in PEFT, what it adds depends on the order of the active
+/// adapters.
 #[test]
 fn all_experts_at_weight_one_are_pefts_active_adapters() -> Result<()> {
     let _generator = seed(112);

@@ -1,4 +1,4 @@
-//! Adapters that are not taken in, and what is said of them.
+//! Adapters that are refused, and the messages.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::common::{golden_path, seed, tiny_config, tiny_model};
 use crate::{find, lora, message, of_folder, peft_folder, provenance, tied_config};
 
-/// One of PEFT's adapters for a test to spoil.
+/// An adapter saved by PEFT that a test spoils.
 struct Spoiled {
     base: DecoderSpec,
     config: Map<String, Value>,
@@ -39,7 +39,7 @@ impl Spoiled {
         write_tensors(&dir.join(ADAPTER_WEIGHTS), tensors)
     }
 
-    /// What is said of the adapter.
+    /// The message by which the adapter is refused.
     fn refusal(&self) -> Result<String> {
         let dir = tempfile::tempdir()?;
         self.write(dir.path())?;
@@ -47,20 +47,21 @@ impl Spoiled {
     }
 }
 
-/// What is said of the adapter in `dir`, which is called `DIR`.
+/// The message by which the adapter in `dir` is refused, with `DIR` in place of that path.
 fn refusal(dir: &Path, base: &DecoderSpec) -> Result<String> {
     let mixture = Mixture::of_adapters(&[AdapterSource::Path(dir.into())], base, &find);
     Ok(message(&mixture.expect_err("the adapter is spoiled"), dir))
 }
 
-/// What is said of an adapter with one entry of its config changed, less where it lies.
+/// The message by which an adapter with one changed entry of its config is refused, without the
+/// paths.
 fn refusal_of(key: &str, value: Value) -> Result<String> {
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.config.insert(key.into(), value);
     Ok(spoiled.refusal()?.replace("cannot import `DIR`: in `DIR/adapter_config.json`: ", ""))
 }
 
-/// The same for several.
+/// The messages for several entries, each changed alone, one a line.
 fn refusals_of(entries: Value) -> Result<String> {
     let entries = entries.as_object().expect("the cases are an object").clone();
     let messages: Result<Vec<_>> = entries.into_iter().map(|(k, v)| refusal_of(&k, v)).collect();
@@ -73,23 +74,46 @@ const LORA_A: &str = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight
 fn missing_extra_and_misshapen_tensors_are_named() -> Result<()> {
     let mut spoiled = Spoiled::new("plain")?;
     let tensor = spoiled.tensors.remove(LORA_A).expect("it is there");
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` is missing");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` is missing"
+    );
 
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.tensors.insert(LORA_A.replace("attn.c_attn", "mlp.c_fc"), tensor.shallow_clone());
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight` is of no target module of the adapter's config");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight` is of no target module of the \
+          adapter's config"
+    );
 
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.tensors.insert(LORA_A.into(), tensor.tr().contiguous());
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` must be [4, 16] by the adapter's config and the base, got [16, 4]");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` must be [4, 16] by the \
+          adapter's config and the base, got [16, 4]"
+    );
 
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.config.insert("r".into(), json!(3));
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` must be [3, 16] by the adapter's config and the base, got [4, 16]");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` must be [3, 16] by the \
+          adapter's config and the base, got [4, 16]"
+    );
 
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.config.insert("use_dora".into(), json!(true));
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector` is missing");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_magnitude_vector` is missing"
+    );
     Ok(())
 }
 
@@ -98,7 +122,12 @@ fn integers_and_numbers_that_are_not_finite_are_refused() -> Result<()> {
     let mut spoiled = Spoiled::new("plain")?;
     let tensor = spoiled.tensors[LORA_A].shallow_clone();
     spoiled.tensors.insert(LORA_A.into(), tensor.to_kind(Kind::Int64));
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` has dtype `Int64`; use f32, f16 or bf16");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` has dtype `Int64`; use f32, \
+          f16 or bf16"
+    );
     let mut messages = vec![];
     for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let spoilt = tensor.copy();
@@ -107,7 +136,12 @@ fn integers_and_numbers_that_are_not_finite_are_refused() -> Result<()> {
         messages.push(spoiled.refusal()?);
     }
     messages.dedup();
-    insta::assert_snapshot!(messages.join("\n"), @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` holds numbers that are not finite");
+    insta::assert_snapshot!(
+        messages.join("\n"),
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` holds numbers that are not \
+          finite"
+    );
     Ok(())
 }
 
@@ -132,8 +166,14 @@ fn half_precision_adapters_are_read_as_f32() -> Result<()> {
 
 #[test]
 fn other_kinds_of_adapter_are_refused() -> Result<()> {
-    insta::assert_snapshot!(refusal_of("peft_type", json!("IA3"))?, @"`peft_type` must be `LORA`, got `IA3`");
-    insta::assert_snapshot!(refusal_of("peft_type", Value::Null)?, @"`peft_type` must be `LORA`, got `absent`");
+    insta::assert_snapshot!(
+        refusal_of("peft_type", json!("IA3"))?,
+        @"`peft_type` must be `LORA`, got `IA3`"
+    );
+    insta::assert_snapshot!(
+        refusal_of("peft_type", Value::Null)?,
+        @"`peft_type` must be `LORA`, got `absent`"
+    );
     Ok(())
 }
 
@@ -167,41 +207,63 @@ fn options_that_would_change_the_update_are_refused_by_name() -> Result<()> {
 }
 
 #[test]
-fn starts_that_changed_the_base_are_refused_with_the_way_out() -> Result<()> {
+fn inits_that_changed_the_base_are_refused_with_a_hint() -> Result<()> {
     let messages: Result<Vec<_>> = ["pissa", "pissa_niter_16", "olora", "corda", "loftq"]
         .map(|init| refusal_of("init_lora_weights", json!(init)))
         .into_iter()
         .collect();
-    insta::assert_snapshot!(messages?.join("\n"), @r#"
-    `init_lora_weights` is "pissa", which changed the base as well
-    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it plain LoRA
-    `init_lora_weights` is "pissa_niter_16", which changed the base as well
-    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it plain LoRA
-    `init_lora_weights` is "olora", which changed the base as well
-    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it plain LoRA
-    `init_lora_weights` is "corda", which changed the base as well
-    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it plain LoRA
-    `init_lora_weights` is "loftq", which changed the base as well
-    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it plain LoRA
-    "#);
+    insta::assert_snapshot!(messages?.join("\n"), @"
+    `init_lora_weights` is \"pissa\", which changed the base as well
+    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it \
+    plain LoRA
+    `init_lora_weights` is \"pissa_niter_16\", which changed the base as well
+    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it \
+    plain LoRA
+    `init_lora_weights` is \"olora\", which changed the base as well
+    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it \
+    plain LoRA
+    `init_lora_weights` is \"corda\", which changed the base as well
+    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it \
+    plain LoRA
+    `init_lora_weights` is \"loftq\", which changed the base as well
+    hint: save the adapter with PEFT's `path_initial_model_for_weight_conversion`, which makes it \
+    plain LoRA
+    ");
     Ok(())
 }
 
 #[test]
 fn modules_that_are_not_there_are_refused() -> Result<()> {
-    insta::assert_snapshot!(refusal_of("target_modules", json!(["q_proj", "v_proj"]))?, @"`target_modules` matches no linear layer of a GPT-2 block");
-    insta::assert_snapshot!(refusal_of("target_modules", json!(".*[24]"))?, @"`target_modules` matches no linear layer of a GPT-2 block");
+    insta::assert_snapshot!(
+        refusal_of("target_modules", json!(["q_proj", "v_proj"]))?,
+        @"`target_modules` matches no linear layer of a GPT-2 block"
+    );
+    insta::assert_snapshot!(
+        refusal_of("target_modules", json!(".*[24]"))?,
+        @"`target_modules` matches no linear layer of a GPT-2 block"
+    );
     insta::assert_snapshot!(refusal_of("target_modules", Value::Null)?, @r"
     `target_modules` is absent
     hint: PEFT writes it when it saves an adapter
     ");
-    insta::assert_snapshot!(refusal_of("exclude_modules", json!(["c_attn"]))?, @"`target_modules` matches no linear layer of a GPT-2 block");
+    insta::assert_snapshot!(
+        refusal_of("exclude_modules", json!(["c_attn"]))?,
+        @"`target_modules` matches no linear layer of a GPT-2 block"
+    );
     let mut spoiled = Spoiled::new("layers")?;
     spoiled.config.insert("layers_pattern".into(), json!("layers"));
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_config.json`: `target_modules` matches no linear layer of a GPT-2 block");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_config.json`: `target_modules` matches no linear \
+          layer of a GPT-2 block"
+    );
     spoiled.config.insert("layers_pattern".into(), json!("h"));
     spoiled.config.insert("layers_to_transform".into(), json!([2]));
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_config.json`: `target_modules` matches no linear layer of a GPT-2 block");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_config.json`: `target_modules` matches no linear \
+          layer of a GPT-2 block"
+    );
     Ok(())
 }
 
@@ -221,7 +283,10 @@ fn patterns_that_cannot_be_matched_are_refused() -> Result<()> {
     ");
     let mut spoiled = Spoiled::new("layers")?;
     spoiled.config.insert("layers_pattern".into(), json!("h("));
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_config.json`: `h(` is no pattern that can be matched");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_config.json`: `h(` is no pattern that can be matched"
+    );
     Ok(())
 }
 
@@ -237,7 +302,7 @@ fn values_of_another_type_are_refused() -> Result<()> {
         "use_rslora": "yes",
         "alora_invocation_tokens": "[INST]",
     });
-    insta::assert_snapshot!(refusals_of(values)?, @r#"
+    insta::assert_snapshot!(refusals_of(values)?, @"
     the rank of `h.0.attn.c_attn` must be at least 1
     the alpha of `h.0.attn.c_attn` must be a number
     the rank of `h.0.attn.c_attn` must be at least 1
@@ -245,8 +310,9 @@ fn values_of_another_type_are_refused() -> Result<()> {
     `target_modules` must be a list or a regular expression, got 3
     `layers_to_transform` must be numbers of layers
     `use_rslora` must be true or false
-    `alora_invocation_tokens` must be a list of token ids: invalid type: string "[INST]", expected a sequence
-    "#);
+    `alora_invocation_tokens` must be a list of token ids: invalid type: string \"[INST]\", \
+    expected a sequence
+    ");
     Ok(())
 }
 
@@ -259,8 +325,16 @@ fn a_config_that_is_no_object_is_refused() -> Result<()> {
         fs_err::write(dir.path().join(ADAPTER_CONFIG), text)?;
         refusal(dir.path(), &adapter.base)
     };
-    insta::assert_snapshot!(said("{\"r\": 4,")?, @"cannot import `DIR`: in `DIR/adapter_config.json`: is not a JSON object: EOF while parsing a value at line 1 column 8");
-    insta::assert_snapshot!(said("[]")?, @"cannot import `DIR`: in `DIR/adapter_config.json`: is not a JSON object: invalid type: sequence, expected a map at line 1 column 0");
+    insta::assert_snapshot!(
+        said("{\"r\": 4,")?,
+        @"cannot import `DIR`: in `DIR/adapter_config.json`: is not a JSON object: EOF while \
+          parsing a value at line 1 column 8"
+    );
+    insta::assert_snapshot!(
+        said("[]")?,
+        @"cannot import `DIR`: in `DIR/adapter_config.json`: is not a JSON object: invalid type: \
+          sequence, expected a map at line 1 column 0"
+    );
     Ok(())
 }
 
@@ -268,13 +342,27 @@ fn a_config_that_is_no_object_is_refused() -> Result<()> {
 fn an_adapter_of_another_base_is_refused() -> Result<()> {
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.base.n_embd = 32;
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` must be [4, 32] by the adapter's config and the base, got [4, 16]");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.0.attn.c_attn.lora_A.weight` must be [4, 32] by the \
+          adapter's config and the base, got [4, 16]"
+    );
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.base.n_layer = 1;
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.1.attn.c_attn.lora_A.weight` is of no target module of the adapter's config");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.1.attn.c_attn.lora_A.weight` is of no target module of \
+          the adapter's config"
+    );
     let mut spoiled = Spoiled::new("plain")?;
     spoiled.base.n_layer = 3;
-    insta::assert_snapshot!(spoiled.refusal()?, @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor `base_model.model.transformer.h.2.attn.c_attn.lora_A.weight` is missing");
+    insta::assert_snapshot!(
+        spoiled.refusal()?,
+        @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
+          `base_model.model.transformer.h.2.attn.c_attn.lora_A.weight` is missing"
+    );
     Ok(())
 }
 
@@ -285,18 +373,24 @@ fn a_folder_without_adapters_is_refused() -> Result<()> {
     fs_err::copy(config, dir.path().join("config.json"))?;
     let refusal = Mixture::of_folder(dir.path(), &tied_config()?, &find);
     let refusal = refusal.expect_err("there is no adapter");
-    insta::assert_snapshot!(message(&refusal, dir.path()), @"`DIR` holds no adapters: there is neither `dylora.json` nor `xlora_config.json` nor `adapter_config.json`");
+    insta::assert_snapshot!(
+        message(&refusal, dir.path()),
+        @"`DIR` holds no adapters: there is neither `dylora.json` nor `xlora_config.json` nor \
+          `adapter_config.json`"
+    );
     let absent = dir.path().join("absent");
     let refusal = Mixture::of_folder(&absent, &tied_config()?, &find);
     let refusal = refusal.expect_err("there is no folder");
-    insta::assert_snapshot!(message(&refusal, dir.path()), @r#"
+    insta::assert_snapshot!(message(&refusal, dir.path()), @"
     the adapter `DIR/absent` does not exist
-    hint: `source.path` is a folder with `adapter_config.json` and `adapter_model.safetensors`; an adapter of the Hub is `source = { hub = { repo = "OWNER/NAME" } }`
-    "#);
+    hint: `source.path` is a folder with `adapter_config.json` and `adapter_model.safetensors`; an \
+    adapter of the Hub is `source = { hub = { repo = \"OWNER/NAME\" } }`
+    ");
     Ok(())
 }
 
-/// As if by another hand; what the types refuse has its own messages.
+/// The values have the right types but make no sense, as if someone had edited the manifest. Values
+/// of other types are refused when the file is parsed.
 #[test]
 fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     let _generator = seed(132);
@@ -342,6 +436,9 @@ fn an_adapter_for_one_base_is_not_put_on_another() -> Result<()> {
     let wider = DecoderSpec { n_embd: 32, ..tied_config()? };
     let base = crate::common::tiny_base(wider);
     let refusal = mixture.put_on(&base, Device::Cpu, Kind::Float).expect_err("it is wider");
-    insta::assert_snapshot!(format!("{refusal:#}"), @"tensor `h.0.attn.c_attn.expert_0.lora_a` must be [4, 32], got [4, 16]");
+    insta::assert_snapshot!(
+        format!("{refusal:#}"),
+        @"tensor `h.0.attn.c_attn.expert_0.lora_a` must be [4, 32], got [4, 16]"
+    );
     Ok(())
 }

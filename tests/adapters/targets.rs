@@ -1,4 +1,4 @@
-//! Which modules an adapter is for, and of what rank, by its config.
+//! The target modules of an adapter and their ranks, from the adapter's config.
 
 use anyhow::{Context, Result};
 use dylora::config::LoraInit;
@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{path, three_layers, zeros};
 
-/// The ranks that PEFT's config gives modules, if the adapter's tensors are those of `expected`.
+/// The target modules and ranks that we read from PEFT's `config`, for an adapter whose tensors have
+/// the modules and ranks of `expected`.
 fn ranks(config: &Value, expected: &[(&str, i64)]) -> Result<Vec<(String, i64)>> {
     let dir = tempfile::tempdir()?;
     let (file, weights) = (dir.path().join(ADAPTER_CONFIG), dir.path().join(ADAPTER_WEIGHTS));
@@ -33,7 +34,8 @@ fn ranks(config: &Value, expected: &[(&str, i64)]) -> Result<Vec<(String, i64)>>
     Ok(modules.map(|(path, size)| (path.to_string(), size.rank)).collect())
 }
 
-/// A config, and the modules with their ranks that PEFT 0.21.2 makes of it on a GPT-2 of three layers.
+/// A config, and the target modules with their ranks that PEFT 0.21.2 takes from it on a GPT-2 of
+/// three layers.
 type Targeted = (Value, Vec<(&'static str, i64)>);
 
 const ALL: [&str; 12] = [
@@ -77,7 +79,7 @@ fn by_targets() -> Vec<Targeted> {
             }),
             c_proj(&[first, second]),
         ),
-        // an empty pattern is none
+        // an empty pattern counts as no pattern
         (
             json!({
                 "target_modules": ["mlp.c_proj"], "layers_to_transform": [1], "layers_pattern": "",
@@ -89,7 +91,7 @@ fn by_targets() -> Vec<Targeted> {
 
 fn by_names_and_patterns() -> Vec<Targeted> {
     vec![
-        // a module named in full is taken whatever its layer
+        // a module that is named in full is a target whatever `layers_to_transform` says
         (
             json!({
                 "target_modules": ["transformer.h.0.attn.c_attn", "mlp.c_proj"],
@@ -97,7 +99,7 @@ fn by_names_and_patterns() -> Vec<Targeted> {
             }),
             vec![("h.0.attn.c_attn", 8), ("h.1.mlp.c_proj", 8)],
         ),
-        // the first pattern that matches the end of the name
+        // the first pattern that matches the end of a module's name gives its rank
         (
             json!({
                 "target_modules": ["attn.c_attn"],

@@ -1,4 +1,4 @@
-//! X-LoRA folders, read and written.
+//! Reading and writing X-LoRA folders.
 
 use std::path::Path;
 
@@ -61,7 +61,7 @@ fn a_written_xlora_folder_routes_as_before_to_the_bit() -> Result<()> {
     Ok(())
 }
 
-/// A model whose router is X-LoRA's, unless `router` says otherwise.
+/// A tiny model with the given sections `[lora]` and `[router]`.
 fn model(lora_text: &str, router: &str) -> Result<RoutedModel> {
     let router: RouterConfig = toml::from_str(router)?;
     tiny_model(&lora(lora_text), &router, Kind::Float)
@@ -83,20 +83,44 @@ fn what_xlora_cannot_express_is_not_written() -> Result<()> {
     X-LoRA's classifier reads the base's last hidden state, this router `embeddings`
     hint: train with `router.input = "base_hidden"`
     "#);
-    insta::assert_snapshot!(refusal("", "input = 'layer_input'\nscope = 'layer'")?, @"X-LoRA has one classifier for all layers, this mixture 2");
+    insta::assert_snapshot!(
+        refusal("", "input = 'layer_input'\nscope = 'layer'")?,
+        @"X-LoRA has one classifier for all layers, this mixture 2"
+    );
     insta::assert_snapshot!(refusal("", "input = 'layer_input'")?, @r#"
     X-LoRA's classifier reads the base's last hidden state, this router `layer_input`
     hint: train with `router.input = "base_hidden"`
     "#);
     let with = |more: &str| refusal("", &format!("{base_hidden}\n{more}"));
-    insta::assert_snapshot!(with("hidden_layers = 1")?, @"X-LoRA does not know hidden layers of a router that end in its width");
-    insta::assert_snapshot!(with("level = 'sequence'")?, @"X-LoRA does not know routing by the prompt");
-    insta::assert_snapshot!(with("eval = { top_k = 1 }")?, @"X-LoRA does not know another rule in evaluation");
-    insta::assert_snapshot!(refusal("", "input = 'base_hidden'\ntop_k = 2")?, @"X-LoRA's top-k is another rule; this router keeps 2 experts of a token");
+    insta::assert_snapshot!(
+        with("hidden_layers = 1")?,
+        @"X-LoRA does not know hidden layers of a router that end in its width"
+    );
+    insta::assert_snapshot!(
+        with("level = 'sequence'")?,
+        @"X-LoRA does not know routing by the prompt"
+    );
+    insta::assert_snapshot!(
+        with("eval = { top_k = 1 }")?,
+        @"X-LoRA does not know another rule in evaluation"
+    );
+    insta::assert_snapshot!(
+        refusal("", "input = 'base_hidden'\ntop_k = 2")?,
+        @"X-LoRA's top-k is another rule; this router keeps 2 experts of a token"
+    );
     insta::assert_snapshot!(refusal("use_dora = true", base_hidden)?, @"X-LoRA does not know DoRA");
-    insta::assert_snapshot!(refusal("experts = [{}, { use_dora = true }]", base_hidden)?, @"X-LoRA does not know DoRA");
-    insta::assert_snapshot!(refusal("experts = [{ alora_invocation_tokens = [5] }]", base_hidden)?, @"X-LoRA does not know invocation tokens");
-    insta::assert_snapshot!(refusal("num_experts = 1", base_hidden)?, @"a single expert has no router, and is a PEFT adapter as it is");
+    insta::assert_snapshot!(
+        refusal("experts = [{}, { use_dora = true }]", base_hidden)?,
+        @"X-LoRA does not know DoRA"
+    );
+    insta::assert_snapshot!(
+        refusal("experts = [{ alora_invocation_tokens = [5] }]", base_hidden)?,
+        @"X-LoRA does not know invocation tokens"
+    );
+    insta::assert_snapshot!(
+        refusal("num_experts = 1", base_hidden)?,
+        @"a single expert has no router, and is a PEFT adapter as it is"
+    );
     Ok(())
 }
 
@@ -115,7 +139,8 @@ fn what_xlora_can_express_is_written() -> Result<()> {
     Ok(())
 }
 
-/// The folder of PEFT's X-LoRA, adapters and all, for a test to spoil.
+/// Copies PEFT's X-LoRA folder with its adapters, applies `change` to it and reads it. Returns the
+/// message by which it is refused, or `taken` if it is not.
 fn spoiled(change: impl FnOnce(&Path, &mut Map<String, Value>) -> Result<()>) -> Result<String> {
     let dir = tempfile::tempdir()?;
     let out = dir.path();
@@ -141,7 +166,7 @@ fn spoiled(change: impl FnOnce(&Path, &mut Map<String, Value>) -> Result<()>) ->
     })
 }
 
-/// What is said of a folder with one entry of its config changed, less where it lies.
+/// The result of [`spoiled`] for one changed entry of the config, without the path.
 fn with_option(key: &str, value: Value) -> Result<String> {
     let said = spoiled(|_, config| {
         config.insert(key.to_owned(), value);
@@ -217,19 +242,44 @@ fn a_classifier_that_does_not_fit_is_refused() -> Result<()> {
     let bias = ("last.bias", read["last.bias"].shallow_clone());
     let [weight, bias] = [weight, bias].map(|(name, t)| move || (name, t.shallow_clone()));
     assert_eq!(classifier(&[weight(), bias()])?, "taken");
-    insta::assert_snapshot!(classifier(&[weight()])?, @"in `DIR/xlora_classifier.safetensors`: `last.bias` is missing");
-    insta::assert_snapshot!(classifier(&[bias()])?, @"in `DIR/xlora_classifier.safetensors`: `last.weight` is missing");
+    insta::assert_snapshot!(
+        classifier(&[weight()])?,
+        @"in `DIR/xlora_classifier.safetensors`: `last.bias` is missing"
+    );
+    insta::assert_snapshot!(
+        classifier(&[bias()])?,
+        @"in `DIR/xlora_classifier.safetensors`: `last.weight` is missing"
+    );
     let inner = ("inner.0.weight", weight().1);
-    insta::assert_snapshot!(classifier(&[weight(), bias(), inner])?, @"in `DIR/xlora_classifier.safetensors`: tensor `inner.0.weight` is of no classifier of depth 1");
+    insta::assert_snapshot!(
+        classifier(&[weight(), bias(), inner])?,
+        @"in `DIR/xlora_classifier.safetensors`: tensor `inner.0.weight` is of no classifier of \
+          depth 1"
+    );
     let not_finite = ("last.bias", bias().1.log() * 0.0);
-    insta::assert_snapshot!(classifier(&[weight(), not_finite])?, @"in `DIR/xlora_classifier.safetensors`: tensor `last.bias` holds numbers that are not finite");
+    insta::assert_snapshot!(
+        classifier(&[weight(), not_finite])?,
+        @"in `DIR/xlora_classifier.safetensors`: tensor `last.bias` holds numbers that are not \
+          finite"
+    );
     let integers = ("last.weight", weight().1.to_kind(Kind::Int64));
-    insta::assert_snapshot!(classifier(&[integers, bias()])?, @"in `DIR/xlora_classifier.safetensors`: tensor `last.weight` has dtype `Int64`; use f32, f16 or bf16");
+    insta::assert_snapshot!(
+        classifier(&[integers, bias()])?,
+        @"in `DIR/xlora_classifier.safetensors`: tensor `last.weight` has dtype `Int64`; use f32, \
+          f16 or bf16"
+    );
     let scalar = ("last.weight", weight().1.sum(Kind::Float));
-    insta::assert_snapshot!(classifier(&[scalar, bias()])?, @"in `DIR/xlora_classifier.safetensors`: `last.weight` must be [adapters, hidden_size], got []");
+    insta::assert_snapshot!(
+        classifier(&[scalar, bias()])?,
+        @"in `DIR/xlora_classifier.safetensors`: `last.weight` must be [adapters, hidden_size], \
+          got []"
+    );
     let two =
         [("last.weight", weight().1.narrow(0, 0, 2)), ("last.bias", bias().1.narrow(0, 0, 2))];
-    insta::assert_snapshot!(classifier(&two)?, @"`DIR/xlora_classifier.safetensors` scores 2 adapters, the config names 3");
+    insta::assert_snapshot!(
+        classifier(&two)?,
+        @"`DIR/xlora_classifier.safetensors` scores 2 adapters, the config names 3"
+    );
     Ok(())
 }
 
@@ -243,9 +293,12 @@ fn a_classifier_without_bias_has_none() -> Result<()> {
         write_tensors(&dir.join(CLASSIFIER), [("last.weight", &weight)])
     };
     assert_eq!(spoiled(without)?, "taken");
-    // a bias that is there against `use_bias`
+    // the file has a bias although `use_bias` is false
     let refusal = with_option("use_bias", json!(false))?;
-    insta::assert_snapshot!(refusal, @"in `DIR/xlora_classifier.safetensors`: tensor `last.bias` is of no classifier of depth 1");
+    insta::assert_snapshot!(
+        refusal,
+        @"in `DIR/xlora_classifier.safetensors`: tensor `last.bias` is of no classifier of depth 1"
+    );
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! What several test files need: golden files, tiny models, comparisons.
+//! Helpers that several test files share: golden files, tiny models and comparisons.
 #![allow(dead_code, reason = "each test file uses a part")]
 
 use std::collections::BTreeMap;
@@ -20,22 +20,22 @@ use dylora::model::routing::totals::{RoutingTotals, add_totals};
 use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
-/// Everything in f64 on the CPU.
+/// f64 on the CPU.
 pub const DOUBLE: (Kind, Device) = (Kind::Double, Device::Cpu);
 
-/// What a router can read.
+/// The inputs that a router can read.
 pub const ROUTER_INPUTS: [RouterInput; 3] =
     [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
 
-/// How many routers there can be.
+/// The scopes that routers can have.
 pub const SCOPES: [RouterScope; 3] = [RouterScope::Shared, RouterScope::Layer, RouterScope::Module];
 
-/// A file of `tests/golden`.
+/// The path of a file in `tests/golden`.
 pub fn golden_path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
-/// The largest absolute difference of two tensors of one shape; NaN if there is a NaN in either.
+/// The largest absolute difference of two tensors of the same shape; NaN if either holds a NaN.
 pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     if a.numel() == 0 {
@@ -47,16 +47,17 @@ pub fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
         .double_value(&[])
 }
 
-/// Checks that two tensors differ by at most `tolerance` anywhere.
+/// Checks that no elements of two tensors differ by more than `tolerance`.
 #[track_caller]
 pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     let difference = max_difference(a, b);
     assert!(difference <= tolerance, "{what}: {difference:e} is more than {tolerance:e}");
 }
 
-/// Checks that two sets of gradients have the same names, that none is zero for every expert (with top-k,
-/// few tokens may leave one out), and that each differs by at most `tolerance` times the largest
-/// element of its second.
+/// Checks that two sets of gradients have the same names, and that each gradient in `a` differs from
+/// its counterpart in `b` by at most `tolerance` times the largest element of the latter. Also
+/// checks that no parameter's gradient is zero for all experts. It may be zero for some: with top-k
+/// routing, a few tokens need not choose every expert.
 #[track_caller]
 pub fn assert_same_gradients(
     a: &BTreeMap<String, Tensor>,
@@ -79,9 +80,9 @@ pub fn assert_same_gradients(
 
 static GENERATOR: Mutex<()> = Mutex::new(());
 
-/// Seeds libtorch's default generator, which all threads share, and keeps other tests from it while
-/// the guard lives. Such a test computes in one thread: its tensors are tiny, and a team of threads
-/// waits for itself ten times as long as it computes.
+/// Seeds libtorch's default generator, which all threads share, and keeps other tests from using it
+/// while the guard lives. It also sets libtorch to one thread: the tensors are so tiny that several
+/// threads would wait for each other ten times as long as they compute.
 pub fn seed(seed: i64) -> MutexGuard<'static, ()> {
     let guard = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
     tch::set_num_threads(1);
@@ -107,7 +108,7 @@ pub fn tiny_config() -> DecoderSpec {
     }
 }
 
-/// A base of [`tiny_config`]'s shape, every parameter of it random: biases and LayerNorms too.
+/// A base of the shape `config` whose parameters are all random, biases and LayerNorms included.
 pub fn tiny_base(config: DecoderSpec) -> Decoder {
     let tensors = config.parameter_shapes().into_iter().map(|(name, shape)| {
         let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
@@ -128,7 +129,7 @@ pub fn tiny_lora() -> LoraConfig {
     }
 }
 
-/// [`tiny_base`] with experts, none of whose parameters is zero.
+/// [`tiny_base`] with experts and routers, all of whose parameters are random.
 pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Result<RoutedModel> {
     let base = tiny_base(tiny_config());
     let model = new_model(&base, lora, router, kind);
@@ -136,7 +137,7 @@ pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Resul
     Ok(model)
 }
 
-/// Fresh experts on a base.
+/// A base with new experts and routers.
 pub fn new_model(
     base: &Decoder,
     lora: &LoraConfig,
@@ -147,7 +148,8 @@ pub fn new_model(
     RoutedModel::with_experts(base, &specs, &RouterSpec::from(router), Device::Cpu, kind)
 }
 
-/// Overwrites every parameter but where the experts started; magnitudes stay above zero.
+/// Overwrites the parameters of the experts and routers, except the initial A and B, with random
+/// values. Magnitudes stay above zero.
 pub fn randomize(model: &RoutedModel) -> Result<()> {
     let tensors = model.tensors().into_iter().filter(|(name, _)| !name.contains("initial"));
     let random = tensors.map(|(name, tensor)| {
@@ -158,13 +160,13 @@ pub fn randomize(model: &RoutedModel) -> Result<()> {
     model.load_some(&random.collect())
 }
 
-/// Rows of whole documents, each with labels everywhere but at its end.
+/// Rows that are one document each, with a label at every position except the last.
 pub fn rows(rows: &[&[i64]]) -> Inputs {
     let labels: Vec<i64> = rows.iter().flat_map(|row| [&row[1..], &[-100]].concat()).collect();
     labelled_rows(rows, &labels)
 }
 
-/// Rows of whole documents with labels of the caller's.
+/// Rows that are one document each, with the given labels.
 pub fn labelled_rows(rows: &[&[i64]], labels: &[i64]) -> Inputs {
     let seq_len = rows[0].len();
     let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.len() as i64).collect();
@@ -186,7 +188,7 @@ pub fn two_rows() -> Inputs {
     rows(&[&[3, 14, 15, 9, 26, 5, 35], &[27, 18, 28, 18, 28, 45, 9]])
 }
 
-/// The mean loss over `num_labels` with gradients, in chunks that do not divide it.
+/// Settings for the mean loss over `num_labels` labels with gradients, in chunks of 5 tokens.
 pub fn mean_loss(num_labels: i64) -> LossSettings {
     LossSettings {
         chunk_tokens: 5,
@@ -201,8 +203,8 @@ pub fn logits(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> T
     model.logits(&model.forward(inputs, source, ForwardMode::EVAL, None).hidden)
 }
 
-/// Stacks `h.{layer}.{module}.lora_a` `[e, ..]` of golden files as the tensors of single experts; other
-/// names stay.
+/// Splits the tensors `h.{layer}.{module}.lora_{a,b}`, `[e, ..]`, of golden files into the tensors of
+/// single experts. Other tensors stay as they are.
 pub fn unstack(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     let mut unstacked = BTreeMap::new();
     for (name, tensor) in tensors {
@@ -221,8 +223,8 @@ pub fn unstack(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     unstacked
 }
 
-/// The gradients of `loss` by every trained parameter, by its name and in its layout in checkpoints;
-/// zeros where `loss` does not reach.
+/// The gradients of `loss` by every trained parameter, under the parameter's name and in its layout
+/// in checkpoints. They are zero where `loss` does not depend on the parameter.
 pub fn gradients(model: &RoutedModel, loss: &Tensor) -> BTreeMap<String, Tensor> {
     let trained = model.trained(RoutingChoice::Router, None);
     let leaf_grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
@@ -244,23 +246,24 @@ pub fn gradients(model: &RoutedModel, loss: &Tensor) -> BTreeMap<String, Tensor>
         .collect()
 }
 
-/// Adds a batch's totals to those of each place so far, its label tokens, the flattened `rows`, all of one
-/// domain.
+/// Adds a batch's totals at each site to `totals`. All tokens are of one domain.
+///
+/// - `rows`: indices of the batch's label tokens among its flattened tokens
 pub fn add_of_one_domain(totals: &mut Vec<RoutingTotals>, routing: &[Routing], rows: &Tensor) {
     let groups = rows.zeros_like();
     add_totals(totals, routing, Labelled { rows, groups: &groups, num_groups: 1, counted: None });
 }
 
-/// The totals of places that route over all of their experts, on the host.
+/// The totals on the host, of sites that route over all of their experts.
 pub fn on_the_host(totals: &[RoutingTotals]) -> Vec<SiteTotals> {
-    let site = |(place, totals): (usize, &RoutingTotals)| SiteExperts {
-        site: format!("place {place}"),
+    let site = |(index, totals): (usize, &RoutingTotals)| SiteExperts {
+        site: format!("place {index}"),
         experts: (0..totals.num_experts() as usize).collect(),
     };
     fetch(totals.iter().enumerate().map(site).collect(), totals).expect("they are f64 on the CPU")
 }
 
-/// The losses of routers over the tokens of their totals.
+/// The routers' losses over the tokens that `totals` counts.
 pub fn losses_of(totals: &[RoutingTotals]) -> RouterLosses {
     RouterLosses::new(&on_the_host(totals)).expect("there is a router")
 }

@@ -52,9 +52,10 @@ fn a_planted_collapse_is_told_after_every_window() -> Result<()> {
         let information = routing.mutual_information.expect("there are two domains");
         assert!(information < 1e-20, "{information}");
     }
-    insta::assert_snapshot!(windows[3].collapse.join("\n"), @r"
+    insta::assert_snapshot!(windows[3].collapse.join("\n"), @"
     expert_1 takes 1.000 of the routing weight at `all layers`, more than 0.9 (1 of 1 places)
-    2 of 3 experts are dead at `all layers` (expert_0, expert_2), with less than 0.05 of an even weight (1 of 1 places)
+    2 of 3 experts are dead at `all layers` (expert_0, expert_2), with less than 0.05 of an even \
+    weight (1 of 1 places)
     ");
     assert!(summary.state.routing.collapsed);
     Ok(())
