@@ -3,7 +3,7 @@
 //! The new folder is filled beside the old one under a name `.writing-*` and forced to disk. The
 //! two then exchange their names (`renameat2` with `RENAME_EXCHANGE`, Linux 3.15), so that a
 //! complete folder is at the path at any moment. On a file system that cannot exchange names, such
-//! as NFS, two renames are made. Between them, the old folder is only at `.replaced-NAME`; if the
+//! as NFS, two renames are made. Between them, the old folder is only at `.dylora-replaced-NAME`; if the
 //! process is killed there, [`restore`] brings it back.
 
 use std::ffi::OsString;
@@ -19,7 +19,7 @@ use super::sync_folder;
 /// Beginning of a folder's name while it is written; random characters follow.
 pub const WRITING: &str = ".writing-";
 /// Beginning of a folder's name between the two renames; its own name follows.
-pub const REPLACED: &str = ".replaced-";
+pub const REPLACED: &str = ".dylora-replaced-";
 
 /// Fills a folder by calling `fill` and moves it to `dir`, in place of any folder that is there.
 /// Missing parent folders are created. The caller decides what may be replaced.
@@ -173,11 +173,11 @@ mod tests {
         let dir = place.path().join("out");
         write(&dir, |dir| fill(dir, "old"))?;
         // the process was killed before the second rename
-        fs_err::rename(&dir, place.path().join(".replaced-out"))?;
+        fs_err::rename(&dir, place.path().join(".dylora-replaced-out"))?;
         restore(&dir)?;
         assert_eq!(text_of(&dir)?, "old");
         // the process was killed after the second rename
-        fs_err::create_dir(place.path().join(".replaced-out"))?;
+        fs_err::create_dir(place.path().join(".dylora-replaced-out"))?;
         restore(&dir)?;
         assert_eq!((text_of(&dir)?.as_str(), names(place.path())?), ("old", vec!["out".into()]));
         Ok(())
