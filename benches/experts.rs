@@ -13,13 +13,13 @@
 //! | `grouped` | only the chosen experts, by `at::_grouped_mm` |
 //! | `sort` | sorting the assignments by expert, which a model does once for all modules |
 //!
-//! A run computes the forward pass and the gradients of x, A, B and the routing weights; for `base`,
-//! the gradient of x only. A time is the median wall-clock time of samples, which the forms take in
-//! turn. A sample is one run on the CPU and the mean of ten runs on CUDA. The table shows `fused`,
-//! `base` and `sort` in milliseconds, and `base`, `each` and `grouped` relative to `fused`. Its last
-//! columns, `d each` and `d grouped`, are the largest differences from `fused` in the output or a
-//! gradient, relative to the largest element of that tensor. The dtype is f32 on the CPU; on CUDA it
-//! is bf16, with A and B in f32.
+//! A run computes the forward pass and the gradients of x, A, B and the routing weights; for
+//! `base`, the gradient of x only. A time is the median wall-clock time of samples, which the forms
+//! take in turn. A sample is one run on the CPU and the mean of ten runs on CUDA. The table shows
+//! `fused`, `base` and `sort` in milliseconds, and `base`, `each` and `grouped` relative to
+//! `fused`. Its last columns, `d each` and `d grouped`, are the largest differences from `fused` in
+//! the output or a gradient, relative to the largest element of that tensor. The dtype is f32 on
+//! the CPU; on CUDA it is bf16, with A and B in f32.
 
 use std::time::{Duration, Instant};
 
@@ -262,7 +262,8 @@ impl Case {
     }
 }
 
-/// A model of GPT-2's width with one block and a small vocabulary, and random experts on one module.
+/// A model of GPT-2's width with one block and a small vocabulary, and random experts on one
+/// module.
 fn model(
     module: TargetModule,
     num_experts: i64,

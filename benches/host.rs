@@ -4,10 +4,11 @@
 //! cargo bench --bench host
 //! ```
 //!
-//! The batch is 32 blocks of 1024 tokens from a token cache that is mapped into memory. Its documents
-//! are either long, so that a block holds a single one, or short (some 100 words) and packed. The
-//! metrics are those of 4 experts on 4 domains, with one site or with 48 (one for each target module
-//! of 12 blocks). Each line shows the median and the largest wall-clock time of 100 runs.
+//! The batch is 32 blocks of 1024 tokens from a token cache that is mapped into memory. Its
+//! documents are either long, so that a block holds a single one, or short (some 100 words) and
+//! packed. The metrics are those of 4 experts on 4 domains, with one site or with 48 (one for each
+//! target module of 12 blocks). Each line shows the median and the largest wall-clock time of 100
+//! runs.
 
 use std::fmt::Write as _;
 use std::hint::black_box;

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Checks every relative link and anchor of the pages at the top, the docs and the reports. Asks no network.
+"""Checks every relative link and anchor in the pages at the top, in docs/ and in benchmarks/.
 
     scripts/check_links.py
 
-A link must lead to a file or folder of the repository, and an anchor to a heading of its page, by GitHub's rule for
-anchors; MkDocs checks those of the site by its own. Links in code are not looked at.
+A link must lead to a file or folder of the repository, and an anchor to a heading of its page, by
+GitHub's rule for anchors. MkDocs checks the site's anchors by its own rule. Links in code are
+ignored, and so are links to other sites: the script does not use the network.
 """
 
 import re
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/*.md"]
+PAGES = ["README.md", "CHANGELOG.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/*.md"]
 FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
@@ -24,7 +25,7 @@ ELSEWHERE = re.compile(r"^[a-z][a-z0-9+.-]*:|^//", re.IGNORECASE)
 
 
 def blanked(pattern: re.Pattern[str], text: str) -> str:
-    """The text with what the pattern matches replaced by as many lines, so that line numbers stay."""
+    """The text without the pattern's matches. Their line breaks stay, to keep the line numbers."""
     return pattern.sub(lambda match: "\n" * match.group().count("\n"), text)
 
 
@@ -53,7 +54,7 @@ def anchors(page: Path) -> frozenset[str]:
 
 
 def fault(page: Path, target: str) -> str | None:
-    """What is wrong with a link, if anything is."""
+    """What is wrong with a link, or None."""
     if ELSEWHERE.match(target):
         return None
     path, _, anchor = target.partition("#")
@@ -70,7 +71,7 @@ def fault(page: Path, target: str) -> str | None:
 
 
 def main() -> None:
-    """Checks all pages and names every fault."""
+    """Checks all pages, and fails with all faults."""
     pages = sorted({page for pattern in PAGES for page in ROOT.glob(pattern)})
     faults, count = [], 0
     for page in pages:

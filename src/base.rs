@@ -106,7 +106,8 @@ impl Base {
         let found = weights.hash()?;
         if found != expected {
             bail!(
-                "the base `{}` is not the one that {of}: BLAKE3 `{}..`, not `{}..`",
+                "the base `{}` is not the one that {of}: BLAKE3 `{}..`, not `{}..`\n\
+                 hint: name that one with `--base DIR`",
                 self.label,
                 &found[..12],
                 &expected[..expected.len().min(12)]

@@ -54,11 +54,11 @@
 //! | stage | a run in a mixture's life; at its end each domain is scored ([`growth::stages`]) | |
 //! | checkpoint, export | all that resuming needs; what other programs load (PEFT) | |
 
-#![warn(missing_docs)]
-
+// in the order of the layers
 pub mod config;
 pub mod durable;
 pub mod ffi;
+pub mod tensor_file;
 
 pub mod hub;
 
@@ -69,20 +69,14 @@ pub mod peft;
 pub mod base;
 pub mod mixture;
 
+pub mod eval;
 pub mod growth;
 
-pub mod eval;
-
-pub mod tensor_file;
-
 pub mod checkpoint;
-
+pub mod export;
 pub mod train;
 
 pub mod lifecycle;
 
 pub mod bench;
-
-pub mod export;
-
 pub mod cli;

@@ -5,8 +5,8 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// Runs the binary on the CPU, with a token cache of its own and one thread. With two threads, models
-/// this small run many times slower if other processes use the cores as well.
+/// Runs the binary on the CPU, with a token cache of its own and one thread. With two threads,
+/// models this small run many times slower if other processes use the cores as well.
 fn dylora(cache: &tempfile::TempDir, arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
     command.args(arguments).env("DYLORA_CACHE", cache.path()).env("OMP_NUM_THREADS", "1");
@@ -86,8 +86,8 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
     Ok(())
 }
 
-/// Reference: closed forms for 4 blocks of width d = 128, all four linear layers, E = 4, r = 8 and a
-/// router for each layer.
+/// Reference: closed forms for 4 blocks of width d = 128, all four linear layers, E = 4, r = 8 and
+/// a router for each layer.
 #[test]
 fn a_dry_run_counts_parameters_and_data_and_writes_nothing() -> Result<()> {
     let cache = tempfile::tempdir()?;

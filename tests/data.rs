@@ -105,8 +105,8 @@ fn all_blocks(dataset: &TokenDataset) -> Batch {
     dataset.batch(&dataset.eval_order())
 }
 
-/// The pieces of documents in a batch, each as its `(input, label)` pairs. Also checks the positions
-/// and document ids of each piece, and the padding.
+/// The pieces of documents in a batch, each as its `(input, label)` pairs. Also checks the
+/// positions and document ids of each piece, and the padding.
 fn pieces(batch: &Batch) -> Vec<Vec<(i64, i64)>> {
     let mut pieces = Vec::new();
     for row in 0..batch.num_rows {

@@ -198,8 +198,8 @@ fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
     Ok(())
 }
 
-/// The new expert has a probability near zero. It must not be chosen before the old experts, even if
-/// their selection biases are negative.
+/// The new expert has a probability near zero. It must not be chosen before the old experts, even
+/// if their selection biases are negative.
 #[test]
 fn an_added_expert_takes_no_place_among_the_k_best() -> Result<()> {
     let _generator = seed(312);

@@ -1,9 +1,9 @@
-//! The page of the config: every key with its type, default and description. They come from the JSON
-//! schema of [`Config`], whose descriptions are the doc comments of the config's types.
+//! The page of the config: every key with its type, default and description. They come from the
+//! JSON schema of [`Config`], whose descriptions are the doc comments of the config's types.
 //!
 //! Each struct gets a heading and a table of its keys, and each enum a heading and a table of its
-//! values. A type that several keys share is described at the first of them, and the other keys link
-//! to that heading.
+//! values. A type that several keys share is described at the first of them, and the other keys
+//! link to that heading.
 
 use std::collections::BTreeMap;
 
@@ -25,12 +25,14 @@ keys that would be right. `dylora train --dry-run` prints a config with every de
 and a
 run saves its own in that form as `config.toml`.
 
-`--set KEY=VALUE` overrides one key on the command line, with the key as it is written here, for example
-`--set lora.rank=16` or `--set 'train.duration={steps=500}'`. Relative paths begin at the folder that
+`--set KEY=VALUE` overrides one key on the command line, with the key as it is written here, for \
+example
+`--set lora.rank=16` or `--set 'train.duration={steps=500}'`. Relative paths begin at the folder \
+that
 the command runs in.
 
-A *choice* links to the values that the key can have. A default of *none* means that the key may be \
-left
+A *choice* links to the values that the key can have. A default of *none* means that the key may \
+be left
 out; its description says what happens then.
 ";
 

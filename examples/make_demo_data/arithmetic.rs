@@ -1,7 +1,7 @@
 //! The domain `arithmetic`: word problems with numbered steps, a check and an answer.
 //!
-//! A quarter of the problems count in the demo's own units, such as a crate of 12 jars. The question
-//! does not state the size of the unit.
+//! A quarter of the problems count in the demo's own units, such as a crate of 12 jars. The
+//! question does not state the size of the unit.
 
 use rand::Rng;
 use rand::seq::IndexedRandom;

@@ -1,13 +1,14 @@
-//! The general corpus, on which the base is trained. It teaches the language and the vocabulary, but
-//! none of the domains' conventions and facts.
+//! The general corpus, on which the base is trained. It teaches the language and the vocabulary,
+//! but none of the domains' conventions and facts.
 //!
 //! Most documents come from one grammar of stories, descriptions, letters, lists, tables and
 //! Python-like code. The others are of three kinds:
 //!
 //! - sums
-//! - notebooks, which list words of the domains out of context, so that the base has seen every token
-//! - smudged copies of the domains' records, which show the base their form; their facts are drawn at
-//!   random and many of their words are replaced by others
+//! - notebooks, which list words of the domains out of context, so that the base has seen every
+//!   token
+//! - smudged copies of the domains' records, which show the base their form; their facts are drawn
+//!   at random and many of their words are replaced by others
 
 use std::collections::BTreeSet;
 

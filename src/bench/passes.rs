@@ -1,5 +1,5 @@
 //! N passes: one forward pass for each expert. The router's weights blend the logits of the passes,
-//! and the loss is that of the blend. The first DyLoRA-MoE computed its loss in this way:
+//! and the loss is that of the blend. This is what a mixture costs that is blended after the model:
 //!
 //! ```text
 //! z = sum_e g_e z_e          z_e: the logits with expert e alone, at weight 1

@@ -72,14 +72,14 @@ pub struct BenchArgs {
     /// Number of steps that count [default: 30 on CUDA, 10 on the CPU].
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Number of steps before those that count. They are left out because the first replays of a
-    /// CUDA graph are slow [default: 10 on CUDA, 5 on the CPU].
+    /// Number of steps before the measured ones, because the first replays of a CUDA graph are slow
+    /// [default: 10 on CUDA, 5 on the CPU].
     #[arg(long, value_name = "N")]
     warmup: Option<usize>,
     /// The seed of weights, tokens and dropout.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// The device's peak in TFLOP/s, which the MFU is relative to [default: 989.4 on an H100 or
+    /// The device's peak in TFLOP/s, from which the MFU is computed [default: 989.4 on an H100 or
     /// H200 in bf16; otherwise the MFU is left out].
     #[arg(long, value_name = "TFLOPS")]
     peak_tflops: Option<f64>,

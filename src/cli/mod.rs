@@ -32,7 +32,10 @@ use crate::config::DeviceChoice;
 use crate::ffi;
 use crate::hub::{HubLimits, HubSettings};
 
-/// Train a Mixture of LoRA Experts on GPT-2, end to end.
+/// Heads the options of every command in `--help`.
+const GLOBAL: &str = "Global options";
+
+/// Train a Mixture of LoRA Experts on a frozen GPT-2, evaluate it, merge it and export it.
 #[derive(Debug, Parser)]
 #[command(name = "dylora", disable_version_flag = true, arg_required_else_help = true)]
 pub struct Cli {
@@ -40,10 +43,10 @@ pub struct Cli {
     #[arg(short = 'V', long)]
     version: bool,
     /// Show debug messages: those of dylora with `-v`, and those of all libraries with `-vv`.
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = GLOBAL)]
     verbose: u8,
     /// Show only warnings and errors, and no progress bars.
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = GLOBAL)]
     quiet: bool,
     #[command(subcommand)]
     command: Option<Command>,

@@ -24,7 +24,8 @@ use crate::model::{RoutedModel, kind_of};
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A checkpoint's folder (`RUN/checkpoints/step-*`) or a run's folder. For a run, the best
-    /// checkpoint is used, or the last one if there is no best.
+    /// checkpoint is used, or the last one if there is no best. It may be left out where
+    /// `--adapters DIR --base DIR`, or `--base DIR` alone, names what to open.
     #[arg(long, value_name = "DIR", required_unless_present = "base")]
     pub checkpoint: Option<PathBuf>,
     /// Adapters to put on `--base`: the folder of an export by dylora, of an X-LoRA model or of a

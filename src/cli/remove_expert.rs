@@ -37,22 +37,22 @@ pub struct ShrinkArgs {
 /// Arguments of `dylora remove-expert`.
 #[derive(Debug, Args)]
 pub struct RemoveExpertArgs {
-    #[command(flatten)]
-    shrink: ShrinkArgs,
     /// The number of the expert to remove, counted from 0.
     #[arg(long, value_name = "N")]
     expert: usize,
+    #[command(flatten)]
+    shrink: ShrinkArgs,
 }
 
 /// Arguments of `dylora merge-experts`.
 #[derive(Debug, Args)]
 pub struct MergeExpertsArgs {
-    #[command(flatten)]
-    shrink: ShrinkArgs,
     /// The numbers of the two experts to merge, as `0,2` [default: the two with the most similar
     /// updates].
     #[arg(long, value_name = "A,B", value_delimiter = ',')]
     experts: Option<Vec<usize>>,
+    #[command(flatten)]
+    shrink: ShrinkArgs,
 }
 
 /// Runs `remove-expert`.

@@ -26,7 +26,7 @@ use crate::train::{Ending, Event, Summary, Trainer};
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
 pub struct TrainArgs {
-    /// The TOML file of the run's config.
+    /// The TOML file of the run's config. It may be left out if `--resume` names a folder.
     #[arg(long, value_name = "FILE", required_unless_present = "resume")]
     config: Option<PathBuf>,
     /// Override a key of the config, for example `lora.rank=16`. The option can be repeated.

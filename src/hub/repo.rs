@@ -29,7 +29,7 @@ pub(super) fn find<F>(
     if settings.offline {
         return cached.map(|(_, files)| files).map_err(|error| {
             anyhow!(
-                "{error}; `HF_HUB_OFFLINE` forbids to fetch it\n\
+                "{error}; `HF_HUB_OFFLINE` forbids fetching it\n\
                  hint: fetch it once without `HF_HUB_OFFLINE`, or use a folder: \
                  `{option} = {{ path = \"DIR\" }}`"
             )

@@ -147,8 +147,8 @@ pub struct MixtureHistory {
 pub fn check_new_run(run_dir: &Path) -> Result<()> {
     if !checkpoint::steps(run_dir)?.is_empty() {
         bail!(
-            "`{}` holds checkpoints of an earlier run\nhint: go on with `train --resume`, or name \
-             another folder",
+            "`{}` holds checkpoints of an earlier run\nhint: name another folder, or go on with \
+             `train --resume`",
             run_dir.display()
         );
     }

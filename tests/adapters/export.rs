@@ -36,19 +36,20 @@ const PLAIN: &str = "num_experts = 3\nrank = 4";
 
 const DORA: &str = "use_dora = true\ntarget_modules = ['attn.c_proj', 'mlp.c_fc']";
 
-const PATTERNS: &str = r#"
+const PATTERNS: &str = "
     num_experts = 5
-    target_modules = ["attn.c_attn", "mlp.c_proj", "mlp.c_fc"]
-    rank_pattern = { "mlp.c_fc" = 3, "h.1.attn.c_attn" = 6 }
-    alpha_pattern = { "h.0.mlp.c_proj" = 0.3 }
+    target_modules = [\"attn.c_attn\", \"mlp.c_proj\", \"mlp.c_fc\"]
+    rank_pattern = { \"mlp.c_fc\" = 3, \"h.1.attn.c_attn\" = 6 }
+    alpha_pattern = { \"h.0.mlp.c_proj\" = 0.3 }
     experts = [
         {},
         { use_rslora = true, trainable = false },
-        { use_dora = true, target_modules = ["attn.c_proj"], rank_pattern = {}, alpha_pattern = {} },
+        { use_dora = true, target_modules = [\"attn.c_proj\"], rank_pattern = {}, \
+          alpha_pattern = {} },
         { use_dora = true, use_rslora = true, rank = 2, alpha = 2.5 },
         { alora_invocation_tokens = [18, 28], trainable = false },
     ]
-"#;
+";
 
 const SINGLE: &str = "num_experts = 1\nuse_rslora = true\nalpha = 3.0";
 

@@ -1,5 +1,5 @@
-//! Adapters and mixtures of them: importing them from PEFT and X-LoRA, mixing, exporting and merging
-//! them.
+//! Adapters and mixtures of them: importing them from PEFT and X-LoRA, mixing, exporting and
+//! merging them.
 //!
 //! Reference: PEFT 0.21.2 and transformers 5.17.0 in float64, by `scripts/make_golden_adapters.py`.
 

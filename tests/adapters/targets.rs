@@ -10,8 +10,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{path, three_layers, zeros};
 
-/// The target modules and ranks that we read from PEFT's `config`, for an adapter whose tensors have
-/// the modules and ranks of `expected`.
+/// The target modules and ranks that we read from PEFT's `config`, for an adapter whose tensors
+/// have the modules and ranks of `expected`.
 fn ranks(config: &Value, expected: &[(&str, i64)]) -> Result<Vec<(String, i64)>> {
     let dir = tempfile::tempdir()?;
     let (file, weights) = (dir.path().join(ADAPTER_CONFIG), dir.path().join(ADAPTER_WEIGHTS));

@@ -311,7 +311,7 @@ fn adapters_that_are_not_there_are_looked_for_on_the_hub() -> Result<()> {
         Ok(())
     })?;
     insta::assert_snapshot!(absent, @r#"
-    `someone/rslora@main` is not in the cache `absent`; `HF_HUB_OFFLINE` forbids to fetch it
+    `someone/rslora@main` is not in the cache `absent`; `HF_HUB_OFFLINE` forbids fetching it
     hint: fetch it once without `HF_HUB_OFFLINE`, or use a folder: `source = { path = "DIR" }`
     "#);
     Ok(())

@@ -1,39 +1,39 @@
-//! Circles among things that use each other.
+//! Finds circles in a graph of uses.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// `from` uses `to`, as the line `at` says.
+/// A use of `to` by `from`.
 #[derive(Debug, Clone)]
 pub struct Edge {
     pub from: String,
     pub to: String,
-    /// `src/a.rs:3`
+    /// The line of the use, such as `src/a.rs:3`.
     pub at: String,
 }
 
-/// For each node the nodes that it uses, and the line of the first use.
+/// For each node, the nodes that it uses and the line of the first use of each.
 type Graph<'a> = BTreeMap<&'a str, BTreeMap<&'a str, &'a str>>;
 
-/// Circles with the lines that close them, the shortest first. Of those that share a use, only the
-/// first is told: to open it may open the others.
+/// The circles with the lines of their uses, the shortest first. If several circles share a use,
+/// only the first is reported, since opening it may open the others.
 pub fn circles(edges: &[Edge]) -> Vec<String> {
     let mut graph = Graph::new();
     for edge in edges.iter().filter(|edge| edge.from != edge.to) {
         graph.entry(&edge.from).or_default().entry(&edge.to).or_insert(&edge.at);
     }
-    let (mut found, mut told) = (Vec::new(), BTreeSet::new());
+    let (mut found, mut reported) = (Vec::new(), BTreeSet::new());
     for circle in all_circles(&graph) {
         let closed = [circle.as_slice(), &circle[..1]].concat();
         let uses: Vec<_> = closed.windows(2).map(|pair| (pair[0], pair[1])).collect();
-        if uses.iter().all(|pair| !told.contains(pair)) {
+        if uses.iter().all(|pair| !reported.contains(pair)) {
             found.push(describe(&graph, &closed));
-            told.extend(uses);
+            reported.extend(uses);
         }
     }
     found
 }
 
-/// A shortest circle through each edge that is part of one, sorted by length.
+/// For each edge that is part of a circle, a shortest circle through it; sorted by length.
 fn all_circles<'a>(graph: &Graph<'a>) -> Vec<Vec<&'a str>> {
     let mut found = BTreeSet::new();
     for (from, uses) in graph {
@@ -48,7 +48,7 @@ fn all_circles<'a>(graph: &Graph<'a>) -> Vec<Vec<&'a str>> {
     found.into_iter().map(|(_, circle)| circle).collect()
 }
 
-/// The nodes from `from` to `to`, both included.
+/// The nodes on a shortest path from `from` to `to`, both included.
 fn shortest_path<'a>(graph: &Graph<'a>, from: &'a str, to: &'a str) -> Option<Vec<&'a str>> {
     let mut previous = BTreeMap::from([(from, from)]);
     let mut queue = VecDeque::from([from]);
@@ -68,7 +68,7 @@ fn shortest_path<'a>(graph: &Graph<'a>, from: &'a str, to: &'a str) -> Option<Ve
     Some(path)
 }
 
-/// `a -> b -> a`, then a line for each use.
+/// A circle as `a -> b -> a`, followed by a line for each use.
 fn describe(graph: &Graph, closed: &[&str]) -> String {
     let uses = closed.windows(2).map(|pair| {
         let at = graph[pair[0]][pair[1]];
@@ -100,13 +100,13 @@ fn circles_that_share_a_node_are_two() {
 }
 
 #[test]
-fn of_circles_that_share_a_use_the_shortest_is_told() {
+fn of_circles_that_share_a_use_the_shortest_is_reported() {
     let found = circles(&edges(&[("a", "b"), ("b", "c"), ("c", "a"), ("b", "a")]));
     assert_eq!(found.len(), 1);
     assert!(found[0].starts_with("a -> b -> a\n"));
 }
 
 #[test]
-fn a_line_of_uses_is_no_circle() {
+fn a_chain_of_uses_is_no_circle() {
     assert_eq!(circles(&edges(&[("a", "b"), ("a", "c"), ("b", "c")])), Vec::<String>::new());
 }

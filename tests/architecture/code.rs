@@ -1,13 +1,14 @@
-//! Rust source as tokens, as far as rules about imports and words need them.
+//! Splits Rust source into tokens, as far as the rules about imports and words need them.
 //!
 //! A token is an identifier or number, `::`, or one other character. Comments are left out. A
-//! string is the token `""` and a character `''`, so that no rule reads what stands between quotes.
+//! string literal becomes the token `""` and a character literal `''`, so that no rule reads text
+//! between quotes.
 
 /// The token that stands for any string literal.
 pub const STRING: &str = "\"\"";
 const CHARACTER: &str = "''";
 
-/// A token and the line, from 1, on which it begins.
+/// A token, and the line on which it begins, counted from 1.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Token {
     pub text: String,
@@ -33,7 +34,8 @@ pub fn tokens(source: &str) -> Vec<Token> {
     found
 }
 
-/// The length in bytes of what stands first in `source`, and its token unless it is blank.
+/// The length in bytes of the first token, comment or blank of `source`, and the token if it is
+/// one.
 fn first_token(source: &str) -> (usize, Option<&str>) {
     if source.starts_with("//") {
         return (source.find('\n').unwrap_or(source.len()), None);
@@ -64,7 +66,7 @@ fn word_length(source: &str) -> usize {
     source.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(source.len())
 }
 
-/// Block comments nest.
+/// The length of the block comment that `source` begins with. Block comments can be nested.
 fn block_comment_length(source: &str) -> usize {
     let mut depth = 0;
     let mut at = 0;
@@ -104,7 +106,7 @@ fn string_length(source: &str) -> Option<usize> {
     Some(source.len() - body.len() + (length + end.len()).min(body.len()))
 }
 
-/// Where the first `quote` stands that no backslash precedes; the end if there is none.
+/// The index of the first `quote` in `body` that is not escaped, or the length of `body`.
 fn unescaped_quote(body: &str, quote: char) -> usize {
     let mut escaped = false;
     let end = body.find(|c| {
@@ -115,7 +117,7 @@ fn unescaped_quote(body: &str, quote: char) -> usize {
     end.unwrap_or(body.len())
 }
 
-/// The length of the character literal that `source` begins with; a lifetime is none.
+/// The length of the character literal that `source` begins with; `None` for a lifetime.
 fn character_length(source: &str) -> Option<usize> {
     let body = source.strip_prefix('\'')?;
     let first = body.chars().next()?;
@@ -125,7 +127,7 @@ fn character_length(source: &str) -> Option<usize> {
     body[first.len_utf8()..].starts_with('\'').then_some(1 + first.len_utf8() + 1)
 }
 
-/// The tokens less every item under `#[cfg(test)]` or `#[cfg(all(test, ..))]`.
+/// The tokens without the items under `#[cfg(test)]` or `#[cfg(all(test, ..))]`.
 pub fn without_tests(tokens: &[Token]) -> Vec<Token> {
     let mut kept = Vec::with_capacity(tokens.len());
     let mut at = 0;
@@ -149,7 +151,7 @@ fn begins_test(tokens: &[Token]) -> bool {
         || begins(&["#", "[", "cfg", "(", "all", "(", "test"])
 }
 
-/// The number of tokens of an item: its attributes, then all up to its `;` or its last brace.
+/// The number of tokens of an item, from its attributes to its `;` or its last brace.
 fn item_length(tokens: &[Token]) -> usize {
     let mut depth = 0;
     let end = tokens.iter().position(|token| {

@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// The files with one of the `endings` in `folder` of `root`, at any depth: their paths from
-/// `root`, sorted. A folder that is not there has none.
+/// The sorted paths from `root` of the files with one of the `endings` in the folder `folder`, at
+/// any depth. There are none if the folder does not exist.
 pub fn below(root: &Path, folder: &str, endings: &[&str]) -> Result<Vec<String>> {
     let mut found = Vec::new();
     let mut folders = vec![root.join(folder)];
@@ -25,8 +25,8 @@ pub fn below(root: &Path, folder: &str, endings: &[&str]) -> Result<Vec<String>>
     Ok(found)
 }
 
-/// The violations of a file's lengths: it may have `max_lines` lines, each of `max_width`
-/// characters.
+/// The violations of the rules about length: a file may have `max_lines` lines of `max_width`
+/// characters each.
 pub fn too_long(file: &str, text: &str, max_lines: Option<usize>, max_width: usize) -> Vec<String> {
     let mut found = Vec::new();
     let lines = text.lines().count();

@@ -1,5 +1,5 @@
-//! The paths that a Rust file names: its `use` declarations, braces expanded, and the paths in its
-//! code.
+//! The paths that a Rust file names in its code and in its `use` declarations, whose braces are
+//! expanded.
 
 use crate::code::Token;
 
@@ -56,7 +56,7 @@ fn declaration_end(tokens: &[Token], at: usize) -> usize {
     length.map_or(tokens.len(), |length| at + length)
 }
 
-/// Adds the paths of a use tree, which `prefix` precedes, to `found`.
+/// Adds the paths of a use tree to `found`, each with `prefix` before it.
 fn use_tree(tokens: &[Token], prefix: &[String], kind: Kind, found: &mut Vec<Import>) {
     let Some(first) = tokens.first() else { return };
     let mut path = prefix.to_vec();
@@ -84,7 +84,7 @@ fn use_tree(tokens: &[Token], prefix: &[String], kind: Kind, found: &mut Vec<Imp
     found.push(Import { path, name, kind, line: first.line });
 }
 
-/// The parts between the commas of a group, up to its closing brace.
+/// Splits the inside of a group at its commas, up to its closing brace.
 fn branches(tokens: &[Token]) -> Vec<&[Token]> {
     let (mut found, mut depth, mut start) = (Vec::new(), 0, 0);
     for (at, token) in tokens.iter().enumerate() {
@@ -105,12 +105,12 @@ fn branches(tokens: &[Token]) -> Vec<&[Token]> {
     found
 }
 
-/// The path in code that begins at `at`, if it begins with a module: a keyword, or a name in lower
-/// case.
+/// The path in code that begins at `at`, if its first segment can be a module: a keyword, or a name
+/// in lower case.
 fn inline_path(tokens: &[Token], at: usize) -> Option<Import> {
     let before = at.checked_sub(1).map_or("", |before| &tokens[before].text);
     let is_module = tokens[at].text.starts_with(|first: char| first.is_lowercase() || first == '_');
-    // `pub(in crate::a)` names who may use an item, and uses nothing
+    // `pub(in crate::a)` says who may use an item, but uses nothing itself
     if !is_module || matches!(before, "::" | "in") {
         return None;
     }
@@ -125,7 +125,7 @@ fn inline_path(tokens: &[Token], at: usize) -> Option<Import> {
     (path.len() > 1).then_some(Import { path, name: None, kind: Kind::Inline, line })
 }
 
-/// `kind path as name`, for the tests below.
+/// The imports of `source` in the form `kind path as name`.
 fn listed(source: &str) -> Vec<String> {
     let (found, _) = imports(&crate::code::tokens(source));
     let line = |import: &Import| {

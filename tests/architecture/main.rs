@@ -1,6 +1,7 @@
-//! The structure of the source tree: layers, circles of imports, lengths, and what stands where.
+//! Checks the structure of the source tree: the layers, circles of imports, the lengths of files
+//! and lines, and where unsafe code and side effects are allowed.
 //!
-//! These tests read the project's files as text and know as much of Rust as that takes.
+//! These tests read the project's files as text, with only as much knowledge of Rust as they need.
 
 mod circles;
 mod code;
@@ -16,7 +17,7 @@ use anyhow::{Context, Result};
 
 use crate::tree::{Module, Tree};
 
-/// The modules of `src`, lowest first: a module uses only those that stand before it.
+/// The modules of `src`, lowest first. A module uses only modules that stand before it.
 const LAYERS: [&str; 19] = [
     "config",
     "durable",
@@ -47,7 +48,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Fails with every violation of a rule at once.
+/// Panics with all violations of a rule, if there are any.
 fn hold(rule: &str, violations: &[String]) {
     assert!(violations.is_empty(), "{rule}\n{}\n", violations.join("\n"));
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::circles::Edge;
 
-/// Which scripts of `folder` in `root` import each other, at the top of the file or in a function.
+/// The imports among the scripts of `folder` in `root`, at the top of a file or in a function.
 pub fn edges(root: &Path, folder: &str) -> Result<Vec<Edge>> {
     let files = crate::files::below(root, folder, &["py"])?;
     let mut found = Vec::new();
@@ -22,7 +22,7 @@ pub fn edges(root: &Path, folder: &str) -> Result<Vec<Edge>> {
     Ok(found)
 }
 
-/// The modules that a script imports, each with its line. Lines inside `"""` are not read.
+/// The modules that a script imports, each with its line. Lines inside `"""` are ignored.
 fn imported(text: &str) -> Vec<(String, usize)> {
     let mut found = Vec::new();
     let mut in_string = false;

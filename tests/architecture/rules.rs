@@ -1,4 +1,4 @@
-//! The rules about modules, each of which gives the violations of a tree, one a line.
+//! The rules about modules. Each function returns the violations of a rule, one line for each.
 
 use crate::circles::{Edge, circles};
 use crate::code::{STRING, Token};
@@ -8,7 +8,8 @@ use crate::tree::{Module, Tree};
 const PRINTING: [&str; 5] = ["print", "println", "eprint", "eprintln", "dbg"];
 const ENVIRONMENT: [&str; 6] = ["var", "var_os", "vars", "vars_os", "args", "args_os"];
 
-/// Where a module uses one that does not stand before it in `layers`, or stands in no layer.
+/// The uses of modules that do not stand before the user in `layers`, and the modules that are not
+/// in `layers`.
 pub fn layer_violations(tree: &Tree, layers: &[&str]) -> Vec<String> {
     let place = |name: &str| layers.iter().position(|layer| *layer == name);
     let mut found = Vec::new();
@@ -35,15 +36,16 @@ pub fn layer_violations(tree: &Tree, layers: &[&str]) -> Vec<String> {
     found
 }
 
-/// The layers that no module of the tree has.
+/// The layers whose module is not in the tree.
 pub fn absent_layers(tree: &Tree, layers: &[&str]) -> Vec<String> {
     let is_absent = |layer: &&&str| tree.get(&[(**layer).to_owned()]).is_none();
     let absent = layers.iter().filter(is_absent);
     absent.map(|layer| format!("src/{layer}: no such module; remove it from LAYERS")).collect()
 }
 
-/// The circles among the parts of each folder: its own file (`mod.rs`), its other files, and the
-/// folders in it, each as a whole. The root has layers instead.
+/// The circles among the parts of each folder. The parts are the folder's own file (`mod.rs`), its
+/// other files, and the folders in it, each as a whole. The root is not checked, since it has
+/// layers.
 pub fn folder_circles(tree: &Tree) -> Vec<String> {
     let folders = tree.modules().filter(|module| tree.is_folder(&module.path));
     let folders = folders.filter(|folder| !folder.path.is_empty());
@@ -73,8 +75,9 @@ fn edges_inside(tree: &Tree, folder: &Module) -> Vec<Edge> {
     found
 }
 
-/// Whether a use is between a folder's `mod.rs` and a file beside it. The `mod.rs` is the folder's
-/// front: it has what its files share, and calls them. A folder inside the folder must not use it.
+/// Whether a use is between a folder's `mod.rs` and a file beside it. Such uses are allowed in both
+/// directions: `mod.rs` is the folder's front, which defines what the files share, and also calls
+/// them. Circles between `mod.rs` and a folder inside the folder are not allowed.
 fn is_within_front(folder: &Module, from: &str, to: &str) -> bool {
     let other = match (from == folder.file, to == folder.file) {
         (true, false) => to,
@@ -84,13 +87,15 @@ fn is_within_front(folder: &Module, from: &str, to: &str) -> bool {
     !other.ends_with('/')
 }
 
-/// Whether a module only hands on what one below it has, without a use for it in its own code.
+/// Whether an import only re-exports an item of a module below, which the module's own code does
+/// not use.
 fn is_mere_reexport(module: &Module, target: &Module, import: &Import) -> bool {
     let used = import.name.as_ref().is_some_and(|name| module.has_word(name));
     import.kind == Kind::Reexport && target.path.starts_with(&module.path) && !used
 }
 
-/// The part of `folder` that a module in it belongs to: a file, or a folder with its `/`.
+/// The part of `folder` that a module in it belongs to: the path of a file, or of a folder with a
+/// `/` at its end.
 fn part(tree: &Tree, folder: &Module, module: &Module) -> String {
     let depth = folder.path.len();
     if module.path.len() == depth {
@@ -105,7 +110,7 @@ fn part(tree: &Tree, folder: &Module, module: &Module) -> String {
     }
 }
 
-/// Where `unsafe` or a foreign `extern` stands in a file, given as all its tokens.
+/// The places of `unsafe` and of `extern` with an ABI in a file, given all its tokens.
 pub fn unsafe_words(file: &str, tokens: &[Token]) -> Vec<String> {
     let mut found = Vec::new();
     for (token, next) in tokens.iter().zip(tokens.iter().skip(1)) {
@@ -119,7 +124,7 @@ pub fn unsafe_words(file: &str, tokens: &[Token]) -> Vec<String> {
     found
 }
 
-/// Where a module prints, exits or reads the environment.
+/// The places where a module prints, exits or reads the environment.
 pub fn effects(module: &Module) -> Vec<String> {
     let prints = module.code.windows(2).filter(|pair| {
         let is_macro = PRINTING.contains(&pair[0].text.as_str());
@@ -150,7 +155,7 @@ fn tree(files: &[(&str, &str)]) -> Tree {
 }
 
 #[test]
-fn a_use_of_a_higher_layer_is_told_with_its_line() {
+fn a_use_of_a_higher_layer_is_reported_with_its_line() {
     let files = [("src/low.rs", "\nuse crate::high::X;"), ("src/high.rs", "use crate::low::Y;")];
     let found = layer_violations(&tree(&files), &["low", "high"]);
     let message = "src/low.rs:2: `low` uses `high` (`crate::high::X`), which does not stand \
@@ -200,7 +205,7 @@ fn a_folder_in_a_folder_counts_as_a_whole() {
 }
 
 #[test]
-fn tests_of_a_file_are_free() {
+fn the_rules_ignore_unit_tests() {
     let source = "#[cfg(test)]\nmod tests { use super::super::c::X; fn f() { println!() } }";
     let files = [("src/a/b.rs", source), ("src/a/c.rs", "use super::b::Y;"), ("src/a/mod.rs", "")];
     let tree = tree(&files);

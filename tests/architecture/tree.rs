@@ -1,4 +1,4 @@
-//! The modules of a crate, and which of them an import leads to.
+//! The modules of a crate, and the module that an import leads to.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,15 +8,16 @@ use anyhow::{Context, Result};
 use crate::code::{Token, tokens, without_tests};
 use crate::imports::{Import, imports};
 
-/// How often a name is followed through `use` declarations before it is given up.
+/// The largest number of `use` declarations through which a name is followed.
 const MAX_HOPS: usize = 8;
 
-/// A source file, without its tests.
+/// A source file without its unit tests.
 #[derive(Debug)]
 pub struct Module {
-    /// Its path from the root, which is empty for the root itself; `main` is a module here.
+    /// The path of the module from the crate's root, which is empty for the root itself. `main`
+    /// counts as a module here.
     pub path: Vec<String>,
-    /// `src/a/mod.rs`
+    /// The path of the file, such as `src/a/mod.rs`.
     pub file: String,
     pub imports: Vec<Import>,
     /// The tokens outside of `use` declarations.
@@ -30,18 +31,18 @@ impl Module {
         Self { path: module_path(file), file: file.to_owned(), imports, code }
     }
 
-    /// Whether the file's own code, outside of `use` declarations, has this name.
+    /// Whether the name occurs in the file's code outside of `use` declarations.
     pub fn has_word(&self, name: &str) -> bool {
         self.code.iter().any(|token| token.text == name)
     }
 
-    /// What the file calls `name` by a `use` declaration.
+    /// The import that brings `name` into the file's scope.
     fn binding(&self, name: &str) -> Option<&Import> {
         self.imports.iter().find(|import| import.name.as_deref() == Some(name))
     }
 }
 
-/// `src/a/b.rs` and `src/a/b/mod.rs` are `a::b`, `src/lib.rs` is the root.
+/// The module of a file: `a::b` for `src/a/b.rs` and `src/a/b/mod.rs`, the root for `src/lib.rs`.
 fn module_path(file: &str) -> Vec<String> {
     let name = file.trim_start_matches("src/").trim_end_matches(".rs");
     let mut path: Vec<String> = name.split('/').map(str::to_owned).collect();
@@ -56,7 +57,7 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// Reads `src` in the folder `root`, without files that hold tests alone (`tests.rs`).
+    /// Reads `src` in the folder `root`, without the files that only contain tests (`tests.rs`).
     pub fn read(root: &Path) -> Result<Self> {
         let files = crate::files::below(root, "src", &["rs"])?;
         let files = files.iter().filter(|file| !file.ends_with("/tests.rs"));
@@ -87,16 +88,17 @@ impl Tree {
         self.modules.keys().any(|other| other.len() > path.len() && other.starts_with(path))
     }
 
-    /// The module whose file has what an import of the module `from` names; `None` if that is
-    /// outside of the crate, or is a module around `from` rather than something in it.
+    /// The module whose file defines what an import of the module `from` names; `None` if it is
+    /// outside of the crate, or if the import names a module around `from` itself.
     ///
-    /// What a module around `from` only re-exports counts as that of the module that has it.
+    /// If a module around `from` only re-exports the item, the result is the module that defines
+    /// it.
     pub fn target(&self, from: &Module, import: &Import) -> Option<&Module> {
         let path = self.follow(from, &from.path, &import.path, MAX_HOPS)?;
         self.modules.get(&path)
     }
 
-    /// `target`, for `path` as the module at `at` names it.
+    /// Follows `path`, as it is named in the module at `at`, to the path of its module.
     fn follow(
         &self,
         from: &Module,
@@ -124,7 +126,7 @@ impl Tree {
         (!from.path.starts_with(&at)).then_some(at)
     }
 
-    /// The module that the first segments of a path name, and the segments that follow.
+    /// The module at which a path begins, and the rest of the path.
     fn start<'a>(&self, at: &[String], path: &'a [String]) -> Option<(Vec<String>, &'a [String])> {
         let (first, rest) = path.split_first()?;
         match first.as_str() {
@@ -144,7 +146,7 @@ impl Tree {
     }
 }
 
-/// `file -> the file that it uses`, for every import of a tree of snippets.
+/// A line `file -> the file that it uses` for every import in a tree of snippets.
 fn targets(files: &[(&str, &str)]) -> Vec<String> {
     let modules = files.iter().map(|(file, source)| Module::new(file, source)).collect();
     let tree = Tree::new(modules);
@@ -167,7 +169,7 @@ fn every_way_to_name_a_module_leads_to_its_file() {
 }
 
 #[test]
-fn a_parent_counts_only_for_what_is_its_own() {
+fn a_parent_counts_only_for_items_that_it_defines() {
     let parent = "mod c; mod d; pub use d::Moved; use crate::b::Far; pub struct Own;";
     let child = "use super::{Moved, Far, Own}; fn f() { super::d::g() }";
     let files =

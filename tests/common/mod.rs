@@ -54,8 +54,8 @@ pub fn assert_close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     assert!(difference <= tolerance, "{what}: {difference:e} is more than {tolerance:e}");
 }
 
-/// Checks that two sets of gradients have the same names, and that each gradient in `a` differs from
-/// its counterpart in `b` by at most `tolerance` times the largest element of the latter. Also
+/// Checks that two sets of gradients have the same names, and that each gradient in `a` differs
+/// from its counterpart in `b` by at most `tolerance` times the largest element of the latter. Also
 /// checks that no parameter's gradient is zero for all experts. It may be zero for some: with top-k
 /// routing, a few tokens need not choose every expert.
 #[track_caller]
@@ -203,8 +203,8 @@ pub fn logits(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> T
     model.logits(&model.forward(inputs, source, ForwardMode::EVAL, None).hidden)
 }
 
-/// Splits the tensors `h.{layer}.{module}.lora_{a,b}`, `[e, ..]`, of golden files into the tensors of
-/// single experts. Other tensors stay as they are.
+/// Splits the tensors `h.{layer}.{module}.lora_{a,b}`, `[e, ..]`, of golden files into the tensors
+/// of single experts. Other tensors stay as they are.
 pub fn unstack(tensors: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
     let mut unstacked = BTreeMap::new();
     for (name, tensor) in tensors {

@@ -1,4 +1,4 @@
-//! Adapters: in a local folder, and in a repository or a folder of one.
+//! Finding adapters in a local folder, in a repository on the Hub or in a folder of a repository.
 
 use std::path::Path;
 
@@ -57,7 +57,7 @@ fn find_in_folder(path: &Path) -> Result<AdapterFiles> {
     find_adapter(&AdapterSource::Path(path.into()), &no_hub(), &())
 }
 
-/// The message for a folder with `files`, which it calls `DIR`.
+/// The message for a folder with `files`, with `DIR` in place of its path.
 fn folder_fault(files: &[&str]) -> Result<String> {
     let dir = tempfile::tempdir()?;
     for file in files {
@@ -169,7 +169,7 @@ fn only_the_adapter_that_is_named_is_fetched() -> Result<()> {
         let blob = repo_dir(&settings).join("blobs").join(etag(weights.1));
         assert_eq!(fs_err::canonicalize(&files.weights)?, fs_err::canonicalize(blob)?);
         let requests = hub.take_requests();
-        // the list, and each file, which is redirected
+        // one request for the list of files and two for each file, since it is redirected
         assert_eq!(requests.len(), 5);
         assert_eq!(content_requests(&requests), ["bytes=0-"]);
     }
@@ -201,9 +201,9 @@ fn a_cached_adapter_needs_no_network() -> Result<()> {
     Ok(())
 }
 
-/// Both by a branch and by a commit.
+/// This holds for a branch and for a commit.
 #[test]
-fn what_the_cache_has_of_a_repository_is_not_taken_for_another_part_of_it() -> Result<()> {
+fn a_cached_part_of_a_repository_is_not_taken_for_another_part() -> Result<()> {
     let (_hub, _dir, mut settings) = two_adapters()?;
     find_on_hub("", &settings)?;
     settings.offline = true;
@@ -214,7 +214,7 @@ fn what_the_cache_has_of_a_repository_is_not_taken_for_another_part_of_it() -> R
             message,
             format!(
                 "`org/tiny-gpt2@{revision}/experts/expert_1` is not in the cache `CACHE`; \
-                 `HF_HUB_OFFLINE` forbids to fetch it\n\
+                 `HF_HUB_OFFLINE` forbids fetching it\n\
                  hint: fetch it once without `HF_HUB_OFFLINE`, or use a folder: \
                  `source = {{ path = \"DIR\" }}`"
             )
@@ -241,7 +241,7 @@ fn a_cached_adapter_that_is_not_whole_is_fetched_again() -> Result<()> {
 }
 
 #[test]
-fn what_the_repository_lacks_is_said_in_the_adapters_words() -> Result<()> {
+fn messages_about_an_adapters_repository_name_the_adapters_keys() -> Result<()> {
     let (hub, _dir, settings) = hub(&[EXPERT_CONFIG, EXPERT_WEIGHTS, ("README.md", b"#")])?;
     assert_eq!(
         fault(find_on_hub("experts", &settings), &settings),

@@ -1,4 +1,5 @@
-//! Downloads that break, continue, meet each other and report their progress.
+//! Downloads that are interrupted and resumed, that run at the same time, and that report their
+//! progress.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -30,9 +31,9 @@ fn the_next_run_continues_a_download_that_was_given_up() -> Result<()> {
         Fault::Status(503),
     ]);
     let message = fault(find(&settings), &settings);
-    let told = "hint: run it again; what is there of the file is continued";
+    let hint = "hint: run it again; what is there of the file is continued";
     assert!(message.starts_with("cannot fetch `model.safetensors`: "), "{message}");
-    assert!(message.ends_with(&format!("answers 503 Service Unavailable\n{told}")), "{message}");
+    assert!(message.ends_with(&format!("answers 503 Service Unavailable\n{hint}")), "{message}");
     hub.take_requests();
 
     settings.offline = true;
@@ -57,7 +58,7 @@ fn a_server_without_ranges_is_read_from_the_start() -> Result<()> {
     Ok(())
 }
 
-/// A process that is killed leaves any part: a whole one, one that is too long.
+/// A killed process may leave a part of any length, even the whole file or more than it.
 #[test]
 fn a_part_of_any_length_ends_in_the_right_file() -> Result<()> {
     let weights = weights();
@@ -66,7 +67,7 @@ fn a_part_of_any_length_ends_in_the_right_file() -> Result<()> {
         (&weights[..1000], true, &["bytes=1000-"]),
         (&weights, true, &["bytes=0-"]),
         (&too_long, true, &["bytes=0-"]),
-        // where the Hub does not say how long the file is
+        // in the cases below, the Hub does not say how long the file is
         (&weights, false, &["bytes=400000-", "bytes=0-"]),
         (&too_long, false, &["bytes=401000-", "bytes=0-"]),
     ];
@@ -115,7 +116,8 @@ fn processes_that_fetch_the_same_file_all_get_it() -> Result<()> {
     })
 }
 
-/// What arrived of each file since its last start, and whether it ended.
+/// Records the current file, and for each file the bytes that have arrived since its last start and
+/// the total.
 #[derive(Default)]
 struct Recorder {
     current: RefCell<String>,

@@ -1,4 +1,4 @@
-//! A base in a local folder.
+//! Finding a base in a local folder.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ fn find(path: &Path) -> Result<BaseFiles> {
     find_base(&BaseSource::Path(path.into()), &settings(), &())
 }
 
-/// The message for `path`, which it calls `DIR`.
+/// The message for `path`, with `DIR` in its place.
 fn fault(path: &Path) -> String {
     let error = find(path).expect_err("the folder is no base");
     format!("{error:#}").replace(&path.display().to_string(), "DIR")

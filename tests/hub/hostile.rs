@@ -1,4 +1,5 @@
-//! Servers that want more than they should get, or give less: tokens, files outside the cache, time.
+//! Servers that ask for a token or for files outside the cache, and servers that do not answer in
+//! time.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
@@ -11,7 +12,7 @@ use dylora::hub::HubSettings;
 use crate::mock::{Fault, MockHub};
 use crate::{content_requests, fault, find, tiny_gpt2, weights};
 
-/// Limits that a test can wait for.
+/// Sets time limits so short that a test can wait for them.
 fn be_impatient(settings: &mut HubSettings) {
     settings.limits.connect = Duration::from_millis(300);
     settings.limits.silence = Duration::from_millis(300);
@@ -20,7 +21,7 @@ fn be_impatient(settings: &mut HubSettings) {
     settings.limits.window_bytes = 1000;
 }
 
-/// The two servers differ in nothing but their port.
+/// The two servers differ only in their port.
 #[test]
 fn the_token_stays_with_the_scheme_host_and_port_that_it_is_for() -> Result<()> {
     let (hub, _dir, mut settings) = tiny_gpt2()?;
@@ -65,7 +66,7 @@ fn credentials_in_the_address_are_sent_to_it_and_not_shown() -> Result<()> {
     Ok(())
 }
 
-/// Every file that is below `dir`, and the folders.
+/// The sorted names of the files and folders in `dir`.
 fn entries(dir: &std::path::Path) -> Vec<String> {
     let mut names: Vec<String> = fs_err::read_dir(dir)
         .expect("it can be read")
@@ -101,9 +102,9 @@ fn names_by_the_server_do_not_leave_the_cache() -> Result<()> {
 fn a_server_that_never_accepts_is_given_up() -> Result<()> {
     let (_hub, _dir, mut settings) = tiny_gpt2()?;
     be_impatient(&mut settings);
-    // a queue of one connection, which is full
+    // the listener's queue holds one connection, and `_waiting` fills it
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    // SAFETY: the descriptor is the listener's, which is open
+    // SAFETY: the descriptor belongs to the listener, which is open
     assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
     let address = listener.local_addr()?;
     let _waiting = TcpStream::connect(address)?;
@@ -152,7 +153,7 @@ fn a_server_that_sends_a_byte_now_and_then_is_given_up() -> Result<()> {
     be_impatient(&mut settings);
     hub.set_faults(&[Fault::Trickle; 40]);
     let begun = Instant::now();
-    // each attempt brings a few bytes, which is no progress
+    // each attempt brings a few bytes, which do not count as progress
     let message = fault(find(&settings), &settings);
     assert!(message.contains("fewer than 1000 in 400ms"), "{message}");
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
@@ -178,7 +179,7 @@ fn a_lock_whose_owner_makes_no_progress_is_given_up() -> Result<()> {
     Ok(())
 }
 
-/// The token, in the environment of a command that fails and logs everything.
+/// Commands that have the token in their environment log everything and fail.
 #[test]
 fn the_token_is_in_no_output_file_or_title() -> Result<()> {
     let hub = MockHub::new(&[("config.json", b"{}"), ("model.safetensors", &weights())]);
@@ -203,7 +204,7 @@ fn the_token_is_in_no_output_file_or_title() -> Result<()> {
             let text = [output.stdout, output.stderr].concat();
             let text = String::from_utf8_lossy(&text);
             assert!(text.contains("tiny-gpt2") && text.contains("DEBUG"), "{text}");
-            // at that level ureq writes requests byte by byte
+            // at the level TRACE, ureq would log the bytes of requests
             assert!(!text.contains("TRACE"), "{text}");
             assert!(!text.contains("hf_secret") && !text.contains("aGZfc2VjcmV0"), "{text}");
         }

@@ -1,4 +1,4 @@
-//! Where the files of bases and adapters come from: a local folder, or a mock Hub and its cache.
+//! Finding the files of bases and adapters in a local folder, or on a mock Hub and in its cache.
 
 mod adapter;
 mod download;
@@ -28,7 +28,7 @@ fn find(settings: &HubSettings) -> Result<BaseFiles> {
     find_base(&source("main"), settings, &())
 }
 
-/// The message of an error, in which the Hub is `HUB`.
+/// The message of an error, with `HUB` and `CACHE` in place of their addresses.
 fn fault<T: Debug>(result: Result<T>, settings: &HubSettings) -> String {
     let error = result.expect_err("there is no such source");
     format!("{error:#}")
@@ -36,12 +36,12 @@ fn fault<T: Debug>(result: Result<T>, settings: &HubSettings) -> String {
         .replace(&settings.cache_dir.display().to_string(), "CACHE")
 }
 
-/// Bytes that no range of another place equals.
+/// Bytes that differ at every offset, so that a piece in the wrong place would be noticed.
 fn weights() -> Vec<u8> {
     (0..100_000_u32).flat_map(u32::to_le_bytes).collect()
 }
 
-/// A Hub with one file of weights, and settings for it.
+/// A Hub with a base whose weights are in one file, and settings for it.
 fn tiny_gpt2() -> Result<(MockHub, TempDir, HubSettings)> {
     let hub = MockHub::new(&[CONFIG, TOKENIZER, ("model.safetensors", &weights())]);
     let dir = tempfile::tempdir()?;
@@ -53,13 +53,13 @@ fn repo_dir(settings: &HubSettings) -> PathBuf {
     settings.cache_dir.join("models--org--tiny-gpt2")
 }
 
-/// The `Range` of each request for content, less those for its size alone.
+/// The `Range` of each request for content, without requests that only ask for its size.
 fn content_requests(requests: &[Request]) -> Vec<&str> {
     let contents = requests.iter().filter(|request| request.line.starts_with("GET cdn/"));
     contents.filter_map(Request::range).filter(|range| *range != "bytes=0-0").collect()
 }
 
-/// An address at which nothing listens.
+/// An address at which no server listens.
 fn dead_endpoint() -> Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     Ok(format!("http://{}", listener.local_addr()?))
@@ -104,7 +104,7 @@ fn only_what_a_gpt2_needs_is_fetched() -> Result<()> {
     Ok(())
 }
 
-/// The layout is that of `huggingface_hub`, which both read and write.
+/// Both dylora and `huggingface_hub` read and write this layout.
 #[cfg(unix)]
 #[test]
 fn the_cache_is_laid_out_as_pythons() -> Result<()> {
@@ -196,7 +196,7 @@ fn a_moved_branch_leaves_the_files_of_the_old_commit() -> Result<()> {
     let config: (&str, &[u8]) = ("config.json", b"{\"n_layer\": 24}");
     hub.set_files(NEXT_COMMIT, &[config, TOKENIZER, ("model.safetensors", &weights())]);
     let after = find(&settings)?;
-    // the weights are the same content
+    // the content of the weights is the same, so they are not fetched again
     assert_eq!(content_requests(&hub.take_requests()), [""; 0]);
     assert_eq!(after.commit.as_deref(), Some(NEXT_COMMIT));
     assert_eq!(fs_err::read(&after.config)?, config.1);
@@ -207,7 +207,7 @@ fn a_moved_branch_leaves_the_files_of_the_old_commit() -> Result<()> {
     Ok(())
 }
 
-/// The message when requests whose path contains `path` are refused.
+/// The message if the Hub refuses requests whose path contains `path`.
 fn refusal(path: &str, status: u16, code: &str, token: Option<&str>) -> Result<String> {
     let (hub, _dir, mut settings) = tiny_gpt2()?;
     settings.token = token.map(str::to_owned);
@@ -216,9 +216,10 @@ fn refusal(path: &str, status: u16, code: &str, token: Option<&str>) -> Result<S
     Ok(message.replace(": Sorry, you can't come in", ": SAID"))
 }
 
-/// Without a token, the Hub answers 401 for what does not exist: it may be private.
+/// Without a token, the Hub answers 401 for a repository that does not exist, since a private one
+/// could have that name.
 #[test]
-fn an_absent_repository_and_an_absent_revision_are_told_apart() -> Result<()> {
+fn an_absent_repository_and_an_absent_revision_are_distinguished() -> Result<()> {
     assert_eq!(
         refusal("/api/", 401, "RepoNotFound", None)?,
         "`HUB` shows no `org/tiny-gpt2` at `main`: it answers 401 Unauthorized: SAID\n\
@@ -292,7 +293,7 @@ fn without_network_or_cache_the_error_names_both() -> Result<()> {
     settings.offline = true;
     assert_eq!(
         fault(find(&settings), &settings),
-        "`org/tiny-gpt2@main` is not in the cache `CACHE`; `HF_HUB_OFFLINE` forbids to fetch \
+        "`org/tiny-gpt2@main` is not in the cache `CACHE`; `HF_HUB_OFFLINE` forbids fetching \
          it\n\
          hint: fetch it once without `HF_HUB_OFFLINE`, or use a folder: \
          `base.source = { path = \"DIR\" }`"

@@ -1,5 +1,5 @@
-//! A small Hub on 127.0.0.1: one repository, whose `.safetensors` files come from a second server,
-//! the way the Hub's come from its content network.
+//! A small Hub on 127.0.0.1 with one repository. Its `.safetensors` files come from a second
+//! server, as the Hub's come from a content delivery network.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
@@ -13,27 +13,28 @@ use dylora::hub::{HubLimits, HubSettings};
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// A request as the server saw it.
+/// A request as the server received it.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Such as `GET hub/api/models/..`; the second server's paths start with `cdn/`.
+    /// The method and the path, such as `GET hub/api/models/..`. Paths on the second server start
+    /// with `cdn/`.
     pub line: String,
     pub headers: BTreeMap<String, String>,
 }
 
-/// What the second server does with its next requests for content (not for its size alone), one
-/// each; then it behaves.
+/// A fault of the second server. Each fault is used for one request for content, in order; requests
+/// that only ask for the size do not count. After that the server answers without faults.
 #[derive(Debug, Clone, Copy)]
 pub enum Fault {
-    /// Closes the connection after so many bytes of the body.
+    /// Closes the connection after this many bytes of the body.
     CutAfter(usize),
-    /// Sends all of the content, whatever `Range` says.
+    /// Sends the whole content, whatever `Range` says.
     IgnoreRange,
     /// Answers with this status.
     Status(u16),
-    /// Sends so many bytes more than it should, and says so.
+    /// Sends this many extra bytes, which `Content-Length` includes.
     Append(usize),
-    /// Sends so many bytes, then nothing for a minute.
+    /// Sends this many bytes, and then nothing for a minute.
     SilentAfter(usize),
     /// Sends one byte every 20 ms.
     Trickle,
@@ -51,13 +52,14 @@ struct State {
     files: BTreeMap<String, Vec<u8>>,
     requests: Vec<Request>,
     faults: VecDeque<Fault>,
-    /// Answers to requests whose path contains the key: status and `X-Error-Code`.
+    /// The status and the `X-Error-Code` with which requests are refused whose path contains the
+    /// key.
     refusals: BTreeMap<String, (u16, String)>,
-    /// Headers that are sent with every answer of the first server, instead of its own of that name.
+    /// Headers that replace those of the same name in every answer of the first server.
     headers: Vec<(&'static str, String)>,
-    /// Whether it says how long large files are.
+    /// Whether the first server says how long large files are.
     tells_size: bool,
-    /// Whether the first server takes requests, but does not answer.
+    /// Whether the first server accepts requests but does not answer.
     is_silent: bool,
     cdn: String,
 }
@@ -69,7 +71,7 @@ pub struct MockHub {
 }
 
 impl MockHub {
-    /// A repository with `files`.
+    /// A Hub whose repository has `files`.
     pub fn new(files: &[(&str, &[u8])]) -> Self {
         let state = Arc::new(Mutex::new(State {
             commit: COMMIT.into(),
@@ -84,7 +86,7 @@ impl MockHub {
         hub
     }
 
-    /// Lets the revision stand at `commit`, with `files`.
+    /// Moves the revision to `commit`, which has `files`.
     pub fn set_files(&self, commit: &str, files: &[(&str, &[u8])]) {
         let mut state = self.lock();
         state.commit = commit.into();
@@ -105,12 +107,12 @@ impl MockHub {
         self.lock().headers.push((name, value.into()));
     }
 
-    /// Leaves `X-Linked-Size` out, as some mirrors do.
+    /// Omits `X-Linked-Size` from now on, as some mirrors do.
     pub fn hide_sizes(&self) {
         self.lock().tells_size = false;
     }
 
-    /// Takes requests from now on, but does not answer.
+    /// Accepts requests from now on, but does not answer them.
     pub fn fall_silent(&self) {
         self.lock().is_silent = true;
     }
@@ -140,12 +142,12 @@ impl MockHub {
     }
 }
 
-/// The name of a content; the Hub's own is a SHA-256.
+/// The name of a content. The Hub uses its SHA-256 instead.
 pub fn etag(data: &[u8]) -> String {
     blake3::hash(data).to_hex().to_string()
 }
 
-/// Serves as `name` for the rest of the process; returns the address.
+/// Starts a server called `name`, which runs until the process ends, and returns its address.
 fn serve(name: &'static str, state: &Arc<Mutex<State>>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("it is bound");
@@ -153,7 +155,7 @@ fn serve(name: &'static str, state: &Arc<Mutex<State>>) -> String {
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let state = state.clone();
-            // a client that hangs up early is part of the tests
+            // some tests hang up early, so errors are ignored
             thread::spawn(move || answer(name, stream, &state).ok());
         }
     });
@@ -284,7 +286,7 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
         }
         return Reply::new(302, headers);
     }
-    // the Hub sends small files by way of a path of its own
+    // the Hub redirects requests for small files to another path of its own
     if !path.starts_with("hub/cache/") {
         return Reply::new(307, vec![("Location", path.replace("hub/", "/cache/"))]);
     }
@@ -293,7 +295,7 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
     reply
 }
 
-/// The part of `data` that `request` asks for: from some byte on, or the first byte alone.
+/// The part of `data` that the `Range` of `request` asks for, or all of it without one.
 fn content(request: &Request, data: &[u8], fault: Option<Fault>) -> Reply {
     if let Some(Fault::Status(status)) = fault {
         return Reply::new(status, Vec::new());

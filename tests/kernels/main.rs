@@ -1,5 +1,6 @@
-//! The fused way (`train.kernels = "auto"`) against the reference, over the shapes that a mixture can have.
-//! On the CPU in f64 by default; `DYLORA_TEST_DEVICE=cuda` takes a GPU instead, in f32 and bf16.
+//! Compares the fused operations (`train.kernels = "auto"`) with the reference, over the shapes
+//! that a mixture can have. They run on the CPU by default, and on a GPU with
+//! `DYLORA_TEST_DEVICE=cuda`.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,4 @@
-//! Loss and gradients of one step, both ways.
+//! The loss and the gradients of one step, by the fused operations and by the reference.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{randomize, seed, tiny_config};
 
-/// A mixture on a base, and a batch.
+/// A mixture on a base, and the shape of a batch.
 struct Case {
     name: String,
     base: DecoderSpec,
@@ -28,7 +28,7 @@ struct Case {
     router: RouterConfig,
     batch: usize,
     seq_len: usize,
-    /// Lengths of the packed documents; none = each row is one.
+    /// Lengths of a row's packed documents; `None` if each row is one document.
     documents: Option<Vec<usize>>,
     dropout: f64,
     label_smoothing: f64,
@@ -82,7 +82,7 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases
 }
 
-/// Numbers, ranks and places of experts.
+/// Different numbers, ranks and target modules of experts.
 fn of_experts() -> Vec<Case> {
     let mut cases = vec![];
     for num_experts in [1, 3, 6, 16] {
@@ -98,7 +98,7 @@ fn of_experts() -> Vec<Case> {
     cases
 }
 
-/// Kinds of experts, shapes of the base and of batches, losses.
+/// Different kinds of experts, shapes of the base and of batches, losses and dropout.
 fn of_shapes(on_gpu: bool) -> Vec<Case> {
     let mut cases = vec![];
     let experts = vec![
@@ -141,7 +141,7 @@ fn of_shapes(on_gpu: bool) -> Vec<Case> {
     cases
 }
 
-/// Routers, and checkpointing with dropout.
+/// Different routers, and gradient checkpointing with dropout.
 fn of_routers() -> Vec<Case> {
     let mut cases = vec![];
     for scope in [RouterScope::Layer, RouterScope::Module] {
@@ -158,7 +158,7 @@ fn of_routers() -> Vec<Case> {
     cases
 }
 
-/// Settings together, kinds of experts and sources of weights.
+/// Combinations of settings, further kinds of experts, and the other sources of routing weights.
 fn of_both() -> Vec<Case> {
     let mut cases = vec![];
     let documents = Some(vec![5, 1, 11, 7]);
@@ -234,7 +234,7 @@ impl Case {
         match tensors {
             None => {
                 randomize(&model)?;
-                // updates about as large as the base's weights
+                // makes the updates about as large as the base's weights
                 let smaller = |(name, tensor): (String, Tensor)| {
                     let factor = if name.contains("lora_") {
                         0.5 / (self.rank() as f64).sqrt()
@@ -252,7 +252,7 @@ impl Case {
         Ok(model)
     }
 
-    /// The loss and every gradient, in f64 on the CPU.
+    /// The loss and every gradient. The gradients are converted to f64 on the CPU.
     fn step(&self, model: &RoutedModel, inputs: &Inputs) -> Result<Step> {
         let settings = LossSettings {
             chunk_tokens: 17,
@@ -286,7 +286,8 @@ fn norm(x: &Tensor) -> f64 {
     x.norm().double_value(&[])
 }
 
-/// Norm of the difference over the norm of the reference, over experts and over routers.
+/// Relative distances of gradients: the norm of the difference divided by the norm of the second
+/// operand, over the parameters of all experts and over those of all routers.
 #[derive(Debug, Clone, Copy)]
 struct Distances {
     experts: f64,
@@ -314,13 +315,13 @@ impl std::fmt::Display for Distances {
     }
 }
 
-/// Where the tests run.
+/// The device that the tests run on.
 pub(super) fn device() -> Result<Device> {
     match std::env::var("DYLORA_TEST_DEVICE").as_deref() {
         Ok("cuda") => {
-            // before any other call of libtorch
+            // this must come before any other call of libtorch
             ffi::load_cuda().map_err(anyhow::Error::msg)?;
-            // without kernels the operations of the reference would be compared with themselves
+            // without the kernels, the reference would be compared with itself
             ffi::cuda::prepare_kernels(0, 32)?;
             Ok(Device::Cuda(0))
         }
@@ -328,11 +329,12 @@ pub(super) fn device() -> Result<Device> {
     }
 }
 
-/// What is found of a case in one dtype.
+/// The judgement of a case in one dtype.
 struct Judged {
     line: String,
     is_good: bool,
-    /// In bf16, distances from f64 over the reference's.
+    /// In bf16, the distances of the gradients from those in f64, divided by the distances of the
+    /// reference's gradients.
     ratios: Vec<f64>,
 }
 
@@ -351,15 +353,16 @@ fn judge(
     let (loss_bound, bound) = match kind {
         Kind::Double => (1e-10, 1e-9),
         Kind::Float => (1e-5, 1e-4),
-        // with dropout f64 has other masks on another device, so that the two are compared
+        // the masks of dropout differ between devices, so the gradients cannot be compared with f64
+        // on the CPU; they are compared with the reference in bf16
         _ if case.dropout > 0.0 => (2e-2, 0.1),
         _ => (2e-2, f64::INFINITY),
     };
-    // where a NaN is in one, each comparison fails
+    // with a NaN in either, every comparison fails
     let mut is_good =
         of_loss <= loss_bound && of_grads.experts <= bound && of_grads.routers <= bound;
     let (mut extra, mut ratios) = (String::new(), vec![]);
-    // masks of dropout are another device's own
+    // f64 on the CPU would have other masks of dropout
     if kind == Kind::BFloat16 && case.dropout == 0.0 {
         let truth = truth()?;
         let ours = Distances::new(&fused.1, &truth.1);
@@ -377,11 +380,14 @@ fn judge(
     Ok(Judged { line, is_good, ratios })
 }
 
-/// Loss within 1e-5 and gradients within 1e-4 of their norm in f32, 1e-10 and 1e-9 in f64. In bf16 gradients
-/// are as far from those in f64 as the reference's own in bf16: by the geometric mean over all cases no
-/// farther than 1.05 times, and in none, where chance decides, farther than twice.
+/// The losses differ from the reference's by at most 1e-10 in f64, 1e-5 in f32 and 2e-2 in bf16.
+/// The gradients differ by at most 1e-9 of their norm in f64 and 1e-4 in f32.
+///
+/// In bf16, the gradients are compared with those in f64. Their distance is at most twice that of
+/// the reference in bf16 in each case, since chance has a part in it, and at most 1.05 times in the
+/// geometric mean over all cases.
 #[test]
-fn fused_steps_are_the_references() -> Result<()> {
+fn fused_steps_equal_the_references() -> Result<()> {
     let device = device()?;
     let on_gpu = device.is_cuda();
     let _generator = seed(900);

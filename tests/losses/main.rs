@@ -1,5 +1,6 @@
-//! What could cost a user a file or a run: outputs that replace what is not dylora's, runs that end, are
-//! killed or lose their terminal. Each is seen through the binary.
+//! Situations in which a user could lose a file or a run: outputs that would replace files which
+//! dylora did not write, and runs that are interrupted, killed or lose their terminal. The tests
+//! run the binary.
 
 mod overwrite;
 mod runs;
@@ -9,7 +10,7 @@ use std::process::{Command, Output};
 
 use anyhow::{Context, Result};
 
-/// A folder of a test, with the demo's base beside it.
+/// A temporary folder with a copy of the demo's base in `base`.
 #[derive(Debug)]
 struct Scene {
     dir: tempfile::TempDir,
@@ -29,7 +30,7 @@ impl Scene {
         self.dir.path().join(name)
     }
 
-    /// The binary, on the CPU in one thread, with this folder as its working folder.
+    /// A command that runs the binary in one thread, with this folder as its working folder.
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
         command.args(arguments).current_dir(self.dir.path());
@@ -76,7 +77,8 @@ fn as_str(arguments: &[String]) -> Vec<&str> {
     arguments.iter().map(String::as_str).collect()
 }
 
-/// The names and contents of all files below `dir`, links as their targets.
+/// The names and contents of all files and folders below `dir`. The content of a link is its
+/// target.
 fn contents(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut found = vec![];
     let mut folders = vec![dir.to_owned()];

@@ -1,4 +1,4 @@
-//! `--overwrite` replaces what dylora wrote itself, and nothing else.
+//! `--overwrite` replaces only files and folders that dylora wrote.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
@@ -8,7 +8,7 @@ use fs_err::os::unix::fs::symlink;
 
 use crate::{Scene, as_str, contents, text};
 
-/// A scene with a checkpoint of one step and an export of it.
+/// A scene with a run of one step in `run` and an export of it in `experts`.
 fn trained() -> Result<Scene> {
     let scene = Scene::new()?;
     let output = scene.run(&as_str(&scene.train(1, 1)?))?;
@@ -23,7 +23,7 @@ fn export(scene: &Scene, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Each command that makes a folder, with its inputs `base`, `run` and `experts`.
+/// The commands that write a folder. Their inputs are `base`, `run` and `experts`.
 const MAKERS: [&[&str]; 4] = [
     &["export-adapters", "--checkpoint", "run"],
     &["export-adapters", "--base", "base", "--adapters", "experts"],
@@ -50,7 +50,7 @@ fn only_a_folder_that_dylora_wrote_is_replaced() -> Result<()> {
     fs_err::write(scene.path("mine/deep/thesis.txt"), "mine")?;
     symlink("mine", scene.path("link"))?;
     symlink("nowhere", scene.path("dangling"))?;
-    // an export with something else in it
+    // an export with a file that dylora did not write
     export(&scene, &["--out", "mixed"])?;
     fs_err::write(scene.path("mixed/notes.txt"), "mine")?;
     let before = contents(scene.dir.path())?;
@@ -69,9 +69,9 @@ fn only_a_folder_that_dylora_wrote_is_replaced() -> Result<()> {
             ("run", "run"),
         ] {
             let output = scene.run(&[maker, &["--overwrite", "--out", out]].concat())?;
-            let told = text(&output);
-            assert_eq!(output.status.code(), Some(1), "{maker:?} {out}: {told}");
-            assert!(told.contains(said), "{maker:?} {out}: {told}");
+            let message = text(&output);
+            assert_eq!(output.status.code(), Some(1), "{maker:?} {out}: {message}");
+            assert!(message.contains(said), "{maker:?} {out}: {message}");
             let after: Vec<_> = contents(scene.dir.path())?;
             let after: Vec<_> =
                 after.into_iter().filter(|(name, _)| !name.starts_with("cache")).collect();
@@ -81,7 +81,7 @@ fn only_a_folder_that_dylora_wrote_is_replaced() -> Result<()> {
         }
     }
     assert!(fs_err::metadata("/dev/null")?.file_type().is_char_device());
-    // an input is one under any name
+    // an input is also recognised under another path
     let alias =
         ["--base", "base", "--adapters", "experts", "--overwrite", "--out", "mine/../experts"];
     let output = scene.run(&[&["export-adapters"], &alias[..]].concat())?;
@@ -104,7 +104,7 @@ fn what_dylora_wrote_is_replaced_with_overwrite_alone() -> Result<()> {
         let output = scene.run(&[maker, &out, &["--overwrite"]].concat())?;
         assert!(output.status.success(), "{}", text(&output));
         assert!(contents(&scene.path("out"))? == before);
-        // any of dylora's outputs may take the place of another
+        // an output of dylora may replace any other
         for other in MAKERS {
             let output = scene.run(&[other, &out, &["--overwrite"]].concat())?;
             assert!(output.status.success(), "{}", text(&output));
@@ -113,19 +113,19 @@ fn what_dylora_wrote_is_replaced_with_overwrite_alone() -> Result<()> {
     }
     let hidden: Vec<_> = contents(scene.dir.path())?
         .into_iter()
-        .filter(|(name, _)| name.starts_with(".writing-") || name.starts_with(".replaced-"))
+        .filter(|(name, _)| name.starts_with(".writing-") || name.contains("replaced-"))
         .collect();
     assert!(hidden.is_empty(), "{hidden:?}");
     Ok(())
 }
 
-/// Takes the marker away, as outputs of earlier versions have none.
+/// Removes the marker, since outputs of earlier versions have none.
 fn age(dir: &Path) -> Result<()> {
     Ok(fs_err::remove_file(dir.join(".dylora-output.json"))?)
 }
 
 #[test]
-fn an_output_from_before_there_was_a_marker_is_known_by_what_it_holds() -> Result<()> {
+fn an_output_without_a_marker_is_recognised_by_its_files() -> Result<()> {
     let scene = trained()?;
     fs_err::write(scene.path("data.jsonl"), "{\"text\": \"two words\"}\n")?;
     for maker in MAKERS {
@@ -141,7 +141,7 @@ fn an_output_from_before_there_was_a_marker_is_known_by_what_it_holds() -> Resul
         assert!(text(&output).contains("was not written by dylora"), "{}", text(&output));
         fs_err::remove_dir_all(scene.path("out"))?;
     }
-    // a model of another tool has the same names
+    // a model that another tool wrote has the same file names
     let config = fs_err::read_to_string(scene.path("base/config.json"))?;
     let config = config.replacen('{', "{\n  \"transformers_version\": \"5.17.0\",", 1);
     fs_err::create_dir(scene.path("other"))?;
@@ -192,7 +192,7 @@ fn a_trace_replaces_a_file_only_if_asked_and_never_an_input() -> Result<()> {
     Ok(())
 }
 
-/// A file size that the process may not pass stands for a full disk.
+/// A limit on the size of files stands in for a full disk.
 #[test]
 fn a_full_disk_leaves_what_was_there() -> Result<()> {
     let scene = trained()?;

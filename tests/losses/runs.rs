@@ -1,4 +1,4 @@
-//! Runs that are interrupted, killed at a bad moment, or lose the reader of what they say.
+//! Runs that are interrupted, killed at a bad moment, or whose messages cannot be written.
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
@@ -12,12 +12,12 @@ use fs_err::File;
 
 use crate::{Scene, as_str, text};
 
-/// A file that takes nothing.
+/// A device to which nothing can be written.
 fn full_device() -> Result<Stdio> {
     Ok(File::create("/dev/full")?.into_parts().0.into())
 }
 
-/// Waits until the run has written so many lines of metrics.
+/// Waits until the run has written `count` lines of metrics.
 fn wait_for_steps(scene: &Scene, child: &mut Child, count: usize) -> Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(60) {
@@ -34,7 +34,7 @@ fn wait_for_steps(scene: &Scene, child: &mut Child, count: usize) -> Result<()> 
 }
 
 fn send(child: &Child, signal: i32) {
-    // SAFETY: a number and a number
+    // SAFETY: `kill` takes two numbers and accesses no memory
     assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
 }
 
@@ -48,12 +48,12 @@ fn an_interrupted_run_saves_and_exits_as_its_signal_says() -> Result<()> {
         send(&child, signal);
         let output = child.wait_with_output()?;
         assert_eq!(output.status.code(), Some(code), "{}", text(&output));
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
         let run = scene.path("run");
         let resume = format!("go on with `dylora train --resume {}`", run.display());
-        assert!(told.contains(&resume), "{told}");
+        assert!(message.contains(&resume), "{message}");
         assert!(text(&output).contains("interrupted after step"), "{}", text(&output));
-        // the very command that was printed
+        // the run resumes by the command that it printed
         let steps = fs_err::read_dir(run.join("checkpoints"))?.count();
         assert_eq!(steps, 2, "one step and `last`");
         let state = fs_err::read_to_string(run.join("checkpoints/last/state.json"))?;
@@ -74,14 +74,14 @@ fn a_second_signal_ends_at_once_with_the_files_whole() -> Result<()> {
     send(&child, libc::SIGTERM);
     send(&child, libc::SIGINT);
     let code = child.wait()?.code();
-    // which of the two was seen first is the kernel's choice
+    // the kernel decides which of the two signals arrives first
     assert!(matches!(code, Some(130 | 143)), "{code:?}");
     let output = scene.run(&["eval", "--checkpoint", "run"])?;
     assert!(output.status.success(), "{}", text(&output));
     Ok(())
 }
 
-/// What `nohup` relies on.
+/// `nohup` depends on this.
 #[test]
 fn a_signal_that_was_ignored_from_the_start_stays_ignored() -> Result<()> {
     let scene = Scene::new()?;
@@ -129,9 +129,8 @@ fn training_goes_on_when_nobody_reads_its_messages() -> Result<()> {
     Ok(())
 }
 
-/// An error that cannot be said still has its exit code.
 #[test]
-fn a_fault_that_nobody_hears_has_its_exit_code() -> Result<()> {
+fn an_error_that_cannot_be_printed_keeps_its_exit_code() -> Result<()> {
     let scene = Scene::new()?;
     let mut command = scene.command(&["train", "--config", "no.toml"]);
     assert_eq!(command.stderr(full_device()?).status()?.code(), Some(2));
@@ -158,30 +157,33 @@ fn a_run_whose_last_link_is_lost_resumes_from_its_newest_whole_step() -> Result<
         if way == "dangling" {
             fs_err::os::unix::fs::symlink("step-00000099", &last)?;
         }
-        // a step that is not whole, as a copy that broke leaves it
+        // an incomplete checkpoint, such as an interrupted copy leaves
         let broken = checkpoints.join("step-00000050");
         fs_err::create_dir(&broken)?;
         fs_err::write(broken.join("state.json"), "{")?;
         let more = ["--set", "train.duration={steps=4}", "--resume"];
         let resumed = [&as_str(&arguments)[..], &more].concat();
         let output = scene.run(&resumed)?;
-        let told = text(&output);
-        assert!(output.status.success(), "{way}: {told}");
-        assert!(told.contains("step-00000003") && told.contains("`last`"), "{way}: {told}");
-        assert!(told.contains("completed after step 4"), "{way}: {told}");
+        let message = text(&output);
+        assert!(output.status.success(), "{way}: {message}");
+        assert!(
+            message.contains("step-00000003") && message.contains("`last`"),
+            "{way}: {message}"
+        );
+        assert!(message.contains("completed after step 4"), "{way}: {message}");
         assert_eq!(fs_err::read_link(&last)?, Path::new("step-00000004"), "{way}");
-        // back to where it was
+        // restore the state before this case
         fs_err::remove_dir_all(&broken)?;
         fs_err::remove_dir_all(checkpoints.join("step-00000004"))?;
     }
-    // commands that only read find it too, and mend the link
+    // commands that only read also find the newest complete step, and restore the link
     fs_err::remove_file(&last)?;
     let _ = fs_err::remove_file(checkpoints.join("best"));
     let output = scene.run(&["eval", "--checkpoint", "run"])?;
     assert!(output.status.success(), "{}", text(&output));
     assert_eq!(fs_err::read_link(&last)?, Path::new("step-00000003"));
     fs_err::remove_file(&last)?;
-    // and a run with no whole step says what is wrong with the newest
+    // a run without a complete step is refused with a message
     for entry in fs_err::read_dir(&checkpoints)? {
         let state = entry?.path().join("state.json");
         if state.is_file() {
@@ -194,7 +196,7 @@ fn a_run_whose_last_link_is_lost_resumes_from_its_newest_whole_step() -> Result<
     Ok(())
 }
 
-/// Killed after the first step is in place and before `last` leads to it.
+/// The run was killed after the first step was in place and before `last` pointed to it.
 #[test]
 fn a_kill_before_the_first_link_leaves_a_run_that_resumes() -> Result<()> {
     let scene = Scene::new()?;

@@ -1,5 +1,5 @@
-//! A step's gradients do not depend on how its documents are packed, ordered and cut into
-//! micro-batches, with every loss that there is.
+//! The gradients of a step do not depend on how its documents are packed, ordered and divided into
+//! micro-batches. This holds with all losses together.
 
 use anyhow::Result;
 use dylora::config::{
@@ -19,7 +19,7 @@ use crate::common::{
     tiny_lora, tiny_model,
 };
 
-/// A config with every loss that there is.
+/// A config in which every loss has a coefficient.
 pub(super) fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
     let text = "base = { source = { path = \"x\" } }\n[data]\nseq_len = 16\n\
                 domains = [{ name = \"x\", train = [\"x\"] }]";
@@ -48,7 +48,8 @@ pub(super) fn dataset(seq_len: usize) -> TokenDataset {
     TokenDataset::in_memory(seq_len, LossOn::Completion, vec![domain])
 }
 
-/// The blocks of `dataset` in micro-batches of these sizes, the rest in a last one.
+/// Divides the blocks of `dataset` into micro-batches of the given sizes; the last micro-batch has
+/// the remaining blocks.
 pub(super) fn cut(dataset: &TokenDataset, sizes: &[usize], reversed: bool) -> Vec<Batch> {
     let mut blocks = dataset.eval_order();
     if reversed {
@@ -75,7 +76,7 @@ pub(super) fn gradients(
     step::gradients(model, &trained, config, batches, None, 1)
 }
 
-/// Every scope, input, level and rule.
+/// Routers of every scope, input, level and rule.
 pub(super) fn routers() -> Vec<RouterConfig> {
     let mut routers = vec![];
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
@@ -127,7 +128,7 @@ fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
     Ok(())
 }
 
-/// The losses count: without one of them the router's gradient is another.
+/// Without any one of the losses, the routers' gradients are different.
 #[test]
 fn each_loss_of_the_routers_reaches_them() -> Result<()> {
     let _generator = seed(71);
@@ -156,8 +157,10 @@ fn each_loss_of_the_routers_reaches_them() -> Result<()> {
     Ok(())
 }
 
-/// A layer's own input depends on the dropout masks of the layers below, and noise is drawn between the
-/// masks, or before them all: the totals that are taken ahead are those of the masks and the noise that come.
+/// A step computes the routing totals of its micro-batches before their gradients. A layer's input
+/// depends on the dropout masks of the layers below, and noise is drawn between the masks or before
+/// all of them. The totals must be those of the masks and the noise that the forward passes with
+/// gradients draw.
 #[test]
 fn totals_taken_ahead_see_the_masks_and_the_noise_that_come() -> Result<()> {
     let _generator = seed(72);

@@ -1,4 +1,4 @@
-//! Gradient checkpointing changes memory and time, and nothing else.
+//! Gradient checkpointing changes only memory and time, not the results.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,8 @@ use crate::common::{
     mean_loss, randomize, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
-/// What a forward and a backward pass from a fixed generator state leave behind.
+/// The results of a forward and a backward pass from a fixed state of the generator, and the state
+/// after them.
 struct Pass {
     loss: Tensor,
     gradients: BTreeMap<String, Tensor>,
@@ -66,7 +67,8 @@ fn checkpointing_keeps_the_gradients_of_a_single_expert() -> Result<()> {
     Ok(())
 }
 
-/// With magnitudes, initial components and a frozen expert, for every scope and input of the routers.
+/// The experts have magnitudes and initial components, and one is frozen. Checked for every scope
+/// and input of the routers.
 #[test]
 fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
     let _generator = seed(26);
@@ -93,7 +95,8 @@ fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
     Ok(())
 }
 
-/// As an adapter with `layers_to_transform` leaves it, whose router reaches other layers alone.
+/// The first layer has no experts, as after the import of adapters with `layers_to_transform`. The
+/// shared router only has an effect in the other layers.
 #[test]
 fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()> {
     let _generator = seed(27);
@@ -117,7 +120,7 @@ fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()
     Ok(())
 }
 
-/// Its first layer's router has nothing to route, and no gradient.
+/// The first layer has a router but no experts, so this router has no gradient.
 #[test]
 fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
     let _generator = seed(28);
@@ -163,8 +166,8 @@ fn the_second_run_draws_the_dropout_masks_of_the_first() -> Result<()> {
     Ok(())
 }
 
-/// The routers are not run twice: their noise is drawn once, and the second run of a block draws the masks
-/// that the noise of the layers before left it.
+/// Routers run only once, so their noise is drawn once. The second run of a block must still draw
+/// the same dropout masks as the first, although noise was drawn before and after them.
 #[test]
 fn checkpointing_keeps_the_noise_of_routers_and_the_masks_beside_it() -> Result<()> {
     let _generator = seed(29);

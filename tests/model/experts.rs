@@ -1,4 +1,4 @@
-//! What experts add to the base, and what they leave alone.
+//! What experts add to the base, and what they do not change.
 
 use anyhow::Result;
 use dylora::config::{
@@ -56,7 +56,7 @@ fn zero_routing_weights_leave_the_base() -> Result<()> {
     Ok(())
 }
 
-/// `y + scaling * x A^T B^T` (LoRA, arXiv:2106.09685, eq. 3), written out.
+/// Reference: `y + scaling * x A^T B^T` (LoRA, arXiv:2106.09685, eq. 3), written out.
 #[test]
 fn one_expert_is_plain_lora_to_the_bit() -> Result<()> {
     let _generator = seed(3);
@@ -125,13 +125,13 @@ fn permuting_the_experts_with_their_weights_changes_nothing() -> Result<()> {
     let expected = logits(&model, &two_rows(), &RoutingSource::Given(weights.shallow_clone()));
     let mixed = RoutingSource::Given(weights.index_select(2, &index));
     assert_close("permuted", &logits(&permuted, &two_rows(), &mixed), &expected, 1e-12);
-    // the weights matter: those of before are another mixture
+    // the order of the weights matters: in the original order they give another mixture
     let other = logits(&permuted, &two_rows(), &RoutingSource::Given(weights));
     assert!(max_difference(&other, &expected) > 0.1);
     Ok(())
 }
 
-/// PEFT's `adapter_names`: row by row, or document by document where a row holds several.
+/// Each row is routed to the expert that its record names, as by PEFT's `adapter_names`.
 #[test]
 fn a_records_expert_decides_its_own_tokens() -> Result<()> {
     let _generator = seed(15);
@@ -193,7 +193,7 @@ fn an_expert_is_off_before_its_last_invocation() -> Result<()> {
     let invoked = ExpertConfig { alora_invocation_tokens: vec![18, 28], ..ExpertConfig::default() };
     let lora = LoraConfig { experts: vec![invoked], ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
-    // the second row has 18 28 at 1 and at 3, the first not at all
+    // the tokens 18 28 begin at positions 1 and 3 of the second row; the first row lacks them
     let output = model.forward(&two_rows(), &RoutingSource::Uniform, ForwardMode::EVAL, None);
     let RoutingWeights::PerToken(weights) = &output.weights[0] else { panic!("they are masked") };
     let third = 1.0 / 3.0;
@@ -240,9 +240,9 @@ fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
             let (looped, looped_grads) = run(DropoutMasks::PerExpert);
             assert_close("loss", &fused, &looped, tolerance * looped.double_value(&[]));
             for (name, looped) in &looped_grads {
-                // relative where a gradient has elements above 1, else absolute
+                // the tolerance is relative if a gradient has elements above 1, else absolute
                 let scale = looped.abs().max().double_value(&[]);
-                // an expert that no token of these few has chosen has none
+                // an expert that none of these few tokens has chosen has no gradient
                 assert!(scale > 0.0 || top_k.is_some(), "the gradient of `{name}` is zero");
                 assert_close(name, &fused_grads[name], looped, tolerance * scale.max(1.0));
             }
@@ -359,7 +359,7 @@ fn experts_and_their_gradients_stay_in_f32_beside_a_bf16_base() -> Result<()> {
     let (rough, rough_grads) = run(Kind::BFloat16)?;
     assert!((exact - rough).abs() < 0.02 * exact, "{rough} is far from {exact}");
     assert!(rough_grads.values().all(|grad| grad.kind() == Kind::Float));
-    // bf16 has 8 bits: a gradient points the same way, but is not the same
+    // bf16 has 8 significant bits, so gradients have about the same direction but differ
     for (name, exact) in exact_grads {
         let rough = &rough_grads[&name];
         let norms = (exact.norm() * rough.norm()).double_value(&[]);
@@ -369,8 +369,8 @@ fn experts_and_their_gradients_stay_in_f32_beside_a_bf16_base() -> Result<()> {
     Ok(())
 }
 
-/// Early in a run, magnitudes are near 1 times their start and PiSSA's matrices near theirs: what
-/// bf16 leaves of the difference must still be the difference.
+/// Early in a run, magnitudes and PiSSA's matrices are close to their initial values. The update is
+/// their small difference, which must survive the rounding to bf16.
 #[test]
 fn a_small_change_counts_beside_a_bf16_base() {
     let _generator = seed(14);
@@ -396,7 +396,7 @@ fn a_small_change_counts_beside_a_bf16_base() {
         }
         let y = Tensor::zeros([1, 6, 8], (kind, Device::Cpu));
         let ones = Tensor::ones([1, 6, 1], (wide, Device::Cpu));
-        // dropout that drops nothing: DoRA then does not take `x W` from `y`
+        // this dropout drops nothing, but DoRA then computes `x W` instead of taking it from `y`
         let dropout = LoraDropout { probability: 1e-9, masks };
         let weights = RoutingWeights::PerToken(ones);
         experts.add(y, &x.to_kind(kind), &linear, &weights, dropout)

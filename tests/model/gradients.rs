@@ -1,4 +1,4 @@
-//! Gradients against finite differences, and where there are none.
+//! Gradients compared with finite differences, and which parameters have no gradient.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,8 @@ fn loss(model: &RoutedModel, source: &RoutingSource) -> Tensor {
     model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss
 }
 
-/// `(f(x + h v) - f(x - h v)) / 2h` along a random direction v, and v itself. `x` is left as it was.
+/// `(f(x + h v) - f(x - h v)) / 2h` along a random direction v, and v itself. `x` is restored
+/// afterwards.
 fn slope(x: &Tensor, f: impl Fn() -> f64) -> (f64, Tensor) {
     const H: f64 = 1e-5;
     let direction = Tensor::randn(x.size(), DOUBLE);
@@ -44,7 +45,7 @@ pub(super) fn assert_slope(name: &str, grad: &Tensor, x: &Tensor, f: impl Fn() -
     }
 }
 
-/// A, B, router weight and bias, for every input that a router can read.
+/// Checks A, B and the router's weight and bias, for every input that a router can read.
 #[test]
 fn trained_tensors_have_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(60);
@@ -62,7 +63,8 @@ fn trained_tensors_have_the_slopes_of_finite_differences() -> Result<()> {
     Ok(())
 }
 
-/// DoRA's norm has no gradient, so that only its magnitudes and what is around it follow the slope.
+/// DoRA's norm counts as a constant in the backward pass, so the gradients of A and B are not the
+/// slopes. Those of the magnitudes and of the router are.
 #[test]
 fn magnitudes_and_the_router_over_dora_have_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(61);
@@ -77,7 +79,7 @@ fn magnitudes_and_the_router_over_dora_have_the_slopes_of_finite_differences() -
     Ok(())
 }
 
-/// The layer's own input, and the scores before the softmax as leaves.
+/// The leaves are the layer's input and the scores before the softmax.
 #[test]
 fn inputs_and_router_logits_have_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(62);
@@ -98,7 +100,7 @@ fn inputs_and_router_logits_have_the_slopes_of_finite_differences() -> Result<()
         let grads = Tensor::run_backward(&[f()], &[&x, &logits], false, false);
         assert_slope("x", &grads[0], &x, || f().double_value(&[]));
         assert_slope("router_logits", &grads[1], &logits, || f().double_value(&[]));
-        // through the whole model, by weights that are given
+        // the same through the whole model, with given routing weights
         let logits = Tensor::randn([2, 7, 3], DOUBLE).set_requires_grad(true);
         let f = || loss(&model, &RoutingSource::Given(logits.softmax(-1, Kind::Double)));
         let grads = Tensor::run_backward(&[f()], &[&logits], false, false);
@@ -111,7 +113,7 @@ fn largest(tensor: &Tensor) -> f64 {
     tensor.abs().max().double_value(&[])
 }
 
-/// From B = 0 an expert puts nothing out, so that neither its A nor its routing weight can matter yet.
+/// With B = 0 the update of an expert is zero, so its A and the router receive no gradient.
 #[test]
 fn from_b_zero_only_b_has_a_gradient() -> Result<()> {
     let _generator = seed(63);
@@ -126,7 +128,7 @@ fn from_b_zero_only_b_has_a_gradient() -> Result<()> {
     Ok(())
 }
 
-/// Moves every trained tensor against its gradient.
+/// Moves every trained tensor a step against its gradient.
 fn descend(model: &RoutedModel, grads: &BTreeMap<String, Tensor>) {
     let tensors = model.tensors();
     tch::no_grad(|| {
@@ -159,9 +161,10 @@ fn after_a_step_every_trained_tensor_has_a_finite_gradient_that_is_not_zero() ->
     Ok(())
 }
 
-/// What a source does not reach has no gradient, and is not among what is trained.
+/// Only the experts and routers that the source of routing weights uses are trained, and only they
+/// have gradients.
 #[test]
-fn a_source_trains_what_it_reaches() -> Result<()> {
+fn only_parameters_that_a_source_uses_are_trained() -> Result<()> {
     let _generator = seed(65);
     let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
     let names = |choice| -> Vec<String> {

@@ -1,4 +1,5 @@
-//! Experts computed for the tokens that chose them, and all at once: the same function.
+//! Computing experts only for the tokens that chose them gives the same results as computing all
+//! experts at once.
 
 use std::collections::BTreeMap;
 
@@ -20,10 +21,11 @@ use crate::common::{DOUBLE, assert_close, gradients, max_difference, seed, tiny_
 
 const PATH: ModulePath = ModulePath { layer: 0, module: TargetModule::AttnCAttn };
 
-/// What the result and the gradients are compared by.
+/// The tolerance of comparisons in f64.
 const TOLERANCE: f64 = 1e-12;
 
-/// Five experts: of ranks 4, 2, 7 and 4; the second has another scaling, the last lacks the module.
+/// Five experts. The first four target the module with ranks 4, 2, 7 and 4, and the second of them
+/// has another scaling. The last does not target the module.
 fn mixed(kind: Kind) -> Result<RoutedModel> {
     let rank = |rank| ExpertConfig { rank: Some(rank), ..ExpertConfig::default() };
     let second = ExpertConfig { alpha: Some(1.0), ..rank(2) };
@@ -44,7 +46,7 @@ fn experts(model: &RoutedModel) -> &LoraExperts {
     model.experts(PATH).expect("every module has some")
 }
 
-/// How the experts of a module are computed.
+/// The ways to compute the experts of a module.
 #[derive(Debug, Clone, Copy)]
 enum Form {
     Fused,
@@ -73,7 +75,8 @@ fn output(
     }
 }
 
-/// An output, and a random functional's gradients by x, g and, by name, every trained parameter.
+/// An output, and the gradients of a random linear function of it by x, by g and by every trained
+/// parameter.
 struct Run {
     output: Tensor,
     x: Tensor,
@@ -99,7 +102,8 @@ fn run(
     Run { output: output.detach(), x, g, parameters: gradients(model, &loss) }
 }
 
-/// `k` experts for each of 2 x 7 tokens, none of them `never`, and weights `[2, 7, e]` of either sign.
+/// Chooses `k` random experts, but not `never`, for each of 2 x 7 tokens. Returns them,
+/// `[2, 7, k]`, and random weights of either sign that are zero for all other experts, `[2, 7, e]`.
 fn selection(num_experts: i64, k: i64, never: Option<i64>) -> (Tensor, Tensor) {
     let mut scores = Tensor::randn([2, 7, num_experts], DOUBLE);
     if let Some(never) = never {
@@ -111,8 +115,8 @@ fn selection(num_experts: i64, k: i64, never: Option<i64>) -> (Tensor, Tensor) {
     (selected, scores)
 }
 
-/// Checks that two runs agree, but for the gradients of weights that were not selected, which must be
-/// zero in `grouped`.
+/// Checks that two runs agree. The gradients of weights that were not selected may differ, but must
+/// be zero in `grouped`.
 #[track_caller]
 fn assert_same(grouped: &Run, fused: &Run, selected: &Tensor, tolerance: f64) {
     assert_close("output", &grouped.output, &fused.output, tolerance * 10.0);
@@ -148,7 +152,7 @@ fn chosen_experts_alone_equal_all_at_once_in_values_and_gradients() -> Result<()
     Ok(())
 }
 
-/// As an expert before its invocation tokens: chosen, at weight 0.
+/// An expert can be chosen and have weight 0, for example before its invocation tokens.
 #[test]
 fn a_chosen_expert_of_weight_zero_adds_nothing_but_has_a_gradient_for_its_weight() -> Result<()> {
     let _generator = seed(302);
@@ -180,8 +184,8 @@ fn where_only_an_expert_without_the_module_is_chosen_nothing_is_added() -> Resul
     Ok(())
 }
 
-/// The unchosen weights have a gradient all at once, and none here; the router's is the same, since its
-/// scatter drops them.
+/// If all experts are computed at once, the weights of experts that were not chosen also have
+/// gradients. The router's scatter drops these, so its own gradient is the same.
 #[test]
 fn a_router_gets_the_same_gradient_either_way() -> Result<()> {
     let _generator = seed(304);
@@ -206,7 +210,7 @@ fn a_router_gets_the_same_gradient_either_way() -> Result<()> {
         let ((grouped, selected), (fused, _)) = (run(Form::Grouped), run(Form::Fused));
         for (name, at) in [("weight", 0), ("bias", 1)] {
             assert_close(name, &grouped[at], &fused[at], TOLERANCE * 10.0);
-            // a single weight of a top-1 is 1, whatever the router does
+            // with top-1 routing the only weight is 1 whatever the router does
             assert_eq!(fused[at].abs().max().double_value(&[]) > 1e-3, k > 1, "{name}, k = {k}");
         }
         let unchosen = |g: &Tensor| {
@@ -235,7 +239,7 @@ fn both_ways_drop_the_same_inputs() -> Result<()> {
     Ok(())
 }
 
-/// By libtorch's own loop, which stands in for the kernel of bf16 on CUDA.
+/// On the CPU, `at::_grouped_mm` is a loop in libtorch. It stands in for the bf16 kernel on CUDA.
 #[test]
 fn one_kernel_for_all_experts_equals_one_product_for_each() -> Result<()> {
     let _generator = seed(306);
@@ -262,7 +266,7 @@ fn assignments_count_the_tokens_of_each_expert() {
 }
 
 #[test]
-fn experts_that_are_more_than_products_are_computed_all_at_once() -> Result<()> {
+fn dora_and_pissa_experts_are_computed_all_at_once() -> Result<()> {
     let _generator = seed(307);
     let selected = Tensor::zeros([2, 512, 1], (Kind::Int64, Device::Cpu));
     let x = Tensor::zeros([2, 512, 16], DOUBLE);

@@ -1,4 +1,4 @@
-//! The loss in chunks is torch's cross entropy.
+//! The loss computed in chunks equals torch's cross entropy.
 
 use anyhow::Result;
 use dylora::config::RouterConfig;
@@ -110,7 +110,7 @@ fn rows_without_labels_cost_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A tied head's gradient is the sum of those by the logits and by the embeddings.
+/// The gradient of a tied head is the sum of its gradients as the head and as the embeddings.
 #[test]
 fn a_trained_bases_gradients_are_those_of_all_its_logits() {
     let _generator = seed(34);

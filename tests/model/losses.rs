@@ -1,4 +1,5 @@
-//! The routers' losses: closed forms, and the gradients of the formulas written out over all tokens.
+//! The routers' losses: closed forms, and gradients compared with those of the formulas written out
+//! over all tokens.
 //!
 //! Letters of shapes: `n` label tokens, `m` the site's experts.
 
@@ -15,8 +16,7 @@ use crate::common::{
     add_of_one_domain, assert_close, losses_of, mean_loss, seed, tiny_lora, tiny_model,
 };
 
-/// Mean squared distance of the mean probs from even, and the mean squared logsumexp, of tokens whose scores
-/// are `scores`.
+/// The routers' losses over tokens with the given scores, `[n][m]`.
 fn losses_of_scores(scores: &[[f64; 3]]) -> RouterLosses {
     let n = scores.len() as i64;
     let logits = Tensor::from_slice(scores.as_flattened()).view([1, n, 3]);
@@ -33,11 +33,11 @@ fn losses_of_scores(scores: &[[f64; 3]]) -> RouterLosses {
 fn the_distance_from_even_is_zero_when_even_and_m_less_one_over_m_squared_when_collapsed() {
     let uniform = |scores: &[[f64; 3]]| losses_of_scores(scores).uniform_mse;
     assert!(uniform(&[[0.5; 3]; 4]) < 1e-32);
-    // tokens that are sure, but differ, are as even
+    // if each token is sure of a different expert, their mean is even
     let sure = [[900.0, 0.0, 0.0], [0.0, 900.0, 0.0], [0.0, 0.0, 900.0]];
     assert!(uniform(&sure) < 1e-32);
     assert!((uniform(&[[900.0, 0.0, 0.0]; 2]) - 2.0 / 9.0).abs() < 1e-15);
-    // probs 1/2, 1/4, 1/4
+    // the probs are 1/2, 1/4 and 1/4
     let half = uniform(&[[2f64.ln(), 0.0, 0.0]]);
     let by_hand = ((0.5 - 1.0 / 3.0f64).powi(2) + 2.0 * (0.25 - 1.0 / 3.0f64).powi(2)) / 3.0;
     assert!((half - by_hand).abs() < 1e-15);
@@ -47,15 +47,15 @@ fn the_distance_from_even_is_zero_when_even_and_m_less_one_over_m_squared_when_c
 fn the_z_loss_is_the_mean_squared_logsumexp() {
     let z = |scores: &[[f64; 3]]| losses_of_scores(scores).router_z_loss;
     assert!((z(&[[0.0; 3]]) - 3f64.ln().powi(2)).abs() < 1e-15);
-    // a shift of all scores leaves the probs, and adds to the logsumexp
+    // a shift of all scores leaves the probs unchanged and is added to the logsumexp
     assert!((z(&[[2.5; 3]]) - (2.5 + 3f64.ln()).powi(2)).abs() < 1e-14);
     let ln = |a: f64, b: f64, c: f64| [a.ln(), b.ln(), c.ln()];
     let two = [ln(1.0, 2.0, 3.0), ln(0.5, 0.25, 0.25)];
     assert!((z(&two) - 6f64.ln().powi(2) / 2.0).abs() < 1e-14);
 }
 
-/// The four losses of a site with a graph, each the formula over all label tokens at once: `[4]` in the
-/// order of [`RouterConfig::loss_coefs`].
+/// The four losses of a site by their formulas over all label tokens at once, with a graph for
+/// autograd: `[4]`, in the order of [`RouterConfig::loss_coefs`].
 fn literal(routing: &Routing, rows: &Tensor) -> Tensor {
     let m = routing.probs.size()[2];
     let of_rows = |x: &Tensor| x.view([-1, m]).index_select(0, rows);
@@ -77,13 +77,13 @@ fn literal(routing: &Routing, rows: &Tensor) -> Tensor {
     Tensor::stack(&[balance, uniform, z, entropy], 0)
 }
 
-/// The literal losses, the mean over the sites, `[4]`.
+/// The mean of the [`literal`] losses over the sites, `[4]`.
 fn literal_mean(routing: &[Routing], rows: &Tensor) -> Tensor {
     let sites: Vec<_> = routing.iter().map(|routing| literal(routing, rows)).collect();
     Tensor::stack(&sites, 0).mean_dim(0, false, Kind::Double)
 }
 
-/// Every scope, input, level and rule, two of them with hidden layers too.
+/// Routers of every scope, input, level and rule, and some of them with hidden layers too.
 fn all_routers() -> Vec<RouterConfig> {
     let mut all = routers();
     let deep: Vec<_> = all.iter().step_by(5).cloned().collect();
@@ -92,8 +92,9 @@ fn all_routers() -> Vec<RouterConfig> {
     all
 }
 
-/// The gradients of a step cut into micro-batches are those of autograd through the language model's loss,
-/// the literal losses and the orthogonality, each with its factor; the values too.
+/// Compares a step in micro-batches with autograd through the sum of the language model's loss, the
+/// literal losses and the orthogonality, each times its coefficient. The gradients and the values
+/// of the losses are the same.
 #[test]
 fn gradients_of_a_step_are_autograds_of_the_sum_of_all_losses() -> Result<()> {
     let _generator = seed(200);
@@ -135,7 +136,8 @@ fn gradients_of_a_step_are_autograds_of_the_sum_of_all_losses() -> Result<()> {
     Ok(())
 }
 
-/// The losses of a model's routers over a dataset after a small step against the gradients of `config`.
+/// The routers' losses over a dataset, before and after a small step of the routers against their
+/// gradients under `router`.
 fn after_a_step(model: &RoutedModel, router: RouterConfig) -> Result<[RouterLosses; 2]> {
     let mut config = config(&RouterConfig::default(), &[])?;
     config.router = router;
@@ -153,7 +155,7 @@ fn after_a_step(model: &RoutedModel, router: RouterConfig) -> Result<[RouterLoss
     Ok([losses_of(&before.routing), losses_of(&after.routing)])
 }
 
-/// Each is made to outweigh the language model's loss.
+/// The coefficients are so large that each loss outweighs the language model's loss.
 #[test]
 fn a_step_against_a_loss_lowers_it_and_a_negative_factor_raises_the_entropy() -> Result<()> {
     let _generator = seed(201);

@@ -1,4 +1,5 @@
-//! Facts about the model that hold without any reference: identities, invariances, closed forms.
+//! Facts about the model that need no other implementation as a reference: identities, invariances
+//! and closed forms.
 
 #[path = "../common/mod.rs"]
 mod common;

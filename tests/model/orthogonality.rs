@@ -1,4 +1,5 @@
-//! The losses that keep experts apart, against the updates `[o, i]` written out.
+//! The orthogonality losses, which keep experts apart, compared with their definition on the
+//! updates `[o, i]` written out.
 
 use std::collections::BTreeMap;
 
@@ -48,7 +49,7 @@ fn squared_norm(x: &Tensor) -> f64 {
     x.square().sum(Kind::Double).double_value(&[])
 }
 
-/// The squared cosine of two experts' `(A, D)`: `A` is `[r, i]`, the update `D` `[o, i]`.
+/// The squared cosine of two experts, each given as A, `[r, i]`, and its update, `[o, i]`.
 fn squared_cosine(of: Orthogonality, e: &(Tensor, Tensor), f: &(Tensor, Tensor)) -> f64 {
     match of {
         Orthogonality::A(_) => {
@@ -61,7 +62,7 @@ fn squared_cosine(of: Orthogonality, e: &(Tensor, Tensor), f: &(Tensor, Tensor))
     }
 }
 
-/// The definition, by the tensors as a checkpoint holds them.
+/// The loss by its definition, from the tensors of a checkpoint.
 fn literal(model: &RoutedModel, of: Orthogonality) -> f64 {
     let tensors = model.tensors();
     let mut modules: BTreeMap<&str, Vec<(Tensor, Tensor)>> = BTreeMap::new();
@@ -123,7 +124,8 @@ fn orthogonality_has_the_slopes_of_finite_differences() -> Result<()> {
     Ok(())
 }
 
-/// A model of two experts on one module of the first layer, with these A `[r, i]` and B `[o, r]`.
+/// A model of two experts on one module of the first layer, with the given A, `[r, i]`, and B,
+/// `[o, r]`.
 fn two_experts(rank: i64, factors: [(Tensor, Tensor); 2]) -> Result<RoutedModel> {
     let text = format!("num_experts = 2\nrank = {rank}\nexperts_per_layer = [2, 1]");
     let model = tiny_model(&lora(&text), &RouterConfig::default(), Kind::Double)?;
@@ -147,15 +149,16 @@ fn orthogonal_experts_cost_nothing_and_equal_ones_one() -> Result<()> {
     assert_eq!(of((a(0), b(0)), (a(1), b(0)))?, [0.0, 0.0]);
     assert_eq!(of((a(0), b(0)), (a(0), b(1)))?, [1.0, 0.0]);
     assert_eq!(of((a(0), b(0)), (a(0), b(0)))?, [1.0, 1.0]);
-    // neither size nor sign counts
+    // neither the size nor the sign of an update matters
     assert_eq!(of((a(2), b(3) * 4.0), (a(2) * -8.0, b(3)))?, [1.0, 1.0]);
-    // 45 degrees
+    // the rows of A are at 45 degrees
     let [in_a, in_ba] = of((a(0), b(0)), (a(0) + a(1), b(0)))?;
     assert!((in_a - 0.5).abs() < 1e-15 && (in_ba - 0.5).abs() < 1e-15, "{in_a}, {in_ba}");
     Ok(())
 }
 
-/// Of rank r, an update equals itself, but its r inputs are orthogonal to each other: 1 / r.
+/// Equal updates have a squared cosine of 1. But each of the r orthonormal rows of A is orthogonal
+/// to all others, so the loss on A is 1 / r.
 #[test]
 fn equal_experts_of_orthonormal_inputs_cost_one_over_their_rank_in_a() -> Result<()> {
     let _generator = seed(213);
@@ -168,8 +171,8 @@ fn equal_experts_of_orthonormal_inputs_cost_one_over_their_rank_in_a() -> Result
     Ok(())
 }
 
-/// At the start no expert does anything: updates of zero are orthogonal to all, and pull nowhere, whatever
-/// A and B start from.
+/// Every update is zero at the start, whatever the initial A and B are. Updates of zero count as
+/// orthogonal to all others and have no gradient.
 #[test]
 fn updates_of_zero_cost_nothing_and_have_no_gradient() -> Result<()> {
     let _generator = seed(214);
@@ -182,7 +185,7 @@ fn updates_of_zero_cost_nothing_and_have_no_gradient() -> Result<()> {
             for (name, grad) in gradients(&model, &loss) {
                 assert_eq!(max_difference(&grad, &grad.zeros_like()), 0.0, "`{name}`, {kind:?}");
             }
-            // the inputs are there from the start
+            // A is not zero at the start, so the loss on A is not zero either
             assert!(value(&model, Orthogonality::A(1.0)) > 1e-4);
         }
     }
@@ -201,7 +204,8 @@ fn there_is_no_orthogonality_without_two_experts_on_a_module() -> Result<()> {
     Ok(())
 }
 
-/// The loss is still told, of frozen experts too; what trains beside it, the router, learns as without it.
+/// The loss of frozen experts is still reported. The router, which is trained, has the same
+/// gradients as without the loss.
 #[test]
 fn the_orthogonality_of_frozen_experts_changes_no_gradient() -> Result<()> {
     let _generator = seed(217);
@@ -213,23 +217,23 @@ fn the_orthogonality_of_frozen_experts_changes_no_gradient() -> Result<()> {
     let batches = cut(&dataset(16), &[1], false);
     let [with, without] = [with, without].map(|config| step(&model, &config, &batches));
     let (with, without) = (with?, without?);
-    let told = with.orthogonality.expect("it counts").double_value(&[]);
-    assert!((told - literal(&model, Orthogonality::Ba(1.0))).abs() < 1e-13);
+    let reported = with.orthogonality.expect("it counts").double_value(&[]);
+    assert!((reported - literal(&model, Orthogonality::Ba(1.0))).abs() < 1e-13);
     for (a, b) in with.grads.iter().zip(&without.grads) {
         assert_eq!(max_difference(a, b), 0.0);
     }
     Ok(())
 }
 
-/// PiSSA's experts all start from the same singular vectors, so that their inputs are alike; a step that
-/// follows the gradient parts them.
+/// PiSSA experts all start with the same singular vectors, so the loss on A is large at first. From
+/// random values, a step against the gradient lowers the loss.
 #[test]
-fn a_step_against_the_loss_parts_experts_that_started_alike() -> Result<()> {
+fn pissa_experts_start_alike_and_a_step_against_the_loss_lowers_it() -> Result<()> {
     let _generator = seed(216);
     let text = "num_experts = 3\nrank = 3\ninit = 'pissa'\ntarget_modules = ['mlp.c_fc']";
     let model =
         new_model(&tiny_base(tiny_config()), &lora(text), &RouterConfig::default(), Kind::Double);
-    // the rows of A are orthogonal, of squared norms s: sum s^2 / (sum s)^2
+    // the rows of A are orthogonal and have squared norms s; the loss is sum s^2 / (sum s)^2
     let alike = value(&model, Orthogonality::A(1.0));
     assert!(alike > 1.0 / 3.0 - 1e-12, "{alike}");
     randomize(&model)?;

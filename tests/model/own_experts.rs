@@ -19,7 +19,7 @@ use crate::common::{
     randomize, seed, tiny_base, tiny_config, tiny_lora, two_rows,
 };
 
-/// Experts of the first, the second and the third layer.
+/// The numbers of experts of the three layers.
 const PER_LAYER: [i64; 3] = [1, 2, 3];
 
 /// A model of three layers, each of which routes over its own experts.
@@ -32,7 +32,7 @@ fn model_of(lora: &LoraConfig, router: &RouterConfig) -> Result<RoutedModel> {
     Ok(model)
 }
 
-/// The same numbers under a router that is over all experts in every layer.
+/// A model with the same tensors that routes over all experts in every layer.
 fn over_all(model: &RoutedModel) -> Result<RoutedModel> {
     let spec = RouterSpec { own_experts: false, ..model.router_spec().clone() };
     let (base, specs, tensors) = (model.base(), model.specs(), model.tensors());
@@ -43,7 +43,7 @@ fn lora() -> LoraConfig {
     LoraConfig { experts_per_layer: Some(PER_LAYER.to_vec()), ..tiny_lora() }
 }
 
-/// Every scope, input, level and rule of routers.
+/// Routers of every scope, input, level and rule.
 fn routers() -> Vec<RouterConfig> {
     let mut routers = vec![];
     for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|i| (s, i))) {
@@ -85,8 +85,8 @@ fn a_config_with_experts_per_layer_routes_over_a_layers_own() -> Result<()> {
     Ok(())
 }
 
-/// The weights of the experts that a layer has, `[b, t, m]` of its scores: a softmax over them alone, or the
-/// k best of it divided by their sum, found by sorting.
+/// The routing weights of the experts that a layer has, `[b, t, m]`, from their scores: the softmax
+/// over these experts, or its k largest values, found by sorting and divided by their sum.
 fn literal(scores: &Tensor, top_k: Option<i64>) -> Tensor {
     let exp = (scores / 0.7).exp();
     let probs = &exp / exp.sum_dim_intlist(-1, true, Kind::Double);
@@ -123,8 +123,8 @@ fn a_layers_weights_are_the_softmax_over_its_own_experts() -> Result<()> {
                 assert_eq!(max_difference(&own, &own.ones_like()), 0.0, "one expert has weight 1");
             }
         }
-        // the scores are those of the whole router, and without experts of its own a layer shares its weight
-        // with those that it lacks
+        // the scores are the same if the router is over all experts, but then experts that the
+        // layer lacks get a part of the weight
         let whole = all.routing(&two_rows(), ForwardMode::EVAL);
         let first = (&output.routing[0], &whole[0]);
         assert_close("scores", &first.0.logits, &first.1.logits.narrow(-1, 0, 1), 1e-13);
@@ -134,7 +134,7 @@ fn a_layers_weights_are_the_softmax_over_its_own_experts() -> Result<()> {
     Ok(())
 }
 
-/// As where an expert was taken out of the middle: the layers have experts 0 and 2, 1 and 2, and 1.
+/// The three layers have the experts 0 and 2, 1 and 2, and 1.
 #[test]
 fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
     let _generator = seed(246);
@@ -194,9 +194,9 @@ fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
     Ok(())
 }
 
-/// With every expert in every layer there is nothing to leave out.
+/// If every layer has all experts, routing over a layer's own experts is routing over all experts.
 #[test]
-fn experts_that_every_layer_has_are_routed_as_ever() -> Result<()> {
+fn own_experts_change_nothing_if_every_layer_has_all_experts() -> Result<()> {
     let _generator = seed(242);
     for router in routers() {
         let lora = LoraConfig { experts_per_layer: Some(vec![3; 3]), ..tiny_lora() };
@@ -228,7 +228,7 @@ fn routers_over_own_experts_have_the_slopes_of_finite_differences() -> Result<()
     Ok(())
 }
 
-/// A router that scores experts which its layer lacks leaves their columns without a gradient.
+/// A router also has columns for experts that its layer lacks. These columns have no gradient.
 #[test]
 fn the_columns_of_absent_experts_have_no_gradient() -> Result<()> {
     let _generator = seed(244);
@@ -244,7 +244,7 @@ fn the_columns_of_absent_experts_have_no_gradient() -> Result<()> {
     for (layer, m) in PER_LAYER.into_iter().enumerate() {
         let grad = &grads[&format!("h.{layer}.router.weight")];
         let used = grad.narrow(0, 0, m).abs().max().double_value(&[]);
-        // one expert has weight 1 whatever its score
+        // a single expert has weight 1 whatever its score
         assert_eq!(used > 0.0, m > 1, "layer {layer}: {used:e}");
         let absent = grad.narrow(0, m, 3 - m).count_nonzero(None::<i64>).int64_value(&[]);
         assert_eq!(absent, 0, "layer {layer}");
@@ -277,7 +277,7 @@ fn totals_and_losses_are_over_a_layers_own_experts() -> Result<()> {
         let experts: Vec<Vec<usize>> =
             SiteExperts::of(&model).into_iter().map(|site| site.experts).collect();
         assert_eq!(experts, [vec![0], vec![0, 1], vec![0, 1, 2]]);
-        // of a single expert every loss is at its floor
+        // with a single expert, every loss is at its minimum
         let of_one = on_the_host(&totals[..1]);
         let losses = RouterLosses::new(&of_one).expect("a site");
         assert_eq!((losses.load_balancing_loss, losses.uniform_mse), (1.0, 0.0));

@@ -1,4 +1,4 @@
-//! No token sees the future or another document.
+//! No token depends on later tokens or on other documents.
 
 use anyhow::Result;
 use dylora::config::RouterConfig;
@@ -17,7 +17,7 @@ use crate::common::{
 
 const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
 
-/// The documents in two rows of eight, the second with a position of padding.
+/// The documents in two rows of eight positions, the last of which is padding.
 fn packed() -> Inputs {
     let [a, b, c, d] = DOCUMENTS;
     let rows = Rows {
@@ -61,7 +61,7 @@ fn packed_documents_have_the_losses_and_gradients_of_separate_ones() -> Result<(
     Ok(())
 }
 
-/// One document with padding before and behind it.
+/// One document with padding before and after it.
 fn padded(before: usize, behind: usize) -> Inputs {
     let document = DOCUMENTS[0];
     let pad = |value: i64, middle: Vec<i64>| -> Vec<i64> {
@@ -81,7 +81,8 @@ fn padded(before: usize, behind: usize) -> Inputs {
     Inputs::new(rows, Device::Cpu)
 }
 
-/// Loss, gradients, statistics and load-balancing loss, for every input of the router.
+/// Compares the token losses, the gradients, the expert loads and the load-balancing loss, for
+/// every input of the router.
 #[test]
 fn padding_before_and_behind_a_document_changes_nothing() -> Result<()> {
     let _generator = seed(41);
@@ -112,7 +113,7 @@ fn padding_before_and_behind_a_document_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// For every input of the router and every source of weights that is not given from outside.
+/// Checked for every input of the router, with dense and top-k routing.
 #[test]
 fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
     let _generator = seed(42);
@@ -144,7 +145,7 @@ fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
     Ok(())
 }
 
-/// `Inputs::document` is what `trace` shows.
+/// `trace` reads its text through `Inputs::document`.
 #[test]
 fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
     let _generator = seed(43);
@@ -160,7 +161,8 @@ fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
     Ok(())
 }
 
-/// Against PEFT's rule document by document: active from the last occurrence on, never without one.
+/// Reference: PEFT's rule, applied to each document. An expert is active from the last occurrence
+/// of its invocation tokens on, and never without one.
 #[test]
 fn an_invocation_counts_within_its_own_document() -> Result<()> {
     let _generator = seed(44);

@@ -1,4 +1,4 @@
-//! What fills a batch up to a rounded size counts in nothing.
+//! Fillers, which round the sizes of a batch up, do not change any result.
 
 use anyhow::Result;
 use dylora::config::{LossOn, Maturity, Plateau, RouterConfig, RoutingChoice};
@@ -15,7 +15,8 @@ use tch::{Device, Kind, Tensor};
 use crate::accumulation::{config, cut, routers};
 use crate::common::{assert_close, seed, tiny_lora, tiny_model};
 
-/// Two domains of documents; those of 13 to 16 positions fill their blocks of 16 alone.
+/// Two domains of documents in blocks of 16. Unless `is_packed`, the documents have 13 to 16
+/// positions, so that each has a block of its own.
 fn dataset(is_packed: bool) -> TokenDataset {
     let document = |n: u32| MemoryDocument {
         tokens: (0..if is_packed { 3 + n } else { 14 + n % 4 })
@@ -53,7 +54,8 @@ fn tensors(
     Ok((tensors, gradients))
 }
 
-/// With every loss, rule, input and scope, a plateau to look for, and while a new expert is seeded.
+/// Checked with every loss, rule, input and scope, with a plateau as the criterion of maturity, and
+/// also in the seeding phase of a new expert.
 #[test]
 fn fillers_change_no_gradient_no_loss_and_no_total() -> Result<()> {
     let _generator = seed(90);
@@ -101,7 +103,8 @@ fn rows(batch: &Batch) -> Rows<'_> {
     Rows::of_batch(batch, false)
 }
 
-/// Documents of no length behind them; runs of padding are documents of their own.
+/// A run of padding is a document of its own. If sizes are rounded up, documents of length 0
+/// follow.
 #[test]
 fn packed_documents_have_their_bounds_on_the_device() {
     let batch = &cut(&dataset(true), &[], false)[0];
@@ -124,7 +127,7 @@ fn packed_documents_have_their_bounds_on_the_device() {
     }
 }
 
-/// So there are at most 8 numbers of labelled positions.
+/// Rounding leaves at most 8 different numbers of labelled positions.
 #[test]
 fn sizes_are_rounded_to_eighths_of_all_positions() {
     let documents = |n: u32| MemoryDocument {
@@ -137,7 +140,7 @@ fn sizes_are_rounded_to_eighths_of_all_positions() {
         let domain = MemoryDomain { name: "x".into(), weight: 1.0, documents: vec![documents(n)] };
         let dataset = TokenDataset::in_memory(128, LossOn::Completion, vec![domain]);
         let batch = dataset.batch(&dataset.eval_order());
-        // eight rows of it
+        // a batch of eight copies of the row
         let long = Batch {
             num_rows: 8,
             input_ids: batch.input_ids.repeat(8),

@@ -1,11 +1,12 @@
-//! What is told about routing: mutual information, dead experts, largest share, collapse.
+//! Reports on routing: mutual information, dead experts, the largest share and collapse.
 
 use dylora::config::RouterConfig;
 use dylora::eval::RoutingReport;
 use dylora::eval::routing::{self, RouterLosses, SiteTotals};
 use proptest::prelude::*;
 
-/// A site where the tokens of domain g gave expert e the weights `weights[g][e]`, which sum to its tokens.
+/// A site at which the tokens of domain g gave expert e the total weight `weights[g][e]`. A domain
+/// has as many tokens as its weights sum to.
 fn site<const E: usize>(name: &str, weights: &[[f64; E]]) -> SiteTotals {
     let tokens: Vec<f64> = weights.iter().map(|row| row.iter().sum()).collect();
     let probs = (0..E).map(|e| weights.iter().map(|row| row[e]).sum()).collect();
@@ -27,39 +28,40 @@ fn information<const E: usize>(weights: &[[f64; E]]) -> f64 {
 }
 
 #[test]
-fn experts_that_every_domain_uses_alike_tell_nothing_of_it() {
+fn mutual_information_is_zero_if_every_domain_is_routed_alike() {
     assert_eq!(information(&[[1.0, 3.0], [1.0, 3.0]]), 0.0);
-    // whatever the domains' sizes
+    // the sizes of the domains do not matter
     assert!(information(&[[1.0, 3.0], [10.0, 30.0], [0.5, 1.5]]) < 1e-15);
-    // one domain, or one expert
+    // it is also zero with one domain or one expert
     assert_eq!(information(&[[2.0, 5.0, 1.0]]), 0.0);
     assert_eq!(information(&[[2.0], [5.0]]), 0.0);
 }
 
 #[test]
-fn an_expert_for_each_of_d_equal_domains_tells_ln_d() {
+fn mutual_information_is_ln_d_with_an_expert_for_each_of_d_equal_domains() {
     assert!((information(&[[4.0, 0.0], [0.0, 4.0]]) - 2f64.ln()).abs() < 1e-15);
     let three = [[0.0, 7.0, 0.0], [7.0, 0.0, 0.0], [0.0, 0.0, 7.0]];
     assert!((information(&three) - 3f64.ln()).abs() < 1e-15);
-    // unequal ones their entropy
+    // with unequal domains it is their entropy
     let entropy = -(0.25 * 0.25f64.ln() + 0.75 * 0.75f64.ln());
     assert!((information(&[[1.0, 0.0], [0.0, 3.0]]) - entropy).abs() < 1e-15);
-    // two experts for one domain tell no more than one
+    // two experts for one domain give no more information than one
     assert!((information(&[[2.0, 2.0, 0.0], [0.0, 0.0, 4.0]]) - 2f64.ln()).abs() < 1e-15);
 }
 
-/// Joint 3/8, 1/8; 1/8, 3/8 with even margins: `2 (3/8) ln(3/2) + 2 (1/8) ln(1/2)`.
+/// The joint distribution 3/8, 1/8; 1/8, 3/8 has even marginals and gives
+/// `2 (3/8) ln(3/2) + 2 (1/8) ln(1/2)`.
 #[test]
 fn the_mutual_information_of_a_two_by_two_table_is_that_by_hand() {
     let by_hand = 0.75 * 1.5f64.ln() - 0.25 * 2f64.ln();
     assert!((information(&[[3.0, 1.0], [1.0, 3.0]]) - by_hand).abs() < 1e-15);
-    // 1/2, 1/4; 0, 1/4: margins 3/4, 1/4 and 1/2, 1/2
+    // 1/2, 1/4; 0, 1/4 has the marginals 3/4, 1/4 and 1/2, 1/2
     let uneven = 0.5 * (4.0 / 3.0f64).ln() + 0.25 * (2.0 / 3.0f64).ln() + 0.25 * 2f64.ln();
     assert!((information(&[[2.0, 1.0], [0.0, 1.0]]) - uneven).abs() < 1e-15);
 }
 
 proptest! {
-    /// `H(domain) + H(expert) - H(both)`, within its bounds.
+    /// It is `H(domain) + H(expert) - H(both)`, and within its bounds.
     #[test]
     fn mutual_information_is_the_sum_of_entropies_less_the_joint_one(
         weights in prop::collection::vec([0.01..9.0f64, 0.01..9.0, 0.0..9.0, 0.0..2.0], 1..4),
@@ -119,7 +121,8 @@ fn a_domains_row_is_of_its_tokens_alone() {
     assert_eq!(RoutingReport::new(&[], None, 0.1), None, "no router");
 }
 
-/// The weights of a domain count even where its records leave experts out, so that they do not sum to 1.
+/// A token's routing weights need not sum to 1, for example if its record names the base. The mean
+/// weights are still divided by the number of tokens.
 #[test]
 fn weights_are_means_over_tokens_and_loads_over_assignments() {
     let mut totals = site("all layers", &[[6.0, 2.0]]);

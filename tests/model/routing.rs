@@ -1,4 +1,4 @@
-//! A router's weights, and the statistics over them.
+//! The routing weights of a router, and the statistics that are computed from them.
 
 use dylora::config::RouterNoise;
 use dylora::model::batch::Labelled;
@@ -39,8 +39,8 @@ fn indices(rows: &[i64]) -> Tensor {
     Tensor::from_slice(rows)
 }
 
-/// `E sum_e f_e P_e`, with a graph: the two means written out (arXiv:2101.03961, eqs. 4-6; dense:
-/// `f = P`).
+/// `E sum_e f_e P_e` (arXiv:2101.03961, eqs. 4-6), with the two means written out and a graph for
+/// autograd. With dense routing, `f = P`.
 fn balance_loss(routing: &Routing, rows: &Tensor) -> Tensor {
     let probs_ne = routing.probs.view([-1, 3]).index_select(0, rows);
     let mean_probs = probs_ne.mean_dim(0, false, Kind::Double);
@@ -55,7 +55,7 @@ fn balance_loss(routing: &Routing, rows: &Tensor) -> Tensor {
     (load * mean_probs).sum(Kind::Double) * 3.0
 }
 
-/// The totals of tokens whose probs are `probs`, `[n, e]`, all labelled.
+/// The totals of label tokens with the given probs, `[n, e]`.
 fn totals(probs: &[[f64; 3]], selected: Option<&[i64]>) -> RoutingTotals {
     let n = probs.len() as i64;
     let probs = Tensor::from_slice(probs.as_flattened()).view([1, n, 3]);
@@ -101,7 +101,8 @@ fn the_k_best_that_are_not_renormalised_keep_their_probs() {
     }
 }
 
-/// A single best expert's weight is 1 whatever its score, or, as Switch has it, its prob.
+/// If renormalised, the weight of a single best expert is 1 whatever its score. Otherwise it is the
+/// expert's prob, as in Switch Transformers.
 #[test]
 fn the_weight_of_a_single_best_has_a_gradient_where_it_is_not_renormalised() {
     let _generator = seed(56);
@@ -135,7 +136,7 @@ fn load_balancing_loss_is_one_when_even() {
     assert!((loss(totals(&even, None)) - 1.0).abs() < 1e-15);
     assert!((loss(totals(&even, Some(&[0, 1, 2]))) - 1.0).abs() < 1e-15);
     assert!((loss(totals(&even, Some(&[0, 1, 1, 2, 2, 0]))) - 1.0).abs() < 1e-15);
-    // tokens that are sure, but differ, are as even
+    // if each token is sure of a different expert, their mean is even
     let sure = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]];
     assert!((loss(totals(&sure, None)) - 1.0).abs() < 1e-15);
     assert!((loss(totals(&sure, Some(&[0, 1, 2]))) - 1.0).abs() < 1e-15);
@@ -155,7 +156,7 @@ fn load_balancing_loss_has_its_closed_forms() {
     assert!((loss(totals(&collapsed, None)) - 3.0).abs() < 1e-15);
 }
 
-/// Two batches of uneven size, summed, against autograd of the formula over both at once.
+/// Reference: autograd of the formula over both batches at once.
 #[test]
 fn balance_gradients_of_uneven_batches_are_those_of_the_formula_over_all() {
     let _generator = seed(52);

@@ -1,4 +1,4 @@
-//! Routers by scope and depth, their noise, and the rule of evaluation.
+//! The scopes, the depth and the noise of routers, and the rule of evaluation.
 
 use std::collections::BTreeMap;
 
@@ -84,7 +84,8 @@ fn routing_is_decided_once_or_at_each_layer_or_module() -> Result<()> {
     Ok(())
 }
 
-/// The tensors of a model whose routers are all alike those of `shared`, in whatever scope.
+/// Loads the tensors of `shared` into `model`, whatever its scope: each router becomes a copy of
+/// the shared one.
 fn as_shared(model: &RoutedModel, shared: &RoutedModel) -> Result<()> {
     let of_shared = shared.tensors();
     let own = model.tensors().into_keys().map(|name| {
@@ -116,7 +117,8 @@ fn routers_that_are_alike_everywhere_are_one_shared_router() -> Result<()> {
     Ok(())
 }
 
-/// What reads the embeddings or the base alone is moved by nothing; a layer's own input by what lies before.
+/// Routers that read the embeddings or the base do not depend on other routers. Routers that read
+/// their layer's input depend on the routers of earlier layers.
 #[test]
 fn another_router_of_one_module_moves_that_site_alone() -> Result<()> {
     let _generator = seed(223);
@@ -134,7 +136,7 @@ fn another_router_of_one_module_moves_that_site_alone() -> Result<()> {
         model.load_some(&[(name.to_owned(), Tensor::randn([3, 16], DOUBLE))].into())?;
         for (site, (before, after)) in before.iter().zip(probs()).enumerate() {
             let moved = max_difference(before, &after);
-            // the modules of a layer read the same input, and the next layer another
+            // all modules of a layer read the same input, so only the next layer is affected
             let may_move = site == changed || (input == RouterInput::LayerInput && site >= 4);
             assert_eq!(moved > 1e-4, may_move, "{input:?}, site {site}: {moved:e}");
         }
@@ -178,7 +180,7 @@ fn rule(noise: RouterNoise) -> RoutingRule {
     RoutingRule { temperature: Tensor::from(0.7), top_k: None, renormalize: true, noise }
 }
 
-/// `W2 relu(W1 relu(W0 x + b0) + b1) + b2`, one number at a time.
+/// Reference: `W2 relu(W1 relu(W0 x + b0) + b1) + b2`, computed number by number.
 #[test]
 fn hidden_layers_are_the_formula_written_out() -> Result<()> {
     let _generator = seed(225);
@@ -206,7 +208,7 @@ fn hidden_layers_are_the_formula_written_out() -> Result<()> {
     Ok(())
 }
 
-/// Biases start at 0, scores near it, so that the mixture starts near even.
+/// Biases start at 0 and weights near 0, so the routing weights are nearly even at the start.
 #[test]
 fn a_fresh_router_mixes_nearly_evenly_but_not_all_tokens_alike() {
     let _generator = seed(226);
@@ -226,7 +228,8 @@ fn moments(x: &Tensor) -> (f64, f64) {
     (number(x.mean(Kind::Double)), number(x.std(true)))
 }
 
-/// 24000 scores: the mean's own deviation is 0.0032, the std's 0.0023.
+/// Over 24000 scores, the standard error of the mean is 0.0032 and that of the standard deviation
+/// is 0.0023.
 #[test]
 fn gaussian_noise_is_added_to_each_score_with_its_std() {
     let _generator = seed(227);
@@ -235,15 +238,15 @@ fn gaussian_noise_is_added_to_each_score_with_its_std() {
     let quiet = router.forward(&x, &rule(RouterNoise::None), None);
     let noisy = router.forward(&x, &rule(RouterNoise::Gaussian(0.5)), None);
     assert_close("the scores told are raw", &noisy.logits, &quiet.logits, 0.0);
-    // a softmax is its scores but for a constant of each token: temperature (ln p - mean ln p)
+    // the probs give the scores up to a constant of each token: temperature (ln p - mean ln p)
     let centered = |x: &Tensor| x - x.mean_dim(-1, true, Kind::Double);
     let noise = centered(&noisy.probs.log()) * 0.7 - centered(&quiet.logits);
     let (mean, std) = moments(&noise);
-    // of three numbers less their mean, the variance is 2 / 3
+    // subtracting the mean of three numbers leaves 2 / 3 of their variance
     let expected = 0.5 * (2.0f64 / 3.0).sqrt();
     assert!(mean.abs() < 1e-12, "{mean}");
     assert!((std - expected).abs() < 0.02 * expected, "{std} is not {expected}");
-    // tokens and experts draw their own
+    // each token and expert draws its own noise
     let tokens = noise.view([-1, 3]);
     let (first, second) = (tokens.narrow(0, 0, 4000), tokens.narrow(0, 4000, 4000));
     let product = (first * second).mean(Kind::Double).double_value(&[]);
@@ -268,7 +271,7 @@ fn jitter_multiplies_each_feature_with_a_number_that_is_even_between_its_bounds(
     assert!((0.8..0.801).contains(&low) && (1.199..1.2).contains(&high), "{low} to {high}");
 }
 
-/// Noise moves the weights in training, has the gradient of the noisy scores, and is off elsewhere.
+/// The noise depends only on the generator. Without noise, a forward pass does not depend on it.
 #[test]
 fn noise_disturbs_a_forward_pass_in_training_alone() -> Result<()> {
     let _generator = seed(229);
@@ -297,7 +300,7 @@ fn noise_disturbs_a_forward_pass_in_training_alone() -> Result<()> {
     Ok(())
 }
 
-/// The same model with another rule of training.
+/// The same model with another `top_k` in training.
 fn with_rule(
     model: &RoutedModel,
     router: &RouterConfig,

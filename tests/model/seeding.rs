@@ -1,4 +1,4 @@
-//! How a new expert is seeded: who decides the routing weights, and the loss of its router column.
+//! The seeding of a new expert: the routing weights, and the loss for its router column.
 
 use anyhow::Result;
 use dylora::config::{GrowthConfig, LossOn, RouterConfig, RouterInput, RoutingChoice};
@@ -19,7 +19,7 @@ use crate::common::{
     ROUTER_INPUTS, SCOPES, assert_close, max_difference, seed, tiny_lora, tiny_model, two_rows,
 };
 
-/// Of [`tiny_lora`]'s three, the last is new.
+/// The last of the three experts of [`tiny_lora`] is new.
 const PHASE: SeedingPhase = SeedingPhase { expert: 2, domain: 1 };
 
 /// The weights of each site, `[b, t, e]`.
@@ -71,7 +71,7 @@ fn a_named_expert_has_all_of_a_token_and_the_router_decides_on_the_others() -> R
                     assert!(used.equal(&expected), "{what}: not the router's own");
                 }
             }
-            // with nothing named it is the router, to the bit
+            // if no token names an expert, the result equals the router's to the bit
             inputs.expert_ids = Some(named.full_like(-1));
             let none = model.forward(&inputs, &RoutingSource::RecordOrRouter, mode, None);
             let router = model.forward(&inputs, &RoutingSource::Router, mode, None);
@@ -99,7 +99,7 @@ fn gradient_checkpointing_changes_no_gradient_of_a_seeding_step() -> Result<()> 
     Ok(())
 }
 
-/// Documents of 2 to 10 tokens of two domains, each in blocks of 16.
+/// Two domains of documents of 2 to 10 tokens, each in blocks of 16.
 fn two_domains(num_old: u32, num_new: u32) -> TokenDataset {
     let document = |n: u32, step: u32| MemoryDocument {
         tokens: (0..2 + n % 9).map(|i| (n * 7 + i * step) % 61).collect(),
@@ -115,7 +115,7 @@ fn two_domains(num_old: u32, num_new: u32) -> TokenDataset {
     TokenDataset::in_memory(16, LossOn::Completion, domains)
 }
 
-/// A growth by the domain `new`, all of it at full rates.
+/// The settings of a growth by the domain `new`, with the full learning rate for all parts.
 pub(super) fn growth(seed_router_coef: f64) -> GrowthConfig {
     GrowthConfig {
         domain: "new".into(),
@@ -127,7 +127,7 @@ pub(super) fn growth(seed_router_coef: f64) -> GrowthConfig {
     }
 }
 
-/// A step of the seeding phase with every other loss that there is.
+/// The gradients of a step in the seeding phase, with all other losses too.
 fn gradients(
     model: &RoutedModel,
     router: &RouterConfig,
@@ -164,7 +164,7 @@ fn a_seeding_steps_gradients_do_not_depend_on_how_it_is_cut() -> Result<()> {
     Ok(())
 }
 
-/// The formula over all label tokens at once, the mean over the sites.
+/// The seeding loss by its formula over all label tokens at once, as the mean over the sites.
 fn literal(routing: &[Routing], temperature: f64, rows: &Tensor, is_new: &Tensor) -> Tensor {
     let is_new = is_new.to_kind(Kind::Double);
     let is_old: Tensor = 1.0 - &is_new;
@@ -179,14 +179,14 @@ fn literal(routing: &[Routing], temperature: f64, rows: &Tensor, is_new: &Tensor
     Tensor::stack(&sites, 0).mean(Kind::Double)
 }
 
-/// As the step routes it: the new domain's tokens to the new expert.
+/// The batch as a seeding step routes it: the tokens of the new domain name the new expert.
 fn seeded(batch: &Batch) -> Batch {
     let named = |domain: &u32| if *domain == PHASE.domain { PHASE.expert } else { -1 };
     let rows = batch.domains.iter().flat_map(|domain| vec![named(domain); batch.seq_len]);
     Batch { expert_ids: rows.collect(), ..batch.clone() }
 }
 
-/// Both domains count the same, however many tokens each has.
+/// Both domains have the same share in the loss, however many tokens each has.
 #[test]
 fn the_seeding_loss_adds_the_gradient_of_the_formula_over_all_tokens() -> Result<()> {
     let _generator = seed(403);
@@ -227,7 +227,7 @@ fn the_seeding_loss_adds_the_gradient_of_the_formula_over_all_tokens() -> Result
     Ok(())
 }
 
-/// One place with these scores, each token's own row.
+/// A site with the given scores, one row for each token.
 fn site(scores: &[[f64; 3]], kind: Kind) -> Routing {
     let logits = Tensor::from_slice(scores.as_flattened()).to_kind(kind);
     let logits = logits.view([1, -1, 3]).set_requires_grad(true);
@@ -247,7 +247,7 @@ fn loss_of(routing: &Routing, is_new: &[bool], tokens: [u64; 2]) -> Tensor {
 
 #[test]
 fn the_seeding_loss_is_two_ln_2_where_the_new_expert_has_half() {
-    // e^0 + e^0 = e^(ln 2): p = 1/2 for every token
+    // e^0 + e^0 = e^(ln 2), so p = 1/2 for every token
     let half = site(&[[0.0, 0.0, 2f64.ln()]; 5], Kind::Double);
     let loss = loss_of(&half, &[true, false, false, false, false], [1, 4]);
     assert_close("half", &loss, &Tensor::from(2.0 * 2f64.ln()), 1e-15);
@@ -262,7 +262,7 @@ fn a_step_without_tokens_of_one_side_has_the_other_sides_loss() {
     }
 }
 
-/// d(-ln(1 - p)) / d s_new = p, and d(-ln p) / d s_new = p - 1, wherever p is.
+/// For every p, d(-ln(1 - p)) / d s_new = p and d(-ln p) / d s_new = p - 1.
 #[test]
 fn tokens_that_are_surely_on_the_wrong_side_keep_their_whole_gradient() {
     for kind in [Kind::Float, Kind::Double] {
@@ -276,7 +276,7 @@ fn tokens_that_are_surely_on_the_wrong_side_keep_their_whole_gradient() {
 }
 
 #[test]
-fn of_frozen_old_parts_only_the_new_column_is_trained() -> Result<()> {
+fn with_frozen_old_parts_only_the_new_column_of_a_router_is_trained() -> Result<()> {
     let _generator = seed(404);
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
         for hidden_layers in [0, 1] {

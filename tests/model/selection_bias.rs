@@ -1,4 +1,5 @@
-//! The bias by which the k best experts are chosen, but not weighted (arXiv:2408.15664).
+//! The selection bias, which is added to choose the k best experts, but not to weight them
+//! (arXiv:2408.15664).
 
 use std::collections::BTreeMap;
 
@@ -25,7 +26,7 @@ fn bias(model: &RoutedModel, router: usize) -> Vec<f64> {
     Vec::try_from(bias).expect("it is on the CPU")
 }
 
-/// The totals of a site at which these experts were chosen, one for each token.
+/// The totals of a site at which the given experts were chosen, one for each token.
 fn chosen(experts: &[i64]) -> RoutingTotals {
     let n = experts.len() as i64;
     let selected = Tensor::from_slice(experts).view([1, n, 1]);
@@ -39,7 +40,8 @@ fn chosen(experts: &[i64]) -> RoutingTotals {
     totals.remove(0)
 }
 
-/// Of loads 4/6, 2/6 and 0 the first is above 1/3, the second even, the third below.
+/// The loads are 4/6, 2/6 and 0: the first is above an even share of 1/3, the second equals it and
+/// the third is below it.
 #[test]
 fn the_bias_moves_by_its_rate_from_experts_with_more_than_their_share_to_those_with_less()
 -> Result<()> {
@@ -72,7 +74,7 @@ fn each_router_follows_the_loads_of_the_sites_that_it_decides_for() -> Result<()
     zeros(&model)?;
     balance_biases(&model, &totals(), 0.5, None);
     assert_eq!((bias(&model, 0), bias(&model, 1)), (vec![-0.5, 0.5, 0.5], vec![0.5, -0.5, 0.0]));
-    // one router for both layers sees their sum: 3, 2 and 1 of 6
+    // one router for both layers follows the sum of their loads: 3, 2 and 1 of 6
     let shared = biased(RouterScope::Shared, RouterInput::LayerInput, Some(1));
     let model = tiny_model(&tiny_lora(), &shared, Kind::Double)?;
     zeros(&model)?;
@@ -81,7 +83,8 @@ fn each_router_follows_the_loads_of_the_sites_that_it_decides_for() -> Result<()
     Ok(())
 }
 
-/// Where nothing is chosen, as before the experts of a hybrid rule are mature, there is nothing to balance.
+/// Dense routing chooses no experts, so there is nothing to balance. A hybrid rule routes densely
+/// until its experts are mature.
 #[test]
 fn dense_routing_leaves_the_bias_alone() -> Result<()> {
     let _generator = seed(262);
@@ -132,7 +135,7 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
             takes_last(routing).to_kind(Kind::Double).mean(Kind::Double).double_value(&[])
         };
         assert!(share(&without) < 0.9 && share(&biased) == 1.0, "probs are at most 1");
-        // the chosen are weighted by their probs alone
+        // the weights of the chosen experts depend only on their probs
         let kept = &biased.probs * biased.weights.gt(0.0).to_kind(Kind::Double);
         let expected = match renormalize {
             true => &kept / kept.sum_dim_intlist(-1, true, Kind::Double),

@@ -1,4 +1,5 @@
-//! Routing by the prompt: each document's tokens by the mean features of its prompt up to them.
+//! Routing by the prompt: a token is routed by the mean of the router's inputs over its document's
+//! prompt, up to this token.
 
 use anyhow::Result;
 use dylora::config::{LossOn, RouterConfig, RouterInput, RouterScope, RoutingLevel};
@@ -11,11 +12,11 @@ use crate::common::{
     mean_loss, seed, tiny_lora, tiny_model,
 };
 
-/// Documents with the lengths of their prompts; the last has none, and so is one.
+/// Documents with the lengths of their prompts. The last has no completion.
 const DOCUMENTS: [(&[i64], usize); 4] =
     [(&[3, 14, 15, 9, 26], 2), (&[5, 35], 1), (&[27, 18, 28, 18, 28, 45], 4), (&[9, 8, 7], 3)];
 
-/// Every scope and input of routers that route sequences.
+/// Routers of every scope and input that route by the prompt.
 fn routers() -> impl Iterator<Item = RouterConfig> {
     SCOPES.into_iter().flat_map(|scope| ROUTER_INPUTS.map(|input| (scope, input))).map(
         |(scope, input)| RouterConfig {
@@ -27,7 +28,7 @@ fn routers() -> impl Iterator<Item = RouterConfig> {
     )
 }
 
-/// The documents in one row each of `rows`, behind one another, padded to the longest.
+/// Packs the documents of each row one after another, and pads the rows to the longest one.
 fn packed(rows: &[&[(&[i64], usize)]]) -> Inputs {
     let row_len = |row: &&[(&[i64], usize)]| row.iter().map(|(tokens, _)| tokens.len()).sum();
     let seq_len: usize = rows.iter().map(row_len).max().expect("there is a row");
@@ -62,18 +63,18 @@ fn packed(rows: &[&[(&[i64], usize)]]) -> Inputs {
     Inputs::new(rows, Device::Cpu)
 }
 
-/// One document on its own.
+/// A batch of a single document.
 fn single(tokens: &[i64], prompt_len: usize) -> Inputs {
     packed(&[&[(tokens, prompt_len)]])
 }
 
-/// The weights at each site, beside one another, `[b, t, sites e]`.
+/// The routing weights of all sites side by side, `[b, t, sites e]`.
 fn weights(model: &RoutedModel, inputs: &Inputs) -> Tensor {
     let routing = model.routing(inputs, ForwardMode::EVAL);
     Tensor::cat(&routing.iter().map(|routing| &routing.weights).collect::<Vec<_>>(), 2)
 }
 
-/// The mean over the prompt's embeddings up to each token, added up one by one.
+/// Reference: the mean of the prompt's embeddings up to each token, summed token by token.
 #[test]
 fn weights_are_those_of_the_prompts_mean_embedding_so_far() -> Result<()> {
     let _generator = seed(250);
@@ -207,9 +208,9 @@ fn a_document_without_a_prompt_counts_as_one() -> Result<()> {
     Ok(())
 }
 
-/// A prompt of one token is its own mean.
+/// The mean over a single token is that of the token itself.
 #[test]
-fn the_first_token_is_routed_as_by_itself() -> Result<()> {
+fn the_first_token_is_routed_as_with_token_routing() -> Result<()> {
     let _generator = seed(256);
     for router in routers() {
         let by_prompt = tiny_model(&tiny_lora(), &router, Kind::Double)?;
@@ -227,7 +228,8 @@ fn the_first_token_is_routed_as_by_itself() -> Result<()> {
     Ok(())
 }
 
-/// The prompt of a record, as the data room packs it; loss on the whole of it or not.
+/// The prompts are those of the records in a dataset, with a loss on the completion or on all
+/// tokens.
 #[test]
 fn a_datasets_records_are_routed_by_their_prompts() -> Result<()> {
     let _generator = seed(257);
@@ -248,7 +250,7 @@ fn a_datasets_records_are_routed_by_their_prompts() -> Result<()> {
     for loss_on in [LossOn::Completion, LossOn::All] {
         let found = weights_of([1, 2, 3], loss_on);
         assert_close("weights", &weights_of([51, 52, 53], loss_on), &found, 0.0);
-        // positions 0 to 4 read the first document less its last token, 5 to 8 the second
+        // positions 0 to 4 read the first document and 5 to 8 the second, without their last tokens
         let documents = [(0, [7, 9, 4].as_slice(), 5), (5, [5, 6].as_slice(), 4)];
         for (start, prompt, len) in documents {
             let alone = single(&[prompt, &[1, 2]].concat(), prompt.len());

@@ -1,4 +1,5 @@
-//! Whole steps: the update, what is skipped, and steps through the memory that a graph would read.
+//! Whole steps: the optimizer's update, skipped steps, and steps that read their data from the
+//! memory that a captured graph would read.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +21,7 @@ fn stepper(model: &RoutedModel, config: &OptimizerConfig, capture: Capture) -> S
     Stepper::new(Optimizer::new(config, &trained.parameters), capture, Device::Cpu)
 }
 
-/// arXiv:1711.05101, algorithm 2, in f64.
+/// Reference: AdamW (arXiv:1711.05101, algorithm 2), in f64.
 #[test]
 fn an_update_by_numbers_on_the_device_is_adamw() -> Result<()> {
     let _generator = seed(95);
@@ -72,7 +73,7 @@ fn an_update_by_numbers_on_the_device_is_adamw() -> Result<()> {
     Ok(())
 }
 
-/// What a step may change, by name.
+/// Copies of all tensors that a step may change, by name.
 fn everything(model: &RoutedModel, stepper: &Stepper) -> BTreeMap<String, Tensor> {
     let all = model.tensors().into_iter().chain(stepper.optimizer.state());
     all.map(|(name, tensor)| (name, tensor.copy())).collect()
@@ -116,7 +117,8 @@ fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
     Ok(())
 }
 
-/// Steps of two shapes in turn, with rates, temperatures, masks and noise that change.
+/// Runs steps of two shapes in turn. Learning rates, temperatures, dropout masks and noise change
+/// from step to step.
 fn run(
     model: &mut RoutedModel,
     config: &Config,
@@ -131,7 +133,7 @@ fn run(
     let mut results = vec![];
     for step in 0..12usize {
         model.set_rule(1.0 + step as f64 / 7.0, Some(2));
-        // rounded whatever the way, as what differs is to be the way alone
+        // the sizes are rounded with both settings, so that only `capture` differs
         let data = Prepared::new(model, config, &shapes[step % 3], None, 1, true);
         let factor = 1.0 / (1.0 + step as f64);
         let pending = stepper.launch(model, &trained, config, &data, factor)?;
@@ -169,7 +171,7 @@ fn steps_through_the_memory_of_captured_ones_are_the_same_to_the_bit() -> Result
     Ok(())
 }
 
-/// Sizes are rounded where a step is to be captured only.
+/// Sizes are rounded only if a step is to be captured.
 #[test]
 fn what_cannot_be_captured_is_run_step_by_step() -> Result<()> {
     let _generator = seed(99);

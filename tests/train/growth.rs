@@ -1,4 +1,4 @@
-//! A mixture that gets one expert more: what its router does at first, and a whole stage of training.
+//! Adding an expert to a mixture: a whole stage of training.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use tch::{Device, Kind, Tensor};
 use crate::routing::{metrics, steps, windows};
 use crate::{World, alone, data, open_base, record, tensors, train};
 
-/// A third domain of a world.
+/// Writes the files of a third domain of a world, and returns its config.
 pub(crate) fn third_domain(world: &World) -> Result<DomainConfig> {
     let mut files = vec![];
     for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
@@ -44,7 +44,8 @@ pub(crate) fn third_domain(world: &World) -> Result<DomainConfig> {
     })
 }
 
-/// A stage of six steps, four of them of seeding, in which what is old is frozen.
+/// A stage of six steps, the first four of them for seeding, in which the old experts and router
+/// columns are frozen.
 pub(crate) fn growth(world: &World, run: &str) -> Result<Growth> {
     Ok(Growth {
         domain: third_domain(world)?,
@@ -58,16 +59,16 @@ pub(crate) fn growth(world: &World, run: &str) -> Result<Growth> {
     })
 }
 
-/// A stage that may begin.
+/// All that is needed to begin a stage.
 struct NextStage {
     config: Config,
     base: Base,
     mixture: Mixture,
-    past: MixtureHistory,
+    history: MixtureHistory,
     stage: Stage,
 }
 
-/// The stage that comes after two experts were trained for four steps on two domains.
+/// Trains two experts on two domains for four steps, and returns the stage that follows.
 fn next_stage(world: &World, overrides: &[&str], growth: &Growth) -> Result<NextStage> {
     let common = ["lora.num_experts=2", "train.duration={steps=4}", "train.eval_every_steps=2"];
     let first = world.config("first", &[&common[..], overrides].concat())?;
@@ -98,21 +99,21 @@ fn next_stage(world: &World, overrides: &[&str], growth: &Growth) -> Result<Next
         label_tokens: embedding.label_tokens,
         expert: Some(2),
     });
-    let past = MixtureHistory {
+    let history = MixtureHistory {
         stages: state.stages,
         tokens_seen: state.tokens_seen,
         maturity: state.routing.experts,
         skills: Some(skills),
     };
     let stage = Stage::new("add third", vec!["third".into()], 3);
-    Ok(NextStage { config, base, mixture, past, stage })
+    Ok(NextStage { config, base, mixture, history, stage })
 }
 
 impl NextStage {
     fn trainer(self) -> Result<Trainer> {
         let data = data(&self.config, &self.base)?;
-        let Self { config, base, mixture, past, stage } = self;
-        Trainer::next_stage(config, &base, &mixture, data, Device::Cpu, past, stage)
+        let Self { config, base, mixture, history, stage } = self;
+        Trainer::next_stage(config, &base, &mixture, data, Device::Cpu, history, stage)
     }
 
     fn run(self) -> Result<Summary> {
@@ -124,17 +125,17 @@ fn model_of(checkpoint: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&checkpoint.join("model.safetensors"))
 }
 
-/// A mixture's tensors as they are now.
+/// Copies of a mixture's tensors.
 fn copies(mixture: &Mixture) -> BTreeMap<String, Tensor> {
     mixture.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect()
 }
 
-/// The checkpoint of a step.
+/// The path of a step's checkpoint.
 fn at_step(config: &Config, step: u64) -> PathBuf {
     config.run.dir.join(format!("checkpoints/step-{step:08}"))
 }
 
-/// Whether `tensor`, of this name, belongs to one of the first two experts.
+/// Whether the tensor called `name` belongs to one of the first two experts.
 fn is_old(name: &str) -> bool {
     name.contains(".expert_0.") || name.contains(".expert_1.")
 }
@@ -190,7 +191,8 @@ fn the_hash_of_what_is_frozen_covers_the_old_experts_alone() -> Result<()> {
     Ok(())
 }
 
-/// Adam's first step is `learning_rate * g / (|g| + eps')`: the learning rate wherever there is a gradient.
+/// Adam's first step is `learning_rate * g / (|g| + eps')`, whose size is the learning rate
+/// wherever the gradient is not zero.
 #[test]
 fn old_parts_move_by_their_factor_of_the_learning_rate() -> Result<()> {
     let _alone = alone();
@@ -226,7 +228,7 @@ fn old_parts_move_by_their_factor_of_the_learning_rate() -> Result<()> {
         let (moved, expected) = (moved(name, rows), rate * factor);
         assert!((moved / expected - 1.0).abs() < 2e-3, "`{name}`: {moved} is not {expected}");
     }
-    // B was 0
+    // B was 0 before the step
     let new = after["h.1.mlp.c_fc.expert_2.lora_b"].abs().max().double_value(&[]);
     assert!((new / (2e-2 * factor) - 1.0).abs() < 2e-3, "{new}");
     Ok(())
@@ -296,12 +298,12 @@ fn a_stage_that_was_interrupted_equals_an_unbroken_one_to_the_bit() -> Result<()
     let mut growth = growth(&world, "grown")?;
     growth.old_columns_rate = 0.1;
     let next = next_stage(&world, &hybrid, &growth)?;
-    let (config, skills) = (next.config.clone(), next.past.skills.clone());
+    let (config, skills) = (next.config.clone(), next.history.skills.clone());
     let unbroken = next.run()?;
     assert!(unbroken.state.routing.experts.iter().any(|expert| expert.is_mature));
     assert_eq!(unbroken.state.stages.len(), 2);
     let of_run = steps(&config)?;
-    // in the seeding phase, at its end, and after it
+    // interrupted in the seeding phase, at its end and after it
     for from in [2, 4, 5] {
         let mut again = config.clone();
         again.run.dir = world.path(&format!("from-{from}"));
@@ -329,7 +331,7 @@ fn a_stage_is_evaluated_beside_those_before_it() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
     let next = next_stage(&world, &[], &growth(&world, "grown")?)?;
-    let (before, tokens) = (next.past.stages.clone(), next.past.tokens_seen);
+    let (before, tokens) = (next.history.stages.clone(), next.history.tokens_seen);
     let (config, state) = (next.config.clone(), next.run()?.state);
     assert_eq!(state.stages[..1], before);
     assert_eq!(state.stages[0].learned, ["up", "down"]);
@@ -353,7 +355,7 @@ fn a_new_expert_makes_hybrid_routing_dense_until_it_is_mature() -> Result<()> {
     let hybrid = ["router.top_k=1", "router.hybrid={tokens=60}"];
     let mut next = next_stage(&world, &hybrid, &growth(&world, "grown")?)?;
     let mature = ExpertMaturity { is_mature: true, tokens: 60.0, ..ExpertMaturity::default() };
-    next.past.maturity = vec![mature; 2];
+    next.history.maturity = vec![mature; 2];
     let config = next.config.clone();
     let state = next.run()?.state;
     assert!(state.routing.experts.iter().all(|expert| expert.is_mature), "{state:?}");

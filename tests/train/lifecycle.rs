@@ -1,4 +1,4 @@
-//! The commands by which a mixture gets and loses experts, as a person calls them.
+//! The commands that add, remove and merge experts, as a user runs them.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -10,8 +10,8 @@ use serde_json::Value;
 use crate::growth::third_domain;
 use crate::{World, alone, train};
 
-/// A world whose first run, of two experts on two domains, is done, as a person would go on with it: from its
-/// folder, with relative paths.
+/// A world with a finished run of two experts on two domains. Commands run in its folder, with
+/// relative paths.
 struct Life {
     world: World,
 }
@@ -31,13 +31,13 @@ impl Life {
         Ok(command.env("DYLORA_CACHE", self.world.path("cache")).output()?)
     }
 
-    /// What a command that succeeds prints as JSON.
+    /// Runs a command with `--json` and returns what it prints.
     fn json(&self, arguments: &[&str]) -> Result<Value> {
         let output = self.run(&[arguments, &["--json", "-q"]].concat())?;
         serde_json::from_slice(&output.stdout).with_context(|| message(&output))
     }
 
-    /// The names of the skills that a run's last checkpoint knows, and the expert of the last.
+    /// The names of the skills in a run's last checkpoint, and the expert of the last skill.
     fn skills(&self, run: &str) -> Result<(Vec<String>, Value)> {
         let file = self.world.path(run).join("checkpoints/last/skills.json");
         let library: Value = serde_json::from_str(&fs_err::read_to_string(file)?)?;
@@ -46,7 +46,7 @@ impl Life {
         Ok((names.collect(), skills.last().context("a skill")?["expert"].clone()))
     }
 
-    /// The exit code and message of a command that fails.
+    /// Runs a command that fails, and returns its exit code and message.
     fn fault(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
         let output = self.run(&[arguments, &["-q"]].concat())?;
         assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
@@ -58,7 +58,7 @@ fn message(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Every file under a folder, with what is in it.
+/// The paths and contents of all files below a folder.
 fn contents(dir: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let mut files = vec![];
     for entry in fs_err::read_dir(dir)? {
@@ -221,7 +221,8 @@ fn an_expert_is_added(life: &Life) -> Result<()> {
     Ok(())
 }
 
-/// Expert 2 of the third stage becomes expert 0, for the router too. Returns the checkpoint.
+/// Makes expert 2 in the last checkpoint of the run `three` a copy of expert 0, and also its router
+/// column. Returns the path of the checkpoint.
 fn with_a_double(life: &Life) -> Result<String> {
     let dir = life.world.path("three/checkpoints/step-00000002");
     let mut tensors = read_tensors(&dir.join("model.safetensors"))?;
@@ -254,7 +255,7 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
     assert_eq!(removed["change"], "remove expert_2");
     let (names, expert) = life.skills("merged")?;
     assert_eq!((names.join(" "), expert), ("up down third".into(), 0.into()));
-    // what is gone may be learned anew
+    // the domain of a removed expert can be learned again
     assert_eq!(life.skills("removed")?.0, ["up", "down"]);
     let again = ["add-expert", "--checkpoint", "removed", "--data", "third.train.jsonl"];
     let more = ["--domain", "anew", "--steps", "1", "--threshold", "0.9999", "--out", "anew"];
@@ -284,7 +285,7 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
         let last = format!("{out}/expert_{}/adapter_config.json", count - 1);
         assert!(life.world.path(&last).exists(), "{last}");
     }
-    // from one expert to two: a router comes
+    // adding to a single expert adds a router
     let add =
         ["add-expert", "--checkpoint", "one", "--data", "up.train.jsonl", "--domain", "again"];
     let more = ["--steps", "2", "--force", "--out", "two-again", "--set", "router.scope=layer"];
@@ -294,7 +295,7 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
     Ok(())
 }
 
-/// The earlier domains have none at all; of the new one, some is held out.
+/// The earlier domains have no validation set. A part of the new domain is held out.
 fn an_expert_is_added_without_validation_files(life: &Life) -> Result<()> {
     let overrides = ["lora.num_experts=2", "train.duration={steps=1}"];
     let mut bare = life.world.config("bare", &overrides)?;

@@ -1,4 +1,5 @@
-//! Runs of a tiny model: the curve, exact resumption, exact accumulation, what stays on disk.
+//! Runs of a tiny model: the loss curve, exact resumption, exact accumulation, and the files that
+//! stay on disk.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,8 +34,9 @@ mod sources;
 mod stages;
 mod windows;
 
-/// libtorch has one CPU generator: runs that draw from it must not overlap. They compute in one thread:
-/// their tensors are tiny, and a team of threads waits for itself longer than it computes.
+/// Keeps other tests from running at the same time. libtorch has a single CPU generator, so runs
+/// that draw from it must not overlap. It also sets libtorch to one thread: the tensors are so tiny
+/// that several threads would wait for each other longer than they compute.
 fn alone() -> MutexGuard<'static, ()> {
     static LOCK: Mutex<()> = Mutex::new(());
     let guard = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
@@ -67,7 +69,8 @@ impl World {
         });
         tch::manual_seed(7);
         let shape = gpt2::from_json(&shape)?;
-        // ten times GPT-2's initial matrices, so that the frozen head can tell tokens apart
+        // the matrices are ten times GPT-2's initial ones, so that the frozen head distinguishes
+        // tokens
         let random = Decoder::random(shape.clone()).named_parameters().into_iter();
         let scaled = random.map(|(name, t)| (name, if t.dim() == 2 { t * 10.0 } else { t }));
         let base = Decoder::new(shape, scaled.collect());
@@ -135,7 +138,8 @@ impl World {
     }
 }
 
-/// A prompt of three words and the continuation of their pattern, of uneven length.
+/// A prompt of three words and a completion that continues their pattern. Its length depends on
+/// `n`.
 fn record(n: i64, step: i64) -> serde_json::Value {
     let word = |i: i64| format!("w{}", (n * 7 + i * step).rem_euclid(31));
     let words = |range: std::ops::Range<i64>| range.map(word).collect::<Vec<_>>().join(" ");
@@ -166,12 +170,12 @@ fn mixture(config: &Config, base: &Base) -> Result<Mixture> {
     Mixture::of_config(config, &base.spec, &find_adapter)
 }
 
-/// Finds adapters in folders alone.
+/// Finds adapters in folders only, not on the Hub.
 fn find_adapter(source: &AdapterSource) -> Result<AdapterFiles> {
     hub::find_adapter(source, &no_hub(), &())
 }
 
-/// Trains from the start or from a checkpoint; returns the losses of the steps made.
+/// Trains from the start or from a checkpoint, and returns the losses of the steps.
 fn train(config: &Config, resume: Option<&Path>) -> Result<(Vec<f64>, Summary)> {
     let base = open_base(config)?;
     let data = data(config, &base)?;
@@ -206,7 +210,8 @@ fn a_tiny_run_hits_the_listed_curve() -> Result<()> {
     Ok(())
 }
 
-/// In the order of blocks that `data/order.rs` lists; a refactor leaves them alone.
+/// The losses of the run's steps. They depend on the order of the blocks (`src/data/order.rs`). A
+/// refactoring must not change them.
 const LISTED: [f64; 12] = [
     3.76027, 3.62988, 3.59587, 3.58939, 3.53865, 3.51836, 3.39646, 3.53311, 3.39411, 3.41291,
     3.39972, 3.32780,
@@ -231,13 +236,14 @@ fn a_resumed_run_equals_an_unbroken_one_to_the_bit() -> Result<()> {
     Ok(())
 }
 
-/// The next step's data is prepared while a step runs: what was prepared when somebody asked to stop is neither
-/// lost nor repeated, by the trainer that goes on nor by one that resumes, at the end of an epoch too.
+/// The data of the next step is prepared while a step runs. If the run is interrupted, this data is
+/// neither lost nor repeated, whether the same trainer goes on or another one resumes. This also
+/// holds at the end of an epoch.
 #[test]
 fn an_interrupted_run_goes_on_with_the_very_next_blocks() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
-    // some three steps an epoch
+    // an epoch has about three steps
     let set = ["train.duration={steps=9}", "train.grad_accum_steps=4", "train.eval_every_steps=9"];
     let (losses, unbroken) = train(&world.config("unbroken", &set)?, None)?;
     for at in [1, 3, 8] {
@@ -381,7 +387,8 @@ fn early_stopping_counts_evaluations_without_improvement() -> Result<()> {
     ];
     let config = world.config("run", &overrides)?;
     let (losses, summary) = train(&config, None)?;
-    // the first evaluation is an improvement by definition, the next two do not fall by 100 nats
+    // the first evaluation always counts as an improvement; in the next two, the loss does not fall
+    // by 100 nats
     assert_eq!((losses.len(), summary.ending), (6, Ending::StoppedEarly));
     assert_eq!(summary.state.evals_without_improvement, 2);
     let validation: Vec<(u64, f64)> = fs_err::read_to_string(config.run.dir.join("metrics.jsonl"))?

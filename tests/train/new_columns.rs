@@ -1,4 +1,5 @@
-//! The router column of a new expert: at first it keeps the expert out of all that was there.
+//! The router column of a new expert, which at first keeps the expert out of use on the old
+//! domains.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +22,7 @@ const INPUTS: [RouterInput; 3] =
     [RouterInput::Embeddings, RouterInput::BaseHidden, RouterInput::LayerInput];
 const SCOPES: [RouterScope; 3] = [RouterScope::Shared, RouterScope::Layer, RouterScope::Module];
 
-/// Every input, scope and depth.
+/// Routers of every input, scope and depth.
 fn routers() -> Vec<RouterSpec> {
     let of = |input| {
         SCOPES.into_iter().flat_map(move |scope| {
@@ -38,7 +39,8 @@ fn routers() -> Vec<RouterSpec> {
     INPUTS.into_iter().flat_map(of).collect()
 }
 
-/// A base, its data, and a mixture of two experts for it.
+/// A base, training data, and the specs of experts. The first one or two experts are old, the third
+/// is new.
 struct Old {
     base: Base,
     data: TokenDataset,
@@ -54,7 +56,7 @@ impl Old {
         Ok(Self { base, data, specs })
     }
 
-    /// A mixture of `count` experts none of whose tensors is zero.
+    /// A mixture of the first `count` experts with random tensors.
     fn mixture(&self, count: usize, router: &RouterSpec, kind: Kind) -> Result<Mixture> {
         let specs = self.specs[..count].to_vec();
         let empty = Mixture::new(specs.clone(), router.clone(), BTreeMap::new());
@@ -76,14 +78,14 @@ impl Old {
         mixture.put_on(&self.base.weights()?, Device::Cpu, kind)
     }
 
-    /// The six blocks of `up`, which is old, at even distances.
+    /// Six blocks of the old domain `up`, at even distances.
     fn blocks(&self) -> Vec<BlockId> {
         let of_up = self.data.eval_order().into_iter().filter(|id| id.domain == 0);
         let blocks: Vec<BlockId> = of_up.collect();
         (0..6).map(|i| blocks[i * blocks.len() / 6]).collect()
     }
 
-    /// The logits of the label tokens of `up`, `[n, v]`.
+    /// The logits of the label tokens of these blocks, `[n, v]`.
     fn logits(&self, model: &RoutedModel) -> Tensor {
         let _no_grad = tch::no_grad_guard();
         let of = |block: BlockId| {
@@ -95,7 +97,8 @@ impl Old {
         Tensor::cat(&self.blocks().into_iter().map(of).collect::<Vec<_>>(), 0)
     }
 
-    /// The largest probability of the last expert on those tokens, the softmax written out in f64.
+    /// The largest probability of the last expert on the tokens of these blocks, with the softmax
+    /// written out in f64.
     fn largest(&self, model: &RoutedModel) -> f64 {
         let _no_grad = tch::no_grad_guard();
         let mut largest = 0f64;
@@ -122,14 +125,14 @@ impl Old {
     }
 }
 
-/// In f32, scores of size s are off by s 2^-24 or a few times that, and so is the logarithm of the
-/// probability; here s is below 100.
+/// In f32, scores of size s have errors of a few times s 2^-24, and so has the logarithm of the
+/// probability. Here s is below 100.
 fn largest_allowed(kind: Kind) -> f64 {
     let rounding = if kind == Kind::Double { 1e-12 } else { 100.0 * 8.0 / f64::from(1 << 24) };
     1e-8 * (1.0 + rounding)
 }
 
-/// The least token has 1e-8 / (1 + 1e-8), so a smaller bias would keep it out no less.
+/// The largest probability is 1e-8 / (1 + 1e-8), so the bias is not lower than it has to be.
 #[test]
 fn a_new_expert_has_at_most_1e_8_of_any_old_token() -> Result<()> {
     let _alone = alone();
@@ -144,20 +147,21 @@ fn a_new_expert_has_at_most_1e_8_of_any_old_token() -> Result<()> {
             let mixture = old.mixture(count, &router, kind)?;
             let model = old.put_on(&mixture, kind)?;
             let grown = old.put_on(&old.grown(&mixture, &model)?, kind)?;
-            // beside one expert the router is new, in the base's f32
+            // with one old expert, the router is created in the base's f32
             let precision = if count == 1 { Kind::Float } else { kind };
             let largest = old.largest(&grown);
             assert!(largest <= largest_allowed(precision), "{what}: {largest:e}");
             assert!(largest >= 0.999e-8, "{what}: {largest:e}");
-            let told = largest_new_prob(&grown, &old.data, "down", 6);
-            assert!((told / largest - 1.0).abs() < 1e-9, "{what}: {told:e} is not {largest:e}");
+            let found = largest_new_prob(&grown, &old.data, "down", 6);
+            assert!((found / largest - 1.0).abs() < 1e-9, "{what}: {found:e} is not {largest:e}");
         }
     }
     Ok(())
 }
 
-/// B is 0, and the others' weights change by 1e-8 of themselves. In f32 the sums over experts round
-/// otherwise, which moves a logit by as much as f32 moves it anyway.
+/// The new expert's B is 0, and the weights of the old experts change by 1e-8 of their size. In
+/// f32, the sums over experts are also rounded differently, which changes a logit by as much as the
+/// rounding of f32 does anyway.
 #[test]
 fn a_new_expert_changes_no_old_tokens_logits() -> Result<()> {
     let _alone = alone();
@@ -190,7 +194,8 @@ fn a_new_expert_changes_no_old_tokens_logits() -> Result<()> {
     Ok(())
 }
 
-/// A fresh bias of 0 would be the largest beside ones that have fallen.
+/// The old selection biases are below zero here, so a bias of 0 for the new expert would be the
+/// largest.
 #[test]
 fn a_new_expert_is_not_chosen_for_its_selection_bias() -> Result<()> {
     let _alone = alone();

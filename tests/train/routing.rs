@@ -1,4 +1,4 @@
-//! Routers in runs: temperature, hybrid rules, resumption, evaluation.
+//! Routers during runs: the temperature, hybrid rules, resumption and evaluation.
 
 use anyhow::Result;
 use dylora::checkpoint;
@@ -12,7 +12,7 @@ use tch::{Device, Tensor};
 
 use crate::{World, alone, data, mixture, open_base, tensors, train};
 
-/// The lines of a run's metrics, without what the clock and the memory say.
+/// The lines of a run's metrics, with times and memory set to zero.
 pub(crate) fn metrics(config: &Config) -> Result<Vec<Metrics>> {
     let text = fs_err::read_to_string(config.run.dir.join("metrics.jsonl"))?;
     let lines = text.lines().map(|line| {
@@ -30,7 +30,7 @@ pub(crate) fn metrics(config: &Config) -> Result<Vec<Metrics>> {
     lines.collect()
 }
 
-/// Its steps.
+/// The metrics of a run's steps.
 pub(crate) fn steps(config: &Config) -> Result<Vec<StepMetrics>> {
     let steps = metrics(config)?.into_iter().filter_map(|metrics| match metrics {
         Metrics::Train(step) => Some(step),
@@ -39,7 +39,7 @@ pub(crate) fn steps(config: &Config) -> Result<Vec<StepMetrics>> {
     Ok(steps.collect())
 }
 
-/// Its windows.
+/// The metrics of a run's windows.
 pub(crate) fn windows(config: &Config) -> Result<Vec<WindowMetrics>> {
     let windows = metrics(config)?.into_iter().filter_map(|metrics| match metrics {
         Metrics::Window(window) => Some(window),
@@ -49,7 +49,7 @@ pub(crate) fn windows(config: &Config) -> Result<Vec<WindowMetrics>> {
 }
 
 #[test]
-fn the_temperature_falls_in_a_geometric_row_to_its_value() {
+fn the_temperature_falls_in_a_geometric_sequence_to_its_value() {
     let schedule = Some(TemperatureSchedule { start: 8.0, steps: 3 });
     let config = RouterConfig {
         temperature: 1.0,
@@ -61,7 +61,7 @@ fn the_temperature_falls_in_a_geometric_row_to_its_value() {
     for (found, expected) in row.iter().zip([8.0, 4.0, 2.0, 1.0, 1.0, 1.0]) {
         assert!((found - expected).abs() < 1e-14, "{row:?}");
     }
-    // and so it may rise
+    // the temperature can also rise
     let schedule = Some(TemperatureSchedule { start: 0.5, steps: 2 });
     let rising = RouterConfig { temperature_schedule: schedule, temperature: 2.0, ..config };
     let row: Vec<f64> =
@@ -88,9 +88,9 @@ fn a_run_has_each_steps_temperature_and_its_checkpoint_the_last() -> Result<()> 
     let config = world.config("run", &overrides)?;
     train(&config, None)?;
     for step in steps(&config)? {
-        let told = step.temperature.expect("there is a router");
+        let found = step.temperature.expect("there is a router");
         assert_eq!(
-            told,
+            found,
             RoutingState::default().rule(&config.router, step.step).temperature,
             "step {}",
             step.step
@@ -106,21 +106,22 @@ fn a_run_has_each_steps_temperature_and_its_checkpoint_the_last() -> Result<()> 
     Ok(())
 }
 
-/// The rule of the model in a checkpoint.
+/// The `top_k` of the model in the checkpoint of a step.
 fn top_k(config: &Config, step: u64) -> Result<Option<i64>> {
     let dir = config.run.dir.join(format!("checkpoints/step-{step:08}"));
     let model = load_model(&dir, config, &open_base(config)?, Device::Cpu)?;
     Ok(model.router_spec().top_k)
 }
 
-/// Whether each expert's load is a whole number of the step's label tokens, as one choice each makes it.
+/// Whether each expert's load is a whole number of the step's label tokens. This is so if each
+/// token chooses one expert.
 fn is_top_1(step: &StepMetrics) -> bool {
     let load = step.expert_load.as_ref().expect("there is a router");
     let counts = load.iter().map(|share| share * step.label_tokens as f64);
     counts.into_iter().all(|count| (count - count.round()).abs() < 1e-9)
 }
 
-/// The same of each of a run's evaluations.
+/// [`is_top_1`] for each evaluation of a run.
 fn validations_are_top_1(config: &Config) -> Result<Vec<bool>> {
     let validation = data(config, &open_base(config)?)?.validation;
     let blocks = validation.eval_order().into_iter();
@@ -149,7 +150,7 @@ fn a_hybrid_rule_by_tokens_is_dense_until_every_expert_has_had_them() -> Result<
     let config = world.config("run", &overrides)?;
     train(&config, None)?;
     let steps = steps(&config)?;
-    // the weights of each step are told as its load, as long as it is dense
+    // as long as routing is dense, the load of a step is its mean routing weights
     let mut tokens = [0.0; 3];
     let mut switch = None;
     for step in &steps {
@@ -194,14 +195,15 @@ fn an_expert_whose_loss_no_longer_falls_is_mature() {
         entropy: vec![0.0],
         squared_lse: 0.0,
     };
-    // mean losses of the windows: 3.0, 2.8, 2.75 of the first; 3.0, 2.5, 2.2, 2.15 of the second
+    // the mean losses of the windows: 3.0, 2.8 and 2.75 for the first expert until it is mature,
+    // and 3.0, 2.5, 2.2 and 2.15 for the second
     let losses = [(3.0, 3.0), (2.8, 2.5), (2.75, 2.2), (9.0, 2.15)];
     let mature = [(false, false), (false, false), (true, false), (true, true)];
     for (window, ((first, second), expected)) in losses.into_iter().zip(mature).enumerate() {
         for half in 0..2 {
             let step = 2 * window as u64 + half + 1;
             let weights = if half == 0 { [30.0, 10.0] } else { [10.0, 30.0] };
-            // uneven steps with the window's mean
+            // the losses of the two steps differ, but their weighted mean is that of the window
             let off = if half == 0 { 0.2 } else { -0.6 };
             let of_second = if half == 0 { 0.6 } else { -0.2 };
             let losses = [weights[0] * (first + off), weights[1] * (second + of_second)];
@@ -221,7 +223,7 @@ fn an_expert_whose_loss_no_longer_falls_is_mature() {
     assert!(state.experts.iter().all(|expert: &ExpertMaturity| expert.tokens == 160.0));
 }
 
-/// A fall of 100 nats is out of reach: all experts are mature after the second window.
+/// No loss falls by 100 nats, so all experts are mature after the second window.
 #[test]
 fn a_hybrid_rule_by_plateau_is_dense_until_the_losses_no_longer_fall() -> Result<()> {
     let _alone = alone();
@@ -242,20 +244,21 @@ fn a_hybrid_rule_by_plateau_is_dense_until_the_losses_no_longer_fall() -> Result
         assert_eq!(top_k(&config, step.step)?, (step.step >= 6).then_some(1));
     }
     assert_eq!(validations_are_top_1(&config)?, [false, true, true, true]);
-    // the loss of a window is that of its tokens: with weights that sum to 1, the mean of both
+    // each token's weights sum to 1, so the experts' losses of a window sum to the loss of its
+    // tokens
     let state = checkpoint::read_state(&config.run.dir.join("checkpoints/step-00000003"))?;
     let experts = &state.routing.experts;
     let weight: f64 = experts.iter().map(|expert| expert.tokens).sum();
     assert!((weight - state.tokens_seen as f64).abs() < 1e-2, "{weight}");
     let sum: f64 = experts.iter().map(|e| e.tokens * e.last_loss.expect("a window is over")).sum();
-    let told = steps(&config)?.into_iter().take(3);
-    let expected: f64 = told.map(|step| step.loss * step.label_tokens as f64).sum();
+    let window = steps(&config)?.into_iter().take(3);
+    let expected: f64 = window.map(|step| step.loss * step.label_tokens as f64).sum();
     assert!((sum - expected).abs() < 1e-4 * expected, "{sum} is not {expected}");
     Ok(())
 }
 
-/// Every kind of state that a router has: a run that breaks within a window, between evaluations, before and
-/// after its experts are mature, is the unbroken one.
+/// The cases cover every kind of routing state. A run resumes within a window, between evaluations,
+/// and before and after its experts are mature.
 #[test]
 fn a_run_resumed_within_a_window_equals_an_unbroken_one_with_every_line_of_its_metrics()
 -> Result<()> {
@@ -298,7 +301,7 @@ fn a_run_resumed_within_a_window_equals_an_unbroken_one_with_every_line_of_its_m
         for from in [3, 6, 9] {
             let dir = config.run.dir.join(format!("checkpoints/step-{from:08}"));
             let again = world.config(&format!("resumed-{case}-{from}"), &overrides)?;
-            // as in the folder that the broken run left
+            // the folder holds the metrics of a run that was interrupted after the checkpoint
             fs_err::create_dir_all(&again.run.dir)?;
             fs_err::copy(
                 config.run.dir.join("metrics.jsonl"),
@@ -360,8 +363,8 @@ fn a_run_evaluates_by_the_rule_for_evaluation() -> Result<()> {
     Ok(())
 }
 
-/// The first step's loads are those of an unbiased router; by them the bias moves, and with it alone the
-/// second's choice.
+/// Reference: each step moves the bias by its rate against the sign of each expert's surplus over
+/// an even load.
 #[test]
 fn a_run_moves_the_selection_bias_after_each_step() -> Result<()> {
     let _alone = alone();
@@ -378,7 +381,8 @@ fn a_run_moves_the_selection_bias_after_each_step() -> Result<()> {
     for step in steps(&config)? {
         let load = step.expert_load.expect("there is a router");
         for (bias, share) in expected.iter_mut().zip(load) {
-            // label tokens are whole: an even share is exactly a third of them or none is
+            // numbers of label tokens are whole, so a load is exactly a third of them or clearly
+            // not
             let surplus = share * step.label_tokens as f64 - step.label_tokens as f64 / 3.0;
             *bias -= if surplus.abs() < 1e-6 { 0.0 } else { 0.25 * surplus.signum() as f32 };
         }

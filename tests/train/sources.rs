@@ -1,4 +1,4 @@
-//! Runs by other sources of routing weights, from imported experts, and what an export gives back.
+//! Runs with other sources of routing weights, and runs from imported experts.
 
 use std::collections::BTreeMap;
 
@@ -16,10 +16,10 @@ use super::{
     World, alone, data, find_adapter, mixture, open_base, provenance, record, tensors, train,
 };
 
-/// What is refused where no router decides.
+/// Turns the load-balancing loss off, which is refused if the router does not decide.
 const NO_BALANCE: &str = "router.load_balancing_coef=0.0";
 
-/// The tensors of the model before the first step.
+/// The tensors of a run's model before the first step.
 fn start(config: &Config) -> Result<BTreeMap<String, Tensor>> {
     let base = open_base(config)?;
     tch::manual_seed(config.run.seed as i64);
@@ -37,8 +37,8 @@ fn changed(config: &Config) -> Result<Vec<String>> {
     Ok(before.into_iter().filter_map(differs).collect())
 }
 
-/// Trains three experts, one of them DoRA and one of another rank, and exports them. Returns the
-/// overrides that start a run from the export.
+/// Trains three experts, one of them with DoRA and one of another rank, and exports them. Returns
+/// the overrides with which a run starts from the export.
 fn exported(world: &World) -> Result<Vec<String>> {
     let experts = "lora.experts=[{rank=2, alpha=3.0}, {use_dora=true}, \
                    {target_modules=[\"attn.c_attn\"], use_rslora=true}]";
@@ -55,7 +55,7 @@ fn exported(world: &World) -> Result<Vec<String>> {
     ])
 }
 
-/// `[[lora.experts]]` that come from the export, each with `more`.
+/// The override that loads the exported experts, each with the further keys `more`.
 fn sources(world: &World, more: &str) -> String {
     let source = |expert: i64| {
         let dir = world.path(&format!("export/expert_{expert}"));
@@ -78,7 +78,7 @@ fn only_the_router_of_frozen_imported_experts_is_trained() -> Result<()> {
     overrides[2] = sources(&world, ", trainable=false");
     let config = config(&world, "run", &overrides, &["optimizer.adapters.weight_decay=0.1"])?;
     assert_eq!(changed(&config)?, ["router.bias", "router.weight"]);
-    // to the byte as they were imported, and as a hash before and after
+    // the experts are the same to the bit as when they were imported
     let imported =
         Mixture::of_folder(&world.path("export"), &open_base(&config)?.spec, &find_adapter)?;
     let last = checkpoint::find(&config.run.dir, checkpoint::Preferred::Last)?;
@@ -105,7 +105,7 @@ fn a_frozen_expert_stays_while_its_neighbours_are_trained() -> Result<()> {
 }
 
 #[test]
-fn a_source_trains_only_what_it_reaches() -> Result<()> {
+fn only_parameters_that_a_source_uses_are_trained() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
     for n in 0..40i64 {
@@ -128,7 +128,8 @@ fn a_source_trains_only_what_it_reaches() -> Result<()> {
     Ok(())
 }
 
-/// Rewrites a domain's files, each record with an `expert`.
+/// Writes record `n` with an `expert` to the files of a domain. Record 0 replaces their content,
+/// and later records are appended.
 fn add_record(world: &World, name: &str, n: i64, step: i64) -> Result<()> {
     use std::io::Write;
     for split in ["train", "validation"] {
@@ -160,8 +161,9 @@ fn routing_by_record_asks_for_an_expert_in_each_record() -> Result<()> {
     Ok(())
 }
 
-/// Mixed ranks, DoRA, PiSSA and OLoRA, an expert with invocation tokens, a router for each layer; the
-/// checkpoint needs neither the adapters that it began with nor a factorisation of the base.
+/// The experts have mixed ranks, DoRA, PiSSA, OLoRA and invocation tokens, and each layer has a
+/// router. Resuming needs neither the adapters that the run began with nor a new factorisation of
+/// the base.
 #[test]
 fn every_kind_of_expert_resumes_to_the_bit() -> Result<()> {
     let _alone = alone();
@@ -203,7 +205,7 @@ fn losses(config: &Config, model: &RoutedModel, routing: RoutingChoice) -> Resul
 }
 
 #[test]
-fn an_exported_run_is_imported_again_whole_and_as_a_start() -> Result<()> {
+fn an_exported_run_is_imported_again_whole_and_as_initial_values() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
     let overrides = exported(&world)?;

@@ -1,4 +1,4 @@
-//! The configs of a mixture's stages, and what it has forgotten.
+//! The configs of a mixture's stages, and how much it has forgotten.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use dylora::config::{
 use dylora::growth::stage_config::{Growth, grown_config, is_trainable, shrunk_config};
 use dylora::growth::stages::{Stage, forgetting};
 
-/// Three experts, of which the second has a rank of its own, on two domains.
+/// A config of three experts on two domains; the second expert has another rank than the others.
 fn config(overrides: &[&str]) -> Result<Config> {
     let text = r#"
         base = { source = { path = "/base" } }
@@ -74,7 +74,7 @@ fn a_grown_config_has_one_expert_and_one_domain_more() -> Result<()> {
     let grown = grown_config(&old, 1.25, &growth())?;
     assert_eq!(grown.run.dir, PathBuf::from("/new"));
     assert_eq!(grown.lora.num_experts, 4);
-    // what is frozen by its own setting stays so whatever the rate of the old is
+    // the rate 0 freezes the old experts, while their own setting `trainable` stays as it is
     assert_eq!(trainable(&grown), [true; 3]);
     assert_eq!([0, 1, 2, 3].map(|e| is_trainable(&grown, e)), [false, false, false, true]);
     assert_eq!(grown.lora.of_expert(1).rank, 4);
@@ -98,7 +98,7 @@ fn a_grown_config_has_one_expert_and_one_domain_more() -> Result<()> {
         consolidation_rate: 0.2,
     };
     assert_eq!(grown.growth, Some(expected));
-    // all else stays
+    // other sections do not change
     assert_eq!((&grown.base, &grown.optimizer), (&old.base, &old.optimizer));
     Ok(())
 }
@@ -110,7 +110,7 @@ fn old_experts_with_a_rate_are_trainable_even_if_an_earlier_stage_froze_them() -
     next.domain.name = "sums".into();
     let grown = grown_config(&frozen, 1.0, &next)?;
     assert_eq!([0, 1, 2, 3, 4].map(|e| is_trainable(&grown, e)), [true; 5]);
-    // without replay, what is old is evaluated only
+    // without replay, the old domains are only evaluated
     let weights: Vec<f64> = grown.data.domains.iter().map(|domain| domain.weight).collect();
     assert_eq!(weights, [0.0, 0.0, 0.0, 1.0]);
     Ok(())
@@ -130,7 +130,7 @@ fn a_grown_config_reads_back_as_itself() -> Result<()> {
 }
 
 #[test]
-fn faults_of_growth_are_told_by_their_paths() -> Result<()> {
+fn faults_of_growth_are_reported_with_their_paths() -> Result<()> {
     let mut grown = grown_config(&config(&["router.top_k=1"])?, 1.0, &growth())?;
     (grown.lora.num_experts, grown.router.eval) = (1, None);
     grown.lora.experts.truncate(1);
@@ -191,7 +191,7 @@ fn a_shrunk_config_has_one_expert_less_and_rules_that_fit() -> Result<()> {
     assert_eq!((without.router.top_k, without.router.eval), (Some(2), Some(EvalRule::TopK(2))));
     assert_eq!((without.router.temperature, without.router.temperature_schedule), (1.25, None));
     assert_eq!((&without.data, &without.train), (&old.data, &old.train));
-    // an expert that is not listed is like the others
+    // an expert that is not listed in `lora.experts` has the common settings
     let without = shrunk(&[], 2)?;
     assert_eq!([0, 1].map(|expert| without.lora.of_expert(expert).rank), [8, 4]);
     let last = shrunk_config(&without, 1.0, 0, "/new".into())?;
@@ -207,9 +207,9 @@ fn routing_by_one_expert_follows_its_number() -> Result<()> {
     Ok(())
 }
 
-/// Else the checkpoint's config, in which nothing trains, could not be read again.
+/// Otherwise the checkpoint's config could train nothing, and could not be read again.
 #[test]
-fn what_was_frozen_beside_a_new_expert_is_free_once_it_is_gone() -> Result<()> {
+fn experts_that_were_frozen_for_a_new_one_are_trainable_after_its_removal() -> Result<()> {
     let grown = grown_config(&config(&[])?, 1.0, &growth())?;
     let mut shrunk = shrunk_config(&grown, 1.0, 3, "/new".into())?;
     assert_eq!((trainable(&shrunk), &shrunk.growth), (vec![true; 3], &None));
@@ -252,7 +252,7 @@ fn stage(name: &str, learned: &[&str], losses: &[(&str, f64)]) -> Stage {
 fn forgetting_is_the_loss_now_less_that_after_the_stage_it_was_learned_in() {
     assert_eq!(forgetting(&[]), BTreeMap::new());
     let mut stages = vec![
-        // what is not learned yet may be measured
+        // `verse` is measured before it is learned
         stage(
             "train",
             &["math", "code", "unseen"],
@@ -263,11 +263,11 @@ fn forgetting_is_the_loss_now_less_that_after_the_stage_it_was_learned_in() {
     let of = |stages: &[Stage]| forgetting(stages).into_iter().collect::<Vec<_>>();
     let expected = [("code", -0.25), ("math", 0.5), ("verse", 0.0)];
     assert_eq!(of(&stages), expected.map(|(name, rise)| (name.to_owned(), rise)));
-    // against the stage it was learned in, not the one before
+    // the loss is compared with the stage in which the domain was learned, not with the one before
     stages.push(stage("remove expert_0", &[], &[("math", 4.0), ("verse", 3.125), ("other", 1.0)]));
     let expected = [("math", 2.0), ("verse", 0.125)];
     assert_eq!(of(&stages), expected.map(|(name, rise)| (name.to_owned(), rise)));
-    // a stage that was not evaluated tells nothing
+    // after a stage without an evaluation, nothing is known about forgetting
     stages.push(stage("add x", &["x"], &[]));
     assert_eq!(of(&stages), []);
 }

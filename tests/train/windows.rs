@@ -1,4 +1,4 @@
-//! What runs tell after each window of steps, and the alarm.
+//! The reports of a run after each window of steps, and the detection of collapsed routing.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -13,28 +13,29 @@ use tch::{Device, Tensor};
 use crate::routing::{steps, windows};
 use crate::{World, alone, data, mixture, open_base, train};
 
-/// Trains from a mixture whose router starts with this bias.
+/// Trains a mixture whose router starts with the given bias.
 fn train_from_bias(config: &Config, bias: &[f32]) -> Result<(Vec<WindowMetrics>, Summary)> {
     let base = open_base(config)?;
     let mut start = mixture(config, &base)?;
     start.tensors.insert("router.bias".into(), Tensor::from_slice(bias));
     let mut trainer =
         Trainer::new(config.clone(), &base, &start, data(config, &base)?, Device::Cpu)?;
-    let mut told = vec![];
+    let mut observed = vec![];
     let summary = trainer.run(&AtomicBool::new(false), &mut |event| {
         if let Event::Window(window) = event {
-            told.push(window.clone());
+            observed.push(window.clone());
         }
     })?;
-    assert_eq!(told, windows(config)?, "what is observed is what is written");
-    Ok((told, summary))
+    assert_eq!(observed, windows(config)?, "what is observed is what is written");
+    Ok((observed, summary))
 }
 
-/// One expert has all the weight, and with it all of the gradient: nothing brings the others back.
+/// A bias that gives one expert all the weight, and so all the gradient. The other experts never
+/// get any weight again.
 const PLANTED: [f32; 3] = [0.0, 60.0, 0.0];
 
 #[test]
-fn a_planted_collapse_is_told_after_every_window() -> Result<()> {
+fn a_planted_collapse_is_reported_after_every_window() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
     let config = world.config("run", &["router.window_steps=3"])?;
@@ -61,7 +62,8 @@ fn a_planted_collapse_is_told_after_every_window() -> Result<()> {
     Ok(())
 }
 
-/// A run of 12 steps: what the last whole window leaves is a window too, and a run shorter than one has one.
+/// In a run of 12 steps, the steps after the last complete window form a window too. A run that is
+/// shorter than a window has one window.
 #[test]
 fn the_last_steps_are_a_window_of_their_own() -> Result<()> {
     let _alone = alone();
@@ -90,7 +92,7 @@ fn a_planted_collapse_stops_the_run_behind_a_whole_checkpoint() -> Result<()> {
     let state = checkpoint::read_state(&last)?;
     assert_eq!((state.step, state.routing.collapsed, state.routing.window_steps), (3, true, 0));
     assert_eq!(state, summary.state);
-    // whoever wants to go on may
+    // with `warn`, the run can be resumed
     let on = world.config("run", &["router.window_steps=3", "router.on_collapse=warn"])?;
     let (rest, resumed) = train(&on, Some(Path::new(&last)))?;
     assert_eq!((rest.len(), resumed.ending), (9, Ending::Completed));
@@ -108,7 +110,7 @@ fn a_run_that_loses_its_balance_is_stopped_and_one_that_keeps_it_is_not() -> Res
         "train.duration={steps=60}",
         "train.eval_every_steps=60",
     ];
-    // each token comes to one expert, and most to the same
+    // the entropy loss concentrates each token on one expert, and most tokens on the same one
     let falls = ["router.entropy_coef=20.0", "optimizer.router.learning_rate=0.2"];
     let config = world.config("falls", &[&common[..], &falls].concat())?;
     let (_, summary) = train(&config, None)?;
@@ -129,7 +131,7 @@ fn a_run_that_loses_its_balance_is_stopped_and_one_that_keeps_it_is_not() -> Res
     Ok(())
 }
 
-/// The window's figures are those of its steps' tokens together, by domain and over all.
+/// The figures of a window are means over the tokens of all its steps, by domain and in total.
 #[test]
 fn a_window_tells_of_the_domains_and_of_their_mix() -> Result<()> {
     let _alone = alone();
@@ -153,7 +155,7 @@ fn a_window_tells_of_the_domains_and_of_their_mix() -> Result<()> {
         let names: Vec<&str> = window.domain_routing_weights.keys().map(String::as_str).collect();
         assert_eq!(names, ["down", "up"]);
         for weights in window.domain_routing_weights.values() {
-            // in f32
+            // the weights were computed in f32
             assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-6);
         }
         let realised: f64 = window.mix.values().map(|share| share.realised).sum();
