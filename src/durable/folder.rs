@@ -3,8 +3,8 @@
 //! The new folder is filled beside the old one under a name `.writing-*` and forced to disk. The
 //! two then exchange their names (`renameat2` with `RENAME_EXCHANGE`, Linux 3.15), so that a
 //! complete folder is at the path at any moment. On a file system that cannot exchange names, such
-//! as NFS, two renames are made. Between them, the old folder is only at `.dylora-replaced-NAME`; if
-//! the process is killed there, [`restore`] brings it back.
+//! as NFS, two renames are made. Between them, the old folder is at `.dylora-replaced-NAME` alone;
+//! if the process is killed there, [`restore`] brings it back.
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
