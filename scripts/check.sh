@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Format, clippy with warnings as errors, tests, the library's docs, shell scripts.
+# Checks the format, the lints (clippy, with warnings as errors), the tests, the library's docs and
+# the shell scripts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/timing.sh

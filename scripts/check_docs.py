@@ -3,16 +3,20 @@
 
     scripts/check_docs.py [--jobs N] [PAGE..]
 
-Each page gets a fresh folder with links to configs/, demo/ and scripts/, where its ```sh blocks run one after another
-with the `dylora` that is on PATH, on the CPU and without the Hub. All ```toml, ```json, ```jsonl and ```python blocks
-must parse. An HTML comment right before a block says what else holds for it; several may stand below each other:
+Each page gets a new folder with links to configs/, demo/ and scripts/. Its ```sh blocks run there
+one after another, with the `dylora` on PATH, on the CPU and without the Hub. All ```toml, ```json,
+```jsonl and ```python blocks must parse. HTML comments right before a block, one a line, change how
+the block is checked:
 
-    <!-- not run: REASON -->     it is not run
-    <!-- run with: ARGUMENTS --> these go behind each `dylora train` and `dylora add-expert`, to make them short
-    <!-- before: COMMAND -->     this runs before it, in the same folder
-    <!-- file: NAME -->          its text becomes this file
-    <!-- config -->              a whole config: `dylora train --dry-run` must take it
-    <!-- config part -->         a part of one, which is put behind a small base and domain
+    <!-- not run: REASON -->      do not run the block
+    <!-- run with: ARGUMENTS -->  add arguments to each `dylora train` and `dylora add-expert`,
+                                  to shorten the training
+    <!-- before: COMMAND -->      run this command before the block, in the same folder
+    <!-- file: NAME -->           write the block's text to this file
+    <!-- config -->               the block is a whole config, which `dylora train --dry-run` must
+                                  accept
+    <!-- config part -->          the block is a part of a config, and is checked together with a
+                                  small base and a domain
 """
 
 import argparse
@@ -32,12 +36,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ["configs", "demo", "scripts"]
-SECONDS = 240  # for one block
+SECONDS = 240  # the limit for one block
 MARK = re.compile(r"^<!-- (not run|run with|before|file|config part|config)(?:: (.*?))? ?-->$")
 FENCE = re.compile(r"^(\s*)```(\S*)\s*$")
 NEEDS_VALUE = ["not run", "run with", "before", "file"]
 OTHER_SHELLS = ["bash", "console", "shell", "shell-session", "zsh"]
-# what a part of a config is put behind
+# completes a part of a config
 MINIMAL = """
 [base]
 source = { path = "demo/base" }
@@ -50,7 +54,7 @@ train = ["demo/data/code.train.jsonl"]
 
 
 class Fault(Exception):
-    """What is wrong with a block."""
+    """A fault of a block; the message says what is wrong."""
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Block:
     marks: list[tuple[str, str]] = field(default_factory=list)
 
     def mark(self, name: str) -> str | None:
-        """The value of a mark, if the block has it."""
+        """The value of the mark `name`, or None if the block does not have the mark."""
         return next((value for mark, value in self.marks if mark == name), None)
 
 
@@ -91,7 +95,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def check_marks(block: Block) -> None:
-    """Refuses marks without what they need, and shells that would not be run."""
+    """Refuses marks that lack their value, and the names of shells whose blocks would not run."""
     for name, value in block.marks:
         if name in NEEDS_VALUE and not value:
             raise Fault(f"`<!-- {name}: -->` needs a text after the colon")
@@ -100,7 +104,7 @@ def check_marks(block: Block) -> None:
 
 
 def check_sample(block: Block) -> None:
-    """Parses what is not run."""
+    """Parses a block of TOML, JSON, JSON Lines or Python."""
     try:
         match block.language:
             case "toml":
@@ -117,7 +121,7 @@ def check_sample(block: Block) -> None:
 
 
 def shortened(script: str, arguments: str | None) -> str:
-    """A script whose trainings have more arguments, put before a comment at the end of the line."""
+    """The script with `arguments` added to each training, before a comment at the line's end."""
     if arguments is None:
         return script
     lines = script.replace("\\\n", " ").splitlines()
@@ -126,7 +130,7 @@ def shortened(script: str, arguments: str | None) -> str:
 
 
 def shell(script: str, folder: Path, environment: dict[str, str]) -> None:
-    """Runs a script, which must succeed command by command."""
+    """Runs a script, every command of which must succeed."""
     trap = "trap 'echo \"failed with $?: $BASH_COMMAND\" >&2' ERR\n"
     command = ["bash", "-euo", "pipefail", "-c", trap + script]
     try:
@@ -139,7 +143,7 @@ def shell(script: str, folder: Path, environment: dict[str, str]) -> None:
 
 
 def check_block(block: Block, folder: Path, environment: dict[str, str]) -> bool:
-    """Checks one block; whether something of it was run."""
+    """Checks one block, and returns whether anything was run."""
     check_marks(block)
     check_sample(block)
     if name := block.mark("file"):
@@ -161,7 +165,7 @@ def check_block(block: Block, folder: Path, environment: dict[str, str]) -> bool
 
 
 def check_page(page: Path, temporary: Path) -> list[str]:
-    """Checks a page's blocks in order, up to the first fault; what there is to say of it."""
+    """Checks a page's blocks in order up to the first fault, and returns its message, if any."""
     folder = Path(tempfile.mkdtemp(dir=temporary, prefix=f"{page.stem}-"))
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
@@ -187,7 +191,7 @@ def check_page(page: Path, temporary: Path) -> list[str]:
 
 
 def main() -> None:
-    """Checks all pages, or those that are named."""
+    """Checks the given pages, or all pages if none is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="pages at a time")
     parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE")

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# dylora against its real clients: mixtures exported to PEFT (scripts/check_peft.py), adapters that PEFT wrote and
-# X-LoRA (scripts/check_import.py), merges in transformers and PEFT (scripts/check_merge.py), GPT-2 at its true size
-# (scripts/check_gpt2.py), a step's gradients beside PEFT's (scripts/check_gradients.py), and a run's TensorBoard files
-# in TensorBoard (scripts/check_tensorboard.py). Takes 2 minutes on two cores and 1 GB in the temporary folder.
+# Checks dylora against the real programs with which it exchanges files:
+#
+#   scripts/check_peft.py         mixtures that dylora exported, in PEFT
+#   scripts/check_import.py       adapters that PEFT wrote, and X-LoRA
+#   scripts/check_merge.py        merged mixtures in transformers and PEFT
+#   scripts/check_gpt2.py         GPT-2 at its true size
+#   scripts/check_gradients.py    the gradients of a step, compared with PEFT's
+#   scripts/check_tensorboard.py  a run's TensorBoard files in TensorBoard
+#
+# This takes 2 minutes on two cores, and 1 GB in the temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# models this small run slower on two threads, and many times slower where others use the cores as well
+# with two threads, models this small run slower, and many times slower if other processes use the
+# cores as well
 export OMP_NUM_THREADS=1
 python=$(scripts/reference_env)
 cargo build --quiet

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""GPT-2 at its true size, 124M parameters: dylora on a base that transformers wrote and adapters that PEFT wrote.
+"""Checks GPT-2 at its true size, 124M parameters.
 
     scripts/check_gpt2.py FOLDER
 
-The weights are random, the adapters are on all four target modules. FOLDER takes about 1 GB. Logits in f32, to 1e-4.
-Needs scripts/reference_env.
+transformers writes a base of random weights, and PEFT writes adapters on all four target modules.
+dylora's logits with them must agree with PEFT's to 1e-4 in f32. FOLDER takes about 1 GB. Needs
+scripts/reference_env.
 """
 
 import sys
@@ -20,7 +21,7 @@ NUM_TOKENS = 48
 
 
 def check_adapter(folder, base, name, ids, logits, **settings):
-    """An adapter in dylora; gives PEFT's logits."""
+    """Checks a random adapter in dylora, and returns PEFT's logits."""
     settings |= {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, "r": 8, "lora_alpha": 16, "target_modules": MODULES}
     config = peft.LoraConfig(**settings)
     model = peft.get_peft_model(base, config).eval()

@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
-"""Loss and gradients of one training step against PEFT's in float64, and how far bf16 is from them.
+"""Compares the loss and the gradients of one training step with PEFT's in float64.
 
-    [DEVICE=cuda] scripts/check_gradients.py FOLDER [--preset s1|s2] [--layers 12] [--width 768] [--seq-len 1024] ..
+    [DEVICE=cuda] scripts/check_gradients.py FOLDER [--preset s1|s2] [--layers 12] [--width 768]
+                                             [--seq-len 1024] ..
 
-PEFT writes experts with random weights on a random GPT-2; dylora takes one step from them (`dylora train`) with each
-of `train.kernels` in f32 and in bf16. Its gradients are what AdamW keeps after the first step: (1 - beta1) times them.
-PEFT's are those of the opponent of scripts/compare_peft with the same weights and blocks, in f64, f32 and bf16 (base in
-bf16, experts and router in f32, cast where they are used). Stops unless `auto`'s loss in f32 agrees with that in f64 to
-1e-5 and each gradient to 1e-4 of its norm, and unless its gradients in bf16 are, in the geometric mean over tensors, no
-farther from those in f64 than PEFT's in bf16. Needs scripts/reference_env.
+PEFT writes experts with random weights on a random GPT-2. `dylora train` takes one step from them,
+with each value of `train.kernels`, in f32 and in bf16. Its gradients are computed from AdamW's
+first moments, which are (1 - beta1) times the gradients after the first step. PEFT's gradients are
+those of the opponent of scripts/compare_peft with the same weights and blocks, in f64, f32 and
+bf16. (In bf16, the base is in bf16, and the experts and the router are in f32 and cast where they
+are used.)
+
+With `auto` in f32, the loss must agree with that in f64 to 1e-5, and each gradient to 1e-4 of its
+norm. With `auto` in bf16, the gradients must be no farther from those in f64 than PEFT's in bf16,
+in the geometric mean over tensors. Otherwise the script fails. Needs scripts/reference_env.
 """
 
 import argparse
@@ -72,7 +77,7 @@ def arguments():
 
 
 class Mixture(Opponent):
-    """The opponent with dylora's default router, which reads token and position, at a temperature."""
+    """The opponent with dylora's default router, which reads tokens and positions."""
 
     def weights(self, x):
         x = x + self.gpt2.transformer.wpe(torch.arange(x.shape[1], device=x.device))
@@ -88,7 +93,10 @@ class Mixture(Opponent):
 
 
 def blocks(tokenizer, args):
-    """Texts of which each, with the end token, is a block: their tokens [b, t]; written to FOLDER/data.jsonl."""
+    """Writes texts to FOLDER/data.jsonl, each of which fills a block together with the end token.
+
+    Returns their tokens, [b, t].
+    """
     lines = Path("demo/data/verse.train.jsonl").read_text().splitlines()
     ids = tokenizer.encode("\n".join(" ".join(map(str, json.loads(line).values())) for line in lines))
     texts, rows, at = [], [], 0
@@ -106,13 +114,13 @@ def blocks(tokenizer, args):
 
 
 def write_model(args, setting, eos_token_id):
-    """A base with the demo's tokenizer, and experts, of random weights."""
+    """Writes a base with the demo's tokenizer and experts, all with random weights."""
     config = GPT2Config(
         n_layer=args.layers, n_embd=args.width, n_head=args.heads, vocab_size=args.vocabulary,
         n_positions=args.seq_len, bos_token_id=eos_token_id, eos_token_id=eos_token_id,
     )
     torch.manual_seed(0)
-    base = GPT2LMHeadModel(config).bfloat16().float()  # so that every dtype holds the same base
+    base = GPT2LMHeadModel(config).bfloat16().float()  # every dtype can hold these numbers
     base.save_pretrained(args.folder / "base")
     for file in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]:
         if (Path(BASE) / file).exists():
@@ -129,7 +137,7 @@ def write_model(args, setting, eos_token_id):
 
 
 def step_of_dylora(args, setting, dtype, kernels):
-    """The loss, the gradients by name, and the checkpoint of a step."""
+    """The loss, the gradients by name and the model's tensors after a step."""
     run = args.folder / f"{dtype}-{kernels}"
     text = CONFIG.format(
         dir=run, base=args.folder / "base", dtype=dtype, kernels=kernels, seq_len=args.seq_len, batch=args.batch,

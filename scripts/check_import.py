@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What PEFT writes, in dylora: adapters of several kinds on the demo base, and X-LoRA in both directions.
+"""Checks adapters that PEFT wrote in dylora, and X-LoRA in both directions.
 
     scripts/check_import.py FOLDER
 
-FOLDER holds the runs of scripts/check_peft.py. All logits in f32, to 1e-4. Needs scripts/reference_env.
+The adapters are of several kinds, on the demo base. FOLDER holds the runs of scripts/check_peft.py.
+All logits must agree to 1e-4 in f32. Needs scripts/reference_env.
 """
 
 import json
@@ -18,7 +19,8 @@ import transformers
 from clients import BASE, INVOCATION, TEXTS, compare, dylora, expect, load_base, randomise, summary, trace
 from safetensors.torch import load_file
 
-# as PEFT saves them; PiSSA as its `path_initial_model_for_weight_conversion` converts it
+# the settings of the adapters; PEFT converts the PiSSA adapter to plain LoRA when it saves it
+# (`path_initial_model_for_weight_conversion`)
 ADAPTERS = {
     "regex, rsLoRA": {"target_modules": r".*\.h\.(1\.attn\.c_attn|[02]\.mlp\.c_(fc|proj))", "use_rslora": True},
     "all linear layers, patterns": {
@@ -33,7 +35,7 @@ ADAPTERS = {
 
 
 def check_base():
-    """The base alone, and dylora's tokens."""
+    """Checks dylora's tokens, and the logits of the base alone."""
     tokenizer, base = transformers.AutoTokenizer.from_pretrained(BASE), load_base(BASE)
     for number, text in enumerate(TEXTS, 1):
         ours = trace("--base", BASE, "--text", text)
@@ -43,7 +45,7 @@ def check_base():
 
 
 def check_adapter(folder, name, settings):
-    """An adapter with random weights that PEFT saves, in dylora."""
+    """Checks an adapter with random weights, saved by PEFT, in dylora."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, r=4, lora_alpha=6, **settings)
     model = peft.get_peft_model(load_base(BASE), config).eval()
     initial = {}
@@ -53,24 +55,29 @@ def check_adapter(folder, name, settings):
     randomise(model)
     ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(BASE).encode(TEXTS[0])])
     theirs = model(ids).logits
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that PiSSA changed the base
+    # PEFT warns that PiSSA has changed the base
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         model.save_pretrained(folder / name, save_embedding_layers=False, **initial)
     ours = trace("--adapters", folder / name, "--base", BASE, "--text", TEXTS[0])
     compare(f"PEFT's adapter in dylora ({name})", ours["logits"], theirs, load_base(BASE)(ids).logits)
 
 
 def load_xlora_expert(model, weights, **kwargs):
-    """X-LoRA takes every base's blocks to lie in a module `model`, as Llama's do: GPT-2's do not."""
+    """Loads an expert into X-LoRA, which expects the base's blocks in a module called `model`.
+
+    This holds for Llama but not for GPT-2, so the names are corrected here.
+    """
     weights = {key.replace("model.model.", "model."): tensor for key, tensor in weights.items()}
     return peft.set_peft_model_state_dict(model, weights, **kwargs)
 
 
 def check_xlora(folder, run):
-    """The mixture as X-LoRA, in PEFT's XLoraModel and back in dylora."""
+    """Checks the mixture exported as X-LoRA, in PEFT's XLoraModel and again in dylora."""
     export = folder / "xlora"
     dylora("export-adapters", "--checkpoint", run, "--format", "xlora", "--out", export)
     fields = json.loads((export / "xlora_config.json").read_text())
-    # PEFT names the adapters by their number, whatever their key, and then activates the keys: a KeyError for others
+    # PEFT names the adapters by their numbers, but then activates them by their keys, so the keys
+    # must be the numbers; others cause a KeyError
     fields["adapters"] = {str(i): str(export / path) for i, path in enumerate(fields["adapters"].values())}
     known = {key: value for key, value in fields.items() if key in peft.XLoraConfig.__dataclass_fields__}
     base = load_base(BASE)

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Merges mixtures, loads the results in transformers and PEFT, and checks what dylora says that it costs.
+"""Merges mixtures, loads the results in transformers and PEFT, and checks the reported cost.
 
     scripts/check_merge.py FOLDER
 
-FOLDER holds the runs of scripts/check_peft.py. A mixture with the same weights for every token is computed from PEFT's
-layers; a merged base must give its logits in transformers, a merged adapter in PEFT, both loaded without a warning.
-Needs scripts/reference_env.
+FOLDER holds the runs of scripts/check_peft.py. The reference is a mixture with the same weights for
+every token, computed from PEFT's layers. A merged base must give the same logits in transformers,
+and a merged adapter the same logits in PEFT. Both must load without a warning. Needs
+scripts/reference_env.
 """
 
 import json
@@ -17,7 +18,7 @@ import transformers
 from clients import BASE, TEXTS, compare, dylora, expect, load_adapters, load_base
 from clients import mixture_logits, routed, summary, trace
 
-# run, weights, form; a mixture of DoRA experts fits into no adapter
+# the run, the weights and the form of each merge; no adapter can hold a mixture of DoRA experts
 CASES = [
     ("single", None, "base"),
     ("top_k", "mean", "base"),
@@ -60,7 +61,10 @@ def check_case(folder, run, weights, form, ids):
 
 
 def check_cost(folder, run):
-    """What `merge` measures, computed by transformers and PEFT: each text and its end are one window."""
+    """Checks the losses that `merge` measures, computed by transformers and PEFT.
+
+    Each text with its end token is a document of its own.
+    """
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     out = folder / "measured"
@@ -86,7 +90,7 @@ def check_cost(folder, run):
 
 
 def check_concatenation(folder, run, ids):
-    """PEFT's own concatenation of a mixture's experts, in dylora."""
+    """Checks PEFT's own concatenation of a mixture's experts, in dylora."""
     model, experts = load_experts(folder, run)
     weights = [0.5, 0.3, 0.2]
     theirs = static_logits(model, experts, ids, weights)

@@ -1,13 +1,20 @@
 #!/usr/bin/env python3
-"""Exports of dylora in PEFT.
+"""Checks dylora's exports in PEFT.
 
-    scripts/check_peft.py FOLDER                    trains and exports the mixtures RUNS on the demo base
-    scripts/check_peft.py CHECKPOINT EXPORT BASE    takes one that is there
+    scripts/check_peft.py FOLDER                  trains, exports and checks the mixtures RUNS on
+                                                  the demo base
+    scripts/check_peft.py CHECKPOINT EXPORT BASE  checks an existing export of a checkpoint
 
-Real PEFT loads every expert without a warning and gives the logits of `dylora trace --routing expert:N`; with all of
-them active it gives those of `--routing all`; PEFT's layers mixed by router.safetensors, as dylora.json describes it,
-give those of `dylora trace`; and dylora reads its export back. All logits in f32, to 1e-4. Leaves FOLDER/NAME
-(the run) and FOLDER/NAME.export for the other checks. Needs scripts/reference_env.
+PEFT must load every expert without a warning. In f32, these logits must agree to 1e-4:
+
+    PEFT with one expert                             `dylora trace --routing expert:N`
+    PEFT with all experts active                     `dylora trace --routing all`
+    PEFT's layers, mixed by router.safetensors as    `dylora trace`
+    dylora.json describes
+    dylora with the export                           dylora with the checkpoint
+
+The runs FOLDER/NAME and the exports FOLDER/NAME.export are kept for the other checks. Needs
+scripts/reference_env.
 """
 
 import json
@@ -44,7 +51,7 @@ target_modules = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 rank = 4
 alpha = 6
 """
-# what follows `[lora]`
+# the rest of each config, which continues `[lora]`
 RUNS = {
     "single": "num_experts = 1",
     "top_k": """num_experts = 3
@@ -86,7 +93,7 @@ use_dora = false
 input = "base_hidden"
 temperature = 2.0
 top_k = 2""",
-    # exported as plain LoRA of twice the rank
+    # PiSSA and OLoRA experts are exported as plain LoRA of twice the rank
     "pissa": """num_experts = 3
 init = "pissa"
 [[lora.experts]]
@@ -127,14 +134,14 @@ experts_per_layer = [1, 3, 2, 3]
 input = "base_hidden"
 temperature = 0.5
 top_k = 2""",
-    # trained as PEFT would train several active adapters: the router stays as it was
+    # trained as PEFT trains several active adapters, so the router is not trained
     "all": "num_experts = 2",
 }
 OPTIONS = {"all": ["--set", "train.routing=all"]}
 
 
 def train(folder, name):
-    """Trains and exports; gives the checkpoint and the export."""
+    """Trains and exports a mixture, and returns its checkpoint and its export."""
     run, export = folder / name, folder / f"{name}.export"
     config = folder / f"{name}.toml"
     config.write_text(COMMON.format(dir=run) + RUNS[name])
@@ -153,7 +160,7 @@ def check_experts(name, run, folders, base_dir):
 
 
 def check_mixture(name, run, export, model, base):
-    """The mixture that the export describes, of PEFT's layers."""
+    """Checks the mixture that the export describes, computed from PEFT's layers."""
     for number, text in enumerate(TEXTS, 1):
         ours = trace("--checkpoint", run, "--text", text)
         ids = ours["input_ids"]
@@ -166,7 +173,7 @@ def check_mixture(name, run, export, model, base):
 
 
 def check_all_active(name, run, model, base):
-    """PEFT's sum of several active adapters, which it takes right where they are plain LoRA."""
+    """Checks PEFT's sum of several active adapters, which is correct if they are plain LoRA."""
     ours = trace("--checkpoint", run, "--text", TEXTS[0], "--routing", "all")
     ids = ours["input_ids"]
     model.base_model.set_adapter(list(model.peft_config))
@@ -183,7 +190,8 @@ def check_export(name, run, export, base_dir):
             check_mixture(name, run, export, model, base)
         if not any(config.use_dora or config.alora_invocation_tokens for config in model.peft_config.values()):
             check_all_active(name, run, model, base)
-    routing = ["--routing", "all"] if meta["routing"] == "all" else []  # the import knows it by itself
+    # an export holds its routing, but `dylora trace` needs it for a checkpoint
+    routing = ["--routing", "all"] if meta["routing"] == "all" else []
     ours = trace("--adapters", export, "--base", base_dir, "--text", TEXTS[0])
     again = trace("--checkpoint", run, "--text", TEXTS[0], *routing)
     compare(f"{name}: the export in dylora", ours["logits"], again["logits"])

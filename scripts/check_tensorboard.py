@@ -4,9 +4,9 @@
     python scripts/check_tensorboard.py RUN_DIR
 
 Reads RUN_DIR/tensorboard with TensorBoard's own EventAccumulator and compares every scalar with
-RUN_DIR/metrics.jsonl: the same tags, the same steps, the same values in float32. A `null` in the
-metrics stands for NaN or an infinity. Orphaned steps of a run that was resumed must be gone.
-Needs the Python package `tensorboard` (checked with 2.21.0).
+RUN_DIR/metrics.jsonl: the tags, the steps and the values in float32 must be the same. A `null` in
+the metrics stands for NaN or an infinity. If a run resumed, the steps that it made again must not
+appear twice. Needs the Python package `tensorboard` (checked with 2.21.0).
 """
 
 import json
@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 
 
 def scalars_of(line):
-    """The tags and values that a line of metrics.jsonl has in TensorBoard (src/train/metrics.rs)."""
+    """The tags and values in TensorBoard of a line of metrics.jsonl (src/train/scalars.rs)."""
     kind = line["kind"]
     if kind == "window":
         yield from window_scalars(line)
@@ -81,7 +81,7 @@ def read_metrics(path):
 
 
 def read_tensorboard(path):
-    """{tag: [(step, value)]} as TensorBoard sees it, without its sampling."""
+    """{tag: [(step, value)]} as TensorBoard reads it, without its sampling."""
     events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
     return {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]

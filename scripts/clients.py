@@ -1,6 +1,7 @@
-"""What the checks against transformers and PEFT share: to run dylora, to load without a warning, to compare.
+"""Functions that the checks against transformers and PEFT share.
 
-A check stops the script with exit code 1 at the first disagreement.
+They run dylora, load models without warnings, and compare tensors. The first check that fails stops
+the script with exit code 1.
 """
 
 import json
@@ -28,15 +29,15 @@ TEXTS = [
     "How much remains?\n[1] 7 hours = 7 * 11 = 77 crowns\n[2] 77 - 7 = 70 crowns\nanswer: 70 crowns",
     "SCENE. The battlements at dawn. HELICAN is discovered, asleep beneath a tree.",
 ]
-INVOCATION = [199, 59]  # "\n[" in the demo's tokens: twice in the first text, nowhere in the second
+INVOCATION = [199, 59]  # "\n[" in the demo's tokens: twice in the first text, not in the second
 DYLORA = os.environ.get("DYLORA", "target/debug/dylora")
 DEVICE = os.environ.get("DEVICE", "cpu")
-checks = []  # the difference of each, 0 for those without numbers
+checks = []  # the difference of each check, 0 for checks without numbers
 transformers.utils.logging.disable_progress_bar()
 
 
 def dylora(command, *arguments, code=0):
-    """Runs dylora, which must exit with `code`; gives its results, or its messages if that is not 0."""
+    """Runs dylora, which must exit with `code`. Returns its stdout, or stderr if that is not 0."""
     line = [DYLORA, "--quiet", command, "--device", DEVICE, *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode != code:
@@ -53,9 +54,10 @@ def trace(*arguments):
 
 
 def compare(name, ours, theirs, without=None):
-    """Stops if two tensors differ, or if `theirs` is so near to `without` that the check would show nothing.
+    """Stops if two tensors differ, or if `theirs` hardly differs from `without`.
 
-    `without` is what the tensor is without adapters or routing.
+    `without` is the same tensor without adapters or routing. If these hardly changed it, the
+    comparison would show nothing.
     """
     if ours.shape != theirs.shape:
         sys.exit(f"{name}: dylora's shape is {list(ours.shape)}, the client's {list(theirs.shape)}")
@@ -82,7 +84,7 @@ def summary():
 
 
 class Collect(logging.Handler):
-    """Keeps what is logged as a warning or worse."""
+    """Keeps the messages that are logged at the level of warnings or above."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -94,7 +96,7 @@ class Collect(logging.Handler):
 
 @contextmanager
 def no_warnings(name):
-    """Stops if Python, transformers or PEFT warn."""
+    """Stops the script if Python, transformers or PEFT give a warning."""
     collect = Collect()
     loggers = [logging.getLogger(library) for library in (None, "transformers", "peft")]
     for logger in loggers:
@@ -114,7 +116,7 @@ def load_base(folder):
 
 
 def load_adapters(base, **folders):
-    """A new base with adapters out of their folders, the first one active."""
+    """A new base with adapters from their folders, the first of which is active."""
     (first, folder), *others = folders.items()
     model = load_base(base)
     with no_warnings(folder):
@@ -126,16 +128,17 @@ def load_adapters(base, **folders):
 
 
 def randomise(model, scale=0.05):
-    """Moves an adapter from its start, where it does nothing."""
+    """Adds random numbers to an adapter's parameters, since a new adapter has no effect."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data += (10 if "magnitude" in name else 1) * scale * torch.rand_like(parameter)
 
 
 def mixture_logits(model, experts, ids, weights):
-    """W x + b + sum_e g_e (E_e(x) - W x - b) in each layer, E_e being PEFT's own layer with adapter e alone.
+    """The logits if each layer computes W x + b + sum_e g_e (E_e(x) - W x - b).
 
-    `weights(layer, module)` gives g, [b, t, e], of a block's module, as "attn.c_attn", when it is run.
+    E_e is PEFT's own layer with adapter e alone. `weights(layer, module)` is called when a block's
+    module, such as "attn.c_attn", runs, and returns g, [b, t, e].
     """
     offsets = {name: calculate_alora_offsets(model.peft_config, name, ids) for name in experts}
     forwards = []
@@ -163,7 +166,7 @@ def mixture_logits(model, experts, ids, weights):
 
 
 def active(model, experts, ids):
-    """1 where PEFT has an expert active, 0 before its invocation, [b, t, e]."""
+    """1 where an expert is active in PEFT, 0 before its invocation tokens, [b, t, e]."""
     mask = torch.ones(*ids.shape, len(experts))
     for e, name in enumerate(experts):
         if model.peft_config[name].alora_invocation_tokens:
@@ -173,16 +176,19 @@ def active(model, experts, ids):
 
 
 class Router:
-    """A router of router.safetensors, by the `spec` of dylora.json."""
+    """A router from router.safetensors, computed as the `spec` in dylora.json says."""
 
     def __init__(self, spec, tensors, prefix):
         self.spec = spec
         self.tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
     def weights(self, x, present):
-        """What mixes the experts where `x`, [b, t, d], is read and the experts `present` are, [b, t, e]."""
+        """The routing weights over the experts `present`, [b, t, e].
+
+        The router reads `x`, [b, t, d].
+        """
         spec, own = self.spec, self.tensors
-        if spec["level"] == "sequence":  # a text without a prompt: the mean up to each token
+        if spec["level"] == "sequence":  # without a prompt, the mean is over the tokens so far
             x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
         for i in range(spec["hidden_layers"]):
             x = torch.relu(x @ own[f"hidden.{i}.weight"].T + own[f"hidden.{i}.bias"])
@@ -200,13 +206,16 @@ class Router:
 
 
 def experts_of(block, experts):
-    """The numbers of the experts that have a module in a block."""
+    """The numbers of the experts that target a module of a block."""
     layers = [layer for layer in block.modules() if isinstance(layer, LoraLayer)]
     return [e for e, name in enumerate(experts) if any(name in layer.lora_A for layer in layers)]
 
 
 def routed(model, export, ids):
-    """The mixture that an export describes, of PEFT's layers and router.safetensors: logits, weights by site."""
+    """The logits and the routing weights by site of the mixture that an export describes.
+
+    It is computed from PEFT's layers and router.safetensors.
+    """
     meta = json.loads((export / "dylora.json").read_text())
     spec, experts = meta["router"]["spec"], meta["experts"]
     tensors = load_file(export / meta["router"]["file"])

@@ -1,23 +1,28 @@
 #!/usr/bin/env python3
-"""dylora against PEFT with the same numbers, side by side in one run.
+"""Measures dylora and PEFT with the same settings side by side.
 
-    scripts/compare_peft [--device auto|cpu|cuda[:N]] [--preset s1|s2] [--batches 1,4] [--compile] [--strongest] ..
+    scripts/compare_peft [--device auto|cpu|cuda[:N]] [--preset s1|s2] [--batches 1,4] [--compile]
+                         [--strongest] ..
 
-dylora is `dylora bench`, the opponents are in scripts/peft_opponent.py: both run whole steps on random tokens and
-random weights of one of GPT-2's shapes, or on `--base`. On a GPU each of them measures all rows in one process, dylora
-in two, before and after its opponents, so that a drift of the machine shows. On the CPU each row is measured in
-processes of its own that alternate, dylora, PEFT, dylora, .., `--pairs` times. Ratios are of the medians of such pairs,
-with their median, least and largest; a second table has the spread of the steps themselves.
+dylora is measured by `dylora bench`, and its opponents by scripts/peft_opponent.py. Both run whole
+steps on random tokens, on random weights of one of GPT-2's shapes or on `--base`. On a GPU, each
+opponent measures all rows in one process. dylora does so twice, before and after its opponents, so
+that a drift of the machine becomes visible. On the CPU, each row is measured in processes of its
+own, which alternate `--pairs` times: dylora, PEFT, dylora, .. A ratio is that of the medians of
+such a pair; its median, least and largest value are printed. A second table shows the spread of
+the steps themselves.
 
-`--strongest` is PEFT compiled in its fastest forms: without a mask tensor, with cuDNN's attention alone, a padded
-vocabulary and steps that do not wait for their loss; where liger_kernel is installed, also with its fused loss. Any
-other form is named by its switches (scripts/peft_opponent.py lists them), as `--strongest no_mask+cudnn,strongest`.
-First loss and gradient norm of whatever is compiled must be eager PEFT's: in f32 to 1e-5 and 1e-4, in bf16 to 2e-3 and
-2e-2; else the exit code is 1.
+`--strongest` measures PEFT compiled in its fastest forms: without a mask tensor, with cuDNN's
+attention only, with a padded vocabulary, and with steps that do not wait for their loss. If
+liger_kernel is installed, its fused loss is measured too. Other forms are named by their switches
+(see scripts/peft_opponent.py), as in `--strongest no_mask+cudnn,strongest`. The first loss and
+gradient norm of a compiled row must be those of eager PEFT: to 1e-5 and 1e-4 in f32, and to 2e-3
+and 2e-2 in bf16. Otherwise the exit code is 1.
 
-Memory is the peak of the allocator on a GPU; on the CPU the peak of the resident set less what was resident when the
-base was loaded. `--start` also measures the time from the start of a process to the end of its first step, from a
-folder that transformers wrote, which is in the page cache by then.
+Memory is the peak of the allocator on a GPU. On the CPU, it is the peak of the resident set minus
+the resident set after the base was loaded. `--start` also measures the time from the start of a
+process to the end of its first step. The base is then read from a folder that transformers wrote,
+which is in the page cache.
 """
 
 import argparse
@@ -41,8 +46,10 @@ COMPILED = ["one_pass", "single_lora", "eval"]  # the rows that --compile and --
 SWITCHES = ["no_mask", "cudnn", "padded_vocab", "padded_loss", "liger", "no_wait"]
 FORMS = {"strongest": ["no_mask", "cudnn", "padded_vocab", "no_wait"]}
 FORMS["strongest_liger"] = [*FORMS["strongest"], "liger"]
-LOSS_TOLERANCE = {"f32": 1e-5, "bf16": 2e-3}  # nats, of a compiled row's first loss from eager PEFT's
-NORM_TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}  # of the norm of its gradients
+# the largest differences of a compiled row from eager PEFT: of the first loss in nats, and of the
+# gradient norm as a share of it
+LOSS_TOLERANCE = {"f32": 1e-5, "bf16": 2e-3}
+NORM_TOLERANCE = {"f32": 1e-4, "bf16": 2e-2}
 OPPONENT = Path(__file__).with_name("peft_opponent.py")
 
 
@@ -102,7 +109,7 @@ def arguments():
 
 
 class Results:
-    """The rows measured so far, by who, row and batch, and what went wrong."""
+    """The rows measured so far, by program (`who`), row and batch, and the faults."""
 
     def __init__(self, out):
         self.rows, self.file, self.faults = {}, out and out.open("w"), []
@@ -130,13 +137,19 @@ class Results:
         return statistics.median(values) if values else None
 
     def ratios(self, a, b, key):
-        """One for each pair of runs; `a` and `b` are (who, row, batch). A run that is alone pairs with each."""
+        """The ratios of the pairs of runs of `a` and `b`, each given as (who, row, batch).
+
+        A run of `b` without a number is compared with every run of `a`.
+        """
         others = {line.get("pair"): line[key] for line in self.of(*b)}
         pairs = [(line[key], others.get(line.get("pair"), others.get(None))) for line in self.of(*a)]
         return [x / y for x, y in pairs if x and y]
 
     def steps(self, who, row, batch):
-        """Milliseconds of the steps of all runs, from least to most, and whether these are all or the extremes only."""
+        """The sorted milliseconds of the steps of all runs, and whether these are all steps.
+
+        If a run does not report each step, its least, median and largest time stand for them.
+        """
         lines = self.of(who, row, batch)
         counted = all(line.get("counted_ms") for line in lines)
         ends = ["min_step_ms", "step_ms", "max_step_ms"]
@@ -144,7 +157,7 @@ class Results:
 
 
 def lines_of(command):
-    """What a process printed; one that fails, or is killed as for its memory, costs its remaining rows only."""
+    """The JSON lines that a process printed. If it fails, the rows that it printed still count."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode:
@@ -182,7 +195,7 @@ def run_peft(args, rows, batches, compiled=None, form=[], base=None, steps=None,
 
 
 def opponents(args):
-    """Who is measured: for each name its rows, its batches, and how it is compiled and formed."""
+    """The opponents: for each name its rows, its batches, and its compilation and form."""
     compiled = [row for row in args.rows if row in COMPILED and row in args.compile_rows]
     batches = args.compile_batches or args.batches
     padded = ["padded_vocab", "padded_loss"] if args.padded_vocab else []
@@ -212,7 +225,7 @@ def measure(args, results):
 
 
 def measure_start(args, results):
-    """Seconds from the start of a process to the end of its first step: dylora's, PEFT's, in turn."""
+    """Seconds from a process's start to the end of its first step, for dylora and PEFT in turn."""
     import torch
     from transformers import GPT2LMHeadModel
 
@@ -236,7 +249,7 @@ def measure_start(args, results):
 
 
 def table(args, results):
-    """Figures of all rows, and how many times PEFT's tokens/s dylora has."""
+    """Prints the figures of all rows, and the ratios of dylora's figures to its opponents'."""
     whos = ["dylora", *opponents(args)]
     memory = "extra_memory_bytes" if args.device == "cpu" else "peak_memory_bytes"
     header = ["row", "batch"]
@@ -265,7 +278,7 @@ def print_table(header, rows):
 
 
 def steps_table(args, results):
-    """The spread of the steps' times, and of dylora's speed over each opponent's that comes of it."""
+    """Prints the spread of the steps' times, and that of dylora's speed over each opponent's."""
     rows = []
     for batch in args.batches:
         for row in args.rows:
@@ -293,7 +306,7 @@ def bounds(ms, counted):
 
 
 def quantile(ordered, q):
-    """Between the two that are next to it, in proportion."""
+    """The quantile `q` of sorted numbers, interpolated between its two neighbours."""
     at = q * (len(ordered) - 1)
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
@@ -301,7 +314,10 @@ def quantile(ordered, q):
 
 
 def losses_table(args, results):
-    """First loss and gradient norm of PEFT's rows; what is compiled must have those of eager PEFT."""
+    """Prints the first loss and gradient norm of PEFT's rows.
+
+    It is a fault if those of a compiled row differ from those of eager PEFT.
+    """
     rows = []
     for (who, row, batch), lines in results.rows.items():
         line = next((line for line in lines if not line["error"]), None)
@@ -329,7 +345,7 @@ def number(value, form):
 
 
 def spread(values, form=".2f"):
-    """The median, and from where to where."""
+    """The median of the values, and their range if there are several."""
     if not values:
         return "-"
     text = format(statistics.median(values), form)
@@ -337,7 +353,7 @@ def spread(values, form=".2f"):
 
 
 def conclusions(args, results):
-    """What the tables come to: best batches, the strongest opponent, the mixture's price, N passes."""
+    """Prints the best batches, the strongest opponent and the cost of a mixture."""
     whos = opponents(args)
     best = {}
     for who in ["dylora", *whos]:

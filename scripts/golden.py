@@ -1,4 +1,7 @@
-"""What make_golden.py and make_golden_adapters.py share: tiny random bases, and how a golden file is written."""
+"""Tiny random bases, and the writing of golden files.
+
+make_golden.py and make_golden_adapters.py use this module.
+"""
 
 import json
 
@@ -18,12 +21,12 @@ VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__
 
 
 def randn(generator, *shape, std=1.0):
-    """Random numbers in float64 that float32 holds exactly."""
+    """Random numbers in float64 that float32 can represent exactly."""
     return (torch.randn(*shape, generator=generator) * std).double()
 
 
 def make_base(seed, settings):
-    """A GPT-2 in float64, every parameter of it random: biases and LayerNorms too."""
+    """A GPT-2 in float64 whose parameters are all random, biases and LayerNorms included."""
     config = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_positions": 32, "vocab_size": 61, **settings}
     config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, attn_implementation="eager"))
@@ -41,7 +44,7 @@ def save(folder, name, tensors, **metadata):
     tensors = {key: tensor.detach().contiguous().clone() for key, tensor in tensors.items()}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     data = safetensors.torch.save(tensors, {"format": "pt", **VERSIONS, **metadata})
-    # safetensors writes metadata in random order: sorted, the same numbers give the same file
+    # safetensors writes metadata in random order; sorted, the same numbers give the same file
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)

@@ -1,6 +1,8 @@
-// Says where a program's GPU time goes: loaded by CUDA itself into any program that CUDA_INJECTION64_PATH names it to, it
-// sums the kernels of the program's last KERNEL_TIMES_MS milliseconds (default 500) by name and prints them to stderr at
-// its end. Graphs are seen kernel by kernel. scripts/kernel_times builds it and runs a command under it.
+// Shows which kernels use the GPU time of a program. CUDA loads this library into a program if
+// CUDA_INJECTION64_PATH names it. When the program ends, the library prints to stderr the times of
+// the kernels in the last KERNEL_TIMES_MS milliseconds (500 by default), summed by name. The
+// kernels of a graph are counted one by one. scripts/kernel_times builds the library and runs a
+// command with it.
 #include <cupti.h>
 
 #include <algorithm>

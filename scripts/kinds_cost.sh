@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What kinds of experts and router inputs cost in training: GPT-2's shape of 124 million random parameters, bf16,
-# four experts of r = 8 on c_attn (or as the row says), packed text. One run of STEPS steps for each row; tokens/s is
-# the median over the steps but the first five, peak memory that of the last; idle is the share of these steps' time in
-# which the GPU had nothing to do (host_secs).
+# Measures what different kinds of experts and router inputs cost in training. The base has GPT-2's
+# shape with 124 million random parameters in bf16, with four experts of rank 8 on c_attn unless the
+# row says otherwise. The text is packed. Each row is one run of STEPS steps. Without the first five
+# steps, tokens/s is the median, and idle is the share of time in which the GPU has nothing to do
+# (host_secs). Peak memory is that at the last step.
 #
 #     PYTHON=python3 scripts/kinds_cost.sh DYLORA [OLDER_DYLORA]     (PYTHON needs transformers)
 #
-# A second binary is measured on the first row, before and after the others.
+# With an older binary, some rows are measured with both binaries, and the first row again at last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dylora=$1 older=${2:-}

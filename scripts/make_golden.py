@@ -1,31 +1,32 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/*.safetensors: what transformers and PEFT compute in float64 on tiny random GPT-2s.
+"""Writes tests/golden/*: the results of transformers and PEFT in float64 on tiny random GPT-2s.
 
     "$(scripts/reference_env)" scripts/make_golden.py [FOLDER]
 
-For each base in BASES, a folder as the Hub holds it (`NAME.config.json`, `NAME.safetensors` or shards) and
-`NAME.expected.safetensors`:
+For each base in BASES, it writes the files of a base as on the Hub (`NAME.config.json`, and
+`NAME.safetensors` or shards) and `NAME.expected.safetensors` with
 
     input_ids        [b, t]
-    hidden_states.i  [b, t, d], what enters block i; the last is what enters ln_f
+    hidden_states.i  [b, t, d], the input of block i; the last one is the input of ln_f
     logits           [b, t, v]
 
-For each set of experts in EXPERTS, `NAME.safetensors` over the base `gpt2_tied`:
+For each set of experts in EXPERTS on the base `gpt2_tied`, it writes `NAME.safetensors` with
 
-    input_ids, labels  [b, t]; labels are already shifted, -100 = no loss
+    input_ids, labels  [b, t]; labels are already shifted, -100 means no loss
     h.{layer}.{module}.lora_a [e, r, i], .lora_b [e, o, r]; router.weight [e, d], router.bias [e]
     logits.expert_i    PEFT with adapter i alone
-    given.weights, given.logits              routing weights that are given
-    {dense,top_2}.probs, .weights, .logits   those of the router: all experts, the best two
-    {dense,top_2}.loss, .smoothed_loss       cross entropy; with label smoothing
+    given.weights, given.logits              with given routing weights
+    {dense,top_2}.probs, .weights, .logits   by the router, with all experts or the best two
+    {dense,top_2}.loss, .smoothed_loss       cross entropy without and with label smoothing
     {dense,top_2}.grad.NAME                  gradient of .loss
     {dense,top_2}.smoothed_grad.NAME         gradient of .smoothed_loss
-    top_2.load_balancing_loss                transformers' Mixtral over the labelled positions (float32 inside)
+    top_2.load_balancing_loss                of transformers' Mixtral over the labelled positions,
+                                             computed in float32
 
-Under `peft`, adapters as PEFT saves them and what it computes with them: see make_golden_adapters.py.
+make_golden_adapters.py writes the folder `peft`.
 
-Weights are stored in float32 and used in float64, without loss. Each file's metadata names the versions
-(`torch`, `transformers`, `peft`) and the settings that its numbers depend on.
+Weights are stored in float32 and used in float64, without loss. The metadata of each file contains
+the versions of `torch`, `transformers` and `peft`, and the settings that the numbers depend on.
 """
 
 import json
@@ -53,11 +54,12 @@ LABEL_SMOOTHING = 0.1
 
 
 def save_base(folder, name, model):
-    """Writes the base in one of the ways in which GPT-2s lie on the Hub."""
+    """Writes the base in one of the layouts that GPT-2s have on the Hub."""
     weights = {key: tensor.float() for key, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings and name != "gpt2_unscaled_attention":  # that one stores a tied head
+    # only `gpt2_unscaled_attention` stores its tied head
+    if model.config.tie_word_embeddings and name != "gpt2_unscaled_attention":
         del weights["lm_head.weight"]
-    if name == "gpt2_inverse_layer_idx":  # OpenAI's own: no prefix, mask buffers
+    if name == "gpt2_inverse_layer_idx":  # like OpenAI's file: without a prefix, with mask buffers
         weights = {key.removeprefix("transformer."): tensor for key, tensor in weights.items()}
         for layer in range(model.config.n_layer):
             weights[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
@@ -88,7 +90,10 @@ def base_case(folder, seed, name, settings):
 
 
 def route(model, router, input_ids, temperature, top_k):
-    """Probs and weights of the router over token plus position embeddings, and its scores / temperature."""
+    """The scores divided by the temperature, the probs and the weights of the router.
+
+    The router reads the sum of the token and position embeddings.
+    """
     positions = torch.arange(input_ids.shape[1])
     embeddings = model.transformer.wte(input_ids) + model.transformer.wpe(positions)
     logits = (embeddings @ router["router.weight"].T + router["router.bias"]) / temperature
@@ -100,7 +105,7 @@ def route(model, router, input_ids, temperature, top_k):
 
 
 def mix(model, weights):
-    """Makes each LoRA layer add its adapters' parts, multiplied with `weights` [b, t, e], token by token."""
+    """Makes each LoRA layer add its adapters' updates, multiplied by `weights`, [b, t, e]."""
 
     def forward(layer, x):
         y = layer.base_layer(x)
@@ -114,7 +119,7 @@ def mix(model, weights):
 
 
 def stacked(model, pick):
-    """`pick` of each LoRA matrix, stacked over adapters under dylora's names."""
+    """`pick` applied to each LoRA matrix, stacked over the adapters under dylora's names."""
     tensors = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -125,7 +130,7 @@ def stacked(model, pick):
 
 
 def make_experts(generator, model, settings):
-    """The base with random adapters, B not zero, and a random router."""
+    """The base with random adapters, whose B is not zero, and a random router."""
     lora = {"r": settings["rank"], "lora_alpha": settings["alpha"], "fan_in_fan_out": True}
     lora = peft.LoraConfig(target_modules=settings["target_modules"], **lora)
     model = peft.get_peft_model(model, lora, adapter_name="expert_0")
@@ -145,7 +150,7 @@ def make_experts(generator, model, settings):
 def routed_case(model, trained, router, input_ids, labels, temperature, top_k):
     scores, probs, weights = route(model.base_model.model, router, input_ids, temperature, top_k)
     mix(model, weights)
-    for parameter in trained:  # set_adapter left all but the last one's without
+    for parameter in trained:  # set_adapter has frozen all adapters except the last
         parameter.requires_grad_(True)
     logits = model(input_ids).logits
     case = {"probs": probs, "weights": weights, "logits": logits}
@@ -177,7 +182,8 @@ def experts_case(folder, seed, name, settings):
     for e in range(NUM_EXPERTS):
         model.set_adapter(f"expert_{e}")
         tensors[f"logits.expert_{e}"] = model(input_ids).logits
-    mix(model, torch.eye(NUM_EXPERTS).double()[1].expand(2, 11, -1))  # the mixture below is PEFT's own sum
+    # with one-hot weights, `mix` gives PEFT's own result
+    mix(model, torch.eye(NUM_EXPERTS).double()[1].expand(2, 11, -1))
     torch.testing.assert_close(model(input_ids).logits, tensors["logits.expert_1"], rtol=0, atol=1e-13)
     tensors["given.weights"] = randn(generator, *input_ids.shape, NUM_EXPERTS)
     mix(model, tensors["given.weights"])

@@ -1,40 +1,51 @@
-"""Writes tests/golden/peft/*: adapters as PEFT saves them, and what PEFT computes with them on `gpt2_tied`.
+"""Writes tests/golden/peft/*: adapters saved by PEFT, and PEFT's results with them on `gpt2_tied`.
 
-make_golden.py calls this. All logits are float64; [b, t] is [2, 11] unless said otherwise. For each set of settings
-in ADAPTERS, and for `pissa` (a trained PiSSA adapter that `save_pretrained` has converted to a plain LoRA), a folder
-`NAME` with `adapter_config.json` and `adapter_model.safetensors`, and `NAME.expected.safetensors`:
+make_golden.py calls this module. All logits are float64. [b, t] is [2, 11] unless stated otherwise.
+
+For each set of settings in ADAPTERS, and for `pissa` (a trained PiSSA adapter, converted to plain
+LoRA by `save_pretrained`), it writes a folder `NAME` with `adapter_config.json` and
+`adapter_model.safetensors`, and `NAME.expected.safetensors` with
 
     input_ids [b, t], logits [b, t, v]
-    offsets_start [b], only `alora`: the first position at which the adapter is active; t if there is none
+    offsets_start [b], only for `alora`: the first position at which the adapter is active, or t
 
-`mixtures.expected.safetensors`: the adapters MIXED as experts 0, 1, .. of one base.
+`mixtures.expected.safetensors` has the adapters MIXED as the experts 0, 1, .. of one base:
 
-    input_ids, labels [b, t]; labels are already shifted, -100 = no loss
+    input_ids, labels [b, t]; labels are already shifted, -100 means no loss
     routing_weights [b, t, e]
-    routed.logits, routed.loss     y = W x + b + sum_e g_e (E_e(x) - W x - b), E_e being PEFT's layer with e alone
+    routed.logits, routed.loss     y = W x + b + sum_e g_e (E_e(x) - W x - b), where E_e is PEFT's
+                                   layer with adapter e alone
     routed.grad.routing_weights    [b, t, e]
     routed.grad.h.{layer}.{module}.expert_{e}.{lora_a [r, i], lora_b [o, r], magnitude [o]}
     uniform.logits                 the same with g_e = 1 / 4
-    all.logits                     PEFT with the experts 0, 1, 3 active at once (`set_adapter` with a list)
-    rows.input_ids, rows.experts, rows.logits  [4, t], [4], [4, t, v]: one expert a row, -1 = the base alone
+    all.logits                     PEFT with the experts 0, 1 and 3 active at once (`set_adapter`
+                                   with a list)
+    rows.input_ids [4, t], rows.experts [4], rows.logits [4, t, v]: one expert for each row, -1 is
+                                   the base alone
 
-`dropout.expected.safetensors`: the same experts in training, an element dropped with a probability of 0.3, each with
-a mask of its own, drawn from torch's CPU generator after `manual_seed(DROPOUT_SEED)`.
+`dropout.expected.safetensors` has the same experts in training. An element is dropped with a
+probability of 0.3. Each expert has a mask of its own, drawn from torch's CPU generator after
+`manual_seed(DROPOUT_SEED)`.
 
-    input_ids, routing_weights as above
-    plain.logits, dora.logits      PEFT with that adapter alone
+    input_ids, routing_weights     as above
+    plain.logits, dora.logits      PEFT with this adapter alone
     all.logits, routed.logits      as above
 
-`xlora.expected.safetensors`: PEFT's X-LoRA over the adapters XLORA, and in `xlora` the same classifier as the
-repository EricLBuehler/xlora saves it (`xlora_config.json`, `xlora_classifier.safetensors`).
+`xlora.expected.safetensors` has PEFT's X-LoRA over the adapters XLORA. The folder `xlora` has the
+same classifier as the repository EricLBuehler/xlora saves it (`xlora_config.json`,
+`xlora_classifier.safetensors`).
 
-    input_ids [b, t], classifier.weight [e, d], classifier.bias [e], scalings [b, t, e], logits [b, t, v]
+    input_ids [b, t], classifier.weight [e, d], classifier.bias [e], scalings [b, t, e],
+    logits [b, t, v]
 
-`init.expected.safetensors`: what PEFT's initialisations give in float32 for the MODULES, at rank 3 and alpha 6.
+`init.expected.safetensors` has the results of PEFT's initialisations in float32 for the MODULES, at
+rank 3 and alpha 6.
 
-    {pissa,olora}.{module}.{lora_a [r, i], lora_b [o, r], residual [i, o]}; residual is the base's new weight
-    pissa.dora_magnitude.{module} [o], with use_dora
-    gaussian.std, default.bound []: of the other initialisations' A; the bound for i = 16
+    {pissa,olora}.{module}.{lora_a [r, i], lora_b [o, r], residual [i, o]}; residual is the new
+                                   weight of the base
+    pissa.dora_magnitude.{module}  [o], with use_dora
+    gaussian.std, default.bound    scalars of A under the other initialisations; the bound is for
+                                   i = 16
 """
 
 import json
@@ -109,28 +120,28 @@ def lora_parameters(model):
 
 
 def lora_layers(model):
-    """The layers that have adapters, under dylora's names."""
+    """The layers with adapters, under dylora's names."""
     layers = {path.split("transformer.")[-1]: layer for path, layer in model.named_modules()}
     return {path: layer for path, layer in layers.items() if isinstance(layer, LoraLayer)}
 
 
 def save_adapter(folder, model, **kwargs):
-    """PEFT's own `save_pretrained`, less the model card and the order that changes from run to run."""
+    """PEFT's own `save_pretrained`, without the model card and in a fixed order."""
     model.save_pretrained(folder, save_embedding_layers=False, **kwargs)
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    if isinstance(config["target_modules"], list):  # PEFT makes a set of it
+    if isinstance(config["target_modules"], list):  # PEFT turns it into a set, in random order
         config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     path = folder / "adapter_model.safetensors"
     weights = safetensors.torch.load_file(path)
-    path.unlink()  # safetensors made it readable by its owner alone
+    path.unlink()  # safetensors has made it readable only by its owner
     save(folder, "adapter_model", weights)
 
 
 def load(folder, *names):
-    """A new base in float64 with adapters out of their folders, the first one active."""
+    """A new base in float64 with adapters from their folders, the first of which is active."""
     base, input_ids = tied_base()
     model = peft.PeftModel.from_pretrained(base, str(folder / names[0]), adapter_name=names[0])
     for name in names[1:]:
@@ -141,7 +152,7 @@ def load(folder, *names):
 
 @torch.no_grad()
 def expect(folder, name, input_ids=None):
-    """Writes what the saved adapter computes; gives its logits."""
+    """Writes the results with the saved adapter, and returns its logits."""
     model, default = load(folder, name)
     input_ids = default if input_ids is None else input_ids
     tensors = {"input_ids": input_ids, "logits": model(input_ids).logits}
@@ -161,7 +172,8 @@ def adapter_case(folder, seed, name, settings):
         parameter.data.copy_(1.1 + values.abs() if "magnitude" in key else values)
     save_adapter(folder / name, model)
     input_ids = None
-    if name == "alora":  # row 0 has the invocation twice, row 1 its tokens alone and in the other order
+    # row 0 has the invocation tokens twice, row 1 has them only one by one and in reverse order
+    if name == "alora":
         input_ids = torch.randint(17, (2, 11), generator=generator)
         input_ids[0, 2:4] = input_ids[0, 6:8] = torch.tensor(INVOCATION)
         input_ids[1, [1, 4, 5, 10]] = torch.tensor([42, 42, 17, 17])
@@ -184,7 +196,10 @@ def pissa_case(folder, seed):
 
 
 def blend(model, names, weights):
-    """Makes each LoRA layer move from the base's output towards each adapter's, by its weight out of [b, t, e]."""
+    """Makes each LoRA layer add the updates of its adapters, multiplied by `weights`, [b, t, e].
+
+    An adapter's update is the output of PEFT's layer with this adapter minus the base's output.
+    """
 
     def forward(layer, x):
         base = layer.base_layer(x)
@@ -229,16 +244,16 @@ def mixtures_case(folder, seed):
     weights = randn(generator, *input_ids.shape, len(MIXED)).softmax(-1)
     tensors = {"input_ids": input_ids, "labels": labels, "routing_weights": weights}
     with torch.no_grad():
-        # without `dora`: after other active adapters, PEFT's DoRA takes W x + b plus their parts for its base result,
-        # so the order of the active adapters would change the outcome
+        # without `dora`: PEFT's DoRA takes W x + b plus the updates of the adapters before it as
+        # the base's output, so the result would depend on the order of the active adapters
         model.base_model.set_adapter([name for name in MIXED if name != "dora"])
         tensors["all.logits"] = model(input_ids).logits
-        experts = [3, 1, -1, 0]  # PEFT refuses DoRA here
+        experts = [3, 1, -1, 0]  # PEFT does not accept DoRA here
         rows = torch.randint(61, (len(experts), input_ids.shape[1]), generator=generator)
         names = ["__base__" if e < 0 else MIXED[e] for e in experts]
         tensors["rows.input_ids"], tensors["rows.experts"] = rows, torch.tensor(experts)
         tensors["rows.logits"] = model(rows, adapter_names=names).logits
-        for e, name in enumerate(MIXED):  # the mixture below is PEFT's own result where one expert has all the weight
+        for e, name in enumerate(MIXED):  # with one-hot weights, `blend` gives PEFT's own result
             blend(model, MIXED, torch.eye(len(MIXED)).double()[e].expand(*input_ids.shape, -1))
             alone = load(folder, name)[0](input_ids).logits
             torch.testing.assert_close(model(input_ids).logits, alone, rtol=0, atol=1e-12)
@@ -274,11 +289,12 @@ def dropout_case(folder, seed):
 
 
 def save_xlora(folder, config, weight, bias):
-    """The classifier as EricLBuehler/xlora saves it: its config's fields in its order, its names of the tensors."""
+    """Writes the classifier as EricLBuehler/xlora does: its fields, their order and its names."""
     fields = {
         "hidden_size": config.hidden_size,
         "base_model_id": "gpt2_tied",
-        "adapters": {name: f"../{name}" for name in XLORA},  # their order is that of the classifier's outputs
+        # in the order of the classifier's outputs
+        "adapters": {name: f"../{name}" for name in XLORA},
         "enable_softmax": config.enable_softmax,
         "enable_softmax_topk": config.enable_softmax_topk,
         "layerwise_scalings": config.layerwise_scalings,
@@ -299,7 +315,10 @@ def save_xlora(folder, config, weight, bias):
 
 
 def load_xlora_expert(model, weights, **kwargs):
-    """X-LoRA takes every base's blocks to lie in a module `model`, as Llama's do: GPT-2's do not."""
+    """Loads an expert into X-LoRA, which expects the base's blocks in a module called `model`.
+
+    This holds for Llama but not for GPT-2, so the names are corrected here.
+    """
     weights = {key.replace("model.model.", "model."): tensor for key, tensor in weights.items()}
     return peft.set_peft_model_state_dict(model, weights, **kwargs)
 
@@ -309,7 +328,8 @@ def xlora_case(folder, seed):
     generator = torch.Generator().manual_seed(seed)
     base, input_ids = tied_base()
     base.config.use_cache = False
-    # PEFT names the adapters by their number, whatever their key, and then activates the keys: a KeyError for others
+    # PEFT names the adapters by their numbers, but then activates them by their keys, so the keys
+    # must be the numbers; others cause a KeyError
     adapters = {str(i): str(folder / name) for i, name in enumerate(XLORA)}
     settings = {"hidden_size": base.config.n_embd, "xlora_depth": 1, "softmax_temperature": 0.7}
     config = peft.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters, **settings)
@@ -346,7 +366,8 @@ def init_case(folder):
         tensors |= {f"pissa.{name}.{key}": tensor for key, tensor in parts.items()}
         layer = initialised(tied_base()[0].float(), name, use_dora=True, **pissa)
         tensors[f"pissa.dora_magnitude.{name}"] = layer.lora_magnitude_vector["default"].weight
-        # PEFT's OLoRA ignores fan_in_fan_out: on a Conv1D it makes A [r, o] and B [i, r]. So a Linear of that weight
+        # PEFT's OLoRA ignores fan_in_fan_out: on a Conv1D, it makes A [r, o] and B [i, r]. This
+        # takes a Linear with the same weight instead.
         weight = tied_base()[0].float().transformer.get_submodule(name).weight.detach()
         linear = torch.nn.Linear(*weight.shape)
         linear.weight.data = weight.T.contiguous()
@@ -356,7 +377,7 @@ def init_case(folder):
     with mock.patch("torch.nn.init.normal_") as normal:
         initialised(tied_base()[0].float(), MODULES[0], init_lora_weights="gaussian", fan_in_fan_out=True)
     tensors["gaussian.std"] = torch.tensor(normal.call_args.kwargs["std"], dtype=torch.float64)
-    # kaiming_uniform_ with a = sqrt(5)
+    # the bound of kaiming_uniform_ with a = sqrt(5)
     bound = torch.nn.init.calculate_gain("leaky_relu", math.sqrt(5)) * math.sqrt(3 / 16)
     tensors["default.bound"] = torch.tensor(bound, dtype=torch.float64)
     save(folder, "init.expected", tensors, r=3, lora_alpha=6)

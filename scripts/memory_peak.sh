@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Peak memory of a training step on a GPT-2 of 124 million random parameters, c_attn, r = 8, E = 4,
-# 8 x 1024 tokens: by the positions whose logits are in memory at once, dtype and checkpointing.
+# Measures the peak memory of a training step by dtype, gradient checkpointing and the number of
+# positions whose logits are in memory at once. The base is a GPT-2 of 124 million random
+# parameters, with four experts of rank 8 on c_attn. A step has 8 x 1024 tokens.
 #
 #     PYTHON=python3 scripts/memory_peak.sh DYLORA TEXT TOKENIZER     (PYTHON needs transformers)
 set -euo pipefail

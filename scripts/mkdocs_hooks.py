@@ -1,7 +1,7 @@
-"""Puts the reports of benchmarks/ and the changelog, which lie beside docs/, into the site that MkDocs builds.
+"""Adds the reports of benchmarks/ and the changelog, which lie beside docs/, to MkDocs' site.
 
-In the repository a page reaches them as `../benchmarks/..`, seen from docs/. In the site they lie in the folder of the
-pages itself, so that each such link loses one `../`.
+In the repository, a page in docs/ links to them as `../benchmarks/..`. In the site they are in the
+same folder as the pages, so each such link loses one `../`.
 """
 
 import re
@@ -13,12 +13,12 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = {".md", ".toml", ".jsonl"}
-# a link to what lies beside docs/, less one `../`
+# a link to a file beside docs/; the groups are the link without one `../`
 OUTSIDE = re.compile(r"(\]\((?:\.\./)*)\.\./((?:benchmarks/|CHANGELOG\.md)[^)]*\))")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files beside docs/."""
+    """Adds the files beside docs/ to the site."""
     outside = [path for path in (ROOT / "benchmarks").rglob("*") if path.suffix in SUFFIXES]
     for path in sorted([*outside, ROOT / "CHANGELOG.md"]):
         uri = path.relative_to(ROOT).as_posix()
@@ -27,7 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Points a page's links at where the files beside docs/ are in the site."""
+    """Corrects a page's links to the files beside docs/."""
     if page.file.src_uri.startswith("benchmarks/"):
         return markdown
     return OUTSIDE.sub(r"\1\2", markdown)

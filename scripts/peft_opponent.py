@@ -1,26 +1,39 @@
-"""The opponents of scripts/compare_peft, from PEFT's and transformers' public API: measures rows in this process.
+"""The opponents of scripts/compare_peft, built from the public API of PEFT and transformers.
 
-    one_pass      every adapter in one pass: PEFT's layer with its forward replaced by the routed loop over adapters
-    single_lora   PEFT as it comes, one adapter (in bf16 under autocast, as transformers' Trainer runs it)
-    two_passes    a pass with all adapters unrouted, whose last hidden state the router reads, then the routed pass
-    n_passes      one pass for each adapter, the logits blended by the router's weights, then the loss
+This script measures rows in its own process:
+
+    one_pass      all adapters in one pass: the forward of PEFT's layer is replaced by a routed loop
+                  over adapters
+    single_lora   PEFT unchanged, with one adapter (in bf16 under autocast, as with transformers'
+                  Trainer)
+    two_passes    a pass of the base alone, whose last hidden state the router reads, and then the
+                  routed pass
+    n_passes      one pass for each adapter, whose logits are blended by the routing weights
     eval          the loss of one_pass without gradients
 
-The router reads the token embeddings. A bf16 base has f32 adapters and router, cast where they are used. A step is
-forward, loss, backward, clipping to 1 and fused AdamW; its tokens are on the device before the clock starts. Prints a
-JSON line for the setting and one for each row, with the keys of `dylora bench --json`, all counted steps and the form.
+The router reads the token embeddings, except in two_passes. With a bf16 base, adapters and router
+are in f32 and cast where they are used. A step consists of forward pass, loss, backward pass,
+clipping to 1 and fused AdamW. Its tokens are on the device before the clock starts. The script
+prints a JSON line for the setting and one for each row, with the keys of `dylora bench --json`, the
+times of all counted steps, and the form.
 
-A form is a list of switches that make a step faster or smaller:
+A form is a list of switches that make a step faster or reduce its memory:
 
-    no_mask       no mask tensor: transformers' `create_causal_mask` gives None, so that SDPA runs with is_causal=True
-    cudnn         cuDNN's attention alone; without effect where there is none (on the CPU, in f32)
-    padded_vocab  embedding and head with zero rows up to a multiple of 64; their logits are set to minus infinity
-    padded_loss   with padded_vocab: their logits stay as they are, so that the loss is over the padded vocabulary
-    liger         head and loss by Liger's fused linear cross entropy, which knows of no padding (as padded_loss)
-    no_wait       the host does not wait for a step's loss; CUDA events time the steps; without effect on the CPU
+    no_mask       no mask tensor: transformers' `create_causal_mask` returns None, so that SDPA runs
+                  with is_causal=True
+    cudnn         only cuDNN's attention; no effect on the CPU and in f32, which do not have it
+    padded_vocab  the embedding and the head have zero rows up to a multiple of 64; the logits of
+                  these rows are set to minus infinity
+    padded_loss   with padded_vocab: the logits of these rows are not changed, so the loss is over
+                  the padded vocabulary
+    liger         the head and the loss by Liger's fused linear cross entropy, which ignores the
+                  padding (as padded_loss does)
+    no_wait       the host does not wait for a step's loss, and CUDA events time the steps; no
+                  effect on the CPU
 
-A row under torch.compile comes with `eager_loss` and `eager_grad_norm`: the same of the first step by eager PEFT as it
-comes, over `loss_vocab_size` logits, sequence by sequence so that it needs little memory.
+A row under torch.compile also has `eager_loss` and `eager_grad_norm`, the loss and the gradient
+norm of the first step by unchanged eager PEFT over `loss_vocab_size` logits. They are computed
+sequence by sequence, so that they need little memory.
 """
 
 import ctypes
@@ -56,20 +69,21 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-LENGTH_SIGMA = 0.6  # of the logarithm of documents' lengths, as in dylora
+LENGTH_SIGMA = 0.6  # standard deviation of the logarithm of document lengths, as in dylora
 VOCAB_MULTIPLE = 64
-LIGER_CHUNK = 8  # times the memory of Liger's default for the logits at once: fewer and larger products
+# Liger's chunks of logits may take this many times its default memory, so that they are fewer
+LIGER_CHUNK = 8
 AS_IT_COMES = peft_layer.Linear.forward
 
 
 class RoutingWeights:
-    """The routing weights [b, t, e] of the pass that runs; None = 1 for each active adapter."""
+    """The routing weights of the present pass, [b, t, e]; None means 1 for each active adapter."""
 
     def __init__(self):
         self.now = None
 
 
-# an object, because a graph of torch.compile ends wherever an attribute of a class is set
+# an instance, because torch.compile ends a graph wherever an attribute of a class is set
 WEIGHTS = RoutingWeights()
 
 
@@ -84,7 +98,7 @@ def routed_forward(layer, x, *_args, **_kwargs):
     return result
 
 
-@torch.compiler.disable  # it asks the device for a count, at which a graph would end inside of it
+@torch.compiler.disable  # it reads a count from the device, which would end a graph inside of it
 def liger_loss(hidden, weight, labels):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
 
@@ -94,7 +108,7 @@ def liger_loss(hidden, weight, labels):
 
 
 class Opponent(nn.Module):
-    """A row's model; its forward gives the loss."""
+    """A row's model, whose forward returns the loss."""
 
     def __init__(self, row, base, setting):
         super().__init__()
@@ -134,7 +148,7 @@ class Opponent(nn.Module):
         """Sets the routing weights of the next pass."""
         WEIGHTS.now = None
         if self.row == "two_passes":
-            # as PEFT's own X-LoRA takes them: the base alone, without gradients
+            # like PEFT's own X-LoRA: the hidden states of the base alone, without gradients
             self.activate([])
             with torch.no_grad():
                 states = self.gpt2.transformer(input_ids=ids, **more).last_hidden_state
@@ -163,7 +177,7 @@ class Opponent(nn.Module):
     def loss_of(self, logits, labels):
         rows = logits.shape[-1]
         if rows > self.loss_vocab_size:
-            # not a slice, whose odd number of columns would be read one by one
+            # not a slice, since an odd number of columns would be read one by one
             padding = torch.arange(rows, device=logits.device) >= self.loss_vocab_size
             logits = logits.masked_fill(padding, float("-inf"))
         return self.gpt2.loss_function(logits, labels, vocab_size=rows)
@@ -176,7 +190,10 @@ class Opponent(nn.Module):
         return self.gpt2.loss_function(logits, labels, vocab_size=self.loss_vocab_size)
 
     def compile_blocks(self):
-        """Compiles the blocks, which share their code, and the head with the loss: a fraction of the time."""
+        """Compiles the blocks, which share their code, and the head with the loss.
+
+        This takes a fraction of the time that compiling the whole model takes.
+        """
         for block in self.gpt2.transformer.h:
             block.compile(dynamic=False)
         self.own_head = True
@@ -196,7 +213,7 @@ class Opponent(nn.Module):
 
 @contextmanager
 def attention_of(form, setting):
-    """While it is open, attention runs as the form says."""
+    """Within this context, attention runs as the form says."""
     with ExitStack() as stack:
         if "no_mask" in form:
             stack.enter_context(mock.patch.object(modeling_gpt2, "create_causal_mask", lambda *_, **__: None))
@@ -228,7 +245,7 @@ def load_base(setting, device):
 
 
 def pad_vocabulary(model):
-    """Adds zero rows to embedding and head; the config keeps the true size."""
+    """Adds zero rows to the embedding and the head. The config keeps the true size."""
     wte = model.transformer.wte
     wte.weight = nn.Parameter(F.pad(wte.weight.data, (0, 0, 0, -len(wte.weight) % VOCAB_MULTIPLE)))
     wte.num_embeddings = model.lm_head.out_features = len(wte.weight)
@@ -242,7 +259,10 @@ def shape(setting):
 
 
 def batches(setting, batch, vocab_size, device):
-    """Endless batches of random tokens: ids, labels, and with short documents their positions and mask."""
+    """Yields batches of random tokens without end: ids, labels and more arguments of the model.
+
+    With packed documents, these include their positions and mask.
+    """
     generator = torch.Generator().manual_seed(setting["seed"])
     t = setting["seq_len"]
     while True:
@@ -291,7 +311,7 @@ def measure(setting, row, batch, device):
     accumulate = setting["accumulate"]
     num_batches = (setting["warmup"] + setting["steps"]) * accumulate
     data = batches(setting, batch, base.config.vocab_size, device)
-    if not setting["documents"]:  # with them come masks, which would fill the memory
+    if not setting["documents"]:  # the masks of documents would fill the memory
         data = list(islice(data, num_batches))
     reset_peak(device)
     before = memory("VmRSS", device)
@@ -299,7 +319,7 @@ def measure(setting, row, batch, device):
     opponent = Opponent(row, base, setting)
     opponent.train(row != "eval")
     for name, parameter in opponent.named_parameters():
-        if "lora_B" in name:  # so that the first loss and its gradients depend on all experts
+        if "lora_B" in name:  # the first loss and its gradients then depend on all experts
             parameter.data.normal_(std=0.02)
     precision = autocast(row, setting)
     eager = {}
@@ -327,13 +347,13 @@ def measure(setting, row, batch, device):
 
 
 def autocast(row, setting):
-    """The single LoRA in bf16 as transformers' Trainer runs it."""
+    """Autocast for the single LoRA in bf16, as transformers' Trainer runs it."""
     enabled = row == "single_lora" and setting["dtype"] == "bf16"
     return torch.autocast(setting["device"].split(":")[0], torch.bfloat16, enabled)
 
 
 def compiled(opponent, setting):
-    """What gives the loss."""
+    """The callable that returns the loss: the opponent, compiled if the setting says so."""
     if not setting["compile"]:
         return opponent
     torch._dynamo.reset()
@@ -354,7 +374,10 @@ def trained_by(opponent):
 
 
 def step_of(opponent, row, loss_of, data, accumulate, precision):
-    """A function that takes a step and gives its mean loss on the device, and what it notes of the first one."""
+    """A function that makes a step and returns its mean loss on the device.
+
+    Also returns a dict in which the function stores the gradient norm of the first step.
+    """
     trained = trained_by(opponent)
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
     first = {}
@@ -380,7 +403,10 @@ def step_of(opponent, row, loss_of, data, accumulate, precision):
 
 
 def run_steps(step, setting, wait):
-    """The warm-up, then the steps that count. If they do not wait, a step lasts from the end of the one before it."""
+    """Runs the warm-up and the counted steps.
+
+    Without waiting, a step's time is that from the end of the step before it to its own end.
+    """
     warmup, steps = setting["warmup"], setting["steps"]
     all_ms, losses, first_end = [], [], None
     for _ in range(warmup + steps if wait else warmup):
@@ -411,7 +437,10 @@ def run_steps(step, setting, wait):
 
 
 def eager_figures(opponent, row, micro_batches, precision):
-    """Loss and gradient norm of the first step by eager PEFT, a sequence at a time; each has as many labels."""
+    """The loss and the gradient norm of the first step by eager PEFT, sequence by sequence.
+
+    All sequences have the same number of labels.
+    """
     total, trained = 0.0, trained_by(opponent)
     num_sequences = sum(len(ids) for ids, _, _ in micro_batches)
     for ids, labels, more in micro_batches:
@@ -455,7 +484,7 @@ def main():
             report |= {"compile": setting["compile"], "form": setting["form"]}
             try:
                 report |= measure(setting, row, batch, device)
-            except Exception as error:  # whatever the compiler throws costs this row only
+            except Exception as error:  # an error, such as the compiler's, costs only this row
                 report["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(json.dumps(report), flush=True)
             gc.collect()

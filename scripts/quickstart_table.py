@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Prints base and mixture side by side; exits with 1 unless the mixture is better on every domain.
+"""Prints the losses of a base and a mixture side by side.
 
-scripts/quickstart_table.py BASE.json MIXTURE.json    (both from `dylora eval --json`)
+    scripts/quickstart_table.py BASE.json MIXTURE.json    (both from `dylora eval --json`)
+
+The exit code is 1 unless the mixture is better on every domain.
 """
 import json
 import sys

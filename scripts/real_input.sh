@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The real-input study: a base from random weights, then a mixture and single LoRAs of the same trainable
-# size (at the mixture's learning rate and at half of it) on four domains, evaluated on the validation
-# files; the mixture is exported and, with PYTHON set, compared with real PEFT.
+# The real-input study. It trains a base from random weights, and on it a mixture and single LoRAs
+# with the same number of LoRA parameters on four domains. The single LoRAs are trained with the
+# mixture's learning rate and with half of it. All are evaluated on the validation files. The
+# mixture is exported and, if PYTHON is set, compared with real PEFT.
 #
 #     [PYTHON=python3] scripts/real_input.sh DYLORA [SEED..]
 #
-# Wants data/{math,code_alpaca,data2text,shakespeare,wiki,instruct_small}.{train,validation}.jsonl and
-# GPT-2's data/tokenizer.json in the working folder. Writes runs/real-input/*.
+# Needs data/NAME.{train,validation}.jsonl, where NAME is math, code_alpaca, data2text, shakespeare,
+# wiki and instruct_small, and GPT-2's data/tokenizer.json in the working folder. Writes
+# runs/real-input/*.
 set -euo pipefail
 dylora=$1
 shift
@@ -18,7 +20,7 @@ data=()
 for domain in math code_alpaca data2text shakespeare; do
   data+=(--data "$domain=data/$domain.validation.jsonl")
 done
-evaluate() { # evaluate NAME ARGUMENT..: on completions, and on all tokens
+evaluate() { # evaluate NAME ARGUMENT..: with the loss on completions and on all tokens
   local name=$1
   shift
   "$dylora" eval "$@" "${data[@]}" --seq-len 256 --json >"$out/$name.json"

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The router study: rules of routing, with and without balancing, beside single LoRAs of the same size.
+"""The router study: routing rules with and without balancing, and single LoRAs of equal size.
 
     scripts/router_study.py DYLORA explore|grid|scale|speed [--jobs 6] [--minutes 9]
     scripts/router_study.py - table explore|grid|scale|speed
 
-Wants what scripts/real_input.sh wants; trains the base first if there is none. A run that is done is not
-made again, so that a study can be made in parts. Results go to runs/router-study/PART.jsonl.
+Needs the same files as scripts/real_input.sh, and first trains the base if it does not exist. Runs
+that are finished are not made again, so that a study can be made in parts. The results are written
+to runs/router-study/PART.jsonl.
 """
 import argparse
 import json
@@ -42,7 +43,7 @@ def single(rank):
 
 
 def explore():
-    """Where the learning rates and the router's input should be: two epochs, one seed."""
+    """Runs to choose the learning rates and the router's input: two epochs, one seed."""
     runs = {}
     short = ["train.duration={ epochs = 2 }"]
     for rate in ["2e-3", "3e-3", "6e-3"]:
@@ -69,7 +70,7 @@ def explore():
 
 
 def grid(extra):
-    """The study itself, three seeds."""
+    """The runs of the study itself, with three seeds."""
     runs = {}
     for seed in range(3):
         seeded = extra + [f"run.seed={seed}"]
@@ -91,7 +92,10 @@ def grid(extra):
 
 
 def scale(extra):
-    """Mixtures whose update is as large as the single LoRA's: alpha times E, with top-k times E / k. Three seeds."""
+    """Runs of mixtures whose update is as large as the single LoRA's, with three seeds.
+
+    Their alpha is E times as large, or E / k times with top-k.
+    """
     layer = ["router.input=layer_input", "router.scope=layer"]
     runs = {}
     for seed in range(3):
@@ -112,7 +116,7 @@ def scale(extra):
 
 
 def speed(extra):
-    """Steps alone, one after the other."""
+    """Short runs that measure speed, one after the other."""
     runs = {}
     short = extra + ["train.duration={ steps = 60 }", "train.eval_every_steps=1000"]
     for experts in [4, 8]:
@@ -209,7 +213,7 @@ def main():
     OUT.mkdir(parents=True, exist_ok=True)
     done = {run["name"] for run in results(args.part) if "error" not in run}
     todo = {name: settings for name, settings in runs.items() if name not in done}
-    # the longest waited for first: seeds, then single LoRAs
+    # in the order of the seeds, and for each seed the single LoRAs first
     todo = dict(sorted(todo.items(), key=lambda run: (run[0][-1], not run[0].startswith("single"))))
     end = time.monotonic() + 60 * args.minutes
     jobs = 1 if args.part == "speed" else args.jobs

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# How long a run takes from the start of the process to the end of its first step: GPT-2's shape of 124 million random
-# parameters, f32 on the CPU, four experts of r = 8 on all four linears, 1 x 256 tokens. Everything that is cached (the
-# files of the base, tokens) is warm. `step` is the first step alone, `start` all before it; peak memory is that of the
-# process up to then. Each binary runs RUNS times in turn with the others; the medians are printed, and the least and
-# the most of `to first step`.
+# Measures the time from the start of the process to the end of its first step. The base has GPT-2's
+# shape with 124 million random parameters in f32 on the CPU, with four experts of rank 8 on all
+# four linear layers. A step has 1 x 256 tokens. The caches (the files of the base and the tokens)
+# are warm. In the table, `step` is the time of the first step alone, and `start` the time before
+# it. Peak memory is that of the process up to the end of the step. Each binary runs RUNS times, in
+# turn with the others. The medians are printed, and the range of the time to the first step.
 #
-#     PYTHON=python3 scripts/start_time.sh TEXT TOKENIZER DYLORA [OTHER_DYLORA..]     (PYTHON needs transformers)
+#     PYTHON=python3 scripts/start_time.sh TEXT TOKENIZER DYLORA [OTHER_DYLORA..]
 #
-# BASE=FOLDER takes a base that is there already. UNALIGNED=1 shifts the numbers of the base's file by a byte, so that
-# they cannot be used in place.
+# PYTHON needs transformers. With BASE=FOLDER, an existing base is used. With UNALIGNED=1, the
+# numbers in the base's file are shifted by a byte, so that they cannot be used in place.
 set -euo pipefail
 text=$1 tokenizer=$2
 shift 2
@@ -56,7 +57,7 @@ for run in $(seq 0 "$runs"); do # run 0 warms the caches
     rm -rf "$folder/run"
     started=$(date +%s.%N)
     "$dylora" --quiet train --config "$folder/run.toml" --set run.dir="$folder/run" >/dev/null
-    # the last line is written when the first step is done
+    # the metrics file is last written when the first step is done
     done=$(date -r "$folder/run/metrics.jsonl" +%s.%N)
     if [ "$run" -gt 0 ]; then
       echo "$dylora $started $done $(date +%s.%N) $(head -1 "$folder/run/metrics.jsonl")" >>"$folder/results"

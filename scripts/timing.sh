@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# For scripts of several parts, which source this: says how long each part took, on stderr.
+# Scripts with several parts source this file. It prints the time of each part to stderr.
 
-# part NAME COMMAND..: runs the command, whose failure ends the script
+# part NAME COMMAND..: runs the command; the script ends if the command fails
 part() {
   local name=$1 started=$SECONDS
   shift

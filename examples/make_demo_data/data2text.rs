@@ -1,7 +1,7 @@
 //! The domain `data2text`: slots with the facts of a house, such as an inn or a bakery, and the
 //! paragraph of a guidebook that is written from them.
 //!
-//! The paragraph also tells facts of the town that are not in the prompt: the landmark and the tram
+//! The paragraph also gives facts of the town that are not in the prompt: the landmark and the tram
 //! of a quarter, what a price level means in crowns, what guests say of a number of stars, and when
 //! a kind of house closes.
 
