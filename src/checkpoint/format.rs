@@ -119,6 +119,7 @@ pub enum Preferred {
 ///
 /// `last` is missing or leads nowhere if a run was killed, or its disk was full, after a step was
 /// in place and before `last` was set. The newest whole step is then taken, and `last` is mended.
+/// The same is done if a run is to be resumed and the step that `last` leads to is damaged.
 ///
 /// # Errors
 /// Fails if there is no checkpoint, or none that is whole.
@@ -132,9 +133,17 @@ pub fn find(dir: &Path, preferred: Preferred) -> Result<PathBuf> {
     };
     for name in names {
         let path = folder(dir).join(name);
-        if path.join(STATE).is_file() {
-            return Ok(path);
+        if !path.join(STATE).is_file() {
+            continue;
         }
+        // to resume, all of it is needed, and an older step is better than none
+        if preferred == Preferred::Last
+            && let Err(fault) = check_whole(&path)
+        {
+            tracing::warn!("`{}` is damaged: {fault:#}", path.display());
+            continue;
+        }
+        return Ok(path);
     }
     if !dir.exists() {
         bail!("there is no folder `{}`", dir.display());
@@ -179,6 +188,10 @@ fn check_whole(dir: &Path) -> Result<()> {
     read_experts(dir)?;
     read_model(dir)?;
     read_optimizer(dir)?;
+    if dir.join(SKILLS).exists() {
+        serde_json::from_str::<serde_json::Value>(&fs_err::read_to_string(dir.join(SKILLS))?)
+            .with_context(|| format!("`{}` is damaged", dir.join(SKILLS).display()))?;
+    }
     Ok(())
 }
 
@@ -237,7 +250,7 @@ pub fn write(run_dir: &Path, checkpoint: &Checkpoint, keep_last: usize) -> Resul
     let target = parent.join(&name);
     let write = || -> Result<()> {
         // a resumed run may reach a step whose checkpoint exists already
-        durable::folder::write(&target, |dir| write_files(dir, checkpoint))?;
+        durable::folder::write(&target, |dir| write_files(dir, checkpoint), |_| Ok(()))?;
         point(&parent, "last", &name)?;
         if let Some(best) = checkpoint.state.best
             && parent.join(step_name(best.step)).exists()

@@ -115,7 +115,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     let summary = run_trainer(&mut trainer, interrupt.flag(), shared)?;
     let stages = trainer.state().stages.clone();
     drop(trainer);
-    if args.json {
+    let text = if args.json {
         let json = json!({
             "domain": domain,
             "expert": num_old,
@@ -126,13 +126,15 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             "stages": stages,
             "forgetting": forgetting(&stages),
         });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        serde_json::to_string_pretty(&json)?
     } else {
-        print_result(&summary_text(&config, &summary, None, false)?)?;
-        print_result("\nloss of each domain after each stage (forgetting matrix)")?;
-        print_result(&table::forgetting(&stages).to_string())?;
-    }
-    conclude(&config, summary.ending, &interrupt)
+        format!(
+            "{}\n\nloss of each domain after each stage (forgetting matrix)\n{}",
+            summary_text(&config, &summary, None, false)?,
+            table::forgetting(&stages)
+        )
+    };
+    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
 }
 
 fn log_growth(

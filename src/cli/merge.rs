@@ -12,7 +12,7 @@ use super::eval::DataArgs;
 use super::export_adapters::files;
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
-use super::{Shared, table, usage};
+use super::{Shared, print_result, table, usage};
 use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
 use crate::durable::output::Output;
@@ -122,7 +122,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
             let cost = Cost { routed, fixed };
             // printed before anything is written, so that it is seen even if that fails
             if !args.json {
-                println!("{}", cost_table(&cost));
+                print_result(&cost_table(&cost).to_string())?;
             }
             Some(cost)
         }

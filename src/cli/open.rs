@@ -1,5 +1,6 @@
 //! Opening the model that a command works on: a checkpoint's, adapters on a base, or a bare base.
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
@@ -61,6 +62,8 @@ pub struct OpenModel {
     routing: RoutingChoice,
     /// BLAKE3 of the base's parameters in f32, if the checkpoint or export says it.
     base_hash: Option<String>,
+    /// The files of the adapters.
+    adapter_files: Vec<PathBuf>,
 }
 
 impl ModelArgs {
@@ -72,9 +75,13 @@ impl ModelArgs {
         let entries = self.base.as_ref().and_then(|base| fs_err::read_dir(base).ok());
         let entries = entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
         inputs.extend(entries.filter(|path| path.is_file()));
-        inputs.extend(self.adapters.iter().map(PathBuf::from));
-        let checkpoint = self.checkpoint.as_ref();
-        inputs.extend(checkpoint.and_then(|dir| checkpoint::find(dir, Preferred::Best).ok()));
+        inputs.extend(self.adapters.iter().flat_map(|dir| with_files(Path::new(dir))));
+        if let Some(dir) = &self.checkpoint {
+            inputs
+                .extend(["config.toml", "metrics.jsonl", "checkpoints"].map(|name| dir.join(name)));
+            let found = checkpoint::find(dir, Preferred::Best).ok();
+            inputs.extend(found.iter().flat_map(|dir| with_files(dir)));
+        }
         let working_folder = std::env::current_dir()?;
         Ok(Output { path: path.to_owned(), overwrite, inputs, working_folder })
     }
@@ -104,7 +111,8 @@ impl ModelArgs {
         let model = checkpoint::load_model(&dir, &config, &base, device)?;
         let base_hash = checkpoint::read_state(&dir)?.base_hash;
         let (routing, checkpoint) = (config.train.routing, Some(dir));
-        Ok(OpenModel { base, config: Some(config), checkpoint, model, routing, base_hash })
+        let (config, adapter_files) = (Some(config), vec![]);
+        Ok(OpenModel { base, config, checkpoint, model, routing, base_hash, adapter_files })
     }
 
     /// Opens a base alone or with `--adapters`.
@@ -115,7 +123,12 @@ impl ModelArgs {
         kind: Kind,
         shared: &Shared,
     ) -> Result<OpenModel> {
-        let find = |source: &AdapterSource| find_adapter(source, shared);
+        let found = RefCell::new(vec![]);
+        let find = |source: &AdapterSource| {
+            let files = find_adapter(source, shared)?;
+            found.borrow_mut().extend([files.config.clone(), files.weights.clone()]);
+            Ok(files)
+        };
         let mixture = match &self.adapters {
             None => None,
             Some(text) => Some(match adapter_source(text)? {
@@ -132,7 +145,8 @@ impl ModelArgs {
             None => RoutedModel::plain(&weights, device, kind, false),
             Some(mixture) => mixture.put_on(&weights, device, kind)?,
         };
-        Ok(OpenModel { base, config: None, checkpoint: None, model, routing, base_hash })
+        let (config, checkpoint, adapter_files) = (None, None, found.into_inner());
+        Ok(OpenModel { base, config, checkpoint, model, routing, base_hash, adapter_files })
     }
 }
 
@@ -140,7 +154,8 @@ impl OpenModel {
     /// Adds the inputs that are known since the model is open.
     pub fn output(&self, mut early: Output) -> Output {
         early.inputs.extend(self.base.input_files());
-        early.inputs.extend(self.checkpoint.clone());
+        early.inputs.extend(self.checkpoint.iter().flat_map(|dir| with_files(dir)));
+        early.inputs.extend(self.adapter_files.iter().cloned());
         early
     }
 
@@ -186,6 +201,22 @@ impl OpenModel {
             _ => Ok(routing),
         }
     }
+}
+
+/// A folder and all files below it: a file may be a link to one elsewhere, which is read as well.
+fn with_files(dir: &Path) -> Vec<PathBuf> {
+    let mut found = vec![dir.to_owned()];
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs_err::read_dir(folder).into_iter().flatten().filter_map(Result::ok) {
+            let path = entry.path();
+            match path.is_dir() && !path.is_symlink() {
+                true => folders.push(path),
+                false => found.push(path),
+            }
+        }
+    }
+    found
 }
 
 /// The experts and router that a run starts from, with a progress bar for downloads.

@@ -58,8 +58,11 @@ enum Start {
 
 /// Runs the command.
 pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
-    let (config, resume_from) = configure(&args)?;
-    let device = device(args.device.unwrap_or(config.run.device))?;
+    let (mut config, resume_from) = configure(&args)?;
+    check_config_stays(&args, &config).map_err(usage)?;
+    // a run that is resumed without `--device` goes on where it was
+    config.run.device = args.device.unwrap_or(config.run.device);
+    let device = device(config.run.device)?;
     let base = open_base(&config.base, shared)?;
     base.check_seq_len(config.data.seq_len).map_err(usage)?;
     check_experts(&config, &base).map_err(usage)?;
@@ -77,7 +80,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     }
     if config.method == Method::Full {
         // checked before the run, because the model is written at its end
-        model_output(&config).check_folder(export::is_unmarked_output)?;
+        model_output(&config, &base)?.check_folder(export::is_unmarked_output)?;
     }
     log_start(&config, &specs, &base, &data, device);
     let mut trainer = match &start {
@@ -93,8 +96,24 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         }
         _ => None,
     };
-    print_result(&summary_text(&config, &summary, model_dir.as_deref(), args.json)?)?;
-    conclude(&config, summary.ending, &interrupt)
+    let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
+    // how the run ended matters more than whether somebody could be told of it
+    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+}
+
+/// Checks that the run does not write its resolved config over the config that the user wrote.
+fn check_config_stays(args: &TrainArgs, config: &Config) -> Result<()> {
+    let Some(file) = &args.config else { return Ok(()) };
+    let real = |path: &Path| fs_err::canonicalize(path).ok();
+    let written = real(&config.run.dir.join("config.toml"));
+    if written.is_some() && written == real(file) && args.resume.is_none() {
+        bail!(
+            "`run.dir` is the folder of `{}`, over which the run would write its resolved config\n\
+             hint: name another folder for `run.dir`",
+            file.display()
+        );
+    }
+    Ok(())
 }
 
 /// The result of the command for a run that has ended.
@@ -237,13 +256,19 @@ fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     let dir = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&dir, config, base, Device::Cpu)?;
     let tokenizer = base.tokenizer_file.as_deref();
-    hugging_face::export(&model_output(config), model.base(), config.train.save_dtype, tokenizer)?;
-    Ok(model_output(config).path)
+    let output = model_output(config, base)?;
+    hugging_face::export(&output, model.base(), config.train.save_dtype, tokenizer)?;
+    Ok(output.path)
 }
 
 /// The folder that a full training writes its model to.
-fn model_output(config: &Config) -> Output {
-    Output { overwrite: true, ..Output::new(&config.run.dir.join("model")) }
+fn model_output(config: &Config, base: &Base) -> Result<Output> {
+    Ok(Output {
+        path: config.run.dir.join("model"),
+        overwrite: true,
+        inputs: base.input_files(),
+        working_folder: std::env::current_dir()?,
+    })
 }
 
 /// The summary of a run, as text or as JSON.

@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
@@ -22,8 +22,16 @@ pub const WRITING: &str = ".writing-";
 pub const REPLACED: &str = ".dylora-replaced-";
 
 /// Fills a folder by calling `fill` and moves it to `dir`, in place of any folder that is there.
-/// Missing parent folders are created. The caller decides what may be replaced.
-pub fn write(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// Missing parent folders are created.
+///
+/// - `check_old`: decides whether the folder at a path may be replaced. It is called for `dir` when
+///   the new folder is filled, and for the old folder, under its temporary name, before it is
+///   deleted. If that fails, the old folder is moved back: somebody has changed it meanwhile
+pub fn write(
+    dir: &Path,
+    fill: impl FnOnce(&Path) -> Result<()>,
+    check_old: impl Fn(&Path) -> Result<()>,
+) -> Result<()> {
     restore(dir)?;
     let dir = std::path::absolute(dir)?;
     let parent = dir.parent().with_context(|| format!("`{}` is no folder name", dir.display()))?;
@@ -37,10 +45,15 @@ pub fn write(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let _ = temporary.keep();
         return sync_folder(parent);
     }
+    check_old(&dir)?;
     exchange(temporary.path(), &dir)?;
-    sync_folder(parent)?;
     // the old folder has the temporary name now
     let old = temporary.path().to_owned();
+    if let Err(error) = check_old(&old) {
+        exchange(&old, &dir)?;
+        return Err(error);
+    }
+    sync_folder(parent)?;
     if let Err(error) = temporary.close() {
         tracing::warn!("`{}` is left over and may be deleted: {error}", old.display());
     }
@@ -71,6 +84,10 @@ fn exchange(new: &Path, dir: &Path) -> Result<()> {
 
 fn exchange_by_renames(new: &Path, dir: &Path) -> Result<()> {
     let parked = parked(dir).with_context(|| format!("`{}` has no name", dir.display()))?;
+    // a folder that is left over from a kill is in nobody's place, and stays
+    if parked.symlink_metadata().is_ok() {
+        bail!("`{}` is in the way\nhint: delete it if it is not needed", parked.display());
+    }
     fs_err::rename(dir, &parked)?;
     if let Err(error) = fs_err::rename(new, dir) {
         fs_err::rename(&parked, dir)?;
@@ -87,13 +104,14 @@ fn parked(dir: &Path) -> Option<PathBuf> {
 }
 
 /// Cleans up after a process that was killed while it replaced `dir`: if the old folder is missing
-/// from `dir`, it is moved back, and if it has been replaced, it is deleted.
+/// from `dir`, it is moved back. If it has been replaced, it is left, and a warning names it.
 pub fn restore(dir: &Path) -> Result<()> {
     let Some(parked) = parked(dir).filter(|parked| parked.is_dir() && !parked.is_symlink()) else {
         return Ok(());
     };
     if dir.symlink_metadata().is_ok() {
-        return Ok(fs_err::remove_dir_all(parked)?);
+        tracing::warn!("`{}` is left over and may be deleted", parked.display());
+        return Ok(());
     }
     fs_err::rename(&parked, dir)?;
     tracing::warn!("`{}` is restored: a command was killed while it replaced it", dir.display());
@@ -135,17 +153,49 @@ mod tests {
         let place = tempfile::tempdir()?;
         let dir = place.path().join("deep/out");
         for text in ["first", "second"] {
-            write(&dir, |dir| fill(dir, text))?;
+            write(&dir, |dir| fill(dir, text), |_| Ok(()))?;
             assert_eq!(text_of(&dir)?, text);
             assert_eq!(names(dir.parent().context("it has one")?)?, ["out"]);
         }
-        let error = write(&dir, |dir| {
+        let full = |dir: &Path| {
             fill(dir, "third")?;
-            anyhow::bail!("no space left")
-        });
+            bail!("no space left")
+        };
+        let error = write(&dir, full, |_| Ok(()));
         assert_eq!(error.expect_err("it failed").to_string(), "no space left");
         assert_eq!(text_of(&dir)?, "second");
         assert_eq!(names(dir.parent().context("it has one")?)?, ["out"]);
+        Ok(())
+    }
+
+    /// Whoever puts something there while the new folder is filled gets it back.
+    #[test]
+    fn what_appears_meanwhile_is_not_lost() -> Result<()> {
+        let place = tempfile::tempdir()?;
+        let dir = place.path().join("out");
+        let is_ours = |dir: &Path| match dir.join("thesis").exists() {
+            true => bail!("not ours"),
+            false => Ok(()),
+        };
+        let fill_slowly = |new: &Path| {
+            fs_err::create_dir_all(&dir)?;
+            fs_err::write(dir.join("thesis"), "mine")?;
+            fill(new, "new")
+        };
+        let error = write(&dir, fill_slowly, is_ours).expect_err("it is not replaced");
+        assert_eq!(error.to_string(), "not ours");
+        assert_eq!(names(&dir)?, ["thesis"]);
+        // between the last look and the exchange
+        let asked = std::cell::Cell::new(0);
+        let late = |found: &Path| {
+            asked.set(asked.get() + 1);
+            if asked.get() == 1 { Ok(()) } else { is_ours(found) }
+        };
+        write(&dir, |new| fill(new, "new"), late).expect_err("it is put back");
+        assert_eq!(
+            (names(&dir)?, names(place.path())?),
+            (vec!["thesis".into()], vec!["out".into()])
+        );
         Ok(())
     }
 
@@ -171,7 +221,7 @@ mod tests {
     fn a_kill_between_two_renames_is_undone() -> Result<()> {
         let place = tempfile::tempdir()?;
         let dir = place.path().join("out");
-        write(&dir, |dir| fill(dir, "old"))?;
+        write(&dir, |dir| fill(dir, "old"), |_| Ok(()))?;
         // the process was killed before the second rename
         fs_err::rename(&dir, place.path().join(".dylora-replaced-out"))?;
         restore(&dir)?;
@@ -179,7 +229,8 @@ mod tests {
         // the process was killed after the second rename
         fs_err::create_dir(place.path().join(".dylora-replaced-out"))?;
         restore(&dir)?;
-        assert_eq!((text_of(&dir)?.as_str(), names(place.path())?), ("old", vec!["out".into()]));
+        let both = vec![".dylora-replaced-out".into(), "out".into()];
+        assert_eq!((text_of(&dir)?.as_str(), names(place.path())?), ("old", both));
         Ok(())
     }
 
@@ -191,12 +242,13 @@ mod tests {
     fn a_kill_at_any_moment_leaves_a_whole_folder() -> Result<()> {
         if let Some(dir) = std::env::var_os(CHILD) {
             for count in 0.. {
-                write(Path::new(&dir), |dir| fill(dir, &format!("count {count}")))?;
+                let text = format!("count {count}");
+                write(Path::new(&dir), |dir| fill(dir, &text), |_| Ok(()))?;
             }
         }
         let place = tempfile::tempdir()?;
         let dir = place.path().join("out");
-        write(&dir, |dir| fill(dir, "count 0"))?;
+        write(&dir, |dir| fill(dir, "count 0"), |_| Ok(()))?;
         let name = "durable::folder::tests::a_kill_at_any_moment_leaves_a_whole_folder";
         for round in 0..30 {
             let mut command = Command::new(std::env::current_exe()?);

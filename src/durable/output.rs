@@ -75,7 +75,20 @@ impl Output {
             bail!("`{name}` is there already\nhint: name another, or add `--overwrite`");
         }
         self.check_kept()?;
-        if is_empty { Ok(()) } else { self.check_ours(is_unmarked) }
+        self.check_found(&self.path, is_unmarked)
+    }
+
+    /// Checks that the folder at `found`, which is or was at the path, may be replaced.
+    fn check_found(&self, found: &Path, is_unmarked: IsUnmarkedOutput) -> Result<()> {
+        let is_empty = found.is_dir() && fs_err::read_dir(found)?.next().is_none();
+        if is_empty {
+            return Ok(());
+        }
+        if !self.overwrite || found.is_symlink() || !found.is_dir() {
+            let name = self.path.display();
+            bail!("`{name}` is there already\nhint: name another, or add `--overwrite`");
+        }
+        self.check_ours(found, is_unmarked)
     }
 
     /// Fills a folder by calling `fill`, adds the marker and moves the folder to the path in one
@@ -89,13 +102,14 @@ impl Output {
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<()> {
         self.check_folder(is_unmarked)?;
-        folder::write(&self.path, |dir| {
+        let fill = |dir: &Path| {
             fill(dir)?;
             let dylora_version = env!("CARGO_PKG_VERSION").to_owned();
             let marker = Marker { format: FORMAT, dylora_version, files: files_below(dir)? };
             let text = serde_json::to_string_pretty(&marker)? + "\n";
             super::write(&dir.join(MARKER), text.as_bytes())
-        })
+        };
+        folder::write(&self.path, fill, |found| self.check_found(found, is_unmarked))
     }
 
     /// Checks that [`Self::write_file`] may write.
@@ -169,13 +183,18 @@ impl Output {
     }
 
     /// Checks that the folder at the path contains only what dylora wrote.
-    fn check_ours(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
+    fn check_ours(&self, found: &Path, is_unmarked: IsUnmarkedOutput) -> Result<()> {
         let name = self.path.display();
-        let files = files_below(&self.path)?;
-        let marker = fs_err::read_to_string(self.path.join(MARKER)).ok();
+        let files = files_below(found)?;
+        let marker = fs_err::read_to_string(found.join(MARKER)).ok();
         let marker = marker.and_then(|text| serde_json::from_str::<Marker>(&text).ok());
         let Some(marker) = marker.filter(|marker| marker.format == FORMAT) else {
-            if is_unmarked(&self.path, &files) {
+            // an expert of an export looks like an adapter, but belongs to the export
+            let parent = std::path::absolute(&self.path)?.parent().map(Path::to_owned);
+            let is_part = parent.is_some_and(|parent| {
+                parent.join(MARKER).exists() || parent.join("dylora.json").exists()
+            });
+            if !is_part && is_unmarked(found, &files) {
                 return Ok(());
             }
             bail!(

@@ -93,6 +93,11 @@ impl<'a> Client<'a> {
             ureq::Error::Json(error) if !error.is_io() => self.not_the_hub(&error.to_string()),
             error => self.request_fault(url, error),
         })?;
+        if let Some(file) =
+            info.siblings.iter().find(|file| file.rfilename.contains(char::is_control))
+        {
+            return Err(self.not_the_hub(&format!("{:?} is not a file's name", file.rfilename)));
+        }
         match is_commit(&info.sha) {
             true => Ok(info),
             false => Err(self.not_the_hub(&format!("`{}` is not a commit", info.sha))),
@@ -101,6 +106,7 @@ impl<'a> Client<'a> {
 
     /// The error for an answer that the real Hub would not give.
     pub(super) fn not_the_hub(&self, fault: &str) -> Fault {
+        let fault = self.http.quoted(fault);
         Fault::Final(anyhow!(
             "`{}` does not answer as the Hub does: {fault}\n\
              hint: check `HF_ENDPOINT`, and whether a proxy or a login page is in between",
@@ -170,7 +176,8 @@ impl<'a> Client<'a> {
     fn refusal(&self, status: StatusCode, code: &str, message: Option<&str>) -> Fault {
         let RepoSource { repo, revision, option, .. } = self.source;
         let endpoint = self.endpoint();
-        let said = message.map(|text| format!(": {}", text.trim_end_matches('.')));
+        let said = message.map(|text| self.http.quoted(text));
+        let said = said.map(|text| format!(": {}", text.trim_end_matches('.')));
         let answer = format!("answers {status}{}", said.unwrap_or_default());
 
         if status.is_server_error()

@@ -20,7 +20,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use ureq::http::header::{CONTENT_LENGTH, CONTENT_RANGE, ETAG};
+use ureq::http::header::{
+    CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG, TRANSFER_ENCODING,
+};
 use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::{Agent, Body};
 use url::Url;
@@ -266,8 +268,25 @@ impl Client<'_> {
             fs_err::remove_file(&blob.part).map_err(in_cache)?;
             return Err(Fault::Transient(anyhow!("the part that was there does not fit")));
         }
-        let (from, size_bytes) = extent(&response, from)?;
-        let size_bytes = size_bytes.or(located.size_bytes);
+        if let Some(encoding) = text_of(response.headers(), CONTENT_ENCODING.as_str())
+            && encoding != "identity"
+        {
+            return Err(Fault::Transient(anyhow!("the content came encoded as {encoding:?}")));
+        }
+        let (from, told_bytes) = extent(&response, from)?;
+        // the Hub knows best: a proxy or a login page answers with another length
+        let size_bytes = located.size_bytes.or(told_bytes);
+        if let (Some(size), Some(told)) = (size_bytes, told_bytes)
+            && size != told
+        {
+            return Err(Fault::Transient(anyhow!(
+                "an answer of {told} bytes came where the Hub announces {size}"
+            )));
+        }
+        let is_chunked = text_of(response.headers(), TRANSFER_ENCODING.as_str()).is_some();
+        if size_bytes.is_none() && !is_chunked {
+            return Err(self.not_the_hub("it does not say how long the content is"));
+        }
         meter.start(file, size_bytes);
         let mut part = fs_err::OpenOptions::new();
         let mut part =

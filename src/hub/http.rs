@@ -27,6 +27,8 @@ pub(super) struct Http {
     /// The endpoint for messages, without credentials and without a trailing slash.
     shown: String,
     authorization: Option<HeaderValue>,
+    /// The token, or the credentials as they are sent, which no message shows.
+    secrets: Vec<String>,
     pub(super) has_token: bool,
     pub(super) limits: HubLimits,
 }
@@ -53,18 +55,33 @@ impl Http {
             }
             (None, None) => None,
         };
+        let secrets = authorization.iter().filter_map(|text| text.split(' ').nth(1));
+        let secrets = secrets.map(str::to_owned).collect();
         let authorization = authorization.map(|text| {
             let mut value = HeaderValue::try_from(text).expect("its characters were checked");
             value.set_sensitive(true);
             value
         });
         let (has_token, limits) = (token.is_some(), settings.limits);
-        Ok(Self { endpoint, shown, authorization, has_token, limits })
+        Ok(Self { endpoint, shown, authorization, secrets, has_token, limits })
     }
 
     /// The Hub's address for messages.
     pub(super) fn endpoint(&self) -> &str {
         &self.shown
+    }
+
+    /// What a server has said, for a message: without the token, which it may send back, and
+    /// without control characters, which a terminal would obey.
+    pub(super) fn quoted(&self, text: &str) -> String {
+        // the messages' own line breaks stay
+        let is_odd = |c: char| c.is_control() && c != '\n';
+        let mut text: String =
+            text.chars().map(|c| if is_odd(c) { '\u{fffd}' } else { c }).collect();
+        for secret in &self.secrets {
+            text = text.replace(secret, "***");
+        }
+        text
     }
 
     /// The endpoint's address followed by `path`. Each item of `path` is one segment and is

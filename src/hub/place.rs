@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use super::client::Client;
 use super::names::RepoSource;
 use super::settings::DownloadProgress;
+use crate::durable::folder;
 
 /// A folder of files. Its `Display` is the folder as messages name it.
 pub(super) struct Place<'a> {
@@ -45,6 +46,7 @@ impl<'a> Place<'a> {
     /// The user's folder `dir`, which should hold a `what`. The error for a missing folder ends
     /// with `hint`.
     pub(super) fn user_folder(dir: &Path, what: &str, hint: &str) -> Result<Self> {
+        folder::restore(dir)?;
         let name = dir.display();
         if dir.is_file() {
             bail!("the {what} `{name}` is a file, not a folder\n{hint}");

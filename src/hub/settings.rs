@@ -89,6 +89,7 @@ impl DownloadProgress for () {
 /// `text` as messages may show it, without credentials. It need not be a valid address.
 pub(super) fn without_credentials(text: &str) -> String {
     let (scheme, rest) = text.split_once("://").map_or(("", text), |(a, b)| (a, b));
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
     let host = rest.rsplit_once('@').map_or(rest, |(_, host)| host);
     let slashes = if scheme.is_empty() { "" } else { "://" };
     format!("{scheme}{slashes}{host}")

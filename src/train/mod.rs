@@ -331,11 +331,12 @@ impl Trainer {
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;
             let collapsed = self.close_window(&mut writer, observe)?;
-            let stop = interrupt.load(Ordering::Relaxed);
             if self.evaluates_now() {
                 self.validate(&mut writer, observe)?;
                 self.idle_since = None;
             }
+            // after the evaluation, during which somebody may have asked as well
+            let stop = interrupt.load(Ordering::Relaxed);
             if stop || collapsed || self.saves_now() {
                 let path = self.save()?;
                 observe(Event::Checkpoint(&path));

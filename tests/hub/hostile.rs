@@ -213,3 +213,33 @@ fn the_token_is_in_no_output_file_or_title() -> Result<()> {
     assert_eq!(String::from_utf8_lossy(&found.stdout), "");
     Ok(())
 }
+
+#[test]
+fn an_answer_that_is_not_the_file_does_not_enter_the_cache() -> Result<()> {
+    for wrong in [Fault::Portal, Fault::Gzip] {
+        let (hub, _dir, settings) = tiny_gpt2()?;
+        hub.set_faults(&[wrong; 4]);
+        let message = fault(find(&settings), &settings);
+        assert!(message.starts_with("cannot fetch `model.safetensors`: "), "{message}");
+        // the next run finds the right one
+        assert_eq!(fs_err::read(&find(&settings)?.weights[0])?, weights());
+    }
+    Ok(())
+}
+
+/// A server that sends back what it was sent.
+#[test]
+fn a_token_that_a_server_sends_back_is_not_shown() -> Result<()> {
+    for header in ["X-Error-Message", "ETag", "X-Linked-Etag", "X-Repo-Commit"] {
+        let (hub, _dir, mut settings) = tiny_gpt2()?;
+        settings.token = Some("hf_secret".into());
+        hub.set_header(header, "Bearer hf_secret /");
+        if header == "X-Error-Message" {
+            hub.refuse("/api/", 403, "");
+        }
+        let message = fault(find(&settings), &settings);
+        assert!(message.contains("Bearer ***"), "{header}: {message}");
+        assert!(!message.contains("hf_secret"), "{message}");
+    }
+    Ok(())
+}

@@ -38,6 +38,10 @@ pub enum Fault {
     SilentAfter(usize),
     /// Sends one byte every 20 ms.
     Trickle,
+    /// Answers with a page of its own, as a login page does.
+    Portal,
+    /// Says that the content is compressed.
+    Gzip,
 }
 
 impl Request {
@@ -300,6 +304,9 @@ fn content(request: &Request, data: &[u8], fault: Option<Fault>) -> Reply {
     if let Some(Fault::Status(status)) = fault {
         return Reply::new(status, Vec::new());
     }
+    if matches!(fault, Some(Fault::Portal)) {
+        return Reply { body: b"<html>log in</html>".to_vec(), ..Reply::new(200, Vec::new()) };
+    }
     let size = data.len();
     let range = request.range().and_then(|range| range.strip_prefix("bytes=")?.split_once('-'));
     let (start, end) = match range {
@@ -316,6 +323,9 @@ fn content(request: &Request, data: &[u8], fault: Option<Fault>) -> Reply {
         body.extend(vec![7; count]);
     }
     let mut headers = vec![("Content-Length", body.len().to_string())];
+    if matches!(fault, Some(Fault::Gzip)) {
+        headers.push(("Content-Encoding", "gzip".into()));
+    }
     if let Some(Fault::CutAfter(count)) = fault {
         body.truncate(count);
     }

@@ -229,3 +229,80 @@ fn a_full_disk_leaves_what_was_there() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn a_file_that_an_input_links_to_is_an_input() -> Result<()> {
+    let scene = trained()?;
+    fs_err::create_dir(scene.path("store"))?;
+    let adapter = scene.path("experts/expert_0/adapter_model.safetensors");
+    fs_err::rename(&adapter, scene.path("store/a.safetensors"))?;
+    symlink("../../store/a.safetensors", &adapter)?;
+    let before = contents(scene.dir.path())?;
+    let adapters = ["--base", "base", "--adapters", "experts"];
+    for (model, out) in [
+        (&adapters[..], "store/a.safetensors"),
+        (&["--checkpoint", "run"], "run/config.toml"),
+        (&["--checkpoint", "run"], "run/checkpoints/step-00000001/optimizer.safetensors"),
+    ] {
+        let trace = ["trace", "--text", "two words", "--overwrite", "--out", out];
+        let output = scene.run(&[&trace[..], model].concat())?;
+        assert_eq!(output.status.code(), Some(1), "{out}: {}", text(&output));
+        assert!(text(&output).contains("is read by this command"), "{out}: {}", text(&output));
+        assert!(contents(scene.dir.path())? == before, "{out} changed something");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_part_of_an_export_is_not_replaced_alone() -> Result<()> {
+    let scene = trained()?;
+    let before = contents(&scene.path("experts"))?;
+    let export = ["export-adapters", "--checkpoint", "run", "--overwrite"];
+    let output = scene.run(&[&export[..], &["--out", "experts/expert_0"]].concat())?;
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(contents(&scene.path("experts"))? == before);
+    Ok(())
+}
+
+/// The result of a full training is in a folder that the next one may start from.
+#[test]
+fn a_full_training_does_not_replace_its_own_base() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut arguments = scene.train(1, 1)?;
+    arguments.extend(["--set".to_owned(), "method=full".to_owned()]);
+    let output = scene.run(&as_str(&arguments))?;
+    assert!(output.status.success(), "{}", text(&output));
+    fs_err::remove_dir_all(scene.path("run/checkpoints"))?;
+    let before = contents(&scene.path("run/model"))?;
+    arguments.extend(["--set".to_owned(), "base.source={path=\"run/model\"}".to_owned()]);
+    let output = scene.run(&as_str(&arguments))?;
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("which is read by this command"), "{}", text(&output));
+    assert!(contents(&scene.path("run/model"))? == before);
+    Ok(())
+}
+
+#[test]
+fn a_run_does_not_write_over_the_config_that_it_is_given() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut arguments = scene.train(1, 1)?;
+    let before = fs_err::read(scene.path("config.toml"))?;
+    arguments.extend(["--set".to_owned(), "run.dir=.".to_owned()]);
+    let output = scene.run(&as_str(&arguments))?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(fs_err::read(scene.path("config.toml"))? == before);
+    Ok(())
+}
+
+/// `| true`, say: nobody reads the table that is printed before the merge.
+#[test]
+fn a_merge_whose_reader_has_gone_is_written_all_the_same() -> Result<()> {
+    let scene = trained()?;
+    fs_err::write(scene.path("data.jsonl"), "{\"text\": \"two words\"}\n")?;
+    let mut command = scene.command(&[MAKERS[2], &["--out", "out"]].concat());
+    let mut child = command.stdout(std::process::Stdio::piped()).spawn()?;
+    drop(child.stdout.take());
+    child.wait()?;
+    assert!(scene.path("out/model.safetensors").is_file());
+    Ok(())
+}

@@ -211,3 +211,33 @@ fn a_kill_before_the_first_link_leaves_a_run_that_resumes() -> Result<()> {
     assert!(output.status.success(), "{}", text(&output));
     Ok(())
 }
+
+#[test]
+fn an_interrupted_run_has_its_exit_code_though_nobody_reads_its_result() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut command = scene.command(&as_str(&scene.train(100_000, 100_000)?));
+    let mut child = command.stdout(full_device()?).stderr(Stdio::piped()).spawn()?;
+    wait_for_steps(&scene, &mut child, 3)?;
+    send(&child, libc::SIGTERM);
+    let output = child.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(143), "{}", text(&output));
+    assert!(text(&output).contains("go on with `dylora train --resume"), "{}", text(&output));
+    Ok(())
+}
+
+#[test]
+fn a_damaged_last_step_is_passed_over() -> Result<()> {
+    let scene = Scene::new()?;
+    let arguments = scene.train(3, 1)?;
+    assert!(scene.run(&as_str(&arguments))?.status.success());
+    let last = scene.path("run/checkpoints/step-00000003");
+    for file in ["state.json", "model.safetensors", "optimizer.safetensors", "config.toml"] {
+        fs_err::write(last.join(file), "{")?;
+        let output = scene.run(&["train", "--resume", "run"])?;
+        let message = text(&output);
+        assert!(output.status.success(), "{file}: {message}");
+        assert!(message.contains("is damaged") && message.contains("step-00000002"), "{message}");
+        assert!(message.contains("completed after step 3"), "{file}: {message}");
+    }
+    Ok(())
+}
