@@ -232,7 +232,7 @@ fn hub_settings() -> HubSettings {
     let offline = variable("HF_HUB_OFFLINE")
         .is_some_and(|value| matches!(value.to_lowercase().as_str(), "1" | "true" | "yes" | "on"));
     HubSettings {
-        endpoint: variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into()),
+        endpoint: variable("HF_ENDPOINT").unwrap_or_else(|| HubSettings::DEFAULT_ENDPOINT.into()),
         cache_dir: variable("HF_HUB_CACHE").map_or_else(|| hf_home.join("hub"), PathBuf::from),
         token: token.filter(|token| !token.is_empty()),
         offline,

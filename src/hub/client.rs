@@ -18,7 +18,7 @@ pub(super) const MAX_REDIRECTS: usize = 10;
 
 /// Why a request failed.
 pub(super) enum Fault {
-    /// A fault of the network or of the server. Another attempt or the cache may help.
+    /// The network or the server failed. Another attempt or the cache may help.
     Transient(Error),
     /// A fault that stays the same in another attempt.
     Final(Error),

@@ -125,7 +125,8 @@ impl Client<'_> {
         pointer: &Path,
         meter: &Meter,
     ) -> Result<(), Fault> {
-        let located = self.locate(file, commit)?;
+        let agent = self.http.content_agent();
+        let located = self.locate(&agent, file, commit)?;
         let blob = self.blob(&located.etag, commit);
         let in_cache = |error: anyhow::Error| self.cache_fault(&error);
         for path in [&blob.whole, &blob.lock] {
@@ -135,7 +136,7 @@ impl Client<'_> {
         self.wait_for_lock(&lock, &blob)?;
         // the content may be there by now, from another process or another revision
         if !blob.whole.is_file() {
-            self.download(file, located, &blob, meter)?;
+            self.download(&agent, file, located, &blob, meter)?;
         }
         link(pointer, &blob.whole).map_err(in_cache)
     }
@@ -150,16 +151,15 @@ impl Client<'_> {
     }
 
     /// Asks the Hub for a file, and follows its redirects up to the host that has the content.
-    fn locate(&self, file: &str, commit: &str) -> Result<Located, Fault> {
+    fn locate(&self, agent: &Agent, file: &str, commit: &str) -> Result<Located, Fault> {
         let RepoSource { repo, .. } = self.source;
         let path = repo.split('/').chain(["resolve", commit]).chain(file.split('/'));
         let mut url = self.http.url(path);
-        let agent = self.http.content_agent();
         let (mut etag, mut size_bytes) = (None, None);
         for _ in 0..=MAX_REDIRECTS {
             let response = self
                 .http
-                .get(&agent, &url, None)
+                .get(agent, &url, None)
                 .map_err(|error| self.request_fault(&url, error))?;
             let target = redirect(&response, &url).map_err(Fault::Final)?;
             if target.is_none() && !response.status().is_success() {
@@ -245,6 +245,7 @@ impl Client<'_> {
     /// Fetches the rest of the content, and gives the file its name once it is complete.
     fn download(
         &self,
+        agent: &Agent,
         file: &str,
         located: Located,
         blob: &Blob,
@@ -258,11 +259,10 @@ impl Client<'_> {
             fs_err::remove_file(&blob.part).map_err(in_cache)?;
         }
         let from = if fits { part_bytes } else { 0 };
-        let agent = self.http.content_agent();
         let at_hand = located.response.filter(|_| from == 0);
         let response = match at_hand {
             Some(response) => response,
-            None => self.content(&agent, located.url, from)?,
+            None => self.content(agent, located.url, from)?,
         };
         if response.status() == StatusCode::RANGE_NOT_SATISFIABLE {
             fs_err::remove_file(&blob.part).map_err(in_cache)?;
@@ -295,7 +295,7 @@ impl Client<'_> {
         std::io::Seek::seek(&mut part, std::io::SeekFrom::End(0)).map_err(in_cache)?;
         meter.advance(from);
         let reader = response.into_body().into_reader();
-        self.receive(&agent, reader, &mut part, size_bytes, meter)?;
+        self.receive(agent, reader, &mut part, size_bytes, meter)?;
         part.sync_all().map_err(in_cache)?;
         let found_bytes = len_or_zero(&blob.part);
         if let Some(size_bytes) = size_bytes.filter(|size| *size != found_bytes) {

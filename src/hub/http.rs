@@ -289,13 +289,7 @@ mod tests {
     }
 
     fn settings(endpoint: &str, token: Option<&str>) -> HubSettings {
-        HubSettings {
-            endpoint: endpoint.into(),
-            cache_dir: "cache".into(),
-            token: token.map(str::to_owned),
-            offline: false,
-            limits: HubLimits::default(),
-        }
+        HubSettings { token: token.map(str::to_owned), ..HubSettings::new(endpoint, "cache") }
     }
 
     #[test]

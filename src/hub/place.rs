@@ -94,7 +94,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// The path of `file`, which must exist in this place. A file on the Hub is fetched if the
+    /// The path of `file`, which this place must have. A file on the Hub is fetched if the
     /// cache lacks it.
     pub(super) fn get(&self, file: &str) -> Result<PathBuf> {
         match &self.store {

@@ -22,6 +22,22 @@ pub struct HubSettings {
 impl HubSettings {
     /// The address of the Hub itself.
     pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+
+    /// The Hub at `endpoint`, without a token and with the usual time limits.
+    pub fn new(endpoint: impl Into<String>, cache_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            endpoint: endpoint.into(),
+            cache_dir: cache_dir.into(),
+            token: None,
+            offline: false,
+            limits: HubLimits::default(),
+        }
+    }
+
+    /// Settings that forbid any request: only local folders and what `cache_dir` holds are found.
+    pub fn offline(cache_dir: impl Into<PathBuf>) -> Self {
+        Self { offline: true, ..Self::new(Self::DEFAULT_ENDPOINT, cache_dir) }
+    }
 }
 
 /// Shows neither the token nor credentials in the address.

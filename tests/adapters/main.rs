@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use dylora::config::{AdapterSource, DropoutMasks, LoraConfig, ModulePath, RoutingChoice};
 use dylora::export::peft::Provenance;
-use dylora::hub::{AdapterFiles, HubLimits, HubSettings, find_adapter};
+use dylora::hub::{AdapterFiles, HubSettings, find_adapter};
 use dylora::mixture::Mixture;
 use dylora::model::decoder::Decoder;
 use dylora::model::decoder::spec::DecoderSpec;
@@ -63,15 +63,7 @@ fn expected(name: &str) -> Result<BTreeMap<String, Tensor>> {
 
 /// Finds adapters in folders only, not on the Hub.
 fn find(source: &AdapterSource) -> Result<AdapterFiles> {
-    let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
-    let settings = HubSettings {
-        endpoint,
-        cache_dir: "absent".into(),
-        token: None,
-        offline: true,
-        limits: HubLimits::default(),
-    };
-    find_adapter(source, &settings, &())
+    find_adapter(source, &HubSettings::offline("absent"), &())
 }
 
 fn of_folder(dir: &Path, base: &DecoderSpec) -> Result<Mixture> {

@@ -4,11 +4,11 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::{AdapterHub, AdapterSource};
-use dylora::hub::{AdapterFiles, HubLimits, HubSettings, find_adapter};
+use dylora::hub::{AdapterFiles, HubSettings, find_adapter};
 use tempfile::TempDir;
 
 use crate::mock::{COMMIT, MockHub, etag};
-use crate::{content_requests, dead_endpoint, fault, find, repo_dir};
+use crate::{content_requests, dead_endpoint, fault, find, hub, repo_dir};
 
 const CONFIG: (&str, &[u8]) = ("adapter_config.json", b"{\"peft_type\": \"LORA\"}");
 const WEIGHTS: (&str, &[u8]) = ("adapter_model.safetensors", b"the root's weights");
@@ -28,33 +28,13 @@ fn find_on_hub(subfolder: &str, settings: &HubSettings) -> Result<AdapterFiles> 
     find_adapter(&hub_source("main", subfolder), settings, &())
 }
 
-/// A Hub with `files`, and settings for it.
-fn hub(files: &[(&str, &[u8])]) -> Result<(MockHub, TempDir, HubSettings)> {
-    let hub = MockHub::new(files);
-    let dir = tempfile::tempdir()?;
-    let settings = hub.settings(&dir.path().join("hub"));
-    Ok((hub, dir, settings))
-}
-
 /// A repository with an adapter at its root and one in a folder.
 fn two_adapters() -> Result<(MockHub, TempDir, HubSettings)> {
     hub(&[CONFIG, WEIGHTS, EXPERT_CONFIG, EXPERT_WEIGHTS, ("README.md", b"# Adapters")])
 }
 
-/// Settings that forbid any request.
-fn no_hub() -> HubSettings {
-    let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
-    HubSettings {
-        endpoint,
-        cache_dir: "absent".into(),
-        token: None,
-        offline: true,
-        limits: HubLimits::default(),
-    }
-}
-
 fn find_in_folder(path: &Path) -> Result<AdapterFiles> {
-    find_adapter(&AdapterSource::Path(path.into()), &no_hub(), &())
+    find_adapter(&AdapterSource::Path(path.into()), &HubSettings::offline("absent"), &())
 }
 
 /// The message for a folder with `files`, with `DIR` in place of its path.

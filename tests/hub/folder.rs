@@ -4,26 +4,15 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::{BaseSource, RandomBase};
-use dylora::hub::{BaseFiles, HubLimits, HubSettings, find_base};
+use dylora::hub::{BaseFiles, HubSettings, find_base};
 use tempfile::TempDir;
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
                     `model.safetensors`; a model of the Hub is \
                     `base.source = { hub = { repo = \"openai-community/gpt2\" } }`";
 
-fn settings() -> HubSettings {
-    let endpoint = HubSettings::DEFAULT_ENDPOINT.into();
-    HubSettings {
-        endpoint,
-        cache_dir: "absent".into(),
-        token: None,
-        offline: true,
-        limits: HubLimits::default(),
-    }
-}
-
 fn find(path: &Path) -> Result<BaseFiles> {
-    find_base(&BaseSource::Path(path.into()), &settings(), &())
+    find_base(&BaseSource::Path(path.into()), &HubSettings::offline("absent"), &())
 }
 
 /// The message for `path`, with `DIR` in its place.
@@ -140,6 +129,7 @@ fn a_malformed_index_is_refused() -> Result<()> {
 #[test]
 fn random_weights_have_no_files() {
     let shape = RandomBase { n_layer: 1, n_head: 1, n_embd: 8, n_positions: 8 };
-    let error = find_base(&BaseSource::Random(shape), &settings(), &()).expect_err("no files");
+    let error = find_base(&BaseSource::Random(shape), &HubSettings::offline("absent"), &())
+        .expect_err("no files");
     assert_eq!(error.to_string(), "a base of random weights has no files");
 }

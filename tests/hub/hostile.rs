@@ -10,7 +10,7 @@ use anyhow::Result;
 use dylora::hub::HubSettings;
 
 use crate::mock::{Fault, MockHub};
-use crate::{content_requests, fault, find, tiny_gpt2, weights};
+use crate::{content_requests, fault, find, hub, tiny_gpt2, weights};
 
 /// Sets time limits so short that a test can wait for them.
 fn be_impatient(settings: &mut HubSettings) {
@@ -159,6 +159,20 @@ fn a_server_that_sends_a_byte_now_and_then_is_given_up() -> Result<()> {
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     hub.set_faults(&[]);
     assert_eq!(fs_err::read(&find(&settings)?.weights[0])?, weights());
+    Ok(())
+}
+
+/// The content of a small file comes with the first answer, without a redirect to another host.
+#[test]
+fn a_hub_that_sends_a_byte_of_a_small_file_now_and_then_is_given_up() -> Result<()> {
+    let (hub, _dir, mut settings) =
+        hub(&[("config.json", &weights()[..4000]), ("model.safetensors", b"weights")])?;
+    be_impatient(&mut settings);
+    hub.trickle();
+    let begun = Instant::now();
+    let message = fault(find(&settings), &settings);
+    assert!(message.contains("fewer than 1000 in 400ms"), "{message}");
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     Ok(())
 }
 

@@ -43,7 +43,12 @@ fn weights() -> Vec<u8> {
 
 /// A Hub with a base whose weights are in one file, and settings for it.
 fn tiny_gpt2() -> Result<(MockHub, TempDir, HubSettings)> {
-    let hub = MockHub::new(&[CONFIG, TOKENIZER, ("model.safetensors", &weights())]);
+    hub(&[CONFIG, TOKENIZER, ("model.safetensors", &weights())])
+}
+
+/// A Hub with `files`, and settings for it.
+fn hub(files: &[(&str, &[u8])]) -> Result<(MockHub, TempDir, HubSettings)> {
+    let hub = MockHub::new(files);
     let dir = tempfile::tempdir()?;
     let settings = hub.settings(&dir.path().join("hub"));
     Ok((hub, dir, settings))

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use dylora::hub::{HubLimits, HubSettings};
+use dylora::hub::HubSettings;
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -65,6 +65,8 @@ struct State {
     tells_size: bool,
     /// Whether the first server accepts requests but does not answer.
     is_silent: bool,
+    /// Whether the first server sends its own files as [`Fault::Trickle`] does.
+    trickles: bool,
     cdn: String,
 }
 
@@ -121,6 +123,11 @@ impl MockHub {
         self.lock().is_silent = true;
     }
 
+    /// Sends small files, which the first server has itself, one byte every 20 ms from now on.
+    pub fn trickle(&self) {
+        self.lock().trickles = true;
+    }
+
     /// The requests since the last call.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.lock().requests)
@@ -132,13 +139,7 @@ impl MockHub {
     }
 
     pub fn settings(&self, cache_dir: &Path) -> HubSettings {
-        HubSettings {
-            endpoint: self.endpoint.clone(),
-            cache_dir: cache_dir.into(),
-            token: None,
-            offline: false,
-            limits: HubLimits::default(),
-        }
+        HubSettings::new(&self.endpoint, cache_dir)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -294,7 +295,8 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
     if !path.starts_with("hub/cache/") {
         return Reply::new(307, vec![("Location", path.replace("hub/", "/cache/"))]);
     }
-    let mut reply = content(request, data, None);
+    let fault = state.trickles.then_some(Fault::Trickle);
+    let mut reply = content(request, data, fault);
     reply.headers.extend([("ETag", format!("\"{}\"", &etag(data)[..40])), commit]);
     reply
 }

@@ -16,7 +16,7 @@ use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
 use dylora::export::peft::{Layout, Provenance};
 use dylora::export::{hugging_face, peft};
-use dylora::hub::{self, AdapterFiles, HubLimits, HubSettings};
+use dylora::hub::{self, AdapterFiles, HubSettings};
 use dylora::mixture::Mixture;
 use dylora::model::RoutingSource;
 use dylora::model::decoder::Decoder;
@@ -147,17 +147,7 @@ fn record(n: i64, step: i64) -> serde_json::Value {
 }
 
 fn open_base(config: &Config) -> Result<Base> {
-    Base::open(&config.base, &no_hub(), &())
-}
-
-fn no_hub() -> HubSettings {
-    HubSettings {
-        endpoint: String::new(),
-        cache_dir: PathBuf::new(),
-        token: None,
-        offline: true,
-        limits: HubLimits::default(),
-    }
+    Base::open(&config.base, &HubSettings::offline("absent"), &())
 }
 
 fn data(config: &Config, base: &Base) -> Result<Datasets> {
@@ -172,7 +162,7 @@ fn mixture(config: &Config, base: &Base) -> Result<Mixture> {
 
 /// Finds adapters in folders only, not on the Hub.
 fn find_adapter(source: &AdapterSource) -> Result<AdapterFiles> {
-    hub::find_adapter(source, &no_hub(), &())
+    hub::find_adapter(source, &HubSettings::offline("absent"), &())
 }
 
 /// Trains from the start or from a checkpoint, and returns the losses of the steps.
@@ -317,7 +307,7 @@ fn uneven_micro_batches_equal_one_batch() -> Result<()> {
         let overrides: Vec<&str> =
             common.iter().copied().chain(sizes.iter().map(String::as_str)).collect();
         let (_, summary) = train(&world.config(name, &overrides)?, None)?;
-        read_tensors(&summary.checkpoint.join("model.safetensors"))
+        checkpoint::read_model(&summary.checkpoint)
     };
     let (one, many) = (run("one", 6, 1)?, run("many", 1, 6)?);
     for (name, tensor) in &one {
