@@ -79,10 +79,10 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
 /// step, the difference is at most 1e-9 nats in f64 and 1e-5 in f32. In bf16 it is at most twice
 /// the largest difference between the reference in bf16 and in f64.
 ///
-/// Routing is dense, dense by a router for each layer with the load-balancing loss, and top-2. All
-/// runs have packed documents, two micro-batches in every other step and, on CUDA, graphs. With
-/// twice this learning rate, rounding errors would grow so much that the reference in f32 would be
-/// 7e-4 away from the reference in f64.
+/// Routing is dense, dense by a router for each layer with the load-balancing loss, top-2, and
+/// dense with the experts' orthogonality in the loss. All runs have packed documents, two
+/// micro-batches in every other step and, on CUDA, graphs. With twice this learning rate, rounding
+/// errors would grow so much that the reference in f32 would be 7e-4 away from the one in f64.
 #[test]
 fn a_hundred_steps_follow_the_references_losses() -> Result<()> {
     let device = device()?;
@@ -91,9 +91,12 @@ fn a_hundred_steps_follow_the_references_losses() -> Result<()> {
         _ => &[Kind::Double, Kind::Float, Kind::BFloat16],
     };
     let _generator = seed(910);
-    for more in
-        ["", "[router]\nscope = \"layer\"\nload_balancing_coef = 0.01", "[router]\ntop_k = 2"]
-    {
+    for more in [
+        "",
+        "[router]\nscope = \"layer\"\nload_balancing_coef = 0.01",
+        "[router]\ntop_k = 2",
+        "[lora.orthogonality]\nba = 0.1",
+    ] {
         let config = config(more)?;
         let exact = curve(&config, device, Kind::Double, Kernels::Reference)?;
         let (first, last) = (exact[0], exact[NUM_STEPS - 1]);

@@ -103,9 +103,8 @@ impl Dora {
         let options = (kind, linear.weight.device());
         let num_magnitudes = experts.len() as i64;
         let rows = RankRows(slots);
-        let members = rows.filled(num_magnitudes, |slot| slot.magnitude, |_| 1.0).to_kind(kind);
-        let scalings = rows.filled(1, |_| Some(0), |slot| slot.scaling).to_kind(kind).tr();
-        let members = members.to_device(options.1);
+        let members = rows.filled(num_magnitudes, options, |slot| slot.magnitude, |_| 1.0);
+        let scalings = rows.filled(1, options, |_| Some(0), |slot| slot.scaling).tr();
         let weight = linear.weight.detach().to_kind(kind);
         let base_norm2 = weight.square().sum_dim_intlist(0, false, kind);
         Some(Self {
@@ -116,7 +115,7 @@ impl Dora {
             others: 1.0 - members.sum_dim_intlist(0, false, kind).unsqueeze(-1),
             same: members.tr().matmul(&members),
             members,
-            scalings: scalings.to_device(options.1),
+            scalings,
         })
     }
 }

@@ -64,10 +64,10 @@ impl LoraExperts {
         let line = |slot: &Slot| self.slots.iter().position(|s| s.expert == slot.expert);
         let members = RankRows(&self.slots).filled(
             self.slots.len() as i64,
+            options,
             |slot| line(slot).map(|line| line as i64),
             |_| 1.0,
         );
-        let members = if with_initial { members } else { members.narrow(1, 0, rows) };
-        members.to_kind(options.0).to_device(options.1)
+        if with_initial { members } else { members.narrow(1, 0, rows) }
     }
 }

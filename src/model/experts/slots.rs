@@ -68,23 +68,32 @@ impl RankRows<'_> {
         self.num_stacked() + initial.map(|slot| slot.rank).sum::<i64>()
     }
 
-    /// The rows of a slot in the rank space: its run in the stacks and, if it has one, its run
-    /// among the initial rows.
+    /// The rows of a slot in the rank space: those in the stacks and, if the expert starts from the
+    /// base's weight, its initial rows.
     pub fn of(self, slot: &Slot) -> (std::ops::Range<i64>, Option<std::ops::Range<i64>>) {
         let initial = slot.initial.map(|start| self.num_stacked() + start);
         let run = |start: i64| start..start + slot.rank;
         (run(slot.start), initial.map(run))
     }
 
-    /// A matrix `[num_lines, R + R0]`, f64 on the CPU. The rows of a slot hold `value(slot)` in the
-    /// line `line(slot)`, if it has one; everything else is 0.
+    /// The scaling of each row's expert in that expert's line, 0 elsewhere:
+    /// `[num_experts, R + R0]`.
+    pub fn scalings(self, num_experts: usize, options: (Kind, Device)) -> Tensor {
+        let line = |slot: &Slot| Some(slot.expert as i64);
+        self.filled(num_experts as i64, options, line, |slot| slot.scaling)
+    }
+
+    /// A matrix `[num_lines, R + R0]`. The rows of a slot hold `value(slot)` in the line
+    /// `line(slot)`, if it has one; everything else is 0. It is filled on its device, so that a
+    /// step that needs it can be captured as a graph.
     pub fn filled(
         self,
         num_lines: i64,
+        options: (Kind, Device),
         line: impl Fn(&Slot) -> Option<i64>,
         value: impl Fn(&Slot) -> f64,
     ) -> Tensor {
-        let matrix = Tensor::zeros([num_lines, self.num_rows()], (Kind::Double, Device::Cpu));
+        let matrix = Tensor::zeros([num_lines, self.num_rows()], options);
         for slot in self.0 {
             let Some(line) = line(slot) else { continue };
             let (stacked, initial) = self.of(slot);

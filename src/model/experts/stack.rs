@@ -116,21 +116,13 @@ impl LoraExperts {
     ) -> RowFactors {
         let even = slots.len() == num_experts
             && slots.iter().all(|slot| slot.rank == slots[0].rank && slot.initial.is_none());
-        let to = |tensor: Tensor| tensor.to_kind(options.0).to_device(options.1);
         let mut scalings = vec![0.0; num_experts];
         for slot in slots {
             scalings[slot.expert] = slot.scaling;
         }
-        let scalings = to(Tensor::from_slice(&scalings));
-        if even {
-            return RowFactors { scalings, rows: None };
-        }
-        let rows = RankRows(slots).filled(
-            num_experts as i64,
-            |slot| Some(slot.expert as i64),
-            |slot| slot.scaling,
-        );
-        RowFactors { scalings, rows: Some(to(rows)) }
+        let scalings = Tensor::from_slice(&scalings).to_kind(options.0).to_device(options.1);
+        let rows = (!even).then(|| RankRows(slots).scalings(num_experts, options));
+        RowFactors { scalings, rows }
     }
 
     /// Every tensor of every expert as a view, so that copying into it changes the expert.

@@ -48,16 +48,11 @@ impl FusedModule {
                 scaling[column as usize] = slot.scaling as f32;
             }
         }
-        let rows = rank_rows.filled(
-            num_experts as i64,
-            |slot| Some(slot.expert as i64),
-            |slot| slot.scaling,
-        );
         let columns = RankColumns {
             expert_of: Tensor::from_slice(&expert_of).to_device(device),
             scaling: Tensor::from_slice(&scaling).to_device(device),
             runs: Tensor::from_slice(runs.as_flattened()).view([-1, 4]).to_device(device),
-            rows: rows.to_kind(wide(kind)).to_device(device),
+            rows: rank_rows.scalings(num_experts, (wide(kind), device)),
             single_scaling: experts.slots[0].scaling,
         };
         Self { columns, packed: None }
