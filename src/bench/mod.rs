@@ -17,10 +17,9 @@ pub mod passes;
 pub mod report;
 pub mod rows;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use tch::Device;
 
 use crate::checkpoint::Position;
@@ -71,10 +70,7 @@ impl Bench {
     /// Measures one row at one micro-batch size. An error, such as a lack of memory, goes into the
     /// report, so that other rows can follow.
     pub fn measure(&self, row: Row, micro_batch_size: usize) -> RowReport {
-        let measured = catch_unwind(AssertUnwindSafe(|| self.figures(row, micro_batch_size)));
-        // tch panics when libtorch fails, as when memory runs out
-        let measured = measured
-            .unwrap_or_else(|panic| Err(anyhow!("{}", ffi::panic_message(panic.as_ref()).trim())));
+        let measured = ffi::caught(|| self.figures(row, micro_batch_size));
         let outcome = measured.map_err(|error| format!("{error:#}"));
         RowReport { row, micro_batch_size, outcome }
     }

@@ -13,9 +13,11 @@
 //! Letters of shapes: `n` labelled positions, `d` width, `e` expert, `v` vocabulary.
 
 use anyhow::{Result, bail};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::data::IGNORED_LABEL;
+use crate::model::decoder::precision::wide;
+use crate::model::routing::totals::rows;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 
 /// The sum of the losses of a batch's labelled positions, in nats, 0-dim. Gradients flow from it
@@ -27,19 +29,14 @@ pub fn summed_loss(model: &RoutedModel, inputs: &Inputs, mode: ForwardMode) -> R
     let routing = model.routing(inputs, mode);
     let weights_ne = match &routing[..] {
         [] => None,
-        [shared] => {
-            let e = model.num_experts();
-            Some(shared.weights.view([-1, e]).index_select(0, &inputs.labelled))
-        }
+        [shared] => Some(rows(&shared.weights, &inputs.labelled)),
         _ => bail!("N passes need one router for all layers"),
     };
-    let d = model.base().spec.n_embd;
     let mut blended = None;
     for expert in 0..model.num_experts() {
         let source = RoutingSource::Expert(expert);
         let hidden = model.forward(inputs, &source, mode, None).hidden;
-        let hidden_nd = hidden.view([-1, d]).index_select(0, &inputs.labelled);
-        let mut logits_nv = model.logits(&hidden_nd);
+        let mut logits_nv = model.logits(&rows(&hidden, &inputs.labelled));
         if let Some(weights_ne) = &weights_ne {
             let weight_n1 = weights_ne.narrow(1, expert, 1).to_kind(logits_nv.kind());
             logits_nv = &logits_nv * weight_n1;
@@ -47,10 +44,7 @@ pub fn summed_loss(model: &RoutedModel, inputs: &Inputs, mode: ForwardMode) -> R
         blended = Some(blended.map_or_else(|| logits_nv.shallow_clone(), |sum| sum + &logits_nv));
     }
     let Some(logits_nv) = blended else { bail!("a bare base has no experts to pass through") };
-    let logits_nv = match logits_nv.kind() {
-        Kind::Double => logits_nv,
-        _ => logits_nv.to_kind(Kind::Float),
-    };
+    let logits_nv = logits_nv.to_kind(wide(logits_nv.kind()));
     let none = None::<&Tensor>;
     Ok(logits_nv.cross_entropy_loss(&inputs.labels, none, tch::Reduction::Sum, IGNORED_LABEL, 0.0))
 }

@@ -191,6 +191,13 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     text.split("\nException raised from").next().unwrap_or(text)
 }
 
+/// Runs `f` and turns a panic into an error. tch's operations panic when they fail, as when memory
+/// runs out.
+pub fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(f))
+        .unwrap_or_else(|panic| Err(anyhow!("{}", panic_message(panic.as_ref()).trim())))
+}
+
 /// Whether the process ignores a signal, as it does under `nohup` and in background jobs of
 /// scripts.
 pub fn ignores_signal(signal: i32) -> bool {

@@ -9,6 +9,7 @@ use crate::config::{
     self, Config, DomainConfig, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
     OnExhausted, RoutingChoice,
 };
+use crate::model::experts::spec::ExpertSpec;
 
 /// How an expert is added.
 #[derive(Debug, Clone)]
@@ -73,6 +74,13 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
         consolidation_rate: growth.consolidation_rate,
     });
     Ok(grown)
+}
+
+/// Sets which experts are trained in a stage of `config`, by [`is_trainable`].
+pub fn set_trainable(specs: &mut [ExpertSpec], config: &Config) {
+    for (expert, spec) in specs.iter_mut().enumerate() {
+        spec.trainable = is_trainable(config, expert);
+    }
 }
 
 /// Whether expert `expert` is trained in a stage of `config`: its own setting must allow it, and in

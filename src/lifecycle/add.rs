@@ -26,7 +26,7 @@ use crate::mixture::Mixture;
 use crate::model::decoder::Decoder;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::{RoutedModel, kind_of};
-use crate::train::{MixtureHistory, Trainer};
+use crate::train::Trainer;
 
 /// Largest number of a domain's blocks that are read for its embedding and for the new router
 /// column.
@@ -104,11 +104,6 @@ impl GrowingMixture {
         Ok(Self { dir, state, old_config, config, growth, mixture, base, weights, data, device })
     }
 
-    /// The stage's config.
-    pub fn config(&self) -> &Config {
-        &self.config
-    }
-
     /// The name of the new domain.
     pub fn domain(&self) -> &str {
         &self.growth.domain
@@ -163,9 +158,7 @@ impl GrowingMixture {
         tch::manual_seed(config.run.seed as i64);
         let spec = ExpertSpec::new(&config.lora, mixture.specs.len(), &self.base.spec)?;
         let mut grown = growth::with_expert(mixture, &self.weights, spec, &bias)?;
-        for (expert, spec) in grown.specs.iter_mut().enumerate() {
-            spec.trainable = stage_config::is_trainable(config, expert);
-        }
+        stage_config::set_trainable(&mut grown.specs, config);
         let after = self.put_on(&grown)?;
         let (train, domain) = (&data.train, &growth.domain);
         let largest_new_prob = new_column::largest_new_prob(&after, train, domain, SKILL_BLOCKS);
@@ -189,15 +182,7 @@ impl GrowingMixture {
             label_tokens: new.label_tokens,
             expert: Some(num_old),
         });
-        let mut history = MixtureHistory {
-            stages: self.state.stages,
-            tokens_seen: self.state.tokens_seen,
-            maturity: self.state.routing.experts,
-            skills: Some(skills),
-        };
-        if let (Some(last), Some(before)) = (history.stages.last_mut(), before) {
-            last.losses = before.domain_losses();
-        }
+        let history = super::history(self.state, Some(skills), before);
         let stage = Stage::new(&format!("add {domain}"), vec![domain], num_old as i64 + 1);
         let Self { config, base, data, device, .. } = self;
         Trainer::next_stage(config, &base, &grown.mixture, data, device, history, stage)

@@ -16,7 +16,7 @@ use crate::growth::{self, merge, stage_config};
 use crate::mixture::Mixture;
 use crate::model::decoder::Decoder;
 use crate::model::{RoutedModel, kind_of};
-use crate::train::{MixtureHistory, Trainer};
+use crate::train::Trainer;
 
 /// The change to make.
 #[derive(Debug, Clone, Copy)]
@@ -120,9 +120,7 @@ impl ShrinkingMixture {
         let mut changed = changed(change, &self.mixture, model, before)?;
         let temperature = self.mixture.router.temperature;
         let config = stage_config::shrunk_config(&self.config, temperature, changed.gone, run_dir)?;
-        for (expert, spec) in changed.mixture.specs.iter_mut().enumerate() {
-            spec.trainable = stage_config::is_trainable(&config, expert);
-        }
+        stage_config::set_trainable(&mut changed.mixture.specs, &config);
         Ok(Shrunk { changed, config })
     }
 
@@ -140,15 +138,8 @@ impl ShrinkingMixture {
     ) -> Result<Trainer> {
         let (state, Shrunk { changed, config }) = (self.state, shrunk);
         let skills = checkpoint::read_skills(&self.dir, base.spec.n_embd)?;
-        let mut history = MixtureHistory {
-            stages: state.stages,
-            tokens_seen: state.tokens_seen,
-            maturity: state.routing.experts,
-            skills: skills.map(|skills| renumber(skills, &changed)),
-        };
-        if let (Some(last), Some(before)) = (history.stages.last_mut(), before) {
-            last.losses = before.domain_losses();
-        }
+        let skills = skills.map(|skills| renumber(skills, &changed));
+        let mut history = super::history(state, skills, before);
         if changed.gone < history.maturity.len() {
             history.maturity.remove(changed.gone);
         }

@@ -18,7 +18,7 @@ use super::routing::pass::{RoutedParts, RoutingPass};
 use super::routing::router::{RouterSpec, Routing, RoutingRule};
 use super::routing::site::{BlockWeights, Site};
 use super::routing::source::RoutingSource;
-use crate::config::{EvalRule, Kernels, ModulePath, RouterNoise, TargetModule};
+use crate::config::{EvalRule, ModulePath, RouterNoise, TargetModule};
 use crate::ffi;
 use crate::ffi::fused::HeadLoss;
 
@@ -178,7 +178,7 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let fuses = self.kernels == Kernels::Auto && recorder.is_none() && !self.trains_base;
+        let fuses = self.uses_fused() && recorder.is_none();
         if fuses && !mode.gradient_checkpointing {
             return self.run_fused(&x, inputs, pass, mode);
         }
@@ -283,10 +283,9 @@ impl RoutedModel {
         if !block.experts.modules.is_empty() {
             activations.extend(g.tensors());
         }
-        let fuses = self.kernels == Kernels::Auto;
         // built before the mask is cloned, so that all blocks share it
         if let AttentionMask::Documents(documents) = mask
-            && !(fuses && block.may_fuse(dropout) && block.attends_by_length(x))
+            && !(block.may_fuse(dropout) && block.attends_by_length(x))
         {
             documents.mask();
         }
@@ -302,7 +301,7 @@ impl RoutedModel {
                 [] => g.shallow_clone(),
                 tensors => g.with_tensors(tensors),
             };
-            let forward = || match fuses && block.fuses(&activations[0], &g, dropout) {
+            let forward = || match block.fuses(&activations[0], &g, dropout) {
                 true => block.fused_alone(&activations[0], &mask, &g, dropout),
                 false => block.forward(&activations[0], &mask, &g, dropout, None),
             };
@@ -362,7 +361,7 @@ impl RoutedModel {
         scale: &Tensor,
         settings: HeadLoss,
     ) -> Option<(Tensor, Tensor)> {
-        if self.trains_base || self.kernels == Kernels::Reference {
+        if !self.uses_fused() {
             return None;
         }
         let head = self.padded_head.as_ref().unwrap_or(self.decoder.head());

@@ -312,10 +312,15 @@ impl RoutedModel {
         orthogonality(self.modules().map(|(_, experts)| experts), of)
     }
 
-    /// Prepares the model for the fused operations, unless the base is trained or the config asks
-    /// for the reference.
+    /// Whether the fused operations compute what they can: not if the base is trained or the config
+    /// asks for the reference.
+    fn uses_fused(&self) -> bool {
+        !self.trains_base && self.kernels == Kernels::Auto
+    }
+
+    /// Prepares the model for the fused operations, if it uses them.
     fn prepare_fused(&mut self) {
-        if self.trains_base || self.kernels == Kernels::Reference {
+        if !self.uses_fused() {
             return;
         }
         if self.routed_blocks().any(RoutedBlock::has_dora) {

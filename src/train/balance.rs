@@ -8,23 +8,13 @@ use crate::model::routing::totals::RoutingTotals;
 /// In each router, moves the selection bias of every expert by `rate`: up if the expert had less
 /// than its share of the step's assignments, down if it had more (arXiv:2408.15664, algorithm 1:
 /// `b_i + u sign(mean load - load_i)`). With `old_rate`, the biases of all experts but the last
-/// move by `rate * old_rate`.
+/// move by `rate * old_rate`. If `is_finite`, 0-dim, is false, no bias moves.
 pub fn balance_biases(
     model: &RoutedModel,
     totals: &[RoutingTotals],
     rate: f64,
     old_rate: Option<f64>,
-) {
-    balance_biases_if(None, model, totals, rate, old_rate);
-}
-
-/// As [`balance_biases`], but if `is_finite`, 0-dim, is given and false, no bias moves.
-pub fn balance_biases_if(
-    is_finite: Option<&Tensor>,
-    model: &RoutedModel,
-    totals: &[RoutingTotals],
-    rate: f64,
-    old_rate: Option<f64>,
+    is_finite: &Tensor,
 ) {
     let _no_grad = tch::no_grad_guard();
     let biases = model.routers().iter().map(|router| router.selection_bias.as_ref());
@@ -48,10 +38,7 @@ pub fn balance_biases_if(
         if let Some(old_rate) = old_rate {
             let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);
         }
-        let mut moved = bias - (direction * rate).to_kind(bias.kind());
-        if let Some(is_finite) = is_finite {
-            moved = moved.where_self(is_finite, bias);
-        }
-        bias.shallow_clone().copy_(&moved);
+        let moved = bias - (direction * rate).to_kind(bias.kind());
+        bias.shallow_clone().copy_(&moved.where_self(is_finite, bias));
     }
 }

@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::metrics::Metrics;
 use super::tensorboard::EventWriter;
+use crate::durable;
 
 /// The name of the metrics file in a run's folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -76,11 +77,7 @@ fn cut_after(path: &Path, resume_step: u64) -> Result<()> {
     if kept == bytes {
         return Ok(());
     }
-    let new_path = path.with_extension("jsonl.new");
-    let mut file = fs_err::File::create(&new_path).context("cannot shorten the metrics")?;
-    file.write_all(&kept).context("cannot shorten the metrics")?;
-    file.sync_all().context("cannot shorten the metrics")?;
-    fs_err::rename(&new_path, path).context("cannot shorten the metrics")
+    durable::replace(path, &kept).context("cannot shorten the metrics")
 }
 
 /// The lines up to `resume_step`, unchanged. If the last line lacks its newline, as a broken run

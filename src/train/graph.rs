@@ -18,10 +18,9 @@
 //! save it.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use tch::{Device, Tensor};
 
 use super::gradients::rewinds_generators;
@@ -239,7 +238,8 @@ impl Graphs {
             self.graphs.push(self.new_graph()?);
         }
         let memory_of = has_recorded.then(|| &self.graphs[0]);
-        let run = || caught(|| run(&shape.flats, &shape.scalars));
+        // a panic becomes an error, so that the capture is ended in any case
+        let run = || ffi::caught(|| run(&shape.flats, &shape.scalars));
         let output = self.graphs[index].capture(memory_of, run)?;
         self.num_recorded += 1;
         self.capture_time += started.elapsed();
@@ -278,10 +278,4 @@ fn why_not(model: &RoutedModel, config: &Config) -> Option<&'static str> {
         return Some("experts that a token does not choose are skipped, which is faster here");
     }
     None
-}
-
-/// Turns a panic of libtorch into an error, so that the capture is ended in any case.
-fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(f))
-        .unwrap_or_else(|panic| Err(anyhow!("{}", ffi::panic_message(panic.as_ref()))))
 }

@@ -110,7 +110,7 @@ pub struct WindowMetrics {
     /// How the window's label tokens were routed, in all and at each site; absent without a router.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routing: Option<RoutingReport>,
-    /// Messages about how the routing has collapsed; empty if it has not.
+    /// Messages that say how the routing has collapsed. Empty if it has not collapsed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub collapse: Vec<String>,
 }

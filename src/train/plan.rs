@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::checkpoint::Position;
+use crate::checkpoint::Position;
 use crate::config::{Config, Duration, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
 use crate::model::decoder::spec::DecoderSpec;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use super::balance::balance_biases_if;
+use super::balance::balance_biases;
 use super::gradients::gradients_of;
 pub use super::gradients::{StepGradients, gradients};
 use super::graph::{Capture, Graphs, Key};
@@ -165,7 +165,7 @@ fn on_device(
     if config.router.balance_bias_rate > 0.0 && step.seeding.is_none() {
         let old_rate = config.growth.as_ref().map(|growth| growth.old_columns_rate);
         let rate = config.router.balance_bias_rate;
-        balance_biases_if(Some(&is_finite), model, &routing, rate, old_rate);
+        balance_biases(model, &routing, rate, old_rate, &is_finite);
     }
     let parts = Parts {
         has_orthogonality: orthogonality.is_some(),

@@ -1,7 +1,7 @@
 //! Adding an expert to a mixture: a whole stage of training.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
@@ -16,7 +16,6 @@ use dylora::growth::stages::Stage;
 use dylora::growth::with_expert;
 use dylora::mixture::Mixture;
 use dylora::model::experts::spec::ExpertSpec;
-use dylora::tensor_file::read_tensors;
 use dylora::train::metrics::Metrics;
 use dylora::train::{MixtureHistory, Summary, Trainer, schedule};
 use tch::{Device, Kind, Tensor};
@@ -121,10 +120,6 @@ impl NextStage {
     }
 }
 
-fn model_of(checkpoint: &Path) -> Result<BTreeMap<String, Tensor>> {
-    read_tensors(&checkpoint.join("model.safetensors"))
-}
-
 /// Copies of a mixture's tensors.
 fn copies(mixture: &Mixture) -> BTreeMap<String, Tensor> {
     mixture.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.copy())).collect()
@@ -149,7 +144,7 @@ fn frozen_old_parts_are_the_same_to_the_bit_after_a_stage_and_the_new_ones_are_n
         let overrides = [scope.as_str(), "router.hidden_layers=1", "router.hidden_width=6"];
         let next = next_stage(&world, &overrides, &growth(&world, "grown")?)?;
         let before = copies(&next.mixture);
-        let after = model_of(&next.run()?.checkpoint)?;
+        let after = checkpoint::read_model(&next.run()?.checkpoint)?;
         let (mut old, mut new) = (0, 0);
         for (name, before) in &before {
             let after = &after[name];
@@ -211,7 +206,7 @@ fn old_parts_move_by_their_factor_of_the_learning_rate() -> Result<()> {
     {
         assert!((rates[group] - rate * factor).abs() < 1e-12, "{rates:?}");
     }
-    let after = model_of(&at_step(&config, 1))?;
+    let after = checkpoint::read_model(&at_step(&config, 1))?;
     let moved = |name: &str, rows: Option<(i64, i64)>| {
         let of =
             |tensor: &Tensor| rows.map_or(tensor.copy(), |(at, len)| tensor.narrow(0, at, len));

@@ -30,8 +30,8 @@ fn train_from_bias(config: &Config, bias: &[f32]) -> Result<(Vec<WindowMetrics>,
     Ok((observed, summary))
 }
 
-/// A bias that gives one expert all the weight, and so all the gradient. The other experts never
-/// get any weight again.
+/// A bias that gives one expert all the weight. Only this expert then gets a gradient, so that the
+/// others stay without weight.
 const PLANTED: [f32; 3] = [0.0, 60.0, 0.0];
 
 #[test]
