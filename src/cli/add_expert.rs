@@ -47,7 +47,7 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "N", default_value_t = 200)]
     steps: u64,
     /// Number of steps in the seeding phase, in which the new domain's tokens go to the new expert
-    /// alone and its router column learns to recognise the domain [default: 0.4 of the steps].
+    /// alone and that expert's router column learns to recognise them [default: 0.4 of the steps].
     #[arg(long, value_name = "N")]
     seed_steps: Option<u64>,
     /// Factor of all learning rates after the seeding phase.

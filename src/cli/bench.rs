@@ -42,7 +42,7 @@ pub struct BenchArgs {
     /// The device to measure: `auto`, `cpu` or `cuda[:N]`.
     #[arg(long, default_value = "auto")]
     device: DeviceChoice,
-    /// Measure a base of this shape with random weights.
+    /// Measure a base with the shape of this model and random weights.
     #[arg(long, value_name = "NAME", default_value = "gpt2", conflicts_with = "base")]
     size: Size,
     /// Measure this base: a folder, or a Hub id, `NAME[@REVISION]`.

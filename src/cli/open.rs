@@ -25,8 +25,8 @@ use crate::model::{RoutedModel, kind_of};
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A checkpoint's folder (`RUN/checkpoints/step-*`) or a run's folder. For a run, the best
-    /// checkpoint is used, or the last one if there is no best. It may be left out where
-    /// `--adapters DIR --base DIR`, or `--base DIR` alone, names what to open.
+    /// checkpoint is used, or the last one if there is no best. Instead of a checkpoint,
+    /// `--adapters DIR --base DIR` opens adapters on a base, and `--base DIR` alone a bare base.
     #[arg(long, value_name = "DIR", required_unless_present = "base")]
     pub checkpoint: Option<PathBuf>,
     /// Adapters to put on `--base`: the folder of an export by dylora, of an X-LoRA model or of a
@@ -37,7 +37,7 @@ pub struct ModelArgs {
     /// config's `base.source`, for example because the base has moved.
     #[arg(long, value_name = "DIR")]
     pub base: Option<String>,
-    /// The `tokenizer.json` to use [default: the config's, or the one beside the base's weights].
+    /// The `tokenizer.json` to use [default: the one that the config names, or the base's].
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
     /// The dtype that the base computes in [default: the config's, or `f32`].

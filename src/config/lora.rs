@@ -101,8 +101,8 @@ impl LoraConfig {
     }
 }
 
-/// `[[lora.experts]]`: the settings of one expert. If a key of `[lora]` is left out here, its value
-/// there applies.
+/// `[[lora.experts]]`: the settings of one expert. A key of `[lora]` that is left out here keeps
+/// its value from `[lora]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExpertConfig {

@@ -295,9 +295,9 @@ pub enum Mixing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnExhausted {
-    /// The domain starts over. Any two of its blocks are then used equally often, or one of them
-    /// once more than the other. Unless the mixing is `proportional`, an epoch has about as many
-    /// blocks as all domains together.
+    /// The domain starts over: none of its blocks is used again before all of them have been used
+    /// equally often. Unless the mixing is `proportional`, an epoch has about as many blocks as all
+    /// domains together.
     #[default]
     Repeat,
     /// The other domains get the rest of the epoch, so that an epoch has each block exactly once.

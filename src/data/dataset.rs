@@ -120,8 +120,8 @@ pub struct Batch {
     /// that name none.
     pub expert_ids: Vec<i64>,
     /// The positions that sequence-level routing averages over, `[b, t]`: those that read a token
-    /// of their document's prompt, whether or not its target is learned. In a piece without such a
-    /// position (a piece of a `text`, or one that begins after the prompt), all positions count.
+    /// of their document's prompt, whether or not its target is learned. All positions of a piece
+    /// count if it has no such position: a piece of a `text`, or one that begins after the prompt.
     pub prompt: Vec<bool>,
     /// The domain of each row, `[b]`, as an index into [`TokenDataset::domains`].
     pub domains: Vec<u32>,
