@@ -28,12 +28,12 @@ use dylora::config::{LoraConfig, ModulePath, RoutingChoice, TargetModule};
 use dylora::ffi;
 use dylora::model::RoutedModel;
 use dylora::model::decoder::Decoder;
-use dylora::model::decoder::{mlp::Activation, spec::DecoderSpec};
 use dylora::model::experts::assignments::Assignments;
 use dylora::model::experts::dropout::LoraDropout;
 use dylora::model::experts::grouped::Products;
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::experts::weights::RoutingWeights;
+use dylora::model::families;
 use dylora::model::routing::router::RouterSpec;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -152,7 +152,7 @@ impl Case {
         let path = ModulePath { layer: 0, module };
         let model = model(module, num_experts, rank, device, kind);
         let linear = &model.base().blocks[0].linears[&module];
-        let (i, o) = linear.weight.size2().expect("it is [i, o]");
+        let (i, o) = linear.weight().size2().expect("it is [i, o]");
         let n = options.num_tokens;
         let randn = |width, kind| Tensor::randn([1, n, width], (kind, device));
         let probs = randn(num_experts, Kind::Float).softmax(-1, Kind::Float);
@@ -271,26 +271,16 @@ fn model(
     device: Device,
     kind: Kind,
 ) -> RoutedModel {
-    let config = DecoderSpec {
-        n_layer: 1,
-        n_head: 12,
-        n_embd: 768,
-        n_inner: 3072,
-        n_positions: 8,
-        vocab_size: 64,
-        layer_norm_epsilon: 1e-5,
-        activation: Activation::GeluNew,
-        tied_head: true,
-        scale_attn_weights: true,
-        scale_attn_by_inverse_layer_idx: false,
-        eos_token_id: None,
-    };
+    let config = families::from_json(&serde_json::json!({
+        "model_type": "gpt2", "n_layer": 1, "n_positions": 8, "vocab_size": 64,
+    }));
+    let config = config.expect("the shape is sound");
     let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.02;
     let shapes = config.parameter_shapes().into_iter();
     let tensors = shapes.map(|(name, shape)| (name, random(&shape))).collect();
     let base = Decoder::new(config, tensors);
     let lora =
-        LoraConfig { num_experts, rank, target_modules: vec![module], ..LoraConfig::default() };
+        LoraConfig { num_experts, rank, target_modules: [module].into(), ..LoraConfig::default() };
     let specs = ExpertSpec::all(&lora, &base.spec).expect("the config fits the base");
     let model = RoutedModel::with_experts(&base, &specs, &RouterSpec::default(), device, kind);
     let tensors = model.tensors().into_iter().map(|(name, tensor)| (name, random(&tensor.size())));

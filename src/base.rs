@@ -10,9 +10,9 @@ use crate::data::Tokenizer;
 use crate::hub::{self, BaseFiles, DownloadProgress, HubSettings};
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
-use crate::model::families::{gpt2, load};
+use crate::model::families::{self, load};
 
-/// GPT-2's end-of-text token, which ends the documents of a random base.
+/// The token that ends the documents of a random base, if its tokenizer has it.
 const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// A base whose files and shape are known. Its weights are read on demand.
@@ -35,8 +35,8 @@ impl Base {
     /// Finds the base's files and reads its shape and tokenizer.
     ///
     /// # Errors
-    /// Those of [`hub::find_base`] and [`gpt2::read_spec`], a random base without a tokenizer, and
-    /// a tokenizer with more tokens than the base has embeddings.
+    /// Those of [`hub::find_base`] and [`families::read_spec`], a random base without a tokenizer,
+    /// and a tokenizer with more tokens than the base has embeddings.
     pub fn open(
         config: &BaseConfig,
         hub: &HubSettings,
@@ -53,9 +53,9 @@ impl Base {
             (BaseSource::Random(shape), _) => {
                 let tokenizer = tokenizer.as_ref().context("random weights need a tokenizer")?;
                 let vocab_size = tokenizer.vocab_size() as i64;
-                DecoderSpec::from_random(shape, vocab_size, tokenizer.token_to_id(END_OF_TEXT))
+                families::from_random(shape, vocab_size, tokenizer.token_to_id(END_OF_TEXT))?
             }
-            (_, Some(files)) => gpt2::read_spec(&files.config)?,
+            (_, Some(files)) => families::read_spec(&files.config)?,
             (_, None) => unreachable!("only random weights have no files"),
         };
         if let (Some(tokenizer), Some(file)) = (&tokenizer, &tokenizer_file)
@@ -83,12 +83,12 @@ impl Base {
         files
     }
 
-    /// Reads the weights, or draws those of a random base from libtorch's default generator. They
-    /// are in f32 on the CPU.
+    /// Reads the weights, in the dtypes of their files, or draws those of a random base from
+    /// libtorch's default generator, in f32. They are on the CPU.
     pub fn weights(&self) -> Result<Decoder> {
         match &self.files {
             None => Ok(Decoder::random(self.spec.clone())),
-            Some(files) => load::read(&self.spec, &files.weights, Kind::Float)
+            Some(files) => load::read(&self.spec, &files.weights, None)
                 .with_context(|| format!("cannot load the base `{}`", self.label)),
         }
     }
@@ -103,7 +103,7 @@ impl Base {
     pub fn weights_of(&self, expected: Option<&str>, of: &str) -> Result<Decoder> {
         let weights = self.weights()?;
         let Some(expected) = expected else { return Ok(weights) };
-        let found = weights.hash()?;
+        let found = weights.hash_in(Kind::Float)?;
         if found != expected {
             bail!(
                 "the base `{}` is not the one that {of}: BLAKE3 `{}..`, not `{}..`\n\
@@ -128,10 +128,10 @@ impl Base {
 
     /// Checks that the base has enough positions for blocks of `seq_len` tokens.
     pub fn check_seq_len(&self, seq_len: usize) -> Result<()> {
-        if seq_len as i64 > self.spec.n_positions {
+        if seq_len as i64 > self.spec.max_positions {
             bail!(
                 "`data.seq_len` must be at most the base's {} positions, got {seq_len}",
-                self.spec.n_positions
+                self.spec.max_positions
             );
         }
         Ok(())

@@ -9,10 +9,10 @@ use dylora::bench::flops::FlopsPerToken;
 use dylora::bench::{Bench, BenchSettings, Figures, Header, Row, RowReport, passes};
 use dylora::cli::{Cli, UsageError, describe};
 use dylora::config::{
-    Config, ExpertConfig, LoraConfig, RouterConfig, RouterScope, TargetModule, load,
+    Config, ExpertConfig, Family, LoraConfig, RouterConfig, RouterScope, TargetModule, load,
 };
 use dylora::model::experts::spec::ExpertSpec;
-use dylora::model::families::gpt2;
+use dylora::model::families;
 use dylora::model::{ForwardMode, RoutingSource};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -50,9 +50,9 @@ fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Fi
 /// experts have 12 * 32 * (768 + 2304) in s1 and 12 * 128 * (3072 + 1536 + 3840 + 3840) in s2.
 #[test]
 fn a_step_has_the_operations_of_the_formula() -> Result<()> {
-    let base = gpt2::from_json(&json!({ "model_type": "gpt2" }))?;
+    let base = families::from_json(&json!({ "model_type": "gpt2" }))?;
     let flops = |num_experts, rank, modules: &[TargetModule]| -> Result<FlopsPerToken> {
-        let target_modules = modules.to_vec();
+        let target_modules = modules.into();
         let lora = LoraConfig { num_experts, rank, target_modules, ..LoraConfig::default() };
         Ok(FlopsPerToken::new(&base, &ExpertSpec::all(&lora, &base)?, 1024))
     };
@@ -61,7 +61,7 @@ fn a_step_has_the_operations_of_the_formula() -> Result<()> {
     assert_eq!(s1, terms);
     assert_eq!((s1.training() as f64 / 1e5).round() / 10.0, 557.8);
     assert_eq!(s1.evaluation(), 2 * 123_532_032 + 18_874_368 + 2 * 1_179_648);
-    let s2 = flops(8, 16, &TargetModule::ALL)?;
+    let s2 = flops(8, 16, Family::Gpt2.modules())?;
     assert_eq!(s2.experts, 18_874_368);
     assert_eq!((s2.training() as f64 / 1e5).round() / 10.0, 664.0);
     Ok(())
@@ -291,8 +291,13 @@ fn faults_of_the_arguments_are_faults_of_usage() {
             "invalid value 'two' for '--rows <NAME,..>'\n  [possible values: base, single_lora, \
              single_lora_wide, one_pass, one_pass_loop, two_passes, n_passes, eval]",
         ),
-        (&["--modules=c_attn"], "must be `all` or some of `attn.c_attn`"),
-        (&["--size=gpt3"], "[possible values: gpt2, gpt2-medium, gpt2-large, gpt2-xl]"),
+        (&["--modules=attention"], "`attention` names no linear layer"),
+        (&["--modules=q_proj"], "`q_proj` matches no linear layer of the base, a `gpt2`"),
+        (
+            &["--size=gpt3"],
+            "[possible values: gpt2, gpt2-medium, gpt2-large, gpt2-xl, smollm2-135m, qwen3-0.6b, \
+             llama-3.2-1b]",
+        ),
         (
             &["--dtype=f64"],
             "invalid value 'f64' for '--dtype <DTYPE>'\n  [possible values: f32, bf16]",

@@ -46,14 +46,14 @@ fn a_mistyped_value_is_shown_with_its_line() {
 }
 
 #[test]
-fn an_unknown_target_module_is_answered_with_the_four_names() {
-    let text = format!("{MINIMAL}\n[lora]\ntarget_modules = [\"c_attn\"]\n");
+fn an_unknown_target_module_is_answered_with_the_names() {
+    let text = format!("{MINIMAL}\n[lora]\ntarget_modules = [\"attention\"]\n");
     insta::assert_snapshot!(error(&text, &[]), @r#"
     TOML parse error at line 12, column 19
        |
-    12 | target_modules = ["c_attn"]
-       |                   ^^^^^^^^
-    unknown variant `c_attn`, expected one of `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`
+    12 | target_modules = ["attention"]
+       |                   ^^^^^^^^^^^
+    `attention` names no linear layer; the layers are `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`, `self_attn.q_proj`, `self_attn.k_proj`, `self_attn.v_proj`, `self_attn.o_proj`, `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj` or their last parts, and `all-linear` is all of them
     "#);
 }
 

@@ -1,20 +1,21 @@
 //! Agreement with transformers and PEFT, and which files of a base are read or refused.
 //!
-//! Reference: transformers 5.17.0 and PEFT 0.21.2 in float64, by `scripts/make_golden.py`.
+//! Reference: transformers 5.17.0 and PEFT 0.21.2 in float64, by `scripts/make_golden.py` and
+//! `scripts/make_golden_families.py`.
 
 mod common;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use common::{
     assert_close, assert_same_gradients, golden_path, gradients, max_difference, unstack,
 };
 use dylora::config::{LoraConfig, RouterConfig, TargetModule};
 use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::spec::ExpertSpec;
-use dylora::model::families::{gpt2, load};
+use dylora::model::families::{self, load};
 use dylora::model::loss::LossSettings;
 use dylora::model::routing::router::RouterSpec;
 use dylora::model::{ForwardMode, Inputs, Recorder, RoutedModel, RoutingSource, Rows};
@@ -28,7 +29,7 @@ const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)
 /// The spec and the tensor files of a base in `tests/golden`, laid out as on the Hub.
 fn base_files(name: &str) -> (DecoderSpec, Vec<PathBuf>) {
     let config =
-        gpt2::read_spec(&golden_path(&format!("{name}.config.json"))).expect("it is valid");
+        families::read_spec(&golden_path(&format!("{name}.config.json"))).expect("it is valid");
     let whole = golden_path(&format!("{name}.safetensors"));
     let shard = |i| golden_path(&format!("{name}-{i:05}-of-00002.safetensors"));
     let files = if whole.exists() { vec![whole] } else { vec![shard(1), shard(2)] };
@@ -68,7 +69,7 @@ fn base_matches_transformers(name: &str) -> Result<()> {
         let logits = model.logits(&output.hidden);
         assert_eq!(logits.kind(), kind);
         assert_close(&format!("logits of `{name}`"), &logits, &golden["logits"], tolerance);
-        assert_eq!(recorder.hidden_states.len() as i64, config.n_layer + 1);
+        assert_eq!(recorder.hidden_states.len() as i64, config.num_layers + 1);
         for (i, hidden) in recorder.hidden_states.iter().enumerate() {
             let what = format!("hidden_states.{i}");
             assert_close(&what, hidden, &golden[&what], tolerance);
@@ -106,15 +107,54 @@ fn narrow_feed_forward_layer_matches_transformers() -> Result<()> {
     base_matches_transformers("gpt2_narrow_inner")
 }
 
-/// Experts in `tests/golden`, on the base `gpt2_tied`.
+/// Bases of the Llama-like families with every setting that changes the forward pass: biases, head
+/// widths, grouped queries, scalings of RoPE, layers without it, windows, norms of queries and
+/// keys, tied and untied heads, padded vocabularies, shards and bf16 files.
+const FAMILIES: [&str; 15] = [
+    "llama",
+    "llama_bf16",
+    "llama_biases",
+    "llama_llama3",
+    "llama_shards",
+    "llama_yarn",
+    "llama_yarn_scaled",
+    "mistral",
+    "mistral_nemo",
+    "qwen2",
+    "qwen2_layer_types",
+    "qwen3",
+    "qwen3_biases",
+    "smollm3",
+    "smollm3_windows",
+];
+
+#[test]
+fn llama_like_bases_match_transformers() -> Result<()> {
+    for name in FAMILIES {
+        base_matches_transformers(&format!("families/{name}")).context(name)?;
+    }
+    Ok(())
+}
+
+/// Experts in `tests/golden`.
 struct Experts {
+    /// The base that they are on.
+    base: String,
     lora: LoraConfig,
     router: RouterConfig,
-    label_smoothing: f64,
+    /// The label smoothing of further losses, if there are any.
+    label_smoothing: Option<f64>,
     tensors: BTreeMap<String, Tensor>,
 }
 
 impl Experts {
+    /// Those of GPT-2 on the base `gpt2_tied`, and those of each Llama-like base.
+    fn all() -> impl Iterator<Item = (String, Result<Self>)> {
+        let families = FAMILIES.map(|name| format!("families/{name}.experts"));
+        let names = GPT2_EXPERTS.into_iter().map(str::to_owned).chain(families);
+        names.map(|name| (name.clone(), Self::read(&name)))
+    }
+
     fn read(name: &str) -> Result<Self> {
         let path = golden_path(&format!("{name}.safetensors"));
         let bytes = fs_err::read(&path)?;
@@ -122,25 +162,30 @@ impl Experts {
         let settings = header.metadata().clone().expect("the script writes metadata");
         let setting = |key: &str| serde_json::from_str::<Value>(&settings[key]);
         let number = |key: &str| anyhow::Ok(setting(key)?.as_f64().expect("it is a number"));
+        let has = |key: &str| settings.contains_key(key);
         let lora = LoraConfig {
             num_experts: 3,
             rank: number("rank")? as i64,
             alpha: number("alpha")?,
             target_modules: serde_json::from_value(setting("target_modules")?)?,
+            use_rslora: has("use_rslora") && setting("use_rslora")? == true,
             ..LoraConfig::default()
         };
         let router = RouterConfig { temperature: number("temperature")?, ..Default::default() };
-        let label_smoothing = number("label_smoothing")?;
-        Ok(Self { lora, router, label_smoothing, tensors: read_tensors(&path)? })
+        let smoothing = has("label_smoothing").then(|| number("label_smoothing"));
+        let base = name.strip_suffix(".experts").unwrap_or("gpt2_tied").to_owned();
+        let tensors = read_tensors(&path)?;
+        Ok(Self { base, lora, router, label_smoothing: smoothing.transpose()?, tensors })
     }
 
     fn model(&self, top_k: Option<i64>, kind: Kind) -> Result<RoutedModel> {
-        let (config, files) = base_files("gpt2_tied");
+        let (config, files) = base_files(&self.base);
         let base = load::read(&config, &files, kind)?;
         let router = RouterConfig { top_k, ..self.router.clone() };
         let specs = ExpertSpec::all(&self.lora, &config)?;
-        let trained = |name: &str| name.starts_with("h.") || name.starts_with("router.");
-        let parameters = self.tensors.iter().filter(|(name, _)| trained(name));
+        let is_trained =
+            |name: &str| ["h.", "layers.", "router."].iter().any(|part| name.starts_with(part));
+        let parameters = self.tensors.iter().filter(|(name, _)| is_trained(name));
         let stacks = parameters.map(|(n, t)| (n.clone(), t.shallow_clone())).collect();
         RoutedModel::from_tensors(
             &base,
@@ -160,19 +205,42 @@ impl Experts {
     }
 }
 
-const EXPERTS: [&str; 2] = ["experts_c_attn", "experts_all_linears"];
+/// The largest element, or 1 if that is larger. Rounding errors grow with it.
+fn scale(expected: &Tensor) -> f64 {
+    expected.abs().max().double_value(&[]).max(1.0)
+}
+
+/// The gradients of all experts of a module in one tensor, as the golden files have them. In f32,
+/// the gradient of an expert that few tokens choose is compared on the scale of its neighbours'.
+fn stacked(gradients: &BTreeMap<String, Tensor>) -> BTreeMap<String, Tensor> {
+    let mut stacks: BTreeMap<String, Vec<&Tensor>> = BTreeMap::new();
+    for (name, tensor) in gradients {
+        let parts = name.split('.').filter(|part| !part.starts_with("expert_"));
+        stacks.entry(parts.collect::<Vec<_>>().join(".")).or_default().push(tensor);
+    }
+    let stack = |(name, tensors): (String, Vec<&Tensor>)| {
+        let is_expert = name.contains(".lora_");
+        let tensor =
+            if is_expert { Tensor::stack(&tensors, 0) } else { tensors[0].shallow_clone() };
+        (name, tensor)
+    };
+    stacks.into_iter().map(stack).collect()
+}
+
+const GPT2_EXPERTS: [&str; 2] = ["experts_c_attn", "experts_all_linears"];
 
 #[test]
 fn each_expert_alone_matches_its_peft_adapter() -> Result<()> {
-    for name in EXPERTS {
-        let golden = Experts::read(name)?;
+    for (name, golden) in Experts::all() {
+        let golden = golden.with_context(|| name.clone())?;
         let inputs = inputs(&golden.tensors)?;
         for (kind, tolerance) in TOLERANCES {
             let model = golden.model(None, kind)?;
             for expert in 0..3 {
                 let logits = common::logits(&model, &inputs, &RoutingSource::Expert(expert));
                 let expected = &golden.tensors[&format!("logits.expert_{expert}")];
-                assert_close(&format!("{name}, expert {expert}"), &logits, expected, tolerance);
+                let what = format!("{name}, expert {expert}");
+                assert_close(&what, &logits, expected, tolerance * scale(expected));
             }
         }
     }
@@ -181,14 +249,15 @@ fn each_expert_alone_matches_its_peft_adapter() -> Result<()> {
 
 #[test]
 fn given_routing_weights_mix_peft_adapters_per_token() -> Result<()> {
-    for name in EXPERTS {
-        let golden = Experts::read(name)?;
+    for (name, golden) in Experts::all() {
+        let golden = golden.with_context(|| name.clone())?;
         let inputs = inputs(&golden.tensors)?;
         for (kind, tolerance) in TOLERANCES {
             let model = golden.model(None, kind)?;
             let given = RoutingSource::Given(golden.tensors["given.weights"].shallow_clone());
             let logits = common::logits(&model, &inputs, &given);
-            assert_close(name, &logits, &golden.tensors["given.logits"], tolerance);
+            let expected = &golden.tensors["given.logits"];
+            assert_close(&name, &logits, expected, tolerance * scale(expected));
         }
     }
     Ok(())
@@ -198,8 +267,8 @@ fn given_routing_weights_mix_peft_adapters_per_token() -> Result<()> {
 /// label smoothing.
 #[test]
 fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
-    for name in EXPERTS {
-        let golden = Experts::read(name)?;
+    for (name, golden) in Experts::all() {
+        let golden = golden.with_context(|| name.clone())?;
         let inputs = inputs(&golden.tensors)?;
         for (kind, tolerance) in TOLERANCES {
             for (prefix, top_k) in [("dense", None), ("top_2", Some(2))] {
@@ -212,10 +281,10 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
                 assert_close(&what("probs"), &routing.probs, &expected["probs"], tolerance);
                 assert_close(&what("weights"), &routing.weights, &expected["weights"], tolerance);
                 let logits = common::logits(&model, &inputs, &RoutingSource::Router);
-                assert_close(&what("logits"), &logits, &expected["logits"], tolerance);
-                for (smoothed, label_smoothing) in
-                    [("", 0.0), ("smoothed_", golden.label_smoothing)]
-                {
+                let tolerance_of_logits = tolerance * scale(&expected["logits"]);
+                assert_close(&what("logits"), &logits, &expected["logits"], tolerance_of_logits);
+                let smoothed = golden.label_smoothing.map(|smoothing| ("smoothed_", smoothing));
+                for (smoothed, label_smoothing) in [("", 0.0)].into_iter().chain(smoothed) {
                     let settings = LossSettings {
                         label_smoothing,
                         ..common::mean_loss(inputs.labels.size()[0])
@@ -225,8 +294,13 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
                     let expected_loss = &expected[&format!("{smoothed}loss")];
                     assert_close(&what("loss"), &loss.loss, expected_loss, tolerance);
                     let expected = golden.under(&format!("{prefix}.{smoothed}grad."));
-                    let expected = unstack(&expected);
-                    assert_same_gradients(&gradients(&model, &loss.loss), &expected, tolerance);
+                    let found = gradients(&model, &loss.loss);
+                    match kind {
+                        Kind::Double => {
+                            assert_same_gradients(&found, &unstack(&expected), tolerance)
+                        }
+                        _ => assert_same_gradients(&stacked(&found), &expected, tolerance),
+                    }
                 }
             }
         }
@@ -237,7 +311,7 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
 /// The tolerance is larger here, since transformers computes this loss in float32.
 #[test]
 fn load_balancing_loss_matches_mixtrals() -> Result<()> {
-    for name in EXPERTS {
+    for name in GPT2_EXPERTS {
         let golden = Experts::read(name)?;
         let inputs = inputs(&golden.tensors)?;
         let routing = golden.model(Some(2), Kind::Double)?.routing(&inputs, ForwardMode::EVAL);
@@ -330,7 +404,7 @@ fn numbers_that_are_not_aligned_in_their_file_are_the_same_base() -> Result<()> 
         let base = read(shifted)?;
         assert_eq!(base.hash()?, expected, "{spaces} spaces");
         let element = Kind::Float.elt_size_in_bytes();
-        assert_eq!(base.wte.data_ptr() as usize % element, 0, "{spaces} spaces");
+        assert_eq!(base.embedding.data_ptr() as usize % element, 0, "{spaces} spaces");
     }
     Ok(())
 }
@@ -343,7 +417,7 @@ fn a_base_is_a_copy_of_its_mapped_file() -> Result<()> {
     let read = || load::read(&spoiled.config, std::slice::from_ref(&file), Kind::Float);
     let (mut written, kept) = (read()?, read()?);
     let hash = kept.hash()?;
-    let _ = tch::no_grad(|| written.wte.fill_(1.0));
+    let _ = tch::no_grad(|| written.embedding.fill_(1.0));
     assert_ne!(written.hash()?, hash);
     assert_eq!(kept.hash()?, hash);
     assert!(fs_err::read(&file)? == bytes, "the file has changed");
@@ -371,7 +445,7 @@ fn missing_extra_misshapen_and_doubled_tensors_are_named() -> Result<()> {
     spoiled.tensors.insert("transformer.h.2.ln_1.weight".into(), spare);
     insta::assert_snapshot!(
         spoiled.refusal()?,
-        @"in `model.safetensors`: tensor `transformer.h.2.ln_1.weight` belongs to no GPT-2 of \
+        @"in `model.safetensors`: tensor `transformer.h.2.ln_1.weight` belongs to no `gpt2` of \
           2 layers"
     );
 
@@ -461,11 +535,11 @@ fn configs_of_other_architectures_are_refused_by_key() {
         let mut json = json!({"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 16});
         let changed = changed.as_object().expect("the cases are objects").clone();
         json.as_object_mut().expect("it is an object").extend(changed);
-        format!("{:#}", gpt2::from_json(&json).expect_err("it is none of ours"))
+        format!("{:#}", families::from_json(&json).expect_err("it is none of ours"))
     };
     insta::assert_snapshot!(refusal(json!({"model_type": "gpt_neox"})), @r"
-    `model_type` must be `gpt2`, got `gpt_neox`
-    hint: dylora trains GPT-2 only
+    the architecture `gpt_neox` (`model_type`) is not supported
+    hint: dylora trains `gpt2`, `llama`, `qwen2`, `qwen3`, `smollm3`, `mistral`
     ");
     insta::assert_snapshot!(
         refusal(json!({"activation_function": "relu"})),
@@ -491,7 +565,7 @@ fn configs_of_other_architectures_are_refused_by_key() {
 
 #[test]
 fn a_config_without_keys_is_gpt2_small() -> Result<()> {
-    let config = gpt2::from_json(&json!({"model_type": "gpt2"}))?;
+    let config = families::from_json(&json!({"model_type": "gpt2"}))?;
     assert_eq!(config.num_parameters(), 124_439_808);
     assert_eq!(config.linear_shape(TargetModule::MlpCFc), (768, 3072));
     assert!(config.tied_head);
@@ -502,7 +576,7 @@ fn a_config_without_keys_is_gpt2_small() -> Result<()> {
 fn a_config_survives_writing_and_reading() -> Result<()> {
     for name in ["gpt2_untied_exact_gelu", "gpt2_inverse_layer_idx", "gpt2_narrow_inner"] {
         let (config, _) = base_files(name);
-        assert_eq!(gpt2::from_json(&gpt2::to_json(&config, "float32"))?, config);
+        assert_eq!(families::from_json(&families::to_json(&config, "float32"))?, config);
     }
     Ok(())
 }
@@ -531,5 +605,48 @@ fn tensors_must_fit_the_model() -> Result<()> {
         refusal(tensors),
         @"tensor `h.0.mlp.c_fc.expert_0.lora_a` belongs to no parameter of this model"
     );
+    Ok(())
+}
+
+/// Reference: transformers' own tables, which it computes in float32 from float32 powers of theta.
+#[test]
+fn rope_frequencies_match_transformers() -> Result<()> {
+    let text = fs_err::read_to_string(golden_path("families/rope.json"))?;
+    let cases: Value = serde_json::from_str(&text)?;
+    let cases =
+        cases.as_array().or_else(|| cases["cases"].as_array()).context("a list of cases")?;
+    for case in cases {
+        let name = case["name"].as_str().context("each case has a name")?;
+        let mut config = case["config"].clone();
+        // a fragment without it may contradict the default of 32
+        config["num_key_value_heads"] = Value::Null;
+        let spec = families::from_json(&config);
+        if name == "scaling_and_parameters" {
+            let error = format!("{:#}", spec.expect_err("the two spellings disagree"));
+            assert!(error.contains("`rope_scaling` and `rope_parameters` disagree"), "{error}");
+            continue;
+        }
+        let spec = spec.with_context(|| name.to_owned())?;
+        let rope = spec.rope.as_ref().context("a Llama rotates")?;
+        assert_eq!(spec.head_dim, case["head_dim"].as_i64().context("a number")?, "{name}");
+        let expected: Vec<f64> = serde_json::from_value(case["inv_freq"].clone())?;
+        let found = rope.frequencies(spec.head_dim);
+        assert_eq!(found.len(), expected.len(), "{name}");
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found / expected - 1.0).abs() < 1e-6, "{name}: {found}, not {expected}");
+        }
+        let scaling = case["attention_scaling"].as_f64().context("a number")?;
+        assert!((rope.attention_factor() - scaling).abs() < 1e-12, "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn configs_of_all_families_survive_writing_and_reading() -> Result<()> {
+    for name in FAMILIES {
+        let (spec, _) = base_files(&format!("families/{name}"));
+        let written = families::to_json(&spec, "bfloat16");
+        assert_eq!(families::from_json(&written).context(name)?, spec, "{name}");
+    }
     Ok(())
 }

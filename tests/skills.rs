@@ -13,7 +13,7 @@ use dylora::data::{
 use dylora::growth::skills::{
     Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
 };
-use dylora::model::families::gpt2;
+use dylora::model::families;
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind};
 
@@ -169,12 +169,8 @@ fn the_center_is_the_same_each_time() -> Result<()> {
 fn the_demos_skills_are_distinguished() -> Result<()> {
     let _generator = seed(324);
     let dir = Path::new("demo/base");
-    let config = gpt2::read_spec(&dir.join("config.json"))?;
-    let base = dylora::model::families::load::read(
-        &config,
-        &[dir.join("model.safetensors")],
-        Kind::Float,
-    )?;
+    let config = families::read_spec(&dir.join("config.json"))?;
+    let base = families::load::read(&config, &[dir.join("model.safetensors")], Kind::Float)?;
     let model = RoutedModel::plain(&base, Device::Cpu, Kind::Float, false);
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
     let options = DataOptions {
@@ -182,7 +178,7 @@ fn the_demos_skills_are_distinguished() -> Result<()> {
         loss_on: LossOn::Completion,
         on_bad_record: OnBadRecord::Fail,
         seed: 0,
-        eos_token_id: config.eos_token_id,
+        eos_token_id: config.eos_token_id(),
         cache_dir: None,
         mixing: Mixing::default(),
         on_exhausted: OnExhausted::default(),

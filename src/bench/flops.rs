@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! a training step:  4P + 3A + 6Lo        an evaluation:  2P + A + 2Lo
-//! P  = L (4 d^2 + 2 d d_inner) + V d     = 12 L d^2 + V d where d_inner = 4 d
-//! A  = 2 L T d                           the causal half of attention's products
+//! P  = L * sum over linear layers of in * out + V d      12 L d^2 + V d in GPT-2
+//! A  = 2 L T H h                         the causal half of attention's products
 //! Lo = sum over experts and target modules of r (in + out)
 //! ```
 //!
@@ -13,16 +13,17 @@
 //! mixture in a more expensive way is credited with these operations alone. P includes the head,
 //! over the vocabulary without padding.
 //!
-//! Letters: `L` layers, `d` width, `d_inner` width of the MLP, `V` vocabulary, `T` tokens of a
-//! block, `r` rank.
+//! Letters: `L` layers, `d` width, `H` query heads of width `h` (in GPT-2, `H h` is `d`), `V`
+//! vocabulary, `T` tokens of a block, `r` rank.
 
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
 
 /// The formulas of the MFU and of [`FlopsPerToken`] in one line.
 pub const FORMULA: &str = "MFU = tokens/s * FLOPs a token / peak; FLOPs a token = 4P + 3A + 6Lo \
-                           in training, 2P + A + 2Lo in evaluation; P = 12 L d^2 + V d, \
-                           A = 2 L T d, Lo = sum of r (in + out) over experts and modules";
+                           in training, 2P + A + 2Lo in evaluation; P = sum of in * out \
+                           over linear layers + V d, A = 2 L T H h, Lo = sum of r (in + out) over \
+                           experts and modules";
 
 /// The three terms of the formula, in operations for each token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,14 +39,16 @@ pub struct FlopsPerToken {
 impl FlopsPerToken {
     /// The terms of a base with experts on sequences of `seq_len`.
     pub fn new(base: &DecoderSpec, specs: &[ExpertSpec], seq_len: usize) -> Self {
-        let DecoderSpec { n_layer, n_embd: d, n_inner, vocab_size, .. } = base;
+        let DecoderSpec { num_layers, width: d, vocab_size, num_heads, head_dim, .. } = base;
+        let linears = base.modules().iter().map(|&module| base.linear_shape(module));
+        let per_layer: i64 = linears.map(|(i, o)| i * o).sum();
         let experts = specs.iter().map(|spec| {
             let (lora_a, lora_b, _) = spec.num_parameters(base);
             lora_a + lora_b
         });
         Self {
-            base: n_layer * (4 * d * d + 2 * d * n_inner) + vocab_size * d,
-            attention: 2 * n_layer * seq_len as i64 * d,
+            base: num_layers * per_layer + vocab_size * d,
+            attention: 2 * num_layers * seq_len as i64 * num_heads * head_dim,
             experts: experts.sum(),
         }
     }

@@ -113,7 +113,10 @@ impl Subject {
         let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
         let trained = match row {
             Row::Base => {
-                let leaf = model.base().wpe.set_requires_grad(true);
+                // the first parameter that the backward pass reaches last, and a small one
+                let base = model.base();
+                let (first_norm, _) = base.blocks[0].norm_1.parameters();
+                let leaf = base.positions.as_ref().unwrap_or(first_norm).set_requires_grad(true);
                 Trained { leaves: vec![leaf], parameters: vec![] }
             }
             _ => model.trained(config.train.routing, None),

@@ -1,27 +1,26 @@
 //! `dylora bench`: measures how fast a mixture is on a device, and compares it with other ways to
 //! compute it.
 
-use std::str::FromStr;
-
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
-use serde_json::json;
 use tch::Device;
 
 use super::bench_report::{as_text, header, name, print_line};
+use super::bench_shapes::{Preset, Size, modules};
 use super::open::{base_source, open_base};
 use super::progress::CountBar;
 use super::{Shared, device, usage};
+use crate::base::Base;
 use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
     BaseConfig, BaseSource, Config, DataConfig, DeviceChoice, DomainConfig, Dtype, Duration,
-    HubSource, LoraConfig, LossOn, Method, Mixing, OnBadRecord, OnExhausted, OptimizerConfig,
-    RouterConfig, RouterScope, RunConfig, ScheduleConfig, TargetModule, TrainConfig, load,
+    Family, HubSource, LossOn, Method, Mixing, OnBadRecord, OnExhausted, OptimizerConfig,
+    RouterConfig, RouterScope, RunConfig, ScheduleConfig, TargetModules, TrainConfig, load,
 };
 use crate::ffi;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
-use crate::model::families::gpt2;
+use crate::model::experts::spec::ExpertSpec;
 
 /// Config keys that `--set` cannot change, each with the flag that does.
 const KEYS_OF_FLAGS: [(&str, &str); 5] = [
@@ -107,10 +106,10 @@ struct MixtureArgs {
     /// Numerator of the scaling `alpha / rank` [default: the preset's].
     #[arg(long, value_name = "NUMBER")]
     alpha: Option<f64>,
-    /// The linear layers that get experts, for example `attn.c_attn,mlp.c_fc`, or `all` [default:
-    /// the preset's].
-    #[arg(long, value_name = "NAME,..|all")]
-    modules: Option<Modules>,
+    /// The linear layers that get experts, for example `q_proj,v_proj`, or `all` [default: the
+    /// preset's].
+    #[arg(long, value_name = "NAME,..|all", value_parser = modules)]
+    modules: Option<TargetModules>,
     /// Dropout of the experts' inputs.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     dropout: f64,
@@ -119,85 +118,17 @@ struct MixtureArgs {
     routers: RouterScope,
 }
 
-/// GPT-2's four shapes.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Size {
-    /// 12 layers of width 768: 124 million parameters.
-    Gpt2,
-    /// 24 layers of width 1024: 355 million parameters.
-    Gpt2Medium,
-    /// 36 layers of width 1280: 774 million parameters.
-    Gpt2Large,
-    /// 48 layers of width 1600: 1.6 billion parameters.
-    Gpt2Xl,
-}
-
-impl Size {
-    fn spec(self) -> DecoderSpec {
-        let (n_layer, n_head, n_embd) = match self {
-            Self::Gpt2 => (12, 12, 768),
-            Self::Gpt2Medium => (24, 16, 1024),
-            Self::Gpt2Large => (36, 20, 1280),
-            Self::Gpt2Xl => (48, 25, 1600),
-        };
-        let json = json!({
-            "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
-        });
-        gpt2::from_json(&json).expect("the four shapes are sound")
-    }
-}
-
-/// The mixtures that are measured most.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Preset {
-    /// 4 experts of rank 8 and alpha 16 on c_attn.
-    S1,
-    /// 8 experts of rank 16 and alpha 32 on all four linear layers.
-    S2,
-}
-
-impl Preset {
-    fn lora(self) -> LoraConfig {
-        let target_modules = match self {
-            Self::S1 => vec![TargetModule::AttnCAttn],
-            Self::S2 => TargetModule::ALL.to_vec(),
-        };
-        let (num_experts, rank, alpha) = match self {
-            Self::S1 => (4, 8, 16.0),
-            Self::S2 => (8, 16, 32.0),
-        };
-        LoraConfig { num_experts, rank, alpha, target_modules, ..LoraConfig::default() }
-    }
-}
-
-/// The value of `--modules`.
-#[derive(Debug, Clone)]
-struct Modules(Vec<TargetModule>);
-
-impl FromStr for Modules {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        if text == "all" {
-            return Ok(Self(TargetModule::ALL.to_vec()));
-        }
-        let find = |name: &str| TargetModule::ALL.into_iter().find(|module| module.name() == name);
-        let modules: Option<Vec<_>> = text.split(',').map(find).collect();
-        modules.map(Self).ok_or_else(|| {
-            let names = TargetModule::ALL.map(|module| format!("`{}`", module.name()));
-            anyhow!("must be `all` or some of {}, with commas between", names.join(", "))
-        })
-    }
-}
-
 /// Runs the command.
 pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let device = device(args.device)?;
     args.check().map_err(usage)?;
     let device_model = ffi::device_model(device).unwrap_or_else(|| "unknown".into());
-    let settings = args.settings(device, &device_model)?;
-    let (base, weights) = args.weights(&settings.config.base, shared)?;
-    let header = header(&settings, base, &weights.spec, device, device_model);
+    let base = args.open(&args.base_config(device)?, shared)?;
+    let settings = args.settings(device, &device_model, base.spec.family)?;
+    // checked before the weights are read, which may take long
+    ExpertSpec::all(&settings.config.lora, &base.spec).map_err(usage)?;
+    let weights = base.weights(args.seed)?;
+    let header = header(&settings, base.label, &weights.spec, device, device_model);
     let bench = Bench::new(settings, &weights, device);
     drop(weights);
     if args.json {
@@ -229,12 +160,18 @@ impl BenchArgs {
     ///
     /// - `device_model`: the device's name as its maker gives it, which says whether its peak is
     ///   known
-    fn settings(&self, device: Device, device_model: &str) -> Result<BenchSettings> {
+    fn settings(
+        &self,
+        device: Device,
+        device_model: &str,
+        family: Family,
+    ) -> Result<BenchSettings> {
         let on_cuda = matches!(device, Device::Cuda(_));
-        let dtype = self.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
+        let base = self.base_config(device)?;
+        let dtype = base.dtype;
         let (warmup, steps) = if on_cuda { (10, 30) } else { (5, 10) };
         let (warmup, steps) = (self.warmup.unwrap_or(warmup), self.steps.unwrap_or(steps));
-        let text = load::to_toml(&self.config(dtype, on_cuda, warmup + steps)?);
+        let text = load::to_toml(&self.config(base, family, on_cuda, warmup + steps));
         let config = load::resolve(&text, &self.set).map_err(usage)?;
         if config.lora.experts.iter().any(|expert| expert.source.is_some()) {
             return Err(usage(anyhow!(
@@ -252,19 +189,26 @@ impl BenchArgs {
         })
     }
 
-    /// The mixture's config. Its micro-batch size does not count, because each row sets its own.
-    fn config(&self, dtype: Dtype, on_cuda: bool, num_steps: usize) -> Result<Config> {
+    /// The base of the mixture's config.
+    fn base_config(&self, device: Device) -> Result<BaseConfig> {
+        let on_cuda = matches!(device, Device::Cuda(_));
         let source = match &self.base {
             Some(text) => base_source(text)?,
             // nothing is read from there, because the weights are random
             None => BaseSource::Hub(HubSource { repo: name(self.size), revision: "main".into() }),
         };
+        let dtype = self.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
+        Ok(BaseConfig { source, tokenizer: None, dtype })
+    }
+
+    /// The mixture's config. Its micro-batch size does not count, because each row sets its own.
+    fn config(&self, base: BaseConfig, family: Family, on_cuda: bool, num_steps: usize) -> Config {
         let mixture = &self.mixture;
-        let mut lora = mixture.preset.lora();
+        let mut lora = mixture.preset.lora(family);
         lora.num_experts = mixture.experts.unwrap_or(lora.num_experts);
         lora.rank = mixture.rank.unwrap_or(lora.rank);
         lora.alpha = mixture.alpha.unwrap_or(lora.alpha);
-        if let Some(Modules(modules)) = &mixture.modules {
+        if let Some(modules) = &mixture.modules {
             lora.target_modules.clone_from(modules);
         }
         lora.dropout = mixture.dropout;
@@ -275,10 +219,10 @@ impl BenchArgs {
             weight: 1.0,
             record_domain: None,
         };
-        Ok(Config {
+        Config {
             method: Method::RoutedLora,
             run: RunConfig { seed: self.seed, device: self.device, ..RunConfig::default() },
-            base: BaseConfig { source, tokenizer: None, dtype },
+            base,
             data: DataConfig {
                 seq_len: self.seq_len,
                 loss_on: LossOn::All,
@@ -299,7 +243,7 @@ impl BenchArgs {
             optimizer: OptimizerConfig { max_grad_norm: Some(1.0), ..OptimizerConfig::default() },
             schedule: ScheduleConfig::default(),
             growth: None,
-        })
+        }
     }
 
     /// Checks what the validation of the config does not cover.
@@ -325,25 +269,46 @@ impl BenchArgs {
         Ok(())
     }
 
-    /// The base's name and weights, in f32 on the CPU.
-    fn weights(&self, config: &BaseConfig, shared: &Shared) -> Result<(String, Decoder)> {
-        let check_seq_len = |n_positions: i64| {
-            if self.seq_len as i64 > n_positions {
-                return Err(usage(anyhow!(
-                    "`--seq-len` must be at most the base's {n_positions} positions, got {}",
-                    self.seq_len
-                )));
+    /// Finds the base's shape, and its files if it has any.
+    fn open(&self, config: &BaseConfig, shared: &Shared) -> Result<BenchBase> {
+        let base = match self.base {
+            Some(_) => {
+                let base = open_base(config, shared)?;
+                let (label, spec) = (base.label.clone(), base.spec.clone());
+                BenchBase { label, spec, files: Some(base) }
             }
-            Ok(())
+            None => BenchBase {
+                label: format!("{} (random weights)", name(self.size)),
+                spec: self.size.spec(),
+                files: None,
+            },
         };
-        if self.base.is_some() {
-            let base = open_base(config, shared)?;
-            check_seq_len(base.spec.n_positions)?;
-            return Ok((base.label.clone(), base.weights()?));
+        let max_positions = base.spec.max_positions;
+        if self.seq_len as i64 > max_positions {
+            return Err(usage(anyhow!(
+                "`--seq-len` must be at most the base's {max_positions} positions, got {}",
+                self.seq_len
+            )));
         }
-        let spec = self.size.spec();
-        check_seq_len(spec.n_positions)?;
-        tch::manual_seed(self.seed as i64);
-        Ok((format!("{} (random weights)", name(self.size)), Decoder::random(spec)))
+        Ok(base)
+    }
+}
+
+/// The base that is measured.
+struct BenchBase {
+    label: String,
+    spec: DecoderSpec,
+    /// Where its weights are read from; with `None`, they are random.
+    files: Option<Base>,
+}
+
+impl BenchBase {
+    /// The weights, on the CPU.
+    fn weights(&self, seed: u64) -> Result<Decoder> {
+        if let Some(base) = &self.files {
+            return base.weights();
+        }
+        tch::manual_seed(seed as i64);
+        Ok(Decoder::random(self.spec.clone()))
     }
 }

@@ -12,10 +12,10 @@ use super::open::device_name;
 use super::table;
 use crate::bench::data::LENGTH_SIGMA;
 use crate::bench::{BenchSettings, Figures, Header, Row, RowReport, flops};
-use crate::config::{Dtype, TargetModule};
+use crate::config::Dtype;
 use crate::ffi;
 use crate::model::decoder::spec::DecoderSpec;
-use crate::model::families::gpt2;
+use crate::model::families;
 
 /// The header of the report, which says what holds for all rows.
 ///
@@ -40,7 +40,7 @@ pub fn header(
         device_model,
         threads: tch::get_num_threads(),
         base,
-        shape: gpt2::to_json(spec, torch_dtype),
+        shape: families::to_json(spec, torch_dtype),
         dtype: config.base.dtype,
         seq_len: config.data.seq_len,
         document_median: settings.document_median,
@@ -118,7 +118,7 @@ fn setting(header: &Header) -> String {
         None => "one document a block".into(),
         Some(median) => format!("packed documents of median {median} tokens"),
     };
-    let modules: Vec<&str> = lora.target_modules.iter().copied().map(TargetModule::name).collect();
+    let modules: Vec<&str> = lora.target_modules.0.iter().map(|name| name.as_str()).collect();
     let lines = [
         format!(
             "dylora {dylora_version}, libtorch {libtorch_version}, {device} ({device_model}), \

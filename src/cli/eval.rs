@@ -143,7 +143,7 @@ impl DataArgs {
     /// Loads the data that is named, or else the validation data of the model's run.
     pub fn load(&self, open: &OpenModel, shared: &Shared) -> Result<TokenDataset> {
         let config = open.config.as_ref().map(|config| &config.data);
-        let longest = (open.base.spec.n_positions as usize).min(1024);
+        let longest = (open.base.spec.max_positions as usize).min(1024);
         let seq_len = self.seq_len.or(config.map(|data| data.seq_len)).unwrap_or(longest);
         if seq_len < 2 {
             return Err(usage(anyhow!("`--seq-len` must be at least 2, got {seq_len}")));
@@ -155,7 +155,7 @@ impl DataArgs {
             loss_on: self.loss_on.or(config.map(|data| data.loss_on)).unwrap_or_default(),
             on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
             seed: open.config.as_ref().map_or(0, |config| config.run.seed),
-            eos_token_id: open.base.spec.eos_token_id,
+            eos_token_id: open.base.spec.eos_token_id(),
             mixing: Mixing::default(),
             on_exhausted: OnExhausted::default(),
             cache_dir: Some(token_cache()),

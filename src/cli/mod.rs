@@ -4,6 +4,7 @@
 mod add_expert;
 mod bench;
 mod bench_report;
+mod bench_shapes;
 mod eval;
 mod export_adapters;
 mod merge;

@@ -173,7 +173,7 @@ impl OpenModel {
             base_label: self.base.label.clone(),
             base_hash: match &self.base_hash {
                 Some(hash) => hash.clone(),
-                None => self.base.weights()?.hash()?,
+                None => self.base.weights()?.hash_in(Kind::Float)?,
             },
             dropout: self.config.as_ref().map_or(0.0, |config| config.lora.dropout),
             routing: self.routing,

@@ -114,7 +114,7 @@ fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
         Some(text) => open.base.tokenizer()?.encode(text)?.into_iter().map(i64::from).collect(),
         None => args.tokens.clone(),
     };
-    let (vocab, positions) = (open.base.spec.vocab_size, open.base.spec.n_positions);
+    let (vocab, positions) = (open.base.spec.vocab_size, open.base.spec.max_positions);
     if tokens.is_empty() {
         return Err(usage(anyhow!("the text has no token")));
     }

@@ -20,6 +20,7 @@ use crate::durable::output::Output;
 use crate::export::{self, hugging_face};
 use crate::mixture::Mixture;
 use crate::model::experts::spec::ExpertSpec;
+use crate::model::experts::targets::{self, TargetMatch};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
 use crate::train::{Ending, Event, Summary, Trainer};
 
@@ -184,7 +185,7 @@ fn check_experts(config: &Config, base: &Base) -> Result<()> {
 
 /// Loads the data of a config with a progress bar.
 pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
-    let eos = base.spec.eos_token_id;
+    let eos = base.spec.eos_token_id();
     let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
     let bar = LoadBar::new(shared.show_progress);
     let progress = |progress| bar.update(&progress);
@@ -318,6 +319,16 @@ fn dry_run(
     let counts = ParameterCounts::new(config, specs, &base.spec);
     let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
     let steps = num_steps(config, &data.train);
+    let targets = match config.method {
+        Method::RoutedLora => {
+            let mut found = targets::matches(&config.lora, &base.spec);
+            let experts = config.lora.experts.iter().zip(specs).enumerate();
+            let adapters = experts.filter(|(_, (expert, _))| expert.source.is_some());
+            found.extend(adapters.map(|(index, (_, spec))| spec.source_match(index)));
+            found
+        }
+        Method::Full => vec![],
+    };
     let domains = |dataset: &TokenDataset| -> Vec<_> {
         let domains = dataset.domains.iter();
         domains.map(|d| json!({ "name": d.name, "weight": d.weight, "counts": d.counts })).collect()
@@ -325,6 +336,7 @@ fn dry_run(
     if json {
         let json = json!({
             "config": config,
+            "targets": targets,
             "parameters": counts,
             "trainable_share": counts.trainable_share(),
             "memory_bytes": memory,
@@ -336,6 +348,9 @@ fn dry_run(
         return Ok(());
     }
     println!("{}", config::load::to_toml(config));
+    if !targets.is_empty() {
+        println!("{}\n", targets_table(targets));
+    }
     let row = |name: &str, number: i64| vec![name.to_owned(), table::count(number)];
     let rows = vec![
         row("base", counts.base),
@@ -359,6 +374,16 @@ fn dry_run(
     println!("{}\n", data_table(data));
     println!("{} steps", table::count(steps));
     Ok(())
+}
+
+/// What each name and pattern of `[lora]` matches.
+fn targets_table(targets: Vec<TargetMatch>) -> comfy_table::Table {
+    let row = |target: TargetMatch| {
+        let modules = target.modules.join(", ");
+        vec![target.key, target.pattern, modules, table::count(target.num_layers)]
+    };
+    let rows = targets.into_iter().map(row).collect();
+    table::table(&["key", "pattern", "matches", "layers"], rows)
 }
 
 fn data_table(data: &Datasets) -> comfy_table::Table {

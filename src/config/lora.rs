@@ -1,14 +1,13 @@
 //! `[lora]`: the settings of all experts, and of single ones.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 
-use anyhow::{Result, anyhow, bail};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::AdapterSource;
+use super::names::TargetModules;
+use super::paths::ModulePattern;
 
 /// `[lora]`: the low-rank update that each expert adds to a target module.
 ///
@@ -26,8 +25,10 @@ pub struct LoraConfig {
     /// router sum to 1, so a mixture needs about `E` times the alpha of a single LoRA, or `E / k`
     /// times with `router.top_k = k`.
     pub alpha: f64,
-    /// The linear layers that get experts.
-    pub target_modules: Vec<TargetModule>,
+    /// The linear layers that get experts, by their full names or the last parts of these, as in
+    /// PEFT: `["q_proj", "v_proj"]`, or `"all-linear"` for all of them. Each name must match a
+    /// layer of the base; `dylora train --dry-run` lists what each one matches.
+    pub target_modules: TargetModules,
     /// Whether the scaling is `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
     pub use_rslora: bool,
     /// Whether each expert also trains a magnitude for each output (DoRA, arXiv:2402.09353, eq. 5).
@@ -38,8 +39,9 @@ pub struct LoraConfig {
     pub dropout: f64,
     /// Whether the experts of a target module share one dropout mask.
     pub dropout_masks: DropoutMasks,
-    /// Ranks of single modules, for example `{ "mlp.c_fc" = 4, "h.0.attn.c_attn" = 16 }`. A pattern
-    /// for a module in one layer overrides a pattern for that module in all layers.
+    /// Ranks of single modules, for example `{ down_proj = 4, "layers.0.self_attn.q_proj" = 16 }`
+    /// or, for GPT-2, `{ "mlp.c_fc" = 4, "h.0.attn.c_attn" = 16 }`. A pattern for a module in one
+    /// layer overrides a pattern for that module in all layers.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub rank_pattern: BTreeMap<ModulePattern, i64>,
     /// Alphas of single modules, in the same form as `rank_pattern`.
@@ -63,7 +65,7 @@ impl Default for LoraConfig {
             num_experts: 4,
             rank: 8,
             alpha: 16.0,
-            target_modules: vec![TargetModule::AttnCAttn],
+            target_modules: TargetModules::all(),
             use_rslora: false,
             use_dora: false,
             init: LoraInit::Default,
@@ -118,7 +120,7 @@ pub struct ExpertConfig {
     pub alpha: Option<f64>,
     /// Overrides `lora.target_modules`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub target_modules: Option<Vec<TargetModule>>,
+    pub target_modules: Option<TargetModules>,
     /// Overrides `lora.use_rslora`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub use_rslora: Option<bool>,
@@ -206,144 +208,6 @@ pub enum LoraInit {
     /// A and B hold the first `r` columns and rows of the QR factors of the base's weight (OLoRA,
     /// arXiv:2406.01775, algorithm 1).
     Olora,
-}
-
-/// A linear layer of a GPT-2 transformer block, by its Hugging Face name.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
-pub enum TargetModule {
-    /// The layer that computes queries, keys and values together, `[d, 3d]` with the width `d` of
-    /// the hidden states.
-    #[serde(rename = "attn.c_attn")]
-    AttnCAttn,
-    /// The output projection of attention, `[d, d]`.
-    #[serde(rename = "attn.c_proj")]
-    AttnCProj,
-    /// The first layer of the feed-forward network, `[d, n_inner]`.
-    #[serde(rename = "mlp.c_fc")]
-    MlpCFc,
-    /// The second layer of the feed-forward network, `[n_inner, d]`.
-    #[serde(rename = "mlp.c_proj")]
-    MlpCProj,
-}
-
-impl TargetModule {
-    /// All target modules, in the order in which a transformer block applies them.
-    pub const ALL: [Self; 4] = [Self::AttnCAttn, Self::AttnCProj, Self::MlpCFc, Self::MlpCProj];
-
-    /// The name within a transformer block, such as `attn.c_attn`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::AttnCAttn => "attn.c_attn",
-            Self::AttnCProj => "attn.c_proj",
-            Self::MlpCFc => "mlp.c_fc",
-            Self::MlpCProj => "mlp.c_proj",
-        }
-    }
-
-    fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|module| module.name() == name)
-    }
-}
-
-/// A target module of one layer, written as `h.0.attn.c_attn`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(try_from = "String", into = "String")]
-pub struct ModulePath {
-    /// The index of the layer, from 0.
-    pub layer: usize,
-    /// The target module in that layer.
-    pub module: TargetModule,
-}
-
-impl fmt::Display for ModulePath {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "h.{}.{}", self.layer, self.module.name())
-    }
-}
-
-impl FromStr for ModulePath {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let parse = || {
-            let (layer, module) = text.strip_prefix("h.")?.split_once('.')?;
-            Some(Self { layer: layer.parse().ok()?, module: TargetModule::from_name(module)? })
-        };
-        parse().ok_or_else(|| anyhow!("`{text}` is no module of a block, as `h.0.attn.c_attn` is"))
-    }
-}
-
-impl TryFrom<String> for ModulePath {
-    type Error = anyhow::Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
-impl From<ModulePath> for String {
-    fn from(path: ModulePath) -> Self {
-        path.to_string()
-    }
-}
-
-/// A target module of every layer, written as `attn.c_attn`, or of one layer, written as
-/// `h.0.attn.c_attn`.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(try_from = "String", into = "String")]
-pub enum ModulePattern {
-    /// The module in every layer.
-    Every(TargetModule),
-    /// The module in one layer.
-    One(ModulePath),
-}
-
-impl ModulePattern {
-    /// The value that `patterns` has for a module. A pattern for its layer overrides one for every
-    /// layer.
-    pub fn find<T: Copy>(patterns: &BTreeMap<Self, T>, path: ModulePath) -> Option<T> {
-        patterns.get(&Self::One(path)).or_else(|| patterns.get(&Self::Every(path.module))).copied()
-    }
-
-    /// The target module.
-    pub fn module(self) -> TargetModule {
-        match self {
-            Self::Every(module) => module,
-            Self::One(path) => path.module,
-        }
-    }
-}
-
-impl TryFrom<String> for ModulePattern {
-    type Error = anyhow::Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        if let Some(module) = TargetModule::from_name(&text) {
-            return Ok(Self::Every(module));
-        }
-        match text.parse() {
-            Ok(path) => Ok(Self::One(path)),
-            Err(_) => bail!(
-                "`{text}` is neither a module, as `attn.c_attn`, nor one of a layer, as \
-                             `h.0.attn.c_attn`"
-            ),
-        }
-    }
-}
-
-impl From<ModulePattern> for String {
-    fn from(pattern: ModulePattern) -> Self {
-        match pattern {
-            ModulePattern::Every(module) => module.name().to_owned(),
-            ModulePattern::One(path) => path.to_string(),
-        }
-    }
 }
 
 /// Whether the experts of a target module share one dropout mask.

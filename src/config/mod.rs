@@ -4,12 +4,17 @@
 //! keys, so the error for a typo shows its line and the valid keys. [`load`] reads the file,
 //! applies `--set key=value` and checks what types cannot.
 
+mod faults;
 mod growth;
 pub mod load;
 mod lora;
+mod modules;
+mod names;
+mod paths;
 mod routing;
 mod train;
 mod validate;
+mod validate_lora;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,10 +26,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use growth::GrowthConfig;
-pub use lora::{
-    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, ModulePattern, Orthogonality,
-    TargetModule,
-};
+pub use lora::{DropoutMasks, ExpertConfig, LoraConfig, LoraInit, Orthogonality};
+pub use modules::{Family, TargetModule};
+pub use names::{ModuleName, TargetModules};
+pub use paths::{ModulePath, ModulePattern};
 pub use routing::{
     EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInput, RouterNoise, RouterScope,
     RoutingChoice, RoutingLevel, TemperatureSchedule,
@@ -44,7 +49,7 @@ pub struct Config {
     /// `[run]`: where the run's files go, its seed and its device.
     #[serde(default)]
     pub run: RunConfig,
-    /// `[base]`: the pretrained GPT-2.
+    /// `[base]`: the pretrained decoder.
     pub base: BaseConfig,
     /// `[data]`: the domains and how they become blocks.
     pub data: DataConfig,
@@ -153,7 +158,8 @@ impl From<DeviceChoice> for String {
     }
 }
 
-/// `[base]`: the pretrained GPT-2.
+/// `[base]`: the pretrained decoder, of one of the families GPT-2, Llama (with SmolLM2), Qwen2,
+/// Qwen3, SmolLM3 and Mistral.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BaseConfig {
@@ -220,17 +226,32 @@ pub struct AdapterHub {
     pub subfolder: String,
 }
 
-/// The shape of a base that starts from random weights (GPT-2's initialisation). Its vocabulary is
-/// the tokenizer's, its head is tied to the token embedding, and its activation is `gelu_new`.
+/// The shape of a base that starts from random weights. Its vocabulary is the tokenizer's, and its
+/// head is tied to the token embedding. What no key sets is as transformers' config of the family
+/// has it by default.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RandomBase {
+    /// The family of the base.
+    #[serde(default)]
+    pub family: Family,
     /// Number of layers, that is, of transformer blocks.
     pub n_layer: i64,
-    /// Number of attention heads, which must divide `n_embd`.
+    /// Number of attention heads. It must divide `n_embd` unless `head_dim` is set.
     pub n_head: i64,
+    /// Number of key-value heads, which must divide `n_head`. Without it, there are as many as
+    /// attention heads. GPT-2 has no such setting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_kv_head: Option<i64>,
+    /// Width of a head. Without it, `n_embd / n_head`. GPT-2 has no such setting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_dim: Option<i64>,
     /// Width of the hidden states.
     pub n_embd: i64,
+    /// Width of the feed-forward network. Without it, `4 n_embd` for GPT-2, and for the other
+    /// families `8 n_embd / 3`, rounded up to a multiple of 64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_inner: Option<i64>,
     /// The longest sequence, in tokens.
     pub n_positions: i64,
 }

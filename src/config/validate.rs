@@ -1,13 +1,12 @@
 //! Checks what the types of a [`Config`] cannot.
 
-use std::collections::BTreeMap;
+use anyhow::Result;
 
-use anyhow::{Result, anyhow};
-
+use super::faults::Faults;
+use super::validate_lora::{check_layers, check_lora};
 use super::{
-    BaseSource, Config, Duration, EvalRule, GroupConfig, LoraConfig, Maturity, Method, Mixing,
-    ModulePattern, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, TargetModule,
-    Validation,
+    BaseSource, Config, Duration, EvalRule, Family, GroupConfig, Maturity, Method, Mixing,
+    RandomBase, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, Validation,
 };
 
 /// Checks what types cannot.
@@ -23,16 +22,7 @@ pub fn validate(config: &Config) -> Result<()> {
     check_train(config, &mut faults);
     check_optimizer(config, &mut faults);
     if let BaseSource::Random(shape) = &config.base.source {
-        faults.at_least_one("base.source.random.n_layer", shape.n_layer);
-        faults.at_least_one("base.source.random.n_head", shape.n_head);
-        faults.at_least_one("base.source.random.n_embd", shape.n_embd);
-        faults.at_least_one("base.source.random.n_positions", shape.n_positions);
-        if shape.n_head > 0 && shape.n_embd % shape.n_head != 0 {
-            faults.add(
-                "base.source.random.n_embd",
-                format!("must be a multiple of `n_head` {}, got {}", shape.n_head, shape.n_embd),
-            );
-        }
+        check_random(shape, &mut faults);
         if config.method == Method::RoutedLora {
             faults.add("base.source", "random weights are for `method = \"full\"` only".into());
         }
@@ -43,37 +33,38 @@ pub fn validate(config: &Config) -> Result<()> {
     faults.into_result()
 }
 
-/// The faults found so far, one line each.
-#[derive(Default)]
-struct Faults(Vec<String>);
-
-impl Faults {
-    fn add(&mut self, key: &str, fault: String) {
-        self.0.push(format!("`{key}` {fault}"));
+/// Checks the shape of a random base.
+fn check_random(shape: &RandomBase, faults: &mut Faults) {
+    let key = |field: &str| format!("base.source.random.{field}");
+    let optional =
+        [("n_kv_head", shape.n_kv_head), ("head_dim", shape.head_dim), ("n_inner", shape.n_inner)];
+    let needed = [
+        ("n_layer", shape.n_layer),
+        ("n_head", shape.n_head),
+        ("n_embd", shape.n_embd),
+        ("n_positions", shape.n_positions),
+    ];
+    let set = optional.iter().filter_map(|(field, value)| Some((*field, (*value)?)));
+    for (field, value) in needed.into_iter().chain(set) {
+        faults.at_least_one(&key(field), value);
     }
-
-    fn at_least_one(&mut self, key: &str, value: i64) {
-        if value < 1 {
-            self.add(key, format!("must be at least 1, got {value}"));
+    for (field, value) in &optional[..2] {
+        if shape.family == Family::Gpt2 && value.is_some() {
+            faults.add(&key(field), "is no setting of the family `gpt2`".into());
         }
     }
-
-    fn above_zero(&mut self, key: &str, value: f64) {
-        self.in_range(key, value, value.is_finite() && value > 0.0, "a number above 0");
+    let multiple = |n: i64, of: i64| of < 1 || n % of == 0;
+    if shape.head_dim.is_none() && !multiple(shape.n_embd, shape.n_head) {
+        let fault =
+            format!("must be a multiple of `n_head` {}, got {}", shape.n_head, shape.n_embd);
+        faults.add(&key("n_embd"), fault);
     }
-
-    fn at_least_zero(&mut self, key: &str, value: f64) {
-        self.in_range(key, value, value.is_finite() && value >= 0.0, "a number of at least 0");
+    if let Some(kv) = shape.n_kv_head.filter(|kv| !multiple(shape.n_head, *kv)) {
+        faults.add(&key("n_kv_head"), format!("must divide `n_head` {}, got {kv}", shape.n_head));
     }
-
-    fn in_range(&mut self, key: &str, value: f64, ok: bool, what: &str) {
-        if !ok {
-            self.add(key, format!("must be {what}, got {value}"));
-        }
-    }
-
-    fn into_result(self) -> Result<()> {
-        if self.0.is_empty() { Ok(()) } else { Err(anyhow!(self.0.join("\n"))) }
+    let head_dim = shape.head_dim.unwrap_or(shape.n_embd / shape.n_head.max(1));
+    if shape.family != Family::Gpt2 && head_dim % 2 != 0 {
+        faults.add(&key("head_dim"), format!("must be even, because of RoPE, got {head_dim}"));
     }
 }
 
@@ -121,118 +112,6 @@ fn check_data(config: &Config, faults: &mut Faults) {
                 faults.add(&key("validation.files"), "must name at least one file".into());
             }
             _ => {}
-        }
-    }
-}
-
-fn check_lora(config: &Config, faults: &mut Faults) {
-    let lora = &config.lora;
-    faults.at_least_one("lora.num_experts", lora.num_experts);
-    faults.in_range(
-        "lora.dropout",
-        lora.dropout,
-        (0.0..1.0).contains(&lora.dropout),
-        "at least 0 and below 1",
-    );
-    let own_targets = lora.experts.iter().filter_map(|expert| expert.target_modules.as_ref());
-    let all_targets: Vec<TargetModule> =
-        own_targets.chain([&lora.target_modules]).flatten().copied().collect();
-    let shape = Shape {
-        rank: Some(lora.rank),
-        alpha: Some(lora.alpha),
-        target_modules: Some(&lora.target_modules),
-        rank_pattern: Some(&lora.rank_pattern),
-        alpha_pattern: Some(&lora.alpha_pattern),
-    };
-    check_shape("lora", &shape, &all_targets, faults);
-    let (found, count) = (lora.experts.len(), lora.num_experts);
-    if found as i64 > count {
-        let fault = format!("must have at most `lora.num_experts` {count} entries, got {found}");
-        faults.add("lora.experts", fault);
-    }
-    for (i, expert) in lora.experts.iter().enumerate() {
-        let key = format!("lora.experts[{i}]");
-        if expert.alora_invocation_tokens.iter().any(|&token| token < 0) {
-            faults.add(
-                &format!("{key}.alora_invocation_tokens"),
-                "must be token ids of at least 0".into(),
-            );
-        }
-        if expert.source.is_none() {
-            let shape = Shape {
-                rank: expert.rank,
-                alpha: expert.alpha,
-                target_modules: expert.target_modules.as_deref(),
-                rank_pattern: expert.rank_pattern.as_ref(),
-                alpha_pattern: expert.alpha_pattern.as_ref(),
-            };
-            check_shape(&key, &shape, &lora.of_expert(i).target_modules, faults);
-            continue;
-        }
-        let set = [
-            ("rank", expert.rank.is_some()),
-            ("alpha", expert.alpha.is_some()),
-            ("target_modules", expert.target_modules.is_some()),
-            ("use_rslora", expert.use_rslora.is_some()),
-            ("use_dora", expert.use_dora.is_some()),
-            ("init", expert.init.is_some()),
-            ("rank_pattern", expert.rank_pattern.is_some()),
-            ("alpha_pattern", expert.alpha_pattern.is_some()),
-            ("alora_invocation_tokens", !expert.alora_invocation_tokens.is_empty()),
-        ];
-        for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
-            faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());
-        }
-    }
-}
-
-/// The settings of an expert's shape that `[lora]` or one entry of `[[lora.experts]]` contains.
-struct Shape<'a> {
-    rank: Option<i64>,
-    alpha: Option<f64>,
-    target_modules: Option<&'a [TargetModule]>,
-    rank_pattern: Option<&'a BTreeMap<ModulePattern, i64>>,
-    alpha_pattern: Option<&'a BTreeMap<ModulePattern, f64>>,
-}
-
-/// Checks a shape.
-///
-/// - `key`: the dotted path of the shape, for messages
-/// - `targets`: the modules that the shape's patterns may name
-fn check_shape(key: &str, shape: &Shape<'_>, targets: &[TargetModule], faults: &mut Faults) {
-    let key = |field: &str| format!("{key}.{field}");
-    if let Some(rank) = shape.rank {
-        faults.at_least_one(&key("rank"), rank);
-    }
-    if let Some(alpha) = shape.alpha {
-        faults.above_zero(&key("alpha"), alpha);
-    }
-    let entry = |field: &str, pattern: ModulePattern| {
-        let name = String::from(pattern);
-        key(&format!("{field}.\"{name}\""))
-    };
-    let check_target = |key: String, pattern: ModulePattern, faults: &mut Faults| {
-        if !targets.contains(&pattern.module()) {
-            faults.add(&key, "names no target module".into());
-        }
-    };
-    for (&pattern, &rank) in shape.rank_pattern.into_iter().flatten() {
-        let key = entry("rank_pattern", pattern);
-        faults.at_least_one(&key, rank);
-        check_target(key, pattern, faults);
-    }
-    for (&pattern, &alpha) in shape.alpha_pattern.into_iter().flatten() {
-        let key = entry("alpha_pattern", pattern);
-        faults.above_zero(&key, alpha);
-        check_target(key, pattern, faults);
-    }
-    let Some(modules) = shape.target_modules else { return };
-    if modules.is_empty() {
-        faults.add(&key("target_modules"), "must name at least one module, got none".into());
-    }
-    for (i, module) in modules.iter().enumerate() {
-        if modules[..i].contains(module) {
-            faults.add(&key("target_modules"), format!("names `{}` twice", module.name()));
         }
     }
 }
@@ -317,25 +196,6 @@ fn check_rule(router: &RouterConfig, num_experts: i64, faults: &mut Faults) {
             faults.at_least_zero(&key("min_delta"), plateau.min_delta);
         }
         None => {}
-    }
-}
-
-/// Checks the number of experts in each layer.
-fn check_layers(lora: &LoraConfig, faults: &mut Faults) {
-    if let Some(layers) = &lora.experts_per_layer {
-        let key = "lora.experts_per_layer";
-        for (layer, &count) in layers.iter().enumerate() {
-            if !(1..=lora.num_experts).contains(&count) {
-                let range = format!("from 1 to `lora.num_experts` {}", lora.num_experts);
-                faults.add(&format!("{key}[{layer}]"), format!("must be {range}, got {count}"));
-            }
-        }
-        if layers.iter().max().is_some_and(|&most| most < lora.num_experts) {
-            faults.add(key, format!("leaves expert {} without a layer", lora.num_experts - 1));
-        }
-        if lora.experts.iter().any(|expert| expert.source.is_some()) {
-            faults.add(key, "goes with new experts, not with those from a `source`".into());
-        }
     }
 }
 

@@ -12,7 +12,7 @@ use super::peft::write_json;
 use crate::config::SaveDtype;
 use crate::durable::{self, output::Output};
 use crate::model::decoder::Decoder;
-use crate::model::families::{gpt2, load};
+use crate::model::families::{self, load};
 use crate::tensor_file::write_tensors;
 
 const CONFIG: &str = "config.json";
@@ -46,13 +46,13 @@ pub fn export(
                 bail!("tensor `{name}` was written, but reads back differently");
             }
         }
-        write_json(&dir.join(CONFIG), &gpt2::to_json(&base.spec, name))?;
+        write_json(&dir.join(CONFIG), &families::to_json(&base.spec, name))?;
         let Some(tokenizer_file) = tokenizer_file else { return Ok(()) };
         durable::write(&dir.join(TOKENIZER), &fs_err::read(tokenizer_file)?)?;
         let end_of_text = "<|endoftext|>";
         let tokenizer_config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": base.spec.n_positions,
+            "model_max_length": base.spec.max_positions,
             "bos_token": end_of_text,
             "eos_token": end_of_text,
             "unk_token": end_of_text,
@@ -76,13 +76,13 @@ fn kind_of(dtype: SaveDtype) -> (Kind, &'static str) {
 pub(super) fn is_unmarked_base(dir: &Path, files: &BTreeSet<String>) -> bool {
     let has_config = || {
         let path = dir.join(CONFIG);
-        let (Ok(found), Ok(config)) = (fs_err::read_to_string(&path), gpt2::read_spec(&path))
+        let (Ok(found), Ok(config)) = (fs_err::read_to_string(&path), families::read_spec(&path))
         else {
             return false;
         };
         [SaveDtype::F32, SaveDtype::F16, SaveDtype::Bf16].into_iter().any(|dtype| {
             let (_, name) = kind_of(dtype);
-            serde_json::to_string_pretty(&gpt2::to_json(&config, name))
+            serde_json::to_string_pretty(&families::to_json(&config, name))
                 .is_ok_and(|text| text + "\n" == found)
         })
     };

@@ -74,7 +74,7 @@ pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()
 
 /// Merges the experts under `weights`, `[e]`, into the base. The result is in f32 on the CPU.
 ///
-/// - `base`: the base as it was read, in f32 on the CPU
+/// - `base`: the base as it was read, on the CPU
 ///
 /// # Errors
 /// Those of [`check`].
@@ -86,7 +86,7 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
         let linear = merged.blocks[path.layer].linears.get_mut(&path.module);
         let linear = linear.expect("a block has every linear layer");
         // computed in f64 and rounded once, at the end
-        let weight_io = linear.weight.to_kind(Kind::Double);
+        let weight_io = linear.weight().to_kind(Kind::Double);
         let mut change_io = weight_io.zeros_like();
         for (expert, &g) in weights.iter().enumerate() {
             let tensor = |key: &str| {
@@ -104,7 +104,7 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
             }
             change_io += (updated_io - &weight_io) * g;
         }
-        linear.weight = (weight_io + change_io).to_kind(Kind::Float);
+        linear.set_weight((weight_io + change_io).to_kind(Kind::Float));
     }
     Ok(merged)
 }

@@ -50,7 +50,7 @@ pub fn settings_and_classifier(
     with("invocation tokens", model.specs().iter().any(|s| !s.alora_invocation_tokens.is_empty()))?;
     let adapters = experts.iter().map(|name| (name.clone(), format!("{ADAPTERS}/{name}")));
     let config = XloraConfig {
-        hidden_size: model.base().spec.n_embd,
+        hidden_size: model.base().spec.width,
         base_model_id: base_name.to_owned(),
         adapters: adapters.collect(),
         softmax_temperature: spec.temperature,

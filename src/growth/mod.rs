@@ -134,7 +134,7 @@ fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
     // a fresh model has the right routers, whatever the init of its experts
     let plain = |spec: &ExpertSpec| ExpertSpec { init: LoraInit::Default, ..spec.clone() };
     let specs: Vec<ExpertSpec> = mixture.specs.iter().map(plain).collect();
-    let kind = wide(base.wte.kind());
+    let kind = wide(base.embedding.kind());
     let model = RoutedModel::with_experts(base, &specs, &mixture.router, Device::Cpu, kind);
     let rows = model.tensors().into_iter().filter(|(name, _)| row_tensor(name).is_some());
     rows.map(|(name, tensor)| (name, tensor.zeros_like())).collect()

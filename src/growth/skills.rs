@@ -74,7 +74,8 @@ pub struct SkillLibrary {
 #[serde(rename_all = "snake_case")]
 pub enum SkillCenter {
     /// The mean hidden state of 16 texts of 64 tokens that the base writes at temperature 1. They
-    /// start with the end-of-text token, and the random numbers are the same each time.
+    /// start with the token that begins a document, or else with the end-of-text token, and the
+    /// random numbers are the same each time.
     #[default]
     OwnText,
     /// Nothing, which gives raw cosines.
@@ -139,7 +140,7 @@ pub fn embed(
     max_blocks: Option<usize>,
 ) -> Result<Embedding> {
     let _no_grad = tch::no_grad_guard();
-    let d = model.base().spec.n_embd;
+    let d = model.base().spec.width;
     let mut sum = Tensor::zeros([d], (Kind::Double, model.device()));
     let mut label_tokens = 0;
     for chunk in spread_blocks(dataset, domain, max_blocks).chunks(batch_size) {
@@ -182,7 +183,7 @@ impl SkillCenter {
     pub fn of(self, model: &RoutedModel) -> Result<Vec<f64>> {
         let config = &model.base().spec;
         match self {
-            Self::Origin => Ok(vec![0.0; config.n_embd as usize]),
+            Self::Origin => Ok(vec![0.0; config.width as usize]),
             Self::OwnText => own_text(model),
         }
     }
@@ -193,10 +194,10 @@ impl SkillCenter {
 fn own_text(model: &RoutedModel) -> Result<Vec<f64>> {
     let _no_grad = tch::no_grad_guard();
     let config = &model.base().spec;
-    let first = i64::from(config.eos_token_id.unwrap_or(0));
+    let first = i64::from(config.bos_token_id.or(config.eos_token_id()).unwrap_or(0));
     let mut rng = ChaCha8Rng::from_seed([0; 32]);
     let mut texts: Vec<Vec<i64>> = vec![vec![first]; OWN_TEXTS];
-    let num_tokens = OWN_TOKENS.min(config.n_positions);
+    let num_tokens = OWN_TOKENS.min(config.max_positions);
     for position in 0..num_tokens - 1 {
         let last_bd = hidden(model, &inputs_of(&texts, model)).select(1, position);
         let probs_bv = model.logits(&last_bd).softmax(-1, Kind::Double);

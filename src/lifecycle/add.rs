@@ -229,7 +229,7 @@ fn library(
     data: &Datasets,
     before: Option<&EvalReport>,
 ) -> Result<SkillLibrary> {
-    if let Some(known) = checkpoint::read_skills(dir, model.base().spec.n_embd)? {
+    if let Some(known) = checkpoint::read_skills(dir, model.base().spec.width)? {
         return Ok(known);
     }
     let mut library = SkillLibrary::new(SkillCenter::default().of(model)?);

@@ -137,7 +137,7 @@ impl ShrinkingMixture {
         after: Option<&EvalReport>,
     ) -> Result<Trainer> {
         let (state, Shrunk { changed, config }) = (self.state, shrunk);
-        let skills = checkpoint::read_skills(&self.dir, base.spec.n_embd)?;
+        let skills = checkpoint::read_skills(&self.dir, base.spec.width)?;
         let skills = skills.map(|skills| renumber(skills, &changed));
         let mut history = super::history(state, skills, before);
         if changed.gone < history.maturity.len() {

@@ -199,7 +199,7 @@ impl Mixture {
 
     /// The mixture in an X-LoRA folder: its adapters and its classifier.
     fn of_xlora(dir: &Path, base: &DecoderSpec, find: &FindAdapter<'_>) -> Result<Self> {
-        let adapters = xlora::read_adapters(dir, base.n_embd)?;
+        let adapters = xlora::read_adapters(dir, base.width)?;
         let source = |(name, path): (String, String)| {
             let candidates =
                 [dir.join(xlora::ADAPTERS).join(&name), dir.join(&name), dir.join(&path)];

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::decoder::attention::AttentionMask;
 use super::decoder::block::Block;
+use super::decoder::context::{AttentionContext, AttentionMask};
 use super::decoder::mlp::Activation;
 use super::decoder::norm::LayerNorm;
 use super::experts::dropout::LoraDropout;
@@ -21,13 +21,22 @@ use crate::config::{DropoutMasks, TargetModule};
 use crate::ffi;
 use crate::ffi::fused::{Attention, Experts, Norm, Product};
 
+/// The linear layers of a fused block, in its order.
+const FUSED_MODULES: [TargetModule; 4] = [
+    TargetModule::AttnCAttn,
+    TargetModule::AttnCProj,
+    TargetModule::MlpCFc,
+    TargetModule::MlpCProj,
+];
+
 /// The experts of a block.
 #[derive(Debug, Default)]
 pub struct BlockExperts {
     /// The experts of each module that at least one expert targets.
     pub modules: BTreeMap<TargetModule, LoraExperts>,
-    /// What the fused operations need of each of these modules; `None` where the base is trained or
-    /// the config asks for the reference (`train.kernels`).
+    /// What the fused operations need of each of these modules; `None` where they do not compute
+    /// the block, because they do not know its family, the base is trained or the config asks for
+    /// the reference (`train.kernels`).
     pub fused: Option<BTreeMap<TargetModule, FusedModule>>,
 }
 
@@ -60,12 +69,12 @@ impl RoutedBlock<'_> {
     pub fn forward(
         self,
         x: &Tensor,
-        mask: &AttentionMask,
+        context: &AttentionContext,
         weights: &BlockWeights,
         dropout: LoraDropout,
         mut note: Option<&mut Note<'_>>,
     ) -> Tensor {
-        self.block.forward(x, mask, &mut |module, x| {
+        self.block.forward(x, context, &mut |module, x| {
             let g = weights.of(module);
             let linear = &self.block.linears[&module];
             let y = linear.forward(x);
@@ -107,8 +116,7 @@ impl RoutedBlock<'_> {
     /// Whether attention within packed documents needs only their lengths, without a mask, for
     /// activations like `x`, `[.., d]`.
     pub fn attends_by_length(self, x: &Tensor) -> bool {
-        let d = *x.size().last().expect("activations have a width");
-        ffi::fused::attends_by_length(x, d / self.block.n_head)
+        ffi::fused::attends_by_length(x, self.block.attention.head_dim)
     }
 
     /// The row padding of `module`: extra columns behind each row of its input and of its output's
@@ -124,7 +132,7 @@ impl RoutedBlock<'_> {
         self,
         stream: Stream,
         normed: &Tensor,
-        mask: &AttentionMask,
+        context: &AttentionContext,
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Stream {
@@ -148,10 +156,11 @@ impl RoutedBlock<'_> {
                 let FusedModule { columns, packed } = &modules[&at];
                 Some(Experts { a, b, g, columns, packed: packed.as_ref() })
             });
-            Product { weight: &linear.weight, bias: &linear.bias, experts }
+            let bias = linear.bias.as_ref().expect("each layer of a GPT-2 has a bias");
+            Product { weight: linear.stored(), bias, experts }
         };
-        let modules = TargetModule::ALL.map(module);
-        let LayerNorm { weight, bias, eps } = &self.block.ln_2;
+        let modules = FUSED_MODULES.map(module);
+        let LayerNorm { weight, bias, eps } = self.block.norm_2.layer();
         let second = Norm {
             weight,
             bias,
@@ -159,7 +168,7 @@ impl RoutedBlock<'_> {
             row_padding_forward: modules[2].row_padding(),
             row_padding_backward: modules[1].row_padding(),
         };
-        let (mask, cu_seqlens, max_len) = match mask {
+        let (mask, cu_seqlens, max_len) = match &context.mask {
             AttentionMask::Causal => (None, None, t),
             AttentionMask::Documents(documents) => {
                 // the mask is built only where it is needed
@@ -171,8 +180,8 @@ impl RoutedBlock<'_> {
         let attention = Attention {
             batch: b,
             seq: t,
-            heads: self.block.n_head,
-            scale: self.block.attention_scale,
+            heads: self.block.attention.num_heads,
+            scale: self.block.attention.scale,
             mask,
             cu_seqlens,
             max_len,
@@ -197,12 +206,12 @@ impl RoutedBlock<'_> {
     pub fn fused_alone(
         self,
         x: &Tensor,
-        mask: &AttentionMask,
+        context: &AttentionContext,
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Tensor {
         let (forward, _) = self.row_paddings(None);
-        let (stream, normed) = Stream::new(x).normed(&self.block.ln_1, forward, 0);
-        self.fused(stream, &normed, mask, g, dropout).whole()
+        let (stream, normed) = Stream::new(x).normed(self.block.norm_1.layer(), forward, 0);
+        self.fused(stream, &normed, context, g, dropout).whole()
     }
 }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::RoutedModel;
 use super::batch::Inputs;
 use super::block::RoutedBlock;
-use super::decoder::attention::AttentionMask;
+use super::decoder::context::{AttentionContext, AttentionMask};
 use super::decoder::precision::wide;
 use super::experts::dropout::LoraDropout;
 use super::experts::stack::LoraExperts;
@@ -49,7 +49,7 @@ impl ForwardMode {
 /// The result of a forward pass.
 #[derive(Debug)]
 pub struct ForwardOutput {
-    /// The last hidden states after `ln_f`, `[b, t, d]`.
+    /// The last hidden states after the final normalisation, `[b, t, d]`.
     pub hidden: Tensor,
     /// The routing weights used: one entry for all layers, or one for each of
     /// [`RoutedModel::sites`].
@@ -61,8 +61,8 @@ pub struct ForwardOutput {
 /// Records what happens inside a forward pass.
 #[derive(Debug, Default)]
 pub struct Recorder {
-    /// The residual stream after the embeddings and after each block, before `ln_f`: `n_layer + 1`
-    /// tensors `[b, t, d]`.
+    /// The residual stream after the embeddings and after each block, before the final
+    /// normalisation: `num_layers + 1` tensors `[b, t, d]`.
     pub hidden_states: Vec<Tensor>,
     /// The target modules whose experts were applied, in the order of the forward pass.
     pub updates: Vec<ModuleUpdate>,
@@ -87,9 +87,14 @@ impl ModuleUpdate {
 }
 
 impl RoutedModel {
-    /// The sum of token and position embeddings, `[b, t, d]`.
+    /// The embeddings, `[b, t, d]`.
     fn embed(&self, inputs: &Inputs) -> Tensor {
         self.decoder.embed(&inputs.input_ids, &inputs.position_ids, self.kind)
+    }
+
+    /// What attention needs of a batch.
+    fn context(&self, inputs: &Inputs) -> AttentionContext {
+        self.decoder.context(&inputs.mask, &inputs.position_ids, self.kind)
     }
 
     /// Runs the decoder with its experts and returns the last hidden states, the routing weights
@@ -162,7 +167,8 @@ impl RoutedModel {
         run(RoutingPass::new(parts, inputs, x, source, self.rule(mode), &base_hidden))
     }
 
-    /// The base's last hidden state, after `ln_f`, for the embeddings `x`: `[b, t, d]`.
+    /// The base's last hidden state, after the final normalisation, for the embeddings `x`: `[b, t,
+    /// d]`.
     fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
         let mode = ForwardMode::EVAL;
         self.with_pass(inputs, x, &RoutingSource::Base, mode, |pass| {
@@ -178,7 +184,7 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let fuses = self.uses_fused() && recorder.is_none();
+        let fuses = self.fuses_blocks() && recorder.is_none();
         if fuses && !mode.gradient_checkpointing {
             return self.run_fused(&x, inputs, pass, mode);
         }
@@ -194,8 +200,9 @@ impl RoutedModel {
         mode: ForwardMode,
         mut recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
+        let context = self.context(inputs);
         for (layer, block) in self.routed_blocks().enumerate() {
-            let g = pass.block(layer, &|| block.block.ln_1.forward(&x));
+            let g = pass.block(layer, &|| block.block.norm_1.forward(&x));
             if let Some(recorder) = recorder.as_deref_mut() {
                 recorder.hidden_states.push(x.shallow_clone());
                 let updates = &mut recorder.updates;
@@ -207,18 +214,18 @@ impl RoutedModel {
                     let path = ModulePath { layer, module };
                     updates.push(ModuleUpdate { path, update_norm, output_norm });
                 };
-                x = block.forward(&x, &inputs.mask, &g, mode.dropout, Some(&mut note));
+                x = block.forward(&x, &context, &g, mode.dropout, Some(&mut note));
             } else if mode.gradient_checkpointing {
-                x = self.checkpointed(block, &x, &inputs.mask, &g, mode.dropout);
+                x = self.checkpointed(block, &x, &context, &g, mode.dropout);
             } else {
-                x = block.forward(&x, &inputs.mask, &g, mode.dropout, None);
+                x = block.forward(&x, &context, &g, mode.dropout, None);
             }
         }
         if let Some(recorder) = recorder {
             recorder.hidden_states.push(x.shallow_clone());
         }
         let RoutingPass { used, routing, .. } = pass;
-        ForwardOutput { hidden: self.decoder.ln_f.forward(&x), weights: used, routing }
+        ForwardOutput { hidden: self.decoder.final_norm.forward(&x), weights: used, routing }
     }
 
     /// Runs the blocks by the fused operations where these apply. What such a block adds to the
@@ -230,12 +237,13 @@ impl RoutedModel {
         mut pass: RoutingPass<'_>,
         mode: ForwardMode,
     ) -> ForwardOutput {
+        let context = self.context(inputs);
         let mut stream = Stream::new(x);
         let mut before = None;
         for (layer, block) in self.routed_blocks().enumerate() {
             let (sum, normed) = if block.may_fuse(mode.dropout) {
                 let (forward, backward) = block.row_paddings(before);
-                let (sum, normed) = stream.normed(&block.block.ln_1, forward, backward);
+                let (sum, normed) = stream.normed(block.block.norm_1.layer(), forward, backward);
                 (sum, Some(normed))
             } else {
                 (Stream::new(&stream.whole()), None)
@@ -243,20 +251,20 @@ impl RoutedModel {
             let x = sum.whole();
             let g = pass.block(layer, &|| match &normed {
                 Some(normed) => sum.shaped(normed),
-                None => block.block.ln_1.forward(&x),
+                None => block.block.norm_1.forward(&x),
             });
             (stream, before) = match normed {
                 Some(normed) if block.fuses(&x, &g, mode.dropout) => {
-                    (block.fused(sum, &normed, &inputs.mask, &g, mode.dropout), Some(block))
+                    (block.fused(sum, &normed, &context, &g, mode.dropout), Some(block))
                 }
                 _ => {
-                    let x = block.forward(&x, &inputs.mask, &g, mode.dropout, None);
+                    let x = block.forward(&x, &context, &g, mode.dropout, None);
                     (Stream::new(&x), None)
                 }
             };
         }
         let backward = before.map_or(0, |block| block.row_padding(TargetModule::MlpCProj));
-        let (_, hidden) = stream.normed(&self.decoder.ln_f, 0, backward);
+        let (_, hidden) = stream.normed(self.decoder.final_norm.layer(), 0, backward);
         let hidden = stream.shaped(&hidden);
         let RoutingPass { used, routing, .. } = pass;
         ForwardOutput { hidden, weights: used, routing }
@@ -268,7 +276,7 @@ impl RoutedModel {
         &self,
         block: RoutedBlock<'_>,
         x: &Tensor,
-        mask: &AttentionMask,
+        context: &AttentionContext,
         g: &BlockWeights,
         dropout: LoraDropout,
     ) -> Tensor {
@@ -276,7 +284,8 @@ impl RoutedModel {
         let mut parameters: Vec<Tensor> =
             leaves.filter(|leaf| leaf.requires_grad()).map(Tensor::shallow_clone).collect();
         if self.trains_base {
-            parameters.extend(block.block.parameters());
+            let named = block.block.named_parameters([""; 4]).into_iter();
+            parameters.extend(named.map(|(_, parameter)| parameter));
         }
         let mut activations = vec![x.shallow_clone()];
         // a block without experts does not use the weights, so it has no gradient for them
@@ -284,13 +293,13 @@ impl RoutedModel {
             activations.extend(g.tensors());
         }
         // built before the mask is cloned, so that all blocks share it
-        if let AttentionMask::Documents(documents) = mask
+        if let AttentionMask::Documents(documents) = &context.mask
             && !(block.may_fuse(dropout) && block.attends_by_length(x))
         {
             documents.mask();
         }
         let (base, experts) = (block.block.shallow_clone(), block.experts.shallow_clone());
-        let (mask, g) = (mask.shallow_clone(), g.shallow_clone());
+        let (context, g) = (context.shallow_clone(), g.shallow_clone());
         let device = x.device();
         let rng_before =
             dropout.is_active().then(|| ffi::rng_state(device).expect("every device has one"));
@@ -302,8 +311,8 @@ impl RoutedModel {
                 tensors => g.with_tensors(tensors),
             };
             let forward = || match block.fuses(&activations[0], &g, dropout) {
-                true => block.fused_alone(&activations[0], &mask, &g, dropout),
-                false => block.forward(&activations[0], &mask, &g, dropout, None),
+                true => block.fused_alone(&activations[0], &context, &g, dropout),
+                false => block.forward(&activations[0], &context, &g, dropout, None),
             };
             match &rng_before {
                 Some(state) if has_run.get() => with_rng(device, state, forward),
@@ -332,7 +341,7 @@ impl RoutedModel {
         settings: LossSettings,
     ) -> (ChunkedLoss, Vec<Routing>) {
         let output = self.forward(inputs, source, mode, None);
-        let d = self.decoder.spec.n_embd;
+        let d = self.decoder.spec.width;
         let hidden_nd = output.hidden.reshape([-1, d]);
         let hidden_nd = match inputs.every_position {
             true => hidden_nd,

@@ -4,7 +4,7 @@
 //! ```text
 //! input_ids, position_ids -> embeddings -> routing -> routing_weights [b, t, e]
 //!                             |                        |  shared, or for each layer or module
-//!                             +-> n_layer blocks: base linear + experts -> ln_f -> loss in chunks
+//!                             +-> blocks: base linear + experts -> final norm -> loss in chunks
 //! ```
 //!
 //! [`routing`] decides the weights, by a learned router ([`routing::router`]) or otherwise;
@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Config, Dtype, Kernels, ModulePath, Orthogonality, TargetModule};
+use crate::config::{Config, Dtype, Kernels, ModulePath, Orthogonality};
 use crate::ffi;
 use crate::tensor_file;
 pub use batch::{Inputs, Rows};
@@ -168,16 +168,16 @@ impl RoutedModel {
             tracing::info!("factorising the base's weights, where the experts start");
         }
         for (layer, experts) in model.experts.iter_mut().enumerate() {
-            for module in TargetModule::ALL {
-                let weight = &base.blocks[layer].linears[&module].weight;
+            for &module in base.spec.modules() {
+                let weight = base.blocks[layer].linears[&module].weight();
                 let linear = &model.decoder.blocks[layer].linears[&module];
                 let path = ModulePath { layer, module };
-                let new = LoraExperts::new(path, specs, weight, linear, wide(kind), values);
+                let new = LoraExperts::new(path, specs, &weight, linear, wide(kind), values);
                 experts.modules.extend(new.map(|experts| (module, experts)));
             }
         }
         let modules = model.experts.iter().map(|experts| experts.modules.keys().copied().collect());
-        let (modules, d) = (modules.collect(), base.spec.n_embd);
+        let (modules, d) = (modules.collect(), base.spec.width);
         model.routers = Routers::new(router, specs, modules, d, wide(kind), device);
         model.specs = specs.to_vec();
         model.prepare_fused();
@@ -228,7 +228,7 @@ impl RoutedModel {
         self.routers.spec()
     }
 
-    /// The prefix of each router's tensor names, such as `router` or `h.0.router`.
+    /// The prefix of each router's tensor names, such as `router` or `layers.0.router`.
     pub fn router_names(&self) -> Vec<String> {
         self.routers.names()
     }
@@ -261,7 +261,7 @@ impl RoutedModel {
 
     /// The device that holds the model.
     pub fn device(&self) -> Device {
-        self.decoder.wte.device()
+        self.decoder.embedding.device()
     }
 
     /// The experts of a target module, if it has any.
@@ -318,27 +318,19 @@ impl RoutedModel {
         !self.trains_base && self.kernels == Kernels::Auto
     }
 
+    /// Whether the fused operations compute blocks. They know those of GPT-2.
+    fn fuses_blocks(&self) -> bool {
+        self.uses_fused() && self.decoder.spec.has_fused_blocks()
+    }
+
     /// Prepares the model for the fused operations, if it uses them.
     fn prepare_fused(&mut self) {
         if !self.uses_fused() {
             return;
         }
-        if self.routed_blocks().any(RoutedBlock::has_dora) {
-            tracing::info!("blocks with DoRA experts take libtorch's operations one by one");
-        }
-        let num_experts = self.specs.len();
         let has_kernels = self.prepare_kernels();
-        for (block, experts) in self.decoder.blocks.iter_mut().zip(&mut self.experts) {
-            let mut modules = BTreeMap::new();
-            for (&module, experts) in &experts.modules {
-                let mut fused = FusedModule::new(experts, num_experts, self.kind);
-                if has_kernels && fused.fits() && experts.dora.is_none() {
-                    let linear = block.linears.get_mut(&module).expect("a block has all four");
-                    linear.weight = fused.pack(&linear.weight);
-                }
-                modules.insert(module, fused);
-            }
-            experts.fused = Some(modules);
+        if self.fuses_blocks() {
+            self.prepare_fused_blocks(has_kernels);
         }
         if has_kernels && let Some((padded, place)) = padded_head(self.decoder.head()) {
             self.decoder.set_head(place);
@@ -346,10 +338,30 @@ impl RoutedModel {
         }
     }
 
+    /// Prepares the blocks for the fused operations.
+    fn prepare_fused_blocks(&mut self, has_kernels: bool) {
+        if self.routed_blocks().any(RoutedBlock::has_dora) {
+            tracing::info!("blocks with DoRA experts take libtorch's operations one by one");
+        }
+        let num_experts = self.specs.len();
+        for (block, experts) in self.decoder.blocks.iter_mut().zip(&mut self.experts) {
+            let mut modules = BTreeMap::new();
+            for (&module, experts) in &experts.modules {
+                let mut fused = FusedModule::new(experts, num_experts, self.kind);
+                if has_kernels && fused.fits() && experts.dora.is_none() {
+                    let linear = block.linears.get_mut(&module).expect("a block has them all");
+                    linear.set_weight(fused.pack(&linear.weight()));
+                }
+                modules.insert(module, fused);
+            }
+            experts.fused = Some(modules);
+        }
+    }
+
     /// Makes the kernels ready and returns whether there are any for this model.
     fn prepare_kernels(&self) -> bool {
         let Device::Cuda(device) = self.device() else { return false };
-        let (d, inner) = (self.decoder.spec.n_embd, self.decoder.spec.n_inner);
+        let (d, inner) = (self.decoder.spec.width, self.decoder.spec.inner_width);
         let fits = d % COLUMNS == 0 && inner % COLUMNS == 0;
         if !fits || !matches!(self.kind, Kind::BFloat16 | Kind::Float) {
             tracing::info!("no kernels for this shape or dtype: libtorch's operations are used");

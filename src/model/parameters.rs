@@ -1,16 +1,19 @@
 //! What is trained and what is saved, by name.
 //!
 //! ```text
-//! h.{layer}.{module}.expert_{e}.lora_a      [r, i]    PEFT's lora_A.weight
+//! {module}.expert_{e}.lora_a                [r, i]    PEFT's lora_A.weight
 //!                              .lora_b      [o, r]    PEFT's lora_B.weight
 //!                              .magnitude   [o]       with DoRA
 //!                              .initial_a, .initial_b with PiSSA and OLoRA: the first A and B
 //! router.weight [e, d], .bias [e]                     a router for all layers
 //!       .hidden.{i}.weight, .bias                     its hidden layers
 //!       .selection_bias [e]                           helps to choose the k best; not trained
-//! h.{layer}.router.*, h.{layer}.{module}.router.*     a router for each layer or module
-//! transformer.*, lm_head.weight                       the base, with method = "full"
+//! {layer}.router.*, {module}.router.*                 a router for each layer or module
+//! transformer.*, model.*, lm_head.weight              the base, with method = "full"
 //! ```
+//!
+//! `{layer}` is `h.0` or `layers.0`, and `{module}` is `h.0.attn.c_attn` or
+//! `layers.0.self_attn.q_proj`.
 //!
 //! An expert is a run of rows in its module's stacks. Each stack is one leaf of the graph, and an
 //! expert in it can be trained while another is frozen.
@@ -113,7 +116,8 @@ impl RoutedModel {
         let mut trained = Trained::default();
         if self.trains_base {
             for (name, tensor) in self.decoder.named_parameters() {
-                let group = base_group(&name, &tensor);
+                let is_embedding = self.decoder.spec.names().is_embedding(&name);
+                let group = base_group(is_embedding, &tensor);
                 trained.add(&tensor, vec![NamedRows::whole(name)], group);
             }
             return trained;
@@ -281,8 +285,7 @@ pub fn expert_name(expert: usize) -> String {
     format!("expert_{expert}")
 }
 
-fn base_group(name: &str, tensor: &Tensor) -> ParameterGroup {
-    let embedding = name.contains(".wte.") || name.contains(".wpe.");
-    let decays = tensor.dim() == 2 && !embedding;
+fn base_group(is_embedding: bool, tensor: &Tensor) -> ParameterGroup {
+    let decays = tensor.dim() == 2 && !is_embedding;
     if decays { ParameterGroup::Base } else { ParameterGroup::BaseNoDecay }
 }

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //! adapter_config.json          peft_type LORA, r, lora_alpha, target_modules, ..
-//! adapter_model.safetensors    base_model.model.transformer.h.0.attn.c_attn.lora_A.weight  [r, i]
-//!                                                                          .lora_B.weight  [o, r]
-//!                                                                 .lora_magnitude_vector   [o]
+//! adapter_model.safetensors    base_model.model.{module}.lora_A.weight          [r, i]
+//!                                                       .lora_B.weight          [o, r]
+//!                                                       .lora_magnitude_vector  [o]
 //! ```
+//!
+//! `{module}` is the full name in the base, such as `model.layers.0.self_attn.q_proj`.
 //!
 //! Config keys that shape the update are read. Keys that cannot change it are ignored; one of them
 //! is `lora_dropout`, which `lora.dropout` replaces. Any other key must have an empty value (null,
@@ -20,7 +22,7 @@ use fancy_regex::Regex;
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{LoraInit, ModulePath, TargetModule};
+use crate::config::{Family, LoraInit, ModulePath};
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::delta::Delta;
@@ -109,19 +111,20 @@ fn spec_of(json: &Map<String, Value>, base: &DecoderSpec) -> Result<ExpertSpec> 
     let alpha = get("lora_alpha").map_or(Some(8.0), Value::as_f64);
     let rank_pattern = patterns(get("rank_pattern"), "rank_pattern")?;
     let alpha_pattern = patterns(get("alpha_pattern"), "alpha_pattern")?;
-    let targets = Targets::new(json)?;
+    let targets = Targets::new(json, base)?;
     let mut modules = BTreeMap::new();
-    for layer in 0..base.n_layer as usize {
-        for module in TargetModule::ALL {
+    for layer in 0..base.num_layers as usize {
+        for &module in base.modules() {
             let path = ModulePath { layer, module };
             if !targets.contain(path)? {
                 continue;
             }
-            let rank = match find(&rank_pattern, path)? {
+            let name = base.names().module(path);
+            let rank = match find(&rank_pattern, &name)? {
                 Some(value) => value.as_i64(),
                 None => rank,
             };
-            let alpha = match find(&alpha_pattern, path)? {
+            let alpha = match find(&alpha_pattern, &name)? {
                 Some(value) => value.as_f64(),
                 None => alpha,
             };
@@ -132,7 +135,8 @@ fn spec_of(json: &Map<String, Value>, base: &DecoderSpec) -> Result<ExpertSpec> 
         }
     }
     if modules.is_empty() {
-        bail!("`target_modules` matches no linear layer of a GPT-2 block");
+        let family = base.family.name();
+        bail!("`target_modules` matches no linear layer of the base, a `{family}`");
     }
     let tokens = get("alora_invocation_tokens").cloned().unwrap_or(json!([]));
     Ok(ExpertSpec {
@@ -184,15 +188,11 @@ fn patterns(value: Option<&Value>, key: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// A module's full name in the base, as `transformer.h.0.attn.c_attn`.
-fn full_name(path: ModulePath) -> String {
-    format!("transformer.{path}")
-}
-
-/// The value of the first pattern that matches a module, by the rule of PEFT's `get_pattern_key`.
-fn find(patterns: &Map<String, Value>, path: ModulePath) -> Result<Option<Value>> {
+/// The value of the first pattern that matches a module's full name, by the rule of PEFT's
+/// `get_pattern_key`.
+fn find(patterns: &Map<String, Value>, name: &str) -> Result<Option<Value>> {
     for (key, value) in patterns {
-        if matches(&format!(r"^(?:.*\.)?(?:{key})$"), &full_name(path), key)? {
+        if matches(&format!(r"^(?:.*\.)?(?:{key})$"), name, key)? {
             return Ok(Some(value.clone()));
         }
     }
@@ -207,6 +207,7 @@ fn matches(pattern: &str, name: &str, key: &str) -> Result<bool> {
 
 /// Which modules an adapter targets, by the rules of PEFT's `check_target_module_exists`.
 struct Targets<'a> {
+    base: &'a DecoderSpec,
     target_modules: &'a Value,
     exclude_modules: &'a Value,
     layers: Option<Vec<i64>>,
@@ -214,7 +215,7 @@ struct Targets<'a> {
 }
 
 impl<'a> Targets<'a> {
-    fn new(json: &'a Map<String, Value>) -> Result<Self> {
+    fn new(json: &'a Map<String, Value>, base: &'a DecoderSpec) -> Result<Self> {
         let get = |key: &str| json.get(key).unwrap_or(&Value::Null);
         let target_modules = get("target_modules");
         if target_modules.is_null() {
@@ -234,6 +235,7 @@ impl<'a> Targets<'a> {
         let layers = layers.context("`layers_to_transform` must be numbers of layers")?;
         let layers_pattern = list(get("layers_pattern")).into_iter();
         Ok(Self {
+            base,
             target_modules,
             exclude_modules: get("exclude_modules"),
             layers: (!layers.is_empty()).then_some(layers),
@@ -242,7 +244,7 @@ impl<'a> Targets<'a> {
     }
 
     fn contain(&self, path: ModulePath) -> Result<bool> {
-        let name = full_name(path);
+        let name = self.base.names().module(path);
         if name_is_in(self.exclude_modules, &name, "exclude_modules")? {
             return Ok(false);
         }
@@ -290,7 +292,7 @@ fn expected(
     for (&path, size) in &spec.modules {
         let (i, o) = base.linear_shape(path.module);
         let mut add = |name: &str, key, shape| {
-            let name = format!("base_model.model.{}.{name}", full_name(path));
+            let name = format!("base_model.model.{}.{name}", base.names().module(path));
             all.push((name, (path, key), shape));
         };
         add("lora_A.weight", "lora_a", vec![size.rank, i]);
@@ -403,16 +405,16 @@ pub fn config_json(
                 continue;
             }
             for (path, size) in paths().filter(|(_, size)| differing(size)) {
-                entries.insert(full_name(*path), value(size));
+                entries.insert(base.names().module(*path), value(size));
             }
         }
         Value::Object(entries)
     };
     let modules = spec.target_modules();
-    let is_everywhere = spec.modules.len() == modules.len() * base.n_layer as usize;
+    let is_everywhere = spec.modules.len() == modules.len() * base.num_layers as usize;
     let target_modules: Vec<String> = match is_everywhere {
         true => modules.iter().map(|module| module.name().to_owned()).collect(),
-        false => spec.modules.keys().map(|&path| full_name(path)).collect(),
+        false => spec.modules.keys().map(|&path| base.names().module(path)).collect(),
     };
     let tokens = &spec.alora_invocation_tokens;
     json!({
@@ -420,8 +422,8 @@ pub fn config_json(
         "alpha_pattern": pattern(&|size| number(size.alpha)),
         "base_model_name_or_path": base_name,
         "bias": "none",
-        // GPT-2's Conv1D stores its weight as [in, out]
-        "fan_in_fan_out": true,
+        // GPT-2's Conv1D stores its weight as [in, out], the other families as [out, in]
+        "fan_in_fan_out": base.family == Family::Gpt2,
         "inference_mode": true,
         "init_lora_weights": true,
         "lora_alpha": number(first.alpha),

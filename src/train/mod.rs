@@ -198,7 +198,7 @@ impl Trainer {
             best: None,
             evals_without_improvement: 0,
             base_hash: match config.method {
-                Method::RoutedLora => Some(weights.hash()?),
+                Method::RoutedLora => Some(weights.hash_in(Kind::Float)?),
                 Method::Full => None,
             },
             data_fingerprint: data.train.fingerprint(),
@@ -239,7 +239,7 @@ impl Trainer {
         let in_dir = || format!("cannot resume from `{}`", dir.display());
         trainer.stepper.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
         optim::load_rng_states(&saved, device)?;
-        trainer.skills = checkpoint::read_skills(dir, base.spec.n_embd)?;
+        trainer.skills = checkpoint::read_skills(dir, base.spec.width)?;
         Ok(trainer)
     }
 
@@ -408,10 +408,10 @@ impl Trainer {
 /// BLAKE3 of everything frozen. `base_hash` is the hash of the base as it was read, in f32 on the
 /// CPU, if that is known.
 fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String> {
-    let wte = &model.base().wte;
+    let embedding = &model.base().embedding;
     match base_hash {
         // the model computes with exactly the numbers that were read
-        Some(hash) if (wte.device(), wte.kind()) == (Device::Cpu, Kind::Float) => {
+        Some(hash) if (embedding.device(), embedding.kind()) == (Device::Cpu, Kind::Float) => {
             model.frozen_hash_beside(hash)
         }
         _ => model.frozen_hash(),

@@ -61,7 +61,7 @@ impl ParameterCounts {
         if specs.len() > 1 {
             let num_routers = match config.router.scope {
                 RouterScope::Shared => 1,
-                RouterScope::Layer => base.n_layer,
+                RouterScope::Layer => base.num_layers,
                 RouterScope::Module => {
                     let modules: BTreeSet<_> =
                         specs.iter().flat_map(|s| s.modules.keys()).collect();
@@ -69,7 +69,7 @@ impl ParameterCounts {
                 }
             };
             let spec = RouterSpec::of_config(config);
-            let (e, d) = (specs.len() as i64, base.n_embd);
+            let (e, d) = (specs.len() as i64, base.width);
             counts.router = num_routers * spec.num_parameters(e, d);
             new_columns = counts.router - num_routers * spec.num_parameters(e - 1, d);
         }
@@ -115,11 +115,10 @@ impl MemoryEstimate {
         let element = kind_of(config.base.dtype).elt_size_in_bytes() as i64;
         let full = config.method == Method::Full;
         let tokens = (config.train.micro_batch_size * config.data.seq_len) as i64;
-        let (d, inner, layers) = (base.n_embd, base.n_inner, base.n_layer);
         let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
-        // 8 d: two residual sums, two LayerNorms, q, k and v, attention's output; 2 inner: before
-        // and after the GELU; the average block's ranks twice: before and after the routing weights
-        let block = 8 * d + 2 * inner + 2 * ranks.sum::<i64>() / layers;
+        // the average block's ranks twice: before and after the routing weights
+        let (d, layers) = (base.width, base.num_layers);
+        let block = kept_by_block(base) + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
             false => layers * block,
@@ -137,6 +136,22 @@ impl MemoryEstimate {
     pub fn total(&self) -> i64 {
         self.base + self.training + self.activations + self.logits
     }
+}
+
+/// The numbers that a block keeps for each token, without those of experts.
+fn kept_by_block(base: &DecoderSpec) -> i64 {
+    let (d, inner) = (base.width, base.inner_width);
+    if base.has_fused_blocks() {
+        // two residual sums, two LayerNorms, q, k and v, attention's output; before and after the
+        // GELU
+        return 8 * d + 2 * inner;
+    }
+    // two residual sums, and of each RMSNorm the normalised input and the output; queries, keys and
+    // values before and after the rotation or the repetition, and attention's output; the gate
+    // before and after SiLU, the other layer, their product
+    let (queries, keys) = (base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim);
+    let norms = if base.has_qk_norm { 2 * (queries + keys) } else { 0 };
+    6 * d + 5 * queries + 2 * keys + norms + 4 * inner
 }
 
 /// The sequence of a run's training blocks, epoch after epoch, read from a position on.

@@ -1,7 +1,7 @@
 //! Applying all experts at once and applying them one after the other compute the same function.
 
 use anyhow::Result;
-use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModule};
+use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModules};
 use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Kind, Tensor};
 
@@ -162,7 +162,7 @@ fn equal_experts_under_one_dropout_mask_equal_one_expert() -> Result<()> {
     for use_dora in [false, true] {
         let lora = LoraConfig {
             rank: 3,
-            target_modules: TargetModule::ALL.to_vec(),
+            target_modules: TargetModules::all(),
             use_dora,
             ..LoraConfig::default()
         };

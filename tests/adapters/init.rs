@@ -3,15 +3,18 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, LoraInit, RouterConfig, RoutingChoice, TargetModule};
+use dylora::config::{
+    LoraConfig, LoraInit, RouterConfig, RoutingChoice, TargetModule, TargetModules,
+};
 use dylora::model::decoder::Decoder;
+use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
 use dylora::model::routing::router::RouterSpec;
 use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, logits, new_model, seed, tiny_base, tiny_config, two_rows,
+    DOUBLE, assert_close, gpt2_spec, logits, new_model, seed, tiny_base, tiny_config, two_rows,
 };
 use crate::{BOTH_WAYS, expected, logits_by, path, tied_base};
 
@@ -36,9 +39,9 @@ fn one_expert(base: &Decoder, init: LoraInit, use_dora: bool) -> RoutedModel {
 }
 
 /// `base`'s weight of a module, `[i, o]`.
-fn weight<'a>(base: &'a Decoder, module: &str) -> &'a Tensor {
+fn weight(base: &Decoder, module: &str) -> Tensor {
     let path = path(module);
-    &base.blocks[path.layer].linears[&path.module].weight
+    base.blocks[path.layer].linears[&path.module].weight()
 }
 
 /// The factors 1 or -1 that give each row of `a` the sign of that row in `like`. The sign of a
@@ -92,9 +95,8 @@ fn magnitudes_start_as_the_norms_of_the_bases_weight() -> Result<()> {
 /// The A of each module of a wider base at rank 64 (that of the last layer), and whether every B is
 /// zero.
 fn down_projections(init: LoraInit) -> (BTreeMap<TargetModule, Tensor>, bool) {
-    let config =
-        dylora::model::decoder::spec::DecoderSpec { n_embd: 128, n_inner: 256, ..tiny_config() };
-    let target_modules = TargetModule::ALL.to_vec();
+    let config = DecoderSpec { inner_width: 256, ..gpt2_spec(2, 4, 128) };
+    let target_modules = TargetModules::all();
     let lora = LoraConfig { num_experts: 1, rank: 64, target_modules, init, ..Default::default() };
     let model = new_model(&tiny_base(config), &lora, &RouterConfig::default(), Kind::Float);
     let tensor = |path, key| model.expert_tensor(path, 0, key).expect("it targets every module");
@@ -147,7 +149,7 @@ fn starts() -> Result<Vec<(String, Vec<ExpertSpec>)>> {
     let mut cases: Vec<(String, Vec<ExpertSpec>)> = vec![];
     for init in INITS {
         for (use_dora, use_rslora) in [(false, false), (false, true), (true, false), (true, true)] {
-            let target_modules = TargetModule::ALL.to_vec();
+            let target_modules = TargetModules::all();
             let lora = LoraConfig {
                 num_experts: 3,
                 rank: 3,

@@ -28,13 +28,13 @@ use dylora::model::decoder::Decoder;
 use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::dropout::LoraDropout;
 use dylora::model::experts::spec::ExpertSpec;
-use dylora::model::families::{gpt2, load};
+use dylora::model::families::{self, load};
 use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
 use dylora::peft::adapter::Adapter;
 use dylora::tensor_file::read_tensors;
 use tch::{Device, Kind, Tensor};
 
-use common::{golden_path, labelled_rows, tiny_config};
+use common::{golden_path, gpt2_spec, labelled_rows};
 
 /// Largest differences from the reference's logits allowed in each dtype.
 const TOLERANCES: [(Kind, f64); 2] = [(Kind::Double, 1e-10), (Kind::Float, 1e-5)];
@@ -48,7 +48,7 @@ fn tied_base(kind: Kind) -> Result<Decoder> {
 }
 
 fn tied_config() -> Result<DecoderSpec> {
-    gpt2::read_spec(&golden_path("gpt2_tied.config.json"))
+    families::read_spec(&golden_path("gpt2_tied.config.json"))
 }
 
 /// The path of a folder in `tests/golden/peft`.
@@ -127,7 +127,7 @@ fn provenance() -> Provenance {
 
 /// A base of three layers, so that adapters can target a module in any subset of them.
 fn three_layers() -> DecoderSpec {
-    DecoderSpec { n_layer: 3, n_embd: 4, n_inner: 8, n_head: 2, ..tiny_config() }
+    DecoderSpec { inner_width: 8, ..gpt2_spec(3, 2, 4) }
 }
 
 /// An adapter of zeros in the shapes that its spec requires.

@@ -13,7 +13,7 @@ use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{golden_path, seed, tiny_config, tiny_model};
+use crate::common::{golden_path, gpt2_spec, seed, tiny_config, tiny_model};
 use crate::{find, lora, message, of_folder, peft_folder, provenance, tied_config};
 
 /// An adapter saved by PEFT that a test spoils.
@@ -236,11 +236,11 @@ fn inits_that_changed_the_base_are_refused_with_a_hint() -> Result<()> {
 fn modules_that_are_not_there_are_refused() -> Result<()> {
     insta::assert_snapshot!(
         refusal_of("target_modules", json!(["q_proj", "v_proj"]))?,
-        @"`target_modules` matches no linear layer of a GPT-2 block"
+        @"`target_modules` matches no linear layer of the base, a `gpt2`"
     );
     insta::assert_snapshot!(
         refusal_of("target_modules", json!(".*[24]"))?,
-        @"`target_modules` matches no linear layer of a GPT-2 block"
+        @"`target_modules` matches no linear layer of the base, a `gpt2`"
     );
     insta::assert_snapshot!(refusal_of("target_modules", Value::Null)?, @r"
     `target_modules` is absent
@@ -248,7 +248,7 @@ fn modules_that_are_not_there_are_refused() -> Result<()> {
     ");
     insta::assert_snapshot!(
         refusal_of("exclude_modules", json!(["c_attn"]))?,
-        @"`target_modules` matches no linear layer of a GPT-2 block"
+        @"`target_modules` matches no linear layer of the base, a `gpt2`"
     );
     let mut spoiled = Spoiled::new("layers")?;
     spoiled.config.insert("layers_pattern".into(), json!("layers"));
@@ -341,7 +341,7 @@ fn a_config_that_is_no_object_is_refused() -> Result<()> {
 #[test]
 fn an_adapter_of_another_base_is_refused() -> Result<()> {
     let mut spoiled = Spoiled::new("plain")?;
-    spoiled.base.n_embd = 32;
+    spoiled.base = gpt2_spec(2, 4, 32);
     insta::assert_snapshot!(
         spoiled.refusal()?,
         @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
@@ -349,7 +349,7 @@ fn an_adapter_of_another_base_is_refused() -> Result<()> {
           adapter's config and the base, got [4, 16]"
     );
     let mut spoiled = Spoiled::new("plain")?;
-    spoiled.base.n_layer = 1;
+    spoiled.base.num_layers = 1;
     insta::assert_snapshot!(
         spoiled.refusal()?,
         @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
@@ -357,7 +357,7 @@ fn an_adapter_of_another_base_is_refused() -> Result<()> {
           the adapter's config"
     );
     let mut spoiled = Spoiled::new("plain")?;
-    spoiled.base.n_layer = 3;
+    spoiled.base.num_layers = 3;
     insta::assert_snapshot!(
         spoiled.refusal()?,
         @"cannot import `DIR`: in `DIR/adapter_model.safetensors`: tensor \
@@ -433,7 +433,7 @@ fn an_adapter_for_one_base_is_not_put_on_another() -> Result<()> {
     let _generator = seed(131);
     let source = [AdapterSource::Path(peft_folder("plain"))];
     let mixture = Mixture::of_adapters(&source, &tied_config()?, &find)?;
-    let wider = DecoderSpec { n_embd: 32, ..tied_config()? };
+    let wider = gpt2_spec(2, 4, 32);
     let base = crate::common::tiny_base(wider);
     let refusal = mixture.put_on(&base, Device::Cpu, Kind::Float).expect_err("it is wider");
     insta::assert_snapshot!(

@@ -7,13 +7,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::Result;
 use dylora::config::{
-    LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingChoice, TargetModule,
+    LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingChoice, TargetModules,
 };
 use dylora::eval::routing::{RouterLosses, SiteExperts, SiteTotals, fetch};
 use dylora::model::batch::Labelled;
 use dylora::model::decoder::Decoder;
-use dylora::model::decoder::{mlp::Activation, spec::DecoderSpec};
+use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::spec::ExpertSpec;
+use dylora::model::families;
 use dylora::model::loss::LossSettings;
 use dylora::model::routing::router::{RouterSpec, Routing};
 use dylora::model::routing::totals::{RoutingTotals, add_totals};
@@ -92,26 +93,23 @@ pub fn seed(seed: i64) -> MutexGuard<'static, ()> {
 
 /// A GPT-2 of 2 layers, width 16 and 61 tokens.
 pub fn tiny_config() -> DecoderSpec {
-    DecoderSpec {
-        n_layer: 2,
-        n_head: 4,
-        n_embd: 16,
-        n_inner: 64,
-        n_positions: 32,
-        vocab_size: 61,
-        layer_norm_epsilon: 1e-5,
-        activation: Activation::GeluNew,
-        tied_head: true,
-        scale_attn_weights: true,
-        scale_attn_by_inverse_layer_idx: false,
-        eos_token_id: Some(0),
-    }
+    gpt2_spec(2, 4, 16)
+}
+
+/// A GPT-2 of this shape, with 32 positions and 61 tokens.
+pub fn gpt2_spec(n_layer: i64, n_head: i64, n_embd: i64) -> DecoderSpec {
+    let json = serde_json::json!({
+        "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
+        "n_positions": 32, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0,
+    });
+    families::from_json(&json).expect("the shape is sound")
 }
 
 /// A base of the shape `config` whose parameters are all random, biases and LayerNorms included.
 pub fn tiny_base(config: DecoderSpec) -> Decoder {
     let tensors = config.parameter_shapes().into_iter().map(|(name, shape)| {
-        let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
+        // the weight of a normalisation is the only vector that is a weight
+        let mean = if shape.len() == 1 && name.ends_with("weight") { 1.0 } else { 0.0 };
         (name, Tensor::randn(&shape, DOUBLE) * 0.3 + mean)
     });
     let tensors = tensors.collect();
@@ -124,7 +122,7 @@ pub fn tiny_lora() -> LoraConfig {
         num_experts: 3,
         rank: 4,
         alpha: 6.0,
-        target_modules: TargetModule::ALL.to_vec(),
+        target_modules: TargetModules::all(),
         ..LoraConfig::default()
     }
 }

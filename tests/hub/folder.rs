@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::{BaseSource, RandomBase};
+use dylora::config::{BaseSource, Family, RandomBase};
 use dylora::hub::{BaseFiles, HubSettings, find_base};
 use tempfile::TempDir;
 
@@ -128,7 +128,16 @@ fn a_malformed_index_is_refused() -> Result<()> {
 
 #[test]
 fn random_weights_have_no_files() {
-    let shape = RandomBase { n_layer: 1, n_head: 1, n_embd: 8, n_positions: 8 };
+    let shape = RandomBase {
+        family: Family::Gpt2,
+        n_layer: 1,
+        n_head: 1,
+        n_kv_head: None,
+        head_dim: None,
+        n_embd: 8,
+        n_inner: None,
+        n_positions: 8,
+    };
     let error = find_base(&BaseSource::Random(shape), &HubSettings::offline("absent"), &())
         .expect_err("no files");
     assert_eq!(error.to_string(), "a base of random weights has no files");

@@ -4,7 +4,6 @@ use anyhow::Result;
 use dylora::bench::data::random_tokens;
 use dylora::config::{Config, Kernels, RoutingChoice, load};
 use dylora::data::Batch;
-use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::routing::router::RouterSpec;
 use dylora::model::{Compute, RoutedModel};
@@ -13,7 +12,7 @@ use dylora::train::optim::Optimizer;
 use dylora::train::step::Stepper;
 use tch::{Device, Kind};
 
-use crate::common::{seed, tiny_base, tiny_config};
+use crate::common::{gpt2_spec, seed, tiny_base};
 use crate::shapes::device;
 
 const NUM_STEPS: usize = 100;
@@ -33,7 +32,7 @@ fn config(more: &str) -> Result<Config> {
 /// The losses of [`NUM_STEPS`] steps over the same eight batches. Batches are split into
 /// micro-batches of two sizes.
 fn curve(config: &Config, device: Device, kind: Kind, kernels: Kernels) -> Result<Vec<f64>> {
-    let shape = DecoderSpec { n_embd: 32, n_inner: 128, n_layer: 3, ..tiny_config() };
+    let shape = gpt2_spec(3, 4, 32);
     tch::manual_seed(21);
     let base = tiny_base(shape);
     let specs = ExpertSpec::all(&config.lora, &base.spec)?;

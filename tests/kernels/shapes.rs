@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use dylora::config::TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
 use dylora::config::{
-    DropoutMasks, ExpertConfig, Kernels, LoraConfig, LoraInit, RouterConfig, RouterInput,
+    DropoutMasks, ExpertConfig, Family, Kernels, LoraConfig, LoraInit, RouterConfig, RouterInput,
     RouterScope, TargetModule,
 };
 use dylora::ffi;
@@ -18,7 +18,7 @@ use dylora::model::routing::router::RouterSpec;
 use dylora::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{randomize, seed, tiny_config};
+use crate::common::{gpt2_spec, randomize, seed};
 
 /// A mixture on a base, and the shape of a batch.
 struct Case {
@@ -41,28 +41,20 @@ fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraC
         num_experts: num_experts as i64,
         rank,
         alpha: 1.5 * rank as f64,
-        target_modules: target_modules.to_vec(),
+        target_modules: target_modules.into(),
         ..LoraConfig::default()
     }
 }
 
-fn shape(heads: i64, head_size: i64, vocab_size: i64, n_positions: i64) -> DecoderSpec {
-    let n_embd = heads * head_size;
-    DecoderSpec {
-        n_head: heads,
-        n_embd,
-        n_inner: 4 * n_embd,
-        vocab_size,
-        n_positions,
-        ..tiny_config()
-    }
+fn shape(heads: i64, head_size: i64, vocab_size: i64, max_positions: i64) -> DecoderSpec {
+    DecoderSpec { vocab_size, max_positions, ..gpt2_spec(2, heads, heads * head_size) }
 }
 
 fn case(name: &str) -> Case {
     Case {
         name: name.into(),
         base: shape(2, 16, 53, 64),
-        lora: lora(3, 4, &TargetModule::ALL),
+        lora: lora(3, 4, Family::Gpt2.modules()),
         router: RouterConfig::default(),
         batch: 2,
         seq_len: 24,
@@ -87,7 +79,7 @@ fn of_experts() -> Vec<Case> {
     let mut cases = vec![];
     for num_experts in [1, 3, 6, 16] {
         for rank in [1, 4, 12, 64] {
-            let lora = lora(num_experts, rank, &TargetModule::ALL);
+            let lora = lora(num_experts, rank, Family::Gpt2.modules());
             cases.push(Case { lora, ..case(&format!("E {num_experts}, r {rank}")) });
         }
     }
@@ -106,7 +98,7 @@ fn of_shapes(on_gpu: bool) -> Vec<Case> {
         ExpertConfig { rank: Some(5), alpha: Some(3.0), ..ExpertConfig::default() },
         ExpertConfig {
             rank: Some(16),
-            target_modules: Some(vec![AttnCAttn]),
+            target_modules: Some([AttnCAttn].into()),
             ..ExpertConfig::default()
         },
     ];
@@ -163,7 +155,7 @@ fn of_both() -> Vec<Case> {
     let mut cases = vec![];
     let documents = Some(vec![5, 1, 11, 7]);
     cases.push(Case { checkpointing: true, documents, ..case("checkpointing packed documents") });
-    let single = lora(1, 4, &TargetModule::ALL);
+    let single = lora(1, 4, Family::Gpt2.modules());
     let odd = shape(3, 5, 53, 64);
     cases.push(Case { lora: single, base: odd, ..case("E 1, a width that is no multiple of 8") });
     let wide = lora(16, 300, &[AttnCAttn]);

@@ -5,7 +5,7 @@ use dylora::config::{
     DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, RoutingChoice,
     TargetModule,
 };
-use dylora::model::decoder::linear::Linear;
+use dylora::model::decoder::linear::{Layout, Linear};
 use dylora::model::experts::dropout::LoraDropout;
 use dylora::model::experts::init::InitialValues;
 use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
@@ -65,16 +65,18 @@ fn one_expert_is_plain_lora_to_the_bit() -> Result<()> {
     for kind in [Kind::Float, Kind::Double] {
         let model = tiny_model(&lora, &RouterConfig::default(), kind)?;
         assert!(model.routers().is_empty());
-        let mut x = model.base().embed(&inputs.input_ids, &inputs.position_ids, kind);
+        let (ids, positions) = (&inputs.input_ids, &inputs.position_ids);
+        let mut x = model.base().embed(ids, positions, kind);
+        let context = model.base().context(&inputs.mask, positions, kind);
         for (layer, block) in model.base().blocks.iter().enumerate() {
-            x = block.forward(&x, &inputs.mask, &mut |module, x| {
+            x = block.forward(&x, &context, &mut |module, x| {
                 let path = ModulePath { layer, module };
                 let tensor = |key| model.expert_tensor(path, 0, key).expect("every module has one");
                 let (a, b) = (tensor("lora_a"), tensor("lora_b"));
                 block.linears[&module].forward(x) + x.matmul(&a.tr()).matmul(&b.tr()) * 6.0 / 4.0
             });
         }
-        let expected = model.logits(&model.base().ln_f.forward(&x));
+        let expected = model.logits(&model.base().final_norm.forward(&x));
         let hidden = |masks| {
             model.forward(&inputs, &RoutingSource::Router, with_dropout(0.0, masks), None).hidden
         };
@@ -257,7 +259,8 @@ fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
     let options = (Kind::Double, Device::Cpu);
     let (a, b) = (Tensor::randn([4, 16], options), Tensor::randn([8, 4], options));
     let weight = Tensor::randn([16, 8], options);
-    let linear = Linear { weight: weight.shallow_clone(), bias: Tensor::zeros([8], options) };
+    let linear =
+        Linear::new(weight.shallow_clone(), Layout::InOut, Some(Tensor::zeros([8], options)));
     let path = ModulePath { layer: 0, module: TargetModule::AttnCAttn };
     let experts = |count: usize| {
         let spec = ExpertSpec {
@@ -310,7 +313,7 @@ fn dropout_reaches_experts_in_training_only_and_the_base_never() -> Result<()> {
 #[test]
 fn only_experts_and_router_are_trained() -> Result<()> {
     let _generator = seed(10);
-    let lora = LoraConfig { target_modules: vec![TargetModule::AttnCProj], ..tiny_lora() };
+    let lora = LoraConfig { target_modules: [TargetModule::AttnCProj].into(), ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
     let trained = model.trained(RoutingChoice::Router, None).parameters.into_iter();
     let names: Vec<_> = trained.map(|p| p.name).collect();
@@ -328,7 +331,7 @@ fn only_experts_and_router_are_trained() -> Result<()> {
 #[test]
 fn every_target_module_receives_the_routing_weights() -> Result<()> {
     let _generator = seed(11);
-    let target_modules = vec![TargetModule::MlpCProj, TargetModule::AttnCAttn];
+    let target_modules = [TargetModule::MlpCProj, TargetModule::AttnCAttn].into();
     let lora = LoraConfig { target_modules, ..tiny_lora() };
     let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
     let routed = |source| {
@@ -388,7 +391,7 @@ fn a_small_change_counts_beside_a_bf16_base() {
             alora_invocation_tokens: vec![],
         };
         let bias = Tensor::zeros([8], (kind, Device::Cpu));
-        let linear = Linear { weight: weight.to_kind(kind), bias };
+        let linear = Linear::new(weight.to_kind(kind), Layout::InOut, Some(bias));
         let new = LoraExperts::new(path, &[spec], &weight, &linear, wide, InitialValues::Fresh);
         let experts = new.expect("it targets the module");
         for part in experts.tensors().iter().filter(|part| !part.key.starts_with("initial")) {

@@ -29,7 +29,7 @@ const TOLERANCE: f64 = 1e-12;
 fn mixed(kind: Kind) -> Result<RoutedModel> {
     let rank = |rank| ExpertConfig { rank: Some(rank), ..ExpertConfig::default() };
     let second = ExpertConfig { alpha: Some(1.0), ..rank(2) };
-    let lacking = ExpertConfig { target_modules: Some(vec![TargetModule::MlpCFc]), ..rank(3) };
+    let lacking = ExpertConfig { target_modules: Some([TargetModule::MlpCFc].into()), ..rank(3) };
     let experts = vec![ExpertConfig::default(), second, rank(7), rank(4), lacking];
     tiny_model(
         &LoraConfig { num_experts: 5, experts, ..tiny_lora() },

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use dylora::config::{
-    Config, LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingLevel, TargetModule, load,
+    Config, Family, LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingLevel, load,
 };
 use dylora::eval::routing::{RouterLosses, SiteExperts};
 use dylora::model::batch::Labelled;
@@ -24,7 +24,7 @@ const PER_LAYER: [i64; 3] = [1, 2, 3];
 
 /// A model of three layers, each of which routes over its own experts.
 fn model_of(lora: &LoraConfig, router: &RouterConfig) -> Result<RoutedModel> {
-    let base = tiny_base(DecoderSpec { n_layer: 3, ..tiny_config() });
+    let base = tiny_base(DecoderSpec { num_layers: 3, ..tiny_config() });
     let specs = ExpertSpec::all(lora, &base.spec)?;
     let spec = RouterSpec { own_experts: true, ..RouterSpec::from(router) };
     let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
@@ -68,7 +68,7 @@ fn a_layer_has_the_modules_of_its_own_experts_alone() -> Result<()> {
     }
     let of = |expert: usize, spec: &ExpertSpec| {
         let layers = (0..3).filter(|&layer| (expert as i64) < PER_LAYER[layer]).count();
-        assert_eq!(spec.modules.len(), layers * TargetModule::ALL.len());
+        assert_eq!(spec.modules.len(), layers * Family::Gpt2.modules().len());
     };
     model.specs().iter().enumerate().for_each(|(expert, spec)| of(expert, spec));
     Ok(())
@@ -139,7 +139,7 @@ fn a_layers_weights_are_the_softmax_over_its_own_experts() -> Result<()> {
 fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
     let _generator = seed(246);
     let per_layer: [&[i64]; 3] = [&[0, 2], &[1, 2], &[1]];
-    let base = tiny_base(DecoderSpec { n_layer: 3, ..tiny_config() });
+    let base = tiny_base(DecoderSpec { num_layers: 3, ..tiny_config() });
     let mut specs = ExpertSpec::all(&tiny_lora(), &base.spec)?;
     for (expert, spec) in specs.iter_mut().enumerate() {
         spec.modules.retain(|path, _| per_layer[path.layer].contains(&(expert as i64)));

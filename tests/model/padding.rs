@@ -4,7 +4,7 @@ use anyhow::Result;
 use dylora::config::{LossOn, Maturity, Plateau, RouterConfig, RoutingChoice};
 use dylora::data::{Batch, MemoryDocument, MemoryDomain, TokenDataset};
 use dylora::model::batch::{Extent, HostInputs};
-use dylora::model::decoder::attention::AttentionMask;
+use dylora::model::decoder::context::AttentionMask;
 use dylora::model::routing::totals::RoutingTotals;
 use dylora::model::{Inputs, RoutedModel, Rows};
 use dylora::train::gradients::gradients_of;

@@ -88,7 +88,9 @@ fn weights_are_those_of_the_prompts_mean_embedding_so_far() -> Result<()> {
         let mut sum = Tensor::zeros([16], crate::common::DOUBLE);
         for (t, &token) in tokens.iter().enumerate() {
             if t < prompt_len {
-                sum = &sum + base.wte.get(token) + base.wpe.get(t as i64);
+                sum = &sum
+                    + base.embedding.get(token)
+                    + base.positions.as_ref().expect("GPT-2").get(t as i64);
             }
             let mean = &sum / (t + 1).min(prompt_len) as f64;
             let scores = of_router.weight.mv(&mean) + &of_router.bias;

@@ -315,7 +315,7 @@ fn a_stage_that_was_interrupted_equals_an_unbroken_one_to_the_bit() -> Result<()
         for (name, tensor) in &left {
             assert!(tensor.equal(&right[name]), "from {from}: `{name}` differs");
         }
-        let width = base.spec.n_embd;
+        let width = base.spec.width;
         assert_eq!(checkpoint::read_skills(&resumed.checkpoint, width)?, skills);
     }
     Ok(())

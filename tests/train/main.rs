@@ -20,7 +20,7 @@ use dylora::hub::{self, AdapterFiles, HubSettings};
 use dylora::mixture::Mixture;
 use dylora::model::RoutingSource;
 use dylora::model::decoder::Decoder;
-use dylora::model::families::gpt2;
+use dylora::model::families;
 use dylora::tensor_file::read_tensors;
 use dylora::train::optim::load_rng_states;
 use dylora::train::{Ending, Event, Summary, Trainer};
@@ -68,7 +68,7 @@ impl World {
             "vocab_size": 32, "eos_token_id": 31,
         });
         tch::manual_seed(7);
-        let shape = gpt2::from_json(&shape)?;
+        let shape = families::from_json(&shape)?;
         // the matrices are ten times GPT-2's initial ones, so that the frozen head distinguishes
         // tokens
         let random = Decoder::random(shape.clone()).named_parameters().into_iter();
@@ -151,7 +151,7 @@ fn open_base(config: &Config) -> Result<Base> {
 }
 
 fn data(config: &Config, base: &Base) -> Result<Datasets> {
-    let eos = base.spec.eos_token_id;
+    let eos = base.spec.eos_token_id();
     let options = DataOptions::new(&config.data, config.run.seed, eos, None);
     load_datasets(&config.data.domains, &options, base.tokenizer()?, &|_| ())
 }
@@ -453,9 +453,9 @@ fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("hf");
     hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None)?;
-    let shape = gpt2::read_spec(&out.join("config.json"))?;
+    let shape = families::read_spec(&out.join("config.json"))?;
     let file = out.join("model.safetensors");
-    let read = dylora::model::families::load::read(&shape, &[file], tch::Kind::Float)?;
+    let read = families::load::read(&shape, &[file], tch::Kind::Float)?;
     assert_eq!(read.hash()?, model.base().hash()?);
     Ok(())
 }

@@ -91,7 +91,7 @@ impl Old {
         let of = |block: BlockId| {
             let inputs = Inputs::of_batch(&self.data.batch(&[block]), false, Device::Cpu);
             let output = model.forward(&inputs, &RoutingSource::Router, ForwardMode::EVAL, None);
-            let d = self.base.spec.n_embd;
+            let d = self.base.spec.width;
             model.logits(&output.hidden.view([-1, d]).index_select(0, &inputs.labelled))
         };
         Tensor::cat(&self.blocks().into_iter().map(of).collect::<Vec<_>>(), 0)

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::host::{Extent, HostInputs, InputLayout, Rows};
 use super::labelled::Labelled;
 use crate::data::{Batch, IGNORED_LABEL};
-use crate::model::decoder::attention::{AttentionMask, Documents, same_document};
+use crate::model::decoder::context::{AttentionMask, Documents, same_document};
 
 /// A batch on the device.
 #[derive(Debug)]

@@ -1,85 +1,110 @@
-//! Multi-head attention, and which earlier positions each position attends to.
+//! Attention with query heads and key-value heads.
 //!
-//! Letters of shapes: `b` batch, `t` position, `d` width.
-
-use std::cell::OnceCell;
+//! ```text
+//! GPT-2     q, k, v = c_attn(x)
+//! Llama     q = rotate(norm(q_proj(x))),  k = rotate(norm(k_proj(x))),  v = v_proj(x)
+//! y_i = softmax(scale q_i k_j^T) v_j      query head i uses key-value head j = i * J / I
+//! ```
+//!
+//! `I` is the number of query heads and `J` that of key-value heads. Some families have no norms,
+//! and some layers rotate nothing.
+//!
+//! Letters of shapes: `b` batch, `t` position, `d` width, `n` head, `h` width of a head.
 
 use tch::Tensor;
 
-/// Which earlier positions each position attends to.
+use super::context::AttentionContext;
+use super::linear::ApplyLinear;
+use super::norm::Norm;
+use crate::config::TargetModule as Module;
+
+/// The attention of a block.
 #[derive(Debug)]
-pub enum AttentionMask {
-    /// All earlier positions of its row: each row is one document.
-    Causal,
-    /// The earlier positions of its own document.
-    Documents(Documents),
+pub struct Attention {
+    /// Number of query heads.
+    pub num_heads: i64,
+    /// Number of key-value heads.
+    pub num_kv_heads: i64,
+    /// Width of a head.
+    pub head_dim: i64,
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Whether one linear layer computes queries, keys and values together.
+    pub is_packed: bool,
+    /// Number of positions that a position attends to; `None` if there is no limit.
+    pub window: Option<i64>,
+    /// Whether queries and keys are rotated.
+    pub rotates: bool,
+    /// What normalises each head's queries and keys, if anything does.
+    pub qk_norms: Option<(Norm, Norm)>,
 }
 
-impl AttentionMask {
-    /// Another handle to the same mask.
-    pub fn shallow_clone(&self) -> Self {
-        match self {
-            Self::Causal => Self::Causal,
-            Self::Documents(documents) => Self::Documents(documents.shallow_clone()),
+impl Attention {
+    /// Attention with its projections, of `x`, `[b, t, d]`. Returns the same shape.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        context: &AttentionContext,
+        linear: &mut ApplyLinear<'_>,
+    ) -> Tensor {
+        let (b, t, _) = x.size3().expect("activations are [b, t, d]");
+        let (q, k, v) = match self.is_packed {
+            true => self.split(&linear(Module::AttnCAttn, x)),
+            false => self.separate(x, context, linear),
+        };
+        let mask = context.mask(self.window);
+        let (is_causal, scale) = (mask.is_none(), Some(self.scale));
+        let y =
+            Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, is_causal, scale, false);
+        let y = y.transpose(1, 2).reshape([b, t, self.num_heads * self.head_dim]);
+        linear(if self.is_packed { Module::AttnCProj } else { Module::OProj }, &y)
+    }
+
+    /// Queries, keys and values, `[b, n, t, h]` each, from `qkv`, `[b, t, 3 n h]`.
+    fn split(&self, qkv: &Tensor) -> (Tensor, Tensor, Tensor) {
+        let (b, t, _) = qkv.size3().expect("activations are [b, t, 3 n h]");
+        let heads = qkv.view([b, t, 3, self.num_heads, self.head_dim]).permute([2, 0, 3, 1, 4]);
+        (heads.get(0), heads.get(1), heads.get(2))
+    }
+
+    /// Queries, keys and values, `[b, n, t, h]` each, by a linear layer for each. Keys and values
+    /// are repeated for the query heads that share them.
+    fn separate(
+        &self,
+        x: &Tensor,
+        context: &AttentionContext,
+        linear: &mut ApplyLinear<'_>,
+    ) -> (Tensor, Tensor, Tensor) {
+        let (b, t, _) = x.size3().expect("activations are [b, t, d]");
+        let mut heads = |module, count: i64| linear(module, x).view([b, t, count, self.head_dim]);
+        let q = heads(Module::QProj, self.num_heads);
+        let k = heads(Module::KProj, self.num_kv_heads);
+        let v = heads(Module::VProj, self.num_kv_heads).transpose(1, 2);
+        let (q, k) = match &self.qk_norms {
+            Some((query_norm, key_norm)) => (query_norm.forward(&q), key_norm.forward(&k)),
+            None => (q, k),
+        };
+        let (q, k) = (q.transpose(1, 2), k.transpose(1, 2));
+        let (q, k) = match &context.rotation {
+            Some(rotation) if self.rotates => (rotation.apply(&q), rotation.apply(&k)),
+            _ => (q, k),
+        };
+        (q, self.repeated(k), self.repeated(v))
+    }
+
+    /// Repeats key-value heads, `[b, n, t, h]`, so that there is one for each query head.
+    fn repeated(&self, x: Tensor) -> Tensor {
+        let group = self.num_heads / self.num_kv_heads;
+        if group == 1 {
+            return x;
         }
-    }
-}
-
-/// Where the documents of a batch begin and end.
-#[derive(Debug)]
-pub struct Documents {
-    /// Index of each position's document in its row, `[b, t]`.
-    ids: Tensor,
-    mask: OnceCell<Tensor>,
-    /// Where each document begins in the flattened `[b t]`, and then where the last one ends,
-    /// int32, `[documents + 1]`. Each run of padding counts as a document. Documents of length 0 at
-    /// the end fill the tensor up to its size.
-    pub cu_seqlens: Tensor,
-    /// At least the length of the longest document.
-    pub max_len: i64,
-}
-
-impl Documents {
-    /// The documents with the indices `ids`, `[b, t]`. The other arguments are the fields of the
-    /// same names.
-    pub fn new(ids: Tensor, cu_seqlens: Tensor, max_len: i64) -> Self {
-        Self { ids, mask: OnceCell::new(), cu_seqlens, max_len }
+        let (b, n, t, h) = x.size4().expect("heads are [b, n, t, h]");
+        x.unsqueeze(2).expand([b, n, group, t, h], false).reshape([b, n * group, t, h])
     }
 
-    /// True where a position may attend to another: to those of its own document up to itself,
-    /// `[b, 1, t, t]`. The mask is built at the first call.
-    pub fn mask(&self) -> &Tensor {
-        self.mask.get_or_init(|| same_document(&self.ids).unsqueeze(1))
-    }
-
-    /// Another handle to the same tensors.
+    /// Another handle to the same parameters.
     pub fn shallow_clone(&self) -> Self {
-        Self {
-            ids: self.ids.shallow_clone(),
-            mask: self.mask.get().map_or_else(OnceCell::new, |mask| mask.shallow_clone().into()),
-            cu_seqlens: self.cu_seqlens.shallow_clone(),
-            max_len: self.max_len,
-        }
+        let norms = self.qk_norms.as_ref();
+        Self { qk_norms: norms.map(|(q, k)| (q.shallow_clone(), k.shallow_clone())), ..*self }
     }
-}
-
-/// True where the second position belongs to the same document as the first and is not after it,
-/// `[b, t, t]`.
-pub fn same_document(ids_bt: &Tensor) -> Tensor {
-    ids_bt.unsqueeze(1).eq_tensor(&ids_bt.unsqueeze(2)).tril(0)
-}
-
-/// Multi-head attention of `qkv`, `[b, t, 3d]`, without the output projection: `[b, t, d]`. `scale`
-/// multiplies the scores.
-pub fn attention(qkv: &Tensor, n_head: i64, scale: f64, mask: &AttentionMask) -> Tensor {
-    let (b, t, d3) = qkv.size3().expect("activations are [b, t, 3d]");
-    let heads = qkv.view([b, t, 3, n_head, d3 / 3 / n_head]).permute([2, 0, 3, 1, 4]);
-    let (q, k, v) = (heads.get(0), heads.get(1), heads.get(2));
-    let (mask, is_causal) = match mask {
-        AttentionMask::Causal => (None, true),
-        AttentionMask::Documents(documents) => (Some(documents.mask()), false),
-    };
-    let scale = Some(scale);
-    let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, is_causal, scale, false);
-    y.transpose(1, 2).reshape([b, t, d3 / 3])
 }

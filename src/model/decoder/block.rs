@@ -6,26 +6,25 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-use super::attention::{AttentionMask, attention};
-use super::linear::Linear;
+use super::attention::Attention;
+use super::context::AttentionContext;
+use super::linear::{ApplyLinear, Linear};
 use super::mlp::Activation;
-use super::norm::LayerNorm;
+use super::norm::Norm;
 use crate::config::TargetModule;
 
 /// One transformer block.
 #[derive(Debug)]
 pub struct Block {
     /// Normalises the input of attention.
-    pub ln_1: LayerNorm,
-    /// Normalises the input of the feed-forward layer.
-    pub ln_2: LayerNorm,
-    /// The four linear layers.
+    pub norm_1: Norm,
+    /// Normalises the input of the feed-forward network.
+    pub norm_2: Norm,
+    /// The linear layers.
     pub linears: BTreeMap<TargetModule, Linear>,
-    /// Number of attention heads.
-    pub n_head: i64,
-    /// Factor of the attention scores.
-    pub attention_scale: f64,
-    /// Activation of the feed-forward layer.
+    /// Attention, without its linear layers.
+    pub attention: Attention,
+    /// The activation of the feed-forward network.
     pub activation: Activation,
 }
 
@@ -35,31 +34,43 @@ impl Block {
     pub fn forward(
         &self,
         x: &Tensor,
-        mask: &AttentionMask,
-        linear: &mut dyn FnMut(TargetModule, &Tensor) -> Tensor,
+        context: &AttentionContext,
+        linear: &mut ApplyLinear<'_>,
     ) -> Tensor {
-        let qkv = linear(TargetModule::AttnCAttn, &self.ln_1.forward(x));
-        let attention = attention(&qkv, self.n_head, self.attention_scale, mask);
-        let x = x + linear(TargetModule::AttnCProj, &attention);
-        let up = linear(TargetModule::MlpCFc, &self.ln_2.forward(&x));
-        &x + linear(TargetModule::MlpCProj, &self.activation.apply(&up))
+        let x = x + self.attention.forward(&self.norm_1.forward(x), context, linear);
+        &x + self.activation.mlp(&self.norm_2.forward(&x), linear)
     }
 
-    /// Handles to all parameters of the block.
-    pub fn parameters(&self) -> Vec<Tensor> {
-        let norms =
-            [&self.ln_1, &self.ln_2].into_iter().flat_map(|norm| [&norm.weight, &norm.bias]);
-        let linears = self.linears.values().flat_map(|linear| [&linear.weight, &linear.bias]);
-        norms.chain(linears).map(Tensor::shallow_clone).collect()
+    /// Every parameter with its part of the block and its kind, `weight` or `bias`, in the order of
+    /// [`super::spec::DecoderSpec::parameter_shapes`].
+    ///
+    /// - `norms`: the names of the two normalisations, and of those of queries and keys
+    pub fn named_parameters(&self, norms: [&'static str; 4]) -> Vec<(String, Tensor)> {
+        let mut named = vec![];
+        let mut add = |part: &str, weight: &Tensor, bias: Option<&Tensor>| {
+            named.push((format!("{part}.weight"), weight.shallow_clone()));
+            named.extend(bias.map(|bias| (format!("{part}.bias"), bias.shallow_clone())));
+        };
+        let qk_norms = self.attention.qk_norms.as_ref().map(|(query, key)| [query, key]);
+        let all = [&self.norm_1, &self.norm_2].into_iter().chain(qk_norms.into_iter().flatten());
+        for (name, norm) in norms.into_iter().zip(all) {
+            let (weight, bias) = norm.parameters();
+            add(name, weight, bias);
+        }
+        for (module, linear) in &self.linears {
+            add(module.name(), linear.stored(), linear.bias.as_ref());
+        }
+        named
     }
 
     /// Another handle to the same parameters.
     pub fn shallow_clone(&self) -> Self {
         Self {
-            ln_1: self.ln_1.shallow_clone(),
-            ln_2: self.ln_2.shallow_clone(),
+            norm_1: self.norm_1.shallow_clone(),
+            norm_2: self.norm_2.shallow_clone(),
             linears: self.linears.iter().map(|(&m, linear)| (m, linear.shallow_clone())).collect(),
-            ..*self
+            attention: self.attention.shallow_clone(),
+            activation: self.activation,
         }
     }
 }

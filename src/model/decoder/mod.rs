@@ -1,22 +1,25 @@
-//! The decoder: GPT-2's forward pass (transformers 5.17, `models/gpt2/modeling_gpt2.py`), without
-//! LoRA. The base's dropout is never active, not even in training.
+//! The decoder, without LoRA, made of the parts that its spec names. It computes what transformers
+//! 5.17 computes (`models/{gpt2,llama,qwen2,qwen3,smollm3,mistral}/modeling_*.py`). The base's
+//! dropout is never active, not even in training.
 //!
 //! ```text
-//! x_0 = wte[input_ids] + wpe[position_ids]
-//! x   = x + attn.c_proj(attention(attn.c_attn(ln_1(x))))
-//! x   = x + mlp.c_proj(gelu(mlp.c_fc(ln_2(x))))          n_layer times
-//! logits = ln_f(x) lm_head^T
+//! x_0    = embedding[input_ids] (+ positions[position_ids])
+//! x      = x + attention(norm_1(x))
+//! x      = x + mlp(norm_2(x))                                   once for each block
+//! logits = final_norm(x) head^T
 //! ```
 //!
-//! Letters of shapes: `b` batch, `t` position, `d` width, `h` head, `i` in, `o` out, `v`
-//! vocabulary.
+//! Letters of shapes: `b` batch, `t` position, `d` width, `v` vocabulary.
 
 pub mod attention;
 pub mod block;
+pub mod context;
 pub mod linear;
 pub mod mlp;
+pub mod names;
 pub mod norm;
 pub mod precision;
+pub mod rope;
 pub mod spec;
 
 use std::collections::BTreeMap;
@@ -24,87 +27,68 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::TargetModule;
+use crate::config::Family;
 use crate::tensor_file::hash_tensors;
+use attention::Attention;
 use block::Block;
-use linear::Linear;
-use norm::LayerNorm;
+use context::{AttentionContext, AttentionMask};
+use linear::{Layout, Linear};
+use names::PartNames;
+use norm::Norm;
+use rope::Rotary;
 use spec::DecoderSpec;
 
-/// The base's parameters, with their Hugging Face names.
+/// The base's parameters.
 #[derive(Debug)]
 pub struct Decoder {
-    /// The sizes of the base.
+    /// The shape of the base.
     pub spec: DecoderSpec,
-    /// Token embedding, `transformer.wte.weight`, `[v, d]`.
-    pub wte: Tensor,
-    /// Position embedding, `transformer.wpe.weight`, `[n_positions, d]`.
-    pub wpe: Tensor,
-    /// The blocks, `transformer.h.*`.
+    /// Token embedding, `[v, d]`.
+    pub embedding: Tensor,
+    /// Position embedding, `[max_positions, d]`; `None` if positions are rotated instead.
+    pub positions: Option<Tensor>,
+    /// The blocks.
     pub blocks: Vec<Block>,
-    /// The final LayerNorm, `transformer.ln_f`.
-    pub ln_f: LayerNorm,
-    /// `lm_head.weight`, `[v, d]`; `None` if the head is the token embedding.
-    lm_head: Option<Tensor>,
+    /// Normalises the last hidden states.
+    pub final_norm: Norm,
+    /// `[v, d]`; `None` if the head is the token embedding.
+    head: Option<Tensor>,
+    /// The frequencies of RoPE; `None` without it.
+    rotary: Option<Rotary>,
 }
 
 impl Decoder {
     /// Builds the base from `tensors`, which must have exactly the names and shapes of
     /// [`DecoderSpec::parameter_shapes`].
-    pub fn new(spec: DecoderSpec, mut tensors: BTreeMap<String, Tensor>) -> Self {
-        let mut take = |name: String| {
-            tensors.remove(&name).unwrap_or_else(|| panic!("the caller checked `{name}`"))
-        };
-        let eps = spec.layer_norm_epsilon;
-        let wte = take("transformer.wte.weight".into());
-        let wpe = take("transformer.wpe.weight".into());
-        let mut blocks = vec![];
-        for layer in 0..spec.n_layer {
-            let mut weight_bias = |module: &str| {
-                let name = format!("transformer.h.{layer}.{module}");
-                (take(format!("{name}.weight")), take(format!("{name}.bias")))
-            };
-            let mut norm = |module| {
-                let (weight, bias) = weight_bias(module);
-                LayerNorm { weight, bias, eps }
-            };
-            let (ln_1, ln_2) = (norm("ln_1"), norm("ln_2"));
-            let linears = TargetModule::ALL.into_iter().map(|module| {
-                let (weight, bias) = weight_bias(module.name());
-                (module, Linear { weight, bias })
-            });
-            blocks.push(Block {
-                ln_1,
-                ln_2,
-                linears: linears.collect(),
-                n_head: spec.n_head,
-                attention_scale: spec.attention_scale(layer),
-                activation: spec.activation,
-            });
-        }
-        let ln_f = LayerNorm {
-            weight: take("transformer.ln_f.weight".into()),
-            bias: take("transformer.ln_f.bias".into()),
-            eps,
-        };
-        let lm_head = (!spec.tied_head).then(|| take("lm_head.weight".into()));
-        Self { spec, wte, wpe, blocks, ln_f, lm_head }
+    pub fn new(spec: DecoderSpec, tensors: BTreeMap<String, Tensor>) -> Self {
+        let mut tensors = Tensors(tensors);
+        let names = spec.names();
+        let embedding = tensors.take(names.embedding);
+        let positions = names.positions.map(|name| tensors.take(name));
+        let blocks = (0..spec.num_layers).map(|layer| block(&spec, layer, &mut tensors)).collect();
+        let final_norm = tensors.norm(names.final_norm, spec.norm_eps);
+        let head = (!spec.tied_head).then(|| tensors.take(PartNames::HEAD));
+        let rotary = spec.rope.as_ref();
+        let rotary = rotary.map(|rope| Rotary::new(rope, spec.head_dim, embedding.device()));
+        Self { spec, embedding, positions, blocks, final_norm, head, rotary }
     }
 
-    /// Random parameters, f32 on the CPU, from libtorch's default generator. As in GPT-2, weights
-    /// have mean 0 and standard deviation 0.02, which is divided by `sqrt(2 n_layer)` for the
-    /// residual projections.
+    /// Random parameters, f32 on the CPU, from libtorch's default generator. Weights have mean 0
+    /// and standard deviation 0.02; in GPT-2, that of the residual projections is divided by
+    /// `sqrt(2 num_layers)`.
     pub fn random(spec: DecoderSpec) -> Self {
         let options = (Kind::Float, Device::Cpu);
-        let residual = 0.02 / (2.0 * spec.n_layer as f64).sqrt();
+        let residual = 0.02 / (2.0 * spec.num_layers as f64).sqrt();
+        let is_gpt2 = spec.family == Family::Gpt2;
         let tensors = spec.parameter_shapes().into_iter().map(|(name, shape)| {
             let tensor = if name.ends_with(".bias") {
                 Tensor::zeros(&shape, options)
-            } else if name.contains(".ln_") {
+            } else if shape.len() == 1 {
+                // the weight of a normalisation
                 Tensor::ones(&shape, options)
             } else {
-                let std = if name.ends_with("c_proj.weight") { residual } else { 0.02 };
-                Tensor::randn(&shape, options) * std
+                let is_residual = is_gpt2 && name.ends_with("c_proj.weight");
+                Tensor::randn(&shape, options) * if is_residual { residual } else { 0.02 }
             };
             (name, tensor)
         });
@@ -112,28 +96,28 @@ impl Decoder {
         Self::new(spec, tensors)
     }
 
-    /// Every parameter with its Hugging Face name, in the order of
-    /// [`DecoderSpec::parameter_shapes`]. A tied head appears once, as `transformer.wte.weight`.
+    /// Every parameter with its Hugging Face name, in its file's layout, in the order of
+    /// [`DecoderSpec::parameter_shapes`]. A tied head appears once, as the token embedding.
     pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
-        let mut named = vec![
-            ("transformer.wte.weight".to_owned(), &self.wte),
-            ("transformer.wpe.weight".to_owned(), &self.wpe),
-        ];
-        for (layer, block) in self.blocks.iter().enumerate() {
-            for (name, norm) in [("ln_1", &block.ln_1), ("ln_2", &block.ln_2)] {
-                named.push((format!("transformer.h.{layer}.{name}.weight"), &norm.weight));
-                named.push((format!("transformer.h.{layer}.{name}.bias"), &norm.bias));
-            }
-            for (module, linear) in &block.linears {
-                let name = module.name();
-                named.push((format!("transformer.h.{layer}.{name}.weight"), &linear.weight));
-                named.push((format!("transformer.h.{layer}.{name}.bias"), &linear.bias));
-            }
+        let names = self.spec.names();
+        let mut named = vec![(names.embedding.to_owned(), self.embedding.shallow_clone())];
+        if let (Some(name), Some(positions)) = (names.positions, &self.positions) {
+            named.push((name.to_owned(), positions.shallow_clone()));
         }
-        named.push(("transformer.ln_f.weight".to_owned(), &self.ln_f.weight));
-        named.push(("transformer.ln_f.bias".to_owned(), &self.ln_f.bias));
-        named.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".to_owned(), head)));
-        named.into_iter().map(|(name, tensor)| (name, tensor.shallow_clone())).collect()
+        let norms = [names.norm_1, names.norm_2, names.query_norm, names.key_norm];
+        for (layer, block) in (0..).zip(&self.blocks) {
+            let prefix = names.block(layer);
+            let parameters = block.named_parameters(norms).into_iter();
+            named.extend(parameters.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
+        }
+        let (weight, bias) = self.final_norm.parameters();
+        let final_norm = names.final_norm;
+        named.push((format!("{final_norm}.weight"), weight.shallow_clone()));
+        named.extend(bias.map(|bias| (format!("{final_norm}.bias"), bias.shallow_clone())));
+        named.extend(
+            self.head.as_ref().map(|head| (PartNames::HEAD.to_owned(), head.shallow_clone())),
+        );
+        named
     }
 
     /// The base with its parameters on `device`, in dtype `kind`.
@@ -143,26 +127,45 @@ impl Decoder {
         Self::new(self.spec.clone(), tensors.collect())
     }
 
-    /// The sum of token and position embeddings, `[b, t, d]`, in dtype `kind`, of `input_ids` and
+    /// The embeddings, `[b, t, d]`, in dtype `kind`, of `input_ids` and, if positions are embedded,
     /// `position_ids`, both `[b, t]`.
     pub fn embed(&self, input_ids: &Tensor, position_ids: &Tensor, kind: Kind) -> Tensor {
-        let tokens = Tensor::embedding(&self.wte, input_ids, -1, false, false);
-        let positions = Tensor::embedding(&self.wpe, position_ids, -1, false, false);
-        (tokens + positions).to_kind(kind)
+        let tokens = Tensor::embedding(&self.embedding, input_ids, -1, false, false);
+        let sum = match &self.positions {
+            Some(positions) => {
+                tokens + Tensor::embedding(positions, position_ids, -1, false, false)
+            }
+            None => tokens,
+        };
+        sum.to_kind(kind)
+    }
+
+    /// What attention needs of a batch besides hidden states, in a model that computes in `kind`.
+    ///
+    /// - `position_ids`: positions within each document, `[b, t]`
+    pub fn context(
+        &self,
+        mask: &AttentionMask,
+        position_ids: &Tensor,
+        kind: Kind,
+    ) -> AttentionContext {
+        let rotation = self.rotary.as_ref().map(|rotary| rotary.at(position_ids, kind));
+        let windows = self.blocks.iter().filter_map(|block| block.attention.window);
+        AttentionContext::new(mask, rotation, position_ids, windows)
     }
 
     /// The head, `[v, d]`, which turns hidden states into logits. It is the token embedding if the
     /// head is tied.
     pub fn head(&self) -> &Tensor {
-        self.lm_head.as_ref().unwrap_or(&self.wte)
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Makes `place` the head, and also the token embedding if the head is tied to it. `place`
     /// holds the same numbers elsewhere in memory.
     pub fn set_head(&mut self, place: Tensor) {
-        match &mut self.lm_head {
+        match &mut self.head {
             Some(head) => *head = place,
-            None => self.wte = place,
+            None => self.embedding = place,
         }
     }
 
@@ -171,5 +174,63 @@ impl Decoder {
         let mut hasher = blake3::Hasher::new();
         hash_tensors(&mut hasher, &self.named_parameters())?;
         Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// The hash that the base has in dtype `kind`. One parameter at a time is converted.
+    pub fn hash_in(&self, kind: Kind) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        for (name, tensor) in self.named_parameters() {
+            hash_tensors(&mut hasher, &[(name, tensor.to_kind(kind))])?;
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+}
+
+/// The tensors of a base by name, which are taken one by one.
+struct Tensors(BTreeMap<String, Tensor>);
+
+impl Tensors {
+    fn take(&mut self, name: &str) -> Tensor {
+        self.0.remove(name).unwrap_or_else(|| panic!("the caller checked `{name}`"))
+    }
+
+    fn weight_and_bias(&mut self, part: &str) -> (Tensor, Option<Tensor>) {
+        (self.take(&format!("{part}.weight")), self.0.remove(&format!("{part}.bias")))
+    }
+
+    fn norm(&mut self, part: &str, eps: f64) -> Norm {
+        let (weight, bias) = self.weight_and_bias(part);
+        Norm::new(weight, bias, eps)
+    }
+}
+
+/// Builds block `layer` from its tensors.
+fn block(spec: &DecoderSpec, layer: i64, tensors: &mut Tensors) -> Block {
+    let (names, eps) = (spec.names(), spec.norm_eps);
+    let prefix = names.block(layer);
+    let mut norm = |part: &str| tensors.norm(&format!("{prefix}.{part}"), eps);
+    let (norm_1, norm_2) = (norm(names.norm_1), norm(names.norm_2));
+    let qk_norms = spec.has_qk_norm.then(|| (norm(names.query_norm), norm(names.key_norm)));
+    let is_gpt2 = spec.family == Family::Gpt2;
+    let layout = if is_gpt2 { Layout::InOut } else { Layout::OutIn };
+    let linears = spec.modules().iter().map(|&module| {
+        let (weight, bias) = tensors.weight_and_bias(&format!("{prefix}.{}", module.name()));
+        (module, Linear::new(weight, layout, bias))
+    });
+    Block {
+        norm_1,
+        norm_2,
+        linears: linears.collect(),
+        attention: Attention {
+            num_heads: spec.num_heads,
+            num_kv_heads: spec.num_kv_heads,
+            head_dim: spec.head_dim,
+            scale: spec.attention_scale(layer),
+            is_packed: is_gpt2,
+            window: spec.window(layer),
+            rotates: spec.rotates(layer),
+            qk_norms,
+        },
+        activation: spec.activation,
     }
 }

@@ -67,10 +67,9 @@ impl LoraExperts {
         let z = self.weigh(x_ni.matmul(&down.to_kind(kind).tr()), g);
         let sum = y_no.addmm(&z, &up.to_kind(kind));
         let Some((dora, factors_mo)) = dora else { return sum.view([b, t, o]) };
-        let base = if dropout.is_active() {
-            x_ni.matmul(&linear.weight.to_kind(kind))
-        } else {
-            y_no - linear.bias.to_kind(kind)
+        let base = match dropout.is_active() {
+            true => x_ni.matmul(&linear.weight().to_kind(kind)),
+            false => linear.without_bias(&y_no),
         };
         sum.addcmul(&base, &dora.weigh((factors_mo - 1.0).to_kind(kind), g)).view([b, t, o])
     }
@@ -136,8 +135,7 @@ impl LoraExperts {
         dropout: LoraDropout,
     ) -> Tensor {
         let kind = x.kind();
-        let base =
-            (self.dora.is_some() && !dropout.is_active()).then(|| &y - linear.bias.to_kind(kind));
+        let base = (self.dora.is_some() && !dropout.is_active()).then(|| linear.without_bias(&y));
         for slot in &self.slots {
             let x = dropout.apply(x);
             let part = |a: &Tensor, b: &Tensor| {
@@ -153,7 +151,7 @@ impl LoraExperts {
                 let factor = dora.magnitude.get(row) / norm_o;
                 let base = match &base {
                     Some(base) => base.shallow_clone(),
-                    None => x.matmul(&linear.weight.to_kind(kind)),
+                    None => x.matmul(&linear.weight().to_kind(kind)),
                 };
                 // the factor is near 1, so 1 is subtracted before rounding to bf16
                 update = base * (&factor - 1.0).to_kind(kind) + factor.to_kind(kind) * update;
@@ -172,7 +170,7 @@ impl LoraExperts {
     fn updated_weight_norm(&self, slot: &Slot, linear: &Linear) -> Tensor {
         let kind = self.lora_a.kind();
         let (a, b) = self.delta(slot).plain();
-        let weight_io = linear.weight.to_kind(kind) + a.tr().matmul(&(b * slot.scaling));
+        let weight_io = linear.weight().to_kind(kind) + a.tr().matmul(&(b * slot.scaling));
         weight_io.square().sum_dim_intlist(0, false, kind).sqrt()
     }
 }
@@ -189,7 +187,7 @@ impl Dora {
         let kind = self.magnitude.kind();
         let norms = tch::no_grad(|| {
             let (down, up) = (down.detach(), up.detach() * &self.scalings);
-            let cross = down.matmul(&linear.weight.detach().to_kind(kind)) * 2.0;
+            let cross = down.matmul(&linear.weight().detach().to_kind(kind)) * 2.0;
             // only products within one expert count
             let square = (down.matmul(&down.tr()) * &self.same).matmul(&up);
             let norm2 = &self.base_norm2 + self.members.matmul(&((cross + square) * up));

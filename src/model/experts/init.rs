@@ -8,7 +8,7 @@
 //! DoRA      m = |W^T + s (B A - B0 A0)| over inputs = |W^T|                 `DoraLinearLayer`
 //! ```
 //!
-//! `W` is GPT-2's weight `[i, o]`, so `W^T` is what PEFT calls the weight of a linear layer. PEFT's
+//! `W` is the weight `[i, o]`, so `W^T` is what PEFT calls the weight of a linear layer. PEFT's
 //! `olora_init` overlooks `fan_in_fan_out` and factorises GPT-2's `W` itself, which gives factors
 //! of the wrong shapes. Here OLoRA factorises `W^T`, as for a linear layer.
 
@@ -77,7 +77,7 @@ impl LoraExperts {
             initial_a.push(a0.to_kind(kind));
             initial_b.push(b0.to_kind(kind));
         }
-        let device = linear.weight.device();
+        let device = linear.stored().device();
         let initial = (!initial_a.is_empty()).then(|| {
             let stack = |parts: &[Tensor]| Tensor::cat(parts, 0).to_device(device);
             (stack(&initial_a), stack(&initial_b))
@@ -100,12 +100,12 @@ impl Dora {
         if experts.is_empty() {
             return None;
         }
-        let options = (kind, linear.weight.device());
+        let options = (kind, linear.stored().device());
         let num_magnitudes = experts.len() as i64;
         let rows = RankRows(slots);
         let members = rows.filled(num_magnitudes, options, |slot| slot.magnitude, |_| 1.0);
         let scalings = rows.filled(1, options, |_| Some(0), |slot| slot.scaling).tr();
-        let weight = linear.weight.detach().to_kind(kind);
+        let weight = linear.weight().detach().to_kind(kind);
         let base_norm2 = weight.square().sum_dim_intlist(0, false, kind);
         Some(Self {
             magnitude: base_norm2.sqrt().unsqueeze(0).repeat([num_magnitudes, 1]),

@@ -12,4 +12,5 @@ pub mod orthogonality;
 pub mod slots;
 pub mod spec;
 pub mod stack;
+pub mod targets;
 pub mod weights;

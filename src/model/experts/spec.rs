@@ -3,11 +3,12 @@
 //! An expert is one PEFT adapter. Its spec says what `adapter_config.json` says, resolved to
 //! modules.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::targets::{self, TargetMatch};
 use crate::config::{LoraConfig, LoraInit, ModulePath, ModulePattern, TargetModule};
 use crate::model::decoder::spec::DecoderSpec;
 
@@ -44,9 +45,9 @@ impl ExpertSpec {
     /// The spec of expert `expert` in a config, for a base.
     ///
     /// # Errors
-    /// If a pattern names a layer that the base lacks, `experts_per_layer` has another number of
-    /// layers than the base, an invocation token is not in its vocabulary, or PiSSA or OLoRA has a
-    /// rank above that of the weight.
+    /// If a target or a pattern matches no layer of the base, `experts_per_layer` has another
+    /// number of layers than the base, an invocation token is not in its vocabulary, or PiSSA or
+    /// OLoRA has a rank above that of the weight.
     pub fn new(lora: &LoraConfig, expert: usize, base: &DecoderSpec) -> Result<Self> {
         Self::resolve(lora, expert, base).with_context(|| format!("expert {expert} of `lora`"))
     }
@@ -54,13 +55,7 @@ impl ExpertSpec {
     fn resolve(lora: &LoraConfig, expert: usize, base: &DecoderSpec) -> Result<Self> {
         let own = lora.experts.get(expert).cloned().unwrap_or_default();
         let lora = lora.of_expert(expert);
-        for pattern in lora.rank_pattern.keys().chain(lora.alpha_pattern.keys()) {
-            if let ModulePattern::One(path) = pattern
-                && path.layer as i64 >= base.n_layer
-            {
-                bail!("a pattern names `{path}`, but the base has {} layers", base.n_layer);
-            }
-        }
+        targets::check(&lora, base)?;
         let vocab = base.vocab_size;
         if let Some(token) = own.alora_invocation_tokens.iter().find(|token| **token >= vocab) {
             bail!(
@@ -69,16 +64,17 @@ impl ExpertSpec {
             );
         }
         let layers = lora.experts_per_layer.as_ref();
-        if let Some(layers) = layers.filter(|layers| layers.len() as i64 != base.n_layer) {
-            let (found, n_layer) = (layers.len(), base.n_layer);
-            bail!("`experts_per_layer` names {found} layers, the base has {n_layer}");
+        if let Some(layers) = layers.filter(|layers| layers.len() as i64 != base.num_layers) {
+            let (found, num_layers) = (layers.len(), base.num_layers);
+            bail!("`experts_per_layer` names {found} layers, the base has {num_layers}");
         }
         let mut modules = BTreeMap::new();
-        for layer in 0..base.n_layer as usize {
+        for layer in 0..base.num_layers as usize {
             if layers.is_some_and(|layers| expert as i64 >= layers[layer]) {
                 continue;
             }
-            for &module in &lora.target_modules {
+            let targets = |module: &&TargetModule| lora.target_modules.contain(**module);
+            for &module in base.modules().iter().filter(targets) {
                 let path = ModulePath { layer, module };
                 let rank = ModulePattern::find(&lora.rank_pattern, path).unwrap_or(lora.rank);
                 let alpha = ModulePattern::find(&lora.alpha_pattern, path).unwrap_or(lora.alpha);
@@ -136,6 +132,17 @@ impl ExpertSpec {
         let targets =
             |module: &TargetModule| self.modules.keys().any(|path| path.module == *module);
         TargetModule::ALL.into_iter().filter(targets).collect()
+    }
+
+    /// What the adapter of expert `index` targets, from which the expert starts.
+    pub fn source_match(&self, index: usize) -> TargetMatch {
+        let layers: BTreeSet<usize> = self.modules.keys().map(|path| path.layer).collect();
+        TargetMatch {
+            key: format!("lora.experts[{index}].source"),
+            pattern: "the adapter's `target_modules`".into(),
+            modules: self.target_modules().into_iter().map(TargetModule::name).collect(),
+            num_layers: layers.len() as i64,
+        }
     }
 
     /// Number of parameters of A, of B and of the magnitudes, for a base.

@@ -21,6 +21,8 @@ pub struct Routers {
     temperature: Tensor,
     /// The target modules of each layer that have experts, in the order of a block.
     modules: Vec<Vec<TargetModule>>,
+    /// The name of the base's list of blocks, `h` or `layers`.
+    block_list: &'static str,
     /// The experts that each layer has.
     experts: Vec<Vec<usize>>,
     /// The same as a tensor, `[m]`, for each layer that lacks some experts, and `None` for the
@@ -36,6 +38,7 @@ impl Routers {
             spec: RouterSpec::default(),
             temperature: Tensor::ones([], (Kind::Double, device)),
             modules: vec![],
+            block_list: "",
             experts: vec![],
             present: vec![],
         }
@@ -68,7 +71,9 @@ impl Routers {
             lacks_some.then(|| Tensor::from_slice(&experts).to_device(device))
         };
         let temperature = Tensor::ones([], (Kind::Double, device)) * spec.temperature;
+        let first = modules.iter().flatten().next();
         Self {
+            block_list: first.map_or("", |module| module.block_list()),
             routers: (0..count).map(new).collect(),
             spec: spec.clone(),
             temperature,
@@ -112,13 +117,14 @@ impl Routers {
         self.spec.top_k = top_k;
     }
 
-    /// The prefix of each router's tensor names, such as `router` or `h.0.router`.
+    /// The prefix of each router's tensor names, such as `router` or `layers.0.router`.
     pub fn names(&self) -> Vec<String> {
         match self.spec.scope {
             _ if self.routers.is_empty() => vec![],
             RouterScope::Shared => vec!["router".into()],
             RouterScope::Layer => {
-                (0..self.routers.len()).map(|layer| format!("h.{layer}.router")).collect()
+                let list = self.block_list;
+                (0..self.routers.len()).map(|layer| format!("{list}.{layer}.router")).collect()
             }
             RouterScope::Module => {
                 let paths = self.modules.iter().enumerate().flat_map(|(layer, modules)| {
@@ -152,20 +158,20 @@ impl Routers {
         match spec.scope {
             RouterScope::Shared => {
                 let of_layer = if once { None } else { Some(layer) };
-                vec![Site { router: 0, layer: of_layer, module: None }]
+                vec![self.site(0, of_layer, None)]
             }
-            RouterScope::Layer => vec![Site { router: layer, layer: Some(layer), module: None }],
+            RouterScope::Layer => vec![self.site(layer, Some(layer), None)],
             RouterScope::Module => {
                 let before: usize = self.modules[..layer].iter().map(Vec::len).sum();
                 let modules = self.modules[layer].iter().enumerate();
-                let site = |(i, &module)| Site {
-                    router: before + i,
-                    layer: Some(layer),
-                    module: Some(module),
-                };
+                let site = |(i, &module)| self.site(before + i, Some(layer), Some(module));
                 modules.map(site).collect()
             }
         }
+    }
+
+    fn site(&self, router: usize, layer: Option<usize>, module: Option<TargetModule>) -> Site {
+        Site { router, layer, module, block_list: self.block_list }
     }
 
     /// The experts that a site routes over, `[m]`; `None` for all.

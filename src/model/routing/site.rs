@@ -16,13 +16,16 @@ pub struct Site {
     pub layer: Option<usize>,
     /// The module that it decides for; `None` for all modules of the layer.
     pub module: Option<TargetModule>,
+    /// The name of the base's list of blocks, `h` or `layers`.
+    pub block_list: &'static str,
 }
 
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = self.block_list;
         match (self.layer, self.module) {
-            (Some(layer), Some(module)) => write!(f, "h.{layer}.{}", module.name()),
-            (Some(layer), None) => write!(f, "h.{layer}"),
+            (Some(layer), Some(module)) => write!(f, "{list}.{layer}.{}", module.name()),
+            (Some(layer), None) => write!(f, "{list}.{layer}"),
             _ => f.write_str("all layers"),
         }
     }

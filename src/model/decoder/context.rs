@@ -1,0 +1,133 @@
+//! What attention needs besides hidden states: which earlier positions each position attends to,
+//! and how queries and keys are rotated. It is the same for all blocks of a forward pass.
+//!
+//! Letters of shapes: `b` batch, `t` position.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+
+use tch::{Kind, Tensor};
+
+use super::rope::Rotation;
+
+/// Which earlier positions each position attends to.
+#[derive(Debug)]
+pub enum AttentionMask {
+    /// All earlier positions of its row: each row is one document.
+    Causal,
+    /// The earlier positions of its own document.
+    Documents(Documents),
+}
+
+impl AttentionMask {
+    /// Another handle to the same mask.
+    pub fn shallow_clone(&self) -> Self {
+        match self {
+            Self::Causal => Self::Causal,
+            Self::Documents(documents) => Self::Documents(documents.shallow_clone()),
+        }
+    }
+}
+
+/// Where the documents of a batch begin and end.
+#[derive(Debug)]
+pub struct Documents {
+    /// Index of each position's document in its row, `[b, t]`.
+    ids: Tensor,
+    mask: OnceCell<Tensor>,
+    /// Where each document begins in the flattened `[b t]`, and then where the last one ends,
+    /// int32, `[documents + 1]`. Each run of padding counts as a document. Documents of length 0 at
+    /// the end fill the tensor up to its size.
+    pub cu_seqlens: Tensor,
+    /// At least the length of the longest document.
+    pub max_len: i64,
+}
+
+impl Documents {
+    /// The documents with the indices `ids`, `[b, t]`. The other arguments are the fields of the
+    /// same names.
+    pub fn new(ids: Tensor, cu_seqlens: Tensor, max_len: i64) -> Self {
+        Self { ids, mask: OnceCell::new(), cu_seqlens, max_len }
+    }
+
+    /// True where a position may attend to another: to those of its own document up to itself,
+    /// `[b, 1, t, t]`. The mask is built at the first call.
+    pub fn mask(&self) -> &Tensor {
+        self.mask.get_or_init(|| same_document(&self.ids).unsqueeze(1))
+    }
+
+    /// Another handle to the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        Self {
+            ids: self.ids.shallow_clone(),
+            mask: self.mask.get().map_or_else(OnceCell::new, |mask| mask.shallow_clone().into()),
+            cu_seqlens: self.cu_seqlens.shallow_clone(),
+            max_len: self.max_len,
+        }
+    }
+}
+
+/// True where the second position belongs to the same document as the first and is not after it,
+/// `[b, t, t]`.
+pub fn same_document(ids_bt: &Tensor) -> Tensor {
+    ids_bt.unsqueeze(1).eq_tensor(&ids_bt.unsqueeze(2)).tril(0)
+}
+
+/// What the blocks' attention needs besides hidden states.
+#[derive(Debug)]
+pub struct AttentionContext {
+    /// Which earlier positions each position attends to, windows left aside.
+    pub mask: AttentionMask,
+    /// How queries and keys are rotated; `None` without RoPE.
+    pub rotation: Option<Rotation>,
+    /// For each size of a window, true where a position may attend to another, `[b or 1, 1, t, t]`.
+    windows: BTreeMap<i64, Tensor>,
+}
+
+impl AttentionContext {
+    /// The context of a batch.
+    ///
+    /// - `like`: any tensor `[b, t, ..]` on the device
+    /// - `windows`: the sizes of all windows; those that reach over whole rows are left out
+    pub fn new(
+        mask: &AttentionMask,
+        rotation: Option<Rotation>,
+        like: &Tensor,
+        windows: impl IntoIterator<Item = i64>,
+    ) -> Self {
+        let t = like.size()[1];
+        let mask = mask.shallow_clone();
+        let mut masks = BTreeMap::new();
+        for window in windows.into_iter().filter(|window| *window < t) {
+            masks.entry(window).or_insert_with(|| {
+                let options = (Kind::Bool, like.device());
+                let near = Tensor::ones([1, 1, t, t], options).tril(0).triu(1 - window);
+                match &mask {
+                    AttentionMask::Causal => near,
+                    AttentionMask::Documents(documents) => near.logical_and(documents.mask()),
+                }
+            });
+        }
+        Self { mask, rotation, windows: masks }
+    }
+
+    /// True where a position may attend to another in a layer with this window, `[b or 1, 1, t,
+    /// t]`. `None` means all earlier positions of the row.
+    pub fn mask(&self, window: Option<i64>) -> Option<&Tensor> {
+        match (window.and_then(|window| self.windows.get(&window)), &self.mask) {
+            (Some(near), _) => Some(near),
+            (None, AttentionMask::Documents(documents)) => Some(documents.mask()),
+            (None, AttentionMask::Causal) => None,
+        }
+    }
+
+    /// Another handle to the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        let windows = self.windows.iter().map(|(&size, mask)| (size, mask.shallow_clone()));
+        Self {
+            mask: self.mask.shallow_clone(),
+            rotation: self.rotation.as_ref().map(Rotation::shallow_clone),
+            windows: windows.collect(),
+        }
+    }
+}
