@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from clients import BASE, TEXTS, compare, dylora, expect, load_adapters, load_base
-from clients import mixture_logits, routed, summary, trace
+from clients import BASE, TEXTS, check_merge, compare, dylora, expect, load_base, load_experts
+from clients import routed, static_logits, summary, token_ids, trace
 
 # the run, the weights and the form of each merge; no adapter can hold a mixture of DoRA experts
 CASES = [
@@ -34,32 +34,6 @@ CASES = [
 ]
 
 
-def load_experts(folder, run):
-    """The run's experts in PEFT, and their names."""
-    export = folder / f"{run}.export"
-    experts = json.loads((export / "dylora.json").read_text())["experts"]
-    return load_adapters(BASE, **{name: export / name for name in experts}), experts
-
-
-def static_logits(model, experts, ids, weights):
-    g = torch.tensor(weights).expand(*ids.shape, -1)
-    return mixture_logits(model, experts, ids, lambda _layer, _module: g)
-
-
-def check_case(folder, run, weights, form, ids):
-    out = folder / "merged"
-    choice = [] if weights is None else ["--weights", weights]
-    merge = ["--checkpoint", folder / run, *choice, "--as", form, "--out", out, "--overwrite", "--json"]
-    report = json.loads(dylora("merge", *merge))
-    theirs = static_logits(*load_experts(folder, run), ids, report["weights"])
-    model = load_base(out) if form == "base" else load_adapters(BASE, merged=out)
-    name = f"{run} with weights {weights} as {form}"
-    compare(name, model(ids).logits, theirs, load_base(BASE)(ids).logits)
-    if form == "base":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-        expect(f"{name}: the tokenizer came along", tokenizer.encode(TEXTS[0]) == ids[0].tolist())
-
-
 def check_cost(folder, run):
     """Checks the losses that `merge` measures, computed by transformers and PEFT.
 
@@ -73,7 +47,7 @@ def check_cost(folder, run):
     expect("merge prints the cost of fixing the weights", "cost of fixing the weights" in printed, printed)
     report = json.loads(dylora("merge", *merge, "--overwrite", "--json"))
     tokenizer, merged = transformers.AutoTokenizer.from_pretrained(BASE), load_base(out)
-    model, _ = load_experts(folder, run)
+    model, _ = load_experts(BASE, folder / f"{run}.export")
     losses, weights = {"routed": [], "static": []}, []
     for text in TEXTS:
         ids = torch.tensor([tokenizer.encode(text) + [tokenizer.eos_token_id]])
@@ -89,9 +63,10 @@ def check_cost(folder, run):
     compare(f"{run}: mean weights of the router", torch.tensor(report["weights"]), torch.cat(weights).mean(0))
 
 
-def check_concatenation(folder, run, ids):
+def check_concatenation(folder, run):
     """Checks PEFT's own concatenation of a mixture's experts, in dylora."""
-    model, experts = load_experts(folder, run)
+    ids = token_ids(BASE, TEXTS[0])
+    model, experts = load_experts(BASE, folder / f"{run}.export")
     weights = [0.5, 0.3, 0.2]
     theirs = static_logits(model, experts, ids, weights)
     model.add_weighted_adapter(experts, weights, "joined", combination_type="cat")
@@ -119,10 +94,9 @@ def main():
     folder = Path(sys.argv[1]).resolve()
     check_refusals(folder)
     check_cost(folder, "top_k")
-    ids = torch.tensor([transformers.AutoTokenizer.from_pretrained(BASE).encode(TEXTS[0])])
-    for case in CASES:
-        check_case(folder, *case, ids)
-    check_concatenation(folder, "top_k", ids)
+    for run, weights, form in CASES:
+        check_merge(run, folder / "merged", folder / run, folder / f"{run}.export", weights, form, BASE)
+    check_concatenation(folder, "top_k")
     summary()
 
 

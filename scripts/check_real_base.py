@@ -153,7 +153,7 @@ def check_base(base, model, tokenizer):
 def documents(lines, tokenizer):
     """The ids of each record, and the index of the first id that the loss counts.
 
-    They are those of the prompt, if there is one, of the completion and of the end token. Prompt
+    These are the ids of the prompt, if there is one, the completion and the end token. Prompt
     and completion are encoded separately.
     """
     encoded = []
@@ -174,7 +174,7 @@ def loss_of(model, lines, tokenizer):
     num_labels = sum(len(ids) - first for ids, first in encoded)
     total = 0.0
     for ids, first in encoded:
-        # in f32, PyTorch's cross entropy over this vocabulary would be wrong by 4e-6 of its value
+        # in f32, PyTorch's cross entropy over this vocabulary is off by 4e-6 of its value
         logits = model(torch.tensor([ids])).logits[0, first - 1 : -1].double()
         loss = F.cross_entropy(logits, torch.tensor(ids[first:]), reduction="sum") / num_labels
         if loss.requires_grad:

@@ -1,7 +1,8 @@
 """Functions that the checks against transformers and PEFT share.
 
-They run dylora, load models without warnings, and compare tensors. The first check that fails stops
-the script with exit code 1.
+They run dylora, load models without warnings, and compare tensors. Some are whole checks of a base,
+an adapter or a mixture, for any family of bases. The first check that fails stops the script with
+exit code 1.
 """
 
 import json
@@ -13,9 +14,11 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import peft
 import torch
 import transformers
 from peft import PeftModel
@@ -30,6 +33,34 @@ TEXTS = [
     "SCENE. The battlements at dawn. HELICAN is discovered, asleep beneath a tree.",
 ]
 INVOCATION = [199, 59]  # "\n[" in the demo's tokens: twice in the first text, not in the second
+# the start of a training's config, which continues with `[lora]`
+TRAIN = """
+[run]
+dir = "{dir}"
+[base]
+source = {{ path = "{base}" }}
+[data]
+seq_len = 64
+[[data.domains]]
+name = "arithmetic"
+train = ["demo/data/arithmetic.validation.jsonl"]
+validation = {{ fraction = 0.1 }}
+[[data.domains]]
+name = "verse"
+train = ["demo/data/verse.validation.jsonl"]
+validation = {{ fraction = 0.1 }}
+[train]
+duration = {{ steps = 12 }}
+micro_batch_size = 4
+eval_every_steps = 6
+[optimizer]
+adapters = {{ learning_rate = 1e-2 }}
+router = {{ learning_rate = 1e-2 }}
+[lora]
+target_modules = "all-linear"
+rank = 4
+alpha = 6
+"""
 DYLORA = os.environ.get("DYLORA", "target/debug/dylora")
 DEVICE = os.environ.get("DEVICE", "cpu")
 checks = []  # the difference of each check, 0 for checks without numbers
@@ -127,11 +158,42 @@ def load_adapters(base, **folders):
     return model.eval()
 
 
+def load_experts(base, export):
+    """A new base with the experts of an export, and their names."""
+    experts = json.loads((export / "dylora.json").read_text())["experts"]
+    return load_adapters(base, **{name: export / name for name in experts}), experts
+
+
+def token_ids(base, text):
+    """The ids of a text in transformers, [1, t]."""
+    return torch.tensor([transformers.AutoTokenizer.from_pretrained(base).encode(text)])
+
+
+def listed(ids):
+    """The ids as an argument of `--tokens`."""
+    return ",".join(map(str, ids[0].tolist()))
+
+
 def randomise(model, scale=0.05):
     """Adds random numbers to an adapter's parameters, since a new adapter has no effect."""
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data += (10 if "magnitude" in name else 1) * scale * torch.rand_like(parameter)
+
+
+def blocks_of(base):
+    """The name of a base's list of blocks, the blocks, and the name of their first norm."""
+    if base.config.model_type == "gpt2":
+        return "h", base.transformer.h, "ln_1"
+    return "layers", base.model.layers, "input_layernorm"
+
+
+def embeddings(base, ids):
+    """The input of the first block, [b, t, d]."""
+    x = base.get_input_embeddings()(ids)
+    if base.config.model_type == "gpt2":
+        x = x + base.transformer.wpe(torch.arange(ids.shape[1]))
+    return x
 
 
 def mixture_logits(model, experts, ids, weights):
@@ -152,17 +214,24 @@ def mixture_logits(model, experts, ids, weights):
             y = y + g[..., e : e + 1] * (alone - base)
         return y
 
-    gpt2 = model.base_model.model
-    for number, block in enumerate(gpt2.transformer.h):
+    base_model = model.base_model.model
+    _, blocks, _ = blocks_of(base_model)
+    for number, block in enumerate(blocks):
         for module, layer in block.named_modules():
             if isinstance(layer, LoraLayer):
                 layer.forward = lambda x, at=(number, module, layer): blend(*at, x)
                 forwards.append(layer)
-    logits = gpt2(ids).logits
+    logits = base_model(ids).logits
     for layer in forwards:
         del layer.forward
     model.set_adapter(experts[0])
     return logits
+
+
+def static_logits(model, experts, ids, weights):
+    """The logits of the mixture with the same weights, [e], for every token."""
+    g = torch.tensor(weights).expand(*ids.shape, -1)
+    return mixture_logits(model, experts, ids, lambda _layer, _module: g)
 
 
 def active(model, experts, ids):
@@ -219,25 +288,26 @@ def routed(model, export, ids):
     meta = json.loads((export / "dylora.json").read_text())
     spec, experts = meta["router"]["spec"], meta["experts"]
     tensors = load_file(export / meta["router"]["file"])
-    gpt2 = model.base_model.model
+    base = model.base_model.model
+    block_list, blocks, norm = blocks_of(base)
     once = spec["scope"] == "shared" and spec["input"] != "layer_input" and not spec["own_experts"]
     if spec["input"] == "embeddings":
-        features = gpt2.transformer.wte(ids) + gpt2.transformer.wpe(torch.arange(ids.shape[1]))
+        features = embeddings(base, ids)
     elif spec["input"] == "base_hidden":
         with model.disable_adapter():
             features = model(ids, output_hidden_states=True).hidden_states[-1]
     read, handles, used = {}, [], {}
     if spec["input"] == "layer_input":
-        for number, block in enumerate(gpt2.transformer.h):
+        for number, block in enumerate(blocks):
             hook = lambda _module, _args, output, number=number: read.update({number: output})
-            handles.append(block.ln_1.register_forward_hook(hook))
+            handles.append(getattr(block, norm).register_forward_hook(hook))
 
     def weights(number, module):
-        layer = f"h.{number}"
+        layer = f"{block_list}.{number}"
         scope = {"shared": "", "layer": f"{layer}.", "module": f"{layer}.{module}."}[spec["scope"]]
         site = "" if once else f".{layer}.{module}" if spec["scope"] == "module" else f".{layer}"
         if site not in used:
-            own = experts_of(gpt2.transformer.h[number], experts)
+            own = experts_of(blocks[number], experts)
             present = own if spec["own_experts"] else list(range(len(experts)))
             x = read[number] if spec["input"] == "layer_input" else features
             used[site] = Router(spec, tensors, f"{scope}router.").weights(x, present)
@@ -248,3 +318,148 @@ def routed(model, export, ids):
         handle.remove()
     mask = active(model, experts, ids)
     return logits, {site: g * mask for site, g in used.items()}
+
+
+def train(folder, name, settings, base=BASE, options=()):
+    """Trains and exports a mixture, and returns its checkpoint and its export.
+
+    `settings` continues the config after the keys of `[lora]` in TRAIN.
+    """
+    run, export = folder / name, folder / f"{name}.export"
+    config = folder / f"{name}.toml"
+    config.write_text(TRAIN.format(dir=run, base=base) + settings)
+    dylora("train", "--config", config, *options)
+    dylora("export-adapters", "--checkpoint", run, "--out", export)
+    return run, export
+
+
+def check_base(name, base):
+    """Checks dylora's tokens, and the logits of the base alone."""
+    model = load_base(base)
+    for number, text in enumerate(TEXTS, 1):
+        ours = trace("--base", base, "--text", text)
+        same = torch.equal(ours["input_ids"], token_ids(base, text))
+        expect(f"{name}: transformers has the same tokens, text {number}", same)
+        compare(f"{name}: base alone, text {number}", ours["logits"], model(ours["input_ids"]).logits)
+
+
+def check_experts(name, run, folders, base_dir):
+    base = load_base(base_dir)
+    for expert, (adapter, folder) in enumerate(folders.items()):
+        model = load_adapters(base_dir, **{adapter: folder})
+        ours = trace("--checkpoint", run, "--text", TEXTS[0], "--routing", f"expert:{expert}")
+        ids = ours["input_ids"]
+        compare(f"{name}: {adapter} in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
+
+
+def check_mixture(name, run, export, model, base):
+    """Checks the mixture that the export describes, computed from PEFT's layers."""
+    for number, text in enumerate(TEXTS, 1):
+        ours = trace("--checkpoint", run, "--text", text)
+        ids = ours["input_ids"]
+        theirs, weights = routed(model, export, ids)
+        compare(f"{name}: mixture of PEFT's layers, text {number}", ours["logits"], theirs, base(ids).logits)
+        found = torch.stack([ours["routing_weights" + site] for site in weights])
+        weights = torch.stack(list(weights.values()))
+        even = torch.full_like(found, 1 / found.shape[-1])
+        compare(f"{name}: weights at {len(found)} site(s), text {number}", found, weights, even)
+
+
+def check_all_active(name, run, model, base):
+    """Checks PEFT's sum of several active adapters, which is correct if they are plain LoRA."""
+    ours = trace("--checkpoint", run, "--text", TEXTS[0], "--routing", "all")
+    ids = ours["input_ids"]
+    model.base_model.set_adapter(list(model.peft_config))
+    compare(f"{name}: all adapters active in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
+
+
+def check_export(name, run, export, base_dir):
+    """Checks an export of a checkpoint in PEFT, and again in dylora."""
+    meta = json.loads((export / "dylora.json").read_text())
+    folders = {adapter: export / adapter for adapter in meta["experts"]}
+    check_experts(name, run, folders, base_dir)
+    if meta["router"] is not None:
+        model, base = load_adapters(base_dir, **folders), load_base(base_dir)
+        if meta["routing"] == "router":
+            check_mixture(name, run, export, model, base)
+        if not any(config.use_dora or config.alora_invocation_tokens for config in model.peft_config.values()):
+            check_all_active(name, run, model, base)
+    # an export holds its routing, but `dylora trace` needs it for a checkpoint
+    routing = ["--routing", "all"] if meta["routing"] == "all" else []
+    ours = trace("--adapters", export, "--base", base_dir, "--text", TEXTS[0])
+    again = trace("--checkpoint", run, "--text", TEXTS[0], *routing)
+    compare(f"{name}: the export in dylora", ours["logits"], again["logits"])
+
+
+def check_adapter(name, folder, base, ids, scale=0.05, **settings):
+    """Checks an adapter with random weights, which PEFT saves in `folder`, in dylora.
+
+    Returns PEFT's logits.
+    """
+    model = load_base(base)
+    alone = model(ids).logits
+    settings = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": model.config.model_type == "gpt2", **settings}
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    initial = {}
+    if "init_lora_weights" in settings:
+        initial = {"path_initial_model_for_weight_conversion": str(folder.with_name("initial"))}
+        model.save_pretrained(folder.with_name("initial"), save_embedding_layers=False)
+    randomise(model, scale)
+    theirs = model(ids).logits
+    # PEFT warns that PiSSA has changed the base
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        model.save_pretrained(folder, save_embedding_layers=False, **initial)
+    ours = trace("--adapters", folder, "--base", base, "--tokens", listed(ids))
+    compare(f"PEFT's adapter in dylora ({name})", ours["logits"], theirs, alone)
+    return theirs
+
+
+def load_xlora_expert(model, weights, **kwargs):
+    """Loads an expert into X-LoRA, which expects the base's blocks in a module called `model`.
+
+    This holds for Llama but not for GPT-2, so the names are corrected here.
+    """
+    if model.config.model_type == "gpt2":
+        weights = {key.replace("model.model.", "model."): tensor for key, tensor in weights.items()}
+    return peft.set_peft_model_state_dict(model, weights, **kwargs)
+
+
+def check_xlora(name, export, run, base_dir):
+    """Checks a mixture, exported as X-LoRA, in PEFT's XLoraModel and again in dylora."""
+    dylora("export-adapters", "--checkpoint", run, "--format", "xlora", "--out", export)
+    fields = json.loads((export / "xlora_config.json").read_text())
+    # PEFT names the adapters by their numbers, but then activates them by their keys, so the keys
+    # must be the numbers; others cause a KeyError
+    fields["adapters"] = {str(i): str(export / path) for i, path in enumerate(fields["adapters"].values())}
+    known = {key: value for key, value in fields.items() if key in peft.XLoraConfig.__dataclass_fields__}
+    base = load_base(base_dir)
+    base.config.use_cache = False
+    with mock.patch("peft.tuners.xlora.model.set_peft_model_state_dict", load_xlora_expert):
+        model = peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", **known)).eval()
+    classifier = model.base_model.internal_xlora_classifier.layers[-1]
+    weights = load_file(export / "xlora_classifier.safetensors")
+    classifier.load_state_dict({key.removeprefix("last."): tensor for key, tensor in weights.items()})
+    for number, text in enumerate(TEXTS, 1):
+        ours = trace("--checkpoint", run, "--text", text)
+        ids = ours["input_ids"]
+        logits = model(ids).logits
+        scalings = model.base_model.internal_xlora_scalings
+        compare(f"{name}: X-LoRA in PEFT, text {number}", ours["logits"], logits, load_base(base_dir)(ids).logits)
+        every = ours["routing_weights"].unsqueeze(2).expand_as(scalings)
+        compare(f"{name}: X-LoRA's scalings of {scalings.shape[2]} layers, text {number}", every, scalings)
+    again = trace("--adapters", export, "--base", base_dir, "--text", text)
+    compare(f"{name}: the X-LoRA folder in dylora", again["logits"], logits)
+
+
+def check_merge(name, out, run, export, weights, form, base):
+    """Merges a run into the folder `out`, and checks the result in transformers or PEFT."""
+    choice = [] if weights is None else ["--weights", weights]
+    merge = ["--checkpoint", run, *choice, "--as", form, "--out", out, "--overwrite", "--json"]
+    report = json.loads(dylora("merge", *merge))
+    ids = token_ids(base, TEXTS[0])
+    theirs = static_logits(*load_experts(base, export), ids, report["weights"])
+    model = load_base(out) if form == "base" else load_adapters(base, merged=out)
+    name = f"{name} with weights {weights} as {form}"
+    compare(name, model(ids).logits, theirs, load_base(base)(ids).logits)
+    if form == "base":
+        expect(f"{name}: the tokenizer came along", torch.equal(token_ids(out, TEXTS[0]), ids))

@@ -48,13 +48,17 @@ fn a_mistyped_value_is_shown_with_its_line() {
 #[test]
 fn an_unknown_target_module_is_answered_with_the_names() {
     let text = format!("{MINIMAL}\n[lora]\ntarget_modules = [\"attention\"]\n");
-    insta::assert_snapshot!(error(&text, &[]), @r#"
+    insta::assert_snapshot!(error(&text, &[]), @"
     TOML parse error at line 12, column 19
        |
-    12 | target_modules = ["attention"]
+    12 | target_modules = [\"attention\"]
        |                   ^^^^^^^^^^^
-    `attention` names no linear layer; the layers are `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`, `self_attn.q_proj`, `self_attn.k_proj`, `self_attn.v_proj`, `self_attn.o_proj`, `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj` or their last parts, and `all-linear` is all of them
-    "#);
+    `attention` names no linear layer
+    hint: the layers are `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`, \
+    `self_attn.q_proj`, `self_attn.k_proj`, `self_attn.v_proj`, `self_attn.o_proj`, \
+    `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj`; the last part of a name is enough, and \
+    `all-linear` names them all
+    ");
 }
 
 #[test]
@@ -76,7 +80,8 @@ fn all_faults_are_reported_at_once_with_their_paths() {
 fn faults_of_single_experts_name_them() {
     let text = format!(
         "{MINIMAL}\n[train]\nrouting = \"expert:1\"\n[router]\nload_balancing_coef = 0.1\n\
-         [lora]\nnum_experts = 2\nrank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
+         [lora]\nnum_experts = 2\ntarget_modules = [\"c_attn\"]\n\
+         rank_pattern = {{ \"mlp.c_fc\" = 0 }}\n\
          [[lora.experts]]\nrank = 0\nalpha_pattern = {{ \"h.1.attn.c_attn\" = -1.0 }}\n\
          [[lora.experts]]\nsource = {{ path = \"a\" }}\nrank = 4\ntrainable = false\n\
          [[lora.experts]]\nalora_invocation_tokens = [-1]\n"
@@ -98,7 +103,7 @@ fn faults_of_single_experts_name_them() {
 #[test]
 fn a_pattern_may_be_about_the_modules_of_one_expert() {
     let text = format!(
-        "{MINIMAL}\n[lora]\nrank_pattern = {{ \"mlp.c_fc\" = 4 }}\n\
+        "{MINIMAL}\n[lora]\ntarget_modules = [\"c_attn\"]\nrank_pattern = {{ \"mlp.c_fc\" = 4 }}\n\
          [[lora.experts]]\ntarget_modules = [\"mlp.c_fc\"]\n"
     );
     let config = load::parse(&text, &[]).unwrap();
@@ -115,11 +120,11 @@ fn a_pattern_may_be_about_the_modules_of_one_expert() {
     must be `router`, `uniform`, `all`, `expert:N`, `record` or `none`, got `best`
     "#);
     insta::assert_snapshot!(error(&text.replace("mlp.c_fc\" =", "mlp.fc\" ="), &[]), @r#"
-    TOML parse error at line 12, column 18
+    TOML parse error at line 13, column 18
        |
-    12 | rank_pattern = { "mlp.fc" = 4 }
+    13 | rank_pattern = { "mlp.fc" = 4 }
        |                  ^^^^^^^^
-    `mlp.fc` is neither a module, as `attn.c_attn`, nor one of a layer, as `h.0.attn.c_attn`
+    `mlp.fc` is neither a module, as `q_proj`, nor one of a layer, as `layers.0.self_attn.q_proj`
     "#);
 }
 

@@ -179,6 +179,8 @@ impl Experts {
     }
 
     fn model(&self, top_k: Option<i64>, kind: Kind) -> Result<RoutedModel> {
+        // more threads than one only wait for each other in models this small
+        tch::set_num_threads(1);
         let (config, files) = base_files(&self.base);
         let base = load::read(&config, &files, kind)?;
         let router = RouterConfig { top_k, ..self.router.clone() };

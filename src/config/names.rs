@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::{Error, Result, anyhow};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::modules::TargetModule;
@@ -51,8 +51,8 @@ impl FromStr for ModuleName {
         names.into_iter().find(|name| *name == text).map(Self).ok_or_else(|| {
             let known = TargetModule::ALL.map(|module| format!("`{}`", module.name()));
             anyhow!(
-                "`{text}` names no linear layer; the layers are {} or their last parts, and \
-                 `all-linear` is all of them",
+                "`{text}` names no linear layer\nhint: the layers are {}; the last part of a name \
+                 is enough, and `all-linear` names them all",
                 known.join(", ")
             )
         })
@@ -62,7 +62,22 @@ impl FromStr for ModuleName {
 // not derived, because the derived one would be for texts that live for ever
 impl<'de> Deserialize<'de> for ModuleName {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+        struct Name;
+
+        impl Visitor<'_> for Name {
+            type Value = ModuleName;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the name of a linear layer")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ModuleName, E> {
+                text.parse().map_err(|error| E::custom(format!("{error:#}")))
+            }
+        }
+
+        // within the visitor, an error knows its place in the file
+        deserializer.deserialize_str(Name)
     }
 }
 

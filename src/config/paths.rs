@@ -125,8 +125,8 @@ impl TryFrom<String> for ModulePattern {
         }
         text.parse().map(Self::One).map_err(|_| {
             anyhow!(
-                "`{text}` is neither a module, as `q_proj` or `attn.c_attn`, nor one of a layer, \
-                 as `layers.0.self_attn.q_proj` or `h.0.attn.c_attn`"
+                "`{text}` is neither a module, as `q_proj`, nor one of a layer, as \
+                 `layers.0.self_attn.q_proj`"
             )
         })
     }

@@ -298,7 +298,8 @@ proptest! {
 #[test]
 fn the_cards_describe_the_adapters_as_they_are_written() -> Result<()> {
     let _generator = seed(129);
-    let experts = "num_experts = 2\nrank = 4\ntarget_modules = ['c_attn']\nexperts = [{ init = 'pissa' }, \
+    let experts = "num_experts = 2\nrank = 4\ntarget_modules = ['c_attn']\n\
+                   experts = [{ init = 'pissa' }, \
                    { alora_invocation_tokens = [18, 28] }]";
     let model = tiny_model(&lora(experts), &RouterConfig::default(), Kind::Float)?;
     let dir = tempfile::tempdir()?;

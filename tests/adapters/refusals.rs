@@ -255,14 +255,14 @@ fn modules_that_are_not_there_are_refused() -> Result<()> {
     insta::assert_snapshot!(
         spoiled.refusal()?,
         @"cannot import `DIR`: in `DIR/adapter_config.json`: `target_modules` matches no linear \
-          layer of a GPT-2 block"
+          layer of the base, a `gpt2`"
     );
     spoiled.config.insert("layers_pattern".into(), json!("h"));
     spoiled.config.insert("layers_to_transform".into(), json!([2]));
     insta::assert_snapshot!(
         spoiled.refusal()?,
         @"cannot import `DIR`: in `DIR/adapter_config.json`: `target_modules` matches no linear \
-          layer of a GPT-2 block"
+          layer of the base, a `gpt2`"
     );
     Ok(())
 }

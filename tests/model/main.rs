@@ -7,6 +7,7 @@ mod common;
 mod accumulation;
 mod checkpointing;
 mod experts;
+mod families;
 mod gradients;
 mod grouped;
 mod loss;

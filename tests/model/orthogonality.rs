@@ -127,7 +127,9 @@ fn orthogonality_has_the_slopes_of_finite_differences() -> Result<()> {
 /// A model of two experts on one module of the first layer, with the given A, `[r, i]`, and B,
 /// `[o, r]`.
 fn two_experts(rank: i64, factors: [(Tensor, Tensor); 2]) -> Result<RoutedModel> {
-    let text = format!("num_experts = 2\nrank = {rank}\nexperts_per_layer = [2, 1]");
+    let text = format!(
+        "num_experts = 2\nrank = {rank}\ntarget_modules = ['c_attn']\nexperts_per_layer = [2, 1]"
+    );
     let model = tiny_model(&lora(&text), &RouterConfig::default(), Kind::Double)?;
     let named = factors.into_iter().enumerate().flat_map(|(e, (a, b))| {
         let name = format!("h.0.attn.c_attn.expert_{e}");
@@ -196,7 +198,8 @@ fn updates_of_zero_cost_nothing_and_have_no_gradient() -> Result<()> {
 fn there_is_no_orthogonality_without_two_experts_on_a_module() -> Result<()> {
     let _generator = seed(215);
     let single = LoraConfig { num_experts: 1, ..tiny_lora() };
-    let apart = "num_experts = 2\nexperts = [{ target_modules = ['mlp.c_fc'] }, {}]";
+    let apart = "num_experts = 2\ntarget_modules = ['c_attn']\n\
+                 experts = [{ target_modules = ['mlp.c_fc'] }, {}]";
     for lora in [single, lora(apart)] {
         let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
         assert!(BOTH.iter().all(|&of| model.orthogonality(of).is_none()));
