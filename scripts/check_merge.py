@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
-from clients import BASE, TEXTS, check_merge, compare, dylora, expect, load_base, load_experts
-from clients import routed, static_logits, summary, token_ids, trace
+from clients import BASE, TEXTS, check_merge, compare, documents, dylora, expect, load_base, load_experts
+from clients import routed, static_logits, summary, token_ids, token_losses, trace, write_texts
 
 # the run, the weights and the form of each merge; no adapter can hold a mixture of DoRA experts
 CASES = [
@@ -39,22 +38,20 @@ def check_cost(folder, run):
 
     Each text with its end token is a document of its own.
     """
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    texts = write_texts(folder / "texts.jsonl")
     out = folder / "measured"
     merge = ["--checkpoint", folder / run, "--weights", "mean", "--data", texts, "--seq-len", 256, "--out", out]
     printed = dylora("merge", *merge)
     expect("merge prints the cost of fixing the weights", "cost of fixing the weights" in printed, printed)
     report = json.loads(dylora("merge", *merge, "--overwrite", "--json"))
-    tokenizer, merged = transformers.AutoTokenizer.from_pretrained(BASE), load_base(out)
+    merged = load_base(out)
     model, _ = load_experts(BASE, folder / f"{run}.export")
     losses, weights = {"routed": [], "static": []}, []
-    for text in TEXTS:
-        ids = torch.tensor([tokenizer.encode(text) + [tokenizer.eos_token_id]])
+    for ids in documents(BASE):
         logits, at_sites = routed(model, folder / f"{run}.export", ids)
         weights.append(at_sites[""][0, :-1])
         for name, logits in (("routed", logits), ("static", merged(ids).logits)):
-            losses[name].append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
+            losses[name].append(token_losses(logits, ids))
     losses = {name: torch.cat(parts).mean() for name, parts in losses.items()}
     for name, loss in losses.items():
         compare(f"{run}: measured {name} loss", torch.tensor(report["measured"][name]["token_loss"]), loss)

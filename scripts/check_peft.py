@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from clients import BASE, INVOCATION, check_export, summary, train
 
-# the rest of each config, after the keys of `[lora]` in clients.TRAIN
+# the rest of each config, which continues `[lora]`
 RUNS = {
     "single": "num_experts = 1",
     "top_k": """num_experts = 3

@@ -33,7 +33,7 @@ TEXTS = [
     "SCENE. The battlements at dawn. HELICAN is discovered, asleep beneath a tree.",
 ]
 INVOCATION = [199, 59]  # "\n[" in the demo's tokens: twice in the first text, not in the second
-# the start of a training's config, which continues with `[lora]`
+# the start of a training's config, whose last section goes on
 TRAIN = """
 [run]
 dir = "{dir}"
@@ -57,7 +57,6 @@ eval_every_steps = 6
 adapters = {{ learning_rate = 1e-2 }}
 router = {{ learning_rate = 1e-2 }}
 [lora]
-target_modules = "all-linear"
 rank = 4
 alpha = 6
 """
@@ -164,9 +163,34 @@ def load_experts(base, export):
     return load_adapters(base, **{name: export / name for name in experts}), experts
 
 
+def load_tokenizer(base):
+    """The tokenizer as `tokenizer.json` describes it.
+
+    For a model_type of `qwen2`, AutoTokenizer would use Qwen2's own rules instead.
+    """
+    return transformers.PreTrainedTokenizerFast.from_pretrained(base)
+
+
 def token_ids(base, text):
     """The ids of a text in transformers, [1, t]."""
-    return torch.tensor([transformers.AutoTokenizer.from_pretrained(base).encode(text)])
+    return torch.tensor([load_tokenizer(base).encode(text)])
+
+
+def documents(base):
+    """The ids of each of TEXTS and the end token, [1, t]."""
+    end = load_tokenizer(base).eos_token_id
+    return [torch.cat([token_ids(base, text), torch.tensor([[end]])], 1) for text in TEXTS]
+
+
+def write_texts(file):
+    """Writes TEXTS as records, one document each."""
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return file
+
+
+def token_losses(logits, ids):
+    """The loss of each token of a document but the first, [t - 1]."""
+    return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
 
 
 def listed(ids):
@@ -323,7 +347,7 @@ def routed(model, export, ids):
 def train(folder, name, settings, base=BASE, options=()):
     """Trains and exports a mixture, and returns its checkpoint and its export.
 
-    `settings` continues the config after the keys of `[lora]` in TRAIN.
+    `settings` continues the config after TRAIN.
     """
     run, export = folder / name, folder / f"{name}.export"
     config = folder / f"{name}.toml"
@@ -462,4 +486,8 @@ def check_merge(name, out, run, export, weights, form, base):
     name = f"{name} with weights {weights} as {form}"
     compare(name, model(ids).logits, theirs, load_base(base)(ids).logits)
     if form == "base":
-        expect(f"{name}: the tokenizer came along", torch.equal(token_ids(out, TEXTS[0]), ids))
+        read = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (out, base)]
+        found, expected = [
+            (len(t), t.eos_token_id, t.bos_token_id, t.chat_template, t.encode(TEXTS[0])) for t in read
+        ]
+        expect(f"{name}: the tokenizer came along", found == expected, f"{found}\n{expected}")

@@ -28,6 +28,9 @@ pub struct Base {
     pub tokenizer: Option<Tokenizer>,
     /// The file that the tokenizer was read from.
     pub tokenizer_file: Option<PathBuf>,
+    /// Small files that go with the base wherever it goes, such as the chat template. There are none
+    /// if the config names another tokenizer than the one beside the weights.
+    pub beside: Vec<PathBuf>,
     files: Option<BaseFiles>,
 }
 
@@ -46,8 +49,12 @@ impl Base {
             BaseSource::Random(_) => None,
             source => Some(hub::find_base(source, hub, progress)?),
         };
-        let beside = files.as_ref().and_then(|files| files.tokenizer.clone());
-        let tokenizer_file = config.tokenizer.clone().or(beside);
+        let own = files.as_ref().and_then(|files| files.tokenizer.clone());
+        let tokenizer_file = config.tokenizer.clone().or(own);
+        let beside = match (&config.tokenizer, &files) {
+            (None, Some(files)) => files.beside.clone(),
+            _ => vec![],
+        };
         let tokenizer = tokenizer_file.as_deref().map(Tokenizer::load).transpose()?;
         let shape = match (&config.source, &files) {
             (BaseSource::Random(shape), _) => {
@@ -70,12 +77,13 @@ impl Base {
         }
         let label = files.as_ref().map_or("random".into(), |files| files.label.clone());
         let source = config.source.clone();
-        Ok(Self { label, source, spec: shape, tokenizer, tokenizer_file, files })
+        Ok(Self { label, source, spec: shape, tokenizer, tokenizer_file, beside, files })
     }
 
     /// The files that the base is read from. A random base has none but its tokenizer.
     pub fn input_files(&self) -> Vec<PathBuf> {
-        let mut files: Vec<PathBuf> = self.tokenizer_file.iter().cloned().collect();
+        let mut files: Vec<PathBuf> =
+            self.tokenizer_file.iter().chain(&self.beside).cloned().collect();
         if let Some(found) = &self.files {
             files.push(found.config.clone());
             files.extend(found.weights.iter().cloned());

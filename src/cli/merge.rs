@@ -134,7 +134,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
             let merged = merge::into_base(&open.model, &open.base.weights()?, &weights)?;
             let tokenizer = open.base.tokenizer_file.as_deref();
             let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
-            hugging_face::export(&out, &merged, dtype, tokenizer)?;
+            hugging_face::export(&out, &merged, dtype, tokenizer, &open.base.beside)?;
         }
         MergeInto::Adapter => write_merged_adapter(&out, &open, &weights)?,
     }

@@ -256,9 +256,10 @@ fn observe(bar: &TrainBar, event: &Event<'_>) {
 fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     let dir = checkpoint::find(&config.run.dir, Preferred::Best)?;
     let model = load_model(&dir, config, base, Device::Cpu)?;
-    let tokenizer = base.tokenizer_file.as_deref();
     let output = model_output(config, base)?;
-    hugging_face::export(&output, model.base(), config.train.save_dtype, tokenizer)?;
+    let (tokenizer, beside) = (base.tokenizer_file.as_deref(), &base.beside);
+    let dtype = config.train.save_dtype;
+    hugging_face::export(&output, model.base(), dtype, tokenizer, beside)?;
     Ok(output.path)
 }
 

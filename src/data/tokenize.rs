@@ -100,6 +100,11 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
+    /// The token of an id, as it is written in `tokenizer.json`.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// One more than the largest id, including added tokens. An embedding must have this many rows.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size

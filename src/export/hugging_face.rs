@@ -1,8 +1,8 @@
-//! Writing a base as a folder that transformers loads: `config.json`, `model.safetensors` and the
-//! tokenizer.
+//! Writing a base as a folder that transformers loads: `config.json`, `model.safetensors`, the
+//! tokenizer, and the small files that lay beside the base it was made from.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -10,8 +10,10 @@ use tch::{Kind, Tensor};
 
 use super::peft::write_json;
 use crate::config::SaveDtype;
+use crate::data::Tokenizer;
 use crate::durable::{self, output::Output};
 use crate::model::decoder::Decoder;
+use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::{self, load};
 use crate::tensor_file::write_tensors;
 
@@ -20,8 +22,8 @@ const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
-/// Writes `base` to the folder `out` in `dtype`, with the tokenizer beside it. The weights and
-/// configs are read back and compared.
+/// Writes `base` to the folder `out` in `dtype`, with the tokenizer and the files `beside` it. The
+/// weights are read back and compared.
 ///
 /// # Errors
 /// Those of [`Output::write_folder`], and a file that reads back differently.
@@ -29,7 +31,8 @@ pub fn export(
     out: &Output,
     base: &Decoder,
     dtype: SaveDtype,
-    tokenizer_file: Option<&Path>,
+    tokenizer: Option<&Path>,
+    beside: &[PathBuf],
 ) -> Result<()> {
     let (kind, name) = kind_of(dtype);
     out.write_folder(super::is_unmarked_output, |dir| {
@@ -47,19 +50,34 @@ pub fn export(
             }
         }
         write_json(&dir.join(CONFIG), &families::to_json(&base.spec, name))?;
-        let Some(tokenizer_file) = tokenizer_file else { return Ok(()) };
-        durable::write(&dir.join(TOKENIZER), &fs_err::read(tokenizer_file)?)?;
-        let end_of_text = "<|endoftext|>";
-        let tokenizer_config = json!({
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": base.spec.max_positions,
-            "bos_token": end_of_text,
-            "eos_token": end_of_text,
-            "unk_token": end_of_text,
-        });
-        write_json(&dir.join(TOKENIZER_CONFIG), &tokenizer_config)
+        for file in beside {
+            let name = file.file_name().context("a file has a name")?;
+            durable::write(&dir.join(name), &fs_err::read(file)?)?;
+        }
+        tokenizer.map_or(Ok(()), |file| write_tokenizer(dir, &base.spec, file))
     })
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
+}
+
+/// Writes the tokenizer and, if there is none yet, the `tokenizer_config.json` that transformers
+/// needs to read it.
+fn write_tokenizer(dir: &Path, spec: &DecoderSpec, file: &Path) -> Result<()> {
+    durable::write(&dir.join(TOKENIZER), &fs_err::read(file)?)?;
+    if dir.join(TOKENIZER_CONFIG).exists() {
+        return Ok(());
+    }
+    let tokenizer = Tokenizer::load(file)?;
+    let token = |id: Option<u32>| tokenizer.id_to_token(id?);
+    let mut config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": spec.max_positions,
+    });
+    let tokens =
+        [("bos_token", token(spec.bos_token_id)), ("eos_token", token(spec.eos_token_id()))];
+    for (key, text) in tokens {
+        config[key] = text.into();
+    }
+    write_json(&dir.join(TOKENIZER_CONFIG), &config)
 }
 
 /// libtorch's dtype, and its name in `config.json`.
@@ -86,6 +104,7 @@ pub(super) fn is_unmarked_base(dir: &Path, files: &BTreeSet<String>) -> bool {
                 .is_ok_and(|text| text + "\n" == found)
         })
     };
+    // such outputs are from versions that copied no other file
     let known = [CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG];
     let needed = [CONFIG, WEIGHTS].iter().all(|name| files.contains(*name));
     needed && files.iter().all(|file| known.contains(&file.as_str())) && has_config()

@@ -1,5 +1,5 @@
 //! Finds the files of a base as `save_pretrained` of `transformers` writes it: `config.json`, the
-//! weights and, as a rule, `tokenizer.json`. The weights are `model.safetensors`, or
+//! weights and, as a rule, `tokenizer.json` and small files beside it. The weights are `model.safetensors`, or
 //! `model.safetensors.index.json` and the shards that it names.
 //!
 //! The index is JSON: `{"metadata": {..}, "weight_map": {"<tensor>": "<shard>", ..}}`.
@@ -18,6 +18,15 @@ pub(super) const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 const TOKENIZER: &str = "tokenizer.json";
+/// Small files that go with a base wherever it goes.
+const BESIDE: [&str; 6] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+];
 
 /// The config key of the base, for messages.
 pub(super) const OPTION: &str = "base.source";
@@ -51,8 +60,10 @@ pub(super) fn collect(place: &Place) -> Result<BaseFiles> {
         }
         shards.iter().map(|shard| place.get(shard)).collect::<Result<_>>()?
     };
+    let beside = BESIDE.into_iter().filter(|file| place.has(file));
+    let beside = beside.map(|file| place.get(file)).collect::<Result<_>>()?;
     let (label, commit) = (place.label.clone(), place.commit.clone());
-    Ok(BaseFiles { label, commit, config, weights, tokenizer })
+    Ok(BaseFiles { label, commit, config, weights, tokenizer, beside })
 }
 
 /// The names of the shards in the index at `path`, sorted and without duplicates.

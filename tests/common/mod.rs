@@ -105,6 +105,46 @@ pub fn gpt2_spec(n_layer: i64, n_head: i64, n_embd: i64) -> DecoderSpec {
     families::from_json(&json).expect("the shape is sound")
 }
 
+/// A tiny base of each family with the settings that only it has.
+pub fn family_specs() -> Vec<(&'static str, DecoderSpec)> {
+    let own = [
+        ("gpt2", serde_json::json!({"n_layer": 3, "n_head": 4, "n_embd": 16, "n_positions": 32})),
+        (
+            "llama",
+            serde_json::json!({
+                "attention_bias": true, "mlp_bias": true, "num_key_value_heads": 1,
+                "rope_scaling": {
+                    "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16
+                },
+            }),
+        ),
+        (
+            "qwen2",
+            serde_json::json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1}),
+        ),
+        ("qwen3", serde_json::json!({"head_dim": 6, "tie_word_embeddings": true})),
+        (
+            "smollm3",
+            serde_json::json!({
+                "no_rope_layer_interval": 2, "use_sliding_window": true, "sliding_window": 2,
+            }),
+        ),
+        ("mistral", serde_json::json!({"sliding_window": 4, "head_dim": 8})),
+    ];
+    let spec = |(family, own): (&'static str, serde_json::Value)| {
+        let mut config = serde_json::json!({
+            "model_type": family, "hidden_size": 16, "intermediate_size": 20,
+            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 32, "vocab_size": 61, "rope_theta": 20.0,
+            "eos_token_id": 0, "bos_token_id": 0,
+        });
+        let own = own.as_object().expect("it is an object").clone();
+        config.as_object_mut().expect("it is an object").extend(own);
+        (family, families::from_json(&config).expect("the shape is sound"))
+    };
+    own.into_iter().map(spec).collect()
+}
+
 /// A base of the shape `config` whose parameters are all random, biases and LayerNorms included.
 pub fn tiny_base(config: DecoderSpec) -> Decoder {
     let tensors = config.parameter_shapes().into_iter().map(|(name, shape)| {

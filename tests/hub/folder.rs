@@ -38,10 +38,15 @@ fn a_folder_with_one_file_of_weights_is_a_base() -> Result<()> {
         config: dir.path().join("config.json"),
         weights: vec![dir.path().join("model.safetensors")],
         tokenizer: None,
+        beside: vec![],
     };
     assert_eq!(find(dir.path())?, expected);
-    fs_err::write(dir.path().join("tokenizer.json"), "{}")?;
-    assert_eq!(find(dir.path())?.tokenizer, Some(dir.path().join("tokenizer.json")));
+    let [tokenizer, template] =
+        ["tokenizer.json", "chat_template.jinja"].map(|name| dir.path().join(name));
+    fs_err::write(&tokenizer, "{}")?;
+    fs_err::write(&template, "")?;
+    let expected = BaseFiles { tokenizer: Some(tokenizer), beside: vec![template], ..expected };
+    assert_eq!(find(dir.path())?, expected);
     Ok(())
 }
 

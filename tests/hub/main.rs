@@ -71,12 +71,13 @@ fn dead_endpoint() -> Result<String> {
 }
 
 #[test]
-fn only_what_a_gpt2_needs_is_fetched() -> Result<()> {
+fn only_what_a_base_needs_is_fetched() -> Result<()> {
     let weights = weights();
     let hub = MockHub::new(&[
         CONFIG,
         TOKENIZER,
         ("README.md", b"# GPT-2"),
+        ("generation_config.json", b"{}"),
         ("model.safetensors", &weights),
         ("onnx/decoder_model.onnx", b"onnx"),
         ("pytorch_model.bin", b"pickle"),
@@ -93,6 +94,7 @@ fn only_what_a_gpt2_needs_is_fetched() -> Result<()> {
         config: snapshot.join("config.json"),
         weights: vec![snapshot.join("model.safetensors")],
         tokenizer: Some(snapshot.join("tokenizer.json")),
+        beside: vec![snapshot.join("generation_config.json")],
     };
     assert_eq!(files, expected);
     assert_eq!(fs_err::read(&files.config)?, CONFIG.1);
@@ -105,6 +107,9 @@ fn only_what_a_gpt2_needs_is_fetched() -> Result<()> {
     }
     expected.push(format!("GET hub/{resolve}/model.safetensors"));
     expected.push(format!("GET cdn/{}", etag(&weights)));
+    for cache in ["", "cache/"] {
+        expected.push(format!("GET hub/{cache}{resolve}/generation_config.json"));
+    }
     assert_eq!(hub.take_lines(), expected);
     Ok(())
 }

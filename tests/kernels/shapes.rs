@@ -6,7 +6,7 @@ use anyhow::Result;
 use dylora::config::TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
 use dylora::config::{
     DropoutMasks, ExpertConfig, Family, Kernels, LoraConfig, LoraInit, RouterConfig, RouterInput,
-    RouterScope, TargetModule,
+    RouterScope, TargetModule, TargetModules,
 };
 use dylora::ffi;
 use dylora::model::decoder::Decoder;
@@ -18,7 +18,7 @@ use dylora::model::routing::router::RouterSpec;
 use dylora::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{gpt2_spec, randomize, seed};
+use crate::common::{family_specs, gpt2_spec, randomize, seed};
 
 /// A mixture on a base, and the shape of a batch.
 struct Case {
@@ -71,6 +71,7 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases.extend(of_shapes(on_gpu));
     cases.extend(of_routers());
     cases.extend(of_both());
+    cases.extend(of_families());
     cases
 }
 
@@ -174,6 +175,31 @@ fn of_both() -> Vec<Case> {
         RoutingSource::Given(given),
     ] {
         cases.push(Case { name: format!("{source:?}"), source, ..case("") });
+    }
+    cases
+}
+
+/// Each family, on which only the head, the loss and the steps are fused, except for GPT-2.
+fn of_families() -> Vec<Case> {
+    let mut cases = vec![];
+    for (family, spec) in family_specs() {
+        let lora = LoraConfig { target_modules: TargetModules::all(), ..case("").lora };
+        let named = |what: &str| Case {
+            base: spec.clone(),
+            lora: lora.clone(),
+            ..case(&format!("{family}, {what}"))
+        };
+        let router = RouterConfig {
+            scope: RouterScope::Layer,
+            input: RouterInput::LayerInput,
+            top_k: Some(2),
+            ..RouterConfig::default()
+        };
+        cases.push(Case { router, ..named("top 2 by routers on the layers' inputs") });
+        let documents = Some(vec![5, 1, 11, 7]);
+        cases.push(Case { documents: documents.clone(), ..named("packed documents") });
+        let checkpointing = Case { checkpointing: true, documents, ..named("checkpointing") };
+        cases.push(Case { dropout: 0.2, ..checkpointing });
     }
     cases
 }

@@ -8,57 +8,17 @@ use dylora::config::{
 };
 use dylora::export::merge::into_base;
 use dylora::model::decoder::Decoder;
-use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::dropout::LoraDropout;
 use dylora::model::experts::spec::ExpertSpec;
-use dylora::model::families::from_json;
 use dylora::model::routing::router::RouterSpec;
 use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
-use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::gradients::assert_slope;
 use crate::common::{
-    DOUBLE, assert_close, assert_same_gradients, gradients, logits, max_difference, mean_loss,
-    new_model, randomize, rows, seed, tiny_base,
+    DOUBLE, assert_close, assert_same_gradients, family_specs, gradients, logits, max_difference,
+    mean_loss, new_model, randomize, rows, seed, tiny_base,
 };
-
-/// A tiny base of each family with the settings that only it has.
-fn bases() -> Vec<(&'static str, DecoderSpec)> {
-    let own = [
-        ("gpt2", json!({"n_layer": 3, "n_head": 4, "n_embd": 16, "n_positions": 32})),
-        (
-            "llama",
-            json!({
-                "attention_bias": true, "mlp_bias": true, "num_key_value_heads": 1,
-                "rope_scaling": {
-                    "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16
-                },
-            }),
-        ),
-        ("qwen2", json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})),
-        ("qwen3", json!({"head_dim": 6, "tie_word_embeddings": true})),
-        (
-            "smollm3",
-            json!({
-                "no_rope_layer_interval": 2, "use_sliding_window": true, "sliding_window": 2,
-            }),
-        ),
-        ("mistral", json!({"sliding_window": 4, "head_dim": 8})),
-    ];
-    let spec = |(family, own): (&'static str, Value)| {
-        let mut config = json!({
-            "model_type": family, "hidden_size": 16, "intermediate_size": 20,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 32, "vocab_size": 61, "rope_theta": 20.0,
-            "eos_token_id": 0, "bos_token_id": 0,
-        });
-        let own = own.as_object().expect("it is an object").clone();
-        config.as_object_mut().expect("it is an object").extend(own);
-        (family, from_json(&config).expect("the shape is sound"))
-    };
-    own.into_iter().map(spec).collect()
-}
 
 /// Three experts of every kind that `[lora]` knows.
 fn kinds() -> Vec<(&'static str, LoraConfig)> {
@@ -86,7 +46,7 @@ fn for_each(
     router: &RouterConfig,
     check: impl Fn(&str, &Decoder, &LoraConfig, &RoutedModel) -> Result<()>,
 ) -> Result<()> {
-    for (family, spec) in bases() {
+    for (family, spec) in family_specs() {
         let base = tiny_base(spec);
         for (name, lora) in kinds() {
             let model = new_model(&base, &lora, router, kind);
@@ -290,7 +250,7 @@ fn a_mixture_survives_its_tensors() -> Result<()> {
 #[test]
 fn bf16_is_near_f32() -> Result<()> {
     let _generator = seed(307);
-    for (family, spec) in bases() {
+    for (family, spec) in family_specs() {
         let base = tiny_base(spec).to(Device::Cpu, Kind::BFloat16);
         let lora = &kinds()[0].1;
         let found = new_model(&base, lora, &RouterConfig::default(), Kind::BFloat16);
@@ -313,7 +273,7 @@ fn bf16_is_near_f32() -> Result<()> {
 #[test]
 fn a_trained_base_has_the_gradients_of_finite_differences() -> Result<()> {
     let _generator = seed(308);
-    for (family, spec) in bases() {
+    for (family, spec) in family_specs() {
         let base = tiny_base(spec);
         let model = RoutedModel::plain(&base, Device::Cpu, Kind::Double, true);
         let loss = || {
@@ -343,7 +303,7 @@ fn every_router_has_gradients_on_every_family() -> Result<()> {
         "scope = 'layer'\nlevel = 'sequence'\nhidden_layers = 1",
     ] {
         let router: RouterConfig = toml::from_str(text)?;
-        for (family, spec) in bases() {
+        for (family, spec) in family_specs() {
             let base = tiny_base(spec);
             let model = new_model(&base, &kinds()[0].1, &router, Kind::Double);
             randomize(&model)?;
@@ -361,7 +321,7 @@ fn every_router_has_gradients_on_every_family() -> Result<()> {
 /// error that lists what there is.
 #[test]
 fn names_of_target_modules_match_as_in_peft() -> Result<()> {
-    let bases: BTreeMap<_, _> = bases().into_iter().collect();
+    let bases: BTreeMap<_, _> = family_specs().into_iter().collect();
     let spec = |family: &str, text: &str| -> Result<ExpertSpec> {
         ExpertSpec::new(&toml::from_str(text)?, 0, &bases[family])
     };

@@ -76,7 +76,7 @@ impl World {
         let base = Decoder::new(shape, scaled.collect());
         let tokenizer = world.path("tokenizer.json");
         let dir = world.path("base");
-        hugging_face::export(&Output::new(&dir), &base, SaveDtype::F32, Some(&tokenizer))?;
+        hugging_face::export(&Output::new(&dir), &base, SaveDtype::F32, Some(&tokenizer), &[])?;
         for (name, step) in [("up", 1), ("down", 29)] {
             for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
                 let lines: Vec<String> =
@@ -452,7 +452,7 @@ fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
     let base = open_base(&config)?;
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("hf");
-    hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None)?;
+    hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None, &[])?;
     let shape = families::read_spec(&out.join("config.json"))?;
     let file = out.join("model.safetensors");
     let read = families::load::read(&shape, &[file], tch::Kind::Float)?;
