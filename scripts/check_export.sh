@@ -4,11 +4,12 @@
 #   scripts/check_peft.py         mixtures that dylora exported, in PEFT
 #   scripts/check_import.py       adapters that PEFT wrote, and X-LoRA
 #   scripts/check_merge.py        merged mixtures in transformers and PEFT
+#   scripts/check_families.py     every command on bases of the Llama-like families
 #   scripts/check_gpt2.py         GPT-2 at its true size
 #   scripts/check_gradients.py    the gradients of a step, compared with PEFT's
 #   scripts/check_tensorboard.py  a run's TensorBoard files in TensorBoard
 #
-# This takes 2 minutes on two cores, and 1 GB in the temporary folder.
+# This takes 3 minutes on two cores, and 1 GB in the temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # with two threads, models this small run slower, and many times slower if other processes use the
@@ -22,5 +23,6 @@ trap 'rm -rf "$folder"' EXIT
 "$python" scripts/check_tensorboard.py "$folder/top_k"
 "$python" scripts/check_import.py "$folder"
 "$python" scripts/check_merge.py "$folder"
+"$python" scripts/check_families.py "$folder/families"
 "$python" scripts/check_gpt2.py "$folder/gpt2"
 "$python" scripts/check_gradients.py "$folder/gradients"

@@ -31,7 +31,7 @@ use crate::ffi;
 const MAGIC: [u8; 8] = *b"dylotok\x02";
 /// The version of the tokens. It is raised when this code or `tokenizers` makes other tokens of the
 /// same input.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const CHECKED_FROM: u64 = 40;
 const DOCUMENT_BYTES: u64 = 32;
 

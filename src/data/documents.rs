@@ -3,6 +3,11 @@
 //! The tokens of a document are those of its text, or those of its prompt followed by those of its
 //! completion; the end token follows. Prompt and completion are encoded separately, so that no
 //! token crosses the border between them and the prompt's tokens do not depend on the completion.
+//! The completion is encoded as a continuation, so that it begins just where the prompt ends.
+//!
+//! The tokenizer's start tokens stand in front of the document, unless its text spells them or it
+//! has no text. They belong to the prompt if there is one. In front of a text, the first of them is
+//! never a label, since nothing precedes it; any others are learned like the text.
 //!
 //! The file is read once, in batches of 1 MiB per thread and at most 16 MiB. Besides the tokens,
 //! only one batch is in memory.
@@ -16,7 +21,7 @@ use crate::config::OnBadRecord;
 use super::record;
 use super::source::{Format, Lines, SourceFile};
 use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
-use super::tokenize::Tokenizer;
+use super::tokenize::{Place, Tokenizer};
 
 /// Number of bytes that are read and encoded at once, for each thread.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
@@ -33,21 +38,25 @@ pub(super) struct Reading<'a> {
 
 /// One contribution of a line to the document under construction.
 enum Step {
-    Prompt(String),
-    Completion(String),
+    /// The next part of the document's text.
+    Part(Part),
     /// The document is complete; its record has this `domain` and `expert`.
-    End {
-        domain: Option<String>,
-        expert: Option<i64>,
-    },
+    End { domain: Option<String>, expert: Option<i64> },
     /// The record is malformed; the part of its document that was added before is removed.
     Bad,
 }
 
+/// A part of a document's text.
+struct Part {
+    text: String,
+    place: Place,
+    of_prompt: bool,
+}
+
 impl Step {
-    fn text(&self) -> Option<&str> {
+    fn part(&self) -> Option<&Part> {
         match self {
-            Self::Prompt(text) | Self::Completion(text) => Some(text),
+            Self::Part(part) => Some(part),
             Self::End { .. } | Self::Bad => None,
         }
     }
@@ -63,23 +72,31 @@ pub(super) fn read_documents(
     reading: Reading,
     on_progress: &dyn Fn(),
 ) -> Result<TokenFile> {
-    let mut steps =
-        Steps { source, lines, reading, text: String::new(), num_bad: 0, batch: vec![] };
-    let mut builder = Builder::new(reading.eos_token_id);
+    let mut steps = Steps {
+        source,
+        lines,
+        reading,
+        text: String::new(),
+        has_text: false,
+        num_bad: 0,
+        batch: vec![],
+    };
+    let mut builder = Builder::new(reading);
     let batch_bytes = BATCH_BYTES_PER_THREAD * reading.num_threads.clamp(1, 16);
     loop {
         let is_last = !steps.fill(batch_bytes)?;
-        let texts: Vec<&str> = steps.batch.iter().filter_map(|(_, step)| step.text()).collect();
+        let parts = steps.batch.iter().filter_map(|(_, step)| step.part());
+        let texts: Vec<_> = parts.map(|part| (part.text.as_str(), part.place)).collect();
         let encoded = reading.tokenizer.encode_all(&texts, reading.num_threads);
         let encoded = encoded.map_err(|(index, error)| {
-            let lines = steps.batch.iter().filter(|(_, step)| step.text().is_some());
+            let lines = steps.batch.iter().filter(|(_, step)| step.part().is_some());
             let line = lines.map(|(line, _)| *line).nth(index).unwrap_or_default();
             error.context(format!("in `{}:{line}`", source.path.display()))
         })?;
         let mut encoded = encoded.into_iter();
         for (line, step) in steps.batch.drain(..) {
             let ids =
-                if step.text().is_some() { encoded.next().unwrap_or_default() } else { vec![] };
+                if step.part().is_some() { encoded.next().unwrap_or_default() } else { vec![] };
             let place = || format!("in `{}:{line}`", source.path.display());
             builder.apply(step, &ids).with_context(place)?;
         }
@@ -99,6 +116,8 @@ struct Steps<'a> {
     reading: Reading<'a>,
     /// The text of a plain text file that was read but is not yet part of a step.
     text: String,
+    /// Whether the document under construction has some text in this or an earlier batch.
+    has_text: bool,
     num_bad: u64,
     batch: Vec<(u64, Step)>,
 }
@@ -128,7 +147,14 @@ impl Steps<'_> {
     }
 
     fn push(&mut self, step: Step) {
+        let has_text = |part: &Part| self.has_text || !part.text.is_empty();
+        self.has_text = step.part().is_some_and(has_text);
         self.batch.push((self.lines.number, step));
+    }
+
+    fn push_part(&mut self, text: String, of_prompt: bool) {
+        let place = if self.has_text { Place::Continuation } else { Place::Start };
+        self.push(Step::Part(Part { text, place, of_prompt }));
     }
 
     fn add_record(&mut self, line: &[u8]) -> Result<()> {
@@ -139,10 +165,10 @@ impl Steps<'_> {
             Err(fault) => self.add_bad(&fault),
             Ok(record) => {
                 for prompt in self.reading.tokenizer.cut(record.prompt) {
-                    self.push(Step::Prompt(prompt));
+                    self.push_part(prompt, true);
                 }
                 for completion in self.reading.tokenizer.cut(record.completion) {
-                    self.push(Step::Completion(completion));
+                    self.push_part(completion, false);
                 }
                 self.push(Step::End { domain: record.domain, expert: record.expert });
                 Ok(())
@@ -153,6 +179,7 @@ impl Steps<'_> {
     /// Adds a line of a plain text file, or its end if `more` is false. Returns false when the file
     /// is done.
     fn add_text(&mut self, line: &[u8], more: bool) -> Result<bool> {
+        let from = self.text.len();
         match std::str::from_utf8(line) {
             Ok(line) => self.text.push_str(line),
             Err(error) => {
@@ -160,22 +187,21 @@ impl Steps<'_> {
                 return Ok(false);
             }
         }
+        let tokenizer = self.reading.tokenizer;
+        if more && tokenizer.find_cut(&self.text, from).is_none() {
+            return Ok(true);
+        }
+        let mut parts = tokenizer.cut(std::mem::take(&mut self.text));
+        if more {
+            self.text = parts.pop().unwrap_or_default();
+        }
+        for part in parts {
+            self.push_part(part, false);
+        }
         if !more {
-            let text = std::mem::take(&mut self.text);
-            self.push(Step::Completion(text));
             self.push(Step::End { domain: None, expert: None });
-            return Ok(false);
         }
-        let place =
-            self.text.strip_suffix('\n').map(|text| text.strip_suffix('\r').unwrap_or(text));
-        if let Some(place) = place.map(str::len)
-            && self.reading.tokenizer.may_cut(&self.text, place)
-        {
-            let rest = self.text.split_off(place);
-            let text = std::mem::replace(&mut self.text, rest);
-            self.push(Step::Completion(text));
-        }
-        Ok(true)
+        Ok(more)
     }
 
     fn add_bad(&mut self, fault: &str) -> Result<()> {
@@ -195,8 +221,8 @@ impl Steps<'_> {
 }
 
 /// Builds documents from steps.
-struct Builder {
-    eos_token_id: Option<u32>,
+struct Builder<'a> {
+    reading: Reading<'a>,
     file: TokenFile,
     tokens: Vec<u32>,
     /// The index in `tokens` at which the document under construction starts.
@@ -206,10 +232,10 @@ struct Builder {
     domains: HashMap<String, u32>,
 }
 
-impl Builder {
-    fn new(eos_token_id: Option<u32>) -> Self {
+impl<'a> Builder<'a> {
+    fn new(reading: Reading<'a>) -> Self {
         Self {
-            eos_token_id,
+            reading,
             file: TokenFile::default(),
             tokens: Vec::new(),
             start: 0,
@@ -221,21 +247,23 @@ impl Builder {
 
     /// Applies a step whose text has the tokens `ids`.
     fn apply(&mut self, step: Step, ids: &[u32]) -> Result<()> {
-        self.tokens.extend_from_slice(ids);
         match step {
-            Step::Prompt(text) => {
-                self.prompt_len += ids.len();
-                self.content.update(text.as_bytes());
-            }
-            Step::Completion(text) => {
-                self.content.update(text.as_bytes());
+            Step::Part(part) => {
+                if self.tokens.len() == self.start {
+                    self.tokens.extend(self.reading.tokenizer.start_tokens_for(ids));
+                }
+                self.tokens.extend_from_slice(ids);
+                if part.of_prompt {
+                    self.prompt_len = self.tokens.len() - self.start;
+                }
+                self.content.update(part.text.as_bytes());
             }
             Step::Bad => {
                 self.tokens.truncate(self.start);
                 self.begin_document();
             }
             Step::End { domain, expert } => {
-                self.tokens.extend(self.eos_token_id);
+                self.tokens.extend(self.reading.eos_token_id);
                 let document = self.document(domain, expert)?;
                 self.file.documents.push(document);
                 self.begin_document();

@@ -1,30 +1,66 @@
 //! Turns text into token ids with the base's own `tokenizer.json`.
 //!
+//! A tokenizer may put more than the text's own tokens in front of a text:
+//!
+//! - Start tokens, such as Llama 3's `<|begin_of_text|>`. Its post-processor adds them, and they
+//!   belong at the start of a document ([`Tokenizer::start_tokens_for`]).
+//! - A prefix, which is a space in front of the first word. SentencePiece's tokenizers (Llama 2,
+//!   Mistral) write it as `▁`, and drop it again when they decode. It must not come between a
+//!   prompt and its completion ([`Place::Continuation`]).
+//!
 //! Tokenizing takes microseconds per word. The parts of a file are therefore encoded on all cores,
-//! and long texts are cut at the end of a line that does not end in white space. GPT-2's pattern
-//! (`ByteLevel`) always ends a word there, so that no token crosses the cut and the ids are those
-//! of the whole text. With any other kind of tokenizer, texts are not cut.
+//! and long texts are cut where no token can cross the cut, so that the ids are those of the whole
+//! text ([`CutRule`]). Texts are not cut if the tokenizer is of a kind without such a rule.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Context, Result, anyhow};
-use tokenizers::PreTokenizerWrapper;
+use anyhow::{Context, Result, anyhow, bail};
+use tokenizers::pre_tokenizers::split::SplitPattern;
+use tokenizers::{Encoding, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Token};
 
 /// A text is cut at the first safe place after this many bytes.
 const CUT_AFTER_BYTES: usize = 1 << 16;
 
+/// A continuation is encoded behind one of these texts, so that it gets no prefix. A word begins a
+/// new token behind the first text, and white space begins one behind the second.
+const GUARDS: [&str; 2] = ["x\n", "x"];
+
+/// The patterns by which Qwen2 and Qwen3, and Llama 3 and SmolLM3, split a text into pieces. No
+/// token crosses the border of a piece.
+const SPLIT_PATTERNS: [&str; 2] = [
+    concat!(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    concat!(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+];
+
+/// Where a text stands in its document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// At the start of the document.
+    Start,
+    /// Behind another text of the document.
+    Continuation,
+}
+
 /// A `tokenizer.json` of Hugging Face's `tokenizers`.
 ///
-/// Only the text itself becomes ids: whatever the file says, no start or end token is added, and
-/// nothing is truncated or padded. Text that spells an added token (`<|endoftext|>`) becomes that
-/// token, as in `transformers`.
+/// Nothing is truncated or padded, whatever the file says. Text that spells an added token
+/// (`<|endoftext|>`) becomes that token, as in `transformers`.
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     hash: blake3::Hash,
     vocab_size: usize,
-    can_cut: bool,
+    start_tokens: Vec<u32>,
+    /// The usable [`GUARDS`] and their ids. There are none if the tokenizer adds no prefix.
+    guards: Vec<(&'static str, Vec<u32>)>,
+    cut_rule: Option<CutRule>,
 }
 
 impl Tokenizer {
@@ -46,17 +82,72 @@ impl Tokenizer {
         inner
             .with_truncation(None)
             .map_err(|error| anyhow!("cannot turn off truncation: {error}"))?;
-        let largest_id = inner.get_vocab(true).into_values().max();
-        let vocab_size = largest_id.map_or(0, |id| id as usize + 1);
-        let can_cut = can_cut(&inner);
-        Ok(Self { inner, hash: blake3::hash(bytes), vocab_size, can_cut })
+        let start_tokens = start_tokens(&inner)?;
+        let vocab = inner.get_vocab(true).into_values();
+        let largest_id = vocab.chain(start_tokens.iter().copied()).max();
+        let mut tokenizer = Self {
+            hash: blake3::hash(bytes),
+            vocab_size: largest_id.map_or(0, |id| id as usize + 1),
+            start_tokens,
+            guards: vec![],
+            cut_rule: CutRule::of(&inner),
+            inner,
+        };
+        tokenizer.guards = tokenizer.find_guards();
+        Ok(tokenizer)
     }
 
-    /// The ids of `text`.
+    /// The [`GUARDS`] that survive encoding and decoding, if the tokenizer adds a prefix: a text at
+    /// the start then has other ids than the same text behind another one.
+    fn find_guards(&self) -> Vec<(&'static str, Vec<u32>)> {
+        let encode = |text: &str| self.encode(text).unwrap_or_default();
+        if encode("x\nx").ends_with(&encode("x")) {
+            return vec![];
+        }
+        let guards = GUARDS.map(|guard| (guard, encode(guard)));
+        let survives = |(guard, ids): &(&str, Vec<u32>)| {
+            self.decode(ids).is_ok_and(|decoded| decoded.ends_with(guard))
+        };
+        guards.into_iter().filter(survives).collect()
+    }
+
+    /// The tokens that the tokenizer's post-processor puts in front of a text; there may be none.
+    ///
+    /// What it appends to a text, such as `</s>`, is not used: a document ends with the base's own
+    /// end token.
+    pub fn start_tokens(&self) -> &[u32] {
+        &self.start_tokens
+    }
+
+    /// The start tokens to put in front of a document that begins with `ids`. There are none if
+    /// the document is empty, or if its text spells them, as a rendered chat template does.
+    pub fn start_tokens_for(&self, ids: &[u32]) -> &[u32] {
+        let has_them = ids.is_empty() || ids.starts_with(&self.start_tokens);
+        if has_them { &[] } else { &self.start_tokens }
+    }
+
+    /// The ids of `text`, without start tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encode = |text: &str| self.inner.encode_fast(text, false);
         let encoding = encode(text).map_err(|error| anyhow!("cannot encode the text: {error}"))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The ids of `text` at `place`.
+    ///
+    /// A continuation is encoded behind a guard, whose ids are then removed. It thus has the ids
+    /// that it has within a longer text. If no guard keeps its own ids, the continuation is encoded
+    /// like the start of a document.
+    fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+        if place == Place::Continuation {
+            for (guard, guard_ids) in &self.guards {
+                let ids = self.encode(&format!("{guard}{text}"))?;
+                if let Some(ids) = ids.strip_prefix(guard_ids.as_slice()) {
+                    return Ok(ids.to_vec());
+                }
+            }
+        }
+        self.encode(text)
     }
 
     /// The ids of each text, in order, computed on up to `num_threads` threads.
@@ -65,10 +156,13 @@ impl Tokenizer {
     /// The index of the first text that cannot be encoded, and the reason.
     pub(super) fn encode_all(
         &self,
-        texts: &[&str],
+        texts: &[(&str, Place)],
         num_threads: usize,
     ) -> Result<Vec<Vec<u32>>, (usize, anyhow::Error)> {
-        let encode = |index: usize| self.encode(texts[index]).map_err(|error| (index, error));
+        let encode = |index: usize| {
+            let (text, place) = texts[index];
+            self.encode_at(text, place).map_err(|error| (index, error))
+        };
         let num_threads = num_threads.min(texts.len());
         if num_threads <= 1 {
             return (0..texts.len()).map(encode).collect();
@@ -117,49 +211,123 @@ impl Tokenizer {
 
     /// Cuts `text` into parts whose ids, joined, are the ids of `text`.
     pub(super) fn cut(&self, text: String) -> Vec<String> {
-        let mut stretches = Vec::new();
+        let mut parts = Vec::new();
         let mut start = 0;
-        if self.can_cut && text.len() > CUT_AFTER_BYTES {
-            for (place, byte) in text.bytes().enumerate() {
-                let is_line_end = matches!(byte, b'\n' | b'\r');
-                if is_line_end && self.may_cut(&text[start..], place - start) {
-                    stretches.push(text[start..place].to_owned());
-                    start = place;
-                }
-            }
+        while let Some(place) = self.find_cut(&text[start..], 0) {
+            parts.push(text[start..start + place].to_owned());
+            start += place;
         }
-        stretches.push(if start == 0 { text } else { text[start..].to_owned() });
-        stretches
+        parts.push(if start == 0 { text } else { text[start..].to_owned() });
+        parts
     }
 
-    /// Whether `text` is long enough to be cut and may be cut at `place`, the end of a line,
-    /// because no token crosses it.
-    pub(super) fn may_cut(&self, text: &str, place: usize) -> bool {
-        self.can_cut
-            && place > CUT_AFTER_BYTES
-            && text[..place].chars().next_back().is_some_and(|previous| !previous.is_whitespace())
+    /// The first place where `text` may be cut, from byte `from` on and behind
+    /// [`CUT_AFTER_BYTES`].
+    pub(super) fn find_cut(&self, text: &str, from: usize) -> Option<usize> {
+        let rule = self.cut_rule?;
+        let mut places = from.max(CUT_AFTER_BYTES + 1)..text.len();
+        places.find(|place| text.is_char_boundary(*place) && rule.allows(text, *place))
     }
 }
 
-/// Whether a word always ends at the end of a line that does not end in white space.
-fn can_cut(tokenizer: &tokenizers::Tokenizer) -> bool {
-    let splits_by_gpt2_pattern = matches!(
-        tokenizer.get_pre_tokenizer(),
-        Some(PreTokenizerWrapper::ByteLevel(level)) if level.use_regex && !level.add_prefix_space
-    );
-    let added = tokenizer.get_added_tokens_decoder();
-    splits_by_gpt2_pattern
-        && tokenizer.get_normalizer().is_none()
-        && added
+/// The tokens that the post-processor of `tokenizer` puts in front of a text.
+fn start_tokens(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {
+    // stands for all tokens of a text; no vocabulary is so large
+    const TEXT: u32 = u32::MAX;
+    let text = Encoding::from_tokens(vec![Token::new(TEXT, "text".into(), (0, 4))], 0);
+    let processed = tokenizer
+        .post_process(text, None, true)
+        .map_err(|error| anyhow!("the post-processor fails: {error}"))?;
+    let around: Vec<&[u32]> = processed.get_ids().split(|id| *id == TEXT).collect();
+    if let [start, _end] = around.as_slice() {
+        return Ok(start.to_vec());
+    }
+    let processor = serde_json::to_string(&tokenizer.get_post_processor())?;
+    let found = around.len() - 1;
+    bail!("the post-processor must keep a text once, but keeps it {found} times: `{processor}`");
+}
+
+/// Where a text may be cut without a change to its tokens.
+///
+/// A rule holds if no match of the pattern crosses the cut, and if the matches in front of it are
+/// the same whether or not anything follows. The matches behind it never depend on what precedes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum CutRule {
+    /// In front of a line end that follows a character other than white space, for GPT-2's pattern,
+    /// `'s|..| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`. No alternative matches white
+    /// space behind another character, and one that ends in another character looks no further.
+    /// `Digits` changes nothing, since it looks at single characters.
+    BeforeLineEnd,
+    /// Behind a line end that precedes a character other than white space, for
+    /// [`SPLIT_PATTERNS`]. In each alternative, only white space can follow a line end. White space
+    /// in front of the cut is matched up to the cut by `\s*[\r\n]+`, before `\s+(?!\S)` could look
+    /// at what follows. NFC changes nothing, since no composition contains a line end.
+    AfterLineEnd,
+}
+
+impl CutRule {
+    fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
+        let added = tokenizer.get_added_tokens_decoder();
+        let keeps_line_ends = added
             .values()
-            .all(|token| !token.lstrip && !token.rstrip && !token.content.contains(['\n', '\r']))
+            .all(|token| !token.lstrip && !token.rstrip && !token.content.contains(['\n', '\r']));
+        let pre_tokenizers = match tokenizer.get_pre_tokenizer()? {
+            PreTokenizerWrapper::Sequence(sequence) => sequence.as_ref(),
+            single => std::slice::from_ref(single),
+        };
+        let rule = match pre_tokenizers {
+            [PreTokenizerWrapper::ByteLevel(level)]
+            | [PreTokenizerWrapper::Digits(_), PreTokenizerWrapper::ByteLevel(level)]
+                if level.use_regex && !level.add_prefix_space =>
+            {
+                Self::BeforeLineEnd
+            }
+            [PreTokenizerWrapper::Split(split), PreTokenizerWrapper::ByteLevel(level)]
+                if matches!(&split.pattern, SplitPattern::Regex(pattern)
+                    if SPLIT_PATTERNS.contains(&pattern.as_str()))
+                    && split.behavior == SplitDelimiterBehavior::Isolated
+                    && !split.invert
+                    && !level.use_regex
+                    && !level.add_prefix_space =>
+            {
+                Self::AfterLineEnd
+            }
+            _ => return None,
+        };
+        let is_safe_normalizer = match tokenizer.get_normalizer() {
+            None => true,
+            Some(NormalizerWrapper::NFC(_)) => rule == Self::AfterLineEnd,
+            Some(_) => false,
+        };
+        (keeps_line_ends && is_safe_normalizer).then_some(rule)
+    }
+
+    /// Whether `text` may be cut at `place`.
+    fn allows(self, text: &str, place: usize) -> bool {
+        let (before, after) = text.split_at(place);
+        let (Some(previous), Some(next)) = (before.chars().next_back(), after.chars().next())
+        else {
+            return false;
+        };
+        let is_line_end = |character| matches!(character, '\n' | '\r');
+        match self {
+            Self::BeforeLineEnd => is_line_end(next) && !previous.is_whitespace(),
+            Self::AfterLineEnd => is_line_end(previous) && !next.is_whitespace(),
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizer};
 
     use super::*;
+
+    fn parse(file: &Value) -> Result<Tokenizer> {
+        Tokenizer::from_bytes(file.to_string().as_bytes())
+    }
 
     fn tokenizer(add_prefix_space: bool, added: &str) -> Tokenizer {
         let file = json!({
@@ -172,7 +340,14 @@ mod tests {
             },
             "model": {"type": "BPE", "vocab": {}, "merges": []}
         });
-        Tokenizer::from_bytes(file.to_string().as_bytes()).expect("a valid tokenizer")
+        parse(&file).expect("a valid tokenizer")
+    }
+
+    /// The content of a `tokenizer.json` in `tests/golden/tokenizers`.
+    fn golden(kind: &str) -> Value {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/tokenizers");
+        let file = fs_err::read(format!("{dir}/{kind}.tokenizer.json")).expect("it exists");
+        serde_json::from_slice(&file).expect("JSON")
     }
 
     #[test]
@@ -186,10 +361,134 @@ mod tests {
     }
 
     #[test]
+    fn texts_of_qwen_are_cut_where_a_line_begins_with_a_word() {
+        let filler = "x".repeat(CUT_AFTER_BYTES);
+        let text = format!("{filler}.\n\n  ab.\r\n人{filler}\n");
+        let stretches = parse(&golden("qwen")).expect("it is valid").cut(text.clone());
+        assert_eq!(stretches.concat(), text);
+        assert_eq!((stretches.len(), stretches[1].as_str()), (2, &*format!("人{filler}\n")));
+    }
+
+    #[test]
     fn texts_stay_whole_where_a_cut_could_change_their_tokens() {
         let text = format!("{}\n", "x".repeat(2 * CUT_AFTER_BYTES));
         assert_eq!(tokenizer(false, "<s>").cut(text.clone()).len(), 2);
         assert_eq!(tokenizer(true, "<s>").cut(text.clone()).len(), 1);
         assert_eq!(tokenizer(false, "<s>\n").cut(text).len(), 1);
+    }
+
+    #[test]
+    fn the_cut_rule_depends_on_the_kind_of_the_tokenizer() -> Result<()> {
+        for (kind, rule) in [
+            ("qwen", Some(CutRule::AfterLineEnd)),
+            ("llama3", Some(CutRule::AfterLineEnd)),
+            ("smollm", Some(CutRule::BeforeLineEnd)),
+            ("llama2", None),
+            ("mistral", None),
+        ] {
+            assert_eq!(parse(&golden(kind))?.cut_rule, rule, "{kind}");
+        }
+        let mut changed = golden("qwen");
+        let pattern = &mut changed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"];
+        *pattern = json!(SPLIT_PATTERNS[0].replace(r"[\r\n]*", r"[\r\n/]*"));
+        assert_eq!(parse(&changed)?.cut_rule, None);
+        let mut lowercase = golden("llama3");
+        lowercase["normalizer"] = json!({"type": "Lowercase"});
+        assert_eq!(parse(&lowercase)?.cut_rule, None);
+        Ok(())
+    }
+
+    /// The pieces of `text` that the model turns into tokens, one at a time.
+    fn pieces(tokenizer: &tokenizers::Tokenizer, text: &str) -> Vec<String> {
+        let added = tokenizer.get_added_vocabulary();
+        let mut pieces = added.extract_and_normalize(tokenizer.get_normalizer(), text);
+        let splits = tokenizer.get_pre_tokenizer().expect("it has one");
+        splits.pre_tokenize(&mut pieces).expect("any text has pieces");
+        let pieces = pieces.get_splits(OffsetReferential::Normalized, OffsetType::None);
+        pieces.into_iter().map(|(piece, ..)| piece.to_owned()).collect()
+    }
+
+    #[test]
+    fn no_piece_crosses_a_cut() {
+        let kinds = ["qwen", "llama3", "smollm"];
+        let tokenizers = kinds.map(|kind| parse(&golden(kind)).expect("it is valid"));
+        let strings = "a B e 1 23 ! ' s / é \u{301} \u{958} 人 <|im_end|>".split(' ');
+        let spaces = [" ", "  ", "\t", "\n", "\n", "\r", "\r\n", "\u{a0}", "\u{2028}"];
+        let strings: Vec<&str> = strings.chain(spaces).collect();
+        let texts = prop::collection::vec(prop::sample::select(strings), 0..14);
+        proptest!(|(text in texts.prop_map(|strings| strings.concat()))| {
+            for tokenizer in &tokenizers {
+                let pieces = |text| pieces(&tokenizer.inner, text);
+                let rule = tokenizer.cut_rule.expect("its texts may be cut");
+                let places = (0..text.len()).filter(|place| text.is_char_boundary(*place));
+                for place in places.filter(|place| rule.allows(&text, *place)) {
+                    let parts = [pieces(&text[..place]), pieces(&text[place..])];
+                    prop_assert_eq!(parts.concat(), pieces(&text), "cut at {}", place);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn start_tokens_come_from_the_post_processor() -> Result<()> {
+        let mut file = golden("llama2");
+        let special = |id: &str| json!({"SpecialToken": {"id": id, "type_id": 0}});
+        let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+        let processor = |single: &[&Value]| {
+            json!({
+                "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {
+                    "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+                    "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+                }
+            })
+        };
+        // what stands behind the text is not used
+        file["post_processor"] =
+            processor(&[&special("</s>"), &special("<s>"), &text, &special("</s>")]);
+        let tokenizer = parse(&file)?;
+        assert_eq!(tokenizer.start_tokens(), [2, 1]);
+        assert_eq!(tokenizer.start_tokens_for(&[1, 9]), [2, 1]);
+        for ids in [[2, 1, 9].as_slice(), &[2, 1], &[]] {
+            assert!(tokenizer.start_tokens_for(ids).is_empty());
+        }
+        file["post_processor"] = processor(&[&text, &special("<s>"), &text]);
+        let error = format!("{:#}", parse(&file).expect_err("it doubles a text"));
+        let start =
+            "the post-processor must keep a text once, but keeps it 2 times: `{\"type\":\"Templ";
+        assert!(error.starts_with(start), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_start_token_beyond_the_vocabulary_counts_as_part_of_it() -> Result<()> {
+        let mut file = golden("llama2");
+        let before = parse(&file)?.vocab_size();
+        file["post_processor"]["special_tokens"]["<s>"]["ids"] = json!([before + 5]);
+        assert_eq!(parse(&file)?.vocab_size(), before + 6);
+        Ok(())
+    }
+
+    #[test]
+    fn a_continuation_has_no_prefix() -> Result<()> {
+        let mut prefix_space = golden("smollm");
+        prefix_space["pre_tokenizer"] = json!({
+            "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true
+        });
+        let mut always = golden("mistral");
+        always["pre_tokenizer"]["prepend_scheme"] = json!("always");
+        for file in [golden("llama2"), golden("mistral"), always, prefix_space] {
+            let tokenizer = parse(&file)?;
+            assert_eq!(tokenizer.guards.len(), 2);
+            let prompt = tokenizer.encode("Everyone")?;
+            for text in ["", "one", " one", "  one", "\n", "\none", "12", "é", "人", "!"] {
+                let ids = tokenizer.encode_at(text, Place::Continuation)?;
+                let decoded = tokenizer.decode(&[prompt.as_slice(), &ids].concat())?;
+                assert_eq!(decoded.trim_start(), format!("Everyone{text}"));
+            }
+        }
+        for kind in ["qwen", "llama3", "smollm"] {
+            assert!(parse(&golden(kind))?.guards.is_empty(), "{kind}");
+        }
+        Ok(())
     }
 }
