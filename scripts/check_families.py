@@ -79,9 +79,8 @@ PLAIN = {
 # how a base is saved, if not as one file in f32
 SAVED = {"smollm3": {"dtype": torch.bfloat16}, "qwen3": {"max_shard_size": "300KB"}}
 END_TOKENS = {"mistral": "</s>"}  # if not the demo's
-# keys of a config that a merged base need not keep; the last two only give `layer_types` and
-# `no_rope_layers`
-IDLE_KEYS = {"_name_or_path", "dtype", "transformers_version", "max_window_layers", "no_rope_layer_interval"}
+# keys of a config that a merged base need not keep
+IDLE_KEYS = {"_name_or_path", "dtype", "transformers_version"}
 MIXTURE = """num_experts = 3
 target_modules = "all-linear"
 [router]
@@ -181,6 +180,11 @@ def check_config(name, merged, base):
     keys = (ours.keys() | theirs.keys()) - IDLE_KEYS
     differing = {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
     expect(f"{name}: the merged base has {len(keys)} equal settings", not differing, differing)
+    # older versions of transformers read these keys alone
+    config = json.loads((merged / "config.json").read_text())
+    rope = dict(config["rope_parameters"])
+    old = {**(config["rope_scaling"] or {"rope_type": "default"}), "rope_theta": config["rope_theta"]}
+    expect(f"{name}: the merged base has its RoPE in the old spelling too", old == rope, (old, rope))
 
 
 def check_family(family, folder):

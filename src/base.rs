@@ -28,8 +28,8 @@ pub struct Base {
     pub tokenizer: Option<Tokenizer>,
     /// The file that the tokenizer was read from.
     pub tokenizer_file: Option<PathBuf>,
-    /// Small files that go with the base wherever it goes, such as the chat template. There are none
-    /// if the config names another tokenizer than the one beside the weights.
+    /// Small files that go with the base wherever it goes, such as the chat template. There are
+    /// none if the config names another tokenizer than the one beside the weights.
     pub beside: Vec<PathBuf>,
     files: Option<BaseFiles>,
 }

@@ -1,4 +1,5 @@
-//! dylora trains a Mixture of LoRA Experts ("routed LoRA") on a frozen GPT-2.
+//! dylora trains a Mixture of LoRA Experts ("routed LoRA") on a frozen decoder: GPT-2, Llama, Qwen,
+//! SmolLM or Mistral.
 //!
 //! The modules form layers, here lowest first. A module uses only modules that stand before it:
 //!

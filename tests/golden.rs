@@ -299,7 +299,7 @@ fn routed_experts_match_peft_adapters_and_torch_autograd() -> Result<()> {
                     let found = gradients(&model, &loss.loss);
                     match kind {
                         Kind::Double => {
-                            assert_same_gradients(&found, &unstack(&expected), tolerance)
+                            assert_same_gradients(&found, &unstack(&expected), tolerance);
                         }
                         _ => assert_same_gradients(&stacked(&found), &expected, tolerance),
                     }

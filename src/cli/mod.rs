@@ -36,7 +36,8 @@ use crate::hub::{HubLimits, HubSettings};
 /// Heads the options of every command in `--help`.
 const GLOBAL: &str = "Global options";
 
-/// Train a Mixture of LoRA Experts on a frozen GPT-2, evaluate it, merge it and export it.
+/// Train a Mixture of LoRA Experts on a frozen GPT-2, Llama, Qwen, SmolLM or Mistral, evaluate it,
+/// merge it and export it.
 #[derive(Debug, Parser)]
 #[command(name = "dylora", disable_version_flag = true, arg_required_else_help = true)]
 pub struct Cli {

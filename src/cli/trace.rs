@@ -31,7 +31,8 @@ pub struct TraceArgs {
     tokens: Vec<i64>,
     /// Write `input_ids`, `logits`, `routing_weights` and `hidden_states.{layer}` to this file.
     /// If each layer or module has routing weights of its own, they are named
-    /// `routing_weights.h.{layer}` or `routing_weights.h.{layer}.{module}`.
+    /// `routing_weights.{layer}` or `routing_weights.{module}`, such as
+    /// `routing_weights.layers.0` or `routing_weights.h.0.attn.c_attn`.
     #[arg(long, value_name = "FILE.safetensors")]
     out: Option<PathBuf>,
     /// Replace the file of `--out` if it exists.
@@ -111,7 +112,12 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
 
 fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {
     let tokens: Vec<i64> = match &args.text {
-        Some(text) => open.base.tokenizer()?.encode(text)?.into_iter().map(i64::from).collect(),
+        Some(text) => {
+            let tokenizer = open.base.tokenizer()?;
+            let ids = tokenizer.encode(text)?;
+            let start = tokenizer.start_tokens_for(&ids).iter();
+            start.chain(&ids).copied().map(i64::from).collect()
+        }
         None => args.tokens.clone(),
     };
     let (vocab, positions) = (open.base.spec.vocab_size, open.base.spec.max_positions);

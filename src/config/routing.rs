@@ -124,13 +124,13 @@ impl RouterConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RouterInput {
-    /// The sum of the token and position embeddings.
+    /// The token embeddings, with the position embeddings where the base has them.
     #[default]
     Embeddings,
     /// The last hidden state (after `ln_f`) of a separate forward pass of the base alone, without
     /// gradient (X-LoRA, arXiv:2402.07148, section 2).
     BaseHidden,
-    /// The input of the layer itself, after the layer's first LayerNorm.
+    /// The input of the layer itself, after the layer's first normalisation.
     LayerInput,
 }
 

@@ -72,8 +72,8 @@ fn write_tokenizer(dir: &Path, spec: &DecoderSpec, file: &Path) -> Result<()> {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": spec.max_positions,
     });
-    let tokens =
-        [("bos_token", token(spec.bos_token_id)), ("eos_token", token(spec.eos_token_id()))];
+    let bos = tokenizer.start_tokens().first().copied().or(spec.bos_token_id);
+    let tokens = [("bos_token", token(bos)), ("eos_token", token(spec.eos_token_id()))];
     for (key, text) in tokens {
         config[key] = text.into();
     }

@@ -259,9 +259,11 @@ pub(super) fn describe(spec: &ExpertSpec) -> String {
 /// The routers of a mixture in words.
 fn describe_router(spec: &RouterSpec) -> String {
     let reads = match spec.input {
-        RouterInput::Embeddings => "the token plus position embedding",
+        RouterInput::Embeddings => {
+            "the token embedding, plus the position embedding where the base has one"
+        }
         RouterInput::BaseHidden => "the last hidden state of a pass of the base alone",
-        RouterInput::LayerInput => "a block's input after its first LayerNorm",
+        RouterInput::LayerInput => "a block's input after its first normalisation",
     };
     let averaged = match spec.level {
         RoutingLevel::Token => "",

@@ -11,8 +11,8 @@
 //! Other places that name experts by number, such as records, are for the caller to renumber.
 //!
 //! Each router has a row for each expert in `router.weight`, `router.bias` and
-//! `router.selection_bias`. If there are several routers, these names begin with `h.{layer}.` or
-//! `h.{layer}.{module}.`. Other tensors of a router do not change.
+//! `router.selection_bias`. If there are several routers, these names begin with the layer, such as
+//! `layers.0.`, or with the module. Other tensors of a router do not change.
 
 pub mod merge;
 pub mod new_column;

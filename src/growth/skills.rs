@@ -126,7 +126,9 @@ pub enum SkillComparison {
     Median,
 }
 
-/// Embeds a domain with the base of `model`, without the experts.
+/// Embeds a domain with the base of `model`, without the experts: the mean of the hidden states at
+/// which the loss is taken. Those that read the token that begins a document are left out, since
+/// they are the same in every document, and far from the others.
 ///
 /// - `max_blocks`: the largest number of blocks to read, at even distances over the domain
 ///
@@ -140,15 +142,17 @@ pub fn embed(
     max_blocks: Option<usize>,
 ) -> Result<Embedding> {
     let _no_grad = tch::no_grad_guard();
-    let d = model.base().spec.width;
+    let (d, bos) = (model.base().spec.width, model.base().spec.bos_token_id);
     let mut sum = Tensor::zeros([d], (Kind::Double, model.device()));
     let mut label_tokens = 0;
     for chunk in spread_blocks(dataset, domain, max_blocks).chunks(batch_size) {
         let batch = dataset.batch(chunk);
         let inputs = Inputs::of_batch(&batch, false, model.device());
-        let hidden_nd = hidden(model, &inputs).view([-1, d]).index_select(0, &inputs.labelled);
+        let read_n = inputs.input_ids.view([-1]).index_select(0, &inputs.labelled);
+        let rows = inputs.labelled.masked_select(&read_n.ne(bos.map_or(-1, i64::from)));
+        let hidden_nd = hidden(model, &inputs).view([-1, d]).index_select(0, &rows);
         sum += hidden_nd.sum_dim_intlist(0, false, Kind::Double);
-        label_tokens += batch.label_tokens();
+        label_tokens += rows.size()[0] as u64;
     }
     let name = &dataset.domains[domain].name;
     if label_tokens == 0 {

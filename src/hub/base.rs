@@ -1,6 +1,6 @@
 //! Finds the files of a base as `save_pretrained` of `transformers` writes it: `config.json`, the
-//! weights and, as a rule, `tokenizer.json` and small files beside it. The weights are `model.safetensors`, or
-//! `model.safetensors.index.json` and the shards that it names.
+//! weights and, as a rule, `tokenizer.json` and small files beside it. The weights are
+//! `model.safetensors`, or `model.safetensors.index.json` and the shards that it names.
 //!
 //! The index is JSON: `{"metadata": {..}, "weight_map": {"<tensor>": "<shard>", ..}}`.
 

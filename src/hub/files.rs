@@ -16,8 +16,9 @@ pub struct BaseFiles {
     pub weights: Vec<PathBuf>,
     /// `tokenizer.json`, if there is one.
     pub tokenizer: Option<PathBuf>,
-    /// Those of the small files beside the weights that are there: the settings of the tokenizer and
-    /// of generation, the chat template and the license. They are copied to a base that is written.
+    /// The small files beside the weights, as far as there are any: the settings of the tokenizer
+    /// and of generation, the chat template and the license. They are copied to a base that is
+    /// written.
     pub beside: Vec<PathBuf>,
 }
 

@@ -324,6 +324,14 @@ fn named(
         named.insert(key, tensor.to_kind(Kind::Float));
     }
     match tensors.keys().next() {
+        Some(name)
+            if ["lm_head", "embed", ".wte", ".wpe"].iter().any(|part| name.contains(part)) =>
+        {
+            bail!(
+                "tensor `{name}` is of the head or an embedding, which no expert is on\nhint: \
+                 experts are on the linear layers of blocks"
+            )
+        }
         Some(name) => bail!("tensor `{name}` is of no target module of the adapter's config"),
         None => Ok(named),
     }

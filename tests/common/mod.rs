@@ -19,6 +19,7 @@ use dylora::model::loss::LossSettings;
 use dylora::model::routing::router::{RouterSpec, Routing};
 use dylora::model::routing::totals::{RoutingTotals, add_totals};
 use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
+use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 /// f64 on the CPU.
@@ -98,7 +99,7 @@ pub fn tiny_config() -> DecoderSpec {
 
 /// A GPT-2 of this shape, with 32 positions and 61 tokens.
 pub fn gpt2_spec(n_layer: i64, n_head: i64, n_embd: i64) -> DecoderSpec {
-    let json = serde_json::json!({
+    let json = json!({
         "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
         "n_positions": 32, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0,
     });
@@ -108,31 +109,28 @@ pub fn gpt2_spec(n_layer: i64, n_head: i64, n_embd: i64) -> DecoderSpec {
 /// A tiny base of each family with the settings that only it has.
 pub fn family_specs() -> Vec<(&'static str, DecoderSpec)> {
     let own = [
-        ("gpt2", serde_json::json!({"n_layer": 3, "n_head": 4, "n_embd": 16, "n_positions": 32})),
+        ("gpt2", json!({"n_layer": 3, "n_head": 4, "n_embd": 16, "n_positions": 32})),
         (
             "llama",
-            serde_json::json!({
+            json!({
                 "attention_bias": true, "mlp_bias": true, "num_key_value_heads": 1,
                 "rope_scaling": {
                     "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16
                 },
             }),
         ),
-        (
-            "qwen2",
-            serde_json::json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1}),
-        ),
-        ("qwen3", serde_json::json!({"head_dim": 6, "tie_word_embeddings": true})),
+        ("qwen2", json!({"use_sliding_window": true, "sliding_window": 3, "max_window_layers": 1})),
+        ("qwen3", json!({"head_dim": 6, "tie_word_embeddings": true})),
         (
             "smollm3",
-            serde_json::json!({
+            json!({
                 "no_rope_layer_interval": 2, "use_sliding_window": true, "sliding_window": 2,
             }),
         ),
-        ("mistral", serde_json::json!({"sliding_window": 4, "head_dim": 8})),
+        ("mistral", json!({"sliding_window": 4, "head_dim": 8})),
     ];
     let spec = |(family, own): (&'static str, serde_json::Value)| {
-        let mut config = serde_json::json!({
+        let mut config = json!({
             "model_type": family, "hidden_size": 16, "intermediate_size": 20,
             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 32, "vocab_size": 61, "rope_theta": 20.0,

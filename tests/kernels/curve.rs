@@ -79,15 +79,16 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-/// Compares the losses with those of the reference in f64, which fall by more than 1 nat, or by more
-/// than half a nat on the Llama-like families, whose learning rate is lower. At every step, the difference is at most 1e-9 nats in f64 and 1e-5 in f32. In bf16 it is at most twice
-/// the largest difference between the reference in bf16 and in f64.
+/// Compares the losses with those of the reference in f64, which fall by more than 1 nat, or by
+/// more than half a nat on the Llama-like families, whose learning rate is lower. At every step,
+/// the difference is at most 1e-9 nats in f64 and 1e-5 in f32. In bf16 it is at most twice the
+/// largest difference between the reference in bf16 and in f64.
 ///
-/// On GPT-2, routing is dense, dense by a router for each layer with the load-balancing loss, top-2, and
-/// dense with the experts' orthogonality in the loss. On each other family, it is dense by a router
-/// for each layer. All runs have packed documents, two
-/// micro-batches in every other step and, on CUDA, graphs. With twice this learning rate, rounding
-/// errors would grow so much that the reference in f32 would be 7e-4 away from the one in f64.
+/// On GPT-2, routing is dense, dense by a router for each layer with the load-balancing loss,
+/// top-2, and dense with the experts' orthogonality in the loss. On each other family, it is dense
+/// by a router for each layer. All runs have packed documents, two micro-batches in every other
+/// step and, on CUDA, graphs. With twice these learning rates, rounding errors would grow so much
+/// that the reference in f32 would be 7e-4 away from the one in f64.
 #[test]
 fn a_hundred_steps_follow_the_references_losses() -> Result<()> {
     let device = device()?;

@@ -20,6 +20,7 @@ use super::json::Keys;
 use super::rope;
 use crate::config::Family;
 use crate::model::decoder::mlp::Activation;
+use crate::model::decoder::rope::RopeSpec;
 use crate::model::decoder::spec::{Biases, DecoderSpec, Windows};
 
 /// Keys that change the forward pass in a way that is not supported.
@@ -305,10 +306,18 @@ pub(super) fn to_json(spec: &DecoderSpec) -> Value {
         "rope_parameters": rope::to_json(rope),
         // the old spelling, for versions of transformers before 5
         "rope_theta": rope.theta,
+        "rope_scaling": rope::scaling_to_json(rope),
         "bos_token_id": spec.bos_token_id,
     });
     let keys = json.as_object_mut().expect("it was made as an object");
-    let mut add = |key: &str, value: Value| keys.insert(key.to_owned(), value);
+    add_own_keys(spec, rope, &mut |key, value| {
+        keys.insert(key.to_owned(), value);
+    });
+    json
+}
+
+/// Adds the keys that only some families have.
+fn add_own_keys(spec: &DecoderSpec, rope: &RopeSpec, add: &mut dyn FnMut(&str, Value)) {
     let family = spec.family;
     if matches!(family, Family::Llama | Family::Qwen3 | Family::SmolLm3) {
         add("attention_bias", spec.biases.qkv.into());
@@ -319,6 +328,10 @@ pub(super) fn to_json(spec: &DecoderSpec) -> Value {
     if family == Family::SmolLm3 {
         let flag = |layer| i64::from(!rope.skipped_layers.contains(&layer));
         add("no_rope_layers", (0..spec.num_layers).map(flag).collect());
+        // not read beside the list, but the list's reason
+        if let Some(interval) = interval(&rope.skipped_layers, spec.num_layers) {
+            add("no_rope_layer_interval", interval.into());
+        }
         // its default, 128004, may be outside a small vocabulary
         add("pad_token_id", Value::Null);
     }
@@ -334,7 +347,20 @@ pub(super) fn to_json(spec: &DecoderSpec) -> Value {
         };
         add("layer_types", (0..spec.num_layers).map(kind).collect());
     }
-    json
+    // versions of transformers before `layer_types` read this alone
+    if matches!(family, Family::Qwen2 | Family::Qwen3) {
+        let first = (0..spec.num_layers).find(|&layer| spec.window(layer).is_some());
+        if let Some(first) = first {
+            add("max_window_layers", first.into());
+        }
+    }
+}
+
+/// The interval at which layers are skipped, if there is one.
+fn interval(skipped_layers: &[i64], num_layers: i64) -> Option<i64> {
+    let interval = skipped_layers.first()? + 1;
+    let at_interval = (0..num_layers).filter(|layer| (layer + 1) % interval == 0);
+    at_interval.eq(skipped_layers.iter().copied()).then_some(interval)
 }
 
 /// The name that transformers gives the parameter; `None` for a buffer of RoPE.

@@ -108,6 +108,16 @@ fn yarn(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScaling
     })
 }
 
+/// The value of the older `rope_scaling` for a spec, beside which `rope_theta` stands.
+pub(super) fn scaling_to_json(rope: &RopeSpec) -> Value {
+    if rope.scaling == RopeScaling::Default {
+        return Value::Null;
+    }
+    let mut scaling = to_json(rope);
+    scaling.as_object_mut().expect("it was made as an object").remove("rope_theta");
+    scaling
+}
+
 /// The value of `rope_parameters` for a spec.
 pub(super) fn to_json(rope: &RopeSpec) -> Value {
     let RopeSpec { theta, scaling, .. } = rope;

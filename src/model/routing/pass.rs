@@ -116,7 +116,7 @@ impl<'a> RoutingPass<'a> {
     }
 
     /// The weights of a layer. `layer_input` computes the layer's own input, after its first
-    /// LayerNorm.
+    /// normalisation.
     pub fn block(&mut self, layer: usize, layer_input: &dyn Fn() -> Tensor) -> BlockWeights {
         let DecidedBy::Routers { rule, features, averaging, named } = &self.decided_by else {
             let DecidedBy::Fixed(weights) = &self.decided_by else { unreachable!() };
