@@ -23,8 +23,11 @@ use crate::model::decoder::mlp::Activation;
 use crate::model::decoder::rope::RopeSpec;
 use crate::model::decoder::spec::{Biases, DecoderSpec, Windows};
 
-/// Keys that change the forward pass in a way that is not supported.
-const UNSUPPORTED: [&str; 2] = ["per_layer_config", "quantization_config"];
+/// Keys that change the forward pass in a way that is not supported, and why.
+const UNSUPPORTED: [(&str, &str); 2] = [
+    ("per_layer_config", "all layers must be alike"),
+    ("quantization_config", "the weights must be f32, f16 or bf16"),
+];
 
 /// The values of keys that are absent.
 struct Defaults {
@@ -99,9 +102,9 @@ impl Defaults {
 /// A value that is not supported, and a shape that contradicts itself; the message names the key.
 pub(super) fn from_keys(family: Family, keys: Keys<'_>) -> Result<DecoderSpec> {
     let defaults = Defaults::of(family);
-    for key in UNSUPPORTED {
+    for (key, what) in UNSUPPORTED {
         if keys.get(key).is_some() {
-            bail!("`{key}` is not supported");
+            bail!("`{key}` is not supported: {what}");
         }
     }
     let activation = keys.text("hidden_act")?.unwrap_or("silu");
@@ -212,7 +215,7 @@ fn window_size(family: Family, keys: Keys<'_>) -> Result<Option<i64>> {
     let is_used = match family {
         Family::Gpt2 | Family::Llama => false,
         Family::Mistral if keys.get("layer_types").is_some() => bail!(
-            "`layer_types` makes another architecture of a Mistral (`ministral`), which is not \
+            "`layer_types` makes another architecture of a Mistral, `ministral`, which is not \
              supported"
         ),
         Family::Mistral => true,
@@ -238,7 +241,10 @@ fn window_layers(
 ) -> Result<Vec<bool>> {
     if let Some(types) = layer_types(keys)? {
         if types.len() as i64 != num_layers {
-            bail!("`layer_types` must have {num_layers} entries, one a layer, got {}", types.len());
+            bail!(
+                "`layer_types` must have {num_layers} entries, one for each layer, got {}",
+                types.len()
+            );
         }
         return Ok(types);
     }
@@ -272,8 +278,8 @@ fn layer_types(keys: Keys<'_>) -> Result<Option<Vec<bool>>> {
 fn check_no_window(keys: Keys<'_>) -> Result<()> {
     if layer_types(keys)?.is_some_and(|types| types.contains(&true)) {
         bail!(
-            "`layer_types` names `sliding_attention`, but `use_sliding_window` or \
-             `sliding_window` turns windows off"
+            "`layer_types` names `sliding_attention`, but the other keys turn windows off\nhint: \
+             `use_sliding_window` must be true, and `sliding_window` a number"
         );
     }
     Ok(())

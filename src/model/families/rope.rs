@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::json::Keys;
 use crate::model::decoder::rope::{RopeScaling, RopeSpec};
 
-const KINDS: &str = "`default`, `linear`, `llama3` and `yarn` are supported";
+const KINDS: &str = "`default`, `linear`, `llama3` or `yarn`";
 
 /// Reads how queries and keys are rotated.
 ///
@@ -73,7 +73,7 @@ fn scaling(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScal
             original_positions: original,
         },
         "yarn" => yarn(dict, original, max_positions)?,
-        other => bail!("`rope_type` is `{other}`; {KINDS}"),
+        other => bail!("`rope_type` must be {KINDS}, got `{other}`"),
     })
 }
 
