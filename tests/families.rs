@@ -1,5 +1,5 @@
-//! Configs of the Llama-like families: what is read, what is refused and by which name, and in which
-//! dtype weights lie in memory.
+//! Configs of the Llama-like families: what is read, what is refused and by which name, and in
+//! which dtype weights lie in memory.
 
 mod common;
 

@@ -28,7 +28,8 @@ pub enum Row {
     /// The forward and backward pass of the base without experts, which is the least that training
     /// on a frozen base costs.
     ///
-    /// Only the position embeddings need a gradient, so that the backward pass goes through every
+    /// Only the position embeddings, or a base's first normalisation where it has none, need a
+    /// gradient, so that the backward pass goes through every
     /// block, as it does with adapters.
     Base,
     /// One LoRA of rank r. The price of the mixture is what it costs more than this.

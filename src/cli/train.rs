@@ -40,8 +40,8 @@ pub struct TrainArgs {
     /// checkpoint's folder.
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     resume: Option<Option<PathBuf>>,
-    /// Print the resolved config, the number of parameters, the estimated memory and the data, but
-    /// do not train.
+    /// Print the resolved config, which linear layers each name of `[lora]` matches, the number of
+    /// parameters, the estimated memory and the data, but do not train.
     #[arg(long)]
     dry_run: bool,
     /// Print the result as JSON.

@@ -191,7 +191,7 @@ pub enum BaseSource {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HubSource {
-    /// The repository's name, such as `openai-community/gpt2`.
+    /// The repository's name, such as `Qwen/Qwen3-0.6B`.
     pub repo: String,
     /// A branch, a tag or a commit.
     #[serde(default = "default_revision")]

@@ -158,6 +158,6 @@ impl JsonSchema for TargetModules {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        Vec::<ModuleName>::json_schema(generator)
+        Vec::<String>::json_schema(generator)
     }
 }

@@ -127,8 +127,8 @@ pub enum RouterInput {
     /// The token embeddings, with the position embeddings where the base has them.
     #[default]
     Embeddings,
-    /// The last hidden state (after `ln_f`) of a separate forward pass of the base alone, without
-    /// gradient (X-LoRA, arXiv:2402.07148, section 2).
+    /// The last hidden state, after the final normalisation, of a separate forward pass of the base
+    /// alone, without gradient (X-LoRA, arXiv:2402.07148, section 2).
     BaseHidden,
     /// The input of the layer itself, after the layer's first normalisation.
     LayerInput,

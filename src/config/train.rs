@@ -123,7 +123,7 @@ pub struct OptimizerConfig {
     pub adapters: GroupConfig,
     /// The parameters of the router.
     pub router: GroupConfig,
-    /// The parameters of the base, which only `method = "full"` trains. Biases, norms and
+    /// The parameters of the base, which only `method = "full"` trains. Biases, normalisations and
     /// embeddings have no weight decay.
     pub base: GroupConfig,
     /// Decay rates of the two moments.

@@ -50,8 +50,8 @@ use crate::config::{
     DataConfig, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation,
 };
 
-/// The largest `seq_len`. It is far above the context of any GPT-2, and only keeps a typing error
-/// from exhausting the memory.
+/// The largest `seq_len`. It is as far as the context of any base reaches, and only keeps a typing
+/// error from exhausting the memory.
 const MAX_SEQ_LEN: usize = 1 << 20;
 
 /// How files are turned into blocks.

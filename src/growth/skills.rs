@@ -2,7 +2,7 @@
 //! counts as known.
 //!
 //! ```text
-//! h(x)   = mean over label tokens of the base's last hidden state (after ln_f)        [d]
+//! h(x)   = mean over label tokens of the base's last hidden state (normalised)        [d]
 //! c      = the same mean over text that the base writes itself, or 0
 //! cosine = <h - c, h' - c> / (|h - c| |h' - c|)
 //! known    if the largest cosine to the library's skills, or their median, reaches a threshold

@@ -33,7 +33,7 @@ pub(super) const OPTION: &str = "base.source";
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
                     `model.safetensors`; a model of the Hub is \
-                    `base.source = { hub = { repo = \"openai-community/gpt2\" } }`";
+                    `base.source = { hub = { repo = \"Qwen/Qwen3-0.6B\" } }`";
 
 /// Finds the base in the user's folder `dir`.
 pub(super) fn find_in_folder(dir: &Path) -> Result<BaseFiles> {

@@ -49,7 +49,7 @@ impl RepoSource<'_> {
         if repo.split('/').count() > 2 || !repo.split('/').all(is_name) {
             bail!(
                 "`{repo}` is not the name of a repository\n\
-                 hint: `{option}.hub.repo` is like `openai-community/gpt2`; a folder is \
+                 hint: `{option}.hub.repo` is like `Qwen/Qwen3-0.6B`; a folder is \
                  `{option} = {{ path = \"DIR\" }}`"
             );
         }

@@ -36,7 +36,7 @@ pub enum ParameterGroup {
     Router,
     /// Matrices of the base (`method = "full"`).
     Base,
-    /// Biases, LayerNorms and embeddings of the base, which have no weight decay.
+    /// Biases, normalisations and embeddings of the base, which have no weight decay.
     BaseNoDecay,
 }
 

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
                     `model.safetensors`; a model of the Hub is \
-                    `base.source = { hub = { repo = \"openai-community/gpt2\" } }`";
+                    `base.source = { hub = { repo = \"Qwen/Qwen3-0.6B\" } }`";
 
 fn find(path: &Path) -> Result<BaseFiles> {
     find_base(&BaseSource::Path(path.into()), &HubSettings::offline("absent"), &())

@@ -352,9 +352,12 @@ fn names_of_target_modules_match_as_in_peft() -> Result<()> {
     let error = |family, text| format!("{:#}", spec(family, text).expect_err("nothing matches"));
     insta::assert_snapshot!(
         error("llama", "target_modules = ['q_proj', 'c_attn']"),
-        @"expert 0 of `lora`: `c_attn` matches no linear layer of the base, a `llama`, whose \
-          layers are `self_attn.q_proj`, `self_attn.k_proj`, `self_attn.v_proj`, \
-          `self_attn.o_proj`, `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj`"
+        @"
+    expert 0 of `lora`: `c_attn` matches no linear layer of the base, a `llama`
+    hint: its layers are `self_attn.q_proj`, `self_attn.k_proj`, `self_attn.v_proj`, \
+    `self_attn.o_proj`, `mlp.gate_proj`, `mlp.up_proj`, `mlp.down_proj`; the last part of a name \
+    is enough, and `all-linear` names them all
+    "
     );
     insta::assert_snapshot!(
         error("llama", "rank_pattern = { 'layers.3.self_attn.q_proj' = 4 }"),

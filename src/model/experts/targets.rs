@@ -79,7 +79,8 @@ pub(super) fn check(lora: &LoraConfig, base: &DecoderSpec) -> Result<()> {
         let known: Vec<String> =
             base.modules().iter().map(|module| format!("`{}`", module.name())).collect();
         bail!(
-            "`{}` matches no linear layer of the base, a `{}`, whose layers are {}",
+            "`{}` matches no linear layer of the base, a `{}`\nhint: its layers are {}; the last \
+             part of a name is enough, and `all-linear` names them all",
             String::from(pattern),
             base.family.name(),
             known.join(", ")

@@ -39,8 +39,10 @@ pub(super) fn read(keys: Keys<'_>, default_theta: f64, max_positions: i64) -> Re
     };
     match (spelled("rope_scaling")?, spelled("rope_parameters")?) {
         (Some(legacy), Some(new)) if legacy != new => bail!(
-            "`rope_scaling` and `rope_parameters` disagree: {legacy:?} and {new:?}\nhint: remove \
-             the one that the base was not trained with"
+            "`rope_scaling` and `rope_parameters` disagree: with `rope_theta`, they are {} and {}\n\
+             hint: remove the one that the base was not trained with",
+            to_json(&legacy),
+            to_json(&new)
         ),
         (Some(spec), _) | (None, Some(spec)) => Ok(spec),
         (None, None) => {
