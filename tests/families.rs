@@ -144,24 +144,24 @@ fn other_architectures_are_refused_with_the_list_of_those_that_are_known() {
     }
 }
 
+/// The refusals of configs with changed keys, in the order of `cases`.
+fn refusals(cases: &[(&str, Value)]) -> String {
+    let all = cases.iter().map(|(family, changed)| refusal(family, changed));
+    all.collect::<Vec<_>>().join("\n")
+}
+
 #[test]
 fn values_that_are_not_supported_are_refused_by_key() {
-    let all: Vec<String> = [
+    let all = refusals(&[
         ("llama", json!({"hidden_act": "gelu"})),
         ("llama", json!({"num_key_value_heads": 3})),
         ("llama", json!({"hidden_size": 18, "head_dim": 4})),
         ("qwen2", json!({"hidden_size": 18})),
         ("llama", json!({"head_dim": 5})),
         ("llama", json!({"hidden_size": "wide"})),
-        ("llama", json!({"rms_norm_eps": 0})),
-        ("llama", json!({"rope_theta": -1.0})),
-        ("llama", json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})),
-        ("llama", json!({"rope_scaling": {"rope_type": "longrope"}})),
-        ("llama", json!({"rope_scaling": {"rope_type": "linear"}})),
-        ("llama", json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}})),
-        ("llama", json!({"rope_scaling": "linear"})),
-        ("llama", json!({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}})),
-        ("llama", json!({"partial_rotary_factor": 0.5})),
+        ("llama", json!({"rms_norm_eps": -1})),
+        ("llama", json!({"num_hidden_layers": 1_000_000_000})),
+        ("qwen3", json!({"num_attention_heads": 65536, "head_dim": 65536})),
         ("llama", json!({"quantization_config": {"bits": 4}})),
         ("llama", json!({"eos_token_id": "end"})),
         ("llama", json!({"tie_word_embeddings": 1})),
@@ -170,37 +170,63 @@ fn values_that_are_not_supported_are_refused_by_key() {
         ("qwen3", json!({"layer_types": vec![WINDOWED; 4]})),
         ("qwen3", json!({"use_sliding_window": true, "layer_types": vec![FULL; 3]})),
         ("qwen3", json!({"use_sliding_window": true, "layer_types": vec!["chunked_attention"; 4]})),
-        ("smollm3", json!({"no_rope_layers": [1, 1]})),
-        ("smollm3", json!({"no_rope_layers": [true, true, true, true]})),
-    ]
-    .iter()
-    .map(|(family, changed)| refusal(family, changed))
-    .collect();
-    insta::assert_snapshot!(all.join("\n"), @r#"
+    ]);
+    insta::assert_snapshot!(all, @r#"
     `hidden_act` must be `silu`, got `gelu`
     `num_attention_heads` must be a multiple of `num_key_value_heads` 3, got 4
     `hidden_size` must be a multiple of `num_attention_heads` 4, got 18
     `hidden_size` must be a multiple of `num_attention_heads` 4, got 18
     `head_dim` must be even, got 5
-    `hidden_size` must be a whole number of at least 1, got "wide"
-    `rms_norm_eps` must be a number above 0, got 0
+    `hidden_size` must be a whole number from 1 to 1048576, got "wide"
+    `rms_norm_eps` must be a number of at least 0, got -1
+    `num_hidden_layers` must be a whole number from 1 to 10000, got 1000000000
+    `num_attention_heads` times `head_dim` must be at most 1048576, got 65536 times 65536
+    `quantization_config` is not supported: the weights must be f32, f16 or bf16
+    `eos_token_id` must be a token id or a list of them, got "end"
+    `tie_word_embeddings` must be true or false, got 1
+    `layer_types` makes another architecture of a Mistral, `ministral`, which is not supported
+    `sliding_window` must be a whole number from 1 to 1073741824, got 0
+    `layer_types` names `sliding_attention`, but the other keys turn windows off
+    hint: `use_sliding_window` must be true, and `sliding_window` a number
+    `layer_types` must have 4 entries, one for each layer, got 3
+    `layer_types` must name `full_attention` or `sliding_attention`, got "chunked_attention"
+    "#);
+}
+
+#[test]
+fn kinds_of_rope_that_are_not_supported_are_refused_by_key() {
+    let all = refusals(&[
+        ("llama", json!({"rope_theta": -1.0})),
+        ("llama", json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}})),
+        ("llama", json!({"rope_scaling": {"rope_type": "longrope"}})),
+        ("llama", json!({"rope_scaling": {"rope_type": "linear"}})),
+        ("llama", json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}})),
+        ("llama", json!({"rope_scaling": "linear"})),
+        (
+            "llama",
+            json!({"rope_scaling": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4, "high_freq_factor": 1,
+            }}),
+        ),
+        ("llama", json!({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}})),
+        ("llama", json!({"rope_theta": 1})),
+        ("llama", json!({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}})),
+        ("llama", json!({"partial_rotary_factor": 0.5})),
+        ("smollm3", json!({"no_rope_layers": [1, 1]})),
+        ("smollm3", json!({"no_rope_layers": [true, true, true, true]})),
+    ]);
+    insta::assert_snapshot!(all, @r#"
     `rope_theta` must be a number above 0, got -1.0
     in `rope_scaling`: `rope_type` must be `default`, `linear`, `llama3` or `yarn`, got `dynamic`
     in `rope_scaling`: `rope_type` must be `default`, `linear`, `llama3` or `yarn`, got `longrope`
     in `rope_scaling`: `factor` is missing
     in `rope_scaling`: `low_freq_factor` is missing
     `rope_scaling` must be an object, got "linear"
+    in `rope_scaling`: `high_freq_factor` must be above `low_freq_factor` 4, got 1
+    in `rope_scaling`: `beta_fast` must be a number of at least 0, got -1
+    `rope_theta` must be above 1, got 1
     in `rope_parameters`: `full_attention` is an object: one RoPE for all layers is supported
     `partial_rotary_factor` must be 1, got 0.5
-    `quantization_config` is not supported: the weights must be f32, f16 or bf16
-    `eos_token_id` must be a token id or a list of them, got "end"
-    `tie_word_embeddings` must be true or false, got 1
-    `layer_types` makes another architecture of a Mistral, `ministral`, which is not supported
-    `sliding_window` must be a whole number of at least 1, got 0
-    `layer_types` names `sliding_attention`, but the other keys turn windows off
-    hint: `use_sliding_window` must be true, and `sliding_window` a number
-    `layer_types` must have 4 entries, one for each layer, got 3
-    `layer_types` must name `full_attention` or `sliding_attention`, got "chunked_attention"
     `no_rope_layers` must have 4 entries, one for each layer, got 2
     `no_rope_layers` must be a list of 0 and 1
     "#);

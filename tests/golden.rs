@@ -557,7 +557,7 @@ fn configs_of_other_architectures_are_refused_by_key() {
     );
     insta::assert_snapshot!(
         refusal(json!({"n_layer": 0})),
-        @"`n_layer` must be a whole number of at least 1, got 0"
+        @"`n_layer` must be a whole number from 1 to 10000, got 0"
     );
     insta::assert_snapshot!(
         refusal(json!({"tie_word_embeddings": "yes"})),
@@ -649,6 +649,23 @@ fn configs_of_all_families_survive_writing_and_reading() -> Result<()> {
         let (spec, _) = base_files(&format!("families/{name}"));
         let written = families::to_json(&spec, "bfloat16");
         assert_eq!(families::from_json(&written).context(name)?, spec, "{name}");
+    }
+    Ok(())
+}
+
+/// Reference: Python's `blake3` 1.0 over, for each parameter, `NAME Float [SHAPE]\n` and its bytes
+/// in f32. Checkpoints and exports hold this hash, so it must stay as it is.
+#[test]
+fn the_hash_of_a_base_is_that_of_its_parameters_in_f32() -> Result<()> {
+    for (name, expected) in [
+        ("gpt2_tied", "827369e179fafdf0d2603ac6e9a9ebbcf44841d3d9ba6a2d1744fe25559dde1f"),
+        ("families/llama_bf16", "b75046a93a85dc6722845602820a88f43ff7740c2d0a1d22cd89242e0f2a5ecb"),
+    ] {
+        let (spec, files) = base_files(name);
+        for kind in [None, Some(Kind::Float), Some(Kind::Double)] {
+            let base = load::read(&spec, &files, kind)?;
+            assert_eq!(base.hash_in(Kind::Float)?, expected, "{name}, {kind:?}");
+        }
     }
     Ok(())
 }

@@ -57,8 +57,19 @@ impl Family {
 
     /// The linear layers of a transformer block, in the order in which it applies them.
     pub fn modules(self) -> &'static [TargetModule] {
-        let (gpt2, llama) = TargetModule::ALL.split_at(4);
-        if self == Self::Gpt2 { gpt2 } else { llama }
+        use TargetModule as M;
+        match self {
+            Self::Gpt2 => &[M::AttnCAttn, M::AttnCProj, M::MlpCFc, M::MlpCProj],
+            _ => &[M::QProj, M::KProj, M::VProj, M::OProj, M::GateProj, M::UpProj, M::DownProj],
+        }
+    }
+
+    /// The name of the list of blocks: `h` in GPT-2, and `layers` in the other families.
+    pub const fn block_list(self) -> &'static str {
+        match self {
+            Self::Gpt2 => "h",
+            _ => "layers",
+        }
     }
 }
 
@@ -139,9 +150,9 @@ impl TargetModule {
         }
     }
 
-    /// The name of the list of blocks to which the layer belongs: `h` in GPT-2, and `layers` in the
-    /// other families.
+    /// The name of the list of blocks to which the layer belongs, as [`Family::block_list`] says.
     pub fn block_list(self) -> &'static str {
-        if Family::Gpt2.modules().contains(&self) { "h" } else { "layers" }
+        let family = Family::ALL.into_iter().find(|family| family.modules().contains(&self));
+        family.expect("each module is of a family").block_list()
     }
 }

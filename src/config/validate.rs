@@ -33,6 +33,9 @@ pub fn validate(config: &Config) -> Result<()> {
     faults.into_result()
 }
 
+/// The largest size of a random base.
+const MAX_SIZE: i64 = 1 << 20;
+
 /// Checks the shape of a random base.
 fn check_random(shape: &RandomBase, faults: &mut Faults) {
     let key = |field: &str| format!("base.source.random.{field}");
@@ -46,14 +49,16 @@ fn check_random(shape: &RandomBase, faults: &mut Faults) {
     ];
     let set = optional.iter().filter_map(|(field, value)| Some((*field, (*value)?)));
     for (field, value) in needed.into_iter().chain(set) {
-        faults.at_least_one(&key(field), value);
+        if !(1..=MAX_SIZE).contains(&value) {
+            faults.add(&key(field), format!("must be from 1 to {MAX_SIZE}, got {value}"));
+        }
     }
     for (field, value) in &optional[..2] {
         if shape.family == Family::Gpt2 && value.is_some() {
             faults.add(&key(field), "is no setting of the family `gpt2`".into());
         }
     }
-    let multiple = |n: i64, of: i64| of < 1 || n % of == 0;
+    let multiple = |n: i64, of: i64| of < 1 || n.rem_euclid(of) == 0;
     if shape.head_dim.is_none() && !multiple(shape.n_embd, shape.n_head) {
         let fault =
             format!("must be a multiple of `n_head` {}, got {}", shape.n_head, shape.n_embd);

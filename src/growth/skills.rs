@@ -148,8 +148,10 @@ pub fn embed(
     for chunk in spread_blocks(dataset, domain, max_blocks).chunks(batch_size) {
         let batch = dataset.batch(chunk);
         let inputs = Inputs::of_batch(&batch, false, model.device());
-        let read_n = inputs.input_ids.view([-1]).index_select(0, &inputs.labelled);
-        let rows = inputs.labelled.masked_select(&read_n.ne(bos.map_or(-1, i64::from)));
+        let is_bos = inputs.input_ids.eq(bos.map_or(-1, i64::from));
+        let begins = is_bos.logical_and(&inputs.position_ids.eq(0)).view([-1]);
+        let begins_n = begins.index_select(0, &inputs.labelled);
+        let rows = inputs.labelled.masked_select(&begins_n.logical_not());
         let hidden_nd = hidden(model, &inputs).view([-1, d]).index_select(0, &rows);
         sum += hidden_nd.sum_dim_intlist(0, false, Kind::Double);
         label_tokens += rows.size()[0] as u64;

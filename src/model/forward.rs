@@ -94,6 +94,12 @@ impl RoutedModel {
 
     /// What attention needs of a batch.
     fn context(&self, inputs: &Inputs) -> AttentionContext {
+        // built before the mask is cloned, so that all passes over the batch share it
+        if let AttentionMask::Documents(documents) = &inputs.mask
+            && !self.fuses_blocks()
+        {
+            documents.mask();
+        }
         self.decoder.context(&inputs.mask, &inputs.position_ids, self.kind)
     }
 

@@ -27,12 +27,12 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::Family;
+use crate::config::{Family, TargetModule};
 use crate::tensor_file::hash_tensors;
 use attention::Attention;
 use block::Block;
 use context::{AttentionContext, AttentionMask};
-use linear::{Layout, Linear};
+use linear::Linear;
 use names::PartNames;
 use norm::Norm;
 use rope::Rotary;
@@ -104,7 +104,8 @@ impl Decoder {
         if let (Some(name), Some(positions)) = (names.positions, &self.positions) {
             named.push((name.to_owned(), positions.shallow_clone()));
         }
-        let norms = [names.norm_1, names.norm_2, names.query_norm, names.key_norm];
+        let [query_norm, key_norm] = self.spec.qk_norms().unwrap_or_default();
+        let norms = [names.norm_1, names.norm_2, query_norm, key_norm];
         for (layer, block) in (0..).zip(&self.blocks) {
             let prefix = names.block(layer);
             let parameters = block.named_parameters(norms).into_iter();
@@ -210,12 +211,10 @@ fn block(spec: &DecoderSpec, layer: i64, tensors: &mut Tensors) -> Block {
     let prefix = names.block(layer);
     let mut norm = |part: &str| tensors.norm(&format!("{prefix}.{part}"), eps);
     let (norm_1, norm_2) = (norm(names.norm_1), norm(names.norm_2));
-    let qk_norms = spec.has_qk_norm.then(|| (norm(names.query_norm), norm(names.key_norm)));
-    let is_gpt2 = spec.family == Family::Gpt2;
-    let layout = if is_gpt2 { Layout::InOut } else { Layout::OutIn };
+    let qk_norms = spec.qk_norms().map(|[query, key]| (norm(query), norm(key)));
     let linears = spec.modules().iter().map(|&module| {
         let (weight, bias) = tensors.weight_and_bias(&format!("{prefix}.{}", module.name()));
-        (module, Linear::new(weight, layout, bias))
+        (module, Linear::new(weight, spec.layout(), bias))
     });
     Block {
         norm_1,
@@ -226,7 +225,7 @@ fn block(spec: &DecoderSpec, layer: i64, tensors: &mut Tensors) -> Block {
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
             scale: spec.attention_scale(layer),
-            is_packed: is_gpt2,
+            is_packed: spec.modules().contains(&TargetModule::AttnCAttn),
             window: spec.window(layer),
             rotates: spec.rotates(layer),
             qk_norms,

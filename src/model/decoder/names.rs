@@ -17,10 +17,8 @@ pub struct PartNames {
     pub norm_1: &'static str,
     /// In a block, what normalises the input of the feed-forward network.
     pub norm_2: &'static str,
-    /// In a block, what normalises queries.
-    pub query_norm: &'static str,
-    /// In a block, what normalises keys.
-    pub key_norm: &'static str,
+    /// In a block, what normalises queries and keys, if anything may.
+    pub qk_norms: Option<[&'static str; 2]>,
     /// What normalises the last hidden states.
     pub final_norm: &'static str,
     /// Whether normalisations have a bias, as LayerNorm has and RMSNorm has not.
@@ -29,26 +27,24 @@ pub struct PartNames {
 
 static GPT2: PartNames = PartNames {
     root: "transformer",
-    blocks: "h",
+    blocks: Family::Gpt2.block_list(),
     embedding: "transformer.wte.weight",
     positions: Some("transformer.wpe.weight"),
     norm_1: "ln_1",
     norm_2: "ln_2",
-    query_norm: "attn.q_norm",
-    key_norm: "attn.k_norm",
+    qk_norms: None,
     final_norm: "transformer.ln_f",
     norms_have_bias: true,
 };
 
 static LLAMA: PartNames = PartNames {
     root: "model",
-    blocks: "layers",
+    blocks: Family::Llama.block_list(),
     embedding: "model.embed_tokens.weight",
     positions: None,
     norm_1: "input_layernorm",
     norm_2: "post_attention_layernorm",
-    query_norm: "self_attn.q_norm",
-    key_norm: "self_attn.k_norm",
+    qk_norms: Some(["self_attn.q_norm", "self_attn.k_norm"]),
     final_norm: "model.norm",
     norms_have_bias: false,
 };

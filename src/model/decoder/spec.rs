@@ -1,5 +1,6 @@
 //! The shape of a base: its sizes, its choice of parts, and the name and shape of each parameter.
 
+use super::linear::Layout;
 use super::mlp::Activation;
 use super::names::PartNames;
 use super::rope::RopeSpec;
@@ -144,11 +145,23 @@ impl DecoderSpec {
         }
     }
 
-    /// The shape of a linear layer's weight in files: `[in, out]` for GPT-2 (`Conv1D`), and
-    /// `[out, in]` for the other families.
+    /// The shape of a linear layer's weight in files.
     fn stored_shape(&self, module: TargetModule) -> Vec<i64> {
         let (i, o) = self.linear_shape(module);
-        if self.family == Family::Gpt2 { vec![i, o] } else { vec![o, i] }
+        match self.layout() {
+            Layout::InOut => vec![i, o],
+            Layout::OutIn => vec![o, i],
+        }
+    }
+
+    /// How the family stores the weights of linear layers.
+    pub fn layout(&self) -> Layout {
+        if self.family == Family::Gpt2 { Layout::InOut } else { Layout::OutIn }
+    }
+
+    /// The names, in a block, of what normalises queries and keys; `None` if nothing does.
+    pub fn qk_norms(&self) -> Option<[&'static str; 2]> {
+        self.names().qk_norms.filter(|_| self.has_qk_norm)
     }
 
     /// Name and shape of every parameter.
@@ -167,9 +180,8 @@ impl DecoderSpec {
             let norm_bias = names.norms_have_bias.then_some(d);
             add(names.norm_1, vec![d], norm_bias);
             add(names.norm_2, vec![d], norm_bias);
-            if self.has_qk_norm {
-                add(names.query_norm, vec![self.head_dim], None);
-                add(names.key_norm, vec![self.head_dim], None);
+            for part in self.qk_norms().into_iter().flatten() {
+                add(part, vec![self.head_dim], None);
             }
             for &module in self.modules() {
                 let (_, o) = self.linear_shape(module);

@@ -17,13 +17,13 @@ pub(super) fn from_keys(keys: Keys<'_>) -> Result<DecoderSpec> {
     if keys.flag("add_cross_attention", false)? {
         bail!("`add_cross_attention` must be false: a decoder alone is supported");
     }
-    let width = keys.size("n_embd", 768)?;
+    let width = keys.width("n_embd", 768)?;
     let activation = match keys.text("activation_function")?.unwrap_or("gelu_new") {
         "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluNew,
         "gelu" => Activation::Gelu,
         name => bail!("`activation_function` must be `gelu_new` or `gelu`, got `{name}`"),
     };
-    let num_heads = keys.size("n_head", 12)?;
+    let num_heads = keys.width("n_head", 12)?;
     if width % num_heads != 0 {
         bail!("`n_embd` must be a multiple of `n_head` {num_heads}, got {width}");
     }
@@ -31,15 +31,15 @@ pub(super) fn from_keys(keys: Keys<'_>) -> Result<DecoderSpec> {
     let bos = keys.token_ids("bos_token_id", Some(50256), vocab_size)?;
     Ok(DecoderSpec {
         family: Family::Gpt2,
-        num_layers: keys.size("n_layer", 12)?,
+        num_layers: keys.layers("n_layer", 12)?,
         num_heads,
         num_kv_heads: num_heads,
         head_dim: width / num_heads,
         width,
-        inner_width: keys.size("n_inner", 4 * width)?,
+        inner_width: keys.width("n_inner", 4 * width)?,
         max_positions: keys.size("n_positions", 1024)?,
         vocab_size,
-        norm_eps: keys.positive("layer_norm_epsilon")?.unwrap_or(1e-5),
+        norm_eps: keys.at_least_zero("layer_norm_epsilon", 1e-5)?,
         activation,
         biases: Biases { qkv: true, attention_out: true, mlp: true },
         has_qk_norm: false,

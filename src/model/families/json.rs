@@ -3,6 +3,13 @@
 use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 
+/// The largest number of layers. It is far above that of any base.
+const MAX_LAYERS: i64 = 10_000;
+/// The largest width of a layer or number of heads.
+pub(super) const MAX_WIDTH: i64 = 1 << 20;
+/// The largest vocabulary or number of positions. With these limits, no product of sizes overflows.
+const MAX_COUNT: i64 = 1 << 30;
+
 /// A JSON object. A key that is null counts as absent, unless a method says otherwise.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Keys<'a>(pub &'a Map<String, Value>);
@@ -18,14 +25,30 @@ impl<'a> Keys<'a> {
         self.0.contains_key(key)
     }
 
-    /// A whole number of at least 1.
+    /// A number of layers.
+    pub fn layers(self, key: &str, default: i64) -> Result<i64> {
+        self.whole(key, default, MAX_LAYERS)
+    }
+
+    /// A width or a number of heads.
+    pub fn width(self, key: &str, default: i64) -> Result<i64> {
+        self.whole(key, default, MAX_WIDTH)
+    }
+
+    /// Another size, such as that of the vocabulary.
     pub fn size(self, key: &str, default: i64) -> Result<i64> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => match value.as_i64() {
-                Some(size) if size >= 1 => Ok(size),
-                _ => bail!("`{key}` must be a whole number of at least 1, got {value}"),
-            },
+        self.whole(key, default, MAX_COUNT)
+    }
+
+    /// A whole number from 1 to `max`.
+    fn whole(self, key: &str, default: i64, max: i64) -> Result<i64> {
+        let value = self.get(key);
+        match value.map_or(Some(default), Value::as_i64) {
+            Some(size) if (1..=max).contains(&size) => Ok(size),
+            found => {
+                let found = value.map_or_else(|| format!("{found:?}"), Value::to_string);
+                bail!("`{key}` must be a whole number from 1 to {max}, got {found}")
+            }
         }
     }
 
@@ -45,6 +68,17 @@ impl<'a> Keys<'a> {
             Some(value) => match value.as_f64() {
                 Some(number) if number.is_finite() && number > 0.0 => Ok(Some(number)),
                 _ => bail!("`{key}` must be a number above 0, got {value}"),
+            },
+        }
+    }
+
+    /// A finite number of at least 0.
+    pub fn at_least_zero(self, key: &str, default: f64) -> Result<f64> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => match value.as_f64() {
+                Some(number) if number.is_finite() && number >= 0.0 => Ok(number),
+                _ => bail!("`{key}` must be a number of at least 0, got {value}"),
             },
         }
     }

@@ -16,7 +16,7 @@
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::json::Keys;
+use super::json::{Keys, MAX_WIDTH};
 use super::rope;
 use crate::config::Family;
 use crate::model::decoder::mlp::Activation;
@@ -111,8 +111,8 @@ pub(super) fn from_keys(family: Family, keys: Keys<'_>) -> Result<DecoderSpec> {
     if activation != "silu" {
         bail!("`hidden_act` must be `silu`, got `{activation}`");
     }
-    let width = keys.size("hidden_size", defaults.width)?;
-    let num_layers = keys.size("num_hidden_layers", defaults.num_layers)?;
+    let width = keys.width("hidden_size", defaults.width)?;
+    let num_layers = keys.layers("num_hidden_layers", defaults.num_layers)?;
     let vocab_size = keys.size("vocab_size", defaults.vocab_size)?;
     let max_positions = keys.size("max_position_embeddings", defaults.max_positions)?;
     let (num_heads, num_kv_heads, head_dim) = heads(family, keys, &defaults, width)?;
@@ -125,7 +125,7 @@ pub(super) fn from_keys(family: Family, keys: Keys<'_>) -> Result<DecoderSpec> {
         let layers = window_layers(family, keys, num_layers, &rope.skipped_layers)?;
         windows = layers.contains(&true).then_some(Windows { size, layers });
     } else if family != Family::Llama {
-        check_no_window(keys)?;
+        check_no_window(keys, num_layers)?;
     }
     let bos = keys.token_ids("bos_token_id", defaults.bos_token_id, vocab_size)?;
     Ok(DecoderSpec {
@@ -135,10 +135,10 @@ pub(super) fn from_keys(family: Family, keys: Keys<'_>) -> Result<DecoderSpec> {
         num_kv_heads,
         head_dim,
         width,
-        inner_width: keys.size("intermediate_size", defaults.inner_width)?,
+        inner_width: keys.width("intermediate_size", defaults.inner_width)?,
         max_positions,
         vocab_size,
-        norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(1e-6),
+        norm_eps: keys.at_least_zero("rms_norm_eps", 1e-6)?,
         activation: Activation::Silu,
         biases: biases(family, keys)?,
         has_qk_norm: family == Family::Qwen3,
@@ -159,12 +159,12 @@ fn heads(
     defaults: &Defaults,
     width: i64,
 ) -> Result<(i64, i64, i64)> {
-    let num_heads = keys.size("num_attention_heads", defaults.num_heads)?;
+    let num_heads = keys.width("num_attention_heads", defaults.num_heads)?;
     let absent = match keys.has("num_key_value_heads") {
         true => num_heads,
         false => defaults.num_kv_heads.unwrap_or(num_heads),
     };
-    let num_kv_heads = keys.size("num_key_value_heads", absent)?;
+    let num_kv_heads = keys.width("num_key_value_heads", absent)?;
     if num_heads % num_kv_heads != 0 {
         bail!(
             "`num_attention_heads` must be a multiple of `num_key_value_heads` {num_kv_heads}, \
@@ -176,9 +176,15 @@ fn heads(
     if width % num_heads != 0 && (!has_own || family == Family::Llama) {
         bail!("`hidden_size` must be a multiple of `num_attention_heads` {num_heads}, got {width}");
     }
-    let head_dim = keys.size("head_dim", defaults.head_dim.unwrap_or(width / num_heads))?;
+    let head_dim = keys.width("head_dim", defaults.head_dim.unwrap_or(width / num_heads))?;
     if head_dim % 2 != 0 {
         bail!("`head_dim` must be even, got {head_dim}");
+    }
+    if num_heads * head_dim > MAX_WIDTH {
+        bail!(
+            "`num_attention_heads` times `head_dim` must be at most {MAX_WIDTH}, got {num_heads} \
+             times {head_dim}"
+        );
     }
     Ok((num_heads, num_kv_heads, head_dim))
 }
@@ -239,32 +245,29 @@ fn window_layers(
     num_layers: i64,
     skipped_layers: &[i64],
 ) -> Result<Vec<bool>> {
-    if let Some(types) = layer_types(keys)? {
-        if types.len() as i64 != num_layers {
-            bail!(
-                "`layer_types` must have {num_layers} entries, one for each layer, got {}",
-                types.len()
-            );
-        }
+    if let Some(types) = layer_types(keys, num_layers)? {
         return Ok(types);
     }
-    let first = match keys.get("max_window_layers") {
-        None => 28,
-        Some(value) => value
-            .as_i64()
-            .with_context(|| format!("`max_window_layers` must be a whole number, got {value}"))?,
-    };
-    let has_window = |layer: i64| match family {
-        Family::Qwen2 | Family::Qwen3 => layer >= first,
-        Family::SmolLm3 => skipped_layers.contains(&layer),
-        _ => true,
-    };
-    Ok((0..num_layers).map(has_window).collect())
+    Ok(match family {
+        Family::Qwen2 | Family::Qwen3 => {
+            let first = keys.get("max_window_layers").map_or(Some(28), Value::as_i64);
+            let first = first.context("`max_window_layers` must be a whole number")?;
+            (0..num_layers).map(|layer| layer >= first).collect()
+        }
+        Family::SmolLm3 => (0..num_layers).map(|layer| skipped_layers.contains(&layer)).collect(),
+        _ => vec![true; num_layers as usize],
+    })
 }
 
 /// Whether each entry of `layer_types` is a sliding window; `None` if the key is absent.
-fn layer_types(keys: Keys<'_>) -> Result<Option<Vec<bool>>> {
+fn layer_types(keys: Keys<'_>, num_layers: i64) -> Result<Option<Vec<bool>>> {
     let Some(types) = keys.list("layer_types")? else { return Ok(None) };
+    if types.len() as i64 != num_layers {
+        bail!(
+            "`layer_types` must have {num_layers} entries, one for each layer, got {}",
+            types.len()
+        );
+    }
     let is_window = |kind: &Value| match kind.as_str() {
         Some("sliding_attention") => Ok(true),
         Some("full_attention") => Ok(false),
@@ -275,8 +278,8 @@ fn layer_types(keys: Keys<'_>) -> Result<Option<Vec<bool>>> {
 
 /// Refuses `layer_types` with windows where no window is used: transformers fails there, or
 /// different kinds of attention disagree.
-fn check_no_window(keys: Keys<'_>) -> Result<()> {
-    if layer_types(keys)?.is_some_and(|types| types.contains(&true)) {
+fn check_no_window(keys: Keys<'_>, num_layers: i64) -> Result<()> {
+    if layer_types(keys, num_layers)?.is_some_and(|types| types.contains(&true)) {
         bail!(
             "`layer_types` names `sliding_attention`, but the other keys turn windows off\nhint: \
              `use_sliding_window` must be true, and `sliding_window` a number"

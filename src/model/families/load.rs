@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use safetensors::tensor::TensorView;
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::canonical_name;
 use crate::model::decoder::Decoder;
@@ -71,8 +71,13 @@ pub fn read(
         bail!("`{}` lacks tensor `{first}`{more}", files[0].display());
     }
     let embedding = spec.names().embedding;
+    // of two dtypes the wider one tells them apart
+    let is_equal = |a: &Tensor, b: &Tensor| match a.kind() == b.kind() {
+        true => a.equal(b),
+        false => a.to_kind(Kind::Float).equal(&b.to_kind(Kind::Float)),
+    };
     if let Some(head) = stored_head
-        && !head.to_kind(tensors[embedding].kind()).equal(&tensors[embedding])
+        && !is_equal(&head, &tensors[embedding])
     {
         bail!(
             "`lm_head.weight` differs from `{embedding}`, but the config says that the head is \

@@ -5,8 +5,9 @@
 //! transformers 5   "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", ..}
 //! ```
 //!
-//! If both spellings are there, they must agree: transformers 5.17 takes `rope_scaling`, other
-//! versions take `rope_parameters`, and the wrong frequencies cost quality without any error.
+//! If both `rope_scaling` and `rope_parameters` are there, they must agree: transformers 5.17 takes
+//! the former, other versions take the latter, and the wrong frequencies cost quality without any
+//! error. A `rope_theta` within one of them counts before the one beside it, as in transformers.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -24,12 +25,17 @@ pub(super) fn read(keys: Keys<'_>, default_theta: f64, max_positions: i64) -> Re
     if let Some(factor) = keys.get("partial_rotary_factor").filter(|x| x.as_f64() != Some(1.0)) {
         bail!("`partial_rotary_factor` must be 1, got {factor}");
     }
-    let theta = keys.positive("rope_theta")?.unwrap_or(default_theta);
+    let theta_of = |keys: Keys<'_>, default: f64| match keys.positive("rope_theta")? {
+        None => Ok(default),
+        Some(theta) if theta > 1.0 => Ok(theta),
+        Some(theta) => bail!("`rope_theta` must be above 1, got {theta}"),
+    };
+    let theta = theta_of(keys, default_theta)?;
     let original = keys.positive("original_max_position_embeddings")?;
     let spelled = |key: &'static str| -> Result<Option<RopeSpec>> {
         let Some(dict) = keys.object(key)? else { return Ok(None) };
         let parse = || -> Result<RopeSpec> {
-            let theta = dict.positive("rope_theta")?.unwrap_or(theta);
+            let theta = theta_of(dict, theta)?;
             let own = dict.positive("original_max_position_embeddings")?;
             let original = original.or(own).unwrap_or(max_positions as f64);
             let scaling = scaling(dict, original, max_positions as f64)?;
@@ -68,12 +74,14 @@ fn scaling(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScal
             RopeScaling::Default
         }
         "linear" => RopeScaling::Linear { factor: needed("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: needed("factor")?,
-            low: needed("low_freq_factor")?,
-            high: needed("high_freq_factor")?,
-            original_positions: original,
-        },
+        "llama3" => {
+            let (low, high) = (needed("low_freq_factor")?, needed("high_freq_factor")?);
+            if high <= low {
+                bail!("`high_freq_factor` must be above `low_freq_factor` {low}, got {high}");
+            }
+            let factor = needed("factor")?;
+            RopeScaling::Llama3 { factor, low, high, original_positions: original }
+        }
         "yarn" => yarn(dict, original, max_positions)?,
         other => bail!("`rope_type` must be {KINDS}, got `{other}`"),
     })
@@ -92,6 +100,12 @@ fn yarn(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScaling
             .with_context(|| format!("`{key}` must be a number, got {value}")),
     };
     let nonzero = |key: &str| number(key).map(|value| value.filter(|value| *value != 0.0));
+    // 0 counts as absent, as in transformers
+    let turns = |key: &str, default: f64| match nonzero(key)? {
+        None => Ok(default),
+        Some(turns) if turns > 0.0 => Ok(turns),
+        Some(turns) => bail!("`{key}` must be a number of at least 0, got {turns}"),
+    };
     let magnitude = |weight: f64| match factor {
         factor if factor <= 1.0 => 1.0,
         factor => 0.1 * weight * factor.ln() + 1.0,
@@ -103,11 +117,16 @@ fn yarn(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScaling
     Ok(RopeScaling::Yarn {
         factor,
         original_positions: original,
-        beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
-        beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
+        beta_fast: turns("beta_fast", 32.0)?,
+        beta_slow: turns("beta_slow", 1.0)?,
         truncate: dict.flag("truncate", true)?,
         attention_factor: number("attention_factor")?.unwrap_or(by_weights),
     })
+}
+
+/// A number of positions as JSON, which is whole in all but odd configs.
+fn number(positions: f64) -> Value {
+    if positions.fract() == 0.0 { json!(positions as i64) } else { json!(positions) }
 }
 
 /// The value of the older `rope_scaling` for a spec, beside which `rope_theta` stands.
@@ -134,7 +153,7 @@ pub(super) fn to_json(rope: &RopeSpec) -> Value {
             "factor": factor,
             "low_freq_factor": low,
             "high_freq_factor": high,
-            "original_max_position_embeddings": original_positions as i64,
+            "original_max_position_embeddings": number(original_positions),
         }),
         RopeScaling::Yarn {
             factor,
@@ -147,7 +166,7 @@ pub(super) fn to_json(rope: &RopeSpec) -> Value {
             "rope_type": "yarn",
             "rope_theta": theta,
             "factor": factor,
-            "original_max_position_embeddings": original_positions as i64,
+            "original_max_position_embeddings": number(original_positions),
             "beta_fast": beta_fast,
             "beta_slow": beta_slow,
             "truncate": truncate,
