@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde_json::Value;
 use tch::Kind;
 
 use crate::config::{BaseConfig, BaseSource};
@@ -12,8 +13,20 @@ use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::{self, load};
 
-/// The token that ends the documents of a random base, if its tokenizer has it.
-const END_OF_TEXT: &str = "<|endoftext|>";
+/// The tokens that may end the documents of a random base. The first that its tokenizer has is
+/// taken.
+const END_OF_TEXT: [&str; 4] = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>"];
+
+/// What tells a base from others, as far as it is known.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct BaseIdentity {
+    /// BLAKE3 of the parameters in f32, as they were read.
+    pub hash: Option<String>,
+    /// What `config.json` says: [`families::settings`].
+    pub settings: Option<Value>,
+    /// BLAKE3 of the tokenizer's file.
+    pub tokenizer: Option<String>,
+}
 
 /// A base whose files and shape are known. Its weights are read on demand.
 #[derive(Debug)]
@@ -60,7 +73,8 @@ impl Base {
             (BaseSource::Random(shape), _) => {
                 let tokenizer = tokenizer.as_ref().context("random weights need a tokenizer")?;
                 let vocab_size = tokenizer.vocab_size() as i64;
-                families::from_random(shape, vocab_size, tokenizer.token_to_id(END_OF_TEXT))?
+                let eos = END_OF_TEXT.into_iter().find_map(|token| tokenizer.token_to_id(token));
+                families::from_random(shape, vocab_size, eos)?
             }
             (_, Some(files)) => families::read_spec(&files.config)?,
             (_, None) => unreachable!("only random weights have no files"),
@@ -101,27 +115,55 @@ impl Base {
         }
     }
 
-    /// Reads the weights and checks that they are the expected ones.
+    /// Reads the weights and checks that this is the expected base. What is not known of that is
+    /// not checked. Another tokenizer leads to a warning.
     ///
-    /// - `expected`: the BLAKE3 of the weights in f32; with `None` nothing is checked
     /// - `of`: the end of the sentence "the base is not the one that .."
     ///
     /// # Errors
-    /// Those of [`Base::weights`], and weights with another hash.
-    pub fn weights_of(&self, expected: Option<&str>, of: &str) -> Result<Decoder> {
-        let weights = self.weights()?;
-        let Some(expected) = expected else { return Ok(weights) };
-        let found = weights.hash_in(Kind::Float)?;
-        if found != expected {
+    /// Those of [`Base::weights`], other settings, and weights with another hash.
+    pub fn weights_of(&self, expected: &BaseIdentity, of: &str) -> Result<Decoder> {
+        let own = families::settings(&self.spec);
+        let known = expected.settings.as_ref().and_then(Value::as_object);
+        let differing = known
+            .into_iter()
+            .flatten()
+            .find(|(key, value)| own.get(key.as_str()).is_some_and(|own| own != *value));
+        if let Some((key, value)) = differing {
             bail!(
-                "the base `{}` is not the one that {of}: BLAKE3 `{}..`, not `{}..`\n\
-                 hint: name that one with `--base DIR`",
+                "the base `{}` is not the one that {of}: its `config.json` has `{key}` {}, not \
+                 {value}",
+                self.label,
+                own[key]
+            );
+        }
+        if let (Some(known), Some(own)) = (&expected.tokenizer, self.tokenizer_hash())
+            && *known != own
+        {
+            tracing::warn!(
+                "the tokenizer of the base `{}` is not the one that {of}, so that its tokens may \
+                 mean something else",
+                self.label
+            );
+        }
+        let weights = self.weights()?;
+        let Some(expected) = &expected.hash else { return Ok(weights) };
+        let found = weights.hash_in(Kind::Float)?;
+        if found != *expected {
+            bail!(
+                "the base `{}` is not the one that {of}: BLAKE3 of its weights `{}..`, not `{}..`\n\
+                 hint: `--base DIR` names another base",
                 self.label,
                 &found[..12],
                 &expected[..expected.len().min(12)]
             );
         }
         Ok(weights)
+    }
+
+    /// BLAKE3 of the tokenizer's file, if there is a tokenizer.
+    pub fn tokenizer_hash(&self) -> Option<String> {
+        Some(self.tokenizer.as_ref()?.hash().to_hex().to_string())
     }
 
     /// The tokenizer.

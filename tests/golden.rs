@@ -354,7 +354,28 @@ impl Spoiled {
 
 fn refusal(config: &DecoderSpec, files: &[PathBuf], folder: &Path) -> String {
     let error = load::read(config, files, Kind::Float).expect_err("the files are spoiled");
-    format!("{error:#}").replace(&format!("{}/", folder.display()), "")
+    format!("{error:#}").replace(&format!("{}/", folder.display()), "").replace(CONFIG_HINT, "")
+}
+
+/// How errors about tensors end that are not those of the config.
+const CONFIG_HINT: &str = "\nhint: the shapes follow from `config.json`, in which an absent key \
+                           has the family's default; do both files belong together?";
+
+#[test]
+fn tensors_that_the_config_does_not_imply_point_to_the_config() -> Result<()> {
+    let (_, files) = base_files("gpt2_tied");
+    for changed in [json!({"n_embd": 32}), json!({"n_layer": 1}), json!({"n_layer": 3})] {
+        let mut config = json!({
+            "model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 16, "n_positions": 32,
+            "vocab_size": 61,
+        });
+        let changed = changed.as_object().expect("the cases are objects").clone();
+        config.as_object_mut().expect("it is an object").extend(changed);
+        let spec = families::from_json(&config)?;
+        let error = load::read(&spec, &files, None).expect_err("the config is another");
+        assert!(format!("{error:#}").ends_with(CONFIG_HINT), "{error:#}");
+    }
+    Ok(())
 }
 
 #[test]

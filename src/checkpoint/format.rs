@@ -19,9 +19,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::Tensor;
 
 use super::routing_state::RoutingState;
+use crate::base::BaseIdentity;
 use crate::config::{Config, load};
 use crate::durable;
 use crate::growth::skills::SkillLibrary;
@@ -58,6 +60,13 @@ pub struct TrainState {
     /// BLAKE3 of the frozen base's parameters in f32, as they were read; `None` if the base itself
     /// is trained.
     pub base_hash: Option<String>,
+    /// What the base's `config.json` says: [`crate::model::families::settings`]. It is not known of
+    /// older checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_settings: Option<Value>,
+    /// BLAKE3 of the tokenizer's file, which is not known of older checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,
     /// Number of blocks trained on for each domain, in the config's order.
@@ -66,6 +75,17 @@ pub struct TrainState {
     pub routing: RoutingState,
     /// The stages of the mixture so far. The last one is this run.
     pub stages: Vec<Stage>,
+}
+
+impl TrainState {
+    /// What tells the base from others.
+    pub fn base_identity(&self) -> BaseIdentity {
+        BaseIdentity {
+            hash: self.base_hash.clone(),
+            settings: self.base_settings.clone(),
+            tokenizer: self.tokenizer_hash.clone(),
+        }
+    }
 }
 
 /// A position in the sequence of blocks, epoch after epoch.
@@ -189,7 +209,7 @@ fn check_whole(dir: &Path) -> Result<()> {
     read_model(dir)?;
     read_optimizer(dir)?;
     if dir.join(SKILLS).exists() {
-        serde_json::from_str::<serde_json::Value>(&fs_err::read_to_string(dir.join(SKILLS))?)
+        serde_json::from_str::<Value>(&fs_err::read_to_string(dir.join(SKILLS))?)
             .with_context(|| format!("`{}` is damaged", dir.join(SKILLS).display()))?;
     }
     Ok(())

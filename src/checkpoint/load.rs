@@ -54,7 +54,7 @@ pub fn load_model(dir: &Path, config: &Config, base: &Base, device: Device) -> R
 /// # Errors
 /// Fails if `base` is another base.
 pub fn checkpoint_base(base: &Base, state: &TrainState) -> Result<Decoder> {
-    base.weights_of(state.base_hash.as_deref(), "the checkpoint was trained on")
+    base.weights_of(&state.base_identity(), "the checkpoint was trained on")
 }
 
 /// The experts and routers of a checkpoint, with the routing rule that held after its last step.
@@ -63,5 +63,5 @@ pub fn load_mixture(dir: &Path, config: &Config, state: &TrainState) -> Result<M
     let specs = read_experts(dir)?;
     let mixture = Mixture::new(specs, router, read_model(dir)?);
     let routing = config.train.routing;
-    Ok(Mixture { is_whole: true, routing, base_hash: state.base_hash.clone(), ..mixture })
+    Ok(Mixture { is_whole: true, routing, base: state.base_identity(), ..mixture })
 }

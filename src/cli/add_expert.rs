@@ -41,7 +41,7 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Share of the training blocks that come from the earlier domains.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.25)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.25, allow_negative_numbers = true)]
     replay: f64,
     /// Number of training steps.
     #[arg(long, value_name = "N", default_value_t = 200)]
@@ -51,17 +51,17 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "N")]
     seed_steps: Option<u64>,
     /// Factor of all learning rates after the seeding phase.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.2)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.2, allow_negative_numbers = true)]
     consolidation_rate: f64,
     /// Factor of the old experts' learning rate; 0 freezes them.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.0, allow_negative_numbers = true)]
     old_experts_rate: f64,
     /// Factor of the learning rate of the old experts' router columns and of the router's hidden
     /// layers; 0 freezes them.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.0, allow_negative_numbers = true)]
     old_columns_rate: f64,
     /// Treat the new data as already known at or above this cosine similarity of skill embeddings.
-    #[arg(long, value_name = "COSINE", default_value_t = SkillRule::default().threshold)]
+    #[arg(long, value_name = "COSINE", default_value_t = SkillRule::default().threshold, allow_negative_numbers = true)]
     threshold: f64,
     /// Which of the cosine similarities to the known skills is compared with `--threshold`: the
     /// largest or the median.

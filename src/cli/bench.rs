@@ -80,7 +80,7 @@ pub struct BenchArgs {
     seed: u64,
     /// The device's peak in TFLOP/s, from which the MFU is computed [default: 989.4 on an H100 or
     /// H200 in bf16; otherwise the MFU is left out].
-    #[arg(long, value_name = "TFLOPS")]
+    #[arg(long, value_name = "TFLOPS", allow_negative_numbers = true)]
     peak_tflops: Option<f64>,
     /// Set any other key of the mixture's config, for example `router.top_k=2`. The option can be
     /// repeated.
@@ -104,7 +104,7 @@ struct MixtureArgs {
     #[arg(long, value_name = "N")]
     rank: Option<i64>,
     /// Numerator of the scaling `alpha / rank` [default: the preset's].
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     alpha: Option<f64>,
     /// The linear layers that get experts, for example `q_proj,v_proj`, or `all` [default: the
     /// preset's].

@@ -31,7 +31,7 @@ pub struct MergeArgs {
     /// `mean` (the router's mean weights on the data) or a list such as `0.5,0.3,0.2`. The option
     /// is required if the mixture's own weights differ from token to token, because no merge is
     /// exact then.
-    #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights)]
+    #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights, allow_hyphen_values = true)]
     weights: Option<Weights>,
     /// Merge into the base, as a Hugging Face folder, or into one PEFT adapter. The adapter's rank
     /// is the sum of the experts' ranks.

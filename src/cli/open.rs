@@ -138,8 +138,9 @@ impl ModelArgs {
                 }
             }),
         };
-        let base_hash = mixture.as_ref().and_then(|mixture| mixture.base_hash.clone());
-        let weights = base.weights_of(base_hash.as_deref(), "the adapters belong to")?;
+        let identity = mixture.as_ref().map(|mixture| mixture.base.clone()).unwrap_or_default();
+        let weights = base.weights_of(&identity, "the adapters belong to")?;
+        let base_hash = identity.hash;
         let routing = mixture.as_ref().map_or(RoutingChoice::Router, |mixture| mixture.routing);
         let model = match mixture {
             None => RoutedModel::plain(&weights, device, kind, false),

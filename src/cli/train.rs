@@ -52,7 +52,7 @@ pub struct TrainArgs {
 /// What a run starts from.
 enum Start {
     /// A new run starts from these experts and this router.
-    New(Mixture),
+    New(Box<Mixture>),
     /// A resumed run starts from the checkpoint in this folder.
     Resume(PathBuf),
 }
@@ -69,7 +69,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     check_experts(&config, &base).map_err(usage)?;
     let start = match resume_from {
         Some(dir) => Start::Resume(dir),
-        None => Start::New(open_mixture(&config, &base, shared)?),
+        None => Start::New(Box::new(open_mixture(&config, &base, shared)?)),
     };
     let specs = match &start {
         Start::New(mixture) => mixture.specs.clone(),
@@ -186,6 +186,14 @@ fn check_experts(config: &Config, base: &Base) -> Result<()> {
 /// Loads the data of a config with a progress bar.
 pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
     let eos = base.spec.eos_token_id();
+    if eos.is_none() {
+        tracing::warn!(
+            "nothing ends a document: `{}` names no `eos_token_id` within its vocabulary of {}, so \
+             that a model does not learn where to stop",
+            base.label,
+            base.spec.vocab_size
+        );
+    }
     let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
     let bar = LoadBar::new(shared.show_progress);
     let progress = |progress| bar.update(&progress);

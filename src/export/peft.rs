@@ -31,6 +31,7 @@ use crate::mixture::{
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
+use crate::model::families;
 use crate::model::parameters::expert_name;
 use crate::model::routing::router::RouterSpec;
 use crate::peft::adapter::{self, Adapter};
@@ -179,6 +180,7 @@ fn manifest(model: &RoutedModel, provenance: &Provenance, experts: Vec<String>) 
         base: ManifestBase {
             name: provenance.base_label.clone(),
             blake3: provenance.base_hash.clone(),
+            settings: Some(families::settings(&model.base().spec)),
         },
         experts,
         routing: provenance.routing,

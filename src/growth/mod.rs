@@ -7,7 +7,8 @@
 //! merged a, b         E - 1   one expert for two, with a routing weight of about p_a + p_b
 //! ```
 //!
-//! The experts after a removed one move up by one, in the routers and in the names of tensors.
+//! The number of each expert after a removed one falls by one, in the routers and in the names of
+//! tensors.
 //! Other places that name experts by number, such as records, are for the caller to renumber.
 //!
 //! Each router has a row for each expert in `router.weight`, `router.bias` and
@@ -161,7 +162,7 @@ fn copy(mixture: &Mixture) -> Mixture {
         tensors: tensors.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect(),
         is_whole: mixture.is_whole,
         routing: mixture.routing,
-        base_hash: mixture.base_hash.clone(),
+        base: mixture.base.clone(),
     }
 }
 

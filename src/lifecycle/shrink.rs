@@ -179,7 +179,9 @@ fn changed(
             gone: expert,
             merged_into: None,
             name: format!("remove expert_{expert}"),
-            message: format!("expert_{expert} is removed; those after it move up by one"),
+            message: format!(
+                "expert_{expert} is removed; the numbers of those after it fall by one"
+            ),
         }),
         Change::Merge(pair) => {
             let similarity = merge::similarity(model)?;

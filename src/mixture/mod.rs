@@ -20,8 +20,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Device, Tensor};
 
+use crate::base::BaseIdentity;
 use crate::config::{AdapterHub, AdapterSource, Config, Method, RouterInput, RoutingChoice};
 use crate::hub::AdapterFiles;
 use crate::model::decoder::Decoder;
@@ -62,8 +64,8 @@ pub struct Mixture {
     pub is_whole: bool,
     /// What decided the routing weights in training.
     pub routing: RoutingChoice,
-    /// BLAKE3 of the parameters, in f32, of the base that the experts belong to, if it is known.
-    pub base_hash: Option<String>,
+    /// What is known of the base that the experts belong to.
+    pub base: BaseIdentity,
 }
 
 /// The contents of `dylora.json`.
@@ -92,6 +94,10 @@ pub struct ManifestBase {
     pub name: String,
     /// BLAKE3 of the base's parameters in f32.
     pub blake3: String,
+    /// What its `config.json` says: [`crate::model::families::settings`]. It is not known of older
+    /// exports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<Value>,
 }
 
 /// The routers of an export.
@@ -112,7 +118,7 @@ impl Mixture {
         tensors: BTreeMap<String, Tensor>,
     ) -> Self {
         let routing = RoutingChoice::Router;
-        Self { specs, router, tensors, is_whole: false, routing, base_hash: None }
+        Self { specs, router, tensors, is_whole: false, routing, base: BaseIdentity::default() }
     }
 
     /// The mixture that a run starts from. Experts and router with a source are read from it; the
@@ -193,7 +199,8 @@ impl Mixture {
         }
         mixture.is_whole = true;
         mixture.routing = manifest.routing;
-        mixture.base_hash = Some(manifest.base.blake3);
+        let ManifestBase { blake3, settings, .. } = manifest.base;
+        mixture.base = BaseIdentity { hash: Some(blake3), settings, tokenizer: None };
         Ok(mixture)
     }
 

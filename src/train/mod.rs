@@ -41,6 +41,7 @@ use crate::eval::check_records;
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
 use crate::mixture::Mixture;
+use crate::model::families;
 use crate::model::parameters::OldParts;
 use crate::model::{RoutedModel, Trained};
 use crate::{config, durable};
@@ -201,6 +202,8 @@ impl Trainer {
                 Method::RoutedLora => Some(weights.hash_in(Kind::Float)?),
                 Method::Full => None,
             },
+            base_settings: Some(families::settings(&base.spec)),
+            tokenizer_hash: base.tokenizer_hash(),
             data_fingerprint: data.train.fingerprint(),
             domain_blocks: vec![0; data.train.domains.len()],
             routing,

@@ -427,6 +427,12 @@ fn resuming_refuses_another_config_another_base_and_other_data() -> Result<()> {
     fs_err::write(&file, text.replace("w1 ", "w2 "))?;
     assert!(refused(&config).contains("the training data has changed"));
     fs_err::write(&file, text)?;
+    let file = world.path("base/config.json");
+    let text = fs_err::read_to_string(&file)?;
+    fs_err::write(&file, text.replace("0.00001", "0.001"))?;
+    let error = refused(&config);
+    assert!(error.contains("`config.json` has `layer_norm_epsilon` 0.001, not 0.00001"), "{error}");
+    fs_err::write(&file, text)?;
     let weights = world.path("base/model.safetensors");
     let mut bytes = fs_err::read(&weights)?;
     *bytes.last_mut().unwrap() ^= 1;

@@ -13,6 +13,10 @@ use crate::model::decoder::names::PartNames;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::tensor_file::{for_each_tensor, open, share};
 
+/// What to do if the tensors are not those of the spec.
+const CONFIG_HINT: &str = "hint: the shapes follow from `config.json`, in which an absent key has \
+                           the family's default; do both files belong together?";
+
 /// Reads the base from one safetensors file or several shards, on the CPU, in dtype `kind`, or with
 /// `None` in the dtypes of the files.
 ///
@@ -47,10 +51,12 @@ pub fn read(
             }
             let Some(shape) = expected.get(&name) else {
                 let (family, num_layers) = (spec.family.name(), spec.num_layers);
-                bail!("tensor `{name}` belongs to no `{family}` of {num_layers} layers");
+                bail!(
+                    "tensor `{name}` belongs to no `{family}` of {num_layers} layers\n{CONFIG_HINT}"
+                );
             };
             if tensor.size() != *shape {
-                bail!("tensor `{name}` must be {shape:?}, got {:?}", tensor.size());
+                bail!("tensor `{name}` must be {shape:?}, got {:?}\n{CONFIG_HINT}", tensor.size());
             }
             if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
                 bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
@@ -68,7 +74,7 @@ pub fn read(
     if let [first, rest @ ..] = missing.as_slice() {
         let more =
             if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-        bail!("`{}` lacks tensor `{first}`{more}", files[0].display());
+        bail!("`{}` lacks tensor `{first}`{more}\n{CONFIG_HINT}", files[0].display());
     }
     let embedding = spec.names().embedding;
     // of two dtypes the wider one tells them apart

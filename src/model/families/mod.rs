@@ -36,7 +36,7 @@ pub fn read_spec(path: &Path) -> Result<DecoderSpec> {
 /// contradicts itself; the message names the key.
 pub fn from_json(json: &Value) -> Result<DecoderSpec> {
     let keys = Keys(json.as_object().context("is no JSON object")?);
-    let model_type = keys.text("model_type")?.unwrap_or("absent");
+    let model_type = keys.text("model_type")?.context("`model_type` is missing")?;
     match Family::ALL.into_iter().find(|family| family.name() == model_type) {
         Some(Family::Gpt2) => gpt2::from_keys(keys),
         Some(family) => llama::from_keys(family, keys),
@@ -67,6 +67,17 @@ pub fn to_json(spec: &DecoderSpec, dtype: &str) -> Value {
         },
     );
     keys.insert("torch_dtype".into(), dtype.into());
+    json
+}
+
+/// What `config.json` says of a base's forward pass and of the end of a document. Two bases with
+/// the same weights and the same settings are the same base.
+pub fn settings(spec: &DecoderSpec) -> Value {
+    let mut json = to_json(spec, "");
+    let keys = json.as_object_mut().expect("it was made as an object");
+    for idle in ["architectures", "bos_token_id", "max_position_embeddings", "torch_dtype"] {
+        keys.remove(idle);
+    }
     json
 }
 
