@@ -61,7 +61,8 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "FACTOR", default_value_t = 0.0, allow_negative_numbers = true)]
     old_columns_rate: f64,
     /// Treat the new data as already known at or above this cosine similarity of skill embeddings.
-    #[arg(long, value_name = "COSINE", default_value_t = SkillRule::default().threshold, allow_negative_numbers = true)]
+    #[arg(long, value_name = "COSINE", default_value_t = SkillRule::default().threshold,
+        allow_negative_numbers = true)]
     threshold: f64,
     /// Which of the cosine similarities to the known skills is compared with `--threshold`: the
     /// largest or the median.

@@ -118,7 +118,7 @@ fn setting(header: &Header) -> String {
         None => "one document a block".into(),
         Some(median) => format!("packed documents of median {median} tokens"),
     };
-    let modules: Vec<&str> = lora.target_modules.0.iter().map(|name| name.as_str()).collect();
+    let modules: Vec<String> = lora.target_modules.0.iter().copied().map(String::from).collect();
     let lines = [
         format!(
             "dylora {dylora_version}, libtorch {libtorch_version}, {device} ({device_model}), \

@@ -1,10 +1,10 @@
 //! The shapes of bases and the mixtures that `dylora bench` knows by name.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::json;
 
-use crate::config::{Family, LoraConfig, ModuleName, TargetModule, TargetModules};
+use crate::config::{Family, LoraConfig, TargetModule, TargetModules, parse_target};
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families;
 
@@ -99,9 +99,5 @@ pub(super) fn modules(text: &str) -> Result<TargetModules> {
     if text == "all" {
         return Ok(TargetModules::all());
     }
-    let names: Vec<ModuleName> = text.split(',').map(str::parse).collect::<Result<_>>()?;
-    if names.is_empty() {
-        bail!("must be `all` or names of linear layers, with commas between");
-    }
-    Ok(TargetModules(names))
+    text.split(',').map(parse_target).collect::<Result<_>>().map(TargetModules)
 }

@@ -6,8 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::AdapterSource;
-use super::names::TargetModules;
 use super::paths::ModulePattern;
+use super::targets::TargetModules;
 
 /// `[lora]`: the low-rank update that each expert adds to a target module.
 ///
@@ -26,8 +26,9 @@ pub struct LoraConfig {
     /// times with `router.top_k = k`.
     pub alpha: f64,
     /// The linear layers that get experts, by their full names or the last parts of these, as in
-    /// PEFT: `["q_proj", "v_proj"]`, or `"all-linear"` for all of them. Each name must match a
-    /// layer of the base; `dylora train --dry-run` lists what each one matches.
+    /// PEFT: `["q_proj", "v_proj"]`, or `"all-linear"` for all of them. A layer of one block is
+    /// named as `layers.0.self_attn.q_proj`. Each name must match a layer of the base; `dylora
+    /// train --dry-run` lists what each one matches.
     pub target_modules: TargetModules,
     /// Whether the scaling is `alpha / sqrt(rank)` instead (rsLoRA, arXiv:2312.03732, theorem 3.2).
     pub use_rslora: bool,

@@ -12,6 +12,7 @@ mod modules;
 mod names;
 mod paths;
 mod routing;
+mod targets;
 mod train;
 mod validate;
 mod validate_lora;
@@ -28,12 +29,13 @@ use serde::{Deserialize, Serialize};
 pub use growth::GrowthConfig;
 pub use lora::{DropoutMasks, ExpertConfig, LoraConfig, LoraInit, Orthogonality};
 pub use modules::{Family, TargetModule};
-pub use names::{ModuleName, TargetModules};
+pub use names::ModuleName;
 pub use paths::{ModulePath, ModulePattern};
 pub use routing::{
     EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInput, RouterNoise, RouterScope,
     RoutingChoice, RoutingLevel, TemperatureSchedule,
 };
+pub use targets::{TargetModules, parse_target};
 pub use train::{
     Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
     ScheduleKind, TrainConfig,

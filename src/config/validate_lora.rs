@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::faults::Faults;
-use super::{Config, LoraConfig, ModuleName, ModulePattern, TargetModule, TargetModules};
+use super::{Config, LoraConfig, ModulePattern, TargetModule, TargetModules};
 
 /// Checks `[lora]`.
 pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
@@ -16,7 +16,7 @@ pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
         "at least 0 and below 1",
     );
     let own_targets = lora.experts.iter().filter_map(|expert| expert.target_modules.as_ref());
-    let all_targets: Vec<ModuleName> =
+    let all_targets: Vec<ModulePattern> =
         own_targets.chain([&lora.target_modules]).flat_map(|names| &names.0).copied().collect();
     let shape = Shape {
         rank: Some(lora.rank),
@@ -80,7 +80,7 @@ struct Shape<'a> {
 ///
 /// - `key`: the dotted path of the shape, for messages
 /// - `targets`: the names of the modules that the shape's patterns may name
-fn check_shape(key: &str, shape: &Shape<'_>, targets: &[ModuleName], faults: &mut Faults) {
+fn check_shape(key: &str, shape: &Shape<'_>, targets: &[ModulePattern], faults: &mut Faults) {
     let key = |field: &str| format!("{key}.{field}");
     if let Some(rank) = shape.rank {
         faults.at_least_one(&key("rank"), rank);
@@ -93,8 +93,7 @@ fn check_shape(key: &str, shape: &Shape<'_>, targets: &[ModuleName], faults: &mu
         key(&format!("{field}.\"{name}\""))
     };
     let check_target = |key: String, pattern: ModulePattern, faults: &mut Faults| {
-        let is_target =
-            |module: &TargetModule| targets.iter().any(|target| target.contains(*module));
+        let is_target = |module: &TargetModule| targets.iter().any(|target| target.names(*module));
         if !TargetModule::ALL.into_iter().filter(is_target).any(|m| pattern.names(m)) {
             faults.add(&key, "names no target module".into());
         }
@@ -115,7 +114,7 @@ fn check_shape(key: &str, shape: &Shape<'_>, targets: &[ModuleName], faults: &mu
     }
     for (i, module) in modules.iter().enumerate() {
         if modules[..i].contains(module) {
-            faults.add(&key("target_modules"), format!("names `{}` twice", module.as_str()));
+            faults.add(&key("target_modules"), format!("names `{}` twice", String::from(*module)));
         }
     }
 }

@@ -367,6 +367,17 @@ fn names_of_target_modules_match_as_in_peft() -> Result<()> {
         assert_eq!(names(family, "target_modules = 'all-linear'")?.len(), all);
         assert_eq!(names(family, "target_modules = ['all-linear']")?.len(), all);
     }
+    let one = spec("mistral", "target_modules = ['v_proj', 'model.layers.1.mlp.up_proj']")?;
+    let paths: Vec<String> = one.modules.keys().map(ToString::to_string).collect();
+    assert_eq!(
+        paths,
+        [
+            "layers.0.self_attn.v_proj",
+            "layers.1.self_attn.v_proj",
+            "layers.1.mlp.up_proj",
+            "layers.2.self_attn.v_proj"
+        ]
+    );
     let ranks = spec(
         "llama",
         "rank = 2\nrank_pattern = { all-linear = 3, q_proj = 4, 'self_attn.q_proj' = 5, \

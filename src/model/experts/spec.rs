@@ -73,9 +73,8 @@ impl ExpertSpec {
             if layers.is_some_and(|layers| expert as i64 >= layers[layer]) {
                 continue;
             }
-            let targets = |module: &&TargetModule| lora.target_modules.contain(**module);
-            for &module in base.modules().iter().filter(targets) {
-                let path = ModulePath { layer, module };
+            let paths = base.modules().iter().map(|&module| ModulePath { layer, module });
+            for path in paths.filter(|&path| lora.target_modules.contain(path)) {
                 let rank = ModulePattern::find(&lora.rank_pattern, path).unwrap_or(lora.rank);
                 let alpha = ModulePattern::find(&lora.alpha_pattern, path).unwrap_or(lora.alpha);
                 modules.insert(path, RankAlpha { rank, alpha });

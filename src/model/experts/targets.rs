@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use serde::Serialize;
 
-use crate::config::{LoraConfig, ModuleName, ModulePath, ModulePattern, TargetModule};
+use crate::config::{LoraConfig, ModulePath, ModulePattern, TargetModule};
 use crate::model::decoder::spec::DecoderSpec;
 
 /// What a name or pattern of a config matches in a base.
@@ -27,7 +27,6 @@ pub fn matches(lora: &LoraConfig, base: &DecoderSpec) -> Vec<TargetMatch> {
         let modules = modules.into_iter().map(TargetModule::name).collect();
         found.push(TargetMatch { key, pattern: pattern.into(), modules, num_layers });
     };
-    let every = |names: &[ModuleName]| names.iter().copied().map(ModulePattern::Every).collect();
     let mut group = |prefix: &str, key: &str, patterns: Vec<ModulePattern>| {
         for pattern in patterns {
             add(format!("{prefix}.{key}"), pattern);
@@ -35,14 +34,14 @@ pub fn matches(lora: &LoraConfig, base: &DecoderSpec) -> Vec<TargetMatch> {
     };
     let has_own = (0..lora.num_experts as usize).any(|e| is_new_without_targets(lora, e));
     if has_own {
-        group("lora", "target_modules", every(&lora.target_modules.0));
+        group("lora", "target_modules", lora.target_modules.0.clone());
     }
     group("lora", "rank_pattern", lora.rank_pattern.keys().copied().collect());
     group("lora", "alpha_pattern", lora.alpha_pattern.keys().copied().collect());
     for (index, expert) in lora.experts.iter().enumerate() {
         let prefix = format!("lora.experts[{index}]");
-        let names = expert.target_modules.as_ref().map(|names| every(&names.0));
-        group(&prefix, "target_modules", names.unwrap_or_default());
+        let names = expert.target_modules.iter().flat_map(|names| names.0.iter().copied());
+        group(&prefix, "target_modules", names.collect());
         let ranks = expert.rank_pattern.iter().flat_map(|patterns| patterns.keys().copied());
         group(&prefix, "rank_pattern", ranks.collect());
         let alphas = expert.alpha_pattern.iter().flat_map(|patterns| patterns.keys().copied());
@@ -64,9 +63,9 @@ fn is_new_without_targets(lora: &LoraConfig, expert: usize) -> bool {
 /// # Errors
 /// A name or pattern that matches nothing.
 pub(super) fn check(lora: &LoraConfig, base: &DecoderSpec) -> Result<()> {
-    let every = lora.target_modules.0.iter().copied().map(ModulePattern::Every);
+    let targets = lora.target_modules.0.iter().copied();
     let patterns = lora.rank_pattern.keys().chain(lora.alpha_pattern.keys()).copied();
-    for pattern in every.chain(patterns) {
+    for pattern in targets.chain(patterns) {
         let (modules, _) = matched(pattern, base);
         if !modules.is_empty() {
             continue;

@@ -1,0 +1,99 @@
+//! The linear layers that get experts, as a list of names or patterns.
+
+use std::fmt;
+
+use anyhow::{Error, Result};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::modules::TargetModule;
+use super::names::ModuleName;
+use super::paths::{ModulePath, ModulePattern};
+
+/// The linear layers that get experts: a list of names, or one name alone. A name must match a
+/// layer of the base.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct TargetModules(pub Vec<ModulePattern>);
+
+impl TargetModules {
+    /// All linear layers.
+    pub fn all() -> Self {
+        Self(vec![ModulePattern::Every(ModuleName::ALL_LINEAR)])
+    }
+
+    /// Whether a name stands for a module.
+    pub fn contain(&self, path: ModulePath) -> bool {
+        self.0.iter().any(|pattern| pattern.contains(path))
+    }
+}
+
+/// Parses a name of `target_modules`.
+pub fn parse_target(text: &str) -> Result<ModulePattern> {
+    text.parse::<ModuleName>().map(ModulePattern::Every).or_else(|error| {
+        // the error about names lists them all
+        text.parse().map(ModulePattern::One).map_err(|_: Error| error)
+    })
+}
+
+impl From<&[TargetModule]> for TargetModules {
+    fn from(modules: &[TargetModule]) -> Self {
+        let every = |module: &TargetModule| ModulePattern::Every((*module).into());
+        Self(modules.iter().map(every).collect())
+    }
+}
+
+impl<const N: usize> From<[TargetModule; N]> for TargetModules {
+    fn from(modules: [TargetModule; N]) -> Self {
+        modules.as_slice().into()
+    }
+}
+
+/// One name, read within a visitor, so that an error knows its place in the file.
+struct Name(ModulePattern);
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(Names).map(|TargetModules(names)| Self(names[0]))
+    }
+}
+
+struct Names;
+
+impl<'a> Visitor<'a> for Names {
+    type Value = TargetModules;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of names of linear layers, or one name")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
+        let name = parse_target(text).map_err(|error| E::custom(format!("{error:#}")))?;
+        Ok(TargetModules(vec![name]))
+    }
+
+    fn visit_seq<A: SeqAccess<'a>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+        let mut names = vec![];
+        while let Some(Name(name)) = items.next_element()? {
+            names.push(name);
+        }
+        Ok(TargetModules(names))
+    }
+}
+
+impl<'de> Deserialize<'de> for TargetModules {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Names)
+    }
+}
+
+impl JsonSchema for TargetModules {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "TargetModules".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        Vec::<String>::json_schema(generator)
+    }
+}
