@@ -317,7 +317,7 @@ impl RoutingReport {
             let (expert, weight) = worst.largest();
             faults.push(format!(
                 "expert_{expert} takes {weight:.3} of the routing weight at `{}`, more than \
-                 {share} ({} of {of} places)",
+                 {share} ({} of {of} sites)",
                 worst.site,
                 over.len()
             ));
@@ -328,7 +328,7 @@ impl RoutingReport {
                 worst.dead_experts.iter().map(|expert| format!("expert_{expert}")).collect();
             faults.push(format!(
                 "{} of {} experts are dead at `{}` ({}), with less than {} of an even weight \
-                 ({} of {of} places)",
+                 ({} of {of} sites)",
                 worst.dead_experts.len(),
                 worst.experts.len(),
                 worst.site,

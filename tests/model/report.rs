@@ -172,9 +172,9 @@ fn what_is_wrong_names_the_worst_site() {
     let config = RouterConfig::default();
     let faults = report(&totals, None, config.dead_share).collapse(&config);
     insta::assert_snapshot!(faults.join("\n"), @"
-    expert_1 takes 0.980 of the routing weight at `h.1`, more than 0.9 (2 of 4 places)
+    expert_1 takes 0.980 of the routing weight at `h.1`, more than 0.9 (2 of 4 sites)
     1 of 3 experts are dead at `h.1` (expert_2), with less than 0.05 of an even weight (1 of 4 \
-    places)
+    sites)
     ");
     assert!(report(&totals[..1], None, config.dead_share).collapse(&config).is_empty());
     // a site of a single expert has nothing to decide
@@ -182,8 +182,8 @@ fn what_is_wrong_names_the_worst_site() {
     let strict = RouterConfig { collapse_share: 0.4, dead_share: 0.7, ..config };
     let faults = report(&totals[..1], None, strict.dead_share).collapse(&strict);
     insta::assert_snapshot!(faults.join("\n"), @"
-    expert_0 takes 0.500 of the routing weight at `h.0`, more than 0.4 (1 of 1 places)
+    expert_0 takes 0.500 of the routing weight at `h.0`, more than 0.4 (1 of 1 sites)
     1 of 3 experts are dead at `h.0` (expert_2), with less than 0.7 of an even weight (1 of 1 \
-    places)
+    sites)
     ");
 }

@@ -54,9 +54,9 @@ fn a_planted_collapse_is_reported_after_every_window() -> Result<()> {
         assert!(information < 1e-20, "{information}");
     }
     insta::assert_snapshot!(windows[3].collapse.join("\n"), @"
-    expert_1 takes 1.000 of the routing weight at `all layers`, more than 0.9 (1 of 1 places)
+    expert_1 takes 1.000 of the routing weight at `all layers`, more than 0.9 (1 of 1 sites)
     2 of 3 experts are dead at `all layers` (expert_0, expert_2), with less than 0.05 of an even \
-    weight (1 of 1 places)
+    weight (1 of 1 sites)
     ");
     assert!(summary.state.routing.collapsed);
     Ok(())
