@@ -229,8 +229,10 @@ def check_growth(family, folder):
     """Adds an expert to a mixture and removes one, and checks the new runs."""
     run, grown, smaller = [folder / f"{family}.{name}" for name in ("run", "grown", "smaller")]
     base = folder / family
-    domain = ["--data", "demo/data/code.validation.jsonl", "--domain", "code", "--steps", 4]
-    dylora("add-expert", "--checkpoint", run, "--out", grown, *domain)
+    domain = ["--data", "demo/data/code.validation.jsonl", "--domain", "code", "--steps", 30]
+    # at the run's own rates, the new expert would learn nothing, which is an error
+    rates = [f"--set=optimizer.{group}.learning_rate=5e-2" for group in ("router", "adapters")]
+    dylora("add-expert", "--checkpoint", run, "--out", grown, *domain, *rates)
     dylora("remove-expert", "--checkpoint", grown, "--out", smaller, "--expert", 0)
     for changed, num_experts in [(grown, 4), (smaller, 3)]:
         export = folder / f"{changed.name}.export"

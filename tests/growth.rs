@@ -10,6 +10,7 @@ use dylora::config::{
     LoraConfig, LoraInit, ModulePath, RouterConfig, RouterInput, RouterScope, RoutingChoice,
 };
 use dylora::growth::merge::{Merged, merged, most_similar, similarity};
+use dylora::growth::stages::{Stage, without_gain};
 use dylora::growth::{with_expert, without_expert};
 use dylora::mixture::Mixture;
 use dylora::model::decoder::Decoder;
@@ -498,4 +499,24 @@ fn what_cannot_be_merged_is_named() -> Result<()> {
         @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank"
     );
     Ok(())
+}
+
+#[test]
+fn a_new_domain_that_gains_nothing_is_reported() {
+    let stage = |loss: f64| {
+        let mut stage = Stage::new("add verse", vec!["verse".into()], 3);
+        stage.step = 100;
+        stage.losses.insert("verse".into(), loss);
+        [stage]
+    };
+    assert_eq!(without_gain(&stage(2.19), "verse", 2.1935), None);
+    assert_eq!(without_gain(&stage(2.1935), "code", 2.1935), None);
+    assert!(without_gain(&stage(2.2), "verse", 2.1935).is_some());
+    let message = without_gain(&stage(2.1934), "verse", 2.1935).expect("it gained too little");
+    insta::assert_snapshot!(message, @"
+    the new expert brings `verse` nothing: its loss was 2.1935 before and is 2.1934 at step 100
+    hint: the router gave the expert too little weight to learn; begin again with a higher rate, \
+    such as `--set optimizer.router.learning_rate=2e-2 --set \
+    optimizer.adapters.learning_rate=5e-3`, and more `--steps`
+    ");
 }

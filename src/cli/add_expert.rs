@@ -16,7 +16,7 @@ use crate::checkpoint::{self, Preferred};
 use crate::config::{Config, DeviceChoice, DomainConfig, Validation};
 use crate::growth::skills::{Similarity, SkillComparison, SkillRule};
 use crate::growth::stage_config::Growth;
-use crate::growth::stages::forgetting;
+use crate::growth::stages::{forgetting, without_gain};
 use crate::lifecycle::add::{self, GrowingMixture};
 use crate::train::check_new_run;
 
@@ -135,7 +135,12 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             table::forgetting(&stages)
         )
     };
-    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+    conclude(&config, summary.ending, &interrupt).and(print_result(&text))?;
+    let before = before.iter().flat_map(|report| &report.domains).find(|of| of.name == domain);
+    match before.and_then(|before| without_gain(&stages, &domain, before.loss)) {
+        Some(message) => bail!(message),
+        None => Ok(()),
+    }
 }
 
 fn log_growth(

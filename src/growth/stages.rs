@@ -32,6 +32,27 @@ impl Stage {
     }
 }
 
+/// The smallest share of its loss by which a new domain must gain.
+const MIN_GAIN: f64 = 1e-3;
+
+/// A message for the user if the domain that the last stage was to learn has gained next to
+/// nothing: less than a thousandth of its loss before the stage.
+///
+/// - `before`: the loss of `domain` before the stage, nats
+pub fn without_gain(stages: &[Stage], domain: &str, before: f64) -> Option<String> {
+    let last = stages.last()?;
+    let after = *last.losses.get(domain)?;
+    (after > before * (1.0 - MIN_GAIN)).then(|| {
+        format!(
+            "the new expert brings `{domain}` nothing: its loss was {before:.4} before and is \
+             {after:.4} at step {}\nhint: the router gave the expert too little weight to learn; \
+             begin again with a higher rate, such as `--set optimizer.router.learning_rate=2e-2 \
+             --set optimizer.adapters.learning_rate=5e-3`, and more `--steps`",
+            last.step
+        )
+    })
+}
+
 /// How much each domain's loss has risen since the stage in which it was learned, nats. Only
 /// domains that were evaluated both then and in the last stage are there.
 pub fn forgetting(stages: &[Stage]) -> BTreeMap<String, f64> {
