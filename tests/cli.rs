@@ -62,6 +62,19 @@ fn an_unknown_target_module_is_answered_with_the_names() {
 }
 
 #[test]
+fn target_modules_hold_names_and_nothing_else() {
+    for (value, expected) in [
+        ("[[]]", "invalid type: sequence, expected the name of a linear layer"),
+        ("[[\"q_proj\"]]", "invalid type: sequence, expected the name of a linear layer"),
+        ("[1]", "invalid type: integer `1`, expected the name of a linear layer"),
+        ("{ q_proj = 1 }", "expected a list of names of linear layers, or one name"),
+    ] {
+        let found = error(&format!("{MINIMAL}\n[lora]\ntarget_modules = {value}\n"), &[]);
+        assert!(found.contains(expected), "{value}: {found}");
+    }
+}
+
+#[test]
 fn all_faults_are_reported_at_once_with_their_paths() {
     let text = format!(
         "{MINIMAL}\n[lora]\nrank = 0\ndropout = 1.5\n[router]\ntop_k = 9\n\

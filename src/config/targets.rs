@@ -50,13 +50,32 @@ impl<const N: usize> From<[TargetModule; N]> for TargetModules {
     }
 }
 
-/// One name, read within a visitor, so that an error knows its place in the file.
+/// One name in a list.
 struct Name(ModulePattern);
 
 impl<'de> Deserialize<'de> for Name {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(Names).map(|TargetModules(names)| Self(names[0]))
+        struct Text;
+
+        impl Visitor<'_> for Text {
+            type Value = Name;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the name of a linear layer")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Name, E> {
+                visit_name(text).map(Name)
+            }
+        }
+
+        deserializer.deserialize_str(Text)
     }
+}
+
+/// Parses a name within a visitor, where an error knows its place in the file.
+fn visit_name<E: serde::de::Error>(text: &str) -> Result<ModulePattern, E> {
+    parse_target(text).map_err(|error| E::custom(format!("{error:#}")))
 }
 
 struct Names;
@@ -69,8 +88,7 @@ impl<'a> Visitor<'a> for Names {
     }
 
     fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
-        let name = parse_target(text).map_err(|error| E::custom(format!("{error:#}")))?;
-        Ok(TargetModules(vec![name]))
+        Ok(TargetModules(vec![visit_name(text)?]))
     }
 
     fn visit_seq<A: SeqAccess<'a>>(self, mut items: A) -> Result<Self::Value, A::Error> {
