@@ -4,7 +4,9 @@ make_golden.py, make_golden_families.py and make_golden_adapters.py use this mod
 """
 
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
 import safetensors.torch
@@ -21,6 +23,17 @@ BASES = {
 }
 VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
 NUM_EXPERTS = 3
+
+
+def begin(default):
+    """The folder to write to: the script's argument, or `default` in the repository. It is made if
+    it is missing. From here on, the same input gives the same bits.
+    """
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / default)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    return folder
 
 
 def randn(generator, *shape, std=1.0):

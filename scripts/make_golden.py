@@ -30,15 +30,13 @@ Weights are stored in float32 and used in float64, without loss. The metadata of
 the versions of `torch`, `transformers` and `peft`, and the settings that the numbers depend on.
 """
 
-import sys
-from pathlib import Path
-
 import make_golden_adapters
 import torch
 from golden import (
     BASES,
     NUM_EXPERTS,
     base_results,
+    begin,
     loss_and_gradients,
     make_base,
     make_experts,
@@ -121,10 +119,7 @@ def experts_case(folder, seed, name, settings):
 
 
 def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / "tests/golden")
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)
+    folder = begin("tests/golden")
     for seed, (name, settings) in enumerate(BASES.items()):
         base_case(folder, seed, name, settings)
     for seed, (name, settings) in enumerate(EXPERTS.items(), 100):

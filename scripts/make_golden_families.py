@@ -40,7 +40,6 @@ import contextlib
 import importlib
 import json
 import math
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +49,7 @@ import torch
 import transformers
 from golden import (
     base_results,
+    begin,
     loss_and_gradients,
     make_experts,
     next_tokens,
@@ -547,10 +547,7 @@ def rope_entry(name, fragment):
 
 
 def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1] / "tests/golden/families")
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)
+    folder = begin("tests/golden/families")
     transformers.logging.set_verbosity_error()
     for seed, (name, case) in enumerate(CASES.items(), 400):
         write_case(folder, seed, name, case)
