@@ -250,7 +250,8 @@ fn byte_level_tokenizers_encode_a_completion_as_they_encode_any_text() -> Result
     Ok(())
 }
 
-/// A multi-turn completion of a chat: within it, the tokens are those of the whole chat.
+/// Where a completion has several turns of a chat, its tokens are those that it has in the whole
+/// chat.
 #[test]
 fn special_tokens_within_a_completion_change_nothing_behind_them() -> Result<()> {
     for (kind, start, end) in [

@@ -79,6 +79,31 @@ fn packed() -> Inputs {
     Inputs::new(rows, Device::Cpu)
 }
 
+/// The loss of the packed documents, and its gradients.
+fn pass(
+    model: &RoutedModel,
+    source: &RoutingSource,
+    mode: ForwardMode,
+) -> (Tensor, BTreeMap<String, Tensor>) {
+    let (loss, _) = model.loss(&packed(), source, mode, mean_loss(14));
+    (loss.loss.shallow_clone(), gradients(model, &loss.loss))
+}
+
+/// Checks that two losses with their gradients differ by at most `tolerance`.
+#[track_caller]
+fn assert_same_pass(
+    what: &str,
+    (found_loss, found): &(Tensor, BTreeMap<String, Tensor>),
+    (loss, expected): &(Tensor, BTreeMap<String, Tensor>),
+    tolerance: f64,
+) {
+    assert_close(what, found_loss, loss, tolerance);
+    assert!(found.keys().eq(expected.keys()), "{what}");
+    for (name, found) in found {
+        assert_close(&format!("{what}, {name}"), found, &expected[name], tolerance);
+    }
+}
+
 /// Rows that are longer than every window, and that hold the invocation tokens.
 fn whole_rows() -> Inputs {
     rows(&[&[3, 14, 18, 28, 26, 5, 35, 7], &[27, 18, 28, 18, 28, 45, 9, 11]])
@@ -160,17 +185,12 @@ fn checkpointed_blocks_are_the_same_to_the_bit() -> Result<()> {
     let router = RouterConfig { scope: RouterScope::Layer, ..RouterConfig::default() };
     let dropout = LoraDropout { probability: 0.3, masks: DropoutMasks::Shared };
     for_each(Kind::Float, &router, |what, _, _, model| {
-        let pass = |gradient_checkpointing: bool| {
+        let [plain, checkpointed] = [false, true].map(|gradient_checkpointing| {
             tch::manual_seed(7);
             let mode = ForwardMode { dropout, gradient_checkpointing, ..ForwardMode::EVAL };
-            let (loss, _) = model.loss(&packed(), &RoutingSource::Router, mode, mean_loss(14));
-            (loss.loss.shallow_clone(), gradients(model, &loss.loss))
-        };
-        let ((loss, expected), (found_loss, found)) = (pass(false), pass(true));
-        assert_close(what, &found_loss, &loss, 0.0);
-        for (name, found) in &found {
-            assert_close(&format!("{what}, {name}"), found, &expected[name], 0.0);
-        }
+            pass(model, &RoutingSource::Router, mode)
+        });
+        assert_same_pass(what, &checkpointed, &plain, 0.0);
         Ok(())
     })
 }
@@ -179,18 +199,11 @@ fn checkpointed_blocks_are_the_same_to_the_bit() -> Result<()> {
 fn experts_one_by_one_are_experts_at_once() -> Result<()> {
     let _generator = seed(304);
     for_each(Kind::Double, &RouterConfig::default(), |what, _, _, model| {
-        let pass = |masks| {
+        let [together, one_by_one] = [DropoutMasks::Shared, DropoutMasks::PerExpert].map(|masks| {
             let dropout = LoraDropout { probability: 0.0, masks };
-            let mode = ForwardMode { dropout, ..ForwardMode::EVAL };
-            let by = &RoutingSource::Router;
-            let (loss, _) = model.loss(&packed(), by, mode, mean_loss(14));
-            (loss.loss.shallow_clone(), gradients(model, &loss.loss))
-        };
-        let (together, one_by_one) = (pass(DropoutMasks::Shared), pass(DropoutMasks::PerExpert));
-        assert_close(what, &together.0, &one_by_one.0, 1e-11);
-        for (name, found) in &together.1 {
-            assert_close(&format!("{what}, {name}"), found, &one_by_one.1[name], 1e-11);
-        }
+            pass(model, &RoutingSource::Router, ForwardMode { dropout, ..ForwardMode::EVAL })
+        });
+        assert_same_pass(what, &together, &one_by_one, 1e-11);
         Ok(())
     })
 }
@@ -276,16 +289,11 @@ fn a_trained_base_may_be_checkpointed() -> Result<()> {
     let _generator = seed(310);
     for (family, spec) in family_specs() {
         let model = RoutedModel::plain(&tiny_base(spec), Device::Cpu, Kind::Float, true);
-        let pass = |gradient_checkpointing: bool| {
+        let [plain, checkpointed] = [false, true].map(|gradient_checkpointing| {
             let mode = ForwardMode { gradient_checkpointing, ..ForwardMode::EVAL };
-            let (loss, _) = model.loss(&packed(), &RoutingSource::Base, mode, mean_loss(14));
-            (loss.loss.shallow_clone(), gradients(&model, &loss.loss))
-        };
-        let ((loss, expected), (found_loss, found)) = (pass(false), pass(true));
-        assert_close(family, &found_loss, &loss, 0.0);
-        for (name, found) in &found {
-            assert_close(&format!("{family}, {name}"), found, &expected[name], 0.0);
-        }
+            pass(&model, &RoutingSource::Base, mode)
+        });
+        assert_same_pass(family, &checkpointed, &plain, 0.0);
     }
     Ok(())
 }
