@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::json;
 
-use crate::config::{Family, LoraConfig, TargetModule, TargetModules, parse_target};
+use crate::config::{Family, LoraConfig, ModulePattern, TargetModule, TargetModules};
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families;
 
@@ -99,5 +99,5 @@ pub(super) fn modules(text: &str) -> Result<TargetModules> {
     if text == "all" {
         return Ok(TargetModules::all());
     }
-    text.split(',').map(parse_target).collect::<Result<_>>().map(TargetModules)
+    text.split(',').map(ModulePattern::parse).collect::<Result<_>>().map(TargetModules)
 }

@@ -35,7 +35,7 @@ pub use routing::{
     EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInput, RouterNoise, RouterScope,
     RoutingChoice, RoutingLevel, TemperatureSchedule,
 };
-pub use targets::{TargetModules, parse_target};
+pub use targets::TargetModules;
 pub use train::{
     Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
     ScheduleKind, TrainConfig,

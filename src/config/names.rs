@@ -3,8 +3,6 @@
 use std::str::FromStr;
 
 use anyhow::{Error, Result, anyhow};
-use schemars::JsonSchema;
-use serde::Serialize;
 
 use super::modules::TargetModule;
 
@@ -13,9 +11,7 @@ const ALL_LINEAR: &str = "all-linear";
 
 /// A name for linear layers of a block: their full name, such as `self_attn.q_proj`, or the end of
 /// it, such as `q_proj`. `c_proj` names two layers of GPT-2. `all-linear` names every layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, JsonSchema)]
-#[serde(into = "String")]
-#[schemars(with = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModuleName(&'static str);
 
 impl ModuleName {

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Error, Result, anyhow};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -38,7 +38,7 @@ impl fmt::Display for ModulePath {
 }
 
 impl FromStr for ModulePath {
-    type Err = anyhow::Error;
+    type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
         let parse = || {
@@ -60,7 +60,7 @@ impl FromStr for ModulePath {
 }
 
 impl TryFrom<String> for ModulePath {
-    type Error = anyhow::Error;
+    type Error = Error;
 
     fn try_from(text: String) -> Result<Self> {
         text.parse()
@@ -87,6 +87,15 @@ pub enum ModulePattern {
 }
 
 impl ModulePattern {
+    /// Parses a pattern.
+    ///
+    /// # Errors
+    /// A text that is no pattern; the message lists the names of modules.
+    pub fn parse(text: &str) -> Result<Self> {
+        let name = text.parse().map(Self::Every);
+        name.or_else(|error| text.parse().map(Self::One).map_err(|_: Error| error))
+    }
+
     /// The value that `patterns` has for a module. A pattern for its layer overrides those for
     /// every layer, and of these the one with the longest name counts.
     pub fn find<T: Copy>(patterns: &BTreeMap<Self, T>, path: ModulePath) -> Option<T> {
@@ -117,13 +126,10 @@ impl ModulePattern {
 }
 
 impl TryFrom<String> for ModulePattern {
-    type Error = anyhow::Error;
+    type Error = Error;
 
     fn try_from(text: String) -> Result<Self> {
-        if let Ok(name) = text.parse() {
-            return Ok(Self::Every(name));
-        }
-        text.parse().map(Self::One).map_err(|_| {
+        Self::parse(&text).map_err(|_| {
             anyhow!(
                 "`{text}` is neither a module, as `q_proj`, nor one of a layer, as \
                  `layers.0.self_attn.q_proj`"

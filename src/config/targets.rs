@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use anyhow::{Error, Result};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -27,14 +26,6 @@ impl TargetModules {
     pub fn contain(&self, path: ModulePath) -> bool {
         self.0.iter().any(|pattern| pattern.contains(path))
     }
-}
-
-/// Parses a name of `target_modules`.
-pub fn parse_target(text: &str) -> Result<ModulePattern> {
-    text.parse::<ModuleName>().map(ModulePattern::Every).or_else(|error| {
-        // the error about names lists them all
-        text.parse().map(ModulePattern::One).map_err(|_: Error| error)
-    })
 }
 
 impl From<&[TargetModule]> for TargetModules {
@@ -75,7 +66,7 @@ impl<'de> Deserialize<'de> for Name {
 
 /// Parses a name within a visitor, where an error knows its place in the file.
 fn visit_name<E: serde::de::Error>(text: &str) -> Result<ModulePattern, E> {
-    parse_target(text).map_err(|error| E::custom(format!("{error:#}")))
+    ModulePattern::parse(text).map_err(|error| E::custom(format!("{error:#}")))
 }
 
 struct Names;

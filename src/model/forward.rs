@@ -290,7 +290,7 @@ impl RoutedModel {
         let mut parameters: Vec<Tensor> =
             leaves.filter(|leaf| leaf.requires_grad()).map(Tensor::shallow_clone).collect();
         if self.trains_base {
-            let named = block.block.named_parameters([""; 4]).into_iter();
+            let named = block.block.named_parameters(self.decoder.spec.names()).into_iter();
             parameters.extend(named.map(|(_, parameter)| parameter));
         }
         let mut activations = vec![x.shallow_clone()];

@@ -10,6 +10,7 @@ use super::attention::Attention;
 use super::context::AttentionContext;
 use super::linear::{ApplyLinear, Linear};
 use super::mlp::Activation;
+use super::names::PartNames;
 use super::norm::Norm;
 use crate::config::TargetModule;
 
@@ -44,13 +45,15 @@ impl Block {
     /// Every parameter with its part of the block and its kind, `weight` or `bias`, in the order of
     /// [`super::spec::DecoderSpec::parameter_shapes`].
     ///
-    /// - `norms`: the names of the two normalisations, and of those of queries and keys
-    pub fn named_parameters(&self, norms: [&'static str; 4]) -> Vec<(String, Tensor)> {
+    /// - `names`: how the family names its parts
+    pub fn named_parameters(&self, names: &PartNames) -> Vec<(String, Tensor)> {
         let mut named = vec![];
         let mut add = |part: &str, weight: &Tensor, bias: Option<&Tensor>| {
             named.push((format!("{part}.weight"), weight.shallow_clone()));
             named.extend(bias.map(|bias| (format!("{part}.bias"), bias.shallow_clone())));
         };
+        let [query_norm, key_norm] = names.qk_norms.unwrap_or_default();
+        let norms = [names.norm_1, names.norm_2, query_norm, key_norm];
         let qk_norms = self.attention.qk_norms.as_ref().map(|(query, key)| [query, key]);
         let all = [&self.norm_1, &self.norm_2].into_iter().chain(qk_norms.into_iter().flatten());
         for (name, norm) in norms.into_iter().zip(all) {

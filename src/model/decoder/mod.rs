@@ -104,11 +104,9 @@ impl Decoder {
         if let (Some(name), Some(positions)) = (names.positions, &self.positions) {
             named.push((name.to_owned(), positions.shallow_clone()));
         }
-        let [query_norm, key_norm] = self.spec.qk_norms().unwrap_or_default();
-        let norms = [names.norm_1, names.norm_2, query_norm, key_norm];
         for (layer, block) in (0..).zip(&self.blocks) {
             let prefix = names.block(layer);
-            let parameters = block.named_parameters(norms).into_iter();
+            let parameters = block.named_parameters(names).into_iter();
             named.extend(parameters.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
         }
         let (weight, bias) = self.final_norm.parameters();

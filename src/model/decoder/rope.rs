@@ -62,9 +62,10 @@ pub enum RopeScaling {
         factor: f64,
         /// `original_max_position_embeddings`.
         original_positions: f64,
-        /// Pairs that turn at least this often over the original positions are kept.
+        /// A pair that turns at least this often over the original positions keeps its frequency.
         beta_fast: f64,
-        /// Pairs that turn at most this often over the original positions are divided.
+        /// The frequency of a pair that turns at most this often over the original positions is
+        /// divided by the factor.
         beta_slow: f64,
         /// Whether the ends of the ramp are rounded to whole pairs.
         truncate: bool,

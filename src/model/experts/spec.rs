@@ -3,7 +3,7 @@
 //! An expert is one PEFT adapter. Its spec says what `adapter_config.json` says, resolved to
 //! modules.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -135,13 +135,8 @@ impl ExpertSpec {
 
     /// What the adapter of expert `index` targets, from which the expert starts.
     pub fn source_match(&self, index: usize) -> TargetMatch {
-        let layers: BTreeSet<usize> = self.modules.keys().map(|path| path.layer).collect();
-        TargetMatch {
-            key: format!("lora.experts[{index}].source"),
-            pattern: "the adapter's `target_modules`".into(),
-            modules: self.target_modules().into_iter().map(TargetModule::name).collect(),
-            num_layers: layers.len() as i64,
-        }
+        let key = format!("lora.experts[{index}].source");
+        TargetMatch::new(key, "the adapter's `target_modules`".into(), self.modules.keys())
     }
 
     /// Number of parameters of A, of B and of the magnitudes, for a base.

@@ -1,5 +1,7 @@
 //! Which linear layers of a base the names in a config match.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, bail};
 use serde::Serialize;
 
@@ -19,13 +21,28 @@ pub struct TargetMatch {
     pub num_layers: i64,
 }
 
+impl TargetMatch {
+    /// What `pattern` matches, which is the modules `paths`.
+    pub fn new<'a>(
+        key: String,
+        pattern: String,
+        paths: impl IntoIterator<Item = &'a ModulePath>,
+    ) -> Self {
+        let (mut modules, mut layers) = (BTreeSet::new(), BTreeSet::new());
+        for path in paths {
+            modules.insert(path.module);
+            layers.insert(path.layer);
+        }
+        let modules = modules.into_iter().map(TargetModule::name).collect();
+        Self { key, pattern, modules, num_layers: layers.len() as i64 }
+    }
+}
+
 /// What each name and pattern of a config matches: those of `[lora]`, and those of single experts.
 pub fn matches(lora: &LoraConfig, base: &DecoderSpec) -> Vec<TargetMatch> {
     let mut found = vec![];
     let mut add = |key: String, pattern: ModulePattern| {
-        let (modules, num_layers) = matched(pattern, base);
-        let modules = modules.into_iter().map(TargetModule::name).collect();
-        found.push(TargetMatch { key, pattern: pattern.into(), modules, num_layers });
+        found.push(TargetMatch::new(key, pattern.into(), &matched(pattern, base)));
     };
     let mut group = |prefix: &str, key: &str, patterns: Vec<ModulePattern>| {
         for pattern in patterns {
@@ -66,8 +83,7 @@ pub(super) fn check(lora: &LoraConfig, base: &DecoderSpec) -> Result<()> {
     let targets = lora.target_modules.0.iter().copied();
     let patterns = lora.rank_pattern.keys().chain(lora.alpha_pattern.keys()).copied();
     for pattern in targets.chain(patterns) {
-        let (modules, _) = matched(pattern, base);
-        if !modules.is_empty() {
+        if !matched(pattern, base).is_empty() {
             continue;
         }
         if let ModulePattern::One(path) = pattern
@@ -88,15 +104,9 @@ pub(super) fn check(lora: &LoraConfig, base: &DecoderSpec) -> Result<()> {
     Ok(())
 }
 
-/// The modules that a pattern matches, and in how many layers.
-fn matched(pattern: ModulePattern, base: &DecoderSpec) -> (Vec<TargetModule>, i64) {
-    let layers = || 0..base.num_layers as usize;
-    let contains =
-        |layer: usize, module: TargetModule| pattern.contains(ModulePath { layer, module });
-    let modules = base.modules().iter().copied();
-    let modules = modules.filter(|&module| layers().any(|layer| contains(layer, module)));
-    let modules: Vec<TargetModule> = modules.collect();
-    let is_matched = |layer: &usize| modules.iter().any(|&module| contains(*layer, module));
-    let num_layers = layers().filter(is_matched).count() as i64;
-    (modules, num_layers)
+/// The modules that a pattern matches.
+fn matched(pattern: ModulePattern, base: &DecoderSpec) -> Vec<ModulePath> {
+    let paths = (0..base.num_layers as usize)
+        .flat_map(|layer| base.modules().iter().map(move |&module| ModulePath { layer, module }));
+    paths.filter(|&path| pattern.contains(path)).collect()
 }

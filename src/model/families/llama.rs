@@ -29,6 +29,11 @@ const UNSUPPORTED: [(&str, &str); 2] = [
     ("quantization_config", "the weights must be f32, f16 or bf16"),
 ];
 
+/// The families that have the key `attention_bias`.
+const ATTENTION_BIAS: [Family; 3] = [Family::Llama, Family::Qwen3, Family::SmolLm3];
+/// The families that have the key `mlp_bias`.
+const MLP_BIAS: [Family; 2] = [Family::Llama, Family::SmolLm3];
+
 /// The values of keys that are absent.
 struct Defaults {
     vocab_size: i64,
@@ -191,10 +196,10 @@ fn heads(
 
 fn biases(family: Family, keys: Keys<'_>) -> Result<Biases> {
     let (mut attention, mut mlp) = (false, false);
-    if matches!(family, Family::Llama | Family::Qwen3 | Family::SmolLm3) {
+    if ATTENTION_BIAS.contains(&family) {
         attention = keys.flag("attention_bias", false)?;
     }
-    if matches!(family, Family::Llama | Family::SmolLm3) {
+    if MLP_BIAS.contains(&family) {
         mlp = keys.flag("mlp_bias", false)?;
     }
     Ok(Biases { qkv: attention || family == Family::Qwen2, attention_out: attention, mlp })
@@ -328,10 +333,10 @@ pub(super) fn to_json(spec: &DecoderSpec) -> Value {
 /// Adds the keys that only some families have.
 fn add_own_keys(spec: &DecoderSpec, rope: &RopeSpec, add: &mut dyn FnMut(&str, Value)) {
     let family = spec.family;
-    if matches!(family, Family::Llama | Family::Qwen3 | Family::SmolLm3) {
+    if ATTENTION_BIAS.contains(&family) {
         add("attention_bias", spec.biases.qkv.into());
     }
-    if matches!(family, Family::Llama | Family::SmolLm3) {
+    if MLP_BIAS.contains(&family) {
         add("mlp_bias", spec.biases.mlp.into());
     }
     if family == Family::SmolLm3 {

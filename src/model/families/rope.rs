@@ -22,9 +22,7 @@ const KINDS: &str = "`default`, `linear`, `llama3` or `yarn`";
 /// - `default_theta`: the frequencies' base if no key names it
 /// - `max_positions`: the value of `original_max_position_embeddings` if no key names it
 pub(super) fn read(keys: Keys<'_>, default_theta: f64, max_positions: i64) -> Result<RopeSpec> {
-    if let Some(factor) = keys.get("partial_rotary_factor").filter(|x| x.as_f64() != Some(1.0)) {
-        bail!("`partial_rotary_factor` must be 1, got {factor}");
-    }
+    check_whole_heads(keys)?;
     let theta_of = |keys: Keys<'_>, default: f64| match keys.positive("rope_theta")? {
         None => Ok(default),
         Some(theta) if theta > 1.0 => Ok(theta),
@@ -57,10 +55,18 @@ pub(super) fn read(keys: Keys<'_>, default_theta: f64, max_positions: i64) -> Re
     }
 }
 
-fn scaling(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScaling> {
-    if let Some(factor) = dict.get("partial_rotary_factor").filter(|x| x.as_f64() != Some(1.0)) {
-        bail!("`partial_rotary_factor` must be 1, got {factor}");
+/// Refuses to rotate only a part of each head.
+fn check_whole_heads(keys: Keys<'_>) -> Result<()> {
+    match keys.get("partial_rotary_factor") {
+        Some(factor) if factor.as_f64() != Some(1.0) => {
+            bail!("`partial_rotary_factor` must be 1, got {factor}")
+        }
+        _ => Ok(()),
     }
+}
+
+fn scaling(dict: Keys<'_>, original: f64, max_positions: f64) -> Result<RopeScaling> {
+    check_whole_heads(dict)?;
     let needed = |key: &str| dict.positive(key)?.with_context(|| format!("`{key}` is missing"));
     let kind = match dict.text("rope_type")? {
         Some(kind) => kind,
