@@ -206,6 +206,7 @@ fn growth_of(args: &AddExpertArgs) -> Result<Growth> {
         validation: Some(validation),
         weight: 1.0,
         record_domain: None,
+        expert: None,
     };
     Ok(Growth {
         domain,

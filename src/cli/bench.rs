@@ -218,6 +218,7 @@ impl BenchArgs {
             validation: None,
             weight: 1.0,
             record_domain: None,
+            expert: None,
         };
         Config {
             method: Method::RoutedLora,
@@ -240,7 +241,7 @@ impl BenchArgs {
                 loss_chunk_tokens: if on_cuda { 4096 } else { 1024 },
                 ..TrainConfig::default()
             },
-            optimizer: OptimizerConfig { max_grad_norm: Some(1.0), ..OptimizerConfig::default() },
+            optimizer: OptimizerConfig { max_grad_norm: 1.0, ..OptimizerConfig::default() },
             schedule: ScheduleConfig::default(),
             growth: None,
         }

@@ -21,6 +21,7 @@ use crate::export::merge::{self, MergeInto};
 use crate::export::peft::write_adapter;
 use crate::export::{self, hugging_face};
 use crate::model::RoutingSource;
+use crate::model::parameters::expert_name;
 
 /// Arguments of `dylora merge`.
 #[derive(Debug, Args)]
@@ -109,7 +110,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
     };
     // the weights are checked before anything is measured; `mean` is known only after that
     let given = match args.weights {
-        Some(Weights::Mean) => vec![1.0; open.model.specs().len()],
+        Some(Weights::Mean) => vec![1.0; open.model.num_experts() as usize],
         _ => weights(&args, &open, routing, None).map_err(usage)?,
     };
     merge::check(&open.model, &given, args.form)?;
@@ -177,7 +178,7 @@ fn weights(
     routing: RoutingChoice,
     routed: Option<&EvalReport>,
 ) -> Result<Vec<f64>> {
-    let count = open.model.specs().len();
+    let count = open.model.num_experts() as usize;
     // without `--weights`, the run's own weights are the same for every token
     let of_run = Weights::Fixed(if count == 1 { RoutingChoice::All } else { routing });
     Ok(match args.weights.as_ref().unwrap_or(&of_run) {
@@ -276,7 +277,7 @@ fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost
         println!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
-    let names = (0..open.model.specs().len()).map(crate::model::parameters::expert_name);
+    let names = (0..open.model.num_experts() as usize).map(expert_name);
     let weights: Vec<String> = names.zip(weights).map(|(n, w)| format!("{n} {w:.4}")).collect();
     println!("merged with weights {}", weights.join(", "));
     let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);

@@ -19,7 +19,7 @@ use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
 use crate::durable::output::Output;
 use crate::export::{self, hugging_face};
 use crate::mixture::Mixture;
-use crate::model::experts::spec::ExpertSpec;
+use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::model::experts::targets::{self, TargetMatch};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
 use crate::train::{Ending, Event, Summary, Trainer};
@@ -212,7 +212,7 @@ fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets
         device_name(device),
     );
     let router = &config.router;
-    if router.top_k == Some(1) && router.renormalize && specs.len() > 1 {
+    if router.top_k == Some(1) && router.renormalize && num_routed(specs) > 1 {
         tracing::warn!(
             "`router.top_k = 1` with `router.renormalize = true` always gives weight 1: the router \
              learns from its own losses only\nhint: `router.renormalize = false` is Switch's rule"

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use super::recipe::add_former_values;
 pub use super::validate::validate;
 use super::{AdapterSource, BaseSource, Config, Validation};
 
@@ -30,6 +31,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
 /// As for [`load`].
 pub fn resolve(text: &str, overrides: &[String]) -> Result<Config> {
     let mut config = parse(text, overrides)?;
+    config.fill_defaults();
     validate(&config)?;
     make_absolute(&mut config)?;
     Ok(config)
@@ -38,17 +40,18 @@ pub fn resolve(text: &str, overrides: &[String]) -> Result<Config> {
 /// Parses `text` and applies `overrides`, without validation.
 pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
     let mut parsed = toml::from_str::<Config>(text);
-    if overrides.is_empty() {
-        return Ok(parsed?);
-    }
     // a fault in the file is reported with its line, except for a missing key, which `--set` may
     // supply
     if let Err(error) = &parsed
-        && !error.message().starts_with("missing field")
+        && (overrides.is_empty() || !error.message().starts_with("missing field"))
     {
         bail!("{error}");
     }
     let mut table: toml::Table = text.parse()?;
+    add_former_values(&mut table);
+    if parsed.is_ok() {
+        parsed = table.clone().try_into::<Config>();
+    }
     for item in overrides {
         set(&mut table, item)?;
         let next = table.clone().try_into::<Config>();

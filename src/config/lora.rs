@@ -21,10 +21,17 @@ pub struct LoraConfig {
     pub num_experts: i64,
     /// Rank `r` of each expert, which then has `r * (in + out)` parameters in each target module.
     pub rank: i64,
-    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1). The weights of a
-    /// router sum to 1, so a mixture needs about `E` times the alpha of a single LoRA, or `E / k`
-    /// times with `router.top_k = k`.
+    /// Numerator of the scaling `alpha / rank` (arXiv:2106.09685, section 4.1). What it means in a
+    /// mixture is set by `scale`.
     pub alpha: f64,
+    /// Whether `alpha` is that of the mixture or of each expert alone.
+    pub scale: LoraScale,
+    /// Rank of a part that is always on beside the routed experts, with weight 1 for each token and
+    /// the same scaling as they have without `scale`. It has the target modules and the options of
+    /// `[lora]` and is saved as an adapter of its own, `shared`. 0 means none.
+    pub shared_rank: i64,
+    /// How the ranks of the experts are set.
+    pub capacity: Capacity,
     /// The linear layers that get experts, by their full names or the last parts of these, as in
     /// PEFT: `["q_proj", "v_proj"]`, or `"all-linear"` for all of them. A layer of one block is
     /// named as `layers.0.self_attn.q_proj`. Each name must match a layer of the base; `dylora
@@ -66,6 +73,9 @@ impl Default for LoraConfig {
             num_experts: 4,
             rank: 8,
             alpha: 16.0,
+            scale: LoraScale::Mixture,
+            shared_rank: 0,
+            capacity: Capacity::Even,
             target_modules: TargetModules::all(),
             use_rslora: false,
             use_dora: false,
@@ -191,6 +201,36 @@ impl Orthogonality {
             Self::A(coef) | Self::Ba(coef) => coef,
         }
     }
+}
+
+/// Whether `lora.alpha` is that of the mixture or of each expert alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraScale {
+    /// `alpha` is that of the mixture, so that the size of its update does not depend on the number
+    /// of experts or on the routing. The weights of a router sum to 1, which makes the update of
+    /// each expert smaller. Therefore, each expert's alpha is multiplied by `E` with dense routing
+    /// and by `k` with `router.top_k = k`. The factor is 1 where one expert has most of the weight:
+    /// under domain supervision and with a `train.routing` other than `router` and `uniform`. It is
+    /// also 1 for an expert from a `source` and for one that `dylora add-expert` adds.
+    #[default]
+    Mixture,
+    /// `alpha` is that of each expert at weight 1, as in PEFT.
+    PerExpert,
+}
+
+/// How the ranks of the experts are set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Capacity {
+    /// Each expert has the rank `lora.rank`.
+    #[default]
+    Even,
+    /// Experts of larger domains get larger ranks: the sum of all ranks, `lora.num_experts` times
+    /// `lora.rank`, is divided in proportion to the training blocks of each expert's domains, with at
+    /// least rank 1 for each expert. Alpha follows the rank, so that the scaling stays the same. It
+    /// needs experts that belong to domains, as under domain supervision.
+    ByDomain,
 }
 
 /// How A and B are initialised. In every case, the first forward pass gives the same result as the

@@ -11,6 +11,7 @@ mod lora;
 mod modules;
 mod names;
 mod paths;
+mod recipe;
 mod routing;
 mod targets;
 mod train;
@@ -27,13 +28,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use growth::GrowthConfig;
-pub use lora::{DropoutMasks, ExpertConfig, LoraConfig, LoraInit, Orthogonality};
+pub use lora::{
+    Capacity, DropoutMasks, ExpertConfig, LoraConfig, LoraInit, LoraScale, Orthogonality,
+};
 pub use modules::{Family, TargetModule};
 pub use names::ModuleName;
 pub use paths::{ModulePath, ModulePattern};
 pub use routing::{
-    EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInput, RouterNoise, RouterScope,
-    RoutingChoice, RoutingLevel, TemperatureSchedule,
+    EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInit, RouterInput, RouterNoise,
+    RouterScope, RoutingChoice, RoutingLevel, TemperatureSchedule,
 };
 pub use targets::TargetModules;
 pub use train::{
@@ -373,6 +376,33 @@ pub struct DomainConfig {
     /// Use only the records whose `domain` field has this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record_domain: Option<String>,
+    /// The expert of this domain, as `2`, or its experts, as `[2, 3]`, for domain supervision and
+    /// for routing by `domain`. Several domains may share an expert. Either every trained domain has
+    /// this key or none. Without it, the domains get one expert each, or several if there are more
+    /// experts than domains, of which the largest domains get those left over. With fewer experts
+    /// than domains, the domains that are most alike by their text share an expert.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert: Option<DomainExperts>,
+}
+
+/// The expert of a domain, or its experts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum DomainExperts {
+    /// One expert.
+    One(i64),
+    /// Several experts.
+    Several(Vec<i64>),
+}
+
+impl DomainExperts {
+    /// The experts.
+    pub fn experts(&self) -> &[i64] {
+        match self {
+            Self::One(expert) => std::slice::from_ref(expert),
+            Self::Several(experts) => experts,
+        }
+    }
 }
 
 fn one() -> f64 {

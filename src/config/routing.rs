@@ -20,6 +20,14 @@ pub struct RouterConfig {
     pub scope: RouterScope,
     /// Whether each token is routed by itself or by the prompt of its document.
     pub level: RoutingLevel,
+    /// Whether the router's input is divided by its root mean square, so that one learning rate
+    /// suits every input.
+    pub normalize_input: bool,
+    /// Whether the router's gradient stops at its input and does not reach the experts of the layers
+    /// before it.
+    pub detach_input: bool,
+    /// The initial weights of the layer that scores the experts.
+    pub init: RouterInit,
     /// Number of hidden layers, each with a ReLU, before the layer that scores the experts. With 0,
     /// the router is linear.
     pub hidden_layers: i64,
@@ -57,6 +65,13 @@ pub struct RouterConfig {
     /// Factor of the mean entropy of the routing probabilities. A value above 0 concentrates each
     /// token on fewer experts; a value below 0 spreads it over more.
     pub entropy_coef: f64,
+    /// Factor of the domain supervision: the cross entropy of the routing probabilities with the
+    /// experts of the token's domain (`data.domains[].expert`), in nats, as a mean over all tokens,
+    /// prompts included, and over the routers. It teaches the router which expert is for which
+    /// domain. Without this key, it is 0.1 if several domains are trained and the router decides,
+    /// and 0 otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_supervision: Option<f64>,
     /// How far each step moves the selection bias of an expert that gets more or less than its
     /// share. The bias has an effect on which k experts are chosen, but not on their weights
     /// (loss-free balancing, arXiv:2408.15664, algorithm 1). 0 turns it off.
@@ -82,9 +97,12 @@ pub struct RouterConfig {
 impl Default for RouterConfig {
     fn default() -> Self {
         Self {
-            input: RouterInput::Embeddings,
-            scope: RouterScope::Shared,
+            input: RouterInput::LayerInput,
+            scope: RouterScope::Layer,
             level: RoutingLevel::Token,
+            normalize_input: true,
+            detach_input: true,
+            init: RouterInit::Normal,
             hidden_layers: 0,
             hidden_width: 64,
             temperature: 1.0,
@@ -98,6 +116,7 @@ impl Default for RouterConfig {
             uniform_mse_coef: 0.0,
             z_loss_coef: 0.0,
             entropy_coef: 0.0,
+            domain_supervision: None,
             balance_bias_rate: 0.0,
             window_steps: 50,
             on_collapse: OnCollapse::Warn,
@@ -125,13 +144,16 @@ impl RouterConfig {
 #[serde(rename_all = "snake_case")]
 pub enum RouterInput {
     /// The token embeddings, with the position embeddings where the base has them.
-    #[default]
     Embeddings,
     /// The last hidden state, after the final normalisation, of a separate forward pass of the base
     /// alone, without gradient (X-LoRA, arXiv:2402.07148, section 2).
     BaseHidden,
     /// The input of the layer itself, after the layer's first normalisation.
+    #[default]
     LayerInput,
+    /// The input of the target module itself (HydraLoRA, arXiv:2404.19245, eq. 5), with
+    /// `router.scope = "module"`. Blocks are then computed by libtorch's operations one by one.
+    ModuleInput,
 }
 
 impl RouterInput {
@@ -141,6 +163,7 @@ impl RouterInput {
             Self::Embeddings => "embeddings",
             Self::BaseHidden => "base_hidden",
             Self::LayerInput => "layer_input",
+            Self::ModuleInput => "module_input",
         }
     }
 }
@@ -153,12 +176,23 @@ impl RouterInput {
 pub enum RouterScope {
     /// One router. With `embeddings` or `base_hidden`, it decides once for all layers; with
     /// `layer_input`, it decides anew in each layer.
-    #[default]
     Shared,
     /// One router for each layer.
+    #[default]
     Layer,
     /// One router for each target module of each layer.
     Module,
+}
+
+/// The initial weights of a router's layer that scores the experts. Its biases are zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterInit {
+    /// Drawn from `N(0, 0.02^2)`.
+    #[default]
+    Normal,
+    /// Zero: every token gives every expert the same probability at first.
+    Zero,
 }
 
 /// Whether each token is routed by itself or by the prompt of its document.
@@ -257,8 +291,9 @@ pub enum OnCollapse {
 /// `router`: the learned router; a single expert has no router and gets weight 1. `uniform`: weight
 /// 1 / E for each expert. `all`: weight 1 for each expert, as PEFT does with several active
 /// adapters. `expert:N`: weight 1 for expert N and 0 for the others. `record`: weight 1 for the
-/// expert that a record's `expert` field names, as with PEFT's `adapter_names`. `none`: weight 0
-/// for each expert, which is the base alone.
+/// expert that a record's `expert` field names, as with PEFT's `adapter_names`. `domain`: weight 1
+/// for the expert of the record's domain (`data.domains[].expert`), shared evenly if it has several;
+/// this is the oracle. `none`: weight 0 for each expert, which is the base alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum RoutingChoice {
@@ -274,6 +309,8 @@ pub enum RoutingChoice {
     /// Weight 1 for the expert that a record's `expert` field names, as with PEFT's
     /// `adapter_names`.
     Record,
+    /// Weight 1 for the expert of the record's domain, or even shares of it for several.
+    Domain,
     /// Weight 0 for each expert, which is the base alone.
     None,
 }
@@ -287,12 +324,13 @@ impl FromStr for RoutingChoice {
             "uniform" => Self::Uniform,
             "all" => Self::All,
             "record" => Self::Record,
+            "domain" => Self::Domain,
             "none" => Self::None,
             _ => match text.strip_prefix("expert:").and_then(|expert| expert.parse().ok()) {
                 Some(expert) => Self::Expert(expert),
                 None => bail!(
-                    "must be `router`, `uniform`, `all`, `expert:N`, `record` or `none`, got \
-                     `{text}`"
+                    "must be `router`, `uniform`, `all`, `expert:N`, `record`, `domain` or `none`, \
+                     got `{text}`"
                 ),
             },
         })
@@ -307,6 +345,7 @@ impl fmt::Display for RoutingChoice {
             Self::All => f.write_str("all"),
             Self::Expert(expert) => write!(f, "expert:{expert}"),
             Self::Record => f.write_str("record"),
+            Self::Domain => f.write_str("domain"),
             Self::None => f.write_str("none"),
         }
     }

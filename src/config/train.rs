@@ -130,21 +130,20 @@ pub struct OptimizerConfig {
     pub betas: [f64; 2],
     /// Added to the square root of the second moment.
     pub eps: f64,
-    /// Largest norm of all gradients together. Gradients with a larger norm are scaled down to it.
-    /// Without it, gradients are not clipped.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_grad_norm: Option<f64>,
+    /// Largest norm of all gradients together, except those of groups with a `max_grad_norm` of
+    /// their own. Gradients with a larger norm are scaled down to it. 0 means no limit.
+    pub max_grad_norm: f64,
 }
 
 impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
-            adapters: GroupConfig { learning_rate: 1e-3, weight_decay: 0.0 },
-            router: GroupConfig { learning_rate: 1e-3, weight_decay: 0.0 },
-            base: GroupConfig { learning_rate: 6e-4, weight_decay: 0.1 },
+            adapters: GroupConfig::at(2e-3),
+            router: GroupConfig::at(1e-3),
+            base: GroupConfig { weight_decay: 0.1, ..GroupConfig::at(6e-4) },
             betas: [0.9, 0.999],
             eps: 1e-8,
-            max_grad_norm: None,
+            max_grad_norm: 1.0,
         }
     }
 }
@@ -159,6 +158,19 @@ pub struct GroupConfig {
     /// times its value.
     #[serde(default)]
     pub weight_decay: f64,
+    /// The group's own `schedule.warmup_steps`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmup_steps: Option<u64>,
+    /// The group's own largest norm: its gradients are clipped by themselves. 0 means no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_grad_norm: Option<f64>,
+}
+
+impl GroupConfig {
+    /// The group with this learning rate, without weight decay.
+    pub fn at(learning_rate: f64) -> Self {
+        Self { learning_rate, weight_decay: 0.0, warmup_steps: None, max_grad_norm: None }
+    }
 }
 
 /// `[schedule]`: the learning rate over the steps, as a factor of each group's learning rate.
@@ -168,14 +180,16 @@ pub struct ScheduleConfig {
     /// The shape after the warm-up.
     pub kind: ScheduleKind,
     /// Number of steps over which the factor rises evenly. The step after them has the factor 1.
-    pub warmup_steps: u64,
+    /// Without it, a tenth of the run's steps, but at most 50.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup_steps: Option<u64>,
     /// The factor that `linear` and `cosine` approach towards the end of the run.
     pub min_ratio: f64,
 }
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
-        Self { kind: ScheduleKind::Constant, warmup_steps: 0, min_ratio: 0.0 }
+        Self { kind: ScheduleKind::Cosine, warmup_steps: None, min_ratio: 0.1 }
     }
 }
 

@@ -5,8 +5,9 @@ use anyhow::Result;
 use super::faults::Faults;
 use super::validate_lora::{check_layers, check_lora};
 use super::{
-    BaseSource, Config, Duration, EvalRule, Family, GroupConfig, Maturity, Method, Mixing,
-    RandomBase, RouterConfig, RouterNoise, RoutingChoice, RoutingLevel, Validation,
+    BaseSource, Config, DomainConfig, DomainExperts, Duration, EvalRule, Family, GroupConfig,
+    Maturity, Method, Mixing, RandomBase, RouterConfig, RouterInit, RouterInput, RouterNoise,
+    RouterScope, RoutingChoice, RoutingLevel, Validation,
 };
 
 /// Checks what types cannot.
@@ -17,6 +18,7 @@ pub fn validate(config: &Config) -> Result<()> {
     let mut faults = Faults::default();
     check_data(config, &mut faults);
     check_lora(config, &mut faults);
+    check_domain_experts(config, &mut faults);
     check_router(config, &mut faults);
     check_growth(config, &mut faults);
     check_train(config, &mut faults);
@@ -168,7 +170,63 @@ fn check_router(config: &Config, faults: &mut Faults) {
         faults.add("router.source", "needs more than one expert: one has no router".into());
     }
     check_rule(router, num_experts, faults);
+    check_input(config, faults);
     check_layers(&config.lora, faults);
+}
+
+/// Checks what the router reads, how it starts and by what it is supervised.
+fn check_input(config: &Config, faults: &mut Faults) {
+    let router = &config.router;
+    let coef = router.supervision();
+    faults.at_least_zero("router.domain_supervision", coef);
+    if let Some(reason) = config.why_unsupervised().filter(|_| coef > 0.0) {
+        let fault = format!("must be 0 where {reason}, got {coef}");
+        faults.add("router.domain_supervision", fault);
+    }
+    let chooses = router.top_k.is_some_and(|k| k < config.lora.num_experts);
+    if router.init == RouterInit::Zero && chooses && coef == 0.0 {
+        let fault = "gives all experts the same score, of which `router.top_k` always takes the \
+                     first; it needs `router.domain_supervision`";
+        faults.add("router.init", fault.into());
+    }
+    if router.input == RouterInput::ModuleInput {
+        if router.scope != RouterScope::Module {
+            let fault = "must be `module` with `router.input = \"module_input\"`";
+            faults.add("router.scope", fault.into());
+        }
+        if config.train.gradient_checkpointing {
+            let fault = "does not go with `router.input = \"module_input\"`";
+            faults.add("train.gradient_checkpointing", fault.into());
+        }
+    }
+}
+
+/// Checks which experts domains have.
+fn check_domain_experts(config: &Config, faults: &mut Faults) {
+    let num_experts = config.lora.num_experts;
+    for (i, domain) in config.data.domains.iter().enumerate() {
+        let key = format!("data.domains[{i}].expert");
+        let Some(experts) = domain.expert.as_ref().map(DomainExperts::experts) else { continue };
+        if experts.is_empty() {
+            faults.add(&key, "must name at least one expert, got none".into());
+        }
+        for (at, &expert) in experts.iter().enumerate() {
+            if !(0..num_experts).contains(&expert) {
+                let fault = format!("must be below `lora.num_experts` {num_experts}, got {expert}");
+                faults.add(&key, fault);
+            }
+            if experts[..at].contains(&expert) {
+                faults.add(&key, format!("names expert {expert} twice"));
+            }
+        }
+    }
+    let has = |(_, domain): &(usize, &DomainConfig)| domain.expert.is_some();
+    if config.trained_domains().any(|domain| has(&domain))
+        && let Some((i, _)) = config.trained_domains().find(|domain| !has(domain))
+    {
+        let fault = "is missing, while other trained domains have it";
+        faults.add(&format!("data.domains[{i}].expert"), fault.into());
+    }
 }
 
 /// Checks the rule that turns scores into weights.
@@ -320,7 +378,10 @@ fn check_routing(config: &Config, faults: &mut Faults) {
         }
         RoutingChoice::Expert(expert) => trainable(expert),
         RoutingChoice::Router => any || num_experts > 1,
-        RoutingChoice::Uniform | RoutingChoice::All | RoutingChoice::Record => any,
+        RoutingChoice::Uniform
+        | RoutingChoice::All
+        | RoutingChoice::Record
+        | RoutingChoice::Domain => any,
     };
     if !trains {
         let fault = format!("must reach an expert that is trainable, got `{routing}`");
@@ -334,6 +395,9 @@ fn check_optimizer(config: &Config, faults: &mut Faults) {
         let key = |field: &str| format!("optimizer.{name}.{field}");
         faults.above_zero(&key("learning_rate"), group.learning_rate);
         faults.at_least_zero(&key("weight_decay"), group.weight_decay);
+        if let Some(norm) = group.max_grad_norm {
+            faults.at_least_zero(&key("max_grad_norm"), norm);
+        }
     };
     group("adapters", &optimizer.adapters);
     group("router", &optimizer.router);
@@ -343,9 +407,7 @@ fn check_optimizer(config: &Config, faults: &mut Faults) {
         faults.in_range(&key, *beta, (0.0..1.0).contains(beta), "at least 0 and below 1");
     }
     faults.above_zero("optimizer.eps", optimizer.eps);
-    if let Some(norm) = optimizer.max_grad_norm {
-        faults.above_zero("optimizer.max_grad_norm", norm);
-    }
+    faults.at_least_zero("optimizer.max_grad_norm", optimizer.max_grad_norm);
     let ratio = config.schedule.min_ratio;
     faults.in_range("schedule.min_ratio", ratio, (0.0..=1.0).contains(&ratio), "from 0 to 1");
 }

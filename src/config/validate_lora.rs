@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::faults::Faults;
-use super::{Config, LoraConfig, ModulePattern, TargetModule, TargetModules};
+use super::{
+    Capacity, Config, ExpertConfig, LoraConfig, ModulePattern, TargetModule, TargetModules,
+};
 
 /// Checks `[lora]`.
 pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
@@ -15,6 +17,11 @@ pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
         (0.0..1.0).contains(&lora.dropout),
         "at least 0 and below 1",
     );
+    if lora.shared_rank < 0 {
+        let fault = format!("must be at least 0, got {}", lora.shared_rank);
+        faults.add("lora.shared_rank", fault);
+    }
+    check_capacity(config, faults);
     let own_targets = lora.experts.iter().filter_map(|expert| expert.target_modules.as_ref());
     let all_targets: Vec<ModulePattern> =
         own_targets.chain([&lora.target_modules]).flat_map(|names| &names.0).copied().collect();
@@ -64,6 +71,34 @@ pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
         for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
             faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());
         }
+    }
+}
+
+/// Checks that the experts can get ranks by their domains' sizes.
+fn check_capacity(config: &Config, faults: &mut Faults) {
+    let lora = &config.lora;
+    if lora.capacity == Capacity::Even {
+        return;
+    }
+    let key = "lora.capacity";
+    if !config.assigns_experts() {
+        let fault = "`by_domain` needs experts that belong to domains: \
+                     `router.domain_supervision`, `train.routing = \"domain\"` or \
+                     `data.domains[].expert`";
+        faults.add(key, fault.into());
+    }
+    if lora.experts_per_layer.is_some() {
+        faults.add(key, "`by_domain` does not go with `lora.experts_per_layer`".into());
+    }
+    let sets_rank = |own: &ExpertConfig| {
+        own.source.is_some() || own.rank.is_some() || own.rank_pattern.is_some()
+    };
+    let fault = |what: &str| format!("`by_domain` sets the ranks, and so does `{what}`");
+    if lora.experts.iter().any(sets_rank) {
+        faults.add(key, fault("lora.experts"));
+    }
+    if !lora.rank_pattern.is_empty() {
+        faults.add(key, fault("lora.rank_pattern"));
     }
 }
 

@@ -109,6 +109,24 @@ pub fn add(sums: &mut Vec<SiteTotals>, new: &[SiteTotals]) {
     }
 }
 
+/// How well the router of a site knows the domains.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct SiteSupervision {
+    /// The domain supervision, nats.
+    pub loss: f64,
+    /// Share of the tokens whose most probable expert is one of their domain's.
+    pub accuracy: f64,
+}
+
+impl SiteSupervision {
+    /// The means of sites whose sums over `num_tokens` tokens are `sums`, `[sites * 2]`.
+    pub fn of_sums(sums: &[f64], num_tokens: u64) -> Vec<Self> {
+        let tokens = num_tokens as f64;
+        let of = |sums: &[f64]| Self { loss: sums[0] / tokens, accuracy: sums[1] / tokens };
+        sums.chunks(2).map(of).collect()
+    }
+}
+
 /// The routers' losses, without their factors, as means over the sites.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct RouterLosses {

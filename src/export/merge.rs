@@ -37,6 +37,13 @@ pub enum MergeInto {
     Adapter,
 }
 
+/// The weights of all parts of a model: `weights`, `[e]`, and weight 1 for the part that is always on,
+/// if there is one.
+fn of_parts(model: &RoutedModel, weights: &[f64]) -> Vec<f64> {
+    let shared = model.specs().iter().filter(|spec| spec.shared);
+    weights.iter().copied().chain(shared.map(|_| 1.0)).collect()
+}
+
 /// Checks that a model's experts can be merged under `weights`, `[e]`.
 ///
 /// # Errors
@@ -47,13 +54,14 @@ pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()
     if model.specs().is_empty() {
         bail!("a base alone has nothing to merge");
     }
-    if weights.len() != model.specs().len() {
-        bail!("there are {} experts, but {} weights", model.specs().len(), weights.len());
+    if weights.len() as i64 != model.num_experts() {
+        bail!("there are {} experts, but {} weights", model.num_experts(), weights.len());
     }
     if weights.iter().any(|weight| !weight.is_finite()) {
         bail!("weights must be finite numbers, got {weights:?}");
     }
-    let used = || model.specs().iter().zip(weights).filter(|(_, weight)| **weight != 0.0);
+    let weights = of_parts(model, weights);
+    let used = || model.specs().iter().zip(&weights).filter(|(_, weight)| **weight != 0.0);
     if used().any(|(spec, _)| !spec.alora_invocation_tokens.is_empty()) {
         bail!("an expert with invocation tokens is off before them, which no merged weight can be");
     }
@@ -80,6 +88,7 @@ pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()
 /// Those of [`check`].
 pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result<Decoder> {
     check(model, weights, MergeInto::Base)?;
+    let weights = of_parts(model, weights);
     let _no_grad = tch::no_grad_guard();
     let mut merged = base.to(Device::Cpu, Kind::Float);
     for (path, experts) in model.modules() {
@@ -135,6 +144,7 @@ pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64])
 /// Those of [`check`].
 pub fn into_adapter(model: &RoutedModel, weights: &[f64]) -> Result<Adapter> {
     check(model, weights, MergeInto::Adapter)?;
+    let weights = of_parts(model, weights);
     let _no_grad = tch::no_grad_guard();
     let used: Vec<usize> = (0..weights.len()).filter(|&expert| weights[expert] != 0.0).collect();
     let parts: Vec<Adapter> = used.iter().map(|&expert| Adapter::of_model(model, expert)).collect();
@@ -163,6 +173,7 @@ pub fn into_adapter(model: &RoutedModel, weights: &[f64]) -> Result<Adapter> {
         init: LoraInit::Default,
         trainable: true,
         alora_invocation_tokens: vec![],
+        shared: false,
     };
     Ok(Adapter { spec, tensors })
 }

@@ -30,9 +30,8 @@ use crate::mixture::{
 };
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
-use crate::model::experts::spec::ExpertSpec;
+use crate::model::experts::spec::{ExpertSpec, part_name};
 use crate::model::families;
-use crate::model::parameters::expert_name;
 use crate::model::routing::router::RouterSpec;
 use crate::peft::adapter::{self, Adapter};
 use crate::peft::xlora;
@@ -84,13 +83,13 @@ pub fn export(
     provenance: &Provenance,
     layout: Layout,
 ) -> Result<()> {
-    let num_experts = model.specs().len();
+    let (num_experts, num_parts) = (model.num_experts() as usize, model.specs().len());
     if num_experts == 0 {
         bail!("a base alone has no experts to export\nhint: a full training's are in its `model/`");
     }
-    let names: Vec<String> = (0..num_experts).map(expert_name).collect();
+    let names: Vec<String> = (0..num_parts).map(|part| part_name(model.specs(), part)).collect();
     let adapters: Vec<Adapter> =
-        (0..num_experts).map(|expert| Adapter::of_model(model, expert)).collect();
+        (0..num_parts).map(|part| Adapter::of_model(model, part)).collect();
     let xlora = match layout {
         Layout::Dylora => None,
         Layout::Xlora if provenance.routing != RoutingChoice::Router => bail!(
@@ -110,7 +109,7 @@ pub fn export(
         for (name, adapter) in names.iter().zip(&adapters) {
             let folder = parent.join(name);
             fs_err::create_dir(&folder)?;
-            let card = expert_card(&adapter.spec, names.len(), name, provenance);
+            let card = expert_card(&adapter.spec, num_experts, name, provenance);
             write_adapter(&folder, adapter, &model.base().spec, provenance, &card)?;
         }
         match xlora {
@@ -138,7 +137,8 @@ pub(super) fn is_unmarked_export(dir: &Path, files: &BTreeSet<String>) -> bool {
     let manifest = text.and_then(|text| serde_json::from_str::<Manifest>(&text).ok());
     let Some(manifest) = manifest else { return false };
     let of_expert = |name: &String| ADAPTER_FILES.map(|file| format!("{name}/{file}"));
-    let mut known: BTreeSet<String> = manifest.experts.iter().flat_map(of_expert).collect();
+    let parts = manifest.experts.iter().chain(&manifest.shared);
+    let mut known: BTreeSet<String> = parts.flat_map(of_expert).collect();
     known.extend([MANIFEST, ROUTER, CARD].map(str::to_owned));
     files.is_subset(&known)
 }
@@ -165,15 +165,16 @@ pub fn write_adapter(
     let json = adapter::config_json(&adapter.spec, base, base_name, revision.as_deref(), *dropout);
     write_json(&config, &json)?;
     let read = adapter::read(&config, &weights, base)?.spec;
-    let trainable = adapter.spec.trainable;
-    if (ExpertSpec { trainable, ..read }) != adapter.spec {
+    let ExpertSpec { trainable, shared, .. } = adapter.spec;
+    if (ExpertSpec { trainable, shared, ..read }) != adapter.spec {
         bail!("`{}` was written, but reads back as another adapter", config.display());
     }
     durable::write(&folder.join(CARD), card.as_bytes())?;
     durable::sync_folder(folder)
 }
 
-fn manifest(model: &RoutedModel, provenance: &Provenance, experts: Vec<String>) -> Manifest {
+fn manifest(model: &RoutedModel, provenance: &Provenance, mut experts: Vec<String>) -> Manifest {
+    let shared = experts.split_off(model.num_experts() as usize).pop();
     Manifest {
         format: FORMAT,
         dylora_version: env!("CARGO_PKG_VERSION").into(),
@@ -183,6 +184,7 @@ fn manifest(model: &RoutedModel, provenance: &Provenance, experts: Vec<String>) 
             settings: Some(families::settings(&model.base().spec)),
         },
         experts,
+        shared,
         routing: provenance.routing,
         router: model
             .routers()
@@ -266,6 +268,7 @@ fn describe_router(spec: &RouterSpec) -> String {
         }
         RouterInput::BaseHidden => "the last hidden state of a pass of the base alone",
         RouterInput::LayerInput => "a block's input after its first normalisation",
+        RouterInput::ModuleInput => "the module's own input",
     };
     let averaged = match spec.level {
         RoutingLevel::Token => "",
@@ -294,13 +297,17 @@ fn describe_router(spec: &RouterSpec) -> String {
         Some(EvalRule::Dense) => chosen + "; in evaluation, all of them",
         Some(EvalRule::TopK(k)) => format!("{chosen}; in evaluation, the {k} largest"),
     };
+    let normalized = match spec.normalize_input {
+        true => ", divided by `sqrt(mean(x^2) + 1e-6)`",
+        false => "",
+    };
     let own = match spec.own_experts {
         true => " A layer's softmax is over the experts that it has.",
         false => "",
     };
     format!(
         "{scope} It gives each token `softmax((x weight^T + bias) / {})` over the \
-         experts{hidden}, where `x` is {reads}{averaged}{chosen}.{own}",
+         experts{hidden}, where `x` is {reads}{averaged}{normalized}{chosen}.{own}",
         spec.temperature
     )
 }
@@ -313,6 +320,10 @@ fn expert_card(
 ) -> String {
     let label = &provenance.base_label;
     let (is, note) = match (num_experts, provenance.routing) {
+        _ if spec.shared => (
+            format!("The part that is always on in a mixture on `{label}`"),
+            "Each token gets this adapter at weight 1, beside the routed experts.\n\n".to_owned(),
+        ),
         (1, _) => (format!("A LoRA adapter on `{label}`"), String::new()),
         (count, routing) => {
             let how = match routing {
@@ -350,15 +361,23 @@ fn mixture_card(model: &RoutedModel, adapters: &[Adapter], provenance: &Provenan
     let experts: String = adapters
         .iter()
         .enumerate()
-        .map(|(e, adapter)| format!("- `{}`: {}\n", expert_name(e), describe(&adapter.spec)))
+        .map(|(part, adapter)| {
+            let name = part_name(model.specs(), part);
+            let note = if adapter.spec.shared { ", always on" } else { "" };
+            format!("- `{name}`: {}{note}\n", describe(&adapter.spec))
+        })
         .collect();
     format!(
         "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n\
          {experts}{domains}\nThe output of a target module is \
          `W x + b + sum_e g_e (E_e(x) - W x - b)`, `E_e` being expert e alone and `g` the \
-         routing weights. {routing}\n\nEach `expert_*` folder is a PEFT adapter.\n",
+         routing weights{shared}. {routing}\n\nEach folder is a PEFT adapter.\n",
         head = card_head(provenance),
         count = model.num_experts(),
+        shared = match adapters.iter().any(|adapter| adapter.spec.shared) {
+            true => ", 1 for `shared`",
+            false => "",
+        },
         version = env!("CARGO_PKG_VERSION"),
         label = provenance.base_label,
         domains = domain_line(provenance),

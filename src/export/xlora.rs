@@ -44,6 +44,8 @@ pub fn settings_and_classifier(
     };
     with("hidden layers of a router that end in its width", spec.hidden_layers > 0)?;
     with("routing by the prompt", spec.level == RoutingLevel::Sequence)?;
+    with("a router that normalises its input", spec.normalize_input)?;
+    with("a part that is always on", model.specs().iter().any(|spec| spec.shared))?;
     with("layers with experts of their own", spec.own_experts)?;
     with("another rule in evaluation", spec.eval.is_some())?;
     with("DoRA", model.specs().iter().any(|spec| spec.use_dora))?;

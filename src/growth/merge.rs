@@ -39,7 +39,7 @@ use crate::config::{LoraInit, ModulePath, RoutingChoice};
 use crate::mixture::Mixture;
 use crate::model::RoutedModel;
 use crate::model::experts::delta::Delta;
-use crate::model::experts::spec::{ExpertSpec, RankAlpha};
+use crate::model::experts::spec::{ExpertSpec, RankAlpha, num_routed};
 use crate::model::parameters::expert_name;
 
 /// A mixture in which one expert has replaced two.
@@ -67,7 +67,7 @@ struct Update {
 /// Fails for a DoRA expert, which scales the base's own weight.
 pub fn similarity(model: &RoutedModel) -> Result<Vec<Vec<f64>>> {
     let (specs, tensors) = (model.specs(), model.tensors());
-    let e = specs.len();
+    let e = num_routed(specs);
     let mut modules: BTreeMap<ModulePath, Vec<(usize, Update)>> = BTreeMap::new();
     for expert in 0..e {
         for (path, update) in updates(specs, &tensors, expert)? {

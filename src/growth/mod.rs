@@ -50,7 +50,7 @@ const SELECTION_BIAS: &str = "router.selection_bias";
 /// Fails if there is no such expert, if it is the only one, or if [`Mixture::routing`] names it.
 pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
     check_expert(mixture, expert)?;
-    if mixture.specs.len() == 1 {
+    if mixture.num_experts() == 1 {
         bail!("the only expert cannot be removed");
     }
     let number = |old: usize| (old != expert).then(|| old - usize::from(old > expert));
@@ -61,7 +61,7 @@ pub fn without_expert(mixture: &Mixture, expert: usize) -> Result<Mixture> {
         smaller.routing = RoutingChoice::Expert(new as i64);
     }
     smaller.specs.remove(expert);
-    let count = smaller.specs.len();
+    let count = smaller.num_experts();
     smaller.router.top_k = mixture.router.top_k.map(|k| k.min(count as i64));
     let kept: Vec<i64> = (0..=count as i64).filter(|&row| row != expert as i64).collect();
     smaller.tensors = BTreeMap::new();
@@ -105,9 +105,10 @@ pub fn with_expert(
     initial_bias: &dyn Fn(&str) -> f64,
 ) -> Result<Mixture> {
     let mut larger = copy(mixture);
-    larger.specs.push(spec);
+    // the part that is always on stays the last
+    larger.specs.insert(mixture.num_experts(), spec);
     larger.is_whole = false;
-    if mixture.specs.len() == 1 {
+    if mixture.num_experts() == 1 {
         let router = new_router(&larger, base).into_iter();
         larger.tensors.extend(router.map(|(name, tensor)| (name, tensor.narrow(0, 0, 1))));
     }
@@ -124,7 +125,7 @@ pub fn with_expert(
         *tensor = Tensor::cat(&[&*tensor, &row], 0);
     }
     if !has_router {
-        bail!("the mixture of {} experts has no router yet", mixture.specs.len());
+        bail!("the mixture of {} experts has no router yet", mixture.num_experts());
     }
     Ok(larger)
 }
@@ -146,7 +147,7 @@ fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
 /// # Errors
 /// Fails if there is no such expert, and says how many there are.
 pub fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
-    let count = mixture.specs.len();
+    let count = mixture.num_experts();
     if expert >= count {
         bail!("there is no expert {expert}, the mixture has {count} from 0");
     }

@@ -87,7 +87,7 @@ pub fn set_trainable(specs: &mut [ExpertSpec], config: &Config) {
 /// a growing mixture an old expert also needs a learning rate above 0.
 pub fn is_trainable(config: &Config, expert: usize) -> bool {
     let own = config.lora.experts.get(expert).is_none_or(|expert| expert.trainable);
-    let is_old = (expert as i64) < config.lora.num_experts - 1;
+    let is_old = expert as i64 != config.lora.num_experts - 1;
     let frozen = config.growth.as_ref().is_some_and(|growth| growth.old_experts_rate == 0.0);
     own && !(is_old && frozen)
 }

@@ -116,7 +116,7 @@ impl GrowingMixture {
 
     /// Number of experts before one is added, which is also the index of the new one.
     pub fn num_old(&self) -> usize {
-        self.mixture.specs.len()
+        self.mixture.num_experts()
     }
 
     /// The model of the mixture before it grows.
@@ -156,7 +156,7 @@ impl GrowingMixture {
         let beside_one = new_column::bias_beside_one(mixture.router.temperature);
         let bias = |prefix: &str| biases.get(prefix).copied().unwrap_or(beside_one);
         tch::manual_seed(config.run.seed as i64);
-        let spec = ExpertSpec::new(&config.lora, mixture.specs.len(), &self.base.spec)?;
+        let spec = ExpertSpec::of_config(config, mixture.num_experts(), &self.base.spec)?;
         let mut grown = growth::with_expert(mixture, &self.weights, spec, &bias)?;
         stage_config::set_trainable(&mut grown.specs, config);
         let after = self.put_on(&grown)?;
@@ -175,7 +175,7 @@ impl GrowingMixture {
         before: Option<&EvalReport>,
     ) -> Result<Trainer> {
         let Compared { mut skills, new, .. } = compared;
-        let (domain, num_old) = (self.growth.domain, self.mixture.specs.len());
+        let (domain, num_old) = (self.growth.domain, self.mixture.num_experts());
         skills.skills.push(Skill {
             name: domain.clone(),
             embedding: new.mean,

@@ -154,13 +154,13 @@ fn check(change: &Change, mixture: &Mixture) -> Result<()> {
     let experts = match *change {
         Change::Remove(expert) => vec![expert],
         Change::Merge(Some((a, b))) => vec![a, b],
-        Change::Merge(None) if mixture.specs.len() == 1 => {
+        Change::Merge(None) if mixture.num_experts() == 1 => {
             bail!("a single expert has none to merge with")
         }
         Change::Merge(None) => vec![],
     };
     experts.into_iter().try_for_each(|expert| growth::check_expert(mixture, expert))?;
-    if mixture.specs.len() == 1 {
+    if mixture.num_experts() == 1 {
         bail!("the only expert cannot be removed");
     }
     Ok(())

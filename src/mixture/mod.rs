@@ -28,8 +28,7 @@ use crate::config::{AdapterHub, AdapterSource, Config, Method, RouterInput, Rout
 use crate::hub::AdapterFiles;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
-use crate::model::experts::spec::ExpertSpec;
-use crate::model::parameters::expert_name;
+use crate::model::experts::spec::{ExpertSpec, num_routed, part_name};
 use crate::model::routing::router::RouterSpec;
 use crate::model::{Compute, RoutedModel};
 use crate::peft::adapter::{self, Adapter};
@@ -53,7 +52,7 @@ pub type FindAdapter<'a> = dyn Fn(&AdapterSource) -> Result<AdapterFiles> + 'a;
 /// Experts and routers before they are put on a base.
 #[derive(Debug)]
 pub struct Mixture {
-    /// The experts' settings.
+    /// The experts' settings, with those of the part that is always on at the end.
     pub specs: Vec<ExpertSpec>,
     /// The routers' settings. A single expert has no router and ignores them.
     pub router: RouterSpec,
@@ -80,6 +79,9 @@ pub struct Manifest {
     pub base: ManifestBase,
     /// The experts' folders, in the order of the router's outputs.
     pub experts: Vec<String>,
+    /// The folder of the part that is always on, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<String>,
     /// What decided the routing weights in training.
     pub routing: RoutingChoice,
     /// The routers; `None` for a single expert.
@@ -121,6 +123,11 @@ impl Mixture {
         Self { specs, router, tensors, is_whole: false, routing, base: BaseIdentity::default() }
     }
 
+    /// Number of routed experts: all but the part that is always on.
+    pub fn num_experts(&self) -> usize {
+        num_routed(&self.specs)
+    }
+
     /// The mixture that a run starts from. Experts and router with a source are read from it; the
     /// others are new. With `method = "full"` there are no experts.
     ///
@@ -137,13 +144,16 @@ impl Mixture {
         for expert in 0..num_experts {
             let own = lora.experts.get(expert);
             let Some(source) = own.and_then(|own| own.source.as_ref()) else {
-                specs.push(ExpertSpec::new(lora, expert, base)?);
+                specs.push(ExpertSpec::of_config(config, expert, base)?);
                 continue;
             };
             let read = || read_adapter(&find(source)?, base);
             let mut adapter = read().with_context(|| format!("`lora.experts[{expert}].source`"))?;
             adapter.spec.trainable = own.is_some_and(|own| own.trainable);
-            add_adapter(expert, adapter, &mut specs, &mut tensors);
+            add_adapter(adapter, &mut specs, &mut tensors);
+        }
+        if config.method == Method::RoutedLora {
+            specs.extend(ExpertSpec::of_shared(lora, base)?);
         }
         let mixture = Self::new(specs, RouterSpec::of_config(config), tensors);
         match &config.router.source {
@@ -178,9 +188,9 @@ impl Mixture {
         find: &FindAdapter<'_>,
     ) -> Result<Self> {
         let (mut specs, mut tensors) = (vec![], BTreeMap::new());
-        for (expert, source) in sources.iter().enumerate() {
+        for source in sources {
             let adapter = read_adapter(&find(source)?, base)?;
-            add_adapter(expert, adapter, &mut specs, &mut tensors);
+            add_adapter(adapter, &mut specs, &mut tensors);
         }
         let is_whole = specs.len() == 1;
         Ok(Self { is_whole, ..Self::new(specs, RouterSpec::default(), tensors) })
@@ -191,10 +201,15 @@ impl Mixture {
         let folder = |name: &String| AdapterSource::Path(dir.join(name));
         let sources: Vec<AdapterSource> = manifest.experts.iter().map(folder).collect();
         let mut mixture = Self::of_adapters(&sources, base, find)?;
+        if let Some(name) = &manifest.shared {
+            let mut adapter = read_adapter(&find(&folder(name))?, base)?;
+            adapter.spec.shared = true;
+            add_adapter(adapter, &mut mixture.specs, &mut mixture.tensors);
+        }
         if let Some(router) = &manifest.router {
             mixture.router = router.spec.clone();
             mixture.tensors.extend(router_tensors(&dir.join(&router.file))?);
-        } else if mixture.specs.len() > 1 {
+        } else if mixture.num_experts() > 1 {
             bail!("`{}` has several experts, but no router", dir.join(MANIFEST).display());
         }
         mixture.is_whole = true;
@@ -256,7 +271,7 @@ impl Mixture {
                 bail!("the router of `{dir}` has `{key}` {there}, the config {here}");
             }
         }
-        let count = self.specs.len() as i64;
+        let count = self.num_experts() as i64;
         let fits = |name: &str, tensor: &Tensor| {
             name.contains(".hidden.") || tensor.size().first() == Some(&count)
         };
@@ -298,15 +313,15 @@ fn read_adapter(files: &AdapterFiles, base: &DecoderSpec) -> Result<Adapter> {
 }
 
 fn add_adapter(
-    expert: usize,
     adapter: Adapter,
     specs: &mut Vec<ExpertSpec>,
     tensors: &mut BTreeMap<String, Tensor>,
 ) {
-    for ((path, key), tensor) in adapter.tensors {
-        tensors.insert(format!("{path}.{}.{key}", expert_name(expert)), tensor);
-    }
     specs.push(adapter.spec);
+    let name = part_name(specs, specs.len() - 1);
+    for ((path, key), tensor) in adapter.tensors {
+        tensors.insert(format!("{path}.{name}.{key}"), tensor);
+    }
 }
 
 /// X-LoRA's classifier as a router: its settings, and its tensors with the names of

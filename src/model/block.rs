@@ -60,6 +60,9 @@ pub struct RoutedBlock<'a> {
     pub experts: &'a BlockExperts,
 }
 
+/// Gives the routing weights of a module with experts, by the module's input, `[b, t, i]`.
+pub type WeightsOf<'a> = dyn FnMut(TargetModule, &Tensor) -> RoutingWeights + 'a;
+
 /// Receives a module and its output, first without and then with its experts.
 pub type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
 
@@ -70,19 +73,18 @@ impl RoutedBlock<'_> {
         self,
         x: &Tensor,
         context: &AttentionContext,
-        weights: &BlockWeights,
+        weights: &mut WeightsOf<'_>,
         dropout: LoraDropout,
         mut note: Option<&mut Note<'_>>,
     ) -> Tensor {
         self.block.forward(x, context, &mut |module, x| {
-            let g = weights.of(module);
             let linear = &self.block.linears[&module];
             let y = linear.forward(x);
-            let (Some(experts), false) =
-                (self.experts.modules.get(&module), matches!(g, RoutingWeights::Off))
-            else {
+            let Some(experts) = self.experts.modules.get(&module) else { return y };
+            let g = &weights(module, x);
+            if matches!(g, RoutingWeights::Off) {
                 return y;
-            };
+            }
             match note.as_deref_mut() {
                 None => experts.add(y, x, linear, g, dropout),
                 Some(note) => {

@@ -29,6 +29,8 @@ pub struct ForwardMode {
     pub dropout: LoraDropout,
     /// Noise that disturbs the routers.
     pub noise: RouterNoise,
+    /// Whether the routers' gradient stops at their input.
+    pub detaches_routers: bool,
     /// The routing rule; `None` for the model's own.
     pub rule: Option<EvalRule>,
     /// Keep only each block's input, and what a layer's own router reads, for the backward pass,
@@ -41,6 +43,7 @@ impl ForwardMode {
     pub const EVAL: Self = Self {
         dropout: LoraDropout::NONE,
         noise: RouterNoise::None,
+        detaches_routers: false,
         rule: None,
         gradient_checkpointing: false,
     };
@@ -167,6 +170,7 @@ impl RoutedModel {
             routers: &self.routers,
             specs: &self.specs,
             kind: wide(self.kind),
+            detaches: mode.detaches_routers,
             may_skip: &may_skip,
         };
         let base_hidden = || self.base_hidden(inputs, x);
@@ -190,7 +194,7 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let fuses = self.fuses_blocks() && recorder.is_none();
+        let fuses = self.fuses_blocks() && recorder.is_none() && !pass.reads_modules();
         if fuses && !mode.gradient_checkpointing {
             return self.run_fused(&x, inputs, pass, mode);
         }
@@ -208,7 +212,14 @@ impl RoutedModel {
     ) -> ForwardOutput {
         let context = self.context(inputs);
         for (layer, block) in self.routed_blocks().enumerate() {
-            let g = pass.block(layer, &|| block.block.norm_1.forward(&x));
+            let g = match pass.reads_modules() {
+                true => None,
+                false => Some(pass.block(layer, &|| block.block.norm_1.forward(&x))),
+            };
+            let mut weights = |module, x: &Tensor| match &g {
+                Some(g) => g.of(module).shallow_clone(),
+                None => pass.module(layer, module, x),
+            };
             if let Some(recorder) = recorder.as_deref_mut() {
                 recorder.hidden_states.push(x.shallow_clone());
                 let updates = &mut recorder.updates;
@@ -220,11 +231,11 @@ impl RoutedModel {
                     let path = ModulePath { layer, module };
                     updates.push(ModuleUpdate { path, update_norm, output_norm });
                 };
-                x = block.forward(&x, &context, &g, mode.dropout, Some(&mut note));
-            } else if mode.gradient_checkpointing {
-                x = self.checkpointed(block, &x, &context, &g, mode.dropout);
+                x = block.forward(&x, &context, &mut weights, mode.dropout, Some(&mut note));
+            } else if let (true, Some(g)) = (mode.gradient_checkpointing, &g) {
+                x = self.checkpointed(block, &x, &context, g, mode.dropout);
             } else {
-                x = block.forward(&x, &context, &g, mode.dropout, None);
+                x = block.forward(&x, &context, &mut weights, mode.dropout, None);
             }
         }
         if let Some(recorder) = recorder {
@@ -264,7 +275,8 @@ impl RoutedModel {
                     (block.fused(sum, &normed, &context, &g, mode.dropout), Some(block))
                 }
                 _ => {
-                    let x = block.forward(&x, &context, &g, mode.dropout, None);
+                    let mut weights = |module, _: &Tensor| g.of(module).shallow_clone();
+                    let x = block.forward(&x, &context, &mut weights, mode.dropout, None);
                     (Stream::new(&x), None)
                 }
             };
@@ -318,7 +330,10 @@ impl RoutedModel {
             };
             let forward = || match block.fuses(&activations[0], &g, dropout) {
                 true => block.fused_alone(&activations[0], &context, &g, dropout),
-                false => block.forward(&activations[0], &context, &g, dropout, None),
+                false => {
+                    let mut weights = |module, _: &Tensor| g.of(module).shallow_clone();
+                    block.forward(&activations[0], &context, &mut weights, dropout, None)
+                }
             };
             match &rng_before {
                 Some(state) if has_run.get() => with_rng(device, state, forward),

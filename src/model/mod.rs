@@ -38,7 +38,7 @@ use decoder::Decoder;
 use decoder::precision::wide;
 use experts::init::InitialValues;
 use experts::orthogonality::orthogonality;
-use experts::spec::ExpertSpec;
+use experts::spec::{ExpertSpec, num_routed};
 use experts::stack::LoraExperts;
 pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
 use fused::pack::{COLUMNS, FusedModule, padded_head};
@@ -177,8 +177,10 @@ impl RoutedModel {
             }
         }
         let modules = model.experts.iter().map(|experts| experts.modules.keys().copied().collect());
-        let (modules, d) = (modules.collect(), base.spec.width);
-        model.routers = Routers::new(router, specs, modules, d, wide(kind), device);
+        let routed = &specs[..num_routed(specs)];
+        let kind = wide(kind);
+        model.routers =
+            Routers::new(router, routed, modules.collect(), &base.spec, kind, device);
         model.specs = specs.to_vec();
         model.prepare_fused();
         model
@@ -207,14 +209,15 @@ impl RoutedModel {
         &self.decoder
     }
 
-    /// The experts' settings; empty for a base without experts.
+    /// The experts' settings, with those of the part that is always on at the end; empty for a base
+    /// without experts.
     pub fn specs(&self) -> &[ExpertSpec] {
         &self.specs
     }
 
-    /// Number of experts `E`; 0 for a base without experts.
+    /// Number of routed experts `E`; 0 for a base without experts.
     pub fn num_experts(&self) -> i64 {
-        self.specs.len() as i64
+        num_routed(&self.specs) as i64
     }
 
     /// The routers: one for all layers, or one for each layer or target module. There are none with
@@ -256,7 +259,7 @@ impl RoutedModel {
 
     /// The indices of the experts that a site routes over.
     pub fn experts_at(&self, site: Site) -> Vec<usize> {
-        self.routers.experts_at(site, self.specs.len())
+        self.routers.experts_at(site, num_routed(&self.specs))
     }
 
     /// The device that holds the model.
@@ -288,7 +291,8 @@ impl RoutedModel {
     /// Whether some module that the site decides for may skip the experts that a token did not
     /// choose, if each token chooses `k` experts.
     fn may_skip(&self, site: Site, k: i64) -> bool {
-        let e = self.num_experts();
+        let e = self.specs.len() as i64;
+        let k = k + e - self.num_experts();
         self.modules().any(|(path, experts)| {
             site.layer.is_none_or(|layer| layer == path.layer)
                 && site.module.is_none_or(|module| module == path.module)

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! {module}.expert_{e}.lora_a                [r, i]    PEFT's lora_A.weight
+//! {module}.shared.lora_a                              the part that is always on
 //!                              .lora_b      [o, r]    PEFT's lora_B.weight
 //!                              .magnitude   [o]       with DoRA
 //!                              .initial_a, .initial_b with PiSSA and OLoRA: the first A and B
@@ -25,6 +26,8 @@ use tch::Tensor;
 
 use super::RoutedModel;
 use super::experts::slots::Slot;
+pub use super::experts::spec::expert_name;
+use super::experts::spec::part_name;
 use crate::config::{ModulePath, RoutingChoice};
 
 /// Which parameter group a trained parameter belongs to.
@@ -61,9 +64,9 @@ pub struct TrainedParameter {
 /// How fast the older parts of a mixture are trained after it has grown.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct OldParts {
-    /// Number of experts before the growth.
+    /// Number of routed experts before the growth, which is also the index of the new one.
     pub num_experts: usize,
-    /// Factor of these experts' learning rate.
+    /// Factor of the learning rate of these experts and of the part that is always on.
     pub experts_rate: f64,
     /// Factor of the learning rate of these experts' router columns and of the routers' hidden
     /// layers; 0 freezes them.
@@ -123,17 +126,17 @@ impl RoutedModel {
             return trained;
         }
         let reached = |expert: usize| match routing {
-            RoutingChoice::Expert(only) => only == expert as i64,
+            RoutingChoice::Expert(only) => only == expert as i64 || self.specs[expert].shared,
             RoutingChoice::None => false,
             _ => true,
         };
         for (path, experts) in self.modules() {
             let slots = experts.slots.iter().filter(|slot| slot.trainable && reached(slot.expert));
             let named = |key: &str, expert, rows| NamedRows {
-                name: format!("{path}.{}.{key}", expert_name(expert)),
+                name: format!("{path}.{}.{key}", part_name(self.specs(), expert)),
                 rows: Some(rows),
                 rate: old
-                    .filter(|old| expert < old.num_experts)
+                    .filter(|old| expert != old.num_experts)
                     .map_or(1.0, |old| old.experts_rate),
             };
             let rows = |key: &str| {
@@ -166,7 +169,7 @@ impl RoutedModel {
         let mut tensors = BTreeMap::new();
         for (path, experts) in self.modules() {
             for part in experts.tensors() {
-                let name = format!("{path}.{}.{}", expert_name(part.expert), part.key);
+                let name = format!("{path}.{}.{}", part_name(&self.specs, part.expert), part.key);
                 tensors.insert(name, part.tensor);
             }
         }
@@ -177,7 +180,7 @@ impl RoutedModel {
     /// The tensors of the frozen experts, by name.
     pub fn frozen_tensors(&self) -> Vec<(String, Tensor)> {
         let frozen = |name: &String| {
-            let is_of = |e: usize| name.contains(&format!(".{}.", expert_name(e)));
+            let is_of = |e: usize| name.contains(&format!(".{}.", part_name(&self.specs, e)));
             self.specs.iter().enumerate().any(|(e, spec)| !spec.trainable && is_of(e))
         };
         self.tensors().into_iter().filter(|(name, _)| frozen(name)).collect()
@@ -278,11 +281,6 @@ fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<Name
     };
     rows.retain(|rows| rows.rate > 0.0);
     rows
-}
-
-/// An expert's name in files, such as `expert_0`. PEFT misreads a name of digits only.
-pub fn expert_name(expert: usize) -> String {
-    format!("expert_{expert}")
 }
 
 fn base_group(is_embedding: bool, tensor: &Tensor) -> ParameterGroup {

@@ -147,6 +147,7 @@ fn spec_of(json: &Map<String, Value>, base: &DecoderSpec) -> Result<ExpertSpec> 
         trainable: true,
         alora_invocation_tokens: serde_json::from_value(tokens)
             .context("`alora_invocation_tokens` must be a list of token ids")?,
+        shared: false,
     })
 }
 

@@ -6,6 +6,7 @@
 //! device          |     the step     |        idle          |        | ..
 //! ```
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -17,7 +18,7 @@ use crate::checkpoint::Position;
 use crate::checkpoint::routing_state::StepRule;
 use crate::data::BlockId;
 use crate::eval::RoutingReport;
-use crate::eval::routing::RouterLosses;
+use crate::eval::routing::{RouterLosses, SiteSupervision};
 use crate::ffi;
 
 /// The data of a step, and the position of the stream of blocks after it.
@@ -30,12 +31,12 @@ pub(super) struct PreparedStep {
 }
 
 /// What is known of a step once it has been launched.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Launched {
     started: Instant,
     host_secs: f64,
     temperature: f64,
-    lr_factor: f64,
+    learning_rates: BTreeMap<String, f64>,
 }
 
 impl Trainer {
@@ -54,9 +55,12 @@ impl Trainer {
             Some(growth) if ready.data.seeding.is_none() => growth.consolidation_rate,
             _ => 1.0,
         };
-        let lr_factor = rate * schedule::factor(self.config.schedule, step, self.num_steps);
+        let (schedule, num_steps) = (self.config.schedule, self.num_steps);
+        let lr_factor = |own| rate * schedule::factor(schedule, own, step, num_steps);
+        let update = self.stepper.optimizer.scalars(&lr_factor);
+        let learning_rates = self.stepper.optimizer.learning_rates(&update);
         let (model, trained) = (&self.model, &self.trained);
-        let pending = self.stepper.launch(model, trained, &self.config, &ready.data, lr_factor)?;
+        let pending = self.stepper.launch(model, trained, &self.config, &ready.data, &update)?;
         let idle = pending.busy_from.duration_since(self.idle_since.unwrap_or(started));
         let host_secs = idle.as_secs_f64();
         if step < self.num_steps {
@@ -75,7 +79,8 @@ impl Trainer {
         }
         let StepRule { temperature, top_k } = self.state.routing.rule(&self.config.router, step);
         self.model.set_rule(temperature, top_k);
-        self.step_metrics(&ready, result, Launched { started, host_secs, temperature, lr_factor })
+        let launched = Launched { started, host_secs, temperature, learning_rates };
+        self.step_metrics(&ready, result, launched)
     }
 
     /// Takes the next blocks of the stream as the data of step `step`.
@@ -116,18 +121,30 @@ impl Trainer {
             uniform_mse: losses.map(|losses| losses.uniform_mse),
             router_z_loss: losses.map(|losses| losses.router_z_loss),
             routing_entropy: losses.map(|losses| losses.routing_entropy),
+            domain_supervision: mean(result.supervision.iter().map(|site| site.loss)),
+            domain_accuracy: self.accuracy_by_router(&result.supervision),
             orthogonality: result.orthogonality,
             expert_load: routing.map(|routing| routing.expert_load),
             mature_experts: self.state.routing.mature_experts(),
             temperature: losses.map(|_| launched.temperature),
             grad_norm: result.grad_norm,
-            learning_rates: self.stepper.optimizer.learning_rates(launched.lr_factor),
+            learning_rates: launched.learning_rates,
             label_tokens: result.label_tokens,
             step_secs,
             host_secs: launched.host_secs,
             tokens_per_sec: tokens / step_secs,
             peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
         })
+    }
+
+    /// The share of tokens that each router gives to an expert of their domain, by the router's name.
+    fn accuracy_by_router(&self, supervision: &[SiteSupervision]) -> BTreeMap<String, f64> {
+        let names = self.model.router_names();
+        let mut of: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        for (site, of_site) in self.model.sites().into_iter().zip(supervision) {
+            of.entry(names[site.router].clone()).or_default().push(of_site.accuracy);
+        }
+        of.into_iter().filter_map(|(name, all)| Some((name, mean(all.into_iter())?))).collect()
     }
 
     /// The seeding phase of a new expert, if step `step` belongs to one.
@@ -138,4 +155,10 @@ impl Trainer {
         let domain = domain.expect("the config was checked") as u32;
         Some(SeedingPhase { expert: self.model.num_experts() - 1, domain })
     }
+}
+
+/// The mean of some numbers; `None` if there are none.
+fn mean(values: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
+    let count = values.len();
+    (count > 0).then(|| values.sum::<f64>() / count as f64)
 }

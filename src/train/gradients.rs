@@ -20,6 +20,7 @@ use crate::model::batch::Labelled;
 use crate::model::experts::dropout::LoraDropout;
 use crate::model::loss::{ChunkedLoss, LossSettings};
 use crate::model::routing::router::Routing;
+use crate::model::routing::supervision::SupervisionSums;
 use crate::model::routing::totals::{RoutingTotals, add_totals, rows};
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Trained};
 
@@ -36,6 +37,9 @@ pub struct StepGradients {
     /// routing weight for the expert, which is the mean over the sites that have the expert. `None`
     /// unless routers take part and `router.hybrid` looks for plateaus.
     pub expert_losses: Option<Tensor>,
+    /// The sums of the domain supervision at each site, `[sites, 2]`, f64: its loss, nats, and the
+    /// number of tokens whose most probable expert is one of their domain's. `None` without it.
+    pub supervision: Option<Tensor>,
     /// The orthogonality loss without its factor, 0-dim; `None` without `lora.orthogonality` or if
     /// no module has two experts.
     pub orthogonality: Option<Tensor>,
@@ -78,6 +82,7 @@ pub fn gradients_of(
     let mut domain_sums = Tensor::zeros([num_groups], (Kind::Double, model.device()));
     let finds_plateaus = matches!(config.router.hybrid, Some(Maturity::Plateau(_)));
     let mut expert_losses: Option<Tensor> = None;
+    let mut supervision: Option<Tensor> = None;
     let orthogonality = config.lora.orthogonality.and_then(|of| {
         let loss = model.orthogonality(of)?;
         // if all experts are frozen, the loss exists but has no gradient
@@ -97,6 +102,15 @@ pub fn gradients_of(
             let others = router_losses(&config.router, &of_batch, &routing, labelled, per_token);
             loss = others.into_iter().fold(loss, |loss, other| loss + other);
         }
+        if config.supervises()
+            && let Some((term, sums)) = supervision_part(model, config, step, inputs, &of_batch)
+        {
+            loss = loss + term;
+            supervision = Some(match supervision {
+                Some(before) => before + sums,
+                None => sums,
+            });
+        }
         if let Some(phase) = seeding {
             loss = &loss + seeding_part(model, config, step, labelled, &of_batch, *phase);
         }
@@ -112,7 +126,7 @@ pub fn gradients_of(
         }
     }
     let grads = grads.of_parameters(trained);
-    Ok(StepGradients { grads, domain_sums, routing, expert_losses, orthogonality })
+    Ok(StepGradients { grads, domain_sums, routing, expert_losses, supervision, orthogonality })
 }
 
 /// Whether the routers' totals are computed before any micro-batch is differentiated.
@@ -130,8 +144,29 @@ pub(super) fn rewinds_generators(config: &Config) -> bool {
 
 /// Whether the routers' totals depend on random numbers.
 fn totals_draw(config: &Config) -> bool {
-    let reads_layers = config.router.input == RouterInput::LayerInput;
+    let input = config.router.input;
+    let reads_layers = matches!(input, RouterInput::LayerInput | RouterInput::ModuleInput);
     config.router.noise != RouterNoise::None || config.lora.dropout > 0.0 && reads_layers
+}
+
+/// The domain supervision of a micro-batch times its factor, as its part of the step's mean, and its
+/// sums at each site, `[sites, 2]`; `None` without a router.
+fn supervision_part(
+    model: &RoutedModel,
+    config: &Config,
+    step: &StepTensors,
+    inputs: &Inputs,
+    routing: &[Routing],
+) -> Option<(Tensor, Tensor)> {
+    let of_site = |routing| SupervisionSums::new(routing, model.temperature(), inputs);
+    let sites: Vec<SupervisionSums> = routing.iter().map(of_site).collect::<Option<_>>()?;
+    let sums = sites.iter().map(|site| site.by_row.sum_dim_intlist(0, false, Kind::Double));
+    let sums = sums.collect::<Vec<_>>();
+    let num_sites = sites.len() as f64;
+    let loss = sites.into_iter().map(|site| site.loss).reduce(|sum, loss| sum + loss)?;
+    let factor = &step.per_supervised_token * (config.router.supervision() / num_sites);
+    let loss = &loss * factor.to_kind(loss.kind());
+    Some((loss, Tensor::stack(&sums, 0)))
 }
 
 /// The seeding loss of a micro-batch times its factor.
@@ -176,6 +211,7 @@ fn mode(config: &Config) -> ForwardMode {
     ForwardMode {
         dropout: LoraDropout { probability: config.lora.dropout, masks: config.lora.dropout_masks },
         noise: config.router.noise,
+        detaches_routers: config.router.detach_input,
         rule: None,
         gradient_checkpointing: config.train.gradient_checkpointing,
     }

@@ -56,6 +56,13 @@ pub struct StepMetrics {
     /// Mean entropy of the routing probabilities, nats; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub routing_entropy: Option<f64>,
+    /// Domain supervision without its factor, nats, as a mean over the sites; absent without it.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub domain_supervision: Option<f64>,
+    /// Share of the step's tokens whose most probable expert is one of their domain's, by the
+    /// router's name; empty without domain supervision.
+    #[serde(default, deserialize_with = "numbers", skip_serializing_if = "BTreeMap::is_empty")]
+    pub domain_accuracy: BTreeMap<String, f64>,
     /// Orthogonality loss without its factor; absent unless `lora.orthogonality` is set.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub orthogonality: Option<f64>,
@@ -200,6 +207,8 @@ pub(super) mod samples {
             load_balancing_loss: Some(1.0625),
             uniform_mse: Some(0.01),
             router_z_loss: Some(1.5),
+            domain_supervision: None,
+            domain_accuracy: BTreeMap::new(),
             orthogonality: None,
             mature_experts: None,
             temperature: Some(1.0),

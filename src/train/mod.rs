@@ -166,7 +166,7 @@ impl Trainer {
         device: Device,
     ) -> Result<Self> {
         let domains = data.train.domains.iter().map(|domain| domain.name.clone()).collect();
-        let stage = Stage::new("train", domains, mixture.specs.len() as i64);
+        let stage = Stage::new("train", domains, mixture.num_experts() as i64);
         Self::next_stage(config, base, mixture, data, device, MixtureHistory::default(), stage)
     }
 
@@ -260,10 +260,10 @@ impl Trainer {
             check_records(dataset, config.train.routing, model.num_experts())?;
         }
         let old = config.growth.as_ref().map(|growth| OldParts {
-            num_experts: model.specs().len() - 1,
+            num_experts: model.num_experts() as usize - 1,
             experts_rate: growth.old_experts_rate,
             // a single expert has no router, so the router of two experts is all new
-            columns_rate: if model.specs().len() > 2 { growth.old_columns_rate } else { 1.0 },
+            columns_rate: if model.num_experts() > 2 { growth.old_columns_rate } else { 1.0 },
         });
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);

@@ -16,7 +16,8 @@ pub struct Optimizer {
     groups: Vec<Group>,
     betas: [f64; 2],
     eps: f64,
-    max_grad_norm: Option<f64>,
+    /// Which gradients are clipped together, by their indices, and to which norm.
+    clips: Vec<(Vec<usize>, Option<f64>)>,
     /// Number of updates so far.
     step: u64,
 }
@@ -27,6 +28,8 @@ struct Group {
     name: String,
     learning_rate: f64,
     weight_decay: f64,
+    /// The number of warm-up steps, if the group has its own.
+    warmup_steps: Option<u64>,
     /// Indices into the model's list of trained parameters.
     indices: Vec<usize>,
     names: Vec<String>,
@@ -61,6 +64,7 @@ impl Optimizer {
                 name: if rate == 1.0 { name.into() } else { format!("{name}_at_{rate}") },
                 learning_rate: settings.learning_rate * rate,
                 weight_decay: if decays { settings.weight_decay } else { 0.0 },
+                warmup_steps: settings.warmup_steps,
                 indices: members.iter().map(|(index, _)| *index).collect(),
                 names: members.iter().map(|(_, p)| p.name.clone()).collect(),
                 exp_avgs,
@@ -72,21 +76,32 @@ impl Optimizer {
             groups: groups.collect(),
             betas: config.betas,
             eps: config.eps,
-            max_grad_norm: config.max_grad_norm,
+            clips: clips(config, parameters),
             step: 0,
         }
     }
 
-    /// Clips `grads`, which holds one gradient for each trained parameter in the model's order.
-    /// Returns their norm before clipping, 0-dim.
+    /// Clips `grads`, which holds one gradient for each trained parameter in the model's order: a
+    /// group with a `max_grad_norm` of its own by itself, and all others together. Returns the norm
+    /// of all of them before clipping, 0-dim.
     pub fn clip(&self, grads: &[Tensor]) -> Result<Tensor> {
-        ffi::clip_grad_norm(grads, self.max_grad_norm)
+        let norms = self.clips.iter().map(|(indices, max_norm)| {
+            let part: Vec<Tensor> = indices.iter().map(|&i| grads[i].shallow_clone()).collect();
+            ffi::clip_grad_norm(&part, *max_norm)
+        });
+        let norms = norms.collect::<Result<Vec<_>>>()?;
+        match &norms[..] {
+            [norm] => Ok(norm.shallow_clone()),
+            norms => Ok(Tensor::stack(norms, 0).norm()),
+        }
     }
 
     /// The numbers that [`Optimizer::update`] needs for the next update: its number, from 1, then
-    /// each group's learning rate times `factor`.
-    pub fn scalars(&self, factor: f64) -> Vec<f64> {
-        let rates = self.groups.iter().map(|group| group.learning_rate * factor);
+    /// each group's learning rate times `factor`, which gets the group's own number of warm-up
+    /// steps.
+    pub fn scalars(&self, factor: &dyn Fn(Option<u64>) -> f64) -> Vec<f64> {
+        let rates =
+            self.groups.iter().map(|group| group.learning_rate * factor(group.warmup_steps));
         [(self.step + 1) as f64].into_iter().chain(rates).collect()
     }
 
@@ -125,9 +140,10 @@ impl Optimizer {
         self.step
     }
 
-    /// Each group's learning rate times `factor`, by the group's name.
-    pub fn learning_rates(&self, factor: f64) -> BTreeMap<String, f64> {
-        self.groups.iter().map(|g| (g.name.clone(), g.learning_rate * factor)).collect()
+    /// Each group's learning rate in the update whose numbers are `scalars`, by the group's name.
+    pub fn learning_rates(&self, scalars: &[f64]) -> BTreeMap<String, f64> {
+        let rates = scalars[1..].iter().copied();
+        self.groups.iter().map(|group| group.name.clone()).zip(rates).collect()
     }
 
     /// The moments, named `exp_avg.{parameter}` and `exp_avg_sq.{parameter}`.
@@ -161,6 +177,30 @@ impl Optimizer {
         self.step = step;
         Ok(())
     }
+}
+
+/// Which parameters' gradients are clipped together, by their indices, and to which norm.
+fn clips(
+    config: &OptimizerConfig,
+    parameters: &[TrainedParameter],
+) -> Vec<(Vec<usize>, Option<f64>)> {
+    let own = |group| match group {
+        ParameterGroup::Adapters => config.adapters.max_grad_norm,
+        ParameterGroup::Router => config.router.max_grad_norm,
+        ParameterGroup::Base | ParameterGroup::BaseNoDecay => config.base.max_grad_norm,
+    };
+    let section = |group| match group {
+        ParameterGroup::BaseNoDecay => ParameterGroup::Base,
+        group => group,
+    };
+    let mut parts: BTreeMap<Option<ParameterGroup>, (Vec<usize>, f64)> = BTreeMap::new();
+    for (index, parameter) in parameters.iter().enumerate() {
+        let norm = own(parameter.group);
+        let key = norm.map(|_| section(parameter.group));
+        let part = parts.entry(key).or_insert((vec![], norm.unwrap_or(config.max_grad_norm)));
+        part.0.push(index);
+    }
+    parts.into_values().map(|(indices, norm)| (indices, (norm > 0.0).then_some(norm))).collect()
 }
 
 /// Sums gradients over the forward passes of a step.

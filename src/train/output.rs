@@ -19,6 +19,8 @@ pub(super) struct Parts {
     pub has_orthogonality: bool,
     /// Number of experts whose losses are included; 0 if they were not measured.
     pub expert_losses: usize,
+    /// Number of sites whose sums of the domain supervision are included.
+    pub supervised_sites: usize,
     /// The sites whose routing totals are included.
     pub sites: Vec<SiteExperts>,
 }

@@ -8,7 +8,7 @@ use crate::checkpoint::Position;
 use crate::config::{Config, Duration, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
 use crate::model::decoder::spec::DecoderSpec;
-use crate::model::experts::spec::ExpertSpec;
+use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::model::kind_of;
 use crate::model::routing::router::RouterSpec;
 
@@ -49,7 +49,7 @@ impl ParameterCounts {
             counts.lora_b += lora_b;
             counts.magnitude += magnitude;
             let is_reached = match config.train.routing {
-                RoutingChoice::Expert(only) => only == expert as i64,
+                RoutingChoice::Expert(only) => only == expert as i64 || spec.shared,
                 _ => true,
             };
             if spec.trainable && is_reached {
@@ -58,24 +58,27 @@ impl ParameterCounts {
         }
         // the router columns of the last expert
         let mut new_columns = 0;
-        if specs.len() > 1 {
-            let num_routers = match config.router.scope {
-                RouterScope::Shared => 1,
-                RouterScope::Layer => base.num_layers,
+        let num_experts = num_routed(specs);
+        if num_experts > 1 {
+            let spec = RouterSpec::of_config(config);
+            let widths: Vec<i64> = match config.router.scope {
+                RouterScope::Shared => vec![base.width],
+                RouterScope::Layer => vec![base.width; base.num_layers as usize],
                 RouterScope::Module => {
                     let modules: BTreeSet<_> =
                         specs.iter().flat_map(|s| s.modules.keys()).collect();
-                    modules.len() as i64
+                    modules.into_iter().map(|path| spec.input_width(path.module, base)).collect()
                 }
             };
-            let spec = RouterSpec::of_config(config);
-            let (e, d) = (specs.len() as i64, base.width);
-            counts.router = num_routers * spec.num_parameters(e, d);
-            new_columns = counts.router - num_routers * spec.num_parameters(e - 1, d);
+            let of = |e: usize| -> i64 {
+                widths.iter().map(|&d| spec.num_parameters(e as i64, d)).sum()
+            };
+            counts.router = of(num_experts);
+            new_columns = counts.router - of(num_experts - 1);
         }
         if config.train.routing == RoutingChoice::Router {
             counts.trained += match &config.growth {
-                Some(growth) if growth.old_columns_rate == 0.0 && specs.len() > 2 => new_columns,
+                Some(growth) if growth.old_columns_rate == 0.0 && num_experts > 2 => new_columns,
                 _ => counts.router,
             };
         }

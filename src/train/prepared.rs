@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::config::Config;
 use crate::data::Batch;
 use crate::ffi;
-use crate::model::batch::{Extent, HostInputs, InputLayout};
+use crate::model::batch::{DomainTargets, Extent, HostInputs, InputLayout};
 use crate::model::{Inputs, RoutedModel, RoutingSource, Rows};
 
 /// The phase of growth in which a new expert is seeded: all tokens of its domain go to it.
@@ -25,6 +25,8 @@ pub struct Prepared {
     micro_batches: Vec<HostInputs>,
     /// Number of label tokens of each domain.
     pub label_counts: Vec<u64>,
+    /// Number of tokens, padding excluded, whose domain has experts.
+    pub supervised_tokens: u64,
     /// The seeding phase, if the step belongs to one.
     pub seeding: Option<SeedingPhase>,
     /// Whether the sizes of the micro-batches are rounded up, so that few different sizes occur.
@@ -45,6 +47,11 @@ impl Prepared {
         is_rounded: bool,
     ) -> Self {
         let device = model.device();
+        let names = config.data.domains.iter().map(|domain| domain.name.as_str());
+        let experts = match config.reads_domains() {
+            true => DomainTargets::of_config(config, names),
+            false => None,
+        };
         let source = source(config, seeding);
         let named: Vec<Option<Vec<i64>>> =
             batches.iter().map(|batch| Some(named_experts(batch, seeding?))).collect();
@@ -56,11 +63,12 @@ impl Prepared {
         let rounded = is_rounded.then(|| Extent::rounded(&rows));
         let micro_batches = rows.into_iter().zip(batches).map(|(rows, batch)| {
             let extent = rounded.unwrap_or_else(|| Extent::of(&rows));
-            HostInputs::new(rows, extent, &batch.domains, device)
+            HostInputs::new(rows, extent, &batch.domains, experts.as_ref(), device)
         });
         let micro_batches = micro_batches.collect();
         let label_counts = domain_tokens(batches, num_domains);
-        Self { micro_batches, label_counts, seeding, is_rounded, device }
+        let supervised_tokens = experts.map_or(0, |experts| supervised_tokens(batches, &experts));
+        Self { micro_batches, label_counts, supervised_tokens, seeding, is_rounded, device }
     }
 
     /// The shapes of the micro-batches.
@@ -79,7 +87,8 @@ impl Prepared {
     pub fn scalars(&self, update: &[f64]) -> Tensor {
         let all: u64 = self.label_counts.iter().sum();
         let new = self.seeding.map_or(0, |phase| self.label_counts[phase.domain as usize]);
-        let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64];
+        let per_supervised = 1.0 / self.supervised_tokens.max(1) as f64;
+        let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64, per_supervised];
         numbers.extend_from_slice(update);
         let numbers = ffi::staged(Tensor::from_slice(&numbers), self.device);
         numbers.to_device_(self.device, Kind::Double, true, false)
@@ -92,7 +101,8 @@ impl Prepared {
             micro_batches: layouts.zip(flats).map(|(of, flat)| of.inputs(flat)).collect(),
             per_token: scalars.get(0),
             seeded_tokens: [scalars.get(1), scalars.get(2)],
-            update: scalars.narrow(0, 3, scalars.size()[0] - 3),
+            per_supervised_token: scalars.get(3),
+            update: scalars.narrow(0, 4, scalars.size()[0] - 4),
             seeding: self.seeding,
             num_domains: self.label_counts.len(),
         }
@@ -108,6 +118,8 @@ pub struct StepTensors {
     pub per_token: Tensor,
     /// Label tokens of the new domain and of the others, each 0-dim, f64.
     pub seeded_tokens: [Tensor; 2],
+    /// 1 / tokens of the step whose domain has experts, 0-dim, f64.
+    pub per_supervised_token: Tensor,
     /// The numbers of [`super::optim::Optimizer::scalars`], f64.
     pub update: Tensor,
     /// The seeding phase, if the step belongs to one.
@@ -128,6 +140,18 @@ pub fn source(config: &Config, seeding: Option<SeedingPhase>) -> RoutingSource {
 fn named_experts(batch: &Batch, phase: SeedingPhase) -> Vec<i64> {
     let of_row = |&domain| if domain == phase.domain { phase.expert } else { -1 };
     batch.domains.iter().map(of_row).flat_map(|e| std::iter::repeat_n(e, batch.seq_len)).collect()
+}
+
+/// Number of tokens, padding excluded, whose domain has experts.
+fn supervised_tokens(batches: &[Batch], experts: &DomainTargets) -> u64 {
+    let rows = batches.iter().flat_map(|batch| {
+        batch.document_ids.chunks(batch.seq_len).zip(&batch.domains)
+    });
+    let of_row = |(ids, &domain): (&[i64], &u32)| match experts.of(domain as usize) {
+        [] => 0,
+        _ => ids.iter().filter(|id| **id >= 0).count() as u64,
+    };
+    rows.map(of_row).sum()
 }
 
 /// Number of label tokens of each domain.

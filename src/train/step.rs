@@ -20,7 +20,7 @@ use super::prepared::StepTensors;
 pub use super::prepared::{Prepared, SeedingPhase};
 use crate::config::Config;
 use crate::data::Batch;
-use crate::eval::routing::{self, SiteExperts, SiteTotals};
+use crate::eval::routing::{self, SiteExperts, SiteSupervision, SiteTotals};
 use crate::model::routing::totals::RoutingTotals;
 use crate::model::{RoutedModel, Trained};
 
@@ -40,6 +40,8 @@ pub struct StepResult {
     pub routing: Vec<SiteTotals>,
     /// As [`StepGradients::expert_losses`].
     pub expert_losses: Option<Vec<f64>>,
+    /// The domain supervision at each site; empty without it.
+    pub supervision: Vec<SiteSupervision>,
     /// As [`StepGradients::orthogonality`].
     pub orthogonality: Option<f64>,
 }
@@ -57,6 +59,7 @@ pub struct Stepper {
 pub struct StepInFlight {
     output: StepOutput,
     label_counts: Vec<u64>,
+    supervised_tokens: u64,
     /// The time from which the device has had work. With a graph, it is taken once the whole step
     /// is in the queue; without one, before the first kernel is.
     pub busy_from: Instant,
@@ -88,19 +91,19 @@ impl Stepper {
 
     /// Puts a step in the device's queue.
     ///
-    /// - `lr_factor`: the factor of all learning rates
+    /// - `update`: the numbers of [`Optimizer::scalars`]
     pub fn launch(
         &mut self,
         model: &RoutedModel,
         trained: &Trained,
         config: &Config,
         step: &Prepared,
-        lr_factor: f64,
+        update: &[f64],
     ) -> Result<StepInFlight> {
         let mut busy_from = Instant::now();
         let num_replays = self.graphs.num_replays;
         let optimizer = &self.optimizer;
-        let scalars = step.scalars(&optimizer.scalars(lr_factor));
+        let scalars = step.scalars(update);
         let run = |flats: &[Tensor], scalars: &Tensor| {
             on_device(model, trained, optimizer, config, &step.tensors(flats, scalars))
         };
@@ -116,7 +119,8 @@ impl Stepper {
         if self.graphs.num_replays > num_replays {
             busy_from = Instant::now();
         }
-        Ok(StepInFlight { output, label_counts: step.label_counts.clone(), busy_from })
+        let (label_counts, supervised_tokens) = (step.label_counts.clone(), step.supervised_tokens);
+        Ok(StepInFlight { output, label_counts, supervised_tokens, busy_from })
     }
 
     /// Waits for a step and fetches its results.
@@ -125,7 +129,8 @@ impl Stepper {
     /// Fails if a loss or gradient is NaN or infinite. The parameters, the optimizer and the
     /// selection biases are then as before the step.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
-        let StepInFlight { output: StepOutput { numbers, parts }, label_counts, .. } = pending;
+        let StepInFlight { output, label_counts, supervised_tokens, .. } = pending;
+        let StepOutput { numbers, parts } = output;
         let mut numbers = Vec::<f64>::try_from(numbers)?.into_iter();
         let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
         let grad_norm = take(1)[0];
@@ -137,6 +142,7 @@ impl Stepper {
         let of_domain = |(sum, &count)| (count > 0).then(|| sum / count as f64);
         let orthogonality = parts.has_orthogonality.then(|| take(1)[0]);
         let expert_losses = (parts.expert_losses > 0).then(|| take(parts.expert_losses));
+        let supervision = take(2 * parts.supervised_sites);
         Ok(StepResult {
             loss,
             domain_losses: domain_sums.into_iter().zip(&label_counts).map(of_domain).collect(),
@@ -144,6 +150,7 @@ impl Stepper {
             grad_norm,
             routing: routing::of_numbers(parts.sites, label_counts.len(), &mut numbers),
             expert_losses,
+            supervision: SiteSupervision::of_sums(&supervision, supervised_tokens),
             orthogonality,
         })
     }
@@ -157,7 +164,7 @@ fn on_device(
     config: &Config,
     step: &StepTensors,
 ) -> Result<StepOutput> {
-    let StepGradients { grads, domain_sums, routing, expert_losses, orthogonality } =
+    let StepGradients { grads, domain_sums, routing, expert_losses, supervision, orthogonality } =
         gradients_of(model, trained, config, step)?;
     let grad_norm = optimizer.clip(&grads)?;
     let is_finite = domain_sums.sum(Kind::Double).isfinite().logical_and(&grad_norm.isfinite());
@@ -170,11 +177,13 @@ fn on_device(
     let parts = Parts {
         has_orthogonality: orthogonality.is_some(),
         expert_losses: expert_losses.as_ref().map_or(0, |losses| losses.size()[0] as usize),
+        supervised_sites: supervision.as_ref().map_or(0, |sums| sums.size()[0] as usize),
         sites: if routing.is_empty() { vec![] } else { SiteExperts::of(model) },
     };
     let mut numbers = vec![grad_norm, domain_sums];
     numbers.extend(orthogonality);
     numbers.extend(expert_losses);
+    numbers.extend(supervision);
     numbers.extend(routing.iter().map(RoutingTotals::flat));
     let flat = numbers.iter().map(|x| x.to_kind(Kind::Double).reshape([-1]));
     Ok(StepOutput { numbers: Tensor::cat(&flat.collect::<Vec<_>>(), 0), parts })

@@ -9,6 +9,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::targets::DomainTargets;
 use crate::data::{Batch, IGNORED_LABEL};
 use crate::ffi;
 
@@ -161,6 +162,8 @@ pub struct InputLayout {
     pub(super) extent: Extent,
     pub(super) names_experts: bool,
     pub(super) marks_prompts: bool,
+    /// Number of experts of which a row's domain has some; 0 if domains have no experts.
+    pub(super) domain_experts: usize,
 }
 
 impl InputLayout {
@@ -184,18 +187,29 @@ impl HostInputs {
     /// Lays out `rows` for `device`.
     ///
     /// - `extent`: the sizes of the rows, or larger ones
-    /// - `groups`: the group of tokens that each row belongs to, `[b]`
-    pub fn new(rows: Rows<'_>, extent: Extent, groups: &[u32], device: Device) -> Self {
+    /// - `groups`: the group of tokens that each row belongs to, `[b]`; its domain, if `experts` are
+    ///   given
+    pub fn new(
+        rows: Rows<'_>,
+        extent: Extent,
+        groups: &[u32],
+        experts: Option<&DomainTargets>,
+        device: Device,
+    ) -> Self {
         let layout = InputLayout {
             num_rows: rows.num_rows,
             seq_len: rows.seq_len,
             extent,
             names_experts: rows.expert_ids.is_some(),
             marks_prompts: rows.prompt.is_some(),
+            domain_experts: experts.map_or(0, |experts| experts.num_experts),
         };
         let mut flat = [rows.input_ids, rows.position_ids, rows.document_ids].concat();
         flat.extend(rows.expert_ids.unwrap_or_default());
         flat.extend(rows.prompt.unwrap_or_default().iter().map(|&reads| i64::from(reads)));
+        flat.extend(experts.iter().flat_map(|experts| {
+            groups.iter().flat_map(|&domain| experts.marks(domain as usize))
+        }));
         let is_every = layout.labels_every_position();
         let labelled: Vec<usize> =
             (0..rows.labels.len()).filter(|&i| is_every || rows.labels[i] >= 0).collect();

@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::host::{Extent, HostInputs, InputLayout, Rows};
 use super::labelled::Labelled;
+use super::targets::DomainTargets;
 use crate::data::{Batch, IGNORED_LABEL};
 use crate::model::decoder::context::{AttentionMask, Documents, same_document};
 
@@ -35,6 +36,9 @@ pub struct Inputs {
     /// The expert that each position's record names, -1 for the base, `[b, t]`; `None` if no record
     /// decides.
     pub expert_ids: Option<Tensor>,
+    /// 1 for each expert of the row's domain and 0 for the others, `[b, e]`, f32; `None` if domains
+    /// have no experts.
+    pub domain_experts: Option<Tensor>,
     /// Index of each position's document in its row; -1 in padding, `[b, t]`.
     pub(super) document_ids: Tensor,
     /// Which positions read a prompt, `[b, t]`; `None` means every position.
@@ -45,15 +49,26 @@ impl Inputs {
     /// Moves host rows to `device`. All tokens are in one group.
     pub fn new(rows: Rows<'_>, device: Device) -> Self {
         let groups = vec![0; rows.num_rows];
-        Self::of(&HostInputs::new(rows, Extent::of(&rows), &groups, device), device)
+        Self::of(&HostInputs::new(rows, Extent::of(&rows), &groups, None, device), device)
     }
 
     /// Moves a batch of data to `device`. The groups of tokens are the domains.
     ///
     /// - `by_record`: whether the experts that records name decide the routing
     pub fn of_batch(batch: &Batch, by_record: bool, device: Device) -> Self {
+        Self::of_domains(batch, by_record, None, device)
+    }
+
+    /// The same for a batch whose domains have experts.
+    pub fn of_domains(
+        batch: &Batch,
+        by_record: bool,
+        experts: Option<&DomainTargets>,
+        device: Device,
+    ) -> Self {
         let rows = Rows::of_batch(batch, by_record);
-        Self::of(&HostInputs::new(rows, Extent::of(&rows), &batch.domains, device), device)
+        let extent = Extent::of(&rows);
+        Self::of(&HostInputs::new(rows, extent, &batch.domains, experts, device), device)
     }
 
     /// Moves a batch to `device`.
@@ -69,6 +84,11 @@ impl Inputs {
             num_groups,
             counted: self.counted.as_ref(),
         }
+    }
+
+    /// 1 at each position that is a token and 0 in padding, `[b, t]`.
+    pub fn real_tokens(&self, kind: Kind) -> Tensor {
+        self.document_ids.ge(0).to_kind(kind)
     }
 
     /// The matrix that takes means over prompts, `[b, t, t]`: its row t has equal numbers at the
@@ -144,6 +164,10 @@ impl InputLayout {
         let document_ids = next(positions).view(shape);
         let expert_ids = self.names_experts.then(|| next(positions).view(shape));
         let prompt = self.marks_prompts.then(|| next(positions).view(shape).ne(0));
+        let num_experts = self.domain_experts as i64;
+        let domain_experts = (num_experts > 0).then(|| {
+            next(shape[0] * num_experts).view([shape[0], num_experts]).to_kind(Kind::Float)
+        });
         let n = self.extent.num_labelled as i64;
         let (labelled, labels, groups) = (next(n), next(n), next(n));
         let mask = match self.extent.packed {
@@ -165,6 +189,7 @@ impl InputLayout {
             counted,
             groups,
             expert_ids,
+            domain_experts,
             document_ids,
             prompt,
         }

@@ -1,10 +1,13 @@
 //! A batch on its way from the data to the model: rows on the host ([`host`]), tensors on the
-//! device ([`inputs`]), and those of its positions that have labels ([`labelled`]).
+//! device ([`inputs`]), those of its positions that have labels ([`labelled`]), and the experts of
+//! its domains ([`targets`]).
 
 pub mod host;
 pub mod inputs;
 pub mod labelled;
+pub mod targets;
 
 pub use host::{Extent, HostInputs, InputLayout, PackedExtent, Rows};
 pub use inputs::Inputs;
 pub use labelled::Labelled;
+pub use targets::DomainTargets;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::targets::{self, TargetMatch};
-use crate::config::{LoraConfig, LoraInit, ModulePath, ModulePattern, TargetModule};
+use crate::config::{Config, LoraConfig, LoraInit, ModulePath, ModulePattern, TargetModule};
 use crate::model::decoder::spec::DecoderSpec;
 
 /// An expert's settings, resolved to the modules of a base.
@@ -29,6 +29,32 @@ pub struct ExpertSpec {
     pub trainable: bool,
     /// The expert is active from the last occurrence of these tokens on; always, if there are none.
     pub alora_invocation_tokens: Vec<i64>,
+    /// Whether it is the part that is always on (`lora.shared_rank`), which the router does not
+    /// score. A mixture has at most one, behind its routed experts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+}
+
+/// Number of routed experts among `specs`: all but the part that is always on.
+pub fn num_routed(specs: &[ExpertSpec]) -> usize {
+    specs.iter().filter(|spec| !spec.shared).count()
+}
+
+/// The name of an expert of `specs` in files: `expert_0`, or `shared` for the part that is always
+/// on. PEFT misreads a name of digits only.
+pub fn part_name(specs: &[ExpertSpec], index: usize) -> String {
+    match specs.get(index) {
+        Some(spec) if spec.shared => SHARED.into(),
+        _ => expert_name(index),
+    }
+}
+
+/// The name of the part that is always on in files.
+pub const SHARED: &str = "shared";
+
+/// A routed expert's name in files, such as `expert_0`.
+pub fn expert_name(expert: usize) -> String {
+    format!("expert_{expert}")
 }
 
 /// Size and scale of an expert on one module.
@@ -87,9 +113,48 @@ impl ExpertSpec {
             init: lora.init,
             trainable: own.trainable,
             alora_invocation_tokens: own.alora_invocation_tokens,
+            shared: false,
         };
         spec.check_ranks(base)?;
         Ok(spec)
+    }
+
+    /// The spec of expert `expert` in a run's config, whose `lora.scale` sets its alpha.
+    ///
+    /// # Errors
+    /// As for [`ExpertSpec::new`].
+    pub fn of_config(config: &Config, expert: usize, base: &DecoderSpec) -> Result<Self> {
+        let mut spec = Self::new(&config.lora, expert, base)?;
+        let factor = config.scale_factor(expert);
+        spec.modules.values_mut().for_each(|size| size.alpha *= factor);
+        Ok(spec)
+    }
+
+    /// The part of a config that is always on, if it has one: with rank `lora.shared_rank` and the
+    /// scaling that `[lora]` gives on each module.
+    ///
+    /// # Errors
+    /// As for [`ExpertSpec::new`].
+    pub fn of_shared(lora: &LoraConfig, base: &DecoderSpec) -> Result<Option<Self>> {
+        if lora.shared_rank == 0 {
+            return Ok(None);
+        }
+        let lora = LoraConfig { experts: vec![], experts_per_layer: None, ..lora.clone() };
+        let mut spec = Self { shared: true, ..Self::new(&lora, 0, base)? };
+        spec.set_rank(&|_| lora.shared_rank);
+        spec.check_ranks(base)?;
+        Ok(Some(spec))
+    }
+
+    /// Gives each module the rank that `rank` makes of its own, and an alpha with which the scaling
+    /// stays the same.
+    pub fn set_rank(&mut self, rank: &dyn Fn(i64) -> i64) {
+        for size in self.modules.values_mut() {
+            let new = rank(size.rank);
+            let ratio = new as f64 / size.rank as f64;
+            size.alpha *= if self.use_rslora { ratio.sqrt() } else { ratio };
+            size.rank = new;
+        }
     }
 
     /// The specs of all experts of a config in which no expert has a source.

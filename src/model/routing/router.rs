@@ -2,7 +2,8 @@
 //! weights.
 //!
 //! ```text
-//! h = x, or relu(h W^T + c) for each hidden layer
+//! h = x, or x / sqrt(mean_d x^2 + 1e-6) with `normalize_input`
+//! h = relu(h W^T + c) for each hidden layer
 //! router_logits = h R^T + c                                    [b, t, m]
 //! routing_probs = softmax(router_logits / temperature)         in f32
 //! routing_weights = routing_probs, or only those of the k best, which `renormalize`
@@ -20,8 +21,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{
-    Config, EvalRule, RouterConfig, RouterInput, RouterNoise, RouterScope, RoutingLevel,
+    Config, EvalRule, RouterConfig, RouterInit, RouterInput, RouterNoise, RouterScope,
+    RoutingLevel, TargetModule,
 };
+use crate::model::decoder::spec::DecoderSpec;
+
+/// Added to the mean square of a router's input before the root is taken.
+const NORM_EPS: f64 = 1e-6;
 
 /// The settings of a mixture's routers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +45,12 @@ pub struct RouterSpec {
     pub hidden_width: i64,
     /// Divides the scores before the softmax.
     pub temperature: f64,
+    /// Whether a router's input is divided by its root mean square. Older files do not say it.
+    #[serde(default)]
+    pub normalize_input: bool,
+    /// The initial weights of the layer that scores the experts, for new routers only.
+    #[serde(skip)]
+    pub init: RouterInit,
     /// How many experts a token keeps; `None` for all.
     pub top_k: Option<i64>,
     /// Whether the weights of the k best experts are divided by their sum.
@@ -63,6 +75,8 @@ impl From<&RouterConfig> for RouterSpec {
             hidden_layers: config.hidden_layers,
             hidden_width: config.hidden_width,
             temperature: config.temperature,
+            normalize_input: config.normalize_input,
+            init: config.init,
             top_k: config.top_k,
             renormalize: config.renormalize,
             eval: config.eval,
@@ -73,8 +87,14 @@ impl From<&RouterConfig> for RouterSpec {
 }
 
 impl Default for RouterSpec {
+    /// One linear router for all layers, which reads the embeddings as they are.
     fn default() -> Self {
-        Self::from(&RouterConfig::default())
+        Self {
+            input: RouterInput::Embeddings,
+            scope: RouterScope::Shared,
+            normalize_input: false,
+            ..Self::from(&RouterConfig::default())
+        }
     }
 }
 
@@ -83,6 +103,14 @@ impl RouterSpec {
     pub fn of_config(config: &Config) -> Self {
         let own_experts = config.lora.experts_per_layer.is_some();
         Self { own_experts, ..Self::from(&config.router) }
+    }
+
+    /// Number of features that the router of `module` reads.
+    pub fn input_width(&self, module: TargetModule, base: &DecoderSpec) -> i64 {
+        match self.input {
+            RouterInput::ModuleInput => base.linear_shape(module).0,
+            _ => base.width,
+        }
     }
 
     /// Number of parameters of one router over `num_experts` experts and `d` features.
@@ -120,12 +148,16 @@ pub struct Router {
     pub bias: Tensor,
     /// Added to routing_probs to choose the k best experts, not to weigh them, `[e]`; not trained.
     pub selection_bias: Option<Tensor>,
+    /// Whether its input is divided by its root mean square.
+    pub normalizes: bool,
 }
 
 /// How the tokens of a forward pass were routed at one site.
 #[derive(Debug)]
 pub struct Routing {
-    /// The raw scores, `[b, t, m]`.
+    /// The raw scores without noise, `[b, t, m]`.
+    pub clean: Tensor,
+    /// The raw scores, of a disturbed input if `router.noise` is `jitter`, `[b, t, m]`.
     pub logits: Tensor,
     /// Softmax over the experts that the site routes over, `[b, t, m]`.
     pub probs: Tensor,
@@ -138,9 +170,9 @@ pub struct Routing {
 }
 
 impl Router {
-    /// A new router over `d` features. The weights that score the experts have mean 0 and standard
-    /// deviation 0.02, so that routing starts near an even mixture but not alike for all tokens.
-    /// Hidden layers are initialised as by He et al. (arXiv:1502.01852, eq. 10).
+    /// A new router over `d` features. By default, the weights that score the experts have mean 0
+    /// and standard deviation 0.02, so that routing starts near an even mixture but not alike for
+    /// all tokens. Hidden layers are initialised as by He et al. (arXiv:1502.01852, eq. 10).
     pub fn new(spec: &RouterSpec, num_experts: i64, d: i64, kind: Kind) -> Self {
         let options = (kind, Device::Cpu);
         let mut width = d;
@@ -153,7 +185,11 @@ impl Router {
         }
         Self {
             hidden,
-            weight: Tensor::randn([num_experts, width], options) * 0.02,
+            weight: match spec.init {
+                RouterInit::Normal => Tensor::randn([num_experts, width], options) * 0.02,
+                RouterInit::Zero => Tensor::zeros([num_experts, width], options),
+            },
+            normalizes: spec.normalize_input,
             bias: Tensor::zeros([num_experts], options),
             selection_bias: spec.selection_bias.then(|| Tensor::zeros([num_experts], options)),
         }
@@ -167,13 +203,31 @@ impl Router {
             weight: leaf(self.weight),
             bias: leaf(self.bias),
             selection_bias: self.selection_bias.map(|bias| bias.to_device(device)),
+            normalizes: self.normalizes,
         }
     }
 
     /// The raw scores of all experts, `[b, t, e]`, in the router's own dtype, for tokens with the
     /// features `x`, `[b, t, d]`.
     pub fn logits(&self, x: &Tensor) -> Tensor {
-        let mut h = x.to_kind(self.weight.kind());
+        self.scores(self.normalized(x))
+    }
+
+    /// The features `x`, `[.., d]`, in the router's dtype, divided by their root mean square if the
+    /// router normalises its input.
+    fn normalized(&self, x: &Tensor) -> Tensor {
+        let x = x.to_kind(self.weight.kind());
+        match self.normalizes {
+            true => {
+                let mean_square = x.square().mean_dim(&[-1_i64][..], true, x.kind());
+                x * (mean_square + NORM_EPS).rsqrt()
+            }
+            false => x,
+        }
+    }
+
+    /// The scores of normalised features.
+    fn scores(&self, mut h: Tensor) -> Tensor {
         for (weight, bias) in &self.hidden {
             h = h.linear(weight, Some(bias)).relu();
         }
@@ -187,13 +241,14 @@ impl Router {
             Some(experts) => x.index_select(dim, experts),
             None => x,
         };
+        let x = self.normalized(x);
+        let clean = own(self.scores(x.shallow_clone()), -1);
         let logits = match rule.noise {
             RouterNoise::Jitter(eps) => {
-                let x = x.to_kind(self.weight.kind());
                 let factors = tch::no_grad(|| x.rand_like() * (2.0 * eps) + (1.0 - eps));
-                own(self.logits(&(x * factors)), -1)
+                own(self.scores(x * factors), -1)
             }
-            _ => own(self.logits(x), -1),
+            _ => clean.shallow_clone(),
         };
         let noisy = match rule.noise {
             RouterNoise::Gaussian(std) => &logits + logits.randn_like() * std,
@@ -218,13 +273,14 @@ impl Router {
             _ => (probs.shallow_clone(), None),
         };
         let Some(present) = present else {
-            return Routing { logits, probs, weights, selected, present: None };
+            return Routing { clean, logits, probs, weights, selected, present: None };
         };
         let (b, t) = (probs.size()[0], probs.size()[1]);
         let zeros = Tensor::zeros([b, t, self.num_experts()], (probs.kind(), probs.device()));
         let weights = zeros.index_copy(-1, present, &weights);
         let selected = selected.map(|chosen| present.take(&chosen));
-        Routing { logits, probs, weights, selected, present: Some(present.shallow_clone()) }
+        let present = Some(present.shallow_clone());
+        Routing { clean, logits, probs, weights, selected, present }
     }
 
     /// Number of experts `E`.

@@ -1,13 +1,14 @@
 //! All routers of a model, one or one for each layer or target module, and the sites at which they
 //! decide.
 //!
-//! Letters of shapes: `d` width, `m` a layer's experts.
+//! Letters of shapes: `m` a layer's experts.
 
 use tch::{Device, Kind, Tensor};
 
 use super::router::{Router, RouterSpec};
 use super::site::Site;
 use crate::config::{ModulePath, RouterInput, RouterScope, TargetModule};
+use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
 
 /// The routers of a model, which share their settings.
@@ -44,25 +45,29 @@ impl Routers {
         }
     }
 
-    /// New routers over `d` features, initialised by libtorch's default CPU generator.
+    /// New routers for a base, initialised by libtorch's default CPU generator.
     ///
+    /// - `specs`: the routed experts
     /// - `modules`: the target modules of each layer that have experts
     /// - `kind`: dtype of the parameters
     pub fn new(
         spec: &RouterSpec,
         specs: &[ExpertSpec],
         modules: Vec<Vec<TargetModule>>,
-        d: i64,
+        base: &DecoderSpec,
         kind: Kind,
         device: Device,
     ) -> Self {
-        let count = match spec.scope {
-            _ if specs.len() < 2 => 0,
-            RouterScope::Shared => 1,
-            RouterScope::Layer => modules.len(),
-            RouterScope::Module => modules.iter().map(Vec::len).sum(),
+        let d = base.width;
+        let widths: Vec<i64> = match spec.scope {
+            _ if specs.len() < 2 => vec![],
+            RouterScope::Shared => vec![d],
+            RouterScope::Layer => vec![d; modules.len()],
+            RouterScope::Module => {
+                modules.iter().flatten().map(|&module| spec.input_width(module, base)).collect()
+            }
         };
-        let new = |_| Router::new(spec, specs.len() as i64, d, kind).into_leaf(device);
+        let new = |d| Router::new(spec, specs.len() as i64, d, kind).into_leaf(device);
         let experts: Vec<Vec<usize>> =
             (0..modules.len()).map(|layer| experts_in(specs, layer)).collect();
         let present = |own: &Vec<usize>| {
@@ -74,7 +79,7 @@ impl Routers {
         let first = modules.iter().flatten().next();
         Self {
             block_list: first.map_or("", |module| module.block_list()),
-            routers: (0..count).map(new).collect(),
+            routers: widths.into_iter().map(new).collect(),
             spec: spec.clone(),
             temperature,
             present: match spec.own_experts {
@@ -154,7 +159,8 @@ impl Routers {
     /// The sites that decide for a layer.
     pub fn sites_of(&self, layer: usize) -> Vec<Site> {
         let spec = &self.spec;
-        let once = spec.input != RouterInput::LayerInput && !spec.own_experts;
+        let reads_own = matches!(spec.input, RouterInput::LayerInput | RouterInput::ModuleInput);
+        let once = !reads_own && !spec.own_experts;
         match spec.scope {
             RouterScope::Shared => {
                 let of_layer = if once { None } else { Some(layer) };

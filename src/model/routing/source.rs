@@ -4,7 +4,7 @@
 //! ```text
 //! source ------------------> weights [b, t, e] --x mask--> the experts of a layer or module
 //!   router, which reads embeddings, the base's last hidden state, or a layer's own input
-//!   given | uniform | one expert | all at weight 1 | the record's expert | none
+//!   given | uniform | one expert | all at weight 1 | the record's or domain's expert | none
 //! mask: 0 before the last invocation of an expert that has invocation tokens (aLoRA,
 //!       arXiv:2504.12397), found as by PEFT 0.21 (`calculate_alora_offsets`), in each
 //!       document by itself
@@ -36,6 +36,9 @@ pub enum RoutingSource {
     Expert(i64),
     /// Weight 1 for the expert that [`Inputs::expert_ids`] names, as with PEFT's `adapter_names`.
     Record,
+    /// Weight 1 for the expert of each row's domain, or even shares of it for several
+    /// ([`Inputs::domain_experts`]).
+    Domain,
     /// As `Record` where an expert is named, and as `Router` elsewhere. This is how a new expert is
     /// seeded.
     RecordOrRouter,
@@ -53,6 +56,7 @@ impl From<RoutingChoice> for RoutingSource {
             RoutingChoice::All => Self::All,
             RoutingChoice::Expert(expert) => Self::Expert(expert),
             RoutingChoice::Record => Self::Record,
+            RoutingChoice::Domain => Self::Domain,
             RoutingChoice::None => Self::Base,
         }
     }
@@ -91,6 +95,14 @@ impl RoutingSource {
             Self::Uniform => every(Tensor::full([e], 1.0 / e as f64, (kind, device))),
             Self::Expert(expert) => every(Tensor::arange(e, (Kind::Int64, device)).eq(*expert)),
             Self::Record => RoutingWeights::PerToken(one_hot(&named_experts(inputs), e, kind)),
+            Self::Domain => {
+                let experts = inputs.domain_experts.as_ref();
+                let experts = experts.expect("the caller gave domains their experts");
+                let (b, t) = inputs.input_ids.size2().expect("token ids are [b, t]");
+                let shares = experts / experts.sum_dim_intlist(-1, true, None);
+                let shares = shares.to_kind(kind).unsqueeze(1).expand([b, t, e], false);
+                RoutingWeights::PerToken(shares.contiguous())
+            }
             Self::Given(weights) => every(weights.shallow_clone()),
         }
     }
