@@ -5,6 +5,7 @@ mod add_expert;
 mod bench;
 mod bench_report;
 mod bench_shapes;
+mod dry_run;
 mod eval;
 mod export_adapters;
 mod merge;

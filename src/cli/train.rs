@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::json;
 use tch::Device;
 
+use super::dry_run::dry_run;
 use super::open::{device_name, open_base, open_mixture};
 use super::progress::{LoadBar, TrainBar};
 use super::signals::Interrupt;
@@ -15,13 +16,14 @@ use super::{Shared, device, print_result, table, token_cache, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
 use crate::config::{self, Config, DeviceChoice, Method};
-use crate::data::{DataOptions, Datasets, TokenDataset, load_datasets};
+use crate::data::{DataOptions, Datasets, load_datasets};
 use crate::durable::output::Output;
 use crate::export::{self, hugging_face};
 use crate::mixture::Mixture;
 use crate::model::experts::spec::{ExpertSpec, num_routed};
-use crate::model::experts::targets::{self, TargetMatch};
-use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
+use crate::growth::assign::{assign_experts, set_capacity};
+use crate::train::plan::{ParameterCounts, num_steps};
+use crate::train::schedule::warmup_steps;
 use crate::train::{Ending, Event, Summary, Trainer};
 
 /// Arguments of `dylora train`.
@@ -67,15 +69,24 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let base = open_base(&config.base, shared)?;
     base.check_seq_len(config.data.seq_len).map_err(usage)?;
     check_experts(&config, &base).map_err(usage)?;
-    let start = match resume_from {
-        Some(dir) => Start::Resume(dir),
-        None => Start::New(Box::new(open_mixture(&config, &base, shared)?)),
+    let adapters = match &resume_from {
+        // adapters are found before the data is read, which may take long
+        None => Some(open_mixture(&config, &base, shared)?),
+        Some(_) => None,
+    };
+    let data = load_data(&config, &base, shared)?;
+    let start = match (resume_from, adapters) {
+        (None, Some(mut mixture)) => {
+            assign_experts(&mut config, &data.train, &base, device)?;
+            set_capacity(&mut mixture.specs, &config, &data.train);
+            Start::New(Box::new(mixture))
+        }
+        (dir, _) => Start::Resume(dir.expect("a run that is not new has a checkpoint")),
     };
     let specs = match &start {
         Start::New(mixture) => mixture.specs.clone(),
         Start::Resume(dir) => checkpoint::read_experts(dir)?,
     };
-    let data = load_data(&config, &base, shared)?;
     if args.dry_run {
         return dry_run(&config, &specs, &base, &data, args.json);
     }
@@ -218,6 +229,7 @@ fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets
              learns from its own losses only\nhint: `router.renormalize = false` is Switch's rule"
         );
     }
+    warn_of_few_steps(config, data);
     for (split, dataset) in [("training", &data.train), ("validation", &data.validation)] {
         for domain in &dataset.domains {
             let c = &domain.counts;
@@ -240,6 +252,31 @@ fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets
                 table::count(c.blocks),
             );
         }
+    }
+}
+
+/// The smallest number of steps in which a mixture learns much.
+const FEW_STEPS: u64 = 50;
+
+/// Warns of a run that is over before its experts and routers can have learned much.
+fn warn_of_few_steps(config: &Config, data: &Datasets) {
+    let steps = num_steps(config, &data.train);
+    if steps < FEW_STEPS {
+        let blocks = data.train.num_blocks();
+        tracing::warn!(
+            "the run has only {steps} steps, in which little is learned: {blocks} blocks of {} \
+             tokens, {} in a step\nhint: set `train.duration = {{ steps = 300 }}` or a smaller \
+             `train.micro_batch_size`",
+            config.data.seq_len,
+            config.train.micro_batch_size * config.train.grad_accum_steps,
+        );
+    }
+    let warmup = warmup_steps(config.schedule, steps);
+    if warmup * 2 > steps {
+        tracing::warn!(
+            "`schedule.warmup_steps` {warmup} is more than half of the run's {steps} steps\nhint: \
+             leave it out for a tenth of the steps"
+        );
     }
 }
 
@@ -316,115 +353,4 @@ pub fn summary_text(
     lines.push(format!("checkpoint: {}", summary.checkpoint.display()));
     lines.extend(model_dir.map(|dir| format!("Hugging Face folder: {}", dir.display())));
     Ok(lines.join("\n"))
-}
-
-fn dry_run(
-    config: &Config,
-    specs: &[ExpertSpec],
-    base: &Base,
-    data: &Datasets,
-    json: bool,
-) -> Result<()> {
-    let counts = ParameterCounts::new(config, specs, &base.spec);
-    let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
-    let steps = num_steps(config, &data.train);
-    let targets = match config.method {
-        Method::RoutedLora => {
-            let mut found = targets::matches(&config.lora, &base.spec);
-            let experts = config.lora.experts.iter().zip(specs).enumerate();
-            let adapters = experts.filter(|(_, (expert, _))| expert.source.is_some());
-            found.extend(adapters.map(|(index, (_, spec))| spec.source_match(index)));
-            found
-        }
-        Method::Full => vec![],
-    };
-    let domains = |dataset: &TokenDataset| -> Vec<_> {
-        let domains = dataset.domains.iter();
-        domains.map(|d| json!({ "name": d.name, "weight": d.weight, "counts": d.counts })).collect()
-    };
-    if json {
-        let json = json!({
-            "config": config,
-            "targets": targets,
-            "parameters": counts,
-            "trainable_share": counts.trainable_share(),
-            "memory_bytes": memory,
-            "steps": steps,
-            "train": domains(&data.train),
-            "validation": domains(&data.validation),
-        });
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
-    }
-    println!("{}", config::load::to_toml(config));
-    if !targets.is_empty() {
-        println!("{}\n", targets_table(targets));
-    }
-    let row = |name: &str, number: i64| vec![name.to_owned(), table::count(number)];
-    let rows = vec![
-        row("base", counts.base),
-        row("lora_a", counts.lora_a),
-        row("lora_b", counts.lora_b),
-        row("magnitude", counts.magnitude),
-        row("router", counts.router),
-        row("trained", counts.trained),
-        vec!["trainable share".into(), format!("{:.3} %", 100.0 * counts.trainable_share())],
-    ];
-    println!("{}\n", table::table(&["parameters", "number"], rows));
-    let rows = [
-        ("base", memory.base),
-        ("trained parameters, gradients, moments", memory.training),
-        ("activations of a micro-batch", memory.activations),
-        ("logits of a chunk", memory.logits),
-        ("sum", memory.total()),
-    ];
-    let rows = rows.into_iter().map(|(name, n)| vec![name.to_owned(), table::bytes(n)]).collect();
-    println!("{}\n", table::table(&["memory (estimate, without libtorch itself)", "size"], rows));
-    println!("{}\n", data_table(data));
-    println!("{} steps", table::count(steps));
-    Ok(())
-}
-
-/// What each name and pattern of `[lora]` matches.
-fn targets_table(targets: Vec<TargetMatch>) -> comfy_table::Table {
-    let row = |target: TargetMatch| {
-        let modules = target.modules.join(", ");
-        vec![target.key, target.pattern, modules, table::count(target.num_layers)]
-    };
-    let rows = targets.into_iter().map(row).collect();
-    table::table(&["key", "pattern", "matches", "layers"], rows)
-}
-
-fn data_table(data: &Datasets) -> comfy_table::Table {
-    let header = [
-        "domain",
-        "split",
-        "records",
-        "documents",
-        "tokens",
-        "label tokens",
-        "blocks",
-        "split docs",
-        "skipped",
-    ];
-    let mut rows = vec![];
-    for (split, dataset) in [("train", &data.train), ("validation", &data.validation)] {
-        for domain in &dataset.domains {
-            let c = &domain.counts;
-            let skipped =
-                c.skipped_bad + c.skipped_empty + c.skipped_other_domain + c.skipped_held_out;
-            let numbers = [
-                c.records,
-                c.documents,
-                c.tokens,
-                c.label_tokens,
-                c.blocks,
-                c.split_documents,
-                skipped,
-            ];
-            let names = [domain.name.clone(), split.to_owned()];
-            rows.push(names.into_iter().chain(numbers.map(table::count)).collect());
-        }
-    }
-    table::table(&header, rows)
 }

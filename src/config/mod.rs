@@ -395,6 +395,15 @@ pub enum DomainExperts {
     Several(Vec<i64>),
 }
 
+impl From<Vec<i64>> for DomainExperts {
+    fn from(experts: Vec<i64>) -> Self {
+        match experts[..] {
+            [only] => Self::One(only),
+            _ => Self::Several(experts),
+        }
+    }
+}
+
 impl DomainExperts {
     /// The experts.
     pub fn experts(&self) -> &[i64] {

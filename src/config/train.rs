@@ -50,7 +50,7 @@ pub struct TrainConfig {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
-            duration: Duration::Epochs(1),
+            duration: Duration::Auto,
             routing: RoutingChoice::Router,
             micro_batch_size: 8,
             grad_accum_steps: 1,
@@ -92,10 +92,12 @@ pub enum SaveDtype {
     Bf16,
 }
 
-/// How long to train, as in `duration = { epochs = 3 }`.
+/// How long to train, as in `duration = { epochs = 3 }` or `duration = "auto"`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Duration {
+    /// Three passes over the training set, or more if that is fewer than 100 optimizer updates.
+    Auto,
     /// Optimizer updates.
     Steps(u64),
     /// Passes over the training set.

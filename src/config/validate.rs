@@ -303,6 +303,7 @@ fn check_train(config: &Config, faults: &mut Faults) {
         Duration::Steps(value) => ("steps", value),
         Duration::Epochs(value) => ("epochs", value),
         Duration::Tokens(value) => ("tokens", value),
+        Duration::Auto => ("auto", 1),
     };
     if value == 0 {
         faults.add(&format!("train.duration.{unit}"), "must be at least 1, got 0".into());

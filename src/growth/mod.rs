@@ -15,6 +15,7 @@
 //! `router.selection_bias`. If there are several routers, these names begin with the layer, such as
 //! `layers.0.`, or with the module. Other tensors of a router do not change.
 
+pub mod assign;
 pub mod merge;
 pub mod new_column;
 pub mod skills;

@@ -306,6 +306,15 @@ impl SkillLibrary {
         (cosine >= rule.threshold).then_some(best)
     }
 
+    /// The cosine of every two skills, `[s][s]`.
+    pub fn cosines(&self) -> Vec<Vec<f64>> {
+        let row = |of: &Skill| {
+            let others = self.skills.iter();
+            others.map(|skill| cosine(&of.embedding, &skill.embedding, &self.center)).collect()
+        };
+        self.skills.iter().map(row).collect()
+    }
+
     /// The skills with their cosines, the largest first. Equal cosines keep the order of learning.
     fn ranked(&self, embedding: &[f64]) -> Vec<(&Skill, f64)> {
         let cosine = |skill: &Skill| cosine(embedding, &skill.embedding, &self.center);

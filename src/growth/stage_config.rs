@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use crate::config::{
-    self, Config, DomainConfig, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
+    self, Config, DomainConfig, DomainExperts, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
     OnExhausted, RoutingChoice,
 };
 use crate::model::experts::spec::ExpertSpec;
@@ -61,9 +61,12 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
     grown.data.mixing = Mixing::Weights;
     grown.data.on_exhausted = OnExhausted::Repeat;
     let old_domains = &mut grown.data.domains;
+    let names_experts = old_domains.iter().any(|domain| domain.expert.is_some());
     let weight = growth.replay / old_domains.len() as f64;
     old_domains.iter_mut().for_each(|domain| domain.weight = weight);
-    old_domains.push(DomainConfig { weight: 1.0 - growth.replay, ..growth.domain.clone() });
+    let expert = names_experts.then_some(DomainExperts::One(num_old));
+    let weight = 1.0 - growth.replay;
+    old_domains.push(DomainConfig { weight, expert, ..growth.domain.clone() });
     grown.train.duration = Duration::Steps(growth.steps);
     grown.growth = Some(GrowthConfig {
         domain: growth.domain.name.clone(),
@@ -95,6 +98,7 @@ pub fn is_trainable(config: &Config, expert: usize) -> bool {
 /// The config of the mixture after expert `expert` was removed or merged into another.
 ///
 /// - `temperature`: the present temperature of its routers
+/// - `merged_into`: the expert that replaces it, if it was merged
 ///
 /// # Errors
 /// Fails if the mixture cannot lose this expert.
@@ -102,6 +106,7 @@ pub fn shrunk_config(
     config: &Config,
     temperature: f64,
     expert: usize,
+    merged_into: Option<usize>,
     run_dir: PathBuf,
 ) -> Result<Config> {
     check_can_change(config)?;
@@ -112,6 +117,10 @@ pub fn shrunk_config(
         shrunk.lora.experts.remove(expert);
     }
     let count = shrunk.lora.num_experts;
+    for domain in &mut shrunk.data.domains {
+        let experts = domain.expert.as_ref().map(|of| left(of.experts(), expert, merged_into, count));
+        domain.expert = experts.map(DomainExperts::from);
+    }
     let router = &mut shrunk.router;
     router.top_k = router.top_k.map(|k| k.min(count));
     router.temperature = temperature;
@@ -133,10 +142,27 @@ pub fn shrunk_config(
     shrunk.growth = None;
     // a single expert has no router, so it must be trainable for anything to train
     if count == 1 {
+        shrunk.router.domain_supervision = Some(0.0);
         shrunk.lora.experts.iter_mut().for_each(|expert| expert.trainable = true);
     }
     config::load::validate(&shrunk)?;
     Ok(shrunk)
+}
+
+/// The experts of a domain after expert `gone` was removed or merged: those that are left, by their
+/// new numbers. A domain that has lost its only expert gets all `count` that are left, so that the
+/// router is free to choose.
+fn left(experts: &[i64], gone: usize, merged_into: Option<usize>, count: i64) -> Vec<i64> {
+    let gone = gone as i64;
+    let number = |expert: i64| match merged_into {
+        _ if expert < gone => Some(expert),
+        _ if expert > gone => Some(expert - 1),
+        into => into.map(|into| into as i64),
+    };
+    let mut experts: Vec<i64> = experts.iter().filter_map(|&expert| number(expert)).collect();
+    experts.sort_unstable();
+    experts.dedup();
+    if experts.is_empty() { (0..count).collect() } else { experts }
 }
 
 /// Checks that a mixture can gain or lose an expert at all.

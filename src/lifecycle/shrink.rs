@@ -119,7 +119,8 @@ impl ShrinkingMixture {
     ) -> Result<Shrunk> {
         let mut changed = changed(change, &self.mixture, model, before)?;
         let temperature = self.mixture.router.temperature;
-        let config = stage_config::shrunk_config(&self.config, temperature, changed.gone, run_dir)?;
+        let (gone, into) = (changed.gone, changed.merged_into);
+        let config = stage_config::shrunk_config(&self.config, temperature, gone, into, run_dir)?;
         stage_config::set_trainable(&mut changed.mixture.specs, &config);
         Ok(Shrunk { changed, config })
     }

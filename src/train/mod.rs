@@ -38,6 +38,7 @@ use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, loa
 use crate::config::{Config, Method, OnCollapse};
 use crate::data::Datasets;
 use crate::eval::check_records;
+use crate::growth::assign::assign_experts;
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
 use crate::mixture::Mixture;
@@ -173,7 +174,7 @@ impl Trainer {
     /// Starts a new run from a mixture that has a history. `stage` is the stage that begins with
     /// this run. The run's folder must not hold checkpoints.
     pub fn next_stage(
-        config: Config,
+        mut config: Config,
         base: &Base,
         mixture: &Mixture,
         data: Datasets,
@@ -182,6 +183,7 @@ impl Trainer {
         stage: Stage,
     ) -> Result<Self> {
         check_new_run(&config.run.dir)?;
+        assign_experts(&mut config, &data.train, base, device)?;
         tch::manual_seed(config.run.seed as i64);
         let weights = base.weights()?;
         let model = build_model(&config, &weights, mixture, device)?;
@@ -221,13 +223,15 @@ impl Trainer {
     /// # Errors
     /// Fails if the config, the base or the training data does not match the checkpoint.
     pub fn resume(
-        config: Config,
+        mut config: Config,
         base: &Base,
         data: Datasets,
         device: Device,
         dir: &Path,
     ) -> Result<Self> {
-        check_same_run(&config, &checkpoint::read_config(dir)?)?;
+        let saved = checkpoint::read_config(dir)?;
+        check_same_run(&config, &saved)?;
+        take_experts(&mut config, &saved);
         let state = checkpoint::read_state(dir)?;
         if state.data_fingerprint != data.train.fingerprint() {
             bail!(
@@ -421,6 +425,17 @@ fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String>
     }
 }
 
+/// Gives the domains of `config` the experts that `saved`, an earlier state of the same run, gave
+/// them, unless `config` names some itself.
+fn take_experts(config: &mut Config, saved: &Config) {
+    if config.data.domains.iter().any(|domain| domain.expert.is_some()) {
+        return;
+    }
+    for (domain, saved) in config.data.domains.iter_mut().zip(&saved.data.domains) {
+        domain.expert.clone_from(&saved.expert);
+    }
+}
+
 /// Checks that `config` continues the run of `saved`. Settings may differ if they only decide when
 /// to stop, what to write, on which device and with which kernels to compute, or how a collapse of
 /// the routing is detected and handled.
@@ -431,6 +446,7 @@ fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
         config.run.device = config::DeviceChoice::Auto;
         config.run.tensorboard = true;
         config.train.duration = saved.train.duration;
+        take_experts(&mut config, saved);
         config.train.eval_every_steps = None;
         config.train.checkpoint_every_steps = None;
         config.train.keep_last = 1;

@@ -12,6 +12,10 @@ use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::model::kind_of;
 use crate::model::routing::router::RouterSpec;
 
+/// The passes over the training set and the smallest number of steps of [`Duration::Auto`].
+const AUTO_EPOCHS: u64 = 3;
+const AUTO_STEPS: u64 = 100;
+
 /// Numbers of parameters of the model's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct ParameterCounts {
@@ -172,7 +176,7 @@ impl BlockStream {
     pub fn new(dataset: &TokenDataset, config: &Config, position: Position) -> Self {
         let end_epoch = match config.train.duration {
             Duration::Epochs(epochs) => Some(epochs),
-            Duration::Steps(_) | Duration::Tokens(_) => None,
+            Duration::Steps(_) | Duration::Tokens(_) | Duration::Auto => None,
         };
         let seed = config.run.seed;
         let order = dataset.epoch_order(seed, position.epoch);
@@ -209,12 +213,14 @@ impl BlockStream {
 /// The number of steps of a run.
 pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
     let per_step = config.train.micro_batch_size * config.train.grad_accum_steps;
+    let of_epochs = |epochs: u64| {
+        let blocks: u64 = (0..epochs).map(|epoch| dataset.epoch_blocks(epoch)).sum();
+        blocks.div_ceil(per_step as u64)
+    };
     match config.train.duration {
         Duration::Steps(steps) => steps,
-        Duration::Epochs(epochs) => {
-            let blocks: u64 = (0..epochs).map(|epoch| dataset.epoch_blocks(epoch)).sum();
-            blocks.div_ceil(per_step as u64)
-        }
+        Duration::Epochs(epochs) => of_epochs(epochs),
+        Duration::Auto => of_epochs(AUTO_EPOCHS).max(AUTO_STEPS),
         Duration::Tokens(tokens) => {
             let mut stream = BlockStream::new(dataset, config, Position::default());
             let (mut seen, mut steps) = (0, 0);

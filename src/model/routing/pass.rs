@@ -113,6 +113,14 @@ impl<'a> RoutingPass<'a> {
             source => {
                 let e = specs.len() as i64;
                 let weights = source.fixed_weights(inputs, e, kind, x.device());
+                // the part that is always on has a scaling of its own
+                let weights = match weights {
+                    RoutingWeights::Ones if has_shared => {
+                        let (b, t) = inputs.input_ids.size2().expect("token ids are [b, t]");
+                        RoutingWeights::PerToken(Tensor::ones([b, t, e], (kind, x.device())))
+                    }
+                    weights => weights,
+                };
                 DecidedBy::Fixed(masked(weights, mask.as_ref()))
             }
         };
