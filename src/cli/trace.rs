@@ -56,9 +56,14 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let out = out.map(|early| open.output(early));
     out.as_ref().map_or(Ok(()), Output::check_file)?;
     let routing = open.routing(args.routing)?;
-    if routing == RoutingChoice::Record {
+    let lack = match routing {
+        RoutingChoice::Record => Some("names no expert"),
+        RoutingChoice::Domain => Some("has no domain"),
+        _ => None,
+    };
+    if let Some(lack) = lack {
         let hint = "hint: name an expert with `--routing expert:N`";
-        return Err(usage(anyhow!("a text names no expert, as routing by `record` needs\n{hint}")));
+        return Err(usage(anyhow!("a text {lack}, as routing by `{routing}` needs\n{hint}")));
     }
     let tokens = tokens(&args, &open)?;
     let _no_grad = tch::no_grad_guard();

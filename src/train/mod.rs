@@ -37,7 +37,7 @@ use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
 use crate::config::{Config, Method, OnCollapse};
 use crate::data::Datasets;
-use crate::eval::check_records;
+use crate::eval::{check_domains, check_records, domain_targets};
 use crate::growth::assign::assign_experts;
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
@@ -262,6 +262,8 @@ impl Trainer {
         let is_routed = config.method == Method::RoutedLora;
         for dataset in [&data.train, &data.validation].into_iter().filter(|_| is_routed) {
             check_records(dataset, config.train.routing, model.num_experts())?;
+            let experts = domain_targets(&config, &model, dataset);
+            check_domains(dataset, config.train.routing, experts.as_ref())?;
         }
         let old = config.growth.as_ref().map(|growth| OldParts {
             num_experts: model.num_experts() as usize - 1,
