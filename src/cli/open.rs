@@ -205,7 +205,7 @@ impl OpenModel {
             }
             RoutingChoice::Domain if self.config.is_none() => Err(usage(anyhow!(
                 "routing by `domain` needs a run's config, which says the expert of each domain\n\
-                 hint: open the run by `--checkpoint`"
+                 hint: open the run by `--checkpoint`, or name another `--routing`"
             ))),
             _ => Ok(routing),
         }

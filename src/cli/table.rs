@@ -75,11 +75,10 @@ pub fn report(report: &EvalReport) -> String {
     let mut text = format!("{losses}\n{protocol}");
     if let (Some(router), Some(routing)) = (router_table(report), &report.routing) {
         text += &format!("\n\nmean routing weight by domain\n{router}");
-        if let (Some(accuracy), Some(loss)) = (report.domain_accuracy, report.domain_supervision) {
+        if let Some(loss) = report.domain_supervision {
             text += &format!(
-                "\nthe most probable expert is one of the domain's for {:.1} % of the tokens, \
-                 prompts included (accuracy); the domain supervision is {loss:.4} nats",
-                100.0 * accuracy
+                "\naccuracy: share of all tokens, prompts included, whose most probable expert is \
+                 their domain's\ndomain supervision: {loss:.4} nats"
             );
         }
         if let Some(information) = routing.mutual_information {
