@@ -8,11 +8,11 @@ use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
 use crate::checkpoint;
-use crate::config::{Config, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
+use crate::config::{Config, EvalRule, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::experts::{ExpertReport, expert_reports};
 use crate::eval::{EvalReport, EvalSettings, evaluate};
-use crate::growth::stages::forgetting;
+use crate::growth::stages::{Stage, forgetting};
 use crate::model::{RoutedModel, RoutingSource};
 
 /// The arguments that name the data.
@@ -84,44 +84,73 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
         None => (by_training, None),
         Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
     };
-    let stages = match &open.checkpoint {
-        Some(dir) => checkpoint::read_state(dir)?.stages,
-        None => vec![],
+    let results = Results {
+        report,
+        by_training,
+        experts: expert_reports(&open.model)?,
+        stages: match &open.checkpoint {
+            Some(dir) => checkpoint::read_state(dir)?.stages,
+            None => vec![],
+        },
     };
-    let experts = expert_reports(&open.model)?;
-    warn_of_unmoved(&experts);
-    if args.json {
-        let mut json = serde_json::to_value(&report)?;
-        json["experts"] = json!(experts);
-        json["base"] = json!(open.base.label);
-        json["routing_source"] = json!(routing);
-        json["checkpoint"] = json!(open.checkpoint);
-        json["device"] = json!(device_name(open.model.device()));
-        if let Some((rule, by_training)) = &by_training {
-            json["rule"] = json!(rule);
-            json["rule_gap"] = json!(report.loss - by_training.loss);
-            json["by_training_rule"] = serde_json::to_value(by_training)?;
+    warn_of_unmoved(&results.experts);
+    match args.json {
+        true => print_json(&results, &open, routing),
+        false => {
+            print(&results, spec.top_k);
+            Ok(())
         }
-        json["stages"] = json!(stages);
-        json["forgetting"] = json!(forgetting(&stages));
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
     }
-    println!("{}", table::report(&report));
-    if let Some((rule, by_training)) = &by_training {
-        let names = [table::rule(spec.top_k), table::rule(rule.top_k())];
+}
+
+/// What is printed about a model.
+struct Results {
+    /// By the rule of evaluation, if it is another than that of training.
+    report: EvalReport,
+    /// By the rule of training, and the rule of evaluation, if they differ.
+    by_training: Option<(EvalRule, EvalReport)>,
+    experts: Vec<ExpertReport>,
+    stages: Vec<Stage>,
+}
+
+fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Result<()> {
+    let Results { report, by_training, experts, stages } = results;
+    let mut json = serde_json::to_value(report)?;
+    json["experts"] = json!(experts);
+    json["base"] = json!(open.base.label);
+    json["routing_source"] = json!(routing);
+    json["checkpoint"] = json!(open.checkpoint);
+    json["device"] = json!(device_name(open.model.device()));
+    if let Some((rule, by_training)) = by_training {
+        json["rule"] = json!(rule);
+        json["rule_gap"] = json!(report.loss - by_training.loss);
+        json["by_training_rule"] = serde_json::to_value(by_training)?;
+    }
+    json["stages"] = json!(stages);
+    json["forgetting"] = json!(forgetting(stages));
+    println!("{}", serde_json::to_string_pretty(&json)?);
+    Ok(())
+}
+
+/// Prints the results.
+///
+/// - `top_k`: the rule of training
+fn print(results: &Results, top_k: Option<i64>) {
+    let Results { report, by_training, experts, stages } = results;
+    println!("{}", table::report(report));
+    if let Some((rule, by_training)) = by_training {
+        let names = [table::rule(top_k), table::rule(rule.top_k())];
         println!("\nloss by the rule of training and by that of evaluation, `router.eval`");
-        println!("{}", table::rules(&names, by_training, &report));
+        println!("{}", table::rules(&names, by_training, report));
     }
     if !experts.is_empty() {
         println!("\nhow far each expert has moved from its start");
-        println!("{}", table::experts(&experts));
+        println!("{}", table::experts(experts));
     }
     if stages.len() > 1 {
         println!("\nloss of each domain after each stage (forgetting matrix)");
-        println!("{}", table::forgetting(&stages));
+        println!("{}", table::forgetting(stages));
     }
-    Ok(())
 }
 
 /// Warns of experts that are as they were at their start.
