@@ -209,10 +209,10 @@ fn a_domain_without_an_expert_is_refused_by_name() -> Result<()> {
     let by_domain = RoutingChoice::Domain;
     let some = targets(["1", "", "0"])?;
     let error = check_domains(&data, by_domain, Some(&some)).unwrap_err().to_string();
-    insta::assert_snapshot!(error, @"
-    routing by `domain` needs an expert for each domain, `code` has none
-    hint: name one by `data.domains[].expert` in the run's config; or route otherwise, as by `uniform`
-    ");
+    let expected = "routing by `domain` needs an expert for each domain, `code` has none\n\
+                    hint: name one by `data.domains[].expert` in the run's config; or route \
+                    otherwise, as by `uniform`";
+    assert_eq!(error, expected);
     let error = check_domains(&data, by_domain, None).unwrap_err().to_string();
     assert!(error.contains("`law` has none"), "{error}");
     check_domains(&data, by_domain, Some(&targets(["1", "1", "0"])?))?;
