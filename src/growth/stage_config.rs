@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use crate::config::{
-    self, Config, DomainConfig, DomainExperts, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
-    OnExhausted, RoutingChoice,
+    self, Config, DomainConfig, DomainExperts, Duration, EvalRule, ExpertConfig, GrowthConfig,
+    Method, Mixing, OnExhausted, RoutingChoice,
 };
 use crate::model::experts::spec::ExpertSpec;
 
@@ -118,7 +118,8 @@ pub fn shrunk_config(
     }
     let count = shrunk.lora.num_experts;
     for domain in &mut shrunk.data.domains {
-        let experts = domain.expert.as_ref().map(|of| left(of.experts(), expert, merged_into, count));
+        let experts =
+            domain.expert.as_ref().map(|of| left(of.experts(), expert, merged_into, count));
         domain.expert = experts.map(DomainExperts::from);
     }
     let router = &mut shrunk.router;

@@ -179,8 +179,7 @@ impl RoutedModel {
         let modules = model.experts.iter().map(|experts| experts.modules.keys().copied().collect());
         let routed = &specs[..num_routed(specs)];
         let kind = wide(kind);
-        model.routers =
-            Routers::new(router, routed, modules.collect(), &base.spec, kind, device);
+        model.routers = Routers::new(router, routed, modules.collect(), &base.spec, kind, device);
         model.specs = specs.to_vec();
         model.prepare_fused();
         model

@@ -149,8 +149,8 @@ fn totals_draw(config: &Config) -> bool {
     config.router.noise != RouterNoise::None || config.lora.dropout > 0.0 && reads_layers
 }
 
-/// The domain supervision of a micro-batch times its factor, as its part of the step's mean, and its
-/// sums at each site, `[sites, 2]`; `None` without a router.
+/// The domain supervision of a micro-batch times its factor, as its part of the step's mean, and
+/// its sums at each site, `[sites, 2]`; `None` without a router.
 fn supervision_part(
     model: &RoutedModel,
     config: &Config,
