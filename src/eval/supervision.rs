@@ -35,16 +35,10 @@ impl SupervisionTotals {
         inputs: &Inputs,
     ) {
         let Some(experts_be) = &inputs.domain_experts else { return };
-        if routing.is_empty() || routing.iter().any(|site| site.present.is_some()) {
-            return;
-        }
-        let of_site = |routing| SupervisionSums::new(routing, temperature, inputs);
-        let sites = routing.iter().filter_map(of_site);
-        let sums = sites.map(|site| site.by_row.sum_dim_intlist(0, false, Kind::Double));
+        let Some(sums) = SupervisionSums::new(routing, temperature, inputs) else { return };
         let has_experts_b1 = experts_be.amax(-1, true).to_kind(Kind::Double);
         let tokens = (inputs.real_tokens(Kind::Double) * has_experts_b1).sum(Kind::Double);
-        let new: Vec<Tensor> = [tokens.reshape([1])].into_iter().chain(sums).collect();
-        let new = Tensor::cat(&new, 0);
+        let new = Tensor::cat(&[tokens.reshape([1]), sums.by_site.reshape([-1])], 0);
         let sum = match self.domains.remove(&domain) {
             Some(sum) => sum + new,
             None => new,
