@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::metrics::StepMetrics;
-use super::step::{Prepared, SeedingPhase, StepResult};
+use super::step::{Prepared, StepResult};
 use super::{Trainer, schedule};
 use crate::checkpoint::Position;
 use crate::checkpoint::routing_state::StepRule;
@@ -63,7 +63,8 @@ impl Trainer {
         let pending = self.stepper.launch(model, trained, &self.config, &ready.data, &update)?;
         let idle = pending.busy_from.duration_since(self.idle_since.unwrap_or(started));
         let host_secs = idle.as_secs_f64();
-        if step < self.num_steps {
+        // the phase of the next step is not known while the column may be opened after this one
+        if step < self.num_steps && !self.opens_column_after(step) {
             self.ready = Some(self.prepare(step + 1));
         }
         let result = self.stepper.wait(pending)?;
@@ -79,6 +80,9 @@ impl Trainer {
         }
         let StepRule { temperature, top_k } = self.state.routing.rule(&self.config.router, step);
         self.model.set_rule(temperature, top_k);
+        if self.opens_column_after(step) {
+            self.open_column(step)?;
+        }
         let launched = Launched { started, host_secs, temperature, learning_rates };
         self.step_metrics(&ready, result, launched)
     }
@@ -151,14 +155,5 @@ impl Trainer {
             *count += 1.0;
         }
         of.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect()
-    }
-
-    /// The seeding phase of a new expert, if step `step` belongs to one.
-    pub(super) fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
-        let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;
-        let domains = &self.data.train.domains;
-        let domain = domains.iter().position(|domain| domain.name == growth.domain);
-        let domain = domain.expect("the config was checked") as u32;
-        Some(SeedingPhase { expert: self.model.num_experts() - 1, domain })
     }
 }

@@ -207,6 +207,7 @@ fn mode(config: &Config) -> ForwardMode {
         dropout: LoraDropout { probability: config.lora.dropout, masks: config.lora.dropout_masks },
         noise: config.router.noise,
         detaches_routers: config.router.detach_input,
+        keeps_features: false,
         rule: None,
         gradient_checkpointing: config.train.gradient_checkpointing,
     }
