@@ -21,8 +21,8 @@ use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, ROUTER_INPUTS, assert_close, logits, max_difference, new_model, randomize, seed,
-    tiny_base, tiny_config, two_rows,
+    DOUBLE, ROUTER_INPUTS, assert_close, logits, max_difference, new_model, plain_router,
+    randomize, seed, tiny_base, tiny_config, two_rows,
 };
 
 /// Experts of several ranks, scalings and initialisations, whose target modules overlap.
@@ -57,7 +57,7 @@ fn router(input: RouterInput) -> RouterConfig {
         RouterInput::LayerInput => RouterScope::Layer,
         _ => RouterScope::Shared,
     };
-    RouterConfig { input, scope, temperature: 1.3, ..RouterConfig::default() }
+    RouterConfig { input, scope, temperature: 1.3, ..plain_router() }
 }
 
 /// A base and a whole mixture with random tensors.
@@ -191,7 +191,7 @@ fn a_single_remaining_expert_has_no_router() -> Result<()> {
 #[test]
 fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
     let _generator = seed(303);
-    let (_, mut mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let (_, mut mixture) = random(SEVERAL, &plain_router())?;
     mixture.routing = RoutingChoice::Expert(1);
     let error = |expert| without_expert(&mixture, expert).unwrap_err().to_string();
     assert_eq!(error(3), "there is no expert 3, the mixture has 3 from 0");
@@ -204,7 +204,7 @@ fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
 #[test]
 fn an_added_expert_takes_no_place_among_the_k_best() -> Result<()> {
     let _generator = seed(312);
-    let router = RouterConfig { top_k: Some(2), balance_bias_rate: 0.1, ..RouterConfig::default() };
+    let router = RouterConfig { top_k: Some(2), balance_bias_rate: 0.1, ..plain_router() };
     let (base, mut mixture) = random(PLAIN, &router)?;
     mixture.tensors.insert("router.selection_bias".into(), Tensor::from_slice(&[-0.4, -0.2, 0.0]));
     let (before, routing_before) = routed(&put_on(&mixture, &base)?);
@@ -272,7 +272,7 @@ fn adding_to_a_single_expert_adds_a_router() -> Result<()> {
 #[test]
 fn an_expert_is_not_added_to_a_router_that_is_yet_to_be_drawn() -> Result<()> {
     let _generator = seed(306);
-    let (base, mut mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let (base, mut mixture) = random(SEVERAL, &plain_router())?;
     mixture.tensors.retain(|name, _| !name.contains("router"));
     let spec = mixture.specs[0].clone();
     let error = with_expert(&mixture, &base, spec, &|_| 0.0).unwrap_err().to_string();
@@ -283,7 +283,7 @@ fn an_expert_is_not_added_to_a_router_that_is_yet_to_be_drawn() -> Result<()> {
 #[test]
 fn similarity_is_the_cosine_of_the_dense_updates() -> Result<()> {
     let _generator = seed(307);
-    let (base, mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let (base, mixture) = random(SEVERAL, &plain_router())?;
     let found = similarity(&put_on(&mixture, &base)?)?;
     let product = |e, f| -> f64 {
         let paths = paths(&mixture).into_iter();
@@ -303,7 +303,7 @@ fn similarity_is_the_cosine_of_the_dense_updates() -> Result<()> {
 #[test]
 fn a_scaled_or_negated_expert_is_as_similar_as_it_should_be() -> Result<()> {
     let _generator = seed(308);
-    let (base, mixture) = random(PLAIN, &RouterConfig::default())?;
+    let (base, mixture) = random(PLAIN, &plain_router())?;
     for (factor, cosine) in [(3.0, 1.0), (-0.5, -1.0), (0.0, 0.0)] {
         let mut mixture = without_expert(&mixture, 2)?;
         for path in paths(&mixture) {
@@ -325,7 +325,7 @@ fn new_experts_have_similarity_0_under_every_init() -> Result<()> {
     for init in ["default", "pissa", "olora"] {
         let lora = lora(&format!("num_experts = 2\ninit = \"{init}\""));
         let base = tiny_base(tiny_config());
-        let model = new_model(&base, &lora, &RouterConfig::default(), Kind::Double);
+        let model = new_model(&base, &lora, &plain_router(), Kind::Double);
         assert_eq!(similarity(&model)?, [[0.0; 2]; 2], "{init}");
     }
     Ok(())
@@ -424,7 +424,7 @@ fn a_merged_expert_has_at_most_the_weight_of_both() -> Result<()> {
 fn the_error_of_a_merge_is_the_discarded_singular_values() -> Result<()> {
     let _generator = seed(312);
     for (text, weights) in [(PLAIN, [0.4, 0.6]), (SEVERAL, [0.9, 0.1]), (SEVERAL, [0.0, 1.0])] {
-        let (_, mixture) = random(text, &RouterConfig::default())?;
+        let (_, mixture) = random(text, &plain_router())?;
         for (a, b) in [(0, 1), (1, 2), (0, 2)] {
             let Merged { mixture: two, relative_error } = merged(&mixture, a, b, weights)?;
             let (mut lost2, mut all2) = (0.0, 0.0);
@@ -456,7 +456,7 @@ fn the_error_of_a_merge_is_the_discarded_singular_values() -> Result<()> {
 #[test]
 fn what_cannot_be_merged_is_named() -> Result<()> {
     let _generator = seed(313);
-    let (base, mut mixture) = random(PLAIN, &RouterConfig::default())?;
+    let (base, mut mixture) = random(PLAIN, &plain_router())?;
     let error =
         |mixture: &Mixture, a, b, weights| merged(mixture, a, b, weights).unwrap_err().to_string();
     let half = [0.5, 0.5];
@@ -493,7 +493,7 @@ fn what_cannot_be_merged_is_named() -> Result<()> {
         @"tensor `h.1.mlp.c_fc.expert_2.lora_b` is missing"
     );
     let dora = lora("use_dora = true");
-    let dora = new_model(&base, &dora, &RouterConfig::default(), Kind::Double);
+    let dora = new_model(&base, &dora, &plain_router(), Kind::Double);
     insta::assert_snapshot!(
         similarity(&dora).unwrap_err().to_string(),
         @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank"

@@ -18,7 +18,7 @@ use dylora::model::routing::router::RouterSpec;
 use dylora::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{family_specs, gpt2_spec, randomize, seed};
+use crate::common::{family_specs, gpt2_spec, plain_router, randomize, seed};
 
 /// A mixture on a base, and the shape of a batch.
 struct Case {
@@ -55,7 +55,7 @@ fn case(name: &str) -> Case {
         name: name.into(),
         base: shape(2, 16, 53, 64),
         lora: lora(3, 4, Family::Gpt2.modules()),
-        router: RouterConfig::default(),
+        router: plain_router(),
         batch: 2,
         seq_len: 24,
         documents: None,
@@ -139,13 +139,13 @@ fn of_routers() -> Vec<Case> {
     let mut cases = vec![];
     for scope in [RouterScope::Layer, RouterScope::Module] {
         for input in [RouterInput::Embeddings, RouterInput::LayerInput] {
-            let router = RouterConfig { scope, input, ..RouterConfig::default() };
+            let router = RouterConfig { scope, input, ..plain_router() };
             cases.push(Case { router, ..case(&format!("{scope:?} routers on {input:?}")) });
         }
     }
-    let router = RouterConfig { input: RouterInput::BaseHidden, ..RouterConfig::default() };
+    let router = RouterConfig { input: RouterInput::BaseHidden, ..plain_router() };
     cases.push(Case { router, ..case("router on base_hidden") });
-    let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+    let router = RouterConfig { top_k: Some(2), ..plain_router() };
     cases.push(Case { router, ..case("top 2") });
     cases.push(Case { checkpointing: true, dropout: 0.2, ..case("checkpointing with dropout") });
     cases
@@ -193,7 +193,7 @@ fn of_families() -> Vec<Case> {
             scope: RouterScope::Layer,
             input: RouterInput::LayerInput,
             top_k: Some(2),
-            ..RouterConfig::default()
+            ..plain_router()
         };
         cases.push(Case { router, ..named("top 2 by routers on the layers' inputs") });
         let documents = Some(vec![5, 1, 11, 7]);
