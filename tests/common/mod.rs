@@ -185,8 +185,8 @@ pub fn router_of(text: &str) -> Result<RouterConfig> {
     Ok(table.try_into()?)
 }
 
-/// Overrides that give a config the plain settings which listed numbers belong to: [`plain_router`],
-/// each expert's own alpha, a constant learning rate and no clipping.
+/// Overrides that give a config the plain settings that listed numbers belong to:
+/// [`plain_router`], each expert's own alpha, a constant learning rate and no clipping.
 const PLAIN: [&str; 10] = [
     "router.input=embeddings",
     "router.scope=shared",
