@@ -1,7 +1,6 @@
 //! The loss computed in chunks equals torch's cross entropy.
 
 use anyhow::Result;
-use dylora::config::RouterConfig;
 use dylora::model::loss::{LossSettings, chunked_cross_entropy};
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Reduction, Tensor};
