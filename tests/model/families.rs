@@ -21,7 +21,7 @@ use crate::common::{
 };
 
 /// Three experts of every kind that `[lora]` knows.
-fn kinds() -> Vec<(&'static str, LoraConfig)> {
+pub(super) fn kinds() -> Vec<(&'static str, LoraConfig)> {
     let all = "num_experts = 3\nrank = 2\nalpha = 3.0\n";
     let own = [
         ("plain", ""),

@@ -5,6 +5,7 @@
 mod common;
 
 mod accumulation;
+mod by_hand;
 mod checkpointing;
 mod experts;
 mod families;
@@ -22,5 +23,6 @@ mod scopes;
 mod seeding;
 mod selection_bias;
 mod sequence;
+mod shared;
 mod steps;
 mod supervision;
