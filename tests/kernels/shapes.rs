@@ -71,6 +71,7 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases.extend(of_shapes(on_gpu));
     cases.extend(of_routers());
     cases.extend(of_both());
+    cases.extend(of_shared_parts());
     cases.extend(of_families());
     cases
 }
@@ -179,6 +180,30 @@ fn of_both() -> Vec<Case> {
     cases
 }
 
+/// A part that is always on, beside experts of the same and of another rank, and beside one expert.
+fn of_shared_parts() -> Vec<Case> {
+    let with = |num_experts, shared_rank| LoraConfig {
+        shared_rank,
+        ..lora(num_experts, 4, Family::Gpt2.modules())
+    };
+    let mut cases = vec![];
+    for (num_experts, rank) in [(3, 4), (3, 9), (1, 4), (1, 9)] {
+        let name = format!("E {num_experts}, r 4, always on {rank}");
+        cases.push(Case { lora: with(num_experts, rank), ..case(&name) });
+    }
+    for source in [RoutingSource::Uniform, RoutingSource::All, RoutingSource::Expert(1)] {
+        let name = format!("{source:?}, always on 9");
+        cases.push(Case { lora: with(3, 9), source, ..case(&name) });
+    }
+    // the routers of new configs
+    let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+    cases.push(Case { lora: with(3, 9), router, ..case("normalising routers, always on 9") });
+    let pissa = LoraConfig { init: LoraInit::Pissa, ..with(3, 9) };
+    let all = Case { lora: pissa, dropout: 0.2, ..case("pissa, always on 9") };
+    cases.push(Case { checkpointing: true, ..all });
+    cases
+}
+
 /// Each family, on which only the head, the loss and the steps are fused, except for GPT-2.
 fn of_families() -> Vec<Case> {
     let mut cases = vec![];
@@ -246,7 +271,8 @@ impl Case {
         compute: impl Into<Compute>,
         tensors: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<RoutedModel> {
-        let specs = ExpertSpec::all(&self.lora, &self.base)?;
+        let mut specs = ExpertSpec::all(&self.lora, &self.base)?;
+        specs.extend(ExpertSpec::of_shared(&self.lora, &self.base)?);
         let router = RouterSpec::from(&self.router);
         let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
         match tensors {
