@@ -13,6 +13,7 @@ mod gradients;
 mod grouped;
 mod loss;
 mod losses;
+mod module_input;
 mod orthogonality;
 mod own_experts;
 mod packing;
