@@ -7,6 +7,7 @@ mod common;
 mod accumulation;
 mod by_hand;
 mod checkpointing;
+mod clips;
 mod experts;
 mod families;
 mod gradients;
