@@ -21,7 +21,7 @@ use crate::common::{
 use crate::{lora, message, of_folder, provenance, three_layers, zeros};
 
 /// Writes `model` to a folder and reads it again on the same base, in `kind`.
-fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
+pub(super) fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), model, &provenance(), Layout::Dylora)?;
@@ -29,7 +29,7 @@ fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
 }
 
 /// Routing by the router and by each expert alone.
-fn sources(model: &RoutedModel) -> Vec<RoutingSource> {
+pub(super) fn sources(model: &RoutedModel) -> Vec<RoutingSource> {
     let experts = (0..model.num_experts()).map(RoutingSource::Expert);
     std::iter::once(RoutingSource::Router).chain(experts).collect()
 }
@@ -55,7 +55,7 @@ const PATTERNS: &str = "
 
 const SINGLE: &str = "num_experts = 1\nuse_rslora = true\nalpha = 3.0";
 
-const ROUTERS: [&str; 9] = [
+pub(super) const ROUTERS: [&str; 9] = [
     "input = 'embeddings'\ntemperature = 0.7",
     "input = 'base_hidden'\ntop_k = 2",
     "input = 'layer_input'",
