@@ -218,8 +218,8 @@ fn a_merged_adapter_is_the_static_mixture_with_it() -> Result<()> {
             let read = read.put_on(&base, Device::Cpu, Kind::Float)?;
             let merged = logits(&read, &two_rows(), &RoutingSource::Router);
             let mixture = logits(&model, &two_rows(), &given(&weights));
-            // OLoRA's large products cancel each other
-            let tolerance = 1e-5 * mixture.abs().max().double_value(&[]).max(1.0);
+            // OLoRA's two products are rounded before one is taken from the other
+            let tolerance = if text.contains("olora") { 1e-4 } else { 1e-5 };
             assert_close(&format!("{text}, {weights:?}"), &merged, &mixture, tolerance);
         }
     }
