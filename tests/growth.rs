@@ -520,3 +520,111 @@ fn a_new_domain_that_gains_nothing_is_reported() {
     optimizer.adapters.learning_rate=5e-3`, and more `--steps`
     ");
 }
+
+/// A mixture with a part that is always on behind its experts.
+fn random_with_shared(text: &str, router: &RouterConfig) -> Result<(Decoder, Mixture)> {
+    let base = tiny_base(tiny_config());
+    let lora = LoraConfig { shared_rank: 3, ..lora(text) };
+    let mut specs = ExpertSpec::all(&lora, &base.spec)?;
+    specs.extend(ExpertSpec::of_shared(&lora, &base.spec)?);
+    let spec = RouterSpec::from(router);
+    let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
+    randomize(&model)?;
+    let mixture = Mixture::new(specs, spec, model.tensors());
+    assert_eq!((mixture.num_experts(), mixture.specs.len()), (3, 4));
+    Ok((base, Mixture { is_whole: true, ..mixture }))
+}
+
+/// Checks that the part that is always on is the last one of `after` and the same as in `before`,
+/// and that routers do not score it.
+fn check_shared(before: &Mixture, after: &Mixture, num_experts: usize) {
+    assert_eq!((after.num_experts(), after.specs.len()), (num_experts, num_experts + 1));
+    assert_eq!(after.specs.last(), before.specs.last());
+    assert!(after.specs[..num_experts].iter().all(|spec| !spec.shared));
+    let own = |mixture: &Mixture| -> BTreeMap<String, Tensor> {
+        let tensors = mixture.tensors.iter().filter(|(name, _)| name.contains(".shared."));
+        tensors.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    };
+    assert!(!own(before).is_empty());
+    assert_eq!(own(after), own(before));
+    for (name, tensor) in after.tensors.iter().filter(|(name, _)| name.contains("router.")) {
+        assert_eq!(tensor.size()[0], num_experts as i64, "{name}");
+    }
+}
+
+#[test]
+fn experts_come_and_go_beside_a_part_that_is_always_on() -> Result<()> {
+    let _generator = seed(320);
+    for input in ROUTER_INPUTS {
+        let (base, mixture) = random_with_shared(SEVERAL, &router(input))?;
+        let whole = put_on(&mixture, &base)?;
+        let alone = |model: &RoutedModel, expert| {
+            logits(model, &two_rows(), &RoutingSource::Expert(expert))
+        };
+        let smaller = without_expert(&mixture, 1)?;
+        check_shared(&mixture, &smaller, 2);
+        let model = put_on(&smaller, &base)?;
+        for (old, new) in [(0, 0), (2, 1)] {
+            assert_close(&format!("{input:?}"), &alone(&model, new), &alone(&whole, old), 1e-12);
+        }
+        let larger = with_expert(&mixture, &base, mixture.specs[0].clone(), &|_| -40.0)?;
+        check_shared(&mixture, &larger, 4);
+        let model = put_on(&larger, &base)?;
+        let (after, _) = routed(&model);
+        let (before, _) = routed(&whole);
+        assert_close(&format!("{input:?}: added"), &after, &before, 1e-6);
+        // a fresh expert adds nothing to what is always on
+        let off = RoutingSource::Given(Tensor::zeros([3], DOUBLE));
+        assert_close("fresh", &alone(&model, 3), &logits(&whole, &two_rows(), &off), 1e-12);
+        // removed again, it is the mixture of before
+        let again =
+            without_expert(&Mixture { tensors: model.tensors(), is_whole: true, ..larger }, 3)?;
+        check_shared(&mixture, &again, 3);
+        let (back, _) = routed(&put_on(&again, &base)?);
+        assert_close(&format!("{input:?}: back"), &back, &before, 1e-12);
+        // down to one and up again, which draws new routers
+        let one = without_expert(&smaller, 0)?;
+        check_shared(&mixture, &one, 1);
+        assert!(!one.tensors.keys().any(|name| name.contains("router")));
+        let (single, _) = routed(&put_on(&one, &base)?);
+        assert_close("one", &single, &alone(&whole, 2), 1e-12);
+        let two = with_expert(&one, &base, mixture.specs[0].clone(), &|_| -40.0)?;
+        check_shared(&mixture, &two, 2);
+        let (both, _) = routed(&put_on(&two, &base)?);
+        assert_close("two", &both, &single, 1e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn experts_are_merged_beside_a_part_that_is_always_on() -> Result<()> {
+    let _generator = seed(321);
+    let (base, mixture) = random_with_shared(PLAIN, &router(RouterInput::LayerInput))?;
+    let model = put_on(&mixture, &base)?;
+    assert_eq!(similarity(&model)?.len(), 3);
+    let plain = Mixture {
+        specs: mixture.specs[..3].to_vec(),
+        tensors: mixture
+            .tensors
+            .iter()
+            .filter(|(name, _)| !name.contains(".shared."))
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect(),
+        router: mixture.router.clone(),
+        base: mixture.base.clone(),
+        ..mixture
+    };
+    let without = put_on(&plain, &base)?;
+    assert_eq!(similarity(&model)?, similarity(&without)?);
+    let Merged { mixture: found, relative_error } = merged(&mixture, 0, 2, [0.25, 0.75])?;
+    let expected = merged(&plain, 0, 2, [0.25, 0.75])?;
+    check_shared(&mixture, &found, 2);
+    assert_eq!(relative_error, expected.relative_error);
+    assert_eq!(found.specs[..2], expected.mixture.specs[..]);
+    for (name, tensor) in &expected.mixture.tensors {
+        assert_eq!(&found.tensors[name], tensor, "{name}");
+    }
+    let refused = merged(&mixture, 0, 3, [0.5, 0.5]).unwrap_err().to_string();
+    assert_eq!(refused, "there is no expert 3, the mixture has 3 from 0");
+    Ok(())
+}
