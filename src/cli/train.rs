@@ -1,7 +1,6 @@
 //! `dylora train`: starts a run from its config, or resumes one.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
@@ -12,6 +11,7 @@ use super::dry_run::dry_run;
 use super::open::{device_name, open_base, open_mixture};
 use super::progress::{LoadBar, TrainBar};
 use super::signals::Interrupt;
+use super::stage::run_stage;
 use super::{Shared, device, print_result, table, token_cache, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
@@ -100,7 +100,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         Start::Resume(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
     };
     let interrupt = Interrupt::listen()?;
-    let summary = run_trainer(&mut trainer, interrupt.flag(), shared)?;
+    let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
     let model_dir = match (config.method, summary.ending) {
         (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
@@ -145,18 +145,6 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
         ),
         Ending::Completed | Ending::StoppedEarly => Ok(()),
     }
-}
-
-/// Runs the trainer with a progress bar.
-pub fn run_trainer(
-    trainer: &mut Trainer,
-    interrupt: &AtomicBool,
-    shared: &Shared,
-) -> Result<Summary> {
-    let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
-    let summary = trainer.run(interrupt, &mut |event| observe(&bar, &event));
-    bar.finish();
-    summary
 }
 
 /// The resolved config and, for a run that is resumed, the folder of its checkpoint.
@@ -280,7 +268,8 @@ fn warn_of_few_steps(config: &Config, data: &Datasets) {
     }
 }
 
-fn observe(bar: &TrainBar, event: &Event<'_>) {
+/// Shows an event of a run.
+pub fn observe(bar: &TrainBar, event: &Event<'_>) {
     match event {
         Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
         Event::Evaluating(..) | Event::Window(_) => {}
