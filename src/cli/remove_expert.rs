@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 
@@ -13,7 +13,7 @@ use super::train::load_data;
 use super::{Shared, device, table, usage};
 use crate::checkpoint::{self, Preferred};
 use crate::config::DeviceChoice;
-use crate::lifecycle::shrink::{Change, ShrinkingMixture};
+use crate::lifecycle::shrink::{Change, ShrinkingMixture, without_use};
 use crate::train::check_new_run;
 
 /// The arguments of both commands.
@@ -90,6 +90,17 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     let smaller = shrunk.model(&weights, device)?;
     let after = validate(&smaller, &data.validation, shrunk.config(), shared)?;
     drop(smaller);
+    if let (Some(merged), Some(after)) = (shrunk.merged(), &after) {
+        let without = |expert| {
+            let model = shrinking.without(expert, &weights, device)?;
+            let report = validate(&model, &data.validation, shrunk.config(), shared)?;
+            report.map(|report| report.loss).context("there is validation data")
+        };
+        let without = [without(merged[0])?, without(merged[1])?];
+        if let Some(message) = without_use(merged, after.loss, without) {
+            bail!("{message}");
+        }
+    }
 
     let (name, message) = (shrunk.name().to_owned(), shrunk.message().to_owned());
     let trainer = shrinking.stage(shrunk, &base, data, device, before.as_ref(), after.as_ref())?;

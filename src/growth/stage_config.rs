@@ -86,7 +86,7 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
 }
 
 /// Divides the replay in the config of a stage that adds an expert among the replayed domains, in
-/// proportion to `1 + 2 max(c, 0)`, where c is the cosine of the domain's skill and that of the new
+/// proportion to `1 + 4 max(c, 0)^2`, where c is the cosine of the domain's skill and that of the new
 /// one. A domain like the new one shares tokens with it by which a router cannot tell them apart, so
 /// it needs more of its own to keep its loss. If their weights differ already, because the user has
 /// set them, they stay.
@@ -103,7 +103,7 @@ pub fn divide_replay(config: &mut Config, cosine: &dyn Fn(&str) -> f64) {
     }
     let replay: f64 = domains.iter().map(|domain| domain.weight).sum();
     let needs: Vec<f64> =
-        domains.iter().map(|domain| 1.0 + 2.0 * cosine(&domain.name).max(0.0)).collect();
+        domains.iter().map(|domain| 1.0 + 4.0 * cosine(&domain.name).max(0.0).powi(2)).collect();
     let sum: f64 = needs.iter().sum();
     for (domain, need) in domains.iter_mut().zip(needs) {
         domain.weight = replay * need / sum;

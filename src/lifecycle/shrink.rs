@@ -7,7 +7,7 @@ use tch::Device;
 
 use crate::base::Base;
 use crate::checkpoint::{self, TrainState, checkpoint_base, load_mixture};
-use crate::config::Config;
+use crate::config::{Config, DomainConfig};
 use crate::data::Datasets;
 use crate::eval::EvalReport;
 use crate::growth::skills::SkillLibrary;
@@ -70,6 +70,11 @@ impl Shrunk {
         &self.config
     }
 
+    /// The two experts that were merged; `None` if an expert was removed.
+    pub fn merged(&self) -> Option<[usize; 2]> {
+        Some([self.changed.merged_into?, self.changed.gone])
+    }
+
     /// The model of the smaller mixture.
     pub fn model(&self, weights: &Decoder, device: Device) -> Result<RoutedModel> {
         self.changed.mixture.put_on(weights, device, kind_of(self.config.base.dtype))
@@ -118,11 +123,33 @@ impl ShrinkingMixture {
         run_dir: PathBuf,
     ) -> Result<Shrunk> {
         let mut changed = changed(change, &self.mixture, model, before)?;
+        if changed.merged_into.is_none() {
+            changed.message += &self.left_alone(changed.gone);
+        }
         let temperature = self.mixture.router.temperature;
         let (gone, into) = (changed.gone, changed.merged_into);
         let config = stage_config::shrunk_config(&self.config, temperature, gone, into, run_dir)?;
         stage_config::set_trainable(&mut changed.mixture.specs, &config);
         Ok(Shrunk { changed, config })
+    }
+
+    /// Names the domains that have lost their only expert.
+    fn left_alone(&self, gone: usize) -> String {
+        let has_lost = |domain: &&DomainConfig| {
+            domain.expert.as_ref().is_some_and(|of| of.experts() == [gone as i64])
+        };
+        let lost = self.config.data.domains.iter().filter(has_lost);
+        let names: Vec<String> = lost.map(|domain| format!("`{}`", domain.name)).collect();
+        if names.is_empty() {
+            return String::new();
+        }
+        format!("; all that are left now serve {}, which had no other", names.join(" and "))
+    }
+
+    /// The model of the mixture from which an expert is removed instead of a merge.
+    pub fn without(&self, expert: usize, weights: &Decoder, device: Device) -> Result<RoutedModel> {
+        let mixture = growth::without_expert(&self.mixture, expert)?;
+        mixture.put_on(weights, device, kind_of(self.config.base.dtype))
     }
 
     /// The run of the stage that begins with the smaller mixture.
@@ -148,6 +175,26 @@ impl ShrinkingMixture {
         stage.losses = after.map(EvalReport::domain_losses).unwrap_or_default();
         Trainer::next_stage(config, base, &changed.mixture, data, device, history, stage)
     }
+}
+
+/// The share of its loss by which a removal must be better than a merge to be told.
+const MIN_GAIN: f64 = 0.01;
+
+/// A message for the user if a merge brings nothing, because the loss is lower where one of the two
+/// experts is removed instead.
+///
+/// - `after`: the mean loss after the merge, nats
+/// - `without`: the mean loss without each of the two experts instead
+pub fn without_use(merged: [usize; 2], after: f64, without: [f64; 2]) -> Option<String> {
+    let [a, b] = merged;
+    let (expert, least) = if without[0] < without[1] { (a, without[0]) } else { (b, without[1]) };
+    (least < after * (1.0 - MIN_GAIN)).then(|| {
+        format!(
+            "merging expert_{a} and expert_{b} brings nothing: the mean loss would be {after:.4}, \
+             and without expert_{expert} instead it is {least:.4}\nhint: name experts that are more \
+             alike with `--experts A,B`, or use `remove-expert --expert {expert}`"
+        )
+    })
 }
 
 /// Checks that the experts of `change` exist and that an expert will be left.

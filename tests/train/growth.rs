@@ -364,7 +364,9 @@ fn a_stage_whose_seeding_goes_on_resumes_to_the_bit() -> Result<()> {
     assert_eq!(unbroken.state.column_opened_at, Some(4));
     let third: Vec<(u64, Vec<f64>)> = windows(&extended)?
         .into_iter()
-        .filter_map(|mut window| Some((window.step, window.domain_routing_weights.remove("third")?)))
+        .filter_map(|mut window| {
+            Some((window.step, window.domain_routing_weights.remove("third")?))
+        })
         .collect();
     for (step, weights) in third {
         assert_eq!(weights == [0.0, 0.0, 1.0], step <= 4, "step {step}: {weights:?}");

@@ -4,8 +4,10 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result};
+use dylora::checkpoint::{read_config, read_state};
 use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::Value;
+use tch::Tensor;
 
 use crate::growth::third_domain;
 use crate::{World, alone, train};
@@ -92,6 +94,7 @@ fn experts_come_and_go_by_commands() -> Result<()> {
     a_known_skill_gets_no_expert_and_a_forced_one_no_tokens(&life)?;
     an_expert_that_brings_nothing_is_rejected(&life)?;
     an_expert_is_added(&life)?;
+    a_merge_that_is_worse_than_a_removal_is_refused(&life)?;
     experts_are_removed_and_merged(&life)?;
     an_expert_is_added_without_validation_files(&life)
 }
@@ -254,10 +257,7 @@ fn an_expert_that_brings_nothing_is_rejected(life: &Life) -> Result<()> {
     }
     let run = life.world.path("nothing");
     fs_err::create_dir(run.join("checkpoints"))?;
-    fs_err::rename(
-        run.join("rejected/step-00000001"),
-        run.join("checkpoints/step-00000001"),
-    )?;
+    fs_err::rename(run.join("rejected/step-00000001"), run.join("checkpoints/step-00000001"))?;
     let (code, message) = life.fault(&["train", "--resume", "nothing"])?;
     assert_eq!(code, Some(1), "{message}");
     assert!(message.contains("error: the new expert brings `third` nothing"), "{message}");
@@ -299,27 +299,52 @@ fn an_expert_is_added(life: &Life) -> Result<()> {
     Ok(())
 }
 
-/// Makes expert 2 in the last checkpoint of the run `three` a copy of expert 0, and also its router
-/// column. Returns the path of the checkpoint.
-fn with_a_double(life: &Life) -> Result<String> {
+/// Changes expert 2 in the last checkpoint of the run `three`. Returns the path of the checkpoint.
+///
+/// - `expert`: makes one of its tensors from that of expert 0
+/// - `copies_column`: whether it also gets the router column of expert 0
+fn with_another(
+    life: &Life,
+    expert: &dyn Fn(&Tensor) -> Tensor,
+    copies_column: bool,
+) -> Result<String> {
     let dir = life.world.path("three/checkpoints/step-00000002");
     let mut tensors = read_tensors(&dir.join("model.safetensors"))?;
     let copies: Vec<_> = tensors
         .iter()
         .filter(|(name, _)| name.contains(".expert_0."))
-        .map(|(name, tensor)| (name.replace(".expert_0.", ".expert_2."), tensor.copy()))
+        .map(|(name, tensor)| (name.replace(".expert_0.", ".expert_2."), expert(tensor)))
         .collect();
     tensors.extend(copies);
     for (name, tensor) in tensors.iter().filter(|(name, _)| name.starts_with("router")) {
         assert_eq!(tensor.size()[0], 3, "{name}");
-        tensor.get(2).copy_(&tensor.get(0));
+        tensor.get(2).copy_(&tensor.get(if copies_column { 0 } else { 2 }));
     }
     write_tensors(&dir.join("model.safetensors"), tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
     Ok(dir.to_str().context("UTF-8")?.to_owned())
 }
 
+/// An expert of noise, which the third domain gets, spoils the other domains if it is merged. To
+/// remove it is better.
+fn a_merge_that_is_worse_than_a_removal_is_refused(life: &Life) -> Result<()> {
+    let checkpoint = with_another(life, &|tensor| tensor.randn_like(), false)?;
+    let merge = ["merge-experts", "--checkpoint", &checkpoint, "--experts", "0,2", "--out", "bad"];
+    let (code, message) = life.fault(&merge)?;
+    assert_eq!(code, Some(1), "{message}");
+    for said in [
+        "error: merging expert_0 and expert_2 brings nothing: the mean loss would be ",
+        ", and without expert_2 instead it is ",
+        "\nhint: name experts that are more alike with `--experts A,B`, or use `remove-expert \
+         --expert 2`",
+    ] {
+        assert!(message.contains(said), "{said}\n{message}");
+    }
+    assert!(!life.world.path("bad").exists());
+    Ok(())
+}
+
 fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
-    let checkpoint = with_a_double(life)?;
+    let checkpoint = with_another(life, &Tensor::copy, true)?;
     let merged = life.json(&["merge-experts", "--checkpoint", &checkpoint, "--out", "merged"])?;
     assert_eq!(merged["change"], "merge expert_0 expert_2");
     let message = merged["message"].as_str().context("text")?;
@@ -371,6 +396,81 @@ fn experts_are_removed_and_merged(life: &Life) -> Result<()> {
     let added = life.json(&[&add[..], &more[..]].concat())?;
     assert_eq!(added["expert"], 1);
     assert!(added["largest_new_prob"].as_f64() <= Some(1.001e-8), "{added}");
+    Ok(())
+}
+
+/// The experts of each domain in a run's last checkpoint.
+fn experts_of_domains(life: &Life, run: &str) -> Result<Vec<Vec<i64>>> {
+    let config = read_config(&life.world.path(run).join("checkpoints/last"))?;
+    let experts = config.data.domains.iter().map(|domain| match &domain.expert {
+        Some(experts) => experts.experts().to_vec(),
+        None => vec![],
+    });
+    Ok(experts.collect())
+}
+
+/// Each domain has two experts, which the routers are taught, beside a part that is always on.
+#[test]
+fn experts_of_domains_come_and_go_beside_a_part_that_is_always_on() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    third_domain(&world)?;
+    let overrides = [
+        "lora.num_experts=4",
+        "lora.shared_rank=2",
+        "router.domain_supervision=0.5",
+        "router.input=layer_input",
+        "router.scope=layer",
+        "train.duration={steps=3}",
+    ];
+    train(&world.config("two", &overrides)?, None)?;
+    let life = Life { world };
+    assert_eq!(experts_of_domains(&life, "two")?, [[0, 1], [2, 3]]);
+    let added = life.json(&[&ADD[..], &["--out", "three", "--threshold", "1"]].concat())?;
+    assert_eq!(added["expert"], 4);
+    let of = |run: &str| experts_of_domains(&life, run);
+    assert_eq!(of("three")?, [vec![0, 1], vec![2, 3], vec![4]]);
+
+    let merge = ["merge-experts", "--checkpoint", "three", "--out", "merged", "--experts", "1,2"];
+    life.json(&merge)?;
+    assert_eq!(of("merged")?, [vec![0, 1], vec![1, 2], vec![3]]);
+    goes_on(&life, "merged", 4)?;
+    let remove = ["remove-expert", "--checkpoint", "three", "--out", "removed", "--expert", "4"];
+    let removed = life.json(&remove)?;
+    let said = "; all that are left now serve `third`, which had no other";
+    assert!(removed["message"].as_str().context("text")?.ends_with(said), "{removed}");
+    assert_eq!(of("removed")?, [vec![0, 1], vec![2, 3], vec![0, 1, 2, 3]]);
+    goes_on(&life, "removed", 4)?;
+    // a mixture that lost an expert gains one again
+    let again = ["add-expert", "--checkpoint", "removed", "--data", "third.train.jsonl"];
+    let more = ["--steps", "2", "--threshold", "1", "--out", "again"];
+    life.json(&[&again[..], &more[..]].concat())?;
+    assert_eq!(of("again")?, [vec![0, 1], vec![2, 3], vec![4]]);
+    goes_on(&life, "again", 5)
+}
+
+/// Checks that a mixture is evaluated with the domain supervision, exported and trained further, and
+/// that it still has the part that is always on.
+fn goes_on(life: &Life, run: &str, num_experts: u64) -> Result<()> {
+    let dir = life.world.path(run).join("checkpoints/last");
+    let shared = |name: &String| name.contains(".shared.");
+    let tensors = read_tensors(&dir.join("model.safetensors"))?;
+    assert!(tensors.iter().any(|(name, _)| shared(name)));
+    let report = life.json(&["eval", "--checkpoint", run])?;
+    assert!(report["domain_supervision"].is_number(), "{run}: {report}");
+    let weights = report["routing"]["mean_routing_weights"].as_array().context("a list")?;
+    assert_eq!(weights.len() as u64, num_experts);
+    let steps = read_state(&dir)?.step + 2;
+    let duration = format!("train.duration={{steps={steps}}}");
+    let resumed = life.json(&["train", "--resume", run, "--set", &duration])?;
+    assert_eq!((&resumed["ending"], &resumed["step"]), (&"completed".into(), &steps.into()));
+    let trained = read_tensors(&life.world.path(run).join("checkpoints/last/model.safetensors"))?;
+    let moved = trained.iter().filter(|(name, tensor)| {
+        tensors.iter().any(|(other, before)| other == *name && before != *tensor)
+    });
+    let moved: Vec<&String> = moved.map(|(name, _)| name).collect();
+    assert!(moved.iter().any(|name| shared(name)), "{moved:?}");
+    assert!(moved.iter().any(|name| name.contains(".expert_0.")), "{moved:?}");
     Ok(())
 }
 

@@ -13,6 +13,7 @@ use dylora::growth::stage_config::{
     Growth, divide_replay, grown_config, is_trainable, shrunk_config,
 };
 use dylora::growth::stages::{Stage, forgetting};
+use dylora::lifecycle::shrink::without_use;
 
 /// A config of three experts on two domains; the second expert has another rank than the others.
 fn config(overrides: &[&str]) -> Result<Config> {
@@ -204,6 +205,46 @@ fn a_shrunk_config_has_one_expert_less_and_rules_that_fit() -> Result<()> {
     let last = shrunk_config(&without, 1.0, 0, None, "/new".into())?;
     assert_eq!((last.router.top_k, last.router.eval), (Some(1), Some(EvalRule::TopK(1))));
     Ok(())
+}
+
+#[test]
+fn the_experts_of_domains_follow_their_numbers() -> Result<()> {
+    let names = |experts: [&str; 3]| {
+        let domain = |(name, of): (&str, &str)| {
+            format!("{{name=\"{name}\", train=[\"/{name}\"], expert={of}}}")
+        };
+        let domains: Vec<String> = ["a", "b", "c"].into_iter().zip(experts).map(domain).collect();
+        format!("data.domains=[{}]", domains.join(", "))
+    };
+    let domains = names(["[0, 1]", "[2, 3]", "4"]);
+    let old = config(&["lora.num_experts=5", &domains])?;
+    let of = |expert, merged_into| -> Result<Vec<Vec<i64>>> {
+        let shrunk = shrunk_config(&old, 1.0, expert, merged_into, "/new".into())?;
+        let experts = shrunk.data.domains.iter().map(|domain| domain.expert.as_ref());
+        Ok(experts.map(|of| of.expect("it has experts").experts().to_vec()).collect())
+    };
+    // removed: one of two, and the only one of a domain, which is then free to choose
+    assert_eq!(of(0, None)?, [vec![0], vec![1, 2], vec![3]]);
+    assert_eq!(of(3, None)?, [vec![0, 1], vec![2], vec![3]]);
+    assert_eq!(of(4, None)?, [vec![0, 1], vec![2, 3], vec![0, 1, 2, 3]]);
+    // merged: two of a domain, two of different domains, and the only one of a domain
+    assert_eq!(of(1, Some(0))?, [vec![0], vec![1, 2], vec![3]]);
+    assert_eq!(of(2, Some(1))?, [vec![0, 1], vec![1, 2], vec![3]]);
+    assert_eq!(of(4, Some(3))?, [vec![0, 1], vec![2, 3], vec![3]]);
+    Ok(())
+}
+
+#[test]
+fn a_merge_is_useless_only_if_a_removal_is_better() {
+    let message = |without| without_use([1, 3], 0.8, without);
+    assert_eq!(message([0.9, 0.8]), None);
+    // less than a hundredth better
+    assert_eq!(message([0.9, 0.795]), None);
+    insta::assert_snapshot!(message([0.7, 0.79]).expect("a removal is better"), @"
+    merging expert_1 and expert_3 brings nothing: the mean loss would be 0.8000, and without \
+    expert_1 instead it is 0.7000
+    hint: name experts that are more alike with `--experts A,B`, or use `remove-expert --expert 1`
+    ");
 }
 
 #[test]
