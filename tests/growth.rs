@@ -501,23 +501,32 @@ fn what_cannot_be_merged_is_named() -> Result<()> {
     Ok(())
 }
 
+/// What counts is the loss before the stage or that of the base, whichever is lower.
 #[test]
 fn a_new_domain_that_gains_nothing_is_reported() {
-    let stage = |loss: f64| {
-        let mut stage = Stage::new("add verse", vec!["verse".into()], 3);
-        stage.step = 100;
-        stage.losses.insert("verse".into(), loss);
-        [stage]
+    let stages = |before: f64, loss: f64| {
+        let of = |name: &str, step, loss| {
+            let mut stage = Stage::new(name, vec!["verse".into()], 3);
+            stage.step = step;
+            stage.losses.insert("verse".into(), loss);
+            stage
+        };
+        [of("train", 200, before), of("add verse", 100, loss)]
     };
-    assert_eq!(without_gain(&stage(2.19), "verse", 2.1935), None);
-    assert_eq!(without_gain(&stage(2.1935), "code", 2.1935), None);
-    assert!(without_gain(&stage(2.2), "verse", 2.1935).is_some());
-    let message = without_gain(&stage(2.1934), "verse", 2.1935).expect("it gained too little");
+    assert_eq!(without_gain(&stages(2.1935, 2.19), "verse", 2.5), None);
+    assert_eq!(without_gain(&stages(2.8, 2.19), "verse", 2.1935), None);
+    assert_eq!(without_gain(&stages(2.1935, 2.1935), "code", 2.1935), None);
+    assert!(without_gain(&stages(2.1935, 2.1934), "verse", 2.5).is_some());
+    // without an evaluation before the stage, the base alone counts
+    assert_eq!(without_gain(&stages(0.0, 2.0)[1..], "verse", 2.5), None);
+    let message = without_gain(&stages(0.0, 2.5)[1..], "verse", 2.5).expect("it gained nothing");
+    assert!(message.contains("its loss is 2.5000 at step 100, and is 2.5000 by"), "{message}");
+    let message = without_gain(&stages(2.8, 2.5), "verse", 2.1935).expect("the base is better");
     insta::assert_snapshot!(message, @"
-    the new expert brings `verse` nothing: its loss was 2.1935 before and is 2.1934 at step 100
-    hint: the router gave the expert too little weight to learn; begin again with a higher rate, \
-    such as `--set optimizer.router.learning_rate=2e-2 --set \
-    optimizer.adapters.learning_rate=5e-3`, and more `--steps`
+    the new expert brings `verse` nothing: its loss is 2.5000 at step 100, was 2.8000 before, and \
+    is 2.1935 by the base alone
+    hint: begin again with more `--steps` or a higher rate, such as `--set \
+    optimizer.adapters.learning_rate=5e-3`
     ");
 }
 
