@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The growth table: whether `dylora add-expert` brings a new skill, whatever the mixture was.
 
-    scripts/growth_table.py DYLORA [OUT] [--jobs 2] [--device cpu] [--minutes 30]
+    scripts/growth_table.py DYLORA [OUT] [--jobs 2] [--device cpu] [--minutes 30] [--only PATTERN]
     scripts/growth_table.py table [OUT]
 
 Each cell trains three experts on three domains of the demo (benchmarks/growth/demo.toml, 200 steps)
@@ -15,6 +15,7 @@ again, so that the table can be made in parts. `table` prints it as markdown.
 import argparse
 import itertools
 import random
+import re
 import sys
 
 from resumable import ROOT, Dylora, Failed, Study, markdown
@@ -54,22 +55,26 @@ def files(split):
     return f"demo/data/{NEW}.{split}.jsonl"
 
 
-def single(dylora, dir):
+def train(dylora, steps, sets):
+    dylora.json("train", "--config", CONFIG, sets=[*sets, f"train.duration={{steps={steps}}}"])
+
+
+def single(dylora, steps, dir):
     """The losses of the new domain by the base, and by a single LoRA trained on it alone."""
     domain = f'{{name="{NEW}", train=["{files("train")}"], validation={{files=["{files("validation")}"]}}}}'
-    sets = [f"run.dir={dir}", f"data.domains=[{domain}]", "lora.num_experts=1"]
-    dylora.json("train", "--config", CONFIG, sets=sets)
+    train(dylora, steps, [f"run.dir={dir}", f"data.domains=[{domain}]", "lora.num_experts=1"])
     loss = lambda *more: dylora.json("eval", "--checkpoint", dir, *more)["loss"]
     return {"base": loss("--routing", "none"), "single": loss()}
 
 
-def cell(dylora, settings, dir, reference):
+def cell(dylora, steps, settings, dir, reference):
     """Trains a mixture, adds the new domain, and compares the result with the single LoRA."""
-    dylora.json("train", "--config", CONFIG, sets=[f"run.dir={dir}/three", *settings])
+    train(dylora, steps, [f"run.dir={dir}/three", *settings])
     result = {"settings": settings}
     files_of = ["--data", files("train"), "--validation", files("validation")]
     try:
-        added = dylora.json("add-expert", "--checkpoint", dir / "three", *files_of, "--out", dir / "four")
+        add = ["--checkpoint", dir / "three", "--out", dir / "four", "--steps", steps]
+        added = dylora.json("add-expert", *add, *files_of)
     except Failed as error:
         if error.code != 1:
             raise
@@ -138,18 +143,20 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=30, help="no cell begins after this time")
-    parser.add_argument("--only", default="", help="only cells whose name has this part")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only cells whose name it matches")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
     args = parser.parse_args()
     study = Study(f"{args.out}/cells.jsonl")
     if args.dylora == "table":
         return table(study.results())
     dylora = Dylora(args.dylora, args.device)
-    study.run({"single": None}, lambda _, __, dir: single(dylora, dir), 1, 60, lambda result: str(result))
+    reference_of = lambda _, __, dir: single(dylora, args.steps, dir)
+    study.run({"single": None}, reference_of, 1, 60, lambda result: str(result))
     reference = study.results().get("single")
     if reference is None:
         sys.exit("the single LoRA, with which each cell is compared, could not be trained")
-    work = lambda _, settings, dir: cell(dylora, settings, dir, reference)
-    todo = {name: settings for name, settings in cells().items() if args.only in name}
+    work = lambda _, settings, dir: cell(dylora, args.steps, settings, dir, reference)
+    todo = {name: of for name, of in cells().items() if re.search(args.only, name)}
     left = study.run(todo, work, args.jobs, args.minutes, show)
     print(f"{left} of {len(todo)} cells left")
 
