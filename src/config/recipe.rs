@@ -15,6 +15,9 @@ impl Config {
         if self.train.routing != RoutingChoice::Router {
             return Some("the router does not decide");
         }
+        if !self.router.trainable {
+            return Some("the router is not trained, by `router.trainable`");
+        }
         if self.lora.experts_per_layer.is_some() {
             return Some("layers have experts of their own, by `lora.experts_per_layer`");
         }

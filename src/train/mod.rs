@@ -103,7 +103,7 @@ pub struct Summary {
     /// The last checkpoint.
     pub checkpoint: PathBuf,
     /// BLAKE3 of everything frozen: the base, in the dtype that it computed in, and the frozen
-    /// experts. It is the same before and after the run. `None` if the base itself was trained.
+    /// experts and routers. It is the same before and after the run. `None` if the base itself was trained.
     pub frozen_hash: Option<String>,
 }
 
