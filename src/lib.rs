@@ -80,4 +80,5 @@ pub mod train;
 pub mod lifecycle;
 
 pub mod bench;
+pub mod study;
 pub mod cli;

@@ -33,6 +33,7 @@ pub use lora::{
 };
 pub use modules::{Family, TargetModule};
 pub use names::ModuleName;
+pub use recipe::DOMAIN_SUPERVISION;
 pub use paths::{ModulePath, ModulePattern};
 pub use routing::{
     EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInit, RouterInput, RouterNoise,

@@ -1,0 +1,3 @@
+//! Studies: the configs of their arms, what they report, and whole studies of a tiny base.
+
+mod arms;
