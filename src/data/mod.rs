@@ -130,6 +130,17 @@ pub struct HalvedDatasets {
     pub report: TokenDataset,
 }
 
+impl HalvedDatasets {
+    /// A hash over the [fingerprints](TokenDataset::fingerprint) of all three.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for dataset in [&self.train, &self.selection, &self.report] {
+            hasher.update(dataset.fingerprint().as_bytes());
+        }
+        hasher.finalize().to_string()
+    }
+}
+
 /// Files to evaluate on.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DomainFiles {

@@ -310,10 +310,15 @@ impl Trainer {
         &self.model
     }
 
+    /// The run's data, after which it cannot be trained on.
+    pub fn into_data(self) -> Datasets {
+        self.data
+    }
+
     /// Trains to the end, or until `interrupt` is set. `observe` receives every event.
     ///
     /// # Errors
-    /// Fails if a loss or gradient is NaN or infinite, if a frozen tensor has changed, or if a file
+    /// Fails if a loss or gradient is NaN or infinite ([`step::NotFinite`]), if a frozen tensor has changed, or if a file
     /// cannot be written. The last checkpoint then stays whole and in place.
     pub fn run(
         &mut self,

@@ -32,7 +32,7 @@ const MIXTURE: &str = r#"
     eval_every_steps = 50
 "#;
 
-fn mixture(overrides: &[&str]) -> Config {
+pub(crate) fn mixture(overrides: &[&str]) -> Config {
     let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
     resolve(MIXTURE, &overrides).expect("the config is valid")
 }
@@ -218,8 +218,9 @@ fn a_config_of_which_no_study_can_be_made_is_refused_by_name() {
     let evaluated = "data.domains=[{name=\"a\",train=[\"/a\"],weight=0,\
                      validation={fraction=0.1}},\
                      {name=\"b\",train=[\"/b\"],validation={fraction=0.1}}]";
-    insta::assert_snapshot!(said(&[evaluated]), @"
-    `data.domains[0].weight` must be above 0 for a study, whose arms are compared on what they \
-    trained on
-    ");
+    insta::assert_snapshot!(
+        said(&[evaluated]),
+        @"`data.domains[0].weight` must be above 0 for a study, whose arms are compared on what they \
+          trained on"
+    );
 }
