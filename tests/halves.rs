@@ -105,10 +105,8 @@ fn the_halves_are_disjoint_and_together_the_whole_validation_set() -> Result<()>
 fn added_data_and_another_seed_move_no_document_to_the_other_half() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let train = write(dir.path(), "train.jsonl", 0..4)?;
-    let (few, many) = (
-        write(dir.path(), "few.jsonl", 100..150)?,
-        write(dir.path(), "many.jsonl", 100..250)?,
-    );
+    let (few, many) =
+        (write(dir.path(), "few.jsonl", 100..150)?, write(dir.path(), "many.jsonl", 100..250)?);
     let halves = |file: &String, seed| {
         load(&[domain("a", train.clone(), Validation::Files(vec![file.clone()]))], seed)
     };

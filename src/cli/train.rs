@@ -56,8 +56,9 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     check_config_stays(&args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
-    let ready =
-        ReadyRun::open(config, resume_from, shared, |config, base| load_data(config, base, shared))?;
+    let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
+        load_data(config, base, shared)
+    })?;
     let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
         return dry_run(config, specs, base, data, args.json);

@@ -179,15 +179,14 @@ impl RoutedModel {
         let modules = model.experts.iter().map(|experts| experts.modules.keys().copied().collect());
         let routed = &specs[..num_routed(specs)];
         let kind = wide(kind);
-        model.routers =
-            Routers::new(router, routed, modules.collect(), &base.spec, kind, device);
+        model.routers = Routers::new(router, routed, modules.collect(), &base.spec, kind, device);
         model.specs = specs.to_vec();
         model.prepare_fused();
         model
     }
 
-    /// BLAKE3 hash of what is not trained: the base, and the frozen experts and routers if there are
-    /// any.
+    /// BLAKE3 hash of what is not trained: the base, and the frozen experts and routers if there
+    /// are any.
     pub fn frozen_hash(&self) -> Result<String> {
         self.frozen_hash_beside(self.decoder.hash()?)
     }

@@ -173,8 +173,8 @@ fn set_single(config: &mut Config, rank: i64) {
     };
 }
 
-/// Takes the experts from the domains. The ranks then do not follow the domains' sizes either, which
-/// leaves their sum as it is.
+/// Takes the experts from the domains. The ranks then do not follow the domains' sizes either; their
+/// sum stays the same.
 fn leave_domains(config: &mut Config) {
     config.router.domain_supervision = Some(0.0);
     config.lora.capacity = Capacity::Even;
@@ -266,12 +266,17 @@ pub fn check(config: &Config) -> Result<()> {
     for (i, domain) in domains.iter().enumerate() {
         if domain.validation.is_none() {
             let key = format!("data.domains[{i}].validation");
-            add(&key, "is needed for a study: rates are chosen on one half of it, and losses are \
-                       reported on the other");
+            add(
+                &key,
+                "is needed for a study: rates are chosen on one half of it, and losses are \
+                       reported on the other",
+            );
         }
         if domain.weight == 0.0 {
             let key = format!("data.domains[{i}].weight");
-            add(&key, "must be above 0 for a study, whose arms are compared on what they trained on");
+            let fault =
+                "must be above 0 for a study, whose arms are compared where they are trained";
+            add(&key, fault);
         }
     }
     if faults.is_empty() { Ok(()) } else { bail!(faults.join("\n")) }

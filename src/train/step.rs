@@ -127,8 +127,8 @@ impl Stepper {
     /// Waits for a step and fetches its results.
     ///
     /// # Errors
-    /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the optimizer and the
-    /// selection biases are then as before the step.
+    /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the
+    /// optimizer and the selection biases are then as before the step.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
         let StepInFlight { output, label_counts, supervised_tokens, .. } = pending;
         let StepOutput { numbers, parts } = output;

@@ -66,8 +66,7 @@ fn single_loras_have_the_total_and_the_active_rank_at_the_same_scaling() {
         (&["lora.capacity=by_domain"], 35, 11),
     ] {
         let mixture = mixture(overrides);
-        for (arm, rank) in
-            [(Arm::Single, total), (Arm::SingleActive, active), (Arm::PerDomain, 8)]
+        for (arm, rank) in [(Arm::Single, total), (Arm::SingleActive, active), (Arm::PerDomain, 8)]
         {
             let lora = config(arm, &mixture).lora;
             assert_eq!((lora.rank, lora.num_experts, lora.shared_rank), (rank, 1, 0));
@@ -177,9 +176,8 @@ fn a_domain_alone_has_its_share_of_the_steps() {
 
 #[test]
 fn a_config_of_which_no_study_can_be_made_is_refused_by_name() {
-    let said = |overrides: &[&str]| {
-        check(&mixture(overrides)).expect_err("it is refused").to_string()
-    };
+    let said =
+        |overrides: &[&str]| check(&mixture(overrides)).expect_err("it is refused").to_string();
     check(&mixture(&[])).expect("it is accepted");
     insta::assert_snapshot!(said(&[
         "lora.experts=[{rank=4}]",
@@ -220,7 +218,7 @@ fn a_config_of_which_no_study_can_be_made_is_refused_by_name() {
                      {name=\"b\",train=[\"/b\"],validation={fraction=0.1}}]";
     insta::assert_snapshot!(
         said(&[evaluated]),
-        @"`data.domains[0].weight` must be above 0 for a study, whose arms are compared on what they \
-          trained on"
+        @"`data.domains[0].weight` must be above 0 for a study, whose arms are compared where \
+          they are trained"
     );
 }

@@ -2,3 +2,4 @@
 
 mod arms;
 mod report;
+mod whole;

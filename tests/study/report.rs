@@ -104,7 +104,8 @@ fn of_equal_losses_the_smaller_rate_is_kept_and_diverged_ones_never_are() -> Res
     let kept = |outcome: &dyn Fn(f64) -> Outcome| -> Result<Option<f64>> {
         Ok(plan.kept_rate(Arm::Single, &make(&plan, |run| outcome(run.id.factor))?))
     };
-    assert_eq!(kept(&|factor| measured(if factor < 1.0 { 2.0 } else { 1.0 }, 0.0, None))?, Some(1.0));
+    let equal = |factor: f64| measured(if factor < 1.0 { 2.0 } else { 1.0 }, 0.0, None);
+    assert_eq!(kept(&equal)?, Some(1.0));
     let diverged = || Outcome::Diverged("loss NaN".into());
     assert_eq!(
         kept(&|factor| if factor < 2.0 { diverged() } else { measured(9.0, 9.0, None) })?,
