@@ -78,8 +78,8 @@ enum Command {
     MergeExperts(remove_expert::MergeExpertsArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
-    /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms with
-    /// the same chances, and compare them.
+    /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms
+    /// with the same chances, and compare them.
     Study(study::StudyArgs),
     /// Make one run of a study. `dylora study` starts it.
     #[command(hide = true)]

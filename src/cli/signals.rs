@@ -1,5 +1,5 @@
-//! Signals that end a training run or a study. The first signal asks it to save and stop; the second
-//! ends the process at once.
+//! Signals that end a training run or a study. The first signal asks it to save and stop; the
+//! second ends the process at once.
 
 use std::fmt;
 use std::path::Path;

@@ -35,6 +35,9 @@ const LOCK: &str = ".lock";
 /// Time between two looks at the processes.
 const POLL: Duration = Duration::from_millis(100);
 
+/// The factors of the learning rate that are tried by default.
+const RATES: [f64; 3] = [0.5, 1.0, 2.0];
+
 /// Arguments of `dylora study`.
 #[derive(Debug, Args)]
 pub struct StudyArgs {
@@ -49,7 +52,7 @@ pub struct StudyArgs {
     seeds: u64,
     /// Factors of `optimizer.adapters.learning_rate` (for the arm `full`, of
     /// `optimizer.base.learning_rate`) that each arm tries with the first seed.
-    #[arg(long, value_name = "FACTOR,..", value_delimiter = ',', default_values_t = [0.5, 1.0, 2.0])]
+    #[arg(long, value_name = "FACTOR,..", value_delimiter = ',', default_values_t = RATES)]
     rates: Vec<f64>,
     /// Number of runs at a time.
     #[arg(long, value_name = "N", default_value_t = 1)]

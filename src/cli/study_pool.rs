@@ -150,7 +150,8 @@ mod tests {
 
     #[test]
     fn the_last_step_is_found_even_if_its_line_is_cut_off() {
-        let lines = "0.5}\n{\"kind\":\"train\",\"step\":8,\"loss\":1.5}\n{\"kind\":\"train\",\"step\":9,\"lo";
+        let lines = "0.5}\n{\"kind\":\"train\",\"step\":8,\"loss\":1.5}\n\
+                     {\"kind\":\"train\",\"step\":9,\"lo";
         assert_eq!(step_in(lines), Some(9));
         assert_eq!((step_in(""), step_in("{\"step\":")), (None, None));
     }

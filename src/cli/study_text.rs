@@ -122,7 +122,8 @@ pub fn report(report: &StudyReport) -> String {
     let rows = report.arms.iter().map(|row| row_of(row, &domains, report)).collect();
     let (seeds, steps) = (report.seeds.len(), count(report.steps));
     let mut text = format!(
-        "loss on the half of the validation documents to report; {seeds} seed(s), {steps} steps\n{}",
+        "loss on the half of the validation documents to report, {seeds} seed(s), {steps} steps\n\
+         {}",
         table(&header, rows)
     );
     for (name, what) in [

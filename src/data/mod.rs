@@ -176,7 +176,7 @@ pub fn load_datasets(
 }
 
 /// Loads the training data of `domains` and their validation data in two halves. Which half a
-/// document is in depends only on its text, so that adding data moves no document to the other half.
+/// document is in depends only on its text, so that added data moves no document to the other.
 ///
 /// # Errors
 /// As for [`load_datasets`], and if all documents of a domain fall into the same half.

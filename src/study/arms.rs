@@ -173,8 +173,8 @@ fn set_single(config: &mut Config, rank: i64) {
     };
 }
 
-/// Takes the experts from the domains. The ranks then do not follow the domains' sizes either; their
-/// sum stays the same.
+/// Takes the experts from the domains. The ranks then do not follow the domains' sizes either, but
+/// their sum stays the same.
 fn leave_domains(config: &mut Config) {
     config.router.domain_supervision = Some(0.0);
     config.lora.capacity = Capacity::Even;
