@@ -185,7 +185,8 @@ fn every_shipped_config_is_valid_and_opens_with_its_command() {
         let text = fs_err::read_to_string(&path).unwrap();
         load::load(&path, &[]).unwrap();
         assert!(text.starts_with("# "), "{}", path.display());
-        assert!(text.contains("#     dylora train --config") || text.contains("#     scripts/"));
+        let commands = ["#     dylora train --config", "#     dylora study --config", "#     scripts/"];
+        assert!(commands.iter().any(|command| text.contains(command)), "{}", path.display());
     }
 }
 
