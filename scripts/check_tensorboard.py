@@ -46,12 +46,27 @@ def scalars_of(line):
         "temperature": "temperature",
         "mature_experts": "mature_experts",
         "mutual_information": "mutual_information",
+        "domain_supervision": "domain_supervision",
     }
     for key, name in names.items():
         if key in line:
             yield f"{router}/{name}", line[key]
     for expert, load in enumerate(line.get("expert_load", [])):
         yield f"{router}/load/expert_{expert}", load
+    yield from accuracies(router, line.get("domain_accuracy", {}))
+    for domain, accuracy in line.get("accuracy_by_domain", {}).items():
+        yield f"{router}/domain_accuracy/{domain}", accuracy
+
+
+def accuracies(prefix, by_router):
+    """The accuracy of each router, and their mean, added up in the same order as there."""
+    total = 0.0
+    for router, accuracy in by_router.items():
+        name = "all layers" if router == "router" else router.removesuffix(".router")
+        yield f"{prefix}/{in_tags(name)}/domain_accuracy", accuracy
+        total += accuracy
+    if by_router:
+        yield f"{prefix}/domain_accuracy", total / len(by_router)
 
 
 def window_scalars(line):
@@ -62,12 +77,28 @@ def window_scalars(line):
         return
     yield "router/window/dead_share", routing["dead_share"]
     yield "router/window/mutual_information", routing["mutual_information"]
+    for domain, weights in line.get("domain_routing_weights", {}).items():
+        for expert, weight in enumerate(weights):
+            yield f"router_by_domain/all/{domain}/expert_{expert}", weight
     for site in routing["sites"]:
-        name = "router/window/" + site["site"].replace(" ", "_")
-        yield f"{name}/largest_share", max(site["mean_routing_weights"])
-        yield f"{name}/entropy", site["routing_entropy"]
-        yield f"{name}/dead_share", len(site["dead_experts"]) / len(site["experts"])
-        yield f"{name}/mutual_information", site["mutual_information"]
+        name = in_tags(site["site"])
+        yield f"router/{name}/largest_share", max(site["mean_routing_weights"])
+        yield f"router/{name}/entropy", site["routing_entropy"]
+        yield f"router/{name}/dead_share", len(site["dead_experts"]) / len(site["experts"])
+        yield f"router/{name}/mutual_information", site["mutual_information"]
+        for at, expert in enumerate(site["experts"]):
+            yield f"router/{name}/expert_{expert}/mean_weight", site["mean_routing_weights"][at]
+            yield f"router/{name}/expert_{expert}/load", site["expert_load"][at]
+        by_domain = line.get("site_routing_weights", {}).get(site["site"], {})
+        for domain, weights in by_domain.items():
+            for expert, weight in zip(site["experts"], weights):
+                yield f"router_by_domain/{name}/{domain}/expert_{expert}", weight
+
+
+def in_tags(site):
+    """A site's name in tags, where the number of the layer has two digits."""
+    parts = [part.zfill(2) if part.isdigit() else part for part in site.split(".")]
+    return ".".join(parts).replace(" ", "_")
 
 
 def read_metrics(path):

@@ -85,7 +85,14 @@ impl Files {
 
     fn domain(&self, name: &str, train: &str, validation: Option<Validation>) -> DomainConfig {
         let train = vec![self.path(train)];
-        DomainConfig { name: name.into(), train, validation, weight: 1.0, record_domain: None }
+        DomainConfig {
+            name: name.into(),
+            train,
+            validation,
+            weight: 1.0,
+            record_domain: None,
+            expert: None,
+        }
     }
 
     fn validation(&self, pattern: &str) -> Option<Validation> {

@@ -148,7 +148,8 @@ impl Subject {
         let batches = self.batches(dataset, blocks);
         let Self { config, model, trained, stepper, .. } = self;
         let step = stepper.prepare(model, config, &batches, None, dataset.domains.len());
-        let pending = stepper.launch(model, trained, config, &step, &stepper.optimizer.scalars(&|_| 1.0))?;
+        let pending =
+            stepper.launch(model, trained, config, &step, &stepper.optimizer.scalars(&|_| 1.0))?;
         Ok(stepper.wait(pending)?.loss)
     }
 
@@ -181,7 +182,8 @@ impl Subject {
         let grads = grads.of_parameters(&self.trained);
         let optimizer = &mut self.stepper.optimizer;
         let norm = optimizer.clip(&grads)?;
-        let scalars = Tensor::from_slice(&optimizer.scalars(&|_| 1.0)).to_device(self.model.device());
+        let scalars =
+            Tensor::from_slice(&optimizer.scalars(&|_| 1.0)).to_device(self.model.device());
         optimizer.update(&grads, &scalars, &norm.isfinite())?;
         optimizer.count_update();
         Ok(sum / label_tokens)

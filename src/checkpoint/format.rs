@@ -71,6 +71,10 @@ pub struct TrainState {
     pub data_fingerprint: String,
     /// Number of blocks trained on for each domain, in the config's order.
     pub domain_blocks: Vec<u64>,
+    /// The step after which the router column of a new expert was opened, which ended the seeding
+    /// phase; `None` before that, and in a run that adds no expert.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column_opened_at: Option<u64>,
     /// The state of routing.
     pub routing: RoutingState,
     /// The stages of the mixture so far. The last one is this run.

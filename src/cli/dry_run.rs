@@ -1,5 +1,5 @@
-//! What `dylora train --dry-run` prints: the resolved config, the experts, the number of parameters,
-//! the estimated memory and the data.
+//! What `dylora train --dry-run` prints: the resolved config, the experts, the number of
+//! parameters, the estimated memory and the data.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -99,8 +99,8 @@ fn range(values: impl Iterator<Item = f64>) -> String {
     if low == high { low.to_string() } else { format!("{low} to {high}") }
 }
 
-/// Each expert with its domains, rank, alpha and scaling. The alpha is the one that `lora.scale` has
-/// made of the config's.
+/// Each expert with its domains, rank, alpha and scaling. The alpha is the one that `lora.scale`
+/// has made of the config's.
 fn experts_table(config: &Config, specs: &[ExpertSpec]) -> comfy_table::Table {
     let row = |(index, spec): (usize, &ExpertSpec)| {
         let sizes = || spec.modules.values();

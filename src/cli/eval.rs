@@ -8,10 +8,11 @@ use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
 use crate::checkpoint;
-use crate::config::{Config, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
+use crate::config::{Config, EvalRule, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
-use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
-use crate::growth::stages::forgetting;
+use crate::eval::experts::{ExpertReport, expert_reports};
+use crate::eval::{EvalReport, EvalSettings, evaluate};
+use crate::growth::stages::{Stage, forgetting};
 use crate::model::{RoutedModel, RoutingSource};
 
 /// The arguments that name the data.
@@ -43,8 +44,8 @@ pub struct EvalArgs {
     #[arg(long, value_name = "N", default_value_t = 8)]
     batch_size: usize,
     /// What decides the routing weights: `router`, `uniform`, `all`, `expert:N`, `record` (each
-    /// record's `expert` field) or `none` [default: what decided them in training, or `router` if
-    /// that is unknown].
+    /// record's `expert` field), `domain` (the expert of each domain by the run's config) or `none`
+    /// [default: what decided them in training, or `router` if that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
     /// Print the result as JSON.
@@ -60,17 +61,18 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     let open = args.model.open(shared)?;
     let routing = open.routing(args.routing)?;
     let dataset = args.data.load(&open, shared)?;
-    check_records(&dataset, routing, open.model.num_experts())?;
+    open.check_data(&dataset, routing)?;
     let dead_share = open.config.as_ref().map(|config| config.router.dead_share);
     let settings = EvalSettings {
         batch_size: args.batch_size,
         dead_share: dead_share.unwrap_or(EvalSettings::default().dead_share),
+        domains: open.domains(&dataset),
         ..EvalSettings::default()
     };
     let source = RoutingSource::from(routing);
     let evaluate = |rule| {
         let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-        let settings = EvalSettings { rule, ..settings };
+        let settings = EvalSettings { rule, ..settings.clone() };
         let report = evaluate(&open.model, &dataset, &source, settings, &|done, _| bar.set(done));
         bar.finish();
         report
@@ -82,37 +84,83 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
         None => (by_training, None),
         Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
     };
-    let stages = match &open.checkpoint {
-        Some(dir) => checkpoint::read_state(dir)?.stages,
-        None => vec![],
+    let results = Results {
+        report,
+        by_training,
+        experts: expert_reports(&open.model)?,
+        stages: match &open.checkpoint {
+            Some(dir) => checkpoint::read_state(dir)?.stages,
+            None => vec![],
+        },
     };
-    if args.json {
-        let mut json = serde_json::to_value(&report)?;
-        json["base"] = json!(open.base.label);
-        json["routing_source"] = json!(routing);
-        json["checkpoint"] = json!(open.checkpoint);
-        json["device"] = json!(device_name(open.model.device()));
-        if let Some((rule, by_training)) = &by_training {
-            json["rule"] = json!(rule);
-            json["rule_gap"] = json!(report.loss - by_training.loss);
-            json["by_training_rule"] = serde_json::to_value(by_training)?;
+    warn_of_unmoved(&results.experts);
+    match args.json {
+        true => print_json(&results, &open, routing),
+        false => {
+            print(&results, spec.top_k);
+            Ok(())
         }
-        json["stages"] = json!(stages);
-        json["forgetting"] = json!(forgetting(&stages));
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
     }
-    println!("{}", table::report(&report));
-    if let Some((rule, by_training)) = &by_training {
-        let names = [table::rule(spec.top_k), table::rule(rule.top_k())];
+}
+
+/// What is printed about a model.
+struct Results {
+    /// By the rule of evaluation, if it is another than that of training.
+    report: EvalReport,
+    /// By the rule of training, and the rule of evaluation, if they differ.
+    by_training: Option<(EvalRule, EvalReport)>,
+    experts: Vec<ExpertReport>,
+    stages: Vec<Stage>,
+}
+
+fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Result<()> {
+    let Results { report, by_training, experts, stages } = results;
+    let mut json = serde_json::to_value(report)?;
+    json["experts"] = json!(experts);
+    json["base"] = json!(open.base.label);
+    json["routing_source"] = json!(routing);
+    json["checkpoint"] = json!(open.checkpoint);
+    json["device"] = json!(device_name(open.model.device()));
+    if let Some((rule, by_training)) = by_training {
+        json["rule"] = json!(rule);
+        json["rule_gap"] = json!(report.loss - by_training.loss);
+        json["by_training_rule"] = serde_json::to_value(by_training)?;
+    }
+    json["stages"] = json!(stages);
+    json["forgetting"] = json!(forgetting(stages));
+    println!("{}", serde_json::to_string_pretty(&json)?);
+    Ok(())
+}
+
+/// Prints the results.
+///
+/// - `top_k`: the rule of training
+fn print(results: &Results, top_k: Option<i64>) {
+    let Results { report, by_training, experts, stages } = results;
+    println!("{}", table::report(report));
+    if let Some((rule, by_training)) = by_training {
+        let names = [table::rule(top_k), table::rule(rule.top_k())];
         println!("\nloss by the rule of training and by that of evaluation, `router.eval`");
-        println!("{}", table::rules(&names, by_training, &report));
+        println!("{}", table::rules(&names, by_training, report));
+    }
+    if !experts.is_empty() {
+        println!("\nhow far each expert has moved from its start");
+        println!("{}", table::experts(experts));
     }
     if stages.len() > 1 {
         println!("\nloss of each domain after each stage (forgetting matrix)");
-        println!("{}", table::forgetting(&stages));
+        println!("{}", table::forgetting(stages));
     }
-    Ok(())
+}
+
+/// Warns of experts that are as they were at their start.
+fn warn_of_unmoved(experts: &[ExpertReport]) {
+    for expert in experts.iter().filter(|expert| expert.update_norm == 0.0) {
+        tracing::warn!(
+            "`{}` has not moved from its start: it changes no output of the base",
+            expert.name
+        );
+    }
 }
 
 /// Evaluates a model on its run's validation data by the routing rule for evaluation. Without such
@@ -127,7 +175,7 @@ pub fn validate(
         return Ok(None);
     }
     let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-    let settings = EvalSettings::of_run(config, model.router_spec().eval);
+    let settings = EvalSettings::of_run(config, model, dataset);
     let source = RoutingSource::from(config.train.routing);
     let report = evaluate(model, dataset, &source, settings, &|done, _| bar.set(done))?;
     bar.finish();

@@ -16,7 +16,7 @@ use super::{Shared, print_result, table, usage};
 use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
 use crate::durable::output::Output;
-use crate::eval::{EvalReport, EvalSettings, check_records, evaluate};
+use crate::eval::{EvalReport, EvalSettings, evaluate};
 use crate::export::merge::{self, MergeInto};
 use crate::export::peft::write_adapter;
 use crate::export::{self, hugging_face};
@@ -101,7 +101,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
     let routing = open.routing(None)?;
     let differs_by_token = match routing {
         RoutingChoice::Router => !open.model.routers().is_empty(),
-        RoutingChoice::Record => true,
+        RoutingChoice::Record | RoutingChoice::Domain => true,
         _ => false,
     };
     let dataset = match differs_by_token {
@@ -165,7 +165,7 @@ fn data_to_measure(
         )),
         false => error,
     })?;
-    check_records(&dataset, routing, open.model.num_experts())?;
+    open.check_data(&dataset, routing)?;
     Ok(dataset)
 }
 
@@ -221,7 +221,8 @@ fn measure(
 ) -> Result<EvalReport> {
     let bar = CountBar::new(shared.show_progress, "measuring", dataset.num_blocks() as u64);
     let rule = open.model.router_spec().eval;
-    let settings = EvalSettings { rule, ..EvalSettings::default() };
+    let domains = open.domains(dataset);
+    let settings = EvalSettings { rule, domains, ..EvalSettings::default() };
     let report = evaluate(&open.model, dataset, source, settings, &|done, _| bar.set(done));
     bar.finish();
     report

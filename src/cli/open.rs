@@ -15,10 +15,13 @@ use crate::config::{
     AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
     RoutingChoice,
 };
+use crate::data::TokenDataset;
 use crate::durable::{folder, output::Output};
+use crate::eval::{check_domains, check_records, domain_targets};
 use crate::export::peft::Provenance;
 use crate::hub::{self, AdapterFiles};
 use crate::mixture::Mixture;
+use crate::model::batch::DomainTargets;
 use crate::model::{RoutedModel, kind_of};
 
 /// The arguments that name a model: a checkpoint, adapters on a base, or a bare base.
@@ -186,7 +189,8 @@ impl OpenModel {
     /// bare base has none.
     ///
     /// # Errors
-    /// An expert that does not exist, and a routing that needs experts on a bare base.
+    /// An expert that does not exist, a routing that needs experts on a bare base, and `domain`
+    /// without a run's config.
     pub fn routing(&self, asked: Option<RoutingChoice>) -> Result<RoutingChoice> {
         let count = self.model.num_experts();
         let routing = match asked {
@@ -199,8 +203,27 @@ impl OpenModel {
             RoutingChoice::Expert(expert) if !(0..count).contains(&expert) => {
                 Err(usage(anyhow!("there is no `{routing}`, the model has {count} expert(s)")))
             }
+            RoutingChoice::Domain if self.config.is_none() => Err(usage(anyhow!(
+                "routing by `domain` needs a run's config, which says the expert of each domain\n\
+                 hint: open the run by `--checkpoint`, or name another `--routing`"
+            ))),
             _ => Ok(routing),
         }
+    }
+
+    /// The experts that the run's config gives the domains of `dataset`; `None` if it gives none or
+    /// there is no run.
+    pub fn domains(&self, dataset: &TokenDataset) -> Option<DomainTargets> {
+        domain_targets(self.config.as_ref()?, &self.model, dataset)
+    }
+
+    /// Checks that `dataset` can be routed by `routing`.
+    ///
+    /// # Errors
+    /// A document without an expert, for `record`, and a domain without one, for `domain`.
+    pub fn check_data(&self, dataset: &TokenDataset, routing: RoutingChoice) -> Result<()> {
+        check_records(dataset, routing, self.model.num_experts())?;
+        check_domains(dataset, routing, self.domains(dataset).as_ref())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use crate::eval::experts::ExpertReport;
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
 use crate::growth::stages::{self, Stage};
 
@@ -74,6 +75,12 @@ pub fn report(report: &EvalReport) -> String {
     let mut text = format!("{losses}\n{protocol}");
     if let (Some(router), Some(routing)) = (router_table(report), &report.routing) {
         text += &format!("\n\nmean routing weight by domain\n{router}");
+        if let Some(loss) = report.domain_supervision {
+            text += &format!(
+                "\naccuracy: share of all tokens, prompts included, whose most probable expert is \
+                 their domain's\ndomain supervision: {loss:.4} nats"
+            );
+        }
         if let Some(information) = routing.mutual_information {
             let most = domain_entropy(report).min((routing.expert_load.len() as f64).ln());
             text += &format!(
@@ -96,10 +103,11 @@ fn domain_entropy(report: &EvalReport) -> f64 {
 
 /// The routing figures of each site.
 fn site_table(routing: &RoutingReport) -> Table {
+    let knows = |site: &SiteReport| site.domain_accuracy.is_some();
     let row = |site: &SiteReport| {
         let (expert, weight) = site.largest();
         let loads = site.expert_load.iter().map(|load| format!("{load:.2}"));
-        vec![
+        let mut row = vec![
             site.site.clone(),
             site.experts.len().to_string(),
             format!("expert_{expert} {weight:.3}"),
@@ -107,10 +115,24 @@ fn site_table(routing: &RoutingReport) -> Table {
             format!("{:.3}", site.routing_entropy),
             format!("{:.3}", site.mutual_information.unwrap_or(0.0)),
             loads.collect::<Vec<_>>().join(" "),
-        ]
+        ];
+        row.extend(site.domain_accuracy.map(|accuracy| format!("{accuracy:.3}")));
+        row
     };
-    let header = ["router", "experts", "largest weight", "dead", "entropy", "information", "load"];
+    let mut header =
+        vec!["router", "experts", "largest weight", "dead", "entropy", "information", "load"];
+    header.extend(routing.sites.iter().any(knows).then_some("accuracy"));
     table(&header, routing.sites.iter().map(row).collect())
+}
+
+/// How far each expert has moved from its start.
+pub fn experts(experts: &[ExpertReport]) -> Table {
+    let row = |expert: &ExpertReport| {
+        let relative = format!("{:.3} %", 100.0 * expert.relative_norm);
+        vec![expert.name.clone(), format!("{:.4}", expert.update_norm), relative]
+    };
+    let header = ["expert", "update norm", "relative to the base's weights"];
+    table(&header, experts.iter().map(row).collect())
 }
 
 /// A routing rule in words.
@@ -162,27 +184,29 @@ pub fn forgetting(stages: &[Stage]) -> Table {
     table(&header, rows)
 }
 
-/// The mean routing weight of each expert on each domain, and the routing entropy. There is none
-/// without a router.
+/// The mean routing weight of each expert on each domain, the routing entropy and, where domains
+/// have experts, the accuracy. There is none without a router.
 fn router_table(report: &EvalReport) -> Option<Table> {
     let overall = report.routing.as_ref()?;
+    let knows = report.domain_accuracy.is_some();
     let experts = (0..overall.mean_routing_weights.len()).map(|e| format!("expert_{e}"));
-    let header: Vec<String> =
+    let mut header: Vec<String> =
         std::iter::once("domain".into()).chain(experts).chain(["entropy (nats)".into()]).collect();
-    let row = |name: &str, weights: &[f64], entropy: Option<f64>| {
-        let numbers = weights.iter().copied().chain(entropy).map(|x| format!("{x:.3}"));
+    header.extend(knows.then(|| "accuracy".into()));
+    let number = |x: f64| format!("{x:.3}");
+    let row = |name: &str, routing: &RoutingReport, accuracy: Option<f64>| {
+        let weights = routing.mean_routing_weights.iter().copied().chain([routing.routing_entropy]);
+        let accuracy = knows.then(|| accuracy.map_or("-".into(), number));
+        let numbers = weights.map(number).chain(accuracy);
         std::iter::once(name.to_owned()).chain(numbers).collect::<Vec<_>>()
     };
-    let mut rows: Vec<Vec<String>> = report
-        .domains
-        .iter()
-        .filter_map(|domain| {
-            let routing = domain.routing.as_ref()?;
-            Some(row(&domain.name, &routing.mean_routing_weights, Some(routing.routing_entropy)))
-        })
-        .collect();
-    rows.push(row("all", &overall.mean_routing_weights, Some(overall.routing_entropy)));
-    rows.push(row("expert load", &overall.expert_load, None));
+    let of_domain = |domain: &DomainReport| {
+        Some(row(&domain.name, domain.routing.as_ref()?, domain.domain_accuracy))
+    };
+    let mut rows: Vec<Vec<String>> = report.domains.iter().filter_map(of_domain).collect();
+    rows.push(row("all", overall, report.domain_accuracy));
+    let load = overall.expert_load.iter().copied().map(number);
+    rows.push(std::iter::once("expert load".to_owned()).chain(load).collect());
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
     Some(table(&header, rows))
 }

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
@@ -56,10 +56,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let out = out.map(|early| open.output(early));
     out.as_ref().map_or(Ok(()), Output::check_file)?;
     let routing = open.routing(args.routing)?;
-    if routing == RoutingChoice::Record {
-        let hint = "hint: name an expert with `--routing expert:N`";
-        return Err(usage(anyhow!("a text names no expert, as routing by `record` needs\n{hint}")));
-    }
+    check_routing(routing).map_err(usage)?;
     let tokens = tokens(&args, &open)?;
     let _no_grad = tch::no_grad_guard();
     let inputs = Inputs::document(&tokens, open.model.device());
@@ -108,6 +105,19 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         false => print(&traced, args.out.as_deref()),
     }
     Ok(())
+}
+
+/// Checks that a text alone can be routed by `routing`.
+fn check_routing(routing: RoutingChoice) -> Result<()> {
+    let lack = match routing {
+        RoutingChoice::Record => "names no expert",
+        RoutingChoice::Domain => "has no domain",
+        _ => return Ok(()),
+    };
+    bail!(
+        "a text {lack}, as routing by `{routing}` needs\nhint: name an expert with \
+         `--routing expert:N`"
+    );
 }
 
 fn tokens(args: &TraceArgs, open: &OpenModel) -> Result<Vec<i64>> {

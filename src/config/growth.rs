@@ -22,6 +22,13 @@ pub struct GrowthConfig {
     pub seed_steps: u64,
     /// Factor of the loss that trains the new router column in the seeding phase.
     pub seed_router_coef: f64,
+    /// The learning rate of the new router column, whatever `optimizer.router.learning_rate` is.
+    #[serde(default = "column_learning_rate")]
+    pub column_learning_rate: f64,
     /// Factor of all learning rates after the seeding phase.
     pub consolidation_rate: f64,
+}
+
+fn column_learning_rate() -> f64 {
+    1e-3
 }

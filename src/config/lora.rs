@@ -227,9 +227,9 @@ pub enum Capacity {
     #[default]
     Even,
     /// Experts of larger domains get larger ranks: the sum of all ranks, `lora.num_experts` times
-    /// `lora.rank`, is divided in proportion to the training blocks of each expert's domains, with at
-    /// least rank 1 for each expert. Alpha follows the rank, so that the scaling stays the same. It
-    /// needs experts that belong to domains, as under domain supervision.
+    /// `lora.rank`, is divided in proportion to the training blocks of each expert's domains, with
+    /// at least rank 1 for each expert. Alpha follows the rank, so that the scaling stays the same.
+    /// It needs experts that belong to domains, as under domain supervision.
     ByDomain,
 }
 

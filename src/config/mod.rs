@@ -378,10 +378,10 @@ pub struct DomainConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub record_domain: Option<String>,
     /// The expert of this domain, as `2`, or its experts, as `[2, 3]`, for domain supervision and
-    /// for routing by `domain`. Several domains may share an expert. Either every trained domain has
-    /// this key or none. Without it, the domains get one expert each, or several if there are more
-    /// experts than domains, of which the largest domains get those left over. With fewer experts
-    /// than domains, the domains that are most alike by their text share an expert.
+    /// for routing by `domain`. Several domains may share an expert. Either every trained domain
+    /// has this key or none. Without it, the domains get one expert each, or several if there are
+    /// more experts than domains, of which the largest domains get those left over. With fewer
+    /// experts than domains, the domains that are most alike by their text share an expert.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expert: Option<DomainExperts>,
 }

@@ -23,8 +23,8 @@ pub struct RouterConfig {
     /// Whether the router's input is divided by its root mean square, so that one learning rate
     /// suits every input.
     pub normalize_input: bool,
-    /// Whether the router's gradient stops at its input and does not reach the experts of the layers
-    /// before it.
+    /// Whether the router's gradient stops at its input and does not reach the experts of the
+    /// layers before it.
     pub detach_input: bool,
     /// The initial weights of the layer that scores the experts.
     pub init: RouterInit,
@@ -296,8 +296,8 @@ pub enum OnCollapse {
 /// 1 / E for each expert. `all`: weight 1 for each expert, as PEFT does with several active
 /// adapters. `expert:N`: weight 1 for expert N and 0 for the others. `record`: weight 1 for the
 /// expert that a record's `expert` field names, as with PEFT's `adapter_names`. `domain`: weight 1
-/// for the expert of the record's domain (`data.domains[].expert`), shared evenly if it has several;
-/// this is the oracle. `none`: weight 0 for each expert, which is the base alone.
+/// for the expert of the record's domain (`data.domains[].expert`), shared evenly if it has
+/// several; this is the oracle. `none`: weight 0 for each expert, which is the base alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub enum RoutingChoice {

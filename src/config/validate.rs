@@ -323,6 +323,7 @@ fn check_growth(config: &Config, faults: &mut Faults) {
         faults.at_least_zero(&format!("growth.{key}"), rate);
     }
     faults.above_zero("growth.consolidation_rate", growth.consolidation_rate);
+    faults.above_zero("growth.column_learning_rate", growth.column_learning_rate);
     if config.train.routing != RoutingChoice::Router {
         let fault =
             format!("must be `router` where an expert is added, got `{}`", config.train.routing);

@@ -4,9 +4,12 @@
 //! is `seq_len`. A token sees the tokens before it in its window, and each target is scored once.
 //! The loss of a domain is the mean over its label tokens, `loss` is the mean over the domains, and
 //! `token_loss` is the mean over all label tokens. Perplexity is `exp` of a loss. Routing
-//! statistics are means over the same tokens.
+//! statistics are means over the same tokens, except for those of the domain supervision, which
+//! counts prompts too.
 
+pub mod experts;
 pub mod routing;
+mod supervision;
 
 use std::collections::BTreeMap;
 
@@ -16,12 +19,14 @@ use tch::{Kind, Tensor};
 
 use crate::config::{Config, EvalRule, RouterConfig, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
+use crate::model::batch::DomainTargets;
 use crate::model::loss::LossSettings;
 use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, add_totals};
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
-use routing::SiteExperts;
 pub use routing::{RoutingReport, SiteReport};
+use routing::{SiteExperts, SiteSupervision, SiteTotals};
+use supervision::{Supervision, SupervisionTotals};
 
 /// The results of an evaluation.
 #[derive(Debug, Clone, Serialize)]
@@ -40,6 +45,14 @@ pub struct EvalReport {
     pub label_tokens: u64,
     /// The results of each domain that has label tokens.
     pub domains: Vec<DomainReport>,
+    /// The domain supervision, nats, as a mean over the tokens of all domains that have experts and
+    /// over the sites; absent if there are none or no router decides.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_supervision: Option<f64>,
+    /// Share of the same tokens whose most probable expert is one of their domain's, as a mean over
+    /// the sites; absent likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_accuracy: Option<f64>,
     /// Routing over all domains; `None` without a router.
     pub routing: Option<RoutingReport>,
 }
@@ -57,6 +70,12 @@ pub struct DomainReport {
     pub loss: f64,
     /// `exp(loss)`.
     pub perplexity: f64,
+    /// As [`EvalReport::domain_supervision`], over this domain's tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_supervision: Option<f64>,
+    /// As [`EvalReport::domain_accuracy`], over this domain's tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_accuracy: Option<f64>,
     /// Routing of this domain's tokens; `None` without a router.
     pub routing: Option<RoutingReport>,
 }
@@ -66,10 +85,16 @@ impl EvalReport {
     pub fn domain_losses(&self) -> BTreeMap<String, f64> {
         self.domains.iter().map(|domain| (domain.name.clone(), domain.loss)).collect()
     }
+
+    /// Each domain's accuracy, by its name, where it is known.
+    pub fn domain_accuracies(&self) -> BTreeMap<String, f64> {
+        let known = |domain: &DomainReport| Some((domain.name.clone(), domain.domain_accuracy?));
+        self.domains.iter().filter_map(known).collect()
+    }
 }
 
 /// How to evaluate.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct EvalSettings {
     /// Sequences in one forward pass.
     pub batch_size: usize,
@@ -79,17 +104,20 @@ pub struct EvalSettings {
     pub rule: Option<EvalRule>,
     /// An expert is dead if its mean routing weight is less than this part of an even weight.
     pub dead_share: f64,
+    /// The experts of the dataset's domains; `None` if they have none.
+    pub domains: Option<DomainTargets>,
 }
 
 impl EvalSettings {
-    /// The settings of a run's evaluations: its micro-batches and chunks, with the routing rule
-    /// `rule`.
-    pub fn of_run(config: &Config, rule: Option<EvalRule>) -> Self {
+    /// The settings of a run's evaluations: its micro-batches and chunks, with the routing rule for
+    /// evaluation.
+    pub fn of_run(config: &Config, model: &RoutedModel, dataset: &TokenDataset) -> Self {
         Self {
             batch_size: config.train.micro_batch_size,
             loss_chunk_tokens: config.train.loss_chunk_tokens,
-            rule,
+            rule: model.router_spec().eval,
             dead_share: config.router.dead_share,
+            domains: domain_targets(config, model, dataset),
         }
     }
 }
@@ -97,8 +125,20 @@ impl EvalSettings {
 impl Default for EvalSettings {
     fn default() -> Self {
         let dead_share = RouterConfig::default().dead_share;
-        Self { batch_size: 8, loss_chunk_tokens: 1024, rule: None, dead_share }
+        Self { batch_size: 8, loss_chunk_tokens: 1024, rule: None, dead_share, domains: None }
     }
+}
+
+/// The experts that a run's config gives the domains of `dataset`. `None` if it gives none, or if
+/// `model` has not as many experts as the config, as before one is added.
+pub fn domain_targets(
+    config: &Config,
+    model: &RoutedModel,
+    dataset: &TokenDataset,
+) -> Option<DomainTargets> {
+    let names = dataset.domains.iter().map(|domain| domain.name.as_str());
+    let targets = DomainTargets::of_config(config, names)?;
+    (targets.num_experts as i64 == model.num_experts()).then_some(targets)
 }
 
 /// Evaluates `model` on every block of `dataset`, with routing weights from `source`.
@@ -118,10 +158,10 @@ pub fn evaluate(
         bail!("there is nothing to evaluate: the data holds no label token");
     }
     let _no_grad = tch::no_grad_guard();
-    let device = model.device();
     let num_groups = dataset.domains.len() as i64;
-    let mut sums = vec![];
+    let mut sums = Sums::default();
     let mut totals: Vec<RoutingTotals> = vec![];
+    let mut supervision = SupervisionTotals::default();
     let (mut done, num_blocks) = (0, dataset.num_blocks() as u64);
     let order = dataset.eval_order();
     for index in 0..dataset.domains.len() {
@@ -130,44 +170,77 @@ pub fn evaluate(
         let (mut loss_sum, mut label_tokens) = (0.0, 0);
         for chunk in blocks.chunks(settings.batch_size) {
             let batch = dataset.batch(chunk);
-            let inputs = Inputs::of_batch(&batch, source.reads_records(), device);
-            let (loss, routing) = score(model, &inputs, source, settings);
+            let (by_record, experts) = (source.reads_records(), settings.domains.as_ref());
+            let inputs = Inputs::of_domains(&batch, by_record, experts, model.device());
+            let (loss, routing) = score(model, &inputs, source, &settings);
             loss_sum += loss;
             label_tokens += batch.label_tokens();
             add_totals(&mut totals, &routing, inputs.label_rows(num_groups));
+            supervision.add(index, &routing, model.temperature(), &inputs);
             done += chunk.len() as u64;
             progress(done, num_blocks);
         }
-        sums.push((loss_sum, label_tokens));
+        sums.losses.push((loss_sum, label_tokens));
     }
-    let totals = routing::fetch(SiteExperts::of(model), &totals)?;
-    let routing = |domain| RoutingReport::new(&totals, domain, settings.dead_share);
-    let scored = dataset.domains.iter().zip(&sums).enumerate().filter(|(_, (_, sums))| sums.1 > 0);
-    let domains: Vec<DomainReport> = scored
-        .map(|(index, (domain, (loss_sum, label_tokens)))| {
-            let loss = loss_sum / *label_tokens as f64;
-            DomainReport {
-                name: domain.name.clone(),
-                documents: domain.counts.documents,
-                label_tokens: *label_tokens,
-                loss,
-                perplexity: loss.exp(),
-                routing: routing(Some(index)),
-            }
-        })
-        .collect();
-    let label_tokens: u64 = domains.iter().map(|domain| domain.label_tokens).sum();
-    let token_loss = sums.iter().map(|(loss, _)| loss).sum::<f64>() / label_tokens as f64;
-    Ok(EvalReport {
-        seq_len: dataset.seq_len,
-        stride: dataset.seq_len,
-        loss: domains.iter().map(|domain| domain.loss).sum::<f64>() / domains.len() as f64,
-        token_loss,
-        perplexity: token_loss.exp(),
-        label_tokens,
-        domains,
-        routing: routing(None),
-    })
+    sums.routing = routing::fetch(SiteExperts::of(model), &totals)?;
+    sums.supervision = supervision.fetch()?;
+    Ok(sums.report(dataset, settings.dead_share))
+}
+
+/// The sums over a dataset, on the host.
+#[derive(Debug, Default)]
+struct Sums {
+    /// The summed loss of each domain, nats, and its number of label tokens.
+    losses: Vec<(f64, u64)>,
+    /// The routing totals of each site.
+    routing: Vec<SiteTotals>,
+    /// How well the routers know the domains.
+    supervision: Supervision,
+}
+
+impl Sums {
+    fn report(&self, dataset: &TokenDataset, dead_share: f64) -> EvalReport {
+        let of_routers = |domain| {
+            let sites = self.supervision.of(domain);
+            let routing = RoutingReport::new(&self.routing, domain, dead_share);
+            let routing = routing.map(|report| report.with_supervision(sites.as_deref()));
+            (sites.and_then(|sites| SiteSupervision::mean(&sites)), routing)
+        };
+        let domains = dataset.domains.iter().zip(&self.losses).enumerate();
+        let scored = domains.filter(|(_, (_, sums))| sums.1 > 0);
+        let domains: Vec<DomainReport> = scored
+            .map(|(index, (domain, (loss_sum, label_tokens)))| {
+                let loss = loss_sum / *label_tokens as f64;
+                let (supervision, routing) = of_routers(Some(index));
+                DomainReport {
+                    name: domain.name.clone(),
+                    documents: domain.counts.documents,
+                    label_tokens: *label_tokens,
+                    loss,
+                    perplexity: loss.exp(),
+                    domain_supervision: supervision.map(|mean| mean.loss),
+                    domain_accuracy: supervision.map(|mean| mean.accuracy),
+                    routing,
+                }
+            })
+            .collect();
+        let label_tokens: u64 = domains.iter().map(|domain| domain.label_tokens).sum();
+        let all_losses = self.losses.iter().map(|(loss, _)| loss).sum::<f64>();
+        let token_loss = all_losses / label_tokens as f64;
+        let (supervision, routing) = of_routers(None);
+        EvalReport {
+            seq_len: dataset.seq_len,
+            stride: dataset.seq_len,
+            loss: domains.iter().map(|domain| domain.loss).sum::<f64>() / domains.len() as f64,
+            token_loss,
+            perplexity: token_loss.exp(),
+            label_tokens,
+            domains,
+            domain_supervision: supervision.map(|mean| mean.loss),
+            domain_accuracy: supervision.map(|mean| mean.accuracy),
+            routing,
+        }
+    }
 }
 
 /// The summed loss of a batch, nats, and its routing at each site.
@@ -175,7 +248,7 @@ fn score(
     model: &RoutedModel,
     inputs: &Inputs,
     source: &RoutingSource,
-    settings: EvalSettings,
+    settings: &EvalSettings,
 ) -> (f64, Vec<Routing>) {
     let loss_settings = LossSettings {
         chunk_tokens: settings.loss_chunk_tokens,
@@ -213,5 +286,29 @@ pub fn check_records(
             bail!("a record names `expert` {largest}, the model has {num_experts} from 0")
         }
         _ => Ok(()),
+    }
+}
+
+/// Checks that a dataset can be routed by `routing` where its domains have the experts `experts`.
+///
+/// # Errors
+/// Fails with `domain` if a domain has no expert.
+pub fn check_domains(
+    dataset: &TokenDataset,
+    routing: RoutingChoice,
+    experts: Option<&DomainTargets>,
+) -> Result<()> {
+    if routing != RoutingChoice::Domain {
+        return Ok(());
+    }
+    let has_none = |index: usize| experts.is_none_or(|experts| experts.of(index).is_empty());
+    let mut domains = dataset.domains.iter().enumerate();
+    match domains.find(|(index, domain)| domain.num_blocks() > 0 && has_none(*index)) {
+        Some((_, domain)) => bail!(
+            "routing by `domain` needs an expert for each domain, `{}` has none\nhint: name one \
+             by `data.domains[].expert` in the run's config; or route otherwise, as by `uniform`",
+            domain.name
+        ),
+        None => Ok(()),
     }
 }

@@ -125,6 +125,14 @@ impl SiteSupervision {
         let of = |sums: &[f64]| Self { loss: sums[0] / tokens, accuracy: sums[1] / tokens };
         sums.chunks(2).map(of).collect()
     }
+
+    /// The mean over the sites; `None` if there are none.
+    pub fn mean(sites: &[Self]) -> Option<Self> {
+        let count = sites.len() as f64;
+        let mean = |of: fn(&Self) -> f64| sites.iter().map(of).sum::<f64>() / count;
+        let means = || Self { loss: mean(|site| site.loss), accuracy: mean(|site| site.accuracy) };
+        (!sites.is_empty()).then(means)
+    }
 }
 
 /// The routers' losses, without their factors, as means over the sites.
@@ -229,6 +237,8 @@ impl SiteTotals {
             dead_experts: dead.map(|(expert, _)| *expert).collect(),
             mean_routing_weights,
             expert_load,
+            domain_supervision: None,
+            domain_accuracy: None,
         }
     }
 }
@@ -251,6 +261,12 @@ pub struct SiteReport {
     pub mutual_information: Option<f64>,
     /// The experts whose mean routing weight is less than `dead_share` of an even weight, 1 / m.
     pub dead_experts: Vec<usize>,
+    /// The domain supervision, nats; absent in a window's report and if domains have no experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_supervision: Option<f64>,
+    /// Share of the tokens whose most probable expert is one of their domain's; absent likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_accuracy: Option<f64>,
 }
 
 impl SiteReport {
@@ -321,6 +337,15 @@ impl RoutingReport {
             dead_share: mean(&SiteReport::dead_share),
             sites,
         })
+    }
+
+    /// The same report with what is known of how well each site knows the domains.
+    pub(super) fn with_supervision(mut self, sites: Option<&[SiteSupervision]>) -> Self {
+        for (report, site) in self.sites.iter_mut().zip(sites.unwrap_or_default()) {
+            report.domain_supervision = Some(site.loss);
+            report.domain_accuracy = Some(site.accuracy);
+        }
+        self
     }
 
     /// Messages about how the routing has collapsed by a config's bounds: at most one about experts

@@ -37,8 +37,8 @@ pub enum MergeInto {
     Adapter,
 }
 
-/// The weights of all parts of a model: `weights`, `[e]`, and weight 1 for the part that is always on,
-/// if there is one.
+/// The weights of all parts of a model: `weights`, `[e]`, and weight 1 for the part that is always
+/// on, if there is one.
 fn of_parts(model: &RoutedModel, weights: &[f64]) -> Vec<f64> {
     let shared = model.specs().iter().filter(|spec| spec.shared);
     weights.iter().copied().chain(shared.map(|_| 1.0)).collect()

@@ -1,5 +1,5 @@
-//! Which experts belong to which domain, where the config does not say it, and the ranks that follow
-//! from the sizes of domains.
+//! Which experts belong to which domain, where the config does not say it, and the ranks that
+//! follow from the sizes of domains.
 //!
 //! With `D` trained domains and `E` experts:
 //!
@@ -126,8 +126,7 @@ fn similarities(
     base: &Base,
     device: Device,
 ) -> Result<Vec<Vec<f64>>> {
-    let model =
-        RoutedModel::plain(&base.weights()?, device, kind_of(config.base.dtype), false);
+    let model = RoutedModel::plain(&base.weights()?, device, kind_of(config.base.dtype), false);
     let mut library = SkillLibrary::new(SkillCenter::default().of(&model)?);
     for &domain in domains {
         let embedding = embed(&model, train, domain, 8, Some(SKILL_BLOCKS))?;

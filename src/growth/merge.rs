@@ -11,11 +11,10 @@
 //! the rows of the router's weight and bias, `T` is its temperature, and `w` are shares with
 //! `w_a + w_b = 1`.
 //!
-//! No update is computed as a full matrix. Products follow from
-//! `<B A, B' A'> = tr((B^T B') (A' A^T))`. The singular value decomposition is that of a small
-//! product of two triangular matrices: with `B = Q R` and `A^T = Q' R'`, it is `R R'^T = U S V^T`.
-//! Its first r components are the best approximation of rank r in the Frobenius norm (Eckart and
-//! Young, 1936).
+//! No update is computed as a full matrix ([`update`]). The singular value decomposition is that of
+//! a small product of two triangular matrices: with `B = Q R` and `A^T = Q' R'`, it is
+//! `R R'^T = U S V^T`. Its first r components are the best approximation of rank r in the Frobenius
+//! norm (Eckart and Young, 1936).
 //!
 //! The merged expert should get the probability that both experts had, `p_a + p_b`. With their
 //! logits `l_a` and `l_b`, its logit would have to be `T ln(e^(l_a / T) + e^(l_b / T))`, which no
@@ -38,8 +37,8 @@ use super::{BIAS, check_expert, copy, expert_of, row_tensor, without_expert};
 use crate::config::{LoraInit, ModulePath, RoutingChoice};
 use crate::mixture::Mixture;
 use crate::model::RoutedModel;
-use crate::model::experts::delta::Delta;
 use crate::model::experts::spec::{ExpertSpec, RankAlpha, num_routed};
+use crate::model::experts::update::{self, Update};
 use crate::model::parameters::expert_name;
 
 /// A mixture in which one expert has replaced two.
@@ -50,14 +49,6 @@ pub struct Merged {
     /// The norm of the part that the rank cut off, divided by the norm of `w_a D_a + w_b D_b`, over
     /// all modules; 0 if the latter is 0.
     pub relative_error: f64,
-}
-
-/// An expert's update of a module, `b a`, in f64.
-struct Update {
-    /// `[o, r]`.
-    b: Tensor,
-    /// `[r, i]`.
-    a: Tensor,
 }
 
 /// The cosine between the updates of every two experts over all modules, `[e][e]`. It is 0 if an
@@ -194,34 +185,19 @@ fn tensor_name(path: ModulePath, expert: usize, key: &str) -> String {
     format!("{path}.{}.{key}", expert_name(expert))
 }
 
-/// The update of each of an expert's modules. With PiSSA and OLoRA, the initial values are
-/// subtracted.
+/// The update of each of an expert's modules.
+///
+/// # Errors
+/// Fails for a DoRA expert, or if a tensor is missing.
 fn updates(
     specs: &[ExpertSpec],
     tensors: &BTreeMap<String, Tensor>,
     expert: usize,
 ) -> Result<BTreeMap<ModulePath, Update>> {
-    let spec = &specs[expert];
-    if spec.use_dora {
+    if specs[expert].use_dora {
         bail!("expert {expert} is a DoRA expert: it scales the base's own weight, at full rank");
     }
-    let mut updates = BTreeMap::new();
-    for &path in spec.modules.keys() {
-        let tensor = |key: &str| {
-            let name = tensor_name(path, expert, key);
-            let Some(tensor) = tensors.get(&name) else { bail!("tensor `{name}` is missing") };
-            Ok(tensor.to_kind(Kind::Double))
-        };
-        let start = match spec.starts_from_base() {
-            true => Some((tensor("initial_a")?, tensor("initial_b")?.tr())),
-            false => None,
-        };
-        let delta = Delta { a: tensor("lora_a")?, b: tensor("lora_b")?.tr(), start };
-        let (a, b) = delta.precise();
-        let scaling = spec.scaling(path).expect("it is one of the spec's modules");
-        updates.insert(path, Update { b: b.tr() * scaling, a });
-    }
-    Ok(updates)
+    update::updates(specs, tensors, expert)
 }
 
 /// The alpha that gives an expert of rank `rank` the scaling that `spec` has on a module.

@@ -18,6 +18,7 @@
 pub mod assign;
 pub mod merge;
 pub mod new_column;
+pub mod open_column;
 pub mod skills;
 pub mod stage_config;
 pub mod stages;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 
 use crate::config::{
-    self, Config, DomainConfig, DomainExperts, Duration, EvalRule, ExpertConfig, GrowthConfig, Method, Mixing,
-    OnExhausted, RoutingChoice,
+    self, Config, DomainConfig, DomainExperts, Duration, EvalRule, ExpertConfig, GrowthConfig,
+    Method, Mixing, OnExhausted, RoutingChoice,
 };
 use crate::model::experts::spec::ExpertSpec;
 
@@ -73,7 +73,8 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
         old_experts_rate: growth.old_experts_rate,
         old_columns_rate: growth.old_columns_rate,
         seed_steps: growth.seed_steps,
-        seed_router_coef: 1.0,
+        seed_router_coef: 0.0,
+        column_learning_rate: 1e-3,
         consolidation_rate: growth.consolidation_rate,
     });
     Ok(grown)
@@ -118,7 +119,8 @@ pub fn shrunk_config(
     }
     let count = shrunk.lora.num_experts;
     for domain in &mut shrunk.data.domains {
-        let experts = domain.expert.as_ref().map(|of| left(of.experts(), expert, merged_into, count));
+        let experts =
+            domain.expert.as_ref().map(|of| left(of.experts(), expert, merged_into, count));
         domain.expert = experts.map(DomainExperts::from);
     }
     let router = &mut shrunk.router;

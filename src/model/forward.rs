@@ -31,6 +31,8 @@ pub struct ForwardMode {
     pub noise: RouterNoise,
     /// Whether the routers' gradient stops at their input.
     pub detaches_routers: bool,
+    /// Whether to return what the routers' scores are linear in ([`ForwardOutput::features`]).
+    pub keeps_features: bool,
     /// The routing rule; `None` for the model's own.
     pub rule: Option<EvalRule>,
     /// Keep only each block's input, and what a layer's own router reads, for the backward pass,
@@ -44,6 +46,7 @@ impl ForwardMode {
         dropout: LoraDropout::NONE,
         noise: RouterNoise::None,
         detaches_routers: false,
+        keeps_features: false,
         rule: None,
         gradient_checkpointing: false,
     };
@@ -59,6 +62,9 @@ pub struct ForwardOutput {
     pub weights: Vec<RoutingWeights>,
     /// What the routers did at each of [`RoutedModel::sites`]; empty if no router decided.
     pub routing: Vec<Routing>,
+    /// The input of the layer that scores the experts at each site, `[b, t, w]`; empty unless the
+    /// mode asks for it.
+    pub features: Vec<Tensor>,
 }
 
 /// Records what happens inside a forward pass.
@@ -171,6 +177,7 @@ impl RoutedModel {
             specs: &self.specs,
             kind: wide(self.kind),
             detaches: mode.detaches_routers,
+            keeps_features: mode.keeps_features,
             may_skip: &may_skip,
         };
         let base_hidden = || self.base_hidden(inputs, x);
@@ -241,8 +248,9 @@ impl RoutedModel {
         if let Some(recorder) = recorder {
             recorder.hidden_states.push(x.shallow_clone());
         }
-        let RoutingPass { used, routing, .. } = pass;
-        ForwardOutput { hidden: self.decoder.final_norm.forward(&x), weights: used, routing }
+        let RoutingPass { used, routing, features, .. } = pass;
+        let hidden = self.decoder.final_norm.forward(&x);
+        ForwardOutput { hidden, weights: used, routing, features }
     }
 
     /// Runs the blocks by the fused operations where these apply. What such a block adds to the
@@ -284,8 +292,8 @@ impl RoutedModel {
         let backward = before.map_or(0, |block| block.row_padding(TargetModule::MlpCProj));
         let (_, hidden) = stream.normed(self.decoder.final_norm.layer(), 0, backward);
         let hidden = stream.shaped(&hidden);
-        let RoutingPass { used, routing, .. } = pass;
-        ForwardOutput { hidden, weights: used, routing }
+        let RoutingPass { used, routing, features, .. } = pass;
+        ForwardOutput { hidden, weights: used, routing, features }
     }
 
     /// Runs one block under gradient checkpointing. Its second run, in the backward pass, draws the

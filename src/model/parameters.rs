@@ -71,6 +71,8 @@ pub struct OldParts {
     /// Factor of the learning rate of these experts' router columns and of the routers' hidden
     /// layers; 0 freezes them.
     pub columns_rate: f64,
+    /// Factor of the learning rate of the new expert's router columns.
+    pub new_columns_rate: f64,
 }
 
 /// What is trained.
@@ -274,7 +276,7 @@ impl NamedRows {
 /// The parameters in a router's tensor: the whole tensor or, in a mixture that has grown, its old
 /// and its new columns, each at a rate of its own.
 fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<NamedRows> {
-    let Some(OldParts { num_experts, columns_rate, .. }) = old else {
+    let Some(OldParts { num_experts, columns_rate, new_columns_rate, .. }) = old else {
         return vec![NamedRows::whole(name)];
     };
     let mut rows = if name.contains(".hidden.") {
@@ -282,7 +284,7 @@ fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<Name
     } else {
         let (old, all) = (num_experts as i64, tensor.size()[0]);
         let part = |part, rows, rate| NamedRows { name: format!("{name}.{part}"), rows, rate };
-        vec![part("old", Some((0, old)), columns_rate), part("new", Some((old, all - old)), 1.0)]
+        vec![part("old", Some((0, old)), columns_rate), part("new", Some((old, all - old)), new_columns_rate)]
     };
     rows.retain(|rows| rows.rate > 0.0);
     rows

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::metrics::StepMetrics;
-use super::step::{Prepared, SeedingPhase, StepResult};
+use super::step::{Prepared, StepResult};
 use super::{Trainer, schedule};
 use crate::checkpoint::Position;
 use crate::checkpoint::routing_state::StepRule;
@@ -63,7 +63,8 @@ impl Trainer {
         let pending = self.stepper.launch(model, trained, &self.config, &ready.data, &update)?;
         let idle = pending.busy_from.duration_since(self.idle_since.unwrap_or(started));
         let host_secs = idle.as_secs_f64();
-        if step < self.num_steps {
+        // the phase of the next step is not known while the column may be opened after this one
+        if step < self.num_steps && !self.opens_column_after(step) {
             self.ready = Some(self.prepare(step + 1));
         }
         let result = self.stepper.wait(pending)?;
@@ -79,6 +80,9 @@ impl Trainer {
         }
         let StepRule { temperature, top_k } = self.state.routing.rule(&self.config.router, step);
         self.model.set_rule(temperature, top_k);
+        if self.opens_column_after(step) {
+            self.open_column(step)?;
+        }
         let launched = Launched { started, host_secs, temperature, learning_rates };
         self.step_metrics(&ready, result, launched)
     }
@@ -107,6 +111,7 @@ impl Trainer {
         let losses = RouterLosses::new(&result.routing);
         let routing = RoutingReport::new(&result.routing, None, self.config.router.dead_share);
         let domains = self.data.train.domains.iter().zip(&result.domain_losses);
+        let accuracies: Vec<f64> = result.supervision.iter().map(|site| site.accuracy).collect();
         let step_secs = launched.started.elapsed().as_secs_f64();
         let tokens = (ready.blocks.len() * self.data.train.seq_len) as f64;
         Ok(StepMetrics {
@@ -121,8 +126,8 @@ impl Trainer {
             uniform_mse: losses.map(|losses| losses.uniform_mse),
             router_z_loss: losses.map(|losses| losses.router_z_loss),
             routing_entropy: losses.map(|losses| losses.routing_entropy),
-            domain_supervision: mean(result.supervision.iter().map(|site| site.loss)),
-            domain_accuracy: self.accuracy_by_router(&result.supervision),
+            domain_supervision: SiteSupervision::mean(&result.supervision).map(|mean| mean.loss),
+            domain_accuracy: self.accuracy_by_router(&accuracies),
             orthogonality: result.orthogonality,
             expert_load: routing.map(|routing| routing.expert_load),
             mature_experts: self.state.routing.mature_experts(),
@@ -137,28 +142,18 @@ impl Trainer {
         })
     }
 
-    /// The share of tokens that each router gives to an expert of their domain, by the router's name.
-    fn accuracy_by_router(&self, supervision: &[SiteSupervision]) -> BTreeMap<String, f64> {
+    /// The accuracy of each router, as a mean over its sites, by the router's name.
+    ///
+    /// - `accuracies`: the share of tokens that each site gives to an expert of their domain; empty
+    ///   if it is not known
+    pub(super) fn accuracy_by_router(&self, accuracies: &[f64]) -> BTreeMap<String, f64> {
         let names = self.model.router_names();
-        let mut of: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-        for (site, of_site) in self.model.sites().into_iter().zip(supervision) {
-            of.entry(names[site.router].clone()).or_default().push(of_site.accuracy);
+        let mut of: BTreeMap<String, (f64, f64)> = BTreeMap::new();
+        for (site, accuracy) in self.model.sites().into_iter().zip(accuracies) {
+            let (sum, count) = of.entry(names[site.router].clone()).or_default();
+            *sum += accuracy;
+            *count += 1.0;
         }
-        of.into_iter().filter_map(|(name, all)| Some((name, mean(all.into_iter())?))).collect()
+        of.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect()
     }
-
-    /// The seeding phase of a new expert, if step `step` belongs to one.
-    pub(super) fn seeding_phase(&self, step: u64) -> Option<SeedingPhase> {
-        let growth = self.config.growth.as_ref().filter(|growth| step <= growth.seed_steps)?;
-        let domains = &self.data.train.domains;
-        let domain = domains.iter().position(|domain| domain.name == growth.domain);
-        let domain = domain.expect("the config was checked") as u32;
-        Some(SeedingPhase { expert: self.model.num_experts() - 1, domain })
-    }
-}
-
-/// The mean of some numbers; `None` if there are none.
-fn mean(values: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
-    let count = values.len();
-    (count > 0).then(|| values.sum::<f64>() / count as f64)
 }

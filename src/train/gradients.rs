@@ -149,8 +149,8 @@ fn totals_draw(config: &Config) -> bool {
     config.router.noise != RouterNoise::None || config.lora.dropout > 0.0 && reads_layers
 }
 
-/// The domain supervision of a micro-batch times its factor, as its part of the step's mean, and its
-/// sums at each site, `[sites, 2]`; `None` without a router.
+/// The domain supervision of a micro-batch times its factor, as its part of the step's mean, and
+/// its sums at each site, `[sites, 2]`; `None` without a router.
 fn supervision_part(
     model: &RoutedModel,
     config: &Config,
@@ -158,15 +158,10 @@ fn supervision_part(
     inputs: &Inputs,
     routing: &[Routing],
 ) -> Option<(Tensor, Tensor)> {
-    let of_site = |routing| SupervisionSums::new(routing, model.temperature(), inputs);
-    let sites: Vec<SupervisionSums> = routing.iter().map(of_site).collect::<Option<_>>()?;
-    let sums = sites.iter().map(|site| site.by_row.sum_dim_intlist(0, false, Kind::Double));
-    let sums = sums.collect::<Vec<_>>();
-    let num_sites = sites.len() as f64;
-    let loss = sites.into_iter().map(|site| site.loss).reduce(|sum, loss| sum + loss)?;
-    let factor = &step.per_supervised_token * (config.router.supervision() / num_sites);
-    let loss = &loss * factor.to_kind(loss.kind());
-    Some((loss, Tensor::stack(&sums, 0)))
+    let sums = SupervisionSums::new(routing, model.temperature(), inputs)?;
+    let coef = config.router.supervision() / routing.len() as f64;
+    let factor = (&step.per_supervised_token * coef).to_kind(sums.loss.kind());
+    Some((sums.loss * factor, sums.by_site))
 }
 
 /// The seeding loss of a micro-batch times its factor.
@@ -212,6 +207,7 @@ fn mode(config: &Config) -> ForwardMode {
         dropout: LoraDropout { probability: config.lora.dropout, masks: config.lora.dropout_masks },
         noise: config.router.noise,
         detaches_routers: config.router.detach_input,
+        keeps_features: false,
         rule: None,
         gradient_checkpointing: config.train.gradient_checkpointing,
     }

@@ -114,6 +114,10 @@ pub struct WindowMetrics {
     /// without a router.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub domain_routing_weights: BTreeMap<String, Vec<f64>>,
+    /// The same at each site, by the site's name and then the domain's: the mean weight of each of
+    /// the experts that the site's report in `routing` lists; empty without a router.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub site_routing_weights: BTreeMap<String, BTreeMap<String, Vec<f64>>>,
     /// How the window's label tokens were routed, in all and at each site; absent without a router.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routing: Option<RoutingReport>,
@@ -156,6 +160,17 @@ pub struct ValidationMetrics {
     /// Mutual information of expert and domain, nats; absent without a router.
     #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
     pub mutual_information: Option<f64>,
+    /// Domain supervision, nats, as a mean over the tokens of domains that have experts and over
+    /// the sites; absent if there are none or no router decides.
+    #[serde(default, deserialize_with = "some_number", skip_serializing_if = "Option::is_none")]
+    pub domain_supervision: Option<f64>,
+    /// Share of the same tokens whose most probable expert is one of their domain's, by the
+    /// router's name; empty likewise.
+    #[serde(default, deserialize_with = "numbers", skip_serializing_if = "BTreeMap::is_empty")]
+    pub domain_accuracy: BTreeMap<String, f64>,
+    /// The same by the domain's name, as a mean over the sites; empty likewise.
+    #[serde(default, deserialize_with = "numbers", skip_serializing_if = "BTreeMap::is_empty")]
+    pub accuracy_by_domain: BTreeMap<String, f64>,
     /// Wall-clock time of the pass.
     #[serde(deserialize_with = "number")]
     pub eval_secs: f64,
@@ -195,6 +210,7 @@ impl Metrics {
 #[cfg(test)]
 pub(super) mod samples {
     use super::*;
+    use crate::eval::SiteReport;
 
     pub fn train(step: u64) -> Metrics {
         let loss = 4.0 - 0.1 * step as f64;
@@ -224,6 +240,48 @@ pub(super) mod samples {
         })
     }
 
+    /// A window of two routers, of which the second lacks an expert.
+    pub fn window(step: u64) -> Metrics {
+        let of_site = |site: &str, experts: &[usize], weights: &[f64]| SiteReport {
+            site: site.into(),
+            experts: experts.to_vec(),
+            mean_routing_weights: weights.to_vec(),
+            expert_load: weights.iter().rev().copied().collect(),
+            routing_entropy: 0.5,
+            mutual_information: Some(0.25),
+            dead_experts: vec![],
+            domain_supervision: None,
+            domain_accuracy: None,
+        };
+        let weights = |a: &[f64], b: &[f64]| -> BTreeMap<String, Vec<f64>> {
+            [("law".into(), a.to_vec()), ("medicine".into(), b.to_vec())].into()
+        };
+        let share = MixShare { asked: 0.5, realised: 0.5 };
+        Metrics::Window(WindowMetrics {
+            step,
+            window_steps: 2,
+            mix: [("law".into(), share), ("medicine".into(), share)].into(),
+            domain_routing_weights: weights(&[0.75, 0.0, 0.25], &[0.25, 0.0, 0.75]),
+            site_routing_weights: [
+                ("h.0".into(), weights(&[1.0, 0.0, 0.0], &[0.0, 0.0, 1.0])),
+                ("h.11".into(), weights(&[0.5, 0.5], &[0.5, 0.5])),
+            ]
+            .into(),
+            routing: Some(RoutingReport {
+                mean_routing_weights: vec![0.5, 0.0, 0.5],
+                expert_load: vec![0.5, 0.0, 0.5],
+                routing_entropy: 0.5,
+                mutual_information: Some(0.25),
+                dead_share: 0.0,
+                sites: vec![
+                    of_site("h.0", &[0, 1, 2], &[0.5, 0.0, 0.5]),
+                    of_site("h.11", &[0, 2], &[0.5, 0.5]),
+                ],
+            }),
+            collapse: vec![],
+        })
+    }
+
     pub fn validation(step: u64) -> Metrics {
         Metrics::Validation(ValidationMetrics {
             step,
@@ -234,6 +292,9 @@ pub(super) mod samples {
             routing_entropy: None,
             expert_load: None,
             mutual_information: None,
+            domain_supervision: None,
+            domain_accuracy: BTreeMap::new(),
+            accuracy_by_domain: BTreeMap::new(),
             eval_secs: 1.5,
         })
     }
@@ -243,12 +304,12 @@ pub(super) mod samples {
 mod tests {
     use anyhow::Result;
 
-    use super::samples::{train, validation};
+    use super::samples::{train, validation, window};
     use super::*;
 
     #[test]
     fn metrics_survive_a_round_trip() -> Result<()> {
-        for metrics in [train(3), validation(4)] {
+        for metrics in [train(3), window(4), validation(4)] {
             let line = serde_json::to_string(&metrics)?;
             assert_eq!(serde_json::from_str::<Metrics>(&line)?, metrics);
         }

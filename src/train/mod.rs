@@ -21,6 +21,7 @@ pub mod plan;
 pub mod prepared;
 mod scalars;
 pub mod schedule;
+mod seeding;
 pub mod step;
 pub mod tensorboard;
 mod watch;
@@ -37,7 +38,7 @@ use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
 use crate::config::{Config, Method, OnCollapse};
 use crate::data::Datasets;
-use crate::eval::check_records;
+use crate::eval::{check_domains, check_records, domain_targets};
 use crate::growth::assign::assign_experts;
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
@@ -209,6 +210,7 @@ impl Trainer {
             tokenizer_hash: base.tokenizer_hash(),
             data_fingerprint: data.train.fingerprint(),
             domain_blocks: vec![0; data.train.domains.len()],
+            column_opened_at: None,
             routing,
             stages,
         };
@@ -233,7 +235,7 @@ impl Trainer {
         let saved = checkpoint::read_config(dir)?;
         check_same_run(&config, &saved)?;
         take_experts(&mut config, &saved);
-        let state = checkpoint::read_state(dir)?;
+        let mut state = checkpoint::read_state(dir)?;
         if state.data_fingerprint != data.train.fingerprint() {
             bail!(
                 "the training data has changed since the checkpoint `{}`\nhint: a resumed run \
@@ -242,6 +244,10 @@ impl Trainer {
             );
         }
         let model = load_model(dir, &config, base, device)?;
+        // older checkpoints do not say when the column was opened
+        if let Some(growth) = config.growth.as_ref().filter(|of| state.step > of.seed_steps) {
+            state.column_opened_at.get_or_insert(growth.seed_steps);
+        }
         let mut trainer = Self::assemble(config, model, data, state)?;
         let saved = checkpoint::read_optimizer(dir)?;
         let in_dir = || format!("cannot resume from `{}`", dir.display());
@@ -263,8 +269,12 @@ impl Trainer {
         let is_routed = config.method == Method::RoutedLora;
         for dataset in [&data.train, &data.validation].into_iter().filter(|_| is_routed) {
             check_records(dataset, config.train.routing, model.num_experts())?;
+            let experts = domain_targets(&config, &model, dataset);
+            check_domains(dataset, config.train.routing, experts.as_ref())?;
         }
+        let router_rate = config.optimizer.router.learning_rate;
         let old = config.growth.as_ref().map(|growth| OldParts {
+            new_columns_rate: growth.column_learning_rate / router_rate,
             num_experts: model.num_experts() as usize - 1,
             experts_rate: growth.old_experts_rate,
             // a single expert has no router, so the router of two experts is all new

@@ -144,9 +144,9 @@ fn named_experts(batch: &Batch, phase: SeedingPhase) -> Vec<i64> {
 
 /// Number of tokens, padding excluded, whose domain has experts.
 fn supervised_tokens(batches: &[Batch], experts: &DomainTargets) -> u64 {
-    let rows = batches.iter().flat_map(|batch| {
-        batch.document_ids.chunks(batch.seq_len).zip(&batch.domains)
-    });
+    let rows = batches
+        .iter()
+        .flat_map(|batch| batch.document_ids.chunks(batch.seq_len).zip(&batch.domains));
     let of_row = |(ids, &domain): (&[i64], &u32)| match experts.of(domain as usize) {
         [] => 0,
         _ => ids.iter().filter(|id| **id >= 0).count() as u64,

@@ -11,8 +11,12 @@ use super::{Event, Trainer};
 use crate::checkpoint::Best;
 use crate::config::{OnCollapse, RoutingChoice};
 use crate::data::{Domain, TokenDataset};
+use crate::eval::routing::SiteTotals;
 use crate::eval::{EvalReport, EvalSettings, RoutingReport, evaluate};
 use crate::model::RoutingSource;
+
+/// Numbers for each expert, by a domain's name.
+type ByName = BTreeMap<String, Vec<f64>>;
 
 impl Trainer {
     /// Reports the window that the step just done ends, if it ends one. Returns whether the run
@@ -38,16 +42,13 @@ impl Trainer {
             Some(report) if routed && self.seeding_phase(step).is_none() => report.collapse(config),
             _ => vec![],
         };
-        let domains = self.data.train.domains.iter().enumerate();
-        let by_domain = domains.filter_map(|(index, domain)| {
-            let report = RoutingReport::new(&totals, Some(index), config.dead_share)?;
-            Some((domain.name.clone(), report.mean_routing_weights))
-        });
+        let (domain_routing_weights, site_routing_weights) = self.weights_by_domain(&totals);
         let metrics = WindowMetrics {
             step,
             window_steps: num_steps,
             mix: self.mix(),
-            domain_routing_weights: by_domain.collect(),
+            domain_routing_weights,
+            site_routing_weights,
             routing: report,
             collapse,
         };
@@ -62,6 +63,23 @@ impl Trainer {
         observe(Event::Window(&metrics));
         writer.write(&Metrics::Window(metrics))?;
         Ok(is_collapsed && self.config.router.on_collapse == OnCollapse::Stop)
+    }
+
+    /// The mean routing weights on each domain's tokens, over all sites and at each one.
+    fn weights_by_domain(&self, totals: &[SiteTotals]) -> (ByName, BTreeMap<String, ByName>) {
+        let (mut all, mut by_site) = (ByName::new(), BTreeMap::<String, ByName>::new());
+        for (index, domain) in self.data.train.domains.iter().enumerate() {
+            let dead_share = self.config.router.dead_share;
+            let Some(report) = RoutingReport::new(totals, Some(index), dead_share) else {
+                continue;
+            };
+            all.insert(domain.name.clone(), report.mean_routing_weights);
+            for site in report.sites {
+                let of_site = by_site.entry(site.site).or_default();
+                of_site.insert(domain.name.clone(), site.mean_routing_weights);
+            }
+        }
+        (all, by_site)
     }
 
     /// Each domain's share of the blocks so far, and the share that `data.mixing` asks for.
@@ -118,13 +136,15 @@ impl Trainer {
         dataset: &TokenDataset,
         progress: &dyn Fn(u64, u64),
     ) -> Result<EvalReport> {
-        let settings = EvalSettings::of_run(&self.config, self.model.router_spec().eval);
+        let settings = EvalSettings::of_run(&self.config, &self.model, dataset);
         let source = RoutingSource::from(self.config.train.routing);
         evaluate(&self.model, dataset, &source, settings, progress)
     }
 
     fn validation_metrics(&self, report: &EvalReport, eval_secs: f64) -> ValidationMetrics {
         let routing = report.routing.as_ref();
+        let sites = routing.map(|routing| routing.sites.as_slice()).unwrap_or_default();
+        let accuracies: Vec<f64> = sites.iter().filter_map(|site| site.domain_accuracy).collect();
         ValidationMetrics {
             step: self.state.step,
             tokens_seen: self.state.tokens_seen,
@@ -134,6 +154,9 @@ impl Trainer {
             routing_entropy: routing.map(|routing| routing.routing_entropy),
             expert_load: routing.map(|routing| routing.expert_load.clone()),
             mutual_information: routing.and_then(|routing| routing.mutual_information),
+            domain_supervision: report.domain_supervision,
+            domain_accuracy: self.accuracy_by_router(&accuracies),
+            accuracy_by_domain: report.domain_accuracies(),
             eval_secs,
         }
     }

@@ -120,6 +120,7 @@ fn an_export_of_a_subset_of_layers_names_them() -> Result<()> {
         init: LoraInit::Default,
         trainable: true,
         alora_invocation_tokens: vec![],
+        shared: false,
     };
     let specs = [of(&[("h.1.attn.c_attn", 3)]), of(&[("h.0.mlp.c_fc", 2), ("h.1.mlp.c_proj", 4)])];
     let base = crate::common::tiny_base(tiny_config());
@@ -270,6 +271,7 @@ fn any_spec() -> impl Strategy<Value = ExpertSpec> {
             init: LoraInit::Default,
             trainable: true,
             alora_invocation_tokens,
+            shared: false,
         },
     )
 }

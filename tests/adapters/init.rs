@@ -34,6 +34,7 @@ fn one_expert(base: &Decoder, init: LoraInit, use_dora: bool) -> RoutedModel {
         init,
         trainable: true,
         alora_invocation_tokens: vec![],
+        shared: false,
     };
     RoutedModel::with_experts(base, &[spec], &RouterSpec::default(), Device::Cpu, Kind::Float)
 }

@@ -27,6 +27,7 @@ fn ranks(config: &Value, expected: &[(&str, i64)]) -> Result<Vec<(String, i64)>>
         init: LoraInit::Default,
         trainable: true,
         alora_invocation_tokens: vec![],
+        shared: false,
     };
     let tensors = zeros(spec, &three_layers()).peft_tensors(&three_layers());
     write_tensors(&weights, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)))?;

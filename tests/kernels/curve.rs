@@ -67,7 +67,8 @@ fn curve(
     let mut losses = vec![];
     for step in 0..NUM_STEPS {
         let prepared = stepper.prepare(&model, config, &batches[step % 8], None, 1);
-        let pending = stepper.launch(&model, &trained, config, &prepared, 1.0)?;
+        let update = stepper.optimizer.scalars(&|_| 1.0);
+        let pending = stepper.launch(&model, &trained, config, &prepared, &update)?;
         losses.push(stepper.wait(pending)?.loss);
     }
     let is_captured = !stepper.capture_time().is_zero();

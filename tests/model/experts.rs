@@ -270,6 +270,7 @@ fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
             init: LoraInit::Default,
             trainable: true,
             alora_invocation_tokens: vec![],
+            shared: false,
         };
         let specs = vec![spec; count];
         let new =
@@ -389,6 +390,7 @@ fn a_small_change_counts_beside_a_bf16_base() {
             init,
             trainable: true,
             alora_invocation_tokens: vec![],
+            shared: false,
         };
         let bias = Tensor::zeros([8], (kind, Device::Cpu));
         let linear = Linear::new(weight.to_kind(kind), Layout::InOut, Some(bias));

@@ -22,7 +22,14 @@ fn losses_of_scores(scores: &[[f64; 3]]) -> RouterLosses {
     let logits = Tensor::from_slice(scores.as_flattened()).view([1, n, 3]);
     let probs = logits.softmax(-1, Kind::Double);
     let weights = probs.shallow_clone();
-    let routing = Routing { logits, probs, weights, selected: None, present: None };
+    let routing = Routing {
+        clean: logits.shallow_clone(),
+        logits,
+        probs,
+        weights,
+        selected: None,
+        present: None,
+    };
     let mut totals = vec![];
     let rows = Tensor::arange(n, (Kind::Int64, Device::Cpu));
     add_of_one_domain(&mut totals, &[routing], &rows);

@@ -23,3 +23,4 @@ mod seeding;
 mod selection_bias;
 mod sequence;
 mod steps;
+mod supervision;

@@ -96,7 +96,7 @@ fn fillers_change_no_gradient_no_loss_and_no_total() -> Result<()> {
 fn host(batch: &Batch, extent: Option<Extent>) -> Inputs {
     let rows = rows(batch);
     let extent = extent.unwrap_or_else(|| Extent::of(&rows));
-    Inputs::of(&HostInputs::new(rows, extent, &batch.domains, Device::Cpu), Device::Cpu)
+    Inputs::of(&HostInputs::new(rows, extent, &batch.domains, None, Device::Cpu), Device::Cpu)
 }
 
 fn rows(batch: &Batch) -> Rows<'_> {

@@ -14,6 +14,7 @@ fn random_router() -> Router {
         weight: Tensor::randn([3, 16], DOUBLE).set_requires_grad(true),
         bias: Tensor::randn([3], DOUBLE).set_requires_grad(true),
         selection_bias: None,
+        normalizes: false,
     }
 }
 
@@ -61,7 +62,14 @@ fn totals(probs: &[[f64; 3]], selected: Option<&[i64]>) -> RoutingTotals {
     let probs = Tensor::from_slice(probs.as_flattened()).view([1, n, 3]);
     let selected = selected.map(|selected| Tensor::from_slice(selected).view([1, n, -1]));
     let weights = probs.shallow_clone();
-    let routing = Routing { logits: probs.log(), weights, probs, selected, present: None };
+    let routing = Routing {
+        clean: probs.log(),
+        logits: probs.log(),
+        weights,
+        probs,
+        selected,
+        present: None,
+    };
     totals_of(&routing, &Tensor::arange(n, (Kind::Int64, Device::Cpu)))
 }
 

@@ -173,6 +173,7 @@ fn random_router(hidden: Vec<(Tensor, Tensor)>, width: i64) -> Router {
         weight: Tensor::randn([3, width], DOUBLE),
         bias: Tensor::randn([3], DOUBLE),
         selection_bias: None,
+        normalizes: false,
     }
 }
 
@@ -261,6 +262,7 @@ fn jitter_multiplies_each_feature_with_a_number_that_is_even_between_its_bounds(
         weight: Tensor::eye(3, DOUBLE),
         bias: Tensor::zeros([3], DOUBLE),
         selection_bias: None,
+        normalizes: false,
     };
     let x = Tensor::ones([8, 1000, 3], DOUBLE);
     let factors = identity.forward(&x, &rule(RouterNoise::Jitter(0.2)), None).logits;

@@ -233,7 +233,7 @@ fn site(scores: &[[f64; 3]], kind: Kind) -> Routing {
     let logits = logits.view([1, -1, 3]).set_requires_grad(true);
     let probs = logits.softmax(-1, kind);
     let weights = probs.shallow_clone();
-    Routing { logits, probs, weights, selected: None, present: None }
+    Routing { clean: logits.shallow_clone(), logits, probs, weights, selected: None, present: None }
 }
 
 fn loss_of(routing: &Routing, is_new: &[bool], tokens: [u64; 2]) -> Tensor {

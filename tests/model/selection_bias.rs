@@ -38,7 +38,14 @@ fn chosen(experts: &[i64]) -> RoutingTotals {
     let weights = selected.squeeze_dim(-1).one_hot(3).to_kind(Kind::Double);
     let probs = Tensor::full([1, n, 3], 1.0 / 3.0, DOUBLE);
     let selected = Some(selected);
-    let routing = Routing { logits: probs.zeros_like(), probs, weights, selected, present: None };
+    let routing = Routing {
+        clean: probs.zeros_like(),
+        logits: probs.zeros_like(),
+        probs,
+        weights,
+        selected,
+        present: None,
+    };
     let mut totals = vec![];
     let rows = Tensor::arange(n, (Kind::Int64, Device::Cpu));
     add_of_one_domain(&mut totals, &[routing], &rows);
@@ -115,6 +122,7 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
         weight: Tensor::randn([3, 16], DOUBLE) * 0.1,
         bias: Tensor::zeros([3], DOUBLE),
         selection_bias,
+        normalizes: false,
     };
     let plain = router(None);
     let with = |bias: &[f64]| Router {
@@ -122,6 +130,7 @@ fn the_bias_changes_which_experts_are_chosen_and_not_their_weights() {
         weight: plain.weight.shallow_clone(),
         bias: plain.bias.shallow_clone(),
         selection_bias: Some(Tensor::from_slice(bias)),
+        normalizes: false,
     };
     let x = Tensor::randn([2, 50, 16], DOUBLE);
     let noise = RouterNoise::None;

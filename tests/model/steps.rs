@@ -42,7 +42,7 @@ fn an_update_by_numbers_on_the_device_is_adamw() -> Result<()> {
     for (update, factor) in (1..).zip([1.0, 0.3, 0.7]) {
         let grads: Vec<_> =
             trained.parameters.iter().map(|p| Tensor::randn(p.tensor.size(), DOUBLE)).collect();
-        let scalars = Tensor::from_slice(&optimizer.scalars(factor));
+        let scalars = Tensor::from_slice(&optimizer.scalars(&|_| factor));
         assert_eq!(scalars.double_value(&[0]), f64::from(update));
         let state = |optimizer: &Optimizer| -> BTreeMap<String, Tensor> {
             optimizer.state().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect()
@@ -91,7 +91,8 @@ fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
         let batches = cut(&dataset(16), &[1], false);
         let step = |stepper: &mut Stepper| -> Result<StepResult> {
             let data = stepper.prepare(&model, &config, &batches, None, 1);
-            let pending = stepper.launch(&model, &trained, &config, &data, 1.0)?;
+            let update = stepper.optimizer.scalars(&|_| 1.0);
+            let pending = stepper.launch(&model, &trained, &config, &data, &update)?;
             stepper.wait(pending)
         };
         step(&mut stepper)?;
@@ -136,7 +137,8 @@ fn run(
         // the sizes are rounded with both settings, so that only `capture` differs
         let data = Prepared::new(model, config, &shapes[step % 3], None, 1, true);
         let factor = 1.0 / (1.0 + step as f64);
-        let pending = stepper.launch(model, &trained, config, &data, factor)?;
+        let update = stepper.optimizer.scalars(&|_| factor);
+        let pending = stepper.launch(model, &trained, config, &data, &update)?;
         results.push(format!("{:?}", stepper.wait(pending)?));
     }
     Ok((results, stepper))

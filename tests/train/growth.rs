@@ -40,6 +40,7 @@ pub(crate) fn third_domain(world: &World) -> Result<DomainConfig> {
         validation,
         weight: 1.0,
         record_domain: None,
+        expert: None,
     })
 }
 
@@ -277,7 +278,7 @@ fn all_learning_rates_have_the_rate_of_consolidation_after_seeding() -> Result<(
     next.run()?;
     for step in steps(&config)? {
         let rate = if step.step <= 4 { 1.0 } else { 0.25 };
-        let factor = rate * schedule::factor(config.schedule, step.step, 6);
+        let factor = rate * schedule::factor(config.schedule, None, step.step, 6);
         let expected = [("adapters", 2e-2), ("adapters_at_0.5", 1e-2), ("router", 5e-2)];
         let expected = expected.map(|(name, of_group)| (name.to_owned(), of_group * factor));
         assert_eq!(step.learning_rates, expected.into(), "step {}", step.step);

@@ -51,6 +51,7 @@ fn growth() -> Growth {
         validation: None,
         weight: 7.0,
         record_domain: None,
+        expert: None,
     };
     Growth {
         domain,
@@ -179,7 +180,7 @@ fn what_cannot_grow_says_why() -> Result<()> {
 }
 
 fn shrunk(overrides: &[&str], expert: usize) -> Result<Config> {
-    shrunk_config(&config(overrides)?, 1.25, expert, "/new".into())
+    shrunk_config(&config(overrides)?, 1.25, expert, None, "/new".into())
 }
 
 #[test]
@@ -194,7 +195,7 @@ fn a_shrunk_config_has_one_expert_less_and_rules_that_fit() -> Result<()> {
     // an expert that is not listed in `lora.experts` has the common settings
     let without = shrunk(&[], 2)?;
     assert_eq!([0, 1].map(|expert| without.lora.of_expert(expert).rank), [8, 4]);
-    let last = shrunk_config(&without, 1.0, 0, "/new".into())?;
+    let last = shrunk_config(&without, 1.0, 0, None, "/new".into())?;
     assert_eq!((last.router.top_k, last.router.eval), (Some(1), Some(EvalRule::TopK(1))));
     Ok(())
 }
@@ -211,11 +212,11 @@ fn routing_by_one_expert_follows_its_number() -> Result<()> {
 #[test]
 fn experts_that_were_frozen_for_a_new_one_are_trainable_after_its_removal() -> Result<()> {
     let grown = grown_config(&config(&[])?, 1.0, &growth())?;
-    let mut shrunk = shrunk_config(&grown, 1.0, 3, "/new".into())?;
+    let mut shrunk = shrunk_config(&grown, 1.0, 3, None, "/new".into())?;
     assert_eq!((trainable(&shrunk), &shrunk.growth), (vec![true; 3], &None));
     for _ in 0..2 {
         shrunk.lora.experts[0].trainable = false;
-        shrunk = shrunk_config(&shrunk, 1.0, 1, "/new".into())?;
+        shrunk = shrunk_config(&shrunk, 1.0, 1, None, "/new".into())?;
         load::validate(&shrunk)?;
     }
     assert_eq!((shrunk.lora.num_experts, trainable(&shrunk)), (1, vec![true]));
@@ -225,7 +226,7 @@ fn experts_that_were_frozen_for_a_new_one_are_trainable_after_its_removal() -> R
 #[test]
 fn what_cannot_shrink_says_why() -> Result<()> {
     let refused = |overrides: &[&str]| -> Result<String> {
-        Ok(describe(&shrunk_config(&config(overrides)?, 1.0, 1, "/new".into()).unwrap_err()))
+        Ok(describe(&shrunk_config(&config(overrides)?, 1.0, 1, None, "/new".into()).unwrap_err()))
     };
     let messages = [
         refused(&["method=full"])?,

@@ -187,8 +187,8 @@ impl HostInputs {
     /// Lays out `rows` for `device`.
     ///
     /// - `extent`: the sizes of the rows, or larger ones
-    /// - `groups`: the group of tokens that each row belongs to, `[b]`; its domain, if `experts` are
-    ///   given
+    /// - `groups`: the group of tokens that each row belongs to, `[b]`; its domain, if `experts`
+    ///   are given
     pub fn new(
         rows: Rows<'_>,
         extent: Extent,
@@ -207,9 +207,11 @@ impl HostInputs {
         let mut flat = [rows.input_ids, rows.position_ids, rows.document_ids].concat();
         flat.extend(rows.expert_ids.unwrap_or_default());
         flat.extend(rows.prompt.unwrap_or_default().iter().map(|&reads| i64::from(reads)));
-        flat.extend(experts.iter().flat_map(|experts| {
-            groups.iter().flat_map(|&domain| experts.marks(domain as usize))
-        }));
+        flat.extend(
+            experts.iter().flat_map(|experts| {
+                groups.iter().flat_map(|&domain| experts.marks(domain as usize))
+            }),
+        );
         let is_every = layout.labels_every_position();
         let labelled: Vec<usize> =
             (0..rows.labels.len()).filter(|&i| is_every || rows.labels[i] >= 0).collect();

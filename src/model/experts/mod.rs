@@ -13,4 +13,5 @@ pub mod slots;
 pub mod spec;
 pub mod stack;
 pub mod targets;
+pub mod update;
 pub mod weights;

@@ -30,6 +30,8 @@ pub struct RoutedParts<'a> {
     pub kind: Kind,
     /// Whether the routers' gradient stops at their input.
     pub detaches: bool,
+    /// Whether to keep what the routers' scores are linear in.
+    pub keeps_features: bool,
     /// Whether the modules of a site may skip experts.
     pub may_skip: &'a SkipRule<'a>,
 }
@@ -43,6 +45,7 @@ pub struct RoutingPass<'a> {
     routers: &'a Routers,
     may_skip: &'a SkipRule<'a>,
     detaches: bool,
+    keeps_features: bool,
     /// Whether there is a part that is always on.
     has_shared: bool,
     decided_by: DecidedBy,
@@ -52,6 +55,8 @@ pub struct RoutingPass<'a> {
     pub used: Vec<RoutingWeights>,
     /// What the routers did at each site so far; empty if no router decides.
     pub routing: Vec<Routing>,
+    /// The input of the layer that scores the experts at each site, if it is kept.
+    pub features: Vec<Tensor>,
 }
 
 enum DecidedBy {
@@ -85,7 +90,7 @@ impl<'a> RoutingPass<'a> {
         rule: RoutingRule,
         base_hidden: &dyn Fn() -> Tensor,
     ) -> Self {
-        let RoutedParts { routers, specs, kind, detaches, may_skip } = model;
+        let RoutedParts { routers, specs, kind, detaches, keeps_features, may_skip } = model;
         let num_routed = num_routed(specs);
         let has_shared = num_routed < specs.len();
         let specs = &specs[..num_routed];
@@ -124,8 +129,19 @@ impl<'a> RoutingPass<'a> {
                 DecidedBy::Fixed(masked(weights, mask.as_ref()))
             }
         };
-        let (used, routing) = (vec![], vec![]);
-        Self { routers, may_skip, detaches, has_shared, decided_by, mask, used, routing }
+        let (used, routing, features) = (vec![], vec![], vec![]);
+        Self {
+            routers,
+            may_skip,
+            detaches,
+            keeps_features,
+            has_shared,
+            decided_by,
+            mask,
+            used,
+            routing,
+            features,
+        }
     }
 
     /// Whether the routers read each layer's or module's own input.
@@ -183,6 +199,9 @@ impl<'a> RoutingPass<'a> {
         };
         let router = &self.routers.all()[site.router];
         let features = if self.detaches { features.detach() } else { features.shallow_clone() };
+        if self.keeps_features {
+            self.features.push(router.features(&features));
+        }
         let mut routing = router.forward(&features, rule, self.routers.present_at(site));
         if let Some(named) = named {
             let by_name = one_hot(named, router.num_experts(), routing.weights.kind());

@@ -234,12 +234,21 @@ impl Router {
         }
     }
 
-    /// The scores of normalised features.
-    fn scores(&self, mut h: Tensor) -> Tensor {
+    /// The input of the layer that scores the experts, `[.., w]`, for the features `x`, `[.., d]`.
+    pub fn features(&self, x: &Tensor) -> Tensor {
+        self.hidden_features(self.normalized(x))
+    }
+
+    fn hidden_features(&self, mut h: Tensor) -> Tensor {
         for (weight, bias) in &self.hidden {
             h = h.linear(weight, Some(bias)).relu();
         }
-        h.linear(&self.weight, Some(&self.bias))
+        h
+    }
+
+    /// The scores of normalised features.
+    fn scores(&self, h: Tensor) -> Tensor {
+        self.hidden_features(h).linear(&self.weight, Some(&self.bias))
     }
 
     /// Routes tokens with the features `x`, `[b, t, d]`, over the experts `present`, `[m]`; `None`
