@@ -20,7 +20,7 @@ impl World {
         let world = Self { dir: tempfile::tempdir()? };
         let (root, dir) = (env!("CARGO_MANIFEST_DIR"), world.dir.path().display());
         let mut domains = String::new();
-        for (expert, name) in ["code", "verse"].into_iter().enumerate() {
+        for name in ["code", "verse"] {
             for (split, count) in [("train", 30), ("validation", 12)] {
                 let text = fs_err::read_to_string(format!("demo/data/{name}.{split}.jsonl"))?;
                 let lines: Vec<&str> = text.lines().take(count).collect();
@@ -28,8 +28,7 @@ impl World {
             }
             domains += &format!(
                 "[[data.domains]]\nname = \"{name}\"\ntrain = [\"{dir}/{name}.train.jsonl\"]\n\
-                 validation = {{ files = [\"{dir}/{name}.validation.jsonl\"] }}\n\
-                 expert = {expert}\n"
+                 validation = {{ files = [\"{dir}/{name}.validation.jsonl\"] }}\n"
             );
         }
         let config = format!(
@@ -99,7 +98,8 @@ fn without_times(mut report: StudyReport) -> StudyReport {
     report
 }
 
-const SMALL: [&str; 6] = ["--arms=single,supervised", "--seeds=2", "--rates", "1,2", "--jobs", "2"];
+const SMALL: [&str; 4] =
+    ["--arms=single,supervised,oracle", "--seeds=2", "--rates=1,2", "--jobs=2"];
 
 #[test]
 fn a_study_is_complete_and_makes_only_missing_runs_again() -> Result<()> {
@@ -108,21 +108,26 @@ fn a_study_is_complete_and_makes_only_missing_runs_again() -> Result<()> {
     assert!(output.status.success(), "{}", stderr(&output));
     let report = world.report("out")?;
     assert_eq!(serde_json::from_slice::<StudyReport>(&output.stdout)?, report);
-    assert_eq!((report.runs.len(), report.seeds.clone()), (6, vec![0, 1]));
+    assert_eq!((report.runs.len(), report.seeds.clone()), (9, vec![0, 1]));
     for row in &report.arms {
-        let measured = row.measured.as_ref().context("all runs are over")?;
-        assert_eq!((measured.losses.len(), measured.domains.len()), (2, 2));
-        assert!(row.trials.len() == 2 && row.factor.is_some() && measured.train_secs > 0.0);
+        let of = row.measured.as_ref().context("all runs are over")?;
+        assert_eq!((of.losses.len(), of.domains.len()), (2, 2));
+        assert!(row.trials.len() == 2 && row.factor.is_some() && of.train_secs > 0.0);
     }
     // the totals are equal but for the routers
-    let parameters = |arm: usize| report.arms[arm].measured.as_ref().map(|of| of.parameters);
-    assert!(parameters(1) > parameters(0), "{report:?}");
-    let gain = report.comparison("supervised").context("it is compared")?;
-    assert_eq!(gain.differences.len(), 2);
+    let measured = |arm: usize| report.arms[arm].measured.as_ref().expect("all runs are over");
+    let parameters = [0, 1, 2].map(|arm| measured(arm).parameters);
+    assert!(parameters[0] == parameters[2] && parameters[1] > parameters[0], "{parameters:?}");
+    let ranks = [0, 1, 2].map(|arm| measured(arm).active_rank.expect("it has one"));
+    assert!((ranks[0], ranks[2]) == (4.0, 2.0) && (2.0..=4.0).contains(&ranks[1]), "{ranks:?}");
+    for name in ["supervised", "oracle", "G_total"] {
+        let comparison = report.comparison(name).context("it is compared")?;
+        assert_eq!(comparison.differences.len(), 2);
+    }
     assert!(report.verdict.contains("supervised"), "{}", report.verdict);
 
     // the raw rows came as the runs ended; their files stay, but not their checkpoints
-    assert_eq!(world.results("out")?.len(), 6);
+    assert_eq!(world.results("out")?.len(), 9);
     let seed = format!("supervised-x{}-seed1", report.arms[1].factor.context("it has one")?);
     let dir = world.run_dir("out", &seed)?;
     let has = |name: &str| dir.join(name).exists();
@@ -132,7 +137,7 @@ fn a_study_is_complete_and_makes_only_missing_runs_again() -> Result<()> {
     let again = world.study("out", &SMALL)?;
     assert!(again.status.success(), "{}", stderr(&again));
     let results = world.results("out")?;
-    assert_eq!((results.len(), results[6].id.name()), (7, seed));
+    assert_eq!((results.len(), results[9].id.name()), (10, seed));
     assert_eq!(without_times(world.report("out")?), without_times(report));
     let text = String::from_utf8(again.stdout)?;
     assert!(text.contains("| supervised |") && text.contains("nats"), "{text}");
@@ -148,7 +153,7 @@ fn a_run_that_fails_is_named_while_the_others_go_on(world: &World, dir: &Path) -
     let said = stderr(&output);
     assert!(said.contains("error: 1 run(s) failed: supervised, rate x "), "{said}");
     let report = world.report("out")?;
-    assert_eq!((report.failed.len(), report.runs.len()), (1, 5));
+    assert_eq!((report.failed.len(), report.runs.len()), (1, 8));
     assert!(report.failed[0].run.starts_with("supervised, rate x "));
     assert!(report.arms[0].measured.is_some() && report.arms[1].measured.is_none());
     assert!(report.verdict.starts_with("There is no verdict"), "{}", report.verdict);
