@@ -160,6 +160,22 @@ fn a_run_that_fails_is_named_while_the_others_go_on(world: &World, dir: &Path) -
     Ok(())
 }
 
+/// Experts with even weights are slices of one LoRA: with the same seed, the same scaling and the
+/// same rank in all, they are the same function and learn the same.
+#[test]
+fn the_uniform_arm_is_the_single_lora() -> Result<()> {
+    let world = World::new()?;
+    let arguments = ["--arms=single,uniform", "--seeds=1", "--rates=1", "--jobs=2"];
+    let output = world.study("out", &arguments)?;
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = world.report("out")?;
+    let difference = report.comparison("uniform").context("it is compared")?.interval.mean;
+    assert!(difference.abs() < 1e-5, "{difference}");
+    let ranks = report.arms.iter().map(|row| row.measured.as_ref()?.active_rank);
+    assert_eq!(ranks.collect::<Vec<_>>(), [Some(4.0); 2]);
+    Ok(())
+}
+
 #[test]
 fn an_interrupted_study_goes_on_where_it_was() -> Result<()> {
     let world = World::new()?;
