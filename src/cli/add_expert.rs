@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 
@@ -19,7 +19,7 @@ use crate::growth::skills::{Similarity, SkillComparison, SkillRule};
 use crate::growth::stage_config::Growth;
 use crate::growth::stages::{forgetting, without_gain};
 use crate::lifecycle::add::{self, GrowingMixture};
-use crate::train::check_new_run;
+use crate::train::{ColumnStaysClosed, Ending, check_new_run};
 
 /// Arguments of `dylora add-expert`.
 #[derive(Debug, Args)]
@@ -42,20 +42,23 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Share of the training blocks that come from the earlier domains.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.25, allow_negative_numbers = true)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.4, allow_negative_numbers = true)]
     replay: f64,
     /// Number of training steps.
     #[arg(long, value_name = "N", default_value_t = 200)]
     steps: u64,
     /// Number of steps in the seeding phase, in which the new domain's tokens go to the new expert
-    /// alone and that expert's router column learns to recognise them [default: 0.4 of the steps].
+    /// alone. At its end, the expert's router column is fitted to recognise these tokens. If it does
+    /// not recognise held-out ones, the phase goes on for as many steps again [default: 0.2 of the
+    /// steps].
     #[arg(long, value_name = "N")]
     seed_steps: Option<u64>,
     /// Factor of all learning rates after the seeding phase.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.2, allow_negative_numbers = true)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, allow_negative_numbers = true)]
     consolidation_rate: f64,
-    /// Factor of the old experts' learning rate; 0 freezes them.
-    #[arg(long, value_name = "FACTOR", default_value_t = 0.0, allow_negative_numbers = true)]
+    /// Factor of the learning rate of the old experts and of the part that is always on; 0 freezes
+    /// them.
+    #[arg(long, value_name = "FACTOR", default_value_t = 0.3, allow_negative_numbers = true)]
     old_experts_rate: f64,
     /// Factor of the learning rate of the old experts' router columns and of the router's hidden
     /// layers; 0 freezes them.
@@ -114,7 +117,14 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
 
     let mut trainer = growing.stage(&grown, compared, before.as_ref())?;
     let interrupt = Interrupt::listen()?;
-    let summary = run_trainer(&mut trainer, interrupt.flag(), shared)?;
+    let summary = match run_trainer(&mut trainer, interrupt.flag(), shared) {
+        Ok(summary) => summary,
+        // other errors leave a run that can be resumed
+        Err(error) if error.is::<ColumnStaysClosed>() => {
+            return Err(reject(&config.run.dir, error));
+        }
+        Err(error) => return Err(error),
+    };
     let stages = trainer.state().stages.clone();
     drop(trainer);
     let text = if args.json {
@@ -136,11 +146,30 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             table::forgetting(&stages)
         )
     };
-    conclude(&config, summary.ending, &interrupt).and(print_result(&text))?;
-    let before = before.iter().flat_map(|report| &report.domains).find(|of| of.name == domain);
-    match before.and_then(|before| without_gain(&stages, &domain, before.loss)) {
-        Some(message) => bail!(message),
-        None => Ok(()),
+    let failure = match summary.ending {
+        Ending::Completed | Ending::StoppedEarly => {
+            let before = before.iter().flat_map(|report| &report.domains);
+            let before = before.into_iter().find(|of| of.name == domain);
+            before.and_then(|before| without_gain(&stages, &domain, before.loss))
+        }
+        _ => None,
+    };
+    if let Some(failure) = failure {
+        return Err(reject(&config.run.dir, anyhow!(failure)));
+    }
+    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+}
+
+/// Moves the checkpoints of a stage that has failed out of the way, so that no command takes them
+/// for a mixture with the new skill, and adds to the error where they are.
+fn reject(run_dir: &Path, error: Error) -> Error {
+    let (from, to) = (checkpoint::folder(run_dir), run_dir.join("rejected"));
+    if !from.exists() {
+        return error;
+    }
+    match fs_err::rename(&from, &to) {
+        Ok(()) => anyhow!("{error:#}\nthe stage's checkpoints are in `{}`", to.display()),
+        Err(fault) => anyhow!("{error:#}\nthe stage's checkpoints cannot be moved away: {fault}"),
     }
 }
 
@@ -213,7 +242,7 @@ fn growth_of(args: &AddExpertArgs) -> Result<Growth> {
         domain,
         replay: args.replay,
         steps: args.steps,
-        seed_steps: args.seed_steps.unwrap_or((0.4 * args.steps as f64).ceil() as u64),
+        seed_steps: args.seed_steps.unwrap_or((0.2 * args.steps as f64).ceil() as u64),
         old_experts_rate: args.old_experts_rate,
         old_columns_rate: args.old_columns_rate,
         consolidation_rate: args.consolidation_rate,

@@ -12,14 +12,14 @@
 //! so the column is a logistic regression with an offset, whose loss is convex:
 //!
 //! ```text
-//! mean over new tokens of softplus(-z) / 2 + mean over old tokens of softplus(z) / 2
-//!     + RIDGE |v|^2 / 2
+//! q mean over new tokens of softplus(-z) + (1 - q) mean over old tokens of softplus(z)
+//!     + RIDGE |v|^2 / 2,                     q = 1 / domains
 //! ```
 //!
 //! where `v` are the weights for features of mean 0 and standard deviation 1. It is minimised by
 //! FISTA (Beck and Teboulle, 2009, with a constant step) from zero. The result depends neither on a
-//! learning rate nor on the scale of the features. Prompts count like completions; the new domain
-//! and the earlier ones have the same weight, however many tokens they have.
+//! learning rate nor on the scale of the features. Prompts count like completions, and every domain
+//! has the same weight, however many tokens it has.
 //!
 //! Letters of shapes: `n` tokens, `w` width of the features, `b` batch, `t` position, `e` expert.
 
@@ -78,13 +78,16 @@ pub fn open(model: &RoutedModel, train: &TokenDataset, domain: usize) -> Result<
     let _no_grad = tch::no_grad_guard();
     let temperature = model.router_spec().temperature;
     let last = model.num_experts() - 1;
+    let domains = train.domains.iter().filter(|domain| domain.num_blocks() > 0);
+    let share = 1.0 / domains.count().max(2) as f64;
     for (router, tokens) in model.routers().iter().zip(tokens_by_router(model, train, domain)?) {
         let cat = |parts: &[Tensor]| Tensor::cat(parts, 0).to_kind(Kind::Double);
         if tokens.features.is_empty() {
             bail!("a router has no tokens by which its new column could be fitted");
         }
         let (features, offsets) = (cat(&tokens.features), cat(&tokens.offsets));
-        let column = fit(&features, &offsets, &cat(&tokens.is_new), temperature)?;
+        let settings = Fit { share, temperature };
+        let column = fit(&features, &offsets, &cat(&tokens.is_new), settings)?;
         router.weight.get(last).copy_(&column.weight.to_kind(router.weight.kind()));
         let _ = router.bias.get(last).fill_(column.bias);
     }
@@ -120,9 +123,9 @@ fn tokens_by_router(
     let others: Vec<usize> = (0..train.domains.len())
         .filter(|&other| other != domain && train.domains[other].num_blocks() > 0)
         .collect();
-    let of_others = others.iter().flat_map(|&other| {
-        spread_blocks(train, other, Some(MAX_BLOCKS.div_ceil(others.len())))
-    });
+    let of_others = others
+        .iter()
+        .flat_map(|&other| spread_blocks(train, other, Some(MAX_BLOCKS.div_ceil(others.len()))));
     let old: Vec<BlockId> = of_others.collect();
     let new = spread_blocks(train, domain, Some(MAX_BLOCKS));
     if old.is_empty() || new.is_empty() {
@@ -149,8 +152,7 @@ fn add_tokens(
         let batch = train.batch(chunk);
         let named = vec![if is_new { last } else { -1 }; batch.input_ids.len()];
         let rows = Rows { expert_ids: Some(&named), ..Rows::of_batch(&batch, false) };
-        let host =
-            HostInputs::new(rows, Extent::of(&rows), &batch.domains, None, model.device());
+        let host = HostInputs::new(rows, Extent::of(&rows), &batch.domains, None, model.device());
         let inputs = Inputs::of(&host, model.device());
         let output = model.forward(&inputs, &RoutingSource::RecordOrRouter, mode, None);
         let real = inputs.real_tokens(Kind::Int64).view([-1]).nonzero().squeeze_dim(-1);
@@ -173,6 +175,15 @@ fn add_tokens(
     }
 }
 
+/// Settings of a fit.
+#[derive(Debug, Clone, Copy)]
+pub struct Fit {
+    /// The weight `q` of the new domain's tokens, between 0 and 1.
+    pub share: f64,
+    /// The temperature of the softmax.
+    pub temperature: f64,
+}
+
 /// The column that minimises the loss.
 ///
 /// - `features`: `[n, w]`, f64
@@ -181,21 +192,19 @@ fn add_tokens(
 ///
 /// # Errors
 /// Fails if the features are not finite.
-pub fn fit(features: &Tensor, offsets: &Tensor, is_new: &Tensor, temperature: f64) -> Result<Column> {
+pub fn fit(features: &Tensor, offsets: &Tensor, is_new: &Tensor, settings: Fit) -> Result<Column> {
+    let Fit { share, temperature } = settings;
     let kind = Kind::Double;
     let (n, width) = features.size2()?;
     let mean_w = features.mean_dim(&[0_i64][..], false, kind);
     let std_w = (features - &mean_w).square().mean_dim(&[0_i64][..], false, kind).sqrt() + 1e-12;
     let ones = Tensor::ones([n, 1], (kind, features.device()));
     let x = Tensor::cat(&[(features - &mean_w) / &std_w, ones], -1);
-    // each class has half of the weight
     let num_new = is_new.sum(kind);
     let num_old = n as f64 - &num_new;
-    let share_n = is_new / (num_new * 2.0) + (1.0 - is_new) / (num_old * 2.0);
-    let ridge = Tensor::cat(
-        &[std_w.full_like(RIDGE), Tensor::zeros([1], (kind, features.device()))],
-        0,
-    );
+    let share_n = is_new * share / num_new + (1.0 - is_new) * (1.0 - share) / num_old;
+    let ridge =
+        Tensor::cat(&[std_w.full_like(RIDGE), Tensor::zeros([1], (kind, features.device()))], 0);
     let step = 1.0 / (0.25 * largest_eigenvalue(&x, &share_n) + RIDGE);
     let gradient = |v: &Tensor| {
         let residual_n = (x.mv(v) - offsets).sigmoid() - is_new;

@@ -168,7 +168,11 @@ pub fn embed(
 }
 
 /// All blocks of a domain, or the middle block of each of `max_blocks` equal stretches.
-pub(super) fn spread_blocks(dataset: &TokenDataset, domain: usize, max_blocks: Option<usize>) -> Vec<BlockId> {
+pub(super) fn spread_blocks(
+    dataset: &TokenDataset,
+    domain: usize,
+    max_blocks: Option<usize>,
+) -> Vec<BlockId> {
     let num_blocks = dataset.domains[domain].num_blocks();
     let count = max_blocks.map_or(num_blocks, |max| max.min(num_blocks));
     let block = |i: usize| (2 * i + 1) * num_blocks / (2 * count);

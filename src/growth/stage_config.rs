@@ -73,8 +73,8 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
         old_experts_rate: growth.old_experts_rate,
         old_columns_rate: growth.old_columns_rate,
         seed_steps: growth.seed_steps,
-        seed_router_coef: 0.0,
-        column_learning_rate: 1e-3,
+        seed_router_coef: 1.0,
+        column_learning_rate: GrowthConfig::COLUMN_LEARNING_RATE,
         consolidation_rate: growth.consolidation_rate,
     });
     Ok(grown)

@@ -45,9 +45,8 @@ pub fn without_gain(stages: &[Stage], domain: &str, before: f64) -> Option<Strin
     (after > before * (1.0 - MIN_GAIN)).then(|| {
         format!(
             "the new expert brings `{domain}` nothing: its loss was {before:.4} before and is \
-             {after:.4} at step {}\nhint: the router gave the expert too little weight to learn; \
-             begin again with a higher rate, such as `--set optimizer.router.learning_rate=2e-2 \
-             --set optimizer.adapters.learning_rate=5e-3`, and more `--steps`",
+             {after:.4} at step {}\nhint: begin again with more `--steps` or a higher rate, such as `--set \
+             optimizer.adapters.learning_rate=5e-3`",
             last.step
         )
     })

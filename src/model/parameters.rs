@@ -284,7 +284,10 @@ fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<Name
     } else {
         let (old, all) = (num_experts as i64, tensor.size()[0]);
         let part = |part, rows, rate| NamedRows { name: format!("{name}.{part}"), rows, rate };
-        vec![part("old", Some((0, old)), columns_rate), part("new", Some((old, all - old)), new_columns_rate)]
+        vec![
+            part("old", Some((0, old)), columns_rate),
+            part("new", Some((old, all - old)), new_columns_rate),
+        ]
     };
     rows.retain(|rows| rows.rate > 0.0);
     rows

@@ -80,9 +80,6 @@ impl Trainer {
         }
         let StepRule { temperature, top_k } = self.state.routing.rule(&self.config.router, step);
         self.model.set_rule(temperature, top_k);
-        if self.opens_column_after(step) {
-            self.open_column(step)?;
-        }
         let launched = Launched { started, host_secs, temperature, learning_rates };
         self.step_metrics(&ready, result, launched)
     }

@@ -111,7 +111,7 @@ pub fn gradients_of(
                 None => sums,
             });
         }
-        if let Some(phase) = seeding {
+        if let Some(phase) = step.added.as_ref().filter(|_| column_coef(config) > 0.0) {
             loss = &loss + seeding_part(model, config, step, labelled, &of_batch, *phase);
         }
         grads.add(&loss, trained);
@@ -164,6 +164,11 @@ fn supervision_part(
     Some((sums.loss * factor, sums.by_site))
 }
 
+/// The factor of the loss that trains the router column of a new expert.
+fn column_coef(config: &Config) -> f64 {
+    config.growth.as_ref().map_or(0.0, |growth| growth.seed_router_coef)
+}
+
 /// The seeding loss of a micro-batch times its factor.
 fn seeding_part(
     model: &RoutedModel,
@@ -173,10 +178,9 @@ fn seeding_part(
     routing: &[Routing],
     phase: SeedingPhase,
 ) -> Tensor {
-    let coef = config.growth.as_ref().map_or(0.0, |growth| growth.seed_router_coef);
     let tokens = step.seeded_tokens.each_ref();
     let seeding = Seeding { expert: phase.expert, group: i64::from(phase.domain), tokens };
-    losses::seeding_loss(routing, model.temperature(), labelled, seeding) * coef
+    losses::seeding_loss(routing, model.temperature(), labelled, seeding) * column_coef(config)
 }
 
 /// Sums of `token_losses`, `[n]`, for each expert, `[e]`. Each loss is multiplied by the token's

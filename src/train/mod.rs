@@ -52,6 +52,7 @@ use graph::Capture;
 use metrics::{Metrics, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
+pub use seeding::ColumnStaysClosed;
 use step::Stepper;
 
 /// What the loop reports while it runs.
@@ -353,6 +354,9 @@ impl Trainer {
             })?;
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;
+            if self.opens_column_after(self.state.step) {
+                self.open_column(self.state.step)?;
+            }
             let collapsed = self.close_window(&mut writer, observe)?;
             if self.evaluates_now() {
                 self.validate(&mut writer, observe)?;

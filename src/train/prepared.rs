@@ -29,6 +29,8 @@ pub struct Prepared {
     pub supervised_tokens: u64,
     /// The seeding phase, if the step belongs to one.
     pub seeding: Option<SeedingPhase>,
+    /// The expert and the domain that the stage adds, if it adds one.
+    pub added: Option<SeedingPhase>,
     /// Whether the sizes of the micro-batches are rounded up, so that few different sizes occur.
     pub is_rounded: bool,
     device: Device,
@@ -68,7 +70,8 @@ impl Prepared {
         let micro_batches = micro_batches.collect();
         let label_counts = domain_tokens(batches, num_domains);
         let supervised_tokens = experts.map_or(0, |experts| supervised_tokens(batches, &experts));
-        Self { micro_batches, label_counts, supervised_tokens, seeding, is_rounded, device }
+        let added = seeding.or_else(|| added(config));
+        Self { micro_batches, label_counts, supervised_tokens, seeding, added, is_rounded, device }
     }
 
     /// The shapes of the micro-batches.
@@ -86,7 +89,7 @@ impl Prepared {
     /// - `update`: the numbers for the optimizer's update
     pub fn scalars(&self, update: &[f64]) -> Tensor {
         let all: u64 = self.label_counts.iter().sum();
-        let new = self.seeding.map_or(0, |phase| self.label_counts[phase.domain as usize]);
+        let new = self.added.map_or(0, |phase| self.label_counts[phase.domain as usize]);
         let per_supervised = 1.0 / self.supervised_tokens.max(1) as f64;
         let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64, per_supervised];
         numbers.extend_from_slice(update);
@@ -104,6 +107,7 @@ impl Prepared {
             per_supervised_token: scalars.get(3),
             update: scalars.narrow(0, 4, scalars.size()[0] - 4),
             seeding: self.seeding,
+            added: self.added,
             num_domains: self.label_counts.len(),
         }
     }
@@ -124,8 +128,17 @@ pub struct StepTensors {
     pub update: Tensor,
     /// The seeding phase, if the step belongs to one.
     pub seeding: Option<SeedingPhase>,
+    /// The expert and the domain that the stage adds, if it adds one.
+    pub added: Option<SeedingPhase>,
     /// Number of domains.
     pub num_domains: usize,
+}
+
+/// The expert and the domain that the stage of `config` adds, if it adds one.
+fn added(config: &Config) -> Option<SeedingPhase> {
+    let growth = config.growth.as_ref()?;
+    let domain = config.data.domains.iter().position(|domain| domain.name == growth.domain)?;
+    Some(SeedingPhase { expert: config.lora.num_experts - 1, domain: domain as u32 })
 }
 
 /// What decides the routing weights of a step.

@@ -4,11 +4,31 @@
 //! expert. If they do not, the phase goes on for as many steps again, as long as half of the stage
 //! is left.
 
-use anyhow::{Result, bail};
+use std::fmt;
+
+use anyhow::Result;
 
 use super::Trainer;
 use super::step::SeedingPhase;
 use crate::growth::open_column::{self, OPEN_SHARE};
+
+/// The error of a stage whose new expert gets no tokens, with a message for the user.
+#[derive(Debug)]
+pub struct ColumnStaysClosed(String);
+
+impl fmt::Display for ColumnStaysClosed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(message) = self;
+        write!(
+            f,
+            "{message}\nhint: routers that read more tell domains apart better: train the mixture \
+             with `router.input = \"layer_input\"` and `router.scope = \"layer\"`, or with \
+             `router.level = \"sequence\"`; or is the new data like the old?"
+        )
+    }
+}
+
+impl std::error::Error for ColumnStaysClosed {}
 
 impl Trainer {
     /// The seeding phase, if step `step` belongs to it.
@@ -17,7 +37,10 @@ impl Trainer {
         if self.state.column_opened_at.is_some_and(|at| step > at) {
             return None;
         }
-        Some(SeedingPhase { expert: self.model.num_experts() - 1, domain: self.new_domain() as u32 })
+        Some(SeedingPhase {
+            expert: self.model.num_experts() - 1,
+            domain: self.new_domain() as u32,
+        })
     }
 
     /// The new domain's index in the training data.
@@ -64,11 +87,7 @@ impl Trainer {
             growth.domain
         );
         if 2 * (step + growth.seed_steps) > self.num_steps {
-            bail!(
-                "{message}\nhint: routers that read more tell domains apart better: \
-                 `router.input = \"layer_input\"` with `router.scope = \"layer\"`, \
-                 `router.level = \"sequence\"`; or is the new data like the old?"
-            );
+            return Err(ColumnStaysClosed(message).into());
         }
         tracing::warn!("{message}; seeding goes on");
         Ok(())
