@@ -185,7 +185,9 @@ fn every_shipped_config_is_valid_and_opens_with_its_command() {
         let text = fs_err::read_to_string(&path).unwrap();
         load::load(&path, &[]).unwrap();
         assert!(text.starts_with("# "), "{}", path.display());
-        assert!(text.contains("#     dylora train --config") || text.contains("#     scripts/"));
+        let commands = ["dylora train --config", "dylora study --config", "scripts/"];
+        let opens = |command: &&str| text.contains(&format!("#     {command}"));
+        assert!(commands.iter().any(opens), "{}", path.display());
     }
 }
 

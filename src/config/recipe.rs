@@ -4,7 +4,7 @@ use super::{Config, DomainConfig, LoraScale, Method, RouterConfig, RoutingChoice
 
 /// The factor of the domain supervision where it is on by default, as measured in
 /// `benchmarks/2026-11-26-recipe.md`.
-const DOMAIN_SUPERVISION: f64 = 0.1;
+pub const DOMAIN_SUPERVISION: f64 = 0.1;
 
 impl Config {
     /// Whether `router.domain_supervision` may be above 0. If not, the reason.
@@ -14,6 +14,9 @@ impl Config {
         }
         if self.train.routing != RoutingChoice::Router {
             return Some("the router does not decide");
+        }
+        if !self.router.trainable {
+            return Some("the router is not trained, by `router.trainable`");
         }
         if self.lora.experts_per_layer.is_some() {
             return Some("layers have experts of their own, by `lora.experts_per_layer`");

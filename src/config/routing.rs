@@ -28,6 +28,9 @@ pub struct RouterConfig {
     pub detach_input: bool,
     /// The initial weights of the layer that scores the experts.
     pub init: RouterInit,
+    /// Whether the router is trained. A router that is not keeps its initial weights, or those of
+    /// `router.source`, and the experts are trained with the weights that it gives.
+    pub trainable: bool,
     /// Number of hidden layers, each with a ReLU, before the layer that scores the experts. With 0,
     /// the router is linear.
     pub hidden_layers: i64,
@@ -103,6 +106,7 @@ impl Default for RouterConfig {
             normalize_input: true,
             detach_input: true,
             init: RouterInit::Normal,
+            trainable: true,
             hidden_layers: 0,
             hidden_width: 64,
             temperature: 1.0,

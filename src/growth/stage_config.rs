@@ -145,6 +145,7 @@ pub fn shrunk_config(
     // a single expert has no router, so it must be trainable for anything to train
     if count == 1 {
         shrunk.router.domain_supervision = Some(0.0);
+        shrunk.router.trainable = true;
         shrunk.lora.experts.iter_mut().for_each(|expert| expert.trainable = true);
     }
     config::load::validate(&shrunk)?;
