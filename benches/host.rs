@@ -10,6 +10,7 @@
 //! target module of 12 blocks). Each line shows the median and the largest wall-clock time of 100
 //! runs.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::hint::black_box;
 use std::path::Path;
@@ -133,6 +134,8 @@ fn metrics() -> StepMetrics {
         uniform_mse: Some(0.012_345_678),
         router_z_loss: Some(1.234_567_891),
         routing_entropy: Some(1.345_678_912),
+        domain_supervision: None,
+        domain_accuracy: BTreeMap::new(),
         orthogonality: None,
         expert_load: Some(vec![1.0 / NUM_EXPERTS as f64; NUM_EXPERTS]),
         mature_experts: None,

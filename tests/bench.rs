@@ -8,24 +8,24 @@ use clap::{Parser, ValueEnum};
 use dylora::bench::flops::FlopsPerToken;
 use dylora::bench::{Bench, BenchSettings, Figures, Header, Row, RowReport, passes};
 use dylora::cli::{Cli, UsageError, describe};
-use dylora::config::{
-    Config, ExpertConfig, Family, LoraConfig, RouterConfig, RouterScope, TargetModule, load,
-};
+use dylora::config::{Config, ExpertConfig, Family, LoraConfig, RouterScope, TargetModule, load};
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::families;
 use dylora::model::{ForwardMode, RoutingSource};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use common::{gradients, logits, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows};
+use common::{
+    gradients, logits, plain_and, plain_router, seed, tiny_base, tiny_config, tiny_lora,
+    tiny_model, two_rows,
+};
 
 fn config(set: &[&str]) -> Config {
     let text = "[base]\nsource = { path = 'base' }\n[data]\nseq_len = 16\nloss_on = 'all'\n\
                 [[data.domains]]\nname = 'random'\ntrain = ['random']\n\
                 [lora]\nrank = 2\ntarget_modules = ['attn.c_attn', 'mlp.c_fc']\n\
                 [train]\nduration = { steps = 9 }\n";
-    let set: Vec<String> = set.iter().map(|&item| item.to_owned()).collect();
-    load::resolve(text, &set).expect("the config is sound")
+    load::resolve(text, &plain_and(set)).expect("the config is sound")
 }
 
 /// The figures of rows on a tiny base, from two steps after one step of warm-up.
@@ -134,7 +134,7 @@ fn accumulation_leaves_the_step_as_it_is() -> Result<()> {
 #[test]
 fn n_passes_blend_the_experts_logits_by_the_routers_weights() -> Result<()> {
     let _guard = seed(4);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let inputs = two_rows();
     let weights_bte = model.routing(&inputs, ForwardMode::EVAL).remove(0).weights;
     let mut blended_btv = Tensor::zeros([2, 7, 61], common::DOUBLE);

@@ -28,9 +28,10 @@ fn an_unknown_key_is_shown_with_its_line_and_the_right_keys() {
        |
     12 | rnak = 8
        | ^^^^
-    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `target_modules`, \
-    `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, `rank_pattern`, \
-    `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
+    unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, `scale`, \
+    `shared_rank`, `capacity`, `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, \
+    `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, \
+    `experts`
     ");
 }
 
@@ -130,7 +131,7 @@ fn a_pattern_may_be_about_the_modules_of_one_expert() {
        |
     12 | routing = "best"
        |           ^^^^^^
-    must be `router`, `uniform`, `all`, `expert:N`, `record` or `none`, got `best`
+    must be `router`, `uniform`, `all`, `expert:N`, `record`, `domain` or `none`, got `best`
     "#);
     insta::assert_snapshot!(error(&text.replace("mlp.c_fc\" =", "mlp.fc\" ="), &[]), @r#"
     TOML parse error at line 13, column 18
@@ -145,8 +146,9 @@ fn a_pattern_may_be_about_the_modules_of_one_expert() {
 fn a_bad_override_names_itself() {
     insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @"
     in `--set lora.rnak=8`: unknown field `rnak`, expected one of `num_experts`, `rank`, `alpha`, \
-    `target_modules`, `use_rslora`, `use_dora`, `init`, `dropout`, `dropout_masks`, \
-    `rank_pattern`, `alpha_pattern`, `experts_per_layer`, `orthogonality`, `experts`
+    `scale`, `shared_rank`, `capacity`, `target_modules`, `use_rslora`, `use_dora`, `init`, \
+    `dropout`, `dropout_masks`, `rank_pattern`, `alpha_pattern`, `experts_per_layer`, \
+    `orthogonality`, `experts`
     in `lora`
     ");
     insta::assert_snapshot!(
@@ -273,10 +275,12 @@ fn an_unknown_choice_of_the_router_is_answered_with_the_known_ones() {
     missing field `min_delta`
     missing field `steps`
     unknown variant `ignore`, expected `warn` or `stop`
-    unknown field `hidden`, expected one of `input`, `scope`, `level`, `hidden_layers`, \
-    `hidden_width`, `temperature`, `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, \
-    `noise`, `eval`, `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, \
-    `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, `dead_share`, `source`
+    unknown field `hidden`, expected one of `input`, `scope`, `level`, `normalize_input`, \
+    `detach_input`, `init`, `hidden_layers`, `hidden_width`, `temperature`, \
+    `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, `noise`, `eval`, \
+    `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, \
+    `domain_supervision`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, \
+    `dead_share`, `source`
     ");
 }
 

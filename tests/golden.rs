@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use common::{
-    assert_close, assert_same_gradients, golden_path, gradients, max_difference, unstack,
+    assert_close, assert_same_gradients, golden_path, gradients, max_difference, plain_router,
+    unstack,
 };
 use dylora::config::{LoraConfig, RouterConfig, TargetModule};
 use dylora::model::decoder::spec::DecoderSpec;
@@ -171,7 +172,7 @@ impl Experts {
             use_rslora: has("use_rslora") && setting("use_rslora")? == true,
             ..LoraConfig::default()
         };
-        let router = RouterConfig { temperature: number("temperature")?, ..Default::default() };
+        let router = RouterConfig { temperature: number("temperature")?, ..plain_router() };
         let smoothing = has("label_smoothing").then(|| number("label_smoothing"));
         let base = name.strip_suffix(".experts").unwrap_or("gpt2_tied").to_owned();
         let tensors = read_tensors(&path)?;

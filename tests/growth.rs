@@ -21,8 +21,8 @@ use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, ROUTER_INPUTS, assert_close, logits, max_difference, new_model, randomize, seed,
-    tiny_base, tiny_config, two_rows,
+    DOUBLE, ROUTER_INPUTS, assert_close, logits, max_difference, new_model, plain_router,
+    randomize, seed, tiny_base, tiny_config, two_rows,
 };
 
 /// Experts of several ranks, scalings and initialisations, whose target modules overlap.
@@ -57,7 +57,7 @@ fn router(input: RouterInput) -> RouterConfig {
         RouterInput::LayerInput => RouterScope::Layer,
         _ => RouterScope::Shared,
     };
-    RouterConfig { input, scope, temperature: 1.3, ..RouterConfig::default() }
+    RouterConfig { input, scope, temperature: 1.3, ..plain_router() }
 }
 
 /// A base and a whole mixture with random tensors.
@@ -191,7 +191,7 @@ fn a_single_remaining_expert_has_no_router() -> Result<()> {
 #[test]
 fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
     let _generator = seed(303);
-    let (_, mut mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let (_, mut mixture) = random(SEVERAL, &plain_router())?;
     mixture.routing = RoutingChoice::Expert(1);
     let error = |expert| without_expert(&mixture, expert).unwrap_err().to_string();
     assert_eq!(error(3), "there is no expert 3, the mixture has 3 from 0");
@@ -204,7 +204,7 @@ fn an_expert_that_is_needed_or_absent_is_not_removed() -> Result<()> {
 #[test]
 fn an_added_expert_takes_no_place_among_the_k_best() -> Result<()> {
     let _generator = seed(312);
-    let router = RouterConfig { top_k: Some(2), balance_bias_rate: 0.1, ..RouterConfig::default() };
+    let router = RouterConfig { top_k: Some(2), balance_bias_rate: 0.1, ..plain_router() };
     let (base, mut mixture) = random(PLAIN, &router)?;
     mixture.tensors.insert("router.selection_bias".into(), Tensor::from_slice(&[-0.4, -0.2, 0.0]));
     let (before, routing_before) = routed(&put_on(&mixture, &base)?);
@@ -272,7 +272,7 @@ fn adding_to_a_single_expert_adds_a_router() -> Result<()> {
 #[test]
 fn an_expert_is_not_added_to_a_router_that_is_yet_to_be_drawn() -> Result<()> {
     let _generator = seed(306);
-    let (base, mut mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let (base, mut mixture) = random(SEVERAL, &plain_router())?;
     mixture.tensors.retain(|name, _| !name.contains("router"));
     let spec = mixture.specs[0].clone();
     let error = with_expert(&mixture, &base, spec, &|_| 0.0).unwrap_err().to_string();
@@ -283,7 +283,7 @@ fn an_expert_is_not_added_to_a_router_that_is_yet_to_be_drawn() -> Result<()> {
 #[test]
 fn similarity_is_the_cosine_of_the_dense_updates() -> Result<()> {
     let _generator = seed(307);
-    let (base, mixture) = random(SEVERAL, &RouterConfig::default())?;
+    let (base, mixture) = random(SEVERAL, &plain_router())?;
     let found = similarity(&put_on(&mixture, &base)?)?;
     let product = |e, f| -> f64 {
         let paths = paths(&mixture).into_iter();
@@ -303,7 +303,7 @@ fn similarity_is_the_cosine_of_the_dense_updates() -> Result<()> {
 #[test]
 fn a_scaled_or_negated_expert_is_as_similar_as_it_should_be() -> Result<()> {
     let _generator = seed(308);
-    let (base, mixture) = random(PLAIN, &RouterConfig::default())?;
+    let (base, mixture) = random(PLAIN, &plain_router())?;
     for (factor, cosine) in [(3.0, 1.0), (-0.5, -1.0), (0.0, 0.0)] {
         let mut mixture = without_expert(&mixture, 2)?;
         for path in paths(&mixture) {
@@ -325,7 +325,7 @@ fn new_experts_have_similarity_0_under_every_init() -> Result<()> {
     for init in ["default", "pissa", "olora"] {
         let lora = lora(&format!("num_experts = 2\ninit = \"{init}\""));
         let base = tiny_base(tiny_config());
-        let model = new_model(&base, &lora, &RouterConfig::default(), Kind::Double);
+        let model = new_model(&base, &lora, &plain_router(), Kind::Double);
         assert_eq!(similarity(&model)?, [[0.0; 2]; 2], "{init}");
     }
     Ok(())
@@ -424,7 +424,7 @@ fn a_merged_expert_has_at_most_the_weight_of_both() -> Result<()> {
 fn the_error_of_a_merge_is_the_discarded_singular_values() -> Result<()> {
     let _generator = seed(312);
     for (text, weights) in [(PLAIN, [0.4, 0.6]), (SEVERAL, [0.9, 0.1]), (SEVERAL, [0.0, 1.0])] {
-        let (_, mixture) = random(text, &RouterConfig::default())?;
+        let (_, mixture) = random(text, &plain_router())?;
         for (a, b) in [(0, 1), (1, 2), (0, 2)] {
             let Merged { mixture: two, relative_error } = merged(&mixture, a, b, weights)?;
             let (mut lost2, mut all2) = (0.0, 0.0);
@@ -456,7 +456,7 @@ fn the_error_of_a_merge_is_the_discarded_singular_values() -> Result<()> {
 #[test]
 fn what_cannot_be_merged_is_named() -> Result<()> {
     let _generator = seed(313);
-    let (base, mut mixture) = random(PLAIN, &RouterConfig::default())?;
+    let (base, mut mixture) = random(PLAIN, &plain_router())?;
     let error =
         |mixture: &Mixture, a, b, weights| merged(mixture, a, b, weights).unwrap_err().to_string();
     let half = [0.5, 0.5];
@@ -493,7 +493,7 @@ fn what_cannot_be_merged_is_named() -> Result<()> {
         @"tensor `h.1.mlp.c_fc.expert_2.lora_b` is missing"
     );
     let dora = lora("use_dora = true");
-    let dora = new_model(&base, &dora, &RouterConfig::default(), Kind::Double);
+    let dora = new_model(&base, &dora, &plain_router(), Kind::Double);
     insta::assert_snapshot!(
         similarity(&dora).unwrap_err().to_string(),
         @"expert 0 is a DoRA expert: it scales the base's own weight, at full rank"
@@ -519,4 +519,112 @@ fn a_new_domain_that_gains_nothing_is_reported() {
     such as `--set optimizer.router.learning_rate=2e-2 --set \
     optimizer.adapters.learning_rate=5e-3`, and more `--steps`
     ");
+}
+
+/// A mixture with a part that is always on behind its experts.
+fn random_with_shared(text: &str, router: &RouterConfig) -> Result<(Decoder, Mixture)> {
+    let base = tiny_base(tiny_config());
+    let lora = LoraConfig { shared_rank: 3, ..lora(text) };
+    let mut specs = ExpertSpec::all(&lora, &base.spec)?;
+    specs.extend(ExpertSpec::of_shared(&lora, &base.spec)?);
+    let spec = RouterSpec::from(router);
+    let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
+    randomize(&model)?;
+    let mixture = Mixture::new(specs, spec, model.tensors());
+    assert_eq!((mixture.num_experts(), mixture.specs.len()), (3, 4));
+    Ok((base, Mixture { is_whole: true, ..mixture }))
+}
+
+/// Checks that the part that is always on is the last one of `after` and the same as in `before`,
+/// and that routers do not score it.
+fn check_shared(before: &Mixture, after: &Mixture, num_experts: usize) {
+    assert_eq!((after.num_experts(), after.specs.len()), (num_experts, num_experts + 1));
+    assert_eq!(after.specs.last(), before.specs.last());
+    assert!(after.specs[..num_experts].iter().all(|spec| !spec.shared));
+    let own = |mixture: &Mixture| -> BTreeMap<String, Tensor> {
+        let tensors = mixture.tensors.iter().filter(|(name, _)| name.contains(".shared."));
+        tensors.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    };
+    assert!(!own(before).is_empty());
+    assert_eq!(own(after), own(before));
+    for (name, tensor) in after.tensors.iter().filter(|(name, _)| name.contains("router.")) {
+        assert_eq!(tensor.size()[0], num_experts as i64, "{name}");
+    }
+}
+
+#[test]
+fn experts_come_and_go_beside_a_part_that_is_always_on() -> Result<()> {
+    let _generator = seed(320);
+    for input in ROUTER_INPUTS {
+        let (base, mixture) = random_with_shared(SEVERAL, &router(input))?;
+        let whole = put_on(&mixture, &base)?;
+        let alone = |model: &RoutedModel, expert| {
+            logits(model, &two_rows(), &RoutingSource::Expert(expert))
+        };
+        let smaller = without_expert(&mixture, 1)?;
+        check_shared(&mixture, &smaller, 2);
+        let model = put_on(&smaller, &base)?;
+        for (old, new) in [(0, 0), (2, 1)] {
+            assert_close(&format!("{input:?}"), &alone(&model, new), &alone(&whole, old), 1e-12);
+        }
+        let larger = with_expert(&mixture, &base, mixture.specs[0].clone(), &|_| -40.0)?;
+        check_shared(&mixture, &larger, 4);
+        let model = put_on(&larger, &base)?;
+        let (after, _) = routed(&model);
+        let (before, _) = routed(&whole);
+        assert_close(&format!("{input:?}: added"), &after, &before, 1e-6);
+        // a fresh expert adds nothing to what is always on
+        let off = RoutingSource::Given(Tensor::zeros([3], DOUBLE));
+        assert_close("fresh", &alone(&model, 3), &logits(&whole, &two_rows(), &off), 1e-12);
+        // removed again, it is the mixture of before
+        let again =
+            without_expert(&Mixture { tensors: model.tensors(), is_whole: true, ..larger }, 3)?;
+        check_shared(&mixture, &again, 3);
+        let (back, _) = routed(&put_on(&again, &base)?);
+        assert_close(&format!("{input:?}: back"), &back, &before, 1e-12);
+        // down to one and up again, which draws new routers
+        let one = without_expert(&smaller, 0)?;
+        check_shared(&mixture, &one, 1);
+        assert!(!one.tensors.keys().any(|name| name.contains("router")));
+        let (single, _) = routed(&put_on(&one, &base)?);
+        assert_close("one", &single, &alone(&whole, 2), 1e-12);
+        let two = with_expert(&one, &base, mixture.specs[0].clone(), &|_| -40.0)?;
+        check_shared(&mixture, &two, 2);
+        let (both, _) = routed(&put_on(&two, &base)?);
+        assert_close("two", &both, &single, 1e-6);
+    }
+    Ok(())
+}
+
+#[test]
+fn experts_are_merged_beside_a_part_that_is_always_on() -> Result<()> {
+    let _generator = seed(321);
+    let (base, mixture) = random_with_shared(PLAIN, &router(RouterInput::LayerInput))?;
+    let model = put_on(&mixture, &base)?;
+    assert_eq!(similarity(&model)?.len(), 3);
+    let plain = Mixture {
+        specs: mixture.specs[..3].to_vec(),
+        tensors: mixture
+            .tensors
+            .iter()
+            .filter(|(name, _)| !name.contains(".shared."))
+            .map(|(name, tensor)| (name.clone(), tensor.shallow_clone()))
+            .collect(),
+        router: mixture.router.clone(),
+        base: mixture.base.clone(),
+        ..mixture
+    };
+    let without = put_on(&plain, &base)?;
+    assert_eq!(similarity(&model)?, similarity(&without)?);
+    let Merged { mixture: found, relative_error } = merged(&mixture, 0, 2, [0.25, 0.75])?;
+    let expected = merged(&plain, 0, 2, [0.25, 0.75])?;
+    check_shared(&mixture, &found, 2);
+    assert_eq!(relative_error, expected.relative_error);
+    assert_eq!(found.specs[..2], expected.mixture.specs[..]);
+    for (name, tensor) in &expected.mixture.tensors {
+        assert_eq!(&found.tensors[name], tensor, "{name}");
+    }
+    let refused = merged(&mixture, 0, 3, [0.5, 0.5]).unwrap_err().to_string();
+    assert_eq!(refused, "there is no expert 3, the mixture has 3 from 0");
+    Ok(())
 }

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted, RouterConfig};
+use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted};
 use dylora::data::{
     DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
 };
@@ -17,7 +17,7 @@ use dylora::model::families;
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind};
 
-use crate::common::{rows, seed, tiny_lora, tiny_model};
+use crate::common::{plain_router, rows, seed, tiny_lora, tiny_model};
 
 /// Two domains of documents, most of which have prompts, in blocks of 8 positions.
 fn dataset() -> TokenDataset {
@@ -39,7 +39,7 @@ fn dataset() -> TokenDataset {
 #[test]
 fn an_embedding_is_the_mean_of_the_bases_hidden_states_at_labels() -> Result<()> {
     let _generator = seed(320);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let (mut sum, mut count) = (vec![0.0; 16], 0);
     for n in 5..29_u32 {
         let tokens: Vec<i64> = (0..3 + n % 5).map(|i| i64::from((7 * n + 3 * i) % 61)).collect();
@@ -66,7 +66,7 @@ fn an_embedding_is_the_mean_of_the_bases_hidden_states_at_labels() -> Result<()>
 #[test]
 fn fewer_blocks_are_spread_over_the_domain() -> Result<()> {
     let _generator = seed(321);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let dataset = dataset();
     let num_blocks = dataset.domains[1].num_blocks();
     assert!(num_blocks >= 10);
@@ -133,7 +133,7 @@ fn a_skill_is_known_by_its_largest_or_by_its_median_cosine() {
 #[test]
 fn a_library_is_read_as_it_was_written() -> Result<()> {
     let _generator = seed(322);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Float)?;
     let mut library = SkillLibrary::new(SkillCenter::OwnText.of(&model)?);
     for (domain, expert) in [(0, Some(2)), (1, None)] {
         let embedding = embed(&model, &dataset(), domain, 4, None)?;
@@ -154,7 +154,7 @@ fn a_library_is_read_as_it_was_written() -> Result<()> {
 #[test]
 fn the_center_is_the_same_each_time() -> Result<()> {
     let _generator = seed(323);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Float)?;
     let center = SkillCenter::OwnText.of(&model)?;
     tch::manual_seed(1);
     let plain = RoutedModel::plain(model.base(), Device::Cpu, Kind::Float, false);

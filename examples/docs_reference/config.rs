@@ -208,8 +208,11 @@ fn type_of(value: &Value) -> Option<&str> {
     own.or_else(optional).or_else(in_list)?.strip_prefix("#/$defs/")
 }
 
-/// A type of JSON in words.
+/// A type of JSON in words, or the types of which a value may have any.
 fn basic(value: &Value) -> String {
+    if let Some(any) = value.get("anyOf").and_then(Value::as_array) {
+        return any.iter().map(basic).collect::<Vec<_>>().join(" or ");
+    }
     let name = match &value["type"] {
         Value::String(name) => name.as_str(),
         Value::Array(names) => {

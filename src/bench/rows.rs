@@ -89,7 +89,12 @@ impl Row {
     pub fn experts(self, config: &Config, base: &Decoder) -> Result<Vec<ExpertSpec>> {
         match self {
             Self::Base => Ok(vec![]),
-            _ => ExpertSpec::all(&config.lora, &base.spec),
+            _ => {
+                let num_experts = config.lora.num_experts as usize;
+                let routed = (0..num_experts).map(|e| ExpertSpec::of_config(config, e, &base.spec));
+                let shared = ExpertSpec::of_shared(&config.lora, &base.spec)?;
+                routed.chain(shared.map(Ok)).collect()
+            }
         }
     }
 }
@@ -219,7 +224,8 @@ impl Subject {
     fn training_mode(&self) -> ForwardMode {
         let lora = &self.config.lora;
         let dropout = LoraDropout { probability: lora.dropout, masks: lora.dropout_masks };
-        ForwardMode { dropout, ..ForwardMode::EVAL }
+        let detaches_routers = self.config.router.detach_input;
+        ForwardMode { dropout, detaches_routers, ..ForwardMode::EVAL }
     }
 
     fn batches(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Vec<Batch> {

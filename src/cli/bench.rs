@@ -14,8 +14,9 @@ use crate::base::Base;
 use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
     BaseConfig, BaseSource, Config, DataConfig, DeviceChoice, DomainConfig, Dtype, Duration,
-    Family, HubSource, LossOn, Method, Mixing, OnBadRecord, OnExhausted, OptimizerConfig,
-    RouterConfig, RouterScope, RunConfig, ScheduleConfig, TargetModules, TrainConfig, load,
+    Family, GroupConfig, HubSource, LossOn, Method, Mixing, OnBadRecord, OnExhausted,
+    OptimizerConfig, RouterConfig, RouterInput, RouterScope, RunConfig, ScheduleConfig,
+    TargetModules, TrainConfig, load,
 };
 use crate::ffi;
 use crate::model::decoder::Decoder;
@@ -201,7 +202,8 @@ impl BenchArgs {
         Ok(BaseConfig { source, tokenizer: None, dtype })
     }
 
-    /// The mixture's config. Its micro-batch size does not count, because each row sets its own.
+    /// The mixture's config, with the settings of `scripts/peft_opponent.py` where it has such. The
+    /// micro-batch size does not count, because each row sets its own.
     fn config(&self, base: BaseConfig, family: Family, on_cuda: bool, num_steps: usize) -> Config {
         let mixture = &self.mixture;
         let mut lora = mixture.preset.lora(family);
@@ -233,7 +235,7 @@ impl BenchArgs {
                 domains: vec![random],
             },
             lora,
-            router: RouterConfig { scope: mixture.routers, ..RouterConfig::default() },
+            router: plain_router(mixture.routers),
             train: TrainConfig {
                 duration: Duration::Steps(num_steps as u64),
                 grad_accum_steps: self.accumulate,
@@ -241,7 +243,12 @@ impl BenchArgs {
                 loss_chunk_tokens: if on_cuda { 4096 } else { 1024 },
                 ..TrainConfig::default()
             },
-            optimizer: OptimizerConfig { max_grad_norm: 1.0, ..OptimizerConfig::default() },
+            optimizer: OptimizerConfig {
+                adapters: GroupConfig::at(1e-3),
+                router: GroupConfig::at(1e-3),
+                max_grad_norm: 1.0,
+                ..OptimizerConfig::default()
+            },
             schedule: ScheduleConfig::default(),
             growth: None,
         }
@@ -292,6 +299,17 @@ impl BenchArgs {
             )));
         }
         Ok(base)
+    }
+}
+
+/// Routers that read the embeddings as they are, which N passes and PEFT's mixtures can do as well.
+fn plain_router(scope: RouterScope) -> RouterConfig {
+    RouterConfig {
+        input: RouterInput::Embeddings,
+        scope,
+        normalize_input: false,
+        detach_input: false,
+        ..RouterConfig::default()
     }
 }
 

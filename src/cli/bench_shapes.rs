@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::json;
 
-use crate::config::{Family, LoraConfig, ModulePattern, TargetModule, TargetModules};
+use crate::config::{Family, LoraConfig, LoraScale, ModulePattern, TargetModule, TargetModules};
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families;
 
@@ -80,7 +80,7 @@ pub(super) enum Preset {
 }
 
 impl Preset {
-    /// The experts of the mixture on a base of `family`.
+    /// The experts of the mixture on a base of `family`. Alpha is that of each expert, as in PEFT.
     pub fn lora(self, family: Family) -> LoraConfig {
         let qkv: &[TargetModule] = match family {
             Family::Gpt2 => &family.modules()[..1],
@@ -90,7 +90,14 @@ impl Preset {
             Self::S1 => (4, 8, 16.0, qkv.into()),
             Self::S2 => (8, 16, 32.0, TargetModules::all()),
         };
-        LoraConfig { num_experts, rank, alpha, target_modules, ..LoraConfig::default() }
+        LoraConfig {
+            num_experts,
+            rank,
+            alpha,
+            scale: LoraScale::PerExpert,
+            target_modules,
+            ..LoraConfig::default()
+        }
     }
 }
 

@@ -59,6 +59,14 @@ pub fn dry_run(
     if !specs.is_empty() {
         println!("{}\n", experts_table(config, specs));
     }
+    println!("{}\n", parameters_table(&counts));
+    println!("{}\n", memory_table(&memory));
+    println!("{}\n", data_table(data));
+    println!("{} steps", table::count(steps));
+    Ok(())
+}
+
+fn parameters_table(counts: &ParameterCounts) -> comfy_table::Table {
     let row = |name: &str, number: i64| vec![name.to_owned(), table::count(number)];
     let rows = vec![
         row("base", counts.base),
@@ -69,7 +77,10 @@ pub fn dry_run(
         row("trained", counts.trained),
         vec!["trainable share".into(), format!("{:.3} %", 100.0 * counts.trainable_share())],
     ];
-    println!("{}\n", table::table(&["parameters", "number"], rows));
+    table::table(&["parameters", "number"], rows)
+}
+
+fn memory_table(memory: &MemoryEstimate) -> comfy_table::Table {
     let rows = [
         ("base", memory.base),
         ("trained parameters, gradients, moments", memory.training),
@@ -78,10 +89,7 @@ pub fn dry_run(
         ("sum", memory.total()),
     ];
     let rows = rows.into_iter().map(|(name, n)| vec![name.to_owned(), table::bytes(n)]).collect();
-    println!("{}\n", table::table(&["memory (estimate, without libtorch itself)", "size"], rows));
-    println!("{}\n", data_table(data));
-    println!("{} steps", table::count(steps));
-    Ok(())
+    table::table(&["memory (estimate, without libtorch itself)", "size"], rows)
 }
 
 /// The names of the domains that an expert belongs to.

@@ -244,7 +244,7 @@ fn write_merged_adapter(out: &Output, open: &OpenModel, weights: &[f64]) -> Resu
     let adapter = merge::into_adapter(&open.model, weights)?;
     let provenance = open.provenance()?;
     let base = &open.model.base().spec;
-    let card = merge::adapter_card(&adapter, &provenance, weights);
+    let card = merge::adapter_card(&open.model, &adapter, &provenance, weights);
     out.write_folder(export::is_unmarked_output, |dir| {
         write_adapter(dir, &adapter, base, &provenance, &card)
     })

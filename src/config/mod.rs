@@ -18,13 +18,14 @@ mod train;
 mod validate;
 mod validate_lora;
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 pub use growth::GrowthConfig;
@@ -387,8 +388,11 @@ pub struct DomainConfig {
 }
 
 /// The expert of a domain, or its experts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(
+    untagged,
+    expecting = "must be the number of an expert, as `2`, or a list of such numbers, as `[2, 3]`"
+)]
 pub enum DomainExperts {
     /// One expert.
     One(i64),
@@ -412,6 +416,17 @@ impl DomainExperts {
             Self::One(expert) => std::slice::from_ref(expert),
             Self::Several(experts) => experts,
         }
+    }
+}
+
+impl JsonSchema for DomainExperts {
+    fn schema_name() -> Cow<'static, str> {
+        "DomainExperts".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let (one, several) = (i64::json_schema(generator), Vec::<i64>::json_schema(generator));
+        json_schema!({ "anyOf": [one, several] })
     }
 }
 

@@ -245,7 +245,8 @@ fn check_domain_experts(config: &Config, faults: &mut Faults) {
         }
         for (at, &expert) in experts.iter().enumerate() {
             if !(0..num_experts).contains(&expert) {
-                let fault = format!("must be below `lora.num_experts` {num_experts}, got {expert}");
+                let range = format!("at least 0 and below `lora.num_experts` {num_experts}");
+                let fault = format!("must be {range}, got {expert}");
                 faults.add(&key, fault);
             }
             if experts[..at].contains(&expert) {

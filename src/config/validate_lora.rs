@@ -55,22 +55,27 @@ pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
                 alpha_pattern: expert.alpha_pattern.as_ref(),
             };
             check_shape(&key, &shape, &lora.of_expert(i).target_modules.0, faults);
-            continue;
+        } else {
+            check_adapters_own(&key, expert, faults);
         }
-        let set = [
-            ("rank", expert.rank.is_some()),
-            ("alpha", expert.alpha.is_some()),
-            ("target_modules", expert.target_modules.is_some()),
-            ("use_rslora", expert.use_rslora.is_some()),
-            ("use_dora", expert.use_dora.is_some()),
-            ("init", expert.init.is_some()),
-            ("rank_pattern", expert.rank_pattern.is_some()),
-            ("alpha_pattern", expert.alpha_pattern.is_some()),
-            ("alora_invocation_tokens", !expert.alora_invocation_tokens.is_empty()),
-        ];
-        for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
-            faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());
-        }
+    }
+}
+
+/// Checks that an expert with a `source` sets nothing that is the adapter's own.
+fn check_adapters_own(key: &str, expert: &ExpertConfig, faults: &mut Faults) {
+    let set = [
+        ("rank", expert.rank.is_some()),
+        ("alpha", expert.alpha.is_some()),
+        ("target_modules", expert.target_modules.is_some()),
+        ("use_rslora", expert.use_rslora.is_some()),
+        ("use_dora", expert.use_dora.is_some()),
+        ("init", expert.init.is_some()),
+        ("rank_pattern", expert.rank_pattern.is_some()),
+        ("alpha_pattern", expert.alpha_pattern.is_some()),
+        ("alora_invocation_tokens", !expert.alora_invocation_tokens.is_empty()),
+    ];
+    for (field, _) in set.into_iter().filter(|(_, is_set)| *is_set) {
+        faults.add(&format!("{key}.{field}"), "is the adapter's own with a `source`".into());
     }
 }
 

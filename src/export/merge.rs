@@ -24,8 +24,7 @@ use crate::config::LoraInit;
 use crate::model::RoutedModel;
 use crate::model::decoder::Decoder;
 use crate::model::experts::delta::Delta;
-use crate::model::experts::spec::{ExpertSpec, RankAlpha};
-use crate::model::parameters::expert_name;
+use crate::model::experts::spec::{ExpertSpec, RankAlpha, part_name};
 use crate::peft::adapter::Adapter;
 
 /// What the experts are merged into.
@@ -118,12 +117,17 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
     Ok(merged)
 }
 
-/// The model card of a merged adapter.
-pub fn adapter_card(adapter: &Adapter, provenance: &Provenance, weights: &[f64]) -> String {
-    let weights: Vec<String> = weights
+/// The model card of an adapter into which `model` was merged under `weights`, `[e]`.
+pub fn adapter_card(
+    model: &RoutedModel,
+    adapter: &Adapter,
+    provenance: &Provenance,
+    weights: &[f64],
+) -> String {
+    let weights: Vec<String> = of_parts(model, weights)
         .iter()
         .enumerate()
-        .map(|(expert, weight)| format!("`{}` {weight}", expert_name(expert)))
+        .map(|(part, weight)| format!("`{}` {weight}", part_name(model.specs(), part)))
         .collect();
     format!(
         "{head}# A static mixture of LoRA experts\n\nThe experts of a mixture by dylora {version} \

@@ -62,8 +62,13 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
     grown.data.on_exhausted = OnExhausted::Repeat;
     let old_domains = &mut grown.data.domains;
     let names_experts = old_domains.iter().any(|domain| domain.expert.is_some());
-    let weight = growth.replay / old_domains.len() as f64;
-    old_domains.iter_mut().for_each(|domain| domain.weight = weight);
+    // where domains have experts, one without was only evaluated, which it still is
+    let is_replayed = |domain: &DomainConfig| !names_experts || domain.expert.is_some();
+    let num_replayed = old_domains.iter().filter(|domain| is_replayed(domain)).count();
+    for domain in old_domains.iter_mut() {
+        let weight = growth.replay / num_replayed as f64;
+        domain.weight = if is_replayed(domain) { weight } else { 0.0 };
+    }
     let expert = names_experts.then_some(DomainExperts::One(num_old));
     let weight = 1.0 - growth.replay;
     old_domains.push(DomainConfig { weight, expert, ..growth.domain.clone() });

@@ -105,7 +105,7 @@ pub fn gradients_of(
         if config.supervises()
             && let Some((term, sums)) = supervision_part(model, config, step, inputs, &of_batch)
         {
-            loss = loss + term;
+            loss = &loss + term;
             supervision = Some(match supervision {
                 Some(before) => before + sums,
                 None => sums,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::{Family, LoraInit, ModulePath, RouterConfig, RoutingChoice};
+use dylora::config::{Family, LoraInit, ModulePath, RoutingChoice};
 use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, Provenance, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROUTER};
@@ -15,11 +15,13 @@ use dylora::tensor_file::write_tensors;
 use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{assert_close, logits, seed, tiny_config, tiny_model, two_rows};
+use crate::common::{
+    assert_close, logits, plain_router, router_of, seed, tiny_config, tiny_model, two_rows,
+};
 use crate::{lora, message, of_folder, provenance, three_layers, zeros};
 
 /// Writes `model` to a folder and reads it again on the same base, in `kind`.
-fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
+pub(super) fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), model, &provenance(), Layout::Dylora)?;
@@ -27,7 +29,7 @@ fn written_and_read(model: &RoutedModel, kind: Kind) -> Result<RoutedModel> {
 }
 
 /// Routing by the router and by each expert alone.
-fn sources(model: &RoutedModel) -> Vec<RoutingSource> {
+pub(super) fn sources(model: &RoutedModel) -> Vec<RoutingSource> {
     let experts = (0..model.num_experts()).map(RoutingSource::Expert);
     std::iter::once(RoutingSource::Router).chain(experts).collect()
 }
@@ -53,7 +55,7 @@ const PATTERNS: &str = "
 
 const SINGLE: &str = "num_experts = 1\nuse_rslora = true\nalpha = 3.0";
 
-const ROUTERS: [&str; 9] = [
+pub(super) const ROUTERS: [&str; 9] = [
     "input = 'embeddings'\ntemperature = 0.7",
     "input = 'base_hidden'\ntop_k = 2",
     "input = 'layer_input'",
@@ -70,7 +72,7 @@ fn an_export_gives_the_same_logits_to_the_bit() -> Result<()> {
     let _generator = seed(160);
     for text in [PLAIN, DORA, PATTERNS, SINGLE] {
         for router in ROUTERS {
-            let router: RouterConfig = toml::from_str(router)?;
+            let router = router_of(router)?;
             let model = tiny_model(&lora(text), &router, Kind::Float)?;
             let read = written_and_read(&model, Kind::Float)?;
             for source in sources(&model) {
@@ -86,7 +88,7 @@ fn an_export_gives_the_same_logits_to_the_bit() -> Result<()> {
 #[test]
 fn an_export_has_the_same_experts_all_of_them_trainable() -> Result<()> {
     let _generator = seed(161);
-    let model = tiny_model(&lora(PATTERNS), &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&lora(PATTERNS), &plain_router(), Kind::Float)?;
     assert!(model.specs().iter().any(|spec| !spec.trainable));
     let read = written_and_read(&model, Kind::Float)?;
     let trainable = |spec: &ExpertSpec| ExpertSpec { trainable: true, ..spec.clone() };
@@ -97,7 +99,7 @@ fn an_export_has_the_same_experts_all_of_them_trainable() -> Result<()> {
 #[test]
 fn an_export_says_what_decided_the_weights_in_training() -> Result<()> {
     let _generator = seed(165);
-    let model = tiny_model(&lora(PLAIN), &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&lora(PLAIN), &plain_router(), Kind::Float)?;
     for routing in [RoutingChoice::Router, RoutingChoice::Uniform, RoutingChoice::Record] {
         let dir = tempfile::tempdir()?;
         let out = dir.path().join("out");
@@ -124,7 +126,7 @@ fn an_export_of_a_subset_of_layers_names_them() -> Result<()> {
     };
     let specs = [of(&[("h.1.attn.c_attn", 3)]), of(&[("h.0.mlp.c_fc", 2), ("h.1.mlp.c_proj", 4)])];
     let base = crate::common::tiny_base(tiny_config());
-    let router = RouterConfig::default();
+    let router = plain_router();
     let model = RoutedModel::with_experts(
         &base,
         &specs,
@@ -149,7 +151,7 @@ fn an_export_keeps_layers_that_route_over_experts_of_their_own() -> Result<()> {
     for router in ROUTERS {
         let lora = lora("num_experts = 3\nrank = 4\nexperts_per_layer = [1, 3]");
         let specs = ExpertSpec::all(&lora, &base.spec)?;
-        let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&toml::from_str(router)?) };
+        let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&router_of(router)?) };
         let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Float);
         crate::common::randomize(&model)?;
         let read = written_and_read(&model, Kind::Float)?;
@@ -170,7 +172,7 @@ fn an_export_keeps_layers_that_route_over_experts_of_their_own() -> Result<()> {
 #[test]
 fn an_export_whose_router_is_spoiled_is_refused() -> Result<()> {
     let _generator = seed(164);
-    let model = tiny_model(&lora(PLAIN), &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&lora(PLAIN), &plain_router(), Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
@@ -221,7 +223,7 @@ fn pissa_and_olora_are_exported_as_plain_lora_of_twice_the_rank() -> Result<()> 
         ]
     "#;
     for router in ROUTERS {
-        let router: RouterConfig = toml::from_str(router)?;
+        let router = router_of(router)?;
         let model = tiny_model(&lora(text), &router, Kind::Float)?;
         let read = written_and_read(&model, Kind::Double)?;
         let (specs, tensors, base) = (model.specs(), model.tensors(), model.base());
@@ -303,7 +305,7 @@ fn the_cards_describe_the_adapters_as_they_are_written() -> Result<()> {
     let experts = "num_experts = 2\nrank = 4\ntarget_modules = ['c_attn']\n\
                    experts = [{ init = 'pissa' }, \
                    { alora_invocation_tokens = [18, 28] }]";
-    let model = tiny_model(&lora(experts), &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&lora(experts), &plain_router(), Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;

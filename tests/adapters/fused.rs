@@ -1,13 +1,13 @@
 //! Applying all experts at once and applying them one after the other compute the same function.
 
 use anyhow::Result;
-use dylora::config::{DropoutMasks, LoraConfig, RouterConfig, TargetModules};
+use dylora::config::{DropoutMasks, LoraConfig, TargetModules};
 use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, assert_same_gradients, gradients, mean_loss, new_model, randomize, seed,
-    tiny_base, tiny_config, tiny_model, two_rows,
+    DOUBLE, assert_close, assert_same_gradients, gradients, mean_loss, new_model, plain_router,
+    randomize, seed, tiny_base, tiny_config, tiny_model, two_rows,
 };
 use crate::{logits_by, lora, mode};
 
@@ -90,7 +90,7 @@ fn random_weights(num_experts: i64) -> Tensor {
 fn all_at_once_and_the_loop_give_the_same_logits() -> Result<()> {
     let _generator = seed(120);
     for (name, text) in CASES {
-        let model = tiny_model(&lora(text), &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora(text), &plain_router(), Kind::Double)?;
         let given = RoutingSource::Given(random_weights(model.num_experts()));
         for source in [RoutingSource::Router, RoutingSource::All, RoutingSource::Expert(1), given] {
             let [fused, looped] = [DropoutMasks::Shared, DropoutMasks::PerExpert]
@@ -106,7 +106,7 @@ fn all_at_once_and_the_loop_give_the_same_logits() -> Result<()> {
 fn all_at_once_and_the_loop_give_the_same_gradients() -> Result<()> {
     let _generator = seed(121);
     for (_, text) in CASES {
-        let model = tiny_model(&lora(text), &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora(text), &plain_router(), Kind::Double)?;
         let run = |masks| {
             let router = &RoutingSource::Router;
             let (loss, _) = model.loss(&two_rows(), router, mode(masks, 0.0), mean_loss(12));
@@ -121,7 +121,7 @@ fn all_at_once_and_the_loop_give_the_same_gradients() -> Result<()> {
 fn an_expert_that_has_all_the_weight_has_all_the_gradient() -> Result<()> {
     let _generator = seed(123);
     for (name, text) in CASES {
-        let model = tiny_model(&lora(text), &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora(text), &plain_router(), Kind::Double)?;
         for expert in 0..model.num_experts() {
             let (mode, settings) = (mode(DropoutMasks::Shared, 0.0), mean_loss(12));
             let alone = RoutingSource::Expert(expert);
@@ -141,7 +141,7 @@ fn one_and_three_alike(lora: &LoraConfig) -> Result<(RoutedModel, RoutedModel)> 
     let base = tiny_base(tiny_config());
     let model = |num_experts| {
         let lora = LoraConfig { num_experts, ..lora.clone() };
-        new_model(&base, &lora, &RouterConfig::default(), Kind::Double)
+        new_model(&base, &lora, &plain_router(), Kind::Double)
     };
     let (one, three) = (model(1), model(3));
     randomize(&one)?;

@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{
-    LoraConfig, LoraInit, RouterConfig, RoutingChoice, TargetModule, TargetModules,
-};
+use dylora::config::{LoraConfig, LoraInit, RoutingChoice, TargetModule, TargetModules};
 use dylora::model::decoder::Decoder;
 use dylora::model::decoder::spec::DecoderSpec;
 use dylora::model::experts::spec::{ExpertSpec, RankAlpha};
@@ -14,7 +12,8 @@ use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, gpt2_spec, logits, new_model, seed, tiny_base, tiny_config, two_rows,
+    DOUBLE, assert_close, gpt2_spec, logits, new_model, plain_router, seed, tiny_base, tiny_config,
+    two_rows,
 };
 use crate::{BOTH_WAYS, expected, logits_by, path, tied_base};
 
@@ -99,7 +98,7 @@ fn down_projections(init: LoraInit) -> (BTreeMap<TargetModule, Tensor>, bool) {
     let config = DecoderSpec { inner_width: 256, ..gpt2_spec(2, 4, 128) };
     let target_modules = TargetModules::all();
     let lora = LoraConfig { num_experts: 1, rank: 64, target_modules, init, ..Default::default() };
-    let model = new_model(&tiny_base(config), &lora, &RouterConfig::default(), Kind::Float);
+    let model = new_model(&tiny_base(config), &lora, &plain_router(), Kind::Float);
     let tensor = |path, key| model.expert_tensor(path, 0, key).expect("it targets every module");
     let a = model.modules().map(|(path, _)| (path.module, tensor(path, "lora_a"))).collect();
     let zero = model
@@ -194,7 +193,7 @@ fn under_every_init_the_first_forward_pass_equals_the_bases() -> Result<()> {
         // the logits.
         let tolerance = tolerance * expected.abs().max().double_value(&[]).max(1.0);
         for (name, specs) in starts()? {
-            let router = RouterConfig::default();
+            let router = plain_router();
             let model = RoutedModel::with_experts(
                 &base,
                 &specs,
@@ -219,7 +218,7 @@ fn initial_values_are_not_trained_and_survive_saving_to_the_bit() -> Result<()> 
     let _generator = seed(145);
     let base = tiny_base(tiny_config());
     for (name, specs) in starts()? {
-        let router = RouterConfig::default();
+        let router = plain_router();
         let model = RoutedModel::with_experts(
             &base,
             &specs,

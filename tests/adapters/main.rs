@@ -13,6 +13,7 @@ mod init;
 mod merge;
 mod mixtures;
 mod refusals;
+mod shared;
 mod targets;
 mod xlora;
 

@@ -1,7 +1,7 @@
 //! Merging mixtures whose routing weights are the same for every token.
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, RouterConfig};
+use dylora::config::LoraConfig;
 use dylora::export::merge::{into_adapter, into_base};
 use dylora::export::peft::write_adapter;
 use dylora::model::decoder::Decoder;
@@ -9,8 +9,8 @@ use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, logits, max_difference, new_model, randomize, seed, tiny_base, tiny_config,
-    two_rows,
+    assert_close, logits, max_difference, new_model, plain_router, randomize, seed, tiny_base,
+    tiny_config, two_rows,
 };
 use crate::{lora, of_folder, provenance};
 
@@ -46,7 +46,7 @@ const WITH_DORA: &str = r#"
 /// An f32 base, and experts on it whose A and B are random and far from their initial values.
 fn base_and_model(lora: &LoraConfig) -> Result<(Decoder, RoutedModel)> {
     let base = tiny_base(tiny_config()).to(Device::Cpu, Kind::Float);
-    let model = new_model(&base, lora, &RouterConfig::default(), Kind::Float);
+    let model = new_model(&base, lora, &plain_router(), Kind::Float);
     randomize(&model)?;
     Ok((base, model))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::{AdapterSource, RouterConfig};
+use dylora::config::AdapterSource;
 use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Mixture};
@@ -13,7 +13,7 @@ use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{golden_path, gpt2_spec, seed, tiny_config, tiny_model};
+use crate::common::{golden_path, gpt2_spec, plain_router, seed, tiny_config, tiny_model};
 use crate::{find, lora, message, of_folder, peft_folder, provenance, tied_config};
 
 /// An adapter saved by PEFT that a test spoils.
@@ -394,7 +394,7 @@ fn a_folder_without_adapters_is_refused() -> Result<()> {
 #[test]
 fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     let _generator = seed(132);
-    let router = RouterConfig::default();
+    let router = plain_router();
     let model = tiny_model(&lora("num_experts = 2"), &router, Kind::Float)?;
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");

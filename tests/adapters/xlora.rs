@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use anyhow::Result;
-use dylora::config::RouterConfig;
 use dylora::durable::output::Output;
 use dylora::export::peft::{Layout, export};
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
@@ -13,7 +12,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, logits, max_difference, seed, tiny_config, tiny_model, two_rows,
+    assert_close, logits, max_difference, router_of, seed, tiny_config, tiny_model, two_rows,
 };
 use crate::{
     expected, inputs, lora, message, of_folder, peft_folder, provenance, tied_base, tied_config,
@@ -63,8 +62,7 @@ fn a_written_xlora_folder_routes_as_before_to_the_bit() -> Result<()> {
 
 /// A tiny model with the given sections `[lora]` and `[router]`.
 fn model(lora_text: &str, router: &str) -> Result<RoutedModel> {
-    let router: RouterConfig = toml::from_str(router)?;
-    tiny_model(&lora(lora_text), &router, Kind::Float)
+    tiny_model(&lora(lora_text), &router_of(router)?, Kind::Float)
 }
 
 #[test]

@@ -165,6 +165,46 @@ pub fn tiny_lora() -> LoraConfig {
     }
 }
 
+/// The router that golden files, listed numbers and most identities are about: one for all layers.
+/// It reads the embeddings as they are, passes its gradient on to its input and is not supervised.
+pub fn plain_router() -> RouterConfig {
+    RouterConfig {
+        input: RouterInput::Embeddings,
+        scope: RouterScope::Shared,
+        normalize_input: false,
+        detach_input: false,
+        domain_supervision: Some(0.0),
+        ..RouterConfig::default()
+    }
+}
+
+/// [`plain_router`] with the keys of `text`, a section `[router]`, in place of its own.
+pub fn router_of(text: &str) -> Result<RouterConfig> {
+    let mut table = toml::Table::try_from(plain_router())?;
+    table.extend(toml::from_str::<toml::Table>(text)?);
+    Ok(table.try_into()?)
+}
+
+/// Overrides that give a config the plain settings that listed numbers belong to:
+/// [`plain_router`], each expert's own alpha, a constant learning rate and no clipping.
+const PLAIN: [&str; 10] = [
+    "router.input=embeddings",
+    "router.scope=shared",
+    "router.normalize_input=false",
+    "router.detach_input=false",
+    "router.domain_supervision=0.0",
+    "lora.scale=per_expert",
+    "schedule={kind='constant', warmup_steps=0, min_ratio=0.0}",
+    "optimizer.max_grad_norm=0.0",
+    "optimizer.adapters.learning_rate=1e-3",
+    "optimizer.router.learning_rate=1e-3",
+];
+
+/// The plain settings and then `set`, as overrides.
+pub fn plain_and(set: &[&str]) -> Vec<String> {
+    PLAIN.iter().chain(set).map(|item| (*item).to_owned()).collect()
+}
+
 /// [`tiny_base`] with experts and routers, all of whose parameters are random.
 pub fn tiny_model(lora: &LoraConfig, router: &RouterConfig, kind: Kind) -> Result<RoutedModel> {
     let base = tiny_base(tiny_config());

@@ -13,20 +13,21 @@ use dylora::train::optim::Optimizer;
 use dylora::train::step::Stepper;
 use tch::{Device, Kind};
 
-use crate::common::{family_specs, gpt2_spec, seed, tiny_base};
+use crate::common::{family_specs, gpt2_spec, plain_and, seed, tiny_base};
 use crate::shapes::device;
 
 const NUM_STEPS: usize = 100;
 
-fn config(targets: &str, rate: f64, more: &str) -> Result<Config> {
+fn config(targets: &str, rate: f64, set: &[&str]) -> Result<Config> {
     let text = format!(
         "[base]\nsource = {{ path = \"none\" }}\n[data]\nseq_len = 32\n\
          [[data.domains]]\nname = \"random\"\ntrain = [\"none\"]\n\
          [lora]\nnum_experts = 3\nrank = 4\nalpha = 12\ntarget_modules = {targets}\n\
-         [optimizer]\nmax_grad_norm = 1.0\n[optimizer.adapters]\nlearning_rate = {rate}\n\
-         [optimizer.router]\nlearning_rate = {rate}\n[train]\nloss_chunk_tokens = 50\n{more}"
+         [train]\nloss_chunk_tokens = 50\n"
     );
-    load::parse(&text, &[])
+    let rates = ["adapters", "router"].map(|of| format!("optimizer.{of}.learning_rate={rate}"));
+    let common = [&rates[0], &rates[1], "optimizer.max_grad_norm=1.0"];
+    load::parse(&text, &plain_and(&[&common, set].concat()))
 }
 
 /// The losses of [`NUM_STEPS`] steps over the same eight batches. Batches are split into
@@ -100,19 +101,19 @@ fn a_hundred_steps_follow_the_references_losses() -> Result<()> {
     let _generator = seed(910);
     let gpt2 = gpt2_spec(3, 4, 32);
     let mut cases = vec![
-        ("gpt2", gpt2.clone(), ""),
-        ("gpt2", gpt2.clone(), "[router]\nscope = \"layer\"\nload_balancing_coef = 0.01"),
-        ("gpt2", gpt2.clone(), "[router]\ntop_k = 2"),
-        ("gpt2", gpt2, "[lora.orthogonality]\nba = 0.1"),
+        ("gpt2", gpt2.clone(), &[][..]),
+        ("gpt2", gpt2.clone(), &["router.scope=layer", "router.load_balancing_coef=0.01"]),
+        ("gpt2", gpt2.clone(), &["router.top_k=2"]),
+        ("gpt2", gpt2, &["lora.orthogonality={ba=0.1}"]),
     ];
     let others = family_specs().into_iter().filter(|(family, _)| *family != "gpt2");
-    cases.extend(others.map(|(family, spec)| (family, spec, "[router]\nscope = \"layer\"")));
-    for (family, spec, more) in cases {
+    cases.extend(others.map(|(family, spec)| (family, spec, &["router.scope=layer"][..])));
+    for (family, spec, set) in cases {
         let (targets, rate, fall) = match family {
             "gpt2" => ("[\"attn.c_attn\", \"mlp.c_fc\", \"mlp.c_proj\"]", 0.005, 1.0),
             _ => ("\"all-linear\"", 0.0015, 0.5),
         };
-        let config = config(targets, rate, more)?;
+        let config = config(targets, rate, set)?;
         let exact = curve(&spec, &config, device, Kind::Double, Kernels::Reference)?;
         let (first, last) = (exact[0], exact[NUM_STEPS - 1]);
         assert!(last < first - fall, "{family}: {exact:?}");
@@ -128,7 +129,7 @@ fn a_hundred_steps_follow_the_references_losses() -> Result<()> {
             let fused = curve(&spec, &config, device, kind, Kernels::Auto)?;
             let difference = largest_difference(&fused, &exact);
             let line = format!(
-                "{family}, {more:?} in {kind:?}: {first:.3} to {last:.3}, apart {difference:.1e}, \
+                "{family}, {set:?} in {kind:?}: {first:.3} to {last:.3}, apart {difference:.1e}, \
                  bound {bound:.1e}"
             );
             println!("{line}");

@@ -18,7 +18,7 @@ use dylora::model::routing::router::RouterSpec;
 use dylora::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{family_specs, gpt2_spec, randomize, seed};
+use crate::common::{family_specs, gpt2_spec, plain_router, randomize, seed};
 
 /// A mixture on a base, and the shape of a batch.
 struct Case {
@@ -55,7 +55,7 @@ fn case(name: &str) -> Case {
         name: name.into(),
         base: shape(2, 16, 53, 64),
         lora: lora(3, 4, Family::Gpt2.modules()),
-        router: RouterConfig::default(),
+        router: plain_router(),
         batch: 2,
         seq_len: 24,
         documents: None,
@@ -71,6 +71,7 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases.extend(of_shapes(on_gpu));
     cases.extend(of_routers());
     cases.extend(of_both());
+    cases.extend(of_shared_parts());
     cases.extend(of_families());
     cases
 }
@@ -139,13 +140,13 @@ fn of_routers() -> Vec<Case> {
     let mut cases = vec![];
     for scope in [RouterScope::Layer, RouterScope::Module] {
         for input in [RouterInput::Embeddings, RouterInput::LayerInput] {
-            let router = RouterConfig { scope, input, ..RouterConfig::default() };
+            let router = RouterConfig { scope, input, ..plain_router() };
             cases.push(Case { router, ..case(&format!("{scope:?} routers on {input:?}")) });
         }
     }
-    let router = RouterConfig { input: RouterInput::BaseHidden, ..RouterConfig::default() };
+    let router = RouterConfig { input: RouterInput::BaseHidden, ..plain_router() };
     cases.push(Case { router, ..case("router on base_hidden") });
-    let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+    let router = RouterConfig { top_k: Some(2), ..plain_router() };
     cases.push(Case { router, ..case("top 2") });
     cases.push(Case { checkpointing: true, dropout: 0.2, ..case("checkpointing with dropout") });
     cases
@@ -179,6 +180,30 @@ fn of_both() -> Vec<Case> {
     cases
 }
 
+/// A part that is always on, beside experts of the same and of another rank, and beside one expert.
+fn of_shared_parts() -> Vec<Case> {
+    let with = |num_experts, shared_rank| LoraConfig {
+        shared_rank,
+        ..lora(num_experts, 4, Family::Gpt2.modules())
+    };
+    let mut cases = vec![];
+    for (num_experts, rank) in [(3, 4), (3, 9), (1, 4), (1, 9)] {
+        let name = format!("E {num_experts}, r 4, always on {rank}");
+        cases.push(Case { lora: with(num_experts, rank), ..case(&name) });
+    }
+    for source in [RoutingSource::Uniform, RoutingSource::All, RoutingSource::Expert(1)] {
+        let name = format!("{source:?}, always on 9");
+        cases.push(Case { lora: with(3, 9), source, ..case(&name) });
+    }
+    // the routers of new configs
+    let router = RouterConfig { top_k: Some(2), ..RouterConfig::default() };
+    cases.push(Case { lora: with(3, 9), router, ..case("normalising routers, always on 9") });
+    let pissa = LoraConfig { init: LoraInit::Pissa, ..with(3, 9) };
+    let all = Case { lora: pissa, dropout: 0.2, ..case("pissa, always on 9") };
+    cases.push(Case { checkpointing: true, ..all });
+    cases
+}
+
 /// Each family, on which only the head, the loss and the steps are fused, except for GPT-2.
 fn of_families() -> Vec<Case> {
     let mut cases = vec![];
@@ -193,7 +218,7 @@ fn of_families() -> Vec<Case> {
             scope: RouterScope::Layer,
             input: RouterInput::LayerInput,
             top_k: Some(2),
-            ..RouterConfig::default()
+            ..plain_router()
         };
         cases.push(Case { router, ..named("top 2 by routers on the layers' inputs") });
         let documents = Some(vec![5, 1, 11, 7]);
@@ -246,7 +271,8 @@ impl Case {
         compute: impl Into<Compute>,
         tensors: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<RoutedModel> {
-        let specs = ExpertSpec::all(&self.lora, &self.base)?;
+        let mut specs = ExpertSpec::all(&self.lora, &self.base)?;
+        specs.extend(ExpertSpec::of_shared(&self.lora, &self.base)?);
         let router = RouterSpec::from(&self.router);
         let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
         match tensors {

@@ -15,16 +15,15 @@ use dylora::train::step::{self, StepGradients};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    ROUTER_INPUTS, SCOPES, add_of_one_domain, assert_close, max_difference, mean_loss, seed,
-    tiny_lora, tiny_model,
+    ROUTER_INPUTS, SCOPES, add_of_one_domain, assert_close, max_difference, mean_loss, plain_and,
+    plain_router, seed, tiny_lora, tiny_model,
 };
 
 /// A config in which every loss has a coefficient.
 pub(super) fn config(router: &RouterConfig, overrides: &[&str]) -> Result<Config> {
     let text = "base = { source = { path = \"x\" } }\n[data]\nseq_len = 16\n\
                 domains = [{ name = \"x\", train = [\"x\"] }]";
-    let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();
-    let mut config = load::parse(text, &overrides)?;
+    let mut config = load::parse(text, &plain_and(overrides))?;
     config.router = RouterConfig {
         load_balancing_coef: 0.7,
         uniform_mse_coef: 3.0,
@@ -88,7 +87,7 @@ pub(super) fn routers() -> Vec<RouterConfig> {
                     scope,
                     level,
                     top_k,
-                    ..RouterConfig::default()
+                    ..plain_router()
                 });
             }
         }
@@ -133,7 +132,7 @@ fn any_packing_order_and_accumulation_gives_the_same_gradients() -> Result<()> {
 fn each_loss_of_the_routers_reaches_them() -> Result<()> {
     let _generator = seed(71);
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
-        let router = RouterConfig { input, scope, ..RouterConfig::default() };
+        let router = RouterConfig { input, scope, ..plain_router() };
         let with = config(&router, &[])?;
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let batches = cut(&dataset(16), &[1, 1], false);
@@ -167,7 +166,7 @@ fn totals_taken_ahead_see_the_masks_and_the_noise_that_come() -> Result<()> {
     let noises = [RouterNoise::None, RouterNoise::Gaussian(0.5), RouterNoise::Jitter(0.3)];
     let all = ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope)));
     for ((input, scope), noise) in all.flat_map(|case| noises.map(|noise| (case, noise))) {
-        let router = RouterConfig { input, scope, noise, ..RouterConfig::default() };
+        let router = RouterConfig { input, scope, noise, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let batches = cut(&dataset(16), &[1, 1], false);
         for probability in [0.0, 0.4] {

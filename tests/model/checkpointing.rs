@@ -16,7 +16,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{
     ROUTER_INPUTS, SCOPES, assert_close, assert_same_gradients, gradients, max_difference,
-    mean_loss, randomize, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
+    mean_loss, plain_router, randomize, seed, tiny_base, tiny_config, tiny_lora, tiny_model,
+    two_rows,
 };
 
 /// The results of a forward and a backward pass from a fixed state of the generator, and the state
@@ -51,7 +52,7 @@ fn checkpointing_keeps(model: &RoutedModel, mode: ForwardMode) -> Result<Pass> {
 fn checkpointing_keeps_the_gradients_of_experts_and_router() -> Result<()> {
     let _generator = seed(21);
     for top_k in [None, Some(2)] {
-        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let router = RouterConfig { top_k, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
     }
@@ -62,7 +63,7 @@ fn checkpointing_keeps_the_gradients_of_experts_and_router() -> Result<()> {
 fn checkpointing_keeps_the_gradients_of_a_single_expert() -> Result<()> {
     let _generator = seed(22);
     let lora = LoraConfig { num_experts: 1, ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
     checkpointing_changes_nothing(&model, LoraDropout::NONE)?;
     Ok(())
 }
@@ -85,7 +86,7 @@ fn checkpointing_keeps_the_gradients_of_every_kind_of_expert() -> Result<()> {
     ];
     let lora = LoraConfig { experts, ..tiny_lora() };
     for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|input| (s, input))) {
-        let router = RouterConfig { input, scope, ..RouterConfig::default() };
+        let router = RouterConfig { input, scope, ..plain_router() };
         let model = tiny_model(&lora, &router, Kind::Double)?;
         for probability in [0.0, 0.3] {
             let masks = DropoutMasks::Shared;
@@ -106,7 +107,7 @@ fn checkpointing_keeps_the_gradients_where_a_layer_has_no_experts() -> Result<()
         spec.modules.retain(|path, _| path.layer == 1);
     }
     for input in [RouterInput::Embeddings, RouterInput::BaseHidden] {
-        let router = RouterConfig { input, ..RouterConfig::default() };
+        let router = RouterConfig { input, ..plain_router() };
         let model = RoutedModel::with_experts(
             &base,
             &specs,
@@ -132,7 +133,7 @@ fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
     let router = RouterConfig {
         input: RouterInput::LayerInput,
         scope: RouterScope::Layer,
-        ..RouterConfig::default()
+        ..plain_router()
     };
     let model = RoutedModel::with_experts(
         &base,
@@ -156,7 +157,7 @@ fn checkpointing_leaves_a_router_without_experts_alone() -> Result<()> {
 #[test]
 fn the_second_run_draws_the_dropout_masks_of_the_first() -> Result<()> {
     let _generator = seed(23);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let without = pass(&model, ForwardMode::EVAL)?;
     for masks in [DropoutMasks::Shared, DropoutMasks::PerExpert] {
         let dropped =
@@ -174,7 +175,7 @@ fn checkpointing_keeps_the_noise_of_routers_and_the_masks_beside_it() -> Result<
     let noises = [RouterNoise::Gaussian(0.5), RouterNoise::Jitter(0.3)];
     let masks = [DropoutMasks::Shared, DropoutMasks::PerExpert];
     for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|input| (s, input))) {
-        let router = RouterConfig { input, scope, hidden_layers: 1, ..RouterConfig::default() };
+        let router = RouterConfig { input, scope, hidden_layers: 1, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let quiet = pass(&model, ForwardMode::EVAL)?;
         for (noise, masks) in noises.into_iter().zip(masks) {

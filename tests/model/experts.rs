@@ -15,8 +15,8 @@ use dylora::model::{ForwardMode, Recorder, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, assert_close, gradients, logits, max_difference, mean_loss, new_model, seed, tiny_base,
-    tiny_config, tiny_lora, tiny_model, two_rows,
+    DOUBLE, assert_close, gradients, logits, max_difference, mean_loss, new_model, plain_router,
+    seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 fn with_dropout(probability: f64, masks: DropoutMasks) -> ForwardMode {
@@ -33,7 +33,7 @@ fn fresh_experts_leave_the_bases_logits_unchanged() {
         let expected = logits(&plain, &inputs, &RoutingSource::Base);
         for num_experts in [1, 3] {
             let lora = LoraConfig { num_experts, ..tiny_lora() };
-            let router = RouterConfig::default();
+            let router = plain_router();
             let model = new_model(&base, &lora, &router, kind);
             let fresh = logits(&model, &inputs, &RoutingSource::Router);
             assert_eq!(max_difference(&fresh, &expected), 0.0, "{num_experts} experts, {kind:?}");
@@ -44,7 +44,7 @@ fn fresh_experts_leave_the_bases_logits_unchanged() {
 #[test]
 fn zero_routing_weights_leave_the_base() -> Result<()> {
     let _generator = seed(2);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let inputs = two_rows();
     let base = logits(&model, &inputs, &RoutingSource::Base);
     let zeros = RoutingSource::Given(Tensor::zeros([2, 7, 3], DOUBLE));
@@ -63,7 +63,7 @@ fn one_expert_is_plain_lora_to_the_bit() -> Result<()> {
     let lora = LoraConfig { num_experts: 1, ..tiny_lora() };
     let inputs = two_rows();
     for kind in [Kind::Float, Kind::Double] {
-        let model = tiny_model(&lora, &RouterConfig::default(), kind)?;
+        let model = tiny_model(&lora, &plain_router(), kind)?;
         assert!(model.routers().is_empty());
         let (ids, positions) = (&inputs.input_ids, &inputs.position_ids);
         let mut x = model.base().embed(ids, positions, kind);
@@ -90,11 +90,11 @@ fn one_expert_is_plain_lora_to_the_bit() -> Result<()> {
 #[test]
 fn a_one_hot_weight_is_that_expert_alone() -> Result<()> {
     let _generator = seed(4);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let alone = LoraConfig { num_experts: 1, ..tiny_lora() };
     let inputs = two_rows();
     for expert in 0..3 {
-        let alone = new_model(model.base(), &alone, &RouterConfig::default(), Kind::Double);
+        let alone = new_model(model.base(), &alone, &plain_router(), Kind::Double);
         let own = format!(".expert_{expert}.");
         let tensors = model.tensors().into_iter().filter(|(name, _)| name.contains(&own));
         alone.load(&tensors.map(|(name, t)| (name.replace(&own, ".expert_0."), t)).collect())?;
@@ -108,8 +108,8 @@ fn a_one_hot_weight_is_that_expert_alone() -> Result<()> {
 #[test]
 fn permuting_the_experts_with_their_weights_changes_nothing() -> Result<()> {
     let _generator = seed(14);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
-    let router = RouterConfig::default();
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
+    let router = plain_router();
     let permuted = new_model(model.base(), &tiny_lora(), &router, Kind::Double);
     let order = [2, 0, 1];
     for (name, tensor) in permuted.tensors() {
@@ -137,7 +137,7 @@ fn permuting_the_experts_with_their_weights_changes_nothing() -> Result<()> {
 #[test]
 fn a_records_expert_decides_its_own_tokens() -> Result<()> {
     let _generator = seed(15);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let mut inputs = two_rows();
     inputs.expert_ids = Some(Tensor::from_slice(&[2i64, -1]).view([2, 1]).expand([2, 7], false));
     let by_record = logits(&model, &inputs, &RoutingSource::Record);
@@ -154,7 +154,7 @@ fn switching_the_source_touches_neither_experts_nor_what_is_trained() -> Result<
     let _generator = seed(18);
     let frozen = ExpertConfig { trainable: false, ..ExpertConfig::default() };
     let lora = LoraConfig { experts: vec![frozen], ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
     let state = || {
         let trained = model.trained(RoutingChoice::Router, None);
         let leaves = trained.leaves.iter().map(Tensor::requires_grad).collect::<Vec<_>>();
@@ -181,7 +181,7 @@ fn switching_the_source_touches_neither_experts_nor_what_is_trained() -> Result<
 #[test]
 fn every_weight_one_is_the_sum_of_the_experts() -> Result<()> {
     let _generator = seed(16);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let ones = RoutingSource::Given(Tensor::ones([3], DOUBLE));
     let expected = logits(&model, &two_rows(), &ones);
     let all = logits(&model, &two_rows(), &RoutingSource::All);
@@ -194,7 +194,7 @@ fn an_expert_is_off_before_its_last_invocation() -> Result<()> {
     let _generator = seed(17);
     let invoked = ExpertConfig { alora_invocation_tokens: vec![18, 28], ..ExpertConfig::default() };
     let lora = LoraConfig { experts: vec![invoked], ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
     // the tokens 18 28 begin at positions 1 and 3 of the second row; the first row lacks them
     let output = model.forward(&two_rows(), &RoutingSource::Uniform, ForwardMode::EVAL, None);
     let RoutingWeights::PerToken(weights) = &output.weights[0] else { panic!("they are masked") };
@@ -217,7 +217,7 @@ fn an_expert_is_off_before_its_last_invocation() -> Result<()> {
 #[test]
 fn uniform_routing_is_an_even_weight_on_each_expert() -> Result<()> {
     let _generator = seed(5);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let inputs = two_rows();
     let even = RoutingSource::Given(Tensor::full([2, 7, 3], 1.0 / 3.0, DOUBLE));
     let expected = logits(&model, &inputs, &even);
@@ -231,7 +231,7 @@ fn fused_experts_equal_looped_ones_in_values_and_gradients() -> Result<()> {
     let inputs = two_rows();
     for (kind, tolerance) in [(Kind::Float, 1e-6), (Kind::Double, 1e-12)] {
         for top_k in [None, Some(2)] {
-            let router = RouterConfig { top_k, temperature: 0.7, ..RouterConfig::default() };
+            let router = RouterConfig { top_k, temperature: 0.7, ..plain_router() };
             let model = tiny_model(&tiny_lora(), &router, kind)?;
             let run = |masks| {
                 let mode = with_dropout(0.0, masks);
@@ -299,7 +299,7 @@ fn the_experts_of_a_layer_share_one_dropout_mask_unless_each_has_its_own() {
 fn dropout_reaches_experts_in_training_only_and_the_base_never() -> Result<()> {
     let _generator = seed(9);
     let lora = LoraConfig { dropout: 0.5, ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
     let inputs = two_rows();
     let run = |source, mode| model.forward(&inputs, source, mode, None).hidden;
     let evaluated = run(&RoutingSource::Router, ForwardMode::EVAL);
@@ -315,7 +315,7 @@ fn dropout_reaches_experts_in_training_only_and_the_base_never() -> Result<()> {
 fn only_experts_and_router_are_trained() -> Result<()> {
     let _generator = seed(10);
     let lora = LoraConfig { target_modules: [TargetModule::AttnCProj].into(), ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Float)?;
     let trained = model.trained(RoutingChoice::Router, None).parameters.into_iter();
     let names: Vec<_> = trained.map(|p| p.name).collect();
     let experts = ["expert_0", "expert_1", "expert_2"];
@@ -334,7 +334,7 @@ fn every_target_module_receives_the_routing_weights() -> Result<()> {
     let _generator = seed(11);
     let target_modules = [TargetModule::MlpCProj, TargetModule::AttnCAttn].into();
     let lora = LoraConfig { target_modules, ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Float)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Float)?;
     let routed = |source| {
         let mut recorder = Recorder::default();
         let _ = model.forward(&two_rows(), source, ForwardMode::EVAL, Some(&mut recorder));
@@ -352,7 +352,7 @@ fn experts_and_their_gradients_stay_in_f32_beside_a_bf16_base() -> Result<()> {
     let _generator = seed(12);
     let run = |kind| -> Result<_> {
         tch::manual_seed(12);
-        let model = tiny_model(&tiny_lora(), &RouterConfig::default(), kind)?;
+        let model = tiny_model(&tiny_lora(), &plain_router(), kind)?;
         let mode = ForwardMode::EVAL;
         let (loss, routing) = model.loss(&two_rows(), &RoutingSource::Router, mode, mean_loss(12));
         assert_eq!(routing[0].probs.kind(), Kind::Float);

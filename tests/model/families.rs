@@ -17,11 +17,11 @@ use tch::{Device, Kind, Tensor};
 use super::gradients::assert_slope;
 use crate::common::{
     DOUBLE, assert_close, family_specs, gradients, logits, max_difference, mean_loss, new_model,
-    randomize, rows, seed, tiny_base,
+    plain_router, randomize, router_of, rows, seed, tiny_base,
 };
 
 /// Three experts of every kind that `[lora]` knows.
-fn kinds() -> Vec<(&'static str, LoraConfig)> {
+pub(super) fn kinds() -> Vec<(&'static str, LoraConfig)> {
     let all = "num_experts = 3\nrank = 2\nalpha = 3.0\n";
     let own = [
         ("plain", ""),
@@ -112,7 +112,7 @@ fn whole_rows() -> Inputs {
 #[test]
 fn without_routing_weights_a_mixture_is_its_base() -> Result<()> {
     let _generator = seed(300);
-    for_each(Kind::Float, &RouterConfig::default(), |what, base, _, model| {
+    for_each(Kind::Float, &plain_router(), |what, base, _, model| {
         let plain = RoutedModel::plain(base, Device::Cpu, Kind::Float, false);
         for inputs in [whole_rows(), packed()] {
             let expected = logits(&plain, &inputs, &RoutingSource::Base);
@@ -130,7 +130,7 @@ fn without_routing_weights_a_mixture_is_its_base() -> Result<()> {
 #[test]
 fn one_hot_weights_are_an_expert_alone() -> Result<()> {
     let _generator = seed(301);
-    for_each(Kind::Double, &RouterConfig::default(), |what, _, _, model| {
+    for_each(Kind::Double, &plain_router(), |what, _, _, model| {
         let inputs = whole_rows();
         let (b, t) = inputs.input_ids.size2()?;
         let base = logits(model, &inputs, &RoutingSource::Base);
@@ -152,7 +152,7 @@ fn one_hot_weights_are_an_expert_alone() -> Result<()> {
 #[test]
 fn packed_documents_are_separate_ones() -> Result<()> {
     let _generator = seed(302);
-    let router = RouterConfig { scope: RouterScope::Layer, top_k: Some(2), ..Default::default() };
+    let router = RouterConfig { scope: RouterScope::Layer, top_k: Some(2), ..plain_router() };
     let router = RouterConfig { input: RouterInput::LayerInput, ..router };
     for (kind, tolerance) in [(Kind::Float, 1e-5), (Kind::Double, 1e-11)] {
         for_each(kind, &router, |what, _, _, model| {
@@ -182,7 +182,7 @@ fn packed_documents_are_separate_ones() -> Result<()> {
 #[test]
 fn checkpointed_blocks_are_the_same_to_the_bit() -> Result<()> {
     let _generator = seed(303);
-    let router = RouterConfig { scope: RouterScope::Layer, ..RouterConfig::default() };
+    let router = RouterConfig { scope: RouterScope::Layer, ..plain_router() };
     let dropout = LoraDropout { probability: 0.3, masks: DropoutMasks::Shared };
     for_each(Kind::Float, &router, |what, _, _, model| {
         let [plain, checkpointed] = [false, true].map(|gradient_checkpointing| {
@@ -198,7 +198,7 @@ fn checkpointed_blocks_are_the_same_to_the_bit() -> Result<()> {
 #[test]
 fn experts_one_by_one_are_experts_at_once() -> Result<()> {
     let _generator = seed(304);
-    for_each(Kind::Double, &RouterConfig::default(), |what, _, _, model| {
+    for_each(Kind::Double, &plain_router(), |what, _, _, model| {
         let [together, one_by_one] = [DropoutMasks::Shared, DropoutMasks::PerExpert].map(|masks| {
             let dropout = LoraDropout { probability: 0.0, masks };
             pass(model, &RoutingSource::Router, ForwardMode { dropout, ..ForwardMode::EVAL })
@@ -212,7 +212,7 @@ fn experts_one_by_one_are_experts_at_once() -> Result<()> {
 fn merged_into_the_base_is_the_mixture_with_these_weights() -> Result<()> {
     let _generator = seed(305);
     let weights = [0.5, -0.25, 0.75];
-    for_each(Kind::Float, &RouterConfig::default(), |what, base, _, model| {
+    for_each(Kind::Float, &plain_router(), |what, base, _, model| {
         if what.ends_with("alora") {
             return Ok(());
         }
@@ -234,7 +234,7 @@ fn a_mixture_survives_its_tensors() -> Result<()> {
     for (scope, prefix) in
         [(RouterScope::Layer, "layers.2.router"), (RouterScope::Shared, "router")]
     {
-        let router = RouterConfig { scope, hidden_layers: 1, ..RouterConfig::default() };
+        let router = RouterConfig { scope, hidden_layers: 1, ..plain_router() };
         for_each(Kind::Double, &router, |what, base, lora, model| {
             let specs = ExpertSpec::all(lora, &base.spec)?;
             let (tensors, spec) = (model.tensors(), RouterSpec::from(&router));
@@ -267,11 +267,11 @@ fn bf16_is_near_f32() -> Result<()> {
         kinds().into_iter().map(move |(name, lora)| (family, spec.clone(), name, lora))
     }) {
         let base = tiny_base(spec).to(Device::Cpu, Kind::BFloat16);
-        let found = new_model(&base, &lora, &RouterConfig::default(), Kind::BFloat16);
+        let found = new_model(&base, &lora, &plain_router(), Kind::BFloat16);
         randomize(&found)?;
         let tensors: BTreeMap<String, Tensor> = found.tensors();
         let specs = ExpertSpec::all(&lora, &base.spec)?;
-        let router = RouterSpec::from(&RouterConfig::default());
+        let router = RouterSpec::from(&plain_router());
         let exact =
             RoutedModel::from_tensors(&base, &specs, &router, &tensors, Device::Cpu, Kind::Float)?;
         let by = RoutingSource::Router;
@@ -330,7 +330,7 @@ fn routers_have_the_slopes_of_finite_differences_on_every_family() -> Result<()>
         "scope = 'module'\ninput = 'layer_input'\ntop_k = 2",
         "scope = 'layer'\nlevel = 'sequence'",
     ] {
-        let router: RouterConfig = toml::from_str(text)?;
+        let router = router_of(text)?;
         for (family, spec) in family_specs() {
             let base = tiny_base(spec);
             let model = new_model(&base, &kinds()[0].1, &router, Kind::Double);

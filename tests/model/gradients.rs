@@ -10,8 +10,8 @@ use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, ROUTER_INPUTS, assert_close, gradients, mean_loss, new_model, seed, tiny_base,
-    tiny_config, tiny_lora, tiny_model, two_rows,
+    DOUBLE, ROUTER_INPUTS, assert_close, gradients, mean_loss, new_model, plain_router, seed,
+    tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 fn loss(model: &RoutedModel, source: &RoutingSource) -> Tensor {
@@ -52,7 +52,7 @@ fn trained_tensors_have_the_slopes_of_finite_differences() -> Result<()> {
     for (input, top_k) in
         ROUTER_INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))])
     {
-        let router = RouterConfig { input, top_k, temperature: 0.8, ..RouterConfig::default() };
+        let router = RouterConfig { input, top_k, temperature: 0.8, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let grads = gradients(&model, &loss(&model, &RoutingSource::Router));
         for (name, tensor) in model.tensors() {
@@ -69,7 +69,7 @@ fn trained_tensors_have_the_slopes_of_finite_differences() -> Result<()> {
 fn magnitudes_and_the_router_over_dora_have_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(61);
     let lora = LoraConfig { use_dora: true, ..tiny_lora() };
-    let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
     let grads = gradients(&model, &loss(&model, &RoutingSource::Router));
     let tensors = model.tensors().into_iter();
     for (name, tensor) in tensors.filter(|(name, _)| !name.contains("lora_")) {
@@ -85,7 +85,7 @@ fn inputs_and_router_logits_have_the_slopes_of_finite_differences() -> Result<()
     let _generator = seed(62);
     for use_dora in [false, true] {
         let lora = LoraConfig { use_dora, ..tiny_lora() };
-        let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
         let path = ModulePath { layer: 1, module: TargetModule::MlpCFc };
         let experts = model.experts(path).expect("every module is a target");
         let linear = &model.base().blocks[1].linears[&path.module];
@@ -118,7 +118,7 @@ fn largest(tensor: &Tensor) -> f64 {
 fn from_b_zero_only_b_has_a_gradient() -> Result<()> {
     let _generator = seed(63);
     for input in ROUTER_INPUTS {
-        let router = RouterConfig { input, ..RouterConfig::default() };
+        let router = RouterConfig { input, ..plain_router() };
         let base = tiny_base(tiny_config());
         let model = new_model(&base, &tiny_lora(), &router, Kind::Double);
         for (name, grad) in gradients(&model, &loss(&model, &RoutingSource::Router)) {
@@ -142,7 +142,7 @@ fn descend(model: &RoutedModel, grads: &BTreeMap<String, Tensor>) {
 fn after_a_step_every_trained_tensor_has_a_finite_gradient_that_is_not_zero() -> Result<()> {
     let _generator = seed(64);
     for (input, use_dora) in ROUTER_INPUTS.into_iter().flat_map(|i| [(i, false), (i, true)]) {
-        let router = RouterConfig { input, ..RouterConfig::default() };
+        let router = RouterConfig { input, ..plain_router() };
         let lora = LoraConfig { use_dora, ..tiny_lora() };
         let base = tiny_base(tiny_config());
         let fresh = new_model(&base, &lora, &router, Kind::Double);
@@ -166,7 +166,7 @@ fn after_a_step_every_trained_tensor_has_a_finite_gradient_that_is_not_zero() ->
 #[test]
 fn only_parameters_that_a_source_uses_are_trained() -> Result<()> {
     let _generator = seed(65);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let names = |choice| -> Vec<String> {
         model.trained(choice, None).parameters.into_iter().map(|p| p.name).collect()
     };

@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use dylora::config::{
-    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterConfig, RouterNoise,
-    TargetModule,
+    DropoutMasks, ExpertConfig, LoraConfig, LoraInit, ModulePath, RouterNoise, TargetModule,
 };
 use dylora::model::RoutedModel;
 use dylora::model::experts::assignments::Assignments;
@@ -17,7 +16,9 @@ use dylora::model::experts::weights::RoutingWeights;
 use dylora::model::routing::router::{Router, RouterSpec, RoutingRule};
 use tch::{Device, Kind, Tensor};
 
-use crate::common::{DOUBLE, assert_close, gradients, max_difference, seed, tiny_lora, tiny_model};
+use crate::common::{
+    DOUBLE, assert_close, gradients, max_difference, plain_router, seed, tiny_lora, tiny_model,
+};
 
 const PATH: ModulePath = ModulePath { layer: 0, module: TargetModule::AttnCAttn };
 
@@ -31,15 +32,11 @@ fn mixed(kind: Kind) -> Result<RoutedModel> {
     let second = ExpertConfig { alpha: Some(1.0), ..rank(2) };
     let lacking = ExpertConfig { target_modules: Some([TargetModule::MlpCFc].into()), ..rank(3) };
     let experts = vec![ExpertConfig::default(), second, rank(7), rank(4), lacking];
-    tiny_model(
-        &LoraConfig { num_experts: 5, experts, ..tiny_lora() },
-        &RouterConfig::default(),
-        kind,
-    )
+    tiny_model(&LoraConfig { num_experts: 5, experts, ..tiny_lora() }, &plain_router(), kind)
 }
 
 fn even(num_experts: i64, kind: Kind) -> Result<RoutedModel> {
-    tiny_model(&LoraConfig { num_experts, ..tiny_lora() }, &RouterConfig::default(), kind)
+    tiny_model(&LoraConfig { num_experts, ..tiny_lora() }, &plain_router(), kind)
 }
 
 fn experts(model: &RoutedModel) -> &LoraExperts {
@@ -274,7 +271,7 @@ fn dora_and_pissa_experts_are_computed_all_at_once() -> Result<()> {
     let dora = LoraConfig { use_dora: true, ..plain.clone() };
     let pissa = LoraConfig { init: LoraInit::Pissa, rank: 8, ..plain.clone() };
     for (lora, expected) in [(plain, true), (dora, false), (pissa, false)] {
-        let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
         let assignments = Assignments::new(&selected, 64);
         assert_eq!(experts(&model).skips(&x, &assignments), expected, "{lora:?}");
     }

@@ -1,14 +1,13 @@
 //! The loss computed in chunks equals torch's cross entropy.
 
 use anyhow::Result;
-use dylora::config::RouterConfig;
 use dylora::model::loss::{LossSettings, chunked_cross_entropy};
 use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::common::{
-    assert_close, assert_same_gradients, gradients, labelled_rows, max_difference, mean_loss, seed,
-    tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
+    assert_close, assert_same_gradients, gradients, labelled_rows, max_difference, mean_loss,
+    plain_router, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 /// Hidden states `[23, 16]`, a head `[61, 16]` and labels.
@@ -86,7 +85,7 @@ fn asking_for_no_gradient_leaves_the_value() {
 #[test]
 fn rows_without_labels_cost_nothing() -> Result<()> {
     let _generator = seed(33);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let rows: [&[i64]; 2] = [&[3, 14, 15, 9, 26], &[27, 18, 28, 18, 28]];
     let run = |labels: &[i64]| {
         let inputs = labelled_rows(&rows, labels);

@@ -13,7 +13,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::accumulation::{config, cut, dataset, gradients, routers};
 use crate::common::{
-    add_of_one_domain, assert_close, losses_of, mean_loss, seed, tiny_lora, tiny_model,
+    add_of_one_domain, assert_close, losses_of, mean_loss, plain_router, seed, tiny_lora,
+    tiny_model,
 };
 
 /// The routers' losses over tokens with the given scores, `[n][m]`.
@@ -146,7 +147,7 @@ fn gradients_of_a_step_are_autograds_of_the_sum_of_all_losses() -> Result<()> {
 /// The routers' losses over a dataset, before and after a small step of the routers against their
 /// gradients under `router`.
 fn after_a_step(model: &RoutedModel, router: RouterConfig) -> Result<[RouterLosses; 2]> {
-    let mut config = config(&RouterConfig::default(), &[])?;
+    let mut config = config(&plain_router(), &[])?;
     config.router = router;
     config.lora.orthogonality = None;
     let batches = cut(&dataset(16), &[2], false);
@@ -166,7 +167,7 @@ fn after_a_step(model: &RoutedModel, router: RouterConfig) -> Result<[RouterLoss
 #[test]
 fn a_step_against_a_loss_lowers_it_and_a_negative_factor_raises_the_entropy() -> Result<()> {
     let _generator = seed(201);
-    let none = RouterConfig::default();
+    let none = plain_router();
     type Of = fn(&RouterLosses) -> f64;
     let cases: [(RouterConfig, Of, bool); 5] = [
         (
@@ -199,7 +200,7 @@ fn a_step_against_a_loss_lowers_it_and_a_negative_factor_raises_the_entropy() ->
 #[test]
 fn a_router_that_is_sure_has_finite_gradients() -> Result<()> {
     let _generator = seed(202);
-    let router = RouterConfig::default();
+    let router = plain_router();
     for kind in [Kind::Float, Kind::Double] {
         let model = tiny_model(&tiny_lora(), &router, kind)?;
         let bias = Tensor::from_slice(&[5000.0, 0.0, -5000.0]);

@@ -5,13 +5,16 @@
 mod common;
 
 mod accumulation;
+mod by_hand;
 mod checkpointing;
+mod clips;
 mod experts;
 mod families;
 mod gradients;
 mod grouped;
 mod loss;
 mod losses;
+mod module_input;
 mod orthogonality;
 mod own_experts;
 mod packing;
@@ -22,5 +25,6 @@ mod scopes;
 mod seeding;
 mod selection_bias;
 mod sequence;
+mod shared;
 mod steps;
 mod supervision;

@@ -4,15 +4,15 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::{LoraConfig, Orthogonality, RouterConfig};
+use dylora::config::{LoraConfig, Orthogonality};
 use dylora::model::RoutedModel;
 use tch::{Kind, Tensor};
 
 use super::accumulation::{config, cut, dataset, gradients as step};
 use super::gradients::assert_slope;
 use crate::common::{
-    gradients, max_difference, new_model, randomize, seed, tiny_base, tiny_config, tiny_lora,
-    tiny_model,
+    gradients, max_difference, new_model, plain_router, randomize, seed, tiny_base, tiny_config,
+    tiny_lora, tiny_model,
 };
 
 const BOTH: [Orthogonality; 2] = [Orthogonality::A(0.1), Orthogonality::Ba(0.1)];
@@ -95,7 +95,7 @@ fn value(model: &RoutedModel, of: Orthogonality) -> f64 {
 fn orthogonality_is_the_mean_squared_cosine_of_the_factors_or_the_updates() -> Result<()> {
     let _generator = seed(210);
     for text in [MIXED_RANKS, MISSING_MODULES, COMPONENTS] {
-        let model = tiny_model(&lora(text), &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora(text), &plain_router(), Kind::Double)?;
         for of in BOTH {
             let (found, expected) = (value(&model, of), literal(&model, of));
             assert!((found - expected).abs() < 1e-13, "{of:?}: {found} is not {expected}, {text}");
@@ -109,7 +109,7 @@ fn orthogonality_is_the_mean_squared_cosine_of_the_factors_or_the_updates() -> R
 fn orthogonality_has_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(211);
     for text in [MIXED_RANKS, MISSING_MODULES, COMPONENTS] {
-        let model = tiny_model(&lora(text), &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora(text), &plain_router(), Kind::Double)?;
         for of in BOTH {
             let loss = model.orthogonality(of).expect("a module has two experts");
             let grads = gradients(&model, &loss);
@@ -130,7 +130,7 @@ fn two_experts(rank: i64, factors: [(Tensor, Tensor); 2]) -> Result<RoutedModel>
     let text = format!(
         "num_experts = 2\nrank = {rank}\ntarget_modules = ['c_attn']\nexperts_per_layer = [2, 1]"
     );
-    let model = tiny_model(&lora(&text), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&lora(&text), &plain_router(), Kind::Double)?;
     let named = factors.into_iter().enumerate().flat_map(|(e, (a, b))| {
         let name = format!("h.0.attn.c_attn.expert_{e}");
         [(format!("{name}.lora_a"), a), (format!("{name}.lora_b"), b)]
@@ -180,8 +180,7 @@ fn updates_of_zero_cost_nothing_and_have_no_gradient() -> Result<()> {
     let _generator = seed(214);
     for kind in [Kind::Float, Kind::Double] {
         for text in [MIXED_RANKS, COMPONENTS] {
-            let model =
-                new_model(&tiny_base(tiny_config()), &lora(text), &RouterConfig::default(), kind);
+            let model = new_model(&tiny_base(tiny_config()), &lora(text), &plain_router(), kind);
             let loss = model.orthogonality(Orthogonality::Ba(1.0)).expect("there are several");
             assert_eq!(loss.double_value(&[]), 0.0);
             for (name, grad) in gradients(&model, &loss) {
@@ -201,7 +200,7 @@ fn there_is_no_orthogonality_without_two_experts_on_a_module() -> Result<()> {
     let apart = "num_experts = 2\ntarget_modules = ['c_attn']\n\
                  experts = [{ target_modules = ['mlp.c_fc'] }, {}]";
     for lora in [single, lora(apart)] {
-        let model = tiny_model(&lora, &RouterConfig::default(), Kind::Double)?;
+        let model = tiny_model(&lora, &plain_router(), Kind::Double)?;
         assert!(BOTH.iter().all(|&of| model.orthogonality(of).is_none()));
     }
     Ok(())
@@ -213,7 +212,7 @@ fn there_is_no_orthogonality_without_two_experts_on_a_module() -> Result<()> {
 fn the_orthogonality_of_frozen_experts_changes_no_gradient() -> Result<()> {
     let _generator = seed(217);
     let text = "num_experts = 2\nexperts = [{ trainable = false }, { trainable = false }]";
-    let with = config(&RouterConfig::default(), &[])?;
+    let with = config(&plain_router(), &[])?;
     let mut without = with.clone();
     without.lora.orthogonality = None;
     let model = tiny_model(&lora(text), &with.router, Kind::Double)?;
@@ -234,8 +233,7 @@ fn the_orthogonality_of_frozen_experts_changes_no_gradient() -> Result<()> {
 fn pissa_experts_start_alike_and_a_step_against_the_loss_lowers_it() -> Result<()> {
     let _generator = seed(216);
     let text = "num_experts = 3\nrank = 3\ninit = 'pissa'\ntarget_modules = ['mlp.c_fc']";
-    let model =
-        new_model(&tiny_base(tiny_config()), &lora(text), &RouterConfig::default(), Kind::Double);
+    let model = new_model(&tiny_base(tiny_config()), &lora(text), &plain_router(), Kind::Double);
     // the rows of A are orthogonal and have squared norms s; the loss is sum s^2 / (sum s)^2
     let alike = value(&model, Orthogonality::A(1.0));
     assert!(alike > 1.0 / 3.0 - 1e-12, "{alike}");

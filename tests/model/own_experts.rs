@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use super::gradients::assert_slope;
 use crate::common::{
     ROUTER_INPUTS, SCOPES, assert_close, gradients, logits, max_difference, mean_loss, on_the_host,
-    randomize, seed, tiny_base, tiny_config, tiny_lora, two_rows,
+    plain_router, randomize, seed, tiny_base, tiny_config, tiny_lora, two_rows,
 };
 
 /// The numbers of experts of the three layers.
@@ -50,7 +50,7 @@ fn routers() -> Vec<RouterConfig> {
         for level in [RoutingLevel::Token, RoutingLevel::Sequence] {
             for top_k in [None, Some(1), Some(2)] {
                 let temperature = 0.7;
-                let default = RouterConfig::default();
+                let default = plain_router();
                 routers.push(RouterConfig { scope, input, level, top_k, temperature, ..default });
             }
         }
@@ -61,7 +61,7 @@ fn routers() -> Vec<RouterConfig> {
 #[test]
 fn a_layer_has_the_modules_of_its_own_experts_alone() -> Result<()> {
     let _generator = seed(240);
-    let model = model_of(&lora(), &RouterConfig::default())?;
+    let model = model_of(&lora(), &plain_router())?;
     for (path, experts) in model.modules() {
         let own: Vec<usize> = (0..3).filter(|&e| experts.scaling(e).is_some()).collect();
         assert_eq!(own, (0..PER_LAYER[path.layer] as usize).collect::<Vec<_>>(), "{path}");
@@ -145,7 +145,7 @@ fn a_layers_own_experts_need_not_be_the_first() -> Result<()> {
         spec.modules.retain(|path, _| per_layer[path.layer].contains(&(expert as i64)));
     }
     for top_k in [None, Some(1)] {
-        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let router = RouterConfig { top_k, ..plain_router() };
         let spec = RouterSpec { own_experts: true, ..RouterSpec::from(&router) };
         let model = RoutedModel::with_experts(&base, &specs, &spec, Device::Cpu, Kind::Double);
         randomize(&model)?;
@@ -212,7 +212,7 @@ fn own_experts_change_nothing_if_every_layer_has_all_experts() -> Result<()> {
 fn routers_over_own_experts_have_the_slopes_of_finite_differences() -> Result<()> {
     let _generator = seed(243);
     for (scope, input) in SCOPES.into_iter().flat_map(|s| ROUTER_INPUTS.map(|i| (s, i))) {
-        let router = RouterConfig { scope, input, top_k: Some(2), ..RouterConfig::default() };
+        let router = RouterConfig { scope, input, top_k: Some(2), ..plain_router() };
         let model = model_of(&lora(), &router)?;
         let loss = || {
             let source = &RoutingSource::Router;
@@ -235,7 +235,7 @@ fn the_columns_of_absent_experts_have_no_gradient() -> Result<()> {
     let router = RouterConfig {
         scope: RouterScope::Layer,
         input: RouterInput::LayerInput,
-        ..RouterConfig::default()
+        ..plain_router()
     };
     let model = model_of(&lora(), &router)?;
     let source = &RoutingSource::Router;
@@ -256,7 +256,7 @@ fn the_columns_of_absent_experts_have_no_gradient() -> Result<()> {
 fn totals_and_losses_are_over_a_layers_own_experts() -> Result<()> {
     let _generator = seed(245);
     for top_k in [None, Some(2)] {
-        let router = RouterConfig { top_k, ..RouterConfig::default() };
+        let router = RouterConfig { top_k, ..plain_router() };
         let model = model_of(&lora(), &router)?;
         let inputs = two_rows();
         let routing = model.routing(&inputs, ForwardMode::EVAL);

@@ -11,8 +11,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{
     ROUTER_INPUTS, add_of_one_domain, assert_close, assert_same_gradients, gradients, logits,
-    losses_of, max_difference, mean_loss, rows, seed, tiny_base, tiny_config, tiny_lora,
-    tiny_model,
+    losses_of, max_difference, mean_loss, plain_router, rows, seed, tiny_base, tiny_config,
+    tiny_lora, tiny_model,
 };
 
 const DOCUMENTS: [&[i64]; 4] = [&[3, 14, 15, 9], &[26, 5, 35], &[27, 18, 28, 18, 28], &[45, 9]];
@@ -47,7 +47,7 @@ fn packed_documents_have_the_losses_and_gradients_of_separate_ones() -> Result<(
     let kinds = [(Kind::Float, 1e-5), (Kind::Double, 1e-12)];
     for (input, (kind, tolerance)) in ROUTER_INPUTS.into_iter().flat_map(|i| kinds.map(|k| (i, k)))
     {
-        let router = RouterConfig { input, top_k: Some(2), ..RouterConfig::default() };
+        let router = RouterConfig { input, top_k: Some(2), ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, kind)?;
         let (packed_loss, packed) = token_losses(&model, &packed());
         let separate = DOCUMENTS.map(|document| token_losses(&model, &rows(&[document])));
@@ -89,7 +89,7 @@ fn padding_before_and_behind_a_document_changes_nothing() -> Result<()> {
     for (input, top_k) in
         ROUTER_INPUTS.into_iter().flat_map(|input| [(input, None), (input, Some(2))])
     {
-        let router = RouterConfig { input, top_k, ..RouterConfig::default() };
+        let router = RouterConfig { input, top_k, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let run = |inputs: &Inputs| {
             let source = &RoutingSource::Router;
@@ -122,7 +122,7 @@ fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
     for (input, top_k) in
         ROUTER_INPUTS.into_iter().flat_map(|input| top_ks.map(|top_k| (input, top_k)))
     {
-        let router = RouterConfig { input, top_k, ..RouterConfig::default() };
+        let router = RouterConfig { input, top_k, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let run = |tokens: &[i64]| {
             let inputs = rows(&[tokens]);
@@ -149,7 +149,7 @@ fn a_token_changes_neither_weights_nor_logits_before_it() -> Result<()> {
 #[test]
 fn an_unpacked_document_has_the_logits_of_its_row() -> Result<()> {
     let _generator = seed(43);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let document = Inputs::document(DOCUMENTS[2], Device::Cpu);
     let row = rows(&[DOCUMENTS[2]]);
     let source = &RoutingSource::Router;

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 
 use crate::common::{
     DOUBLE, ROUTER_INPUTS, SCOPES, assert_close, gradients, logits, max_difference, mean_loss,
-    new_model, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
+    new_model, plain_router, seed, tiny_base, tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 /// Routers of every scope and input.
@@ -26,7 +26,7 @@ fn there_is_one_router_or_one_for_each_layer_or_module_and_its_names_say_so() ->
     let expected: [Vec<String>; 3] =
         [vec!["router".into()], vec!["h.0.router".into(), "h.1.router".into()], modules.collect()];
     for (scope, names) in SCOPES.into_iter().zip(expected) {
-        let router = RouterConfig { scope, ..RouterConfig::default() };
+        let router = RouterConfig { scope, ..plain_router() };
         let deep = RouterConfig {
             hidden_layers: 2,
             hidden_width: 5,
@@ -66,7 +66,7 @@ fn there_is_one_router_or_one_for_each_layer_or_module_and_its_names_say_so() ->
 fn routing_is_decided_once_or_at_each_layer_or_module() -> Result<()> {
     let _generator = seed(221);
     for (scope, input) in scopes_and_inputs() {
-        let router = RouterConfig { scope, input, ..RouterConfig::default() };
+        let router = RouterConfig { scope, input, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let sites: Vec<String> = model.sites().iter().map(ToString::to_string).collect();
         let expected: Vec<String> = match (scope, input) {
@@ -103,7 +103,7 @@ fn as_shared(model: &RoutedModel, shared: &RoutedModel) -> Result<()> {
 fn routers_that_are_alike_everywhere_are_one_shared_router() -> Result<()> {
     let _generator = seed(222);
     for (input, top_k) in ROUTER_INPUTS.into_iter().flat_map(|i| [(i, None), (i, Some(2))]) {
-        let router = RouterConfig { input, top_k, hidden_layers: 1, ..RouterConfig::default() };
+        let router = RouterConfig { input, top_k, hidden_layers: 1, ..plain_router() };
         let shared = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let expected = logits(&shared, &two_rows(), &RoutingSource::Router);
         for scope in [RouterScope::Layer, RouterScope::Module] {
@@ -123,7 +123,7 @@ fn routers_that_are_alike_everywhere_are_one_shared_router() -> Result<()> {
 fn another_router_of_one_module_moves_that_site_alone() -> Result<()> {
     let _generator = seed(223);
     for input in ROUTER_INPUTS {
-        let router = RouterConfig { input, scope: RouterScope::Module, ..RouterConfig::default() };
+        let router = RouterConfig { input, scope: RouterScope::Module, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let probs = || -> Vec<Tensor> {
             let routing = model.routing(&two_rows(), ForwardMode::EVAL);
@@ -148,7 +148,7 @@ fn another_router_of_one_module_moves_that_site_alone() -> Result<()> {
 fn each_scope_reaches_every_router_with_a_gradient_of_its_own() -> Result<()> {
     let _generator = seed(224);
     for (scope, input) in scopes_and_inputs() {
-        let router = RouterConfig { scope, input, hidden_layers: 1, ..RouterConfig::default() };
+        let router = RouterConfig { scope, input, hidden_layers: 1, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let source = &RoutingSource::Router;
         let loss = model.loss(&two_rows(), source, ForwardMode::EVAL, mean_loss(12)).0.loss;
@@ -214,7 +214,7 @@ fn hidden_layers_are_the_formula_written_out() -> Result<()> {
 fn a_fresh_router_mixes_nearly_evenly_but_not_all_tokens_alike() {
     let _generator = seed(226);
     for (hidden_layers, scope) in [0, 1, 3].into_iter().flat_map(|n| SCOPES.map(|s| (n, s))) {
-        let router = RouterConfig { hidden_layers, scope, ..RouterConfig::default() };
+        let router = RouterConfig { hidden_layers, scope, ..plain_router() };
         let model = new_model(&tiny_base(tiny_config()), &tiny_lora(), &router, Kind::Double);
         for routing in model.routing(&two_rows(), ForwardMode::EVAL) {
             let even = routing.probs.full_like(1.0 / 3.0);
@@ -278,12 +278,8 @@ fn jitter_multiplies_each_feature_with_a_number_that_is_even_between_its_bounds(
 fn noise_disturbs_a_forward_pass_in_training_alone() -> Result<()> {
     let _generator = seed(229);
     for (scope, input) in scopes_and_inputs() {
-        let router = RouterConfig {
-            scope,
-            input,
-            noise: RouterNoise::Gaussian(0.5),
-            ..RouterConfig::default()
-        };
+        let router =
+            RouterConfig { scope, input, noise: RouterNoise::Gaussian(0.5), ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let probs = |noise, seed| {
             tch::manual_seed(seed);
@@ -318,7 +314,7 @@ fn with_rule(
 fn the_rule_of_a_forward_pass_is_that_of_a_model_trained_by_it() -> Result<()> {
     let _generator = seed(230);
     for (scope, input) in scopes_and_inputs() {
-        let router = RouterConfig { scope, input, temperature: 0.6, ..RouterConfig::default() };
+        let router = RouterConfig { scope, input, temperature: 0.6, ..plain_router() };
         let dense = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let top_2 = with_rule(&dense, &router, Some(2))?;
         let run = |model: &RoutedModel, rule| {

@@ -16,7 +16,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::accumulation::{config, cut, routers};
 use crate::common::{
-    ROUTER_INPUTS, SCOPES, assert_close, max_difference, seed, tiny_lora, tiny_model, two_rows,
+    ROUTER_INPUTS, SCOPES, assert_close, max_difference, plain_router, seed, tiny_lora, tiny_model,
+    two_rows,
 };
 
 /// The last of the three experts of [`tiny_lora`] is new.
@@ -38,7 +39,7 @@ fn a_named_expert_has_all_of_a_token_and_the_router_decides_on_the_others() -> R
     let _generator = seed(400);
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
         for (top_k, gradient_checkpointing) in [(None, false), (Some(2), true), (Some(1), false)] {
-            let router = RouterConfig { input, scope, top_k, ..RouterConfig::default() };
+            let router = RouterConfig { input, scope, top_k, ..plain_router() };
             let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
             // both rows have named and unnamed tokens
             let named = [[-1i64, 2, 2, -1, 0, -1, -1], [1, -1, -1, -1, 2, 2, 2]];
@@ -86,7 +87,7 @@ fn a_named_expert_has_all_of_a_token_and_the_router_decides_on_the_others() -> R
 fn gradient_checkpointing_changes_no_gradient_of_a_seeding_step() -> Result<()> {
     let _generator = seed(401);
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
-        let router = RouterConfig { input, scope, ..RouterConfig::default() };
+        let router = RouterConfig { input, scope, ..plain_router() };
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let batches = cut(&two_domains(5, 4), &[2, 3], false);
         let plain = gradients(&model, &router, &[], &batches, 1.0)?;
@@ -281,7 +282,7 @@ fn with_frozen_old_parts_only_the_new_column_of_a_router_is_trained() -> Result<
     for (input, scope) in ROUTER_INPUTS.into_iter().flat_map(|i| SCOPES.map(|scope| (i, scope))) {
         for hidden_layers in [0, 1] {
             let router =
-                RouterConfig { input, scope, hidden_layers, hidden_width: 5, ..Default::default() };
+                RouterConfig { input, scope, hidden_layers, hidden_width: 5, ..plain_router() };
             let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
             let frozen = OldParts { num_experts: 2, experts_rate: 0.0, columns_rate: 0.0 };
             let trained = model.trained(RoutingChoice::Router, Some(frozen));

@@ -13,12 +13,12 @@ use dylora::train::balance::balance_biases;
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    DOUBLE, SCOPES, add_of_one_domain, assert_close, max_difference, seed, tiny_base, tiny_config,
-    tiny_lora, tiny_model, two_rows,
+    DOUBLE, SCOPES, add_of_one_domain, assert_close, max_difference, plain_router, seed, tiny_base,
+    tiny_config, tiny_lora, tiny_model, two_rows,
 };
 
 fn biased(scope: RouterScope, input: RouterInput, top_k: Option<i64>) -> RouterConfig {
-    RouterConfig { scope, input, top_k, balance_bias_rate: 0.01, ..RouterConfig::default() }
+    RouterConfig { scope, input, top_k, balance_bias_rate: 0.01, ..plain_router() }
 }
 
 /// The step's gradients are finite.

@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{
     ROUTER_INPUTS, SCOPES, assert_close, assert_same_gradients, gradients, logits, max_difference,
-    mean_loss, seed, tiny_lora, tiny_model,
+    mean_loss, plain_router, seed, tiny_lora, tiny_model,
 };
 
 /// Documents with the lengths of their prompts. The last has no completion.
@@ -23,7 +23,7 @@ fn routers() -> impl Iterator<Item = RouterConfig> {
             scope,
             input,
             level: RoutingLevel::Sequence,
-            ..RouterConfig::default()
+            ..plain_router()
         },
     )
 }
@@ -235,7 +235,7 @@ fn the_first_token_is_routed_as_with_token_routing() -> Result<()> {
 #[test]
 fn a_datasets_records_are_routed_by_their_prompts() -> Result<()> {
     let _generator = seed(257);
-    let router = RouterConfig { level: RoutingLevel::Sequence, ..RouterConfig::default() };
+    let router = RouterConfig { level: RoutingLevel::Sequence, ..plain_router() };
     let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
     let weights_of = |completion: [u32; 3], loss_on| {
         let document = |prompt: &[u32]| MemoryDocument {

@@ -14,7 +14,7 @@ use dylora::train::step::{StepResult, Stepper};
 use tch::{Device, Kind, Tensor};
 
 use crate::accumulation::{config, cut, dataset};
-use crate::common::{DOUBLE, assert_close, seed, tiny_lora, tiny_model};
+use crate::common::{DOUBLE, assert_close, plain_router, seed, tiny_lora, tiny_model};
 
 fn stepper(model: &RoutedModel, config: &OptimizerConfig, capture: Capture) -> Stepper {
     let trained = model.trained(RoutingChoice::Router, None);
@@ -25,7 +25,7 @@ fn stepper(model: &RoutedModel, config: &OptimizerConfig, capture: Capture) -> S
 #[test]
 fn an_update_by_numbers_on_the_device_is_adamw() -> Result<()> {
     let _generator = seed(95);
-    let model = tiny_model(&tiny_lora(), &RouterConfig::default(), Kind::Double)?;
+    let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
     let mut settings = OptimizerConfig::default();
     settings.adapters.learning_rate = 0.03;
     settings.adapters.weight_decay = 0.1;
@@ -82,7 +82,7 @@ fn everything(model: &RoutedModel, stepper: &Stepper) -> BTreeMap<String, Tensor
 #[test]
 fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
     let _generator = seed(96);
-    let router = RouterConfig { balance_bias_rate: 0.1, top_k: Some(1), ..RouterConfig::default() };
+    let router = RouterConfig { balance_bias_rate: 0.1, top_k: Some(1), ..plain_router() };
     let config = config(&router, &[])?;
     let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
     let trained = model.trained(RoutingChoice::Router, None);
@@ -153,7 +153,7 @@ fn steps_through_the_memory_of_captured_ones_are_the_same_to_the_bit() -> Result
             top_k: Some(2),
             balance_bias_rate: 0.01,
             noise: dylora::config::RouterNoise::Gaussian(0.1),
-            ..RouterConfig::default()
+            ..plain_router()
         };
         let config = config(&router, &["lora.dropout=0.2", "optimizer.max_grad_norm=0.5"])?;
         let mut ends = vec![];
@@ -189,7 +189,7 @@ fn what_cannot_be_captured_is_run_step_by_step() -> Result<()> {
         (RouterInput::Embeddings, vec!["train.gradient_checkpointing=true", drops], false),
         (RouterInput::Embeddings, vec!["train.kernels=\"reference\""], false),
     ] {
-        let router = RouterConfig { input, ..RouterConfig::default() };
+        let router = RouterConfig { input, ..plain_router() };
         let config = config(&router, &overrides)?;
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
         let batches = cut(&dataset(16), &[1], false);

@@ -46,7 +46,11 @@ const EXPERTS: [[&str; 3]; 4] = [
 ];
 
 /// A config with supervision as its only loss of the router.
-fn config(router: &RouterConfig, experts: &[&str; 3], overrides: &[&str]) -> Result<Config> {
+pub(super) fn config(
+    router: &RouterConfig,
+    experts: &[&str; 3],
+    overrides: &[&str],
+) -> Result<Config> {
     let domains = ["a", "b", "c"].iter().zip(experts);
     let domains = domains.map(|(name, experts)| {
         let comma = if experts.is_empty() { "" } else { ", " };

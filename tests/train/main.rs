@@ -114,9 +114,15 @@ impl World {
             [lora]
             num_experts = 3
             rank = 4
+            scale = "per_expert"
             target_modules = ["attn.c_attn", "mlp.c_fc"]
             dropout = 0.1
             [router]
+            input = "embeddings"
+            scope = "shared"
+            normalize_input = false
+            detach_input = false
+            domain_supervision = 0.0
             load_balancing_coef = 0.05
             [train]
             duration = {{ steps = 12 }}
@@ -130,6 +136,7 @@ impl World {
             [schedule]
             kind = "cosine"
             warmup_steps = 3
+            min_ratio = 0.0
             "#
         );
         let overrides: Vec<String> = overrides.iter().map(|item| (*item).to_owned()).collect();

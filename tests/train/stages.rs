@@ -33,6 +33,7 @@ fn config(overrides: &[&str]) -> Result<Config> {
         rank = 8
         experts = [{}, { rank = 4 }]
         [router]
+        domain_supervision = 0.0
         temperature = 0.5
         temperature_schedule = { start = 4.0, steps = 100 }
         top_k = 3
