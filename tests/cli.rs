@@ -276,7 +276,7 @@ fn an_unknown_choice_of_the_router_is_answered_with_the_known_ones() {
     missing field `steps`
     unknown variant `ignore`, expected `warn` or `stop`
     unknown field `hidden`, expected one of `input`, `scope`, `level`, `normalize_input`, \
-    `detach_input`, `init`, `hidden_layers`, `hidden_width`, `temperature`, \
+    `detach_input`, `init`, `trainable`, `hidden_layers`, `hidden_width`, `temperature`, \
     `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, `noise`, `eval`, \
     `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, \
     `domain_supervision`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, \
