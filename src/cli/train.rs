@@ -78,7 +78,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let start = match (resume_from, adapters) {
         (None, Some(mut mixture)) => {
             assign_experts(&mut config, &data.train, &base, device)?;
-            set_capacity(&mut mixture.specs, &config, &data.train);
+            set_capacity(&mut mixture.specs, &config, &data.train, &base.spec).map_err(usage)?;
             Start::New(Box::new(mixture))
         }
         (dir, _) => Start::Resume(dir.expect("a run that is not new has a checkpoint")),

@@ -13,13 +13,14 @@
 //! The cosine is that of two [skills](super::skills). The size of a domain is its share of the
 //! training blocks.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tch::Device;
 
 use super::skills::{Skill, SkillCenter, SkillLibrary, embed};
 use crate::base::Base;
 use crate::config::{Capacity, Config, DomainExperts};
 use crate::data::TokenDataset;
+use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::{RoutedModel, kind_of};
 
@@ -58,9 +59,17 @@ pub fn assign_experts(
 }
 
 /// Sets the ranks of a new mixture's routed experts by `lora.capacity`.
-pub fn set_capacity(specs: &mut [ExpertSpec], config: &Config, train: &TokenDataset) {
+///
+/// # Errors
+/// Fails if PiSSA or OLoRA gets a rank above that of the base's weight.
+pub fn set_capacity(
+    specs: &mut [ExpertSpec],
+    config: &Config,
+    train: &TokenDataset,
+    base: &DecoderSpec,
+) -> Result<()> {
     if config.lora.capacity == Capacity::Even {
-        return;
+        return Ok(());
     }
     let num_experts = config.lora.num_experts as usize;
     let domains: Vec<usize> = config.trained_domains().map(|(index, _)| index).collect();
@@ -73,9 +82,12 @@ pub fn set_capacity(specs: &mut [ExpertSpec], config: &Config, train: &TokenData
         }
     }
     let ranks = divide(config.lora.rank * config.lora.num_experts, &sizes);
-    for (spec, rank) in specs.iter_mut().zip(ranks) {
+    for (expert, (spec, rank)) in specs.iter_mut().zip(ranks).enumerate() {
         spec.set_rank(&|_| rank);
+        spec.check_ranks(base)
+            .with_context(|| format!("expert {expert} by `lora.capacity = \"by_domain\"`"))?;
     }
+    Ok(())
 }
 
 /// The shares of some domains in the training blocks.

@@ -29,6 +29,7 @@ use tch::{Device, Tensor};
 mod growth;
 mod lifecycle;
 mod new_columns;
+mod recipe;
 mod routing;
 mod sources;
 mod stages;
