@@ -251,8 +251,8 @@ fn ranks_by_domain_above_the_components_of_a_weight_are_refused() -> Result<()> 
     let error = format!("{:#}", prepared(&mut config).expect_err("the base is 16 wide"));
     insta::assert_snapshot!(
         error,
-        @"expert 0 by `lora.capacity = \"by_domain\"`: `init` takes components of the base's weight: \
-          `h.0.attn.c_attn` has 16, fewer than the rank 22"
+        @"expert 0 by `lora.capacity = \"by_domain\"`: `init` takes components of the base's \
+          weight: `h.0.attn.c_attn` has 16, fewer than the rank 22"
     );
     let shared = world.config("run", &["lora.init=pissa", "lora.shared_rank=17"])?;
     let error = mixture(&shared, &open_base(&shared)?).expect_err("the base is 16 wide");
