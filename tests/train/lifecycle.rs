@@ -101,7 +101,7 @@ fn experts_come_and_go_by_commands() -> Result<()> {
     an_expert_is_added_without_validation_files(&life)
 }
 
-/// The values of the part that is always on in a run's last checkpoint, of which it is the last part.
+/// The values of the part that is always on in a run's last checkpoint. It is the last part there.
 fn shared_values(life: &Life, run: &str) -> Result<Vec<f32>> {
     let dir = life.world.path(run).join("checkpoints/last");
     let specs: Value = serde_json::from_str(&fs_err::read_to_string(dir.join("experts.json"))?)?;
