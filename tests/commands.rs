@@ -217,6 +217,16 @@ fn bench_prints_its_setting_and_each_row() -> Result<()> {
     assert_eq!((&header["kind"], &header["dtype"]), (&"header".into(), &"f32".into()));
     assert_eq!(header["lora"]["target_modules"], json!(["all-linear"]));
     assert_eq!(header["router"]["top_k"], 2);
+    // as PEFT's mixtures in `scripts/peft_opponent.py`, whatever a new config has
+    let keys = ["input", "scope", "normalize_input", "detach_input", "domain_supervision"];
+    let plain = json!(["embeddings", "shared", false, false, 0.0]);
+    assert_eq!(json!(keys.map(|key| &header["router"][key])), plain);
+    assert_eq!(
+        (&header["lora"]["scale"], &header["lora"]["alpha"]),
+        (&json!("per_expert"), &json!(16.0))
+    );
+    let rates = ["adapters", "router"].map(|of| &header["optimizer"][of]["learning_rate"]);
+    assert_eq!(json!(rates), json!([1e-3, 1e-3]));
     assert_eq!(rows.len(), 8);
     for row in rows {
         assert_eq!((&row["kind"], &row["error"]), (&"row".into(), &Value::Null), "{row}");

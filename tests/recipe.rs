@@ -644,7 +644,8 @@ fn each_expert_adds_at_its_even_weight_what_one_lora_of_the_same_alpha_adds() ->
         let used = mixture.routing(&two_rows(), ForwardMode::EVAL).remove(0).weights.gt(0.0);
         let used = used.to_kind(Kind::Double).sum_dim_intlist(-1, false, Kind::Double);
         assert!(
-            used.min().double_value(&[]) == f64::from(k) && used.equal(&used.full_like(k as i64))
+            used.min().double_value(&[]) == f64::from(k)
+                && used.equal(&used.full_like(i64::from(k)))
         );
         let routed = logits(&mixture, &two_rows(), &RoutingSource::Router);
         let times = |k: f64| RoutingSource::Given(Tensor::from_slice(&[k]));

@@ -12,7 +12,7 @@ use crate::base::Base;
 use crate::checkpoint;
 use crate::config::{Config, Method};
 use crate::data::{DataOptions, Datasets, HalvedDatasets, load_datasets, load_halves};
-use crate::growth::assign::{assign_experts, set_capacity};
+use crate::growth::assign::settle_experts;
 use crate::mixture::Mixture;
 use crate::model::experts::spec::ExpertSpec;
 use crate::train::Trainer;
@@ -62,8 +62,8 @@ impl ReadyRun {
         let data = load(&config, &base)?;
         let start = match (resume_from, mixture) {
             (None, Some(mut mixture)) => {
-                assign_experts(&mut config, &data.train, &base, device)?;
-                set_capacity(&mut mixture.specs, &config, &data.train);
+                let specs = &mut mixture.specs;
+                settle_experts(&mut config, specs, &data.train, &base, device)?;
                 Start::New(Box::new(mixture))
             }
             (dir, _) => Start::Resume(dir.expect("a run that is not new has a checkpoint")),

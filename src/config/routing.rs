@@ -72,7 +72,7 @@ pub struct RouterConfig {
     /// experts of the token's domain (`data.domains[].expert`), in nats, as a mean over all tokens,
     /// prompts included, and over the routers. It teaches the router which expert is for which
     /// domain. Without this key, it is 0.1 if several domains are trained and the router decides,
-    /// and 0 otherwise.
+    /// and 0 otherwise; it is also 0 if experts start from adapters and no domain names its expert.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain_supervision: Option<f64>,
     /// How far each step moves the selection bias of an expert that gets more or less than its

@@ -83,7 +83,12 @@ fn part_of(parts: [(usize, f64); 2]) -> impl Fn(ParameterGroup) -> (usize, f64) 
 fn a_group_with_a_limit_of_its_own_is_clipped_by_itself() -> Result<()> {
     let _generator = seed(630);
     let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Double)?;
-    let old = OldParts { num_experts: 2, experts_rate: 0.5, columns_rate: 0.25 };
+    let old = OldParts {
+        num_experts: 2,
+        experts_rate: 0.5,
+        columns_rate: 0.25,
+        new_columns_rate: 1.0,
+    };
     for trained in [None, Some(old)].map(|old| model.trained(RoutingChoice::Router, old)) {
         for (settings, parts) in cases() {
             let optimizer = Optimizer::new(&settings, &trained.parameters);

@@ -124,6 +124,7 @@ pub(super) fn growth(seed_router_coef: f64) -> GrowthConfig {
         old_columns_rate: 1.0,
         seed_steps: 1,
         seed_router_coef,
+        column_learning_rate: 1e-3,
         consolidation_rate: 1.0,
     }
 }
@@ -284,7 +285,12 @@ fn with_frozen_old_parts_only_the_new_column_of_a_router_is_trained() -> Result<
             let router =
                 RouterConfig { input, scope, hidden_layers, hidden_width: 5, ..plain_router() };
             let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
-            let frozen = OldParts { num_experts: 2, experts_rate: 0.0, columns_rate: 0.0 };
+            let frozen = OldParts {
+                num_experts: 2,
+                experts_rate: 0.0,
+                columns_rate: 0.0,
+                new_columns_rate: 1.0,
+            };
             let trained = model.trained(RoutingChoice::Router, Some(frozen));
             let of_router = trained.parameters.iter().filter(|p| p.name.contains("router"));
             for parameter in of_router.clone() {

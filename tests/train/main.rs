@@ -30,6 +30,7 @@ mod frozen_router;
 mod growth;
 mod lifecycle;
 mod new_columns;
+mod recipe;
 mod routing;
 mod sources;
 mod stages;
