@@ -495,6 +495,7 @@ fn an_added_expert_and_one_from_an_adapter_keep_their_alpha() -> Result<()> {
         old_columns_rate: 0.0,
         seed_steps: 1,
         seed_router_coef: 1.0,
+        column_learning_rate: GrowthConfig::COLUMN_LEARNING_RATE,
         consolidation_rate: 1.0,
     });
     assert_eq!(factors(&config)?, [4.0, 4.0, 4.0, 1.0]);

@@ -9,6 +9,7 @@
 //!     model.safetensors       experts and routers, frozen ones too, or the trained base
 //!     optimizer.safetensors   moments and generator states
 //! RUN/checkpoints/last, best  symbolic links to the newest and to the best step
+//! RUN/rejected/               the checkpoints of a stage that failed to add an expert
 //! ```
 //!
 //! A checkpoint is written into a temporary folder, forced to disk and renamed, so that a folder
@@ -197,7 +198,14 @@ fn newest_whole(run_dir: &Path) -> Result<PathBuf> {
         return Ok(path);
     }
     let hint = "hint: name a run's folder or one of its `checkpoints/step-*`";
+    let rejected = rejected_folder(run_dir);
     match newest_fault {
+        None if rejected.exists() => bail!(
+            "`{}` holds no checkpoint: its stage failed to add an expert, and its checkpoints are \
+             in `{}`\nhint: add the expert again, as the message at the end of the stage said",
+            run_dir.display(),
+            rejected.display()
+        ),
         None => bail!("`{}` holds no checkpoint\n{hint}", run_dir.display()),
         Some(fault) => {
             bail!("`{}` holds no whole checkpoint: {fault:#}\n{hint}", run_dir.display())
@@ -222,6 +230,11 @@ fn check_whole(dir: &Path) -> Result<()> {
 /// The folder of a run's checkpoints.
 pub fn folder(run_dir: &Path) -> PathBuf {
     run_dir.join("checkpoints")
+}
+
+/// The folder of a run's checkpoints whose stage has failed.
+pub fn rejected_folder(run_dir: &Path) -> PathBuf {
+    run_dir.join("rejected")
 }
 
 /// Reads the run's config from a checkpoint.

@@ -3,23 +3,24 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 
 use super::eval::validate;
 use super::open::open_base;
 use super::signals::Interrupt;
+use super::stage::run_stage;
 use super::start::load_data;
-use super::train::{conclude, run_trainer, summary_text};
+use super::train::{conclude, summary_text};
 use super::{Shared, device, print_result, table, usage};
 use crate::checkpoint::{self, Preferred};
 use crate::config::{Config, DeviceChoice, DomainConfig, Validation};
 use crate::growth::skills::{Similarity, SkillComparison, SkillRule};
 use crate::growth::stage_config::Growth;
-use crate::growth::stages::{forgetting, without_gain};
+use crate::growth::stages::forgetting;
 use crate::lifecycle::add::{self, GrowingMixture};
-use crate::train::{ColumnStaysClosed, Ending, check_new_run};
+use crate::train::check_new_run;
 
 /// Arguments of `dylora add-expert`.
 #[derive(Debug, Args)]
@@ -117,14 +118,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
 
     let mut trainer = growing.stage(&grown, compared, before.as_ref())?;
     let interrupt = Interrupt::listen()?;
-    let summary = match run_trainer(&mut trainer, interrupt.flag(), shared) {
-        Ok(summary) => summary,
-        // other errors leave a run that can be resumed
-        Err(error) if error.is::<ColumnStaysClosed>() => {
-            return Err(reject(&config.run.dir, error));
-        }
-        Err(error) => return Err(error),
-    };
+    let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     let stages = trainer.state().stages.clone();
     drop(trainer);
     let text = if args.json {
@@ -146,31 +140,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             table::forgetting(&stages)
         )
     };
-    let failure = match summary.ending {
-        Ending::Completed | Ending::StoppedEarly => {
-            let before = before.iter().flat_map(|report| &report.domains);
-            let before = before.into_iter().find(|of| of.name == domain);
-            before.and_then(|before| without_gain(&stages, &domain, before.loss))
-        }
-        _ => None,
-    };
-    if let Some(failure) = failure {
-        return Err(reject(&config.run.dir, anyhow!(failure)));
-    }
     conclude(&config, summary.ending, &interrupt).and(print_result(&text))
-}
-
-/// Moves the checkpoints of a stage that has failed out of the way, so that no command takes them
-/// for a mixture with the new skill, and adds to the error where they are.
-fn reject(run_dir: &Path, error: Error) -> Error {
-    let (from, to) = (checkpoint::folder(run_dir), run_dir.join("rejected"));
-    if !from.exists() {
-        return error;
-    }
-    match fs_err::rename(&from, &to) {
-        Ok(()) => anyhow!("{error:#}\nthe stage's checkpoints are in `{}`", to.display()),
-        Err(fault) => anyhow!("{error:#}\nthe stage's checkpoints cannot be moved away: {fault}"),
-    }
 }
 
 fn log_growth(

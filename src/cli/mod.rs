@@ -13,6 +13,7 @@ mod open;
 mod progress;
 mod remove_expert;
 mod signals;
+mod stage;
 mod start;
 mod stderr;
 mod study;

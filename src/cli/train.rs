@@ -1,7 +1,6 @@
 //! `dylora train`: starts a run from its config, or resumes one.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
@@ -12,6 +11,7 @@ use super::dry_run::dry_run;
 use super::open::device_name;
 use super::progress::TrainBar;
 use super::signals::Interrupt;
+use super::stage::run_stage;
 use super::start::{ReadyRun, load_data};
 use super::{Shared, print_result, table, usage};
 use crate::base::Base;
@@ -23,7 +23,7 @@ use crate::export::{self, hugging_face};
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::train::plan::{ParameterCounts, num_steps};
 use crate::train::schedule::warmup_steps;
-use crate::train::{Ending, Event, Summary, Trainer};
+use crate::train::{Ending, Event, Summary};
 
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
@@ -71,7 +71,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let config = config.clone();
     let (mut trainer, base) = ready.trainer()?;
     let interrupt = Interrupt::listen()?;
-    let summary = run_trainer(&mut trainer, interrupt.flag(), shared)?;
+    let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
     let model_dir = match (config.method, summary.ending) {
         (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
@@ -116,18 +116,6 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
         ),
         Ending::Completed | Ending::StoppedEarly => Ok(()),
     }
-}
-
-/// Runs the trainer with a progress bar.
-pub fn run_trainer(
-    trainer: &mut Trainer,
-    interrupt: &AtomicBool,
-    shared: &Shared,
-) -> Result<Summary> {
-    let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
-    let summary = trainer.run(interrupt, &mut |event| observe(&bar, &event));
-    bar.finish();
-    summary
 }
 
 /// The resolved config and, for a run that is resumed, the folder of its checkpoint.
@@ -223,7 +211,8 @@ fn warn_of_few_steps(config: &Config, data: &Datasets) {
     }
 }
 
-fn observe(bar: &TrainBar, event: &Event<'_>) {
+/// Shows an event of a run.
+pub fn observe(bar: &TrainBar, event: &Event<'_>) {
     match event {
         Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
         Event::Evaluating(..) | Event::Window(_) => {}

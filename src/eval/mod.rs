@@ -187,6 +187,29 @@ pub fn evaluate(
     Ok(sums.report(dataset, settings.dead_share))
 }
 
+/// The loss of one domain of `dataset`, nats, with routing weights from `source`; `None` if it has
+/// no label token.
+///
+/// - `domain`: its index
+pub fn domain_loss(
+    model: &RoutedModel,
+    dataset: &TokenDataset,
+    domain: usize,
+    source: &RoutingSource,
+    settings: &EvalSettings,
+) -> Option<f64> {
+    let _no_grad = tch::no_grad_guard();
+    let blocks = dataset.eval_order().into_iter().filter(|block| block.domain as usize == domain);
+    let (mut loss_sum, mut label_tokens) = (0.0, 0);
+    for chunk in blocks.collect::<Vec<_>>().chunks(settings.batch_size) {
+        let batch = dataset.batch(chunk);
+        let inputs = Inputs::of_batch(&batch, source.reads_records(), model.device());
+        loss_sum += score(model, &inputs, source, settings).0;
+        label_tokens += batch.label_tokens();
+    }
+    (label_tokens > 0).then(|| loss_sum / label_tokens as f64)
+}
+
 /// The sums over a dataset, on the host.
 #[derive(Debug, Default)]
 struct Sums {

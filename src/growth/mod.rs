@@ -16,6 +16,7 @@
 //! `layers.0.`, or with the module. Other tensors of a router do not change.
 
 pub mod assign;
+pub mod column_fit;
 pub mod merge;
 pub mod new_column;
 pub mod open_column;

@@ -16,7 +16,7 @@ use crate::model::experts::spec::ExpertSpec;
 pub struct Growth {
     /// The new domain. Its weight is ignored.
     pub domain: DomainConfig,
-    /// Share of the blocks that come from the old domains.
+    /// Share of the blocks that come from the old domains, the same for each ([`divide_replay`]).
     pub replay: f64,
     /// Number of steps of the stage.
     pub steps: u64,
@@ -83,6 +83,31 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
         consolidation_rate: growth.consolidation_rate,
     });
     Ok(grown)
+}
+
+/// Divides the replay in the config of a stage that adds an expert among the replayed domains, in
+/// proportion to `1 + 2 max(c, 0)`, where c is the cosine of the domain's skill and that of the new
+/// one. A domain like the new one shares tokens with it by which a router cannot tell them apart, so
+/// it needs more of its own to keep its loss. If their weights differ already, because the user has
+/// set them, they stay.
+///
+/// - `cosine`: the cosine of a domain's skill and that of the new one, by the domain's name
+pub fn divide_replay(config: &mut Config, cosine: &dyn Fn(&str) -> f64) {
+    let Some(growth) = &config.growth else { return };
+    let is_replayed =
+        |domain: &&mut DomainConfig| domain.name != growth.domain && domain.weight > 0.0;
+    let mut domains: Vec<&mut DomainConfig> =
+        config.data.domains.iter_mut().filter(is_replayed).collect();
+    if domains.windows(2).any(|pair| pair[0].weight != pair[1].weight) {
+        return;
+    }
+    let replay: f64 = domains.iter().map(|domain| domain.weight).sum();
+    let needs: Vec<f64> =
+        domains.iter().map(|domain| 1.0 + 2.0 * cosine(&domain.name).max(0.0)).collect();
+    let sum: f64 = needs.iter().sum();
+    for (domain, need) in domains.iter_mut().zip(needs) {
+        domain.weight = replay * need / sum;
+    }
 }
 
 /// Sets which experts are trained in a stage of `config`, by [`is_trainable`].

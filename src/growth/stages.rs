@@ -36,18 +36,22 @@ impl Stage {
 const MIN_GAIN: f64 = 1e-3;
 
 /// A message for the user if the domain that the last stage was to learn has gained next to
-/// nothing: less than a thousandth of its loss before the stage.
+/// nothing: less than a thousandth of its loss by the base, or before the stage if that is less.
 ///
-/// - `before`: the loss of `domain` before the stage, nats
-pub fn without_gain(stages: &[Stage], domain: &str, before: f64) -> Option<String> {
+/// - `by_base`: the loss of `domain` by the base alone, nats
+pub fn without_gain(stages: &[Stage], domain: &str, by_base: f64) -> Option<String> {
     let last = stages.last()?;
     let after = *last.losses.get(domain)?;
-    (after > before * (1.0 - MIN_GAIN)).then(|| {
+    let before = stages.iter().rev().nth(1).and_then(|stage| stage.losses.get(domain).copied());
+    let least = before.map_or(by_base, |before| before.min(by_base));
+    (after > least * (1.0 - MIN_GAIN)).then(|| {
+        let before = before.map(|before| format!(", was {before:.4} before"));
         format!(
-            "the new expert brings `{domain}` nothing: its loss was {before:.4} before and is \
-             {after:.4} at step {}\nhint: begin again with more `--steps` or a higher rate, such as `--set \
-             optimizer.adapters.learning_rate=5e-3`",
-            last.step
+            "the new expert brings `{domain}` nothing: its loss is {after:.4} at step {}{}, and is \
+             {by_base:.4} by the base alone\nhint: begin again with more `--steps` or a higher \
+             rate, such as `--set optimizer.adapters.learning_rate=5e-3`",
+            last.step,
+            before.unwrap_or_default(),
         )
     })
 }

@@ -174,8 +174,15 @@ impl GrowingMixture {
         compared: Compared,
         before: Option<&EvalReport>,
     ) -> Result<Trainer> {
-        let Compared { mut skills, new, .. } = compared;
+        let Compared { mut skills, new, similar, .. } = compared;
         let (domain, num_old) = (self.growth.domain, self.mixture.num_experts());
+        let Self { mut config, base, mut data, device, .. } = self;
+        let of_skill = |name: &str| similar.iter().find(|similar| similar.name == name);
+        let cosine = |name: &str| of_skill(name).map_or(0.0, |similar| similar.cosine);
+        stage_config::divide_replay(&mut config, &cosine);
+        for (of_data, of_config) in data.train.domains.iter_mut().zip(&config.data.domains) {
+            of_data.weight = of_config.weight;
+        }
         skills.skills.push(Skill {
             name: domain.clone(),
             embedding: new.mean,
@@ -184,7 +191,6 @@ impl GrowingMixture {
         });
         let history = super::history(self.state, Some(skills), before);
         let stage = Stage::new(&format!("add {domain}"), vec![domain], num_old as i64 + 1);
-        let Self { config, base, data, device, .. } = self;
         Trainer::next_stage(config, &base, &grown.mixture, data, device, history, stage)
     }
 }

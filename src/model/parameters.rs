@@ -37,6 +37,9 @@ pub enum ParameterGroup {
     Adapters,
     /// The routers.
     Router,
+    /// The routers' columns of an expert that is added, with the router's settings but a learning
+    /// rate of their own.
+    NewColumn,
     /// Matrices of the base (`method = "full"`).
     Base,
     /// Biases, normalisations and embeddings of the base, which have no weight decay.
@@ -53,7 +56,7 @@ pub struct TrainedParameter {
     pub tensor: Tensor,
     /// Its group.
     pub group: ParameterGroup,
-    /// Factor of the group's learning rate.
+    /// Factor of the group's learning rate; of [`ParameterGroup::NewColumn`], the learning rate.
     pub rate: f64,
     /// Index of its leaf in [`Trained::leaves`].
     leaf: usize,
@@ -71,8 +74,8 @@ pub struct OldParts {
     /// Factor of the learning rate of these experts' router columns and of the routers' hidden
     /// layers; 0 freezes them.
     pub columns_rate: f64,
-    /// Factor of the learning rate of the new expert's router columns.
-    pub new_columns_rate: f64,
+    /// The learning rate of the new expert's router columns.
+    pub new_column_learning_rate: f64,
 }
 
 /// What is trained.
@@ -102,7 +105,8 @@ impl Trained {
             return;
         }
         let index = self.leaves.len();
-        for NamedRows { name, rows, rate } in rows {
+        for NamedRows { name, rows, rate, is_new_column } in rows {
+            let group = if is_new_column { ParameterGroup::NewColumn } else { group };
             let tensor = match rows {
                 None => leaf.detach(),
                 Some((start, len)) => leaf.detach().narrow(0, start, len),
@@ -140,6 +144,7 @@ impl RoutedModel {
                 rate: old
                     .filter(|old| expert != old.num_experts)
                     .map_or(1.0, |old| old.experts_rate),
+                is_new_column: false,
             };
             let rows = |key: &str| {
                 let row = |slot: &Slot| named(key, slot.expert, (slot.start, slot.rank));
@@ -260,33 +265,37 @@ impl RoutedModel {
     }
 }
 
-/// Rows of a leaf that become one parameter, with its name and its factor of the learning rate.
+/// Rows of a leaf that become one parameter, with its name and [rate](TrainedParameter::rate).
 struct NamedRows {
     name: String,
     rows: Option<(i64, i64)>,
     rate: f64,
+    is_new_column: bool,
 }
 
 impl NamedRows {
     fn whole(name: String) -> Self {
-        Self { name, rows: None, rate: 1.0 }
+        Self { name, rows: None, rate: 1.0, is_new_column: false }
     }
 }
 
 /// The parameters in a router's tensor: the whole tensor or, in a mixture that has grown, its old
 /// and its new columns, each at a rate of its own.
 fn router_rows(name: String, tensor: &Tensor, old: Option<OldParts>) -> Vec<NamedRows> {
-    let Some(OldParts { num_experts, columns_rate, new_columns_rate, .. }) = old else {
+    let Some(OldParts { num_experts, columns_rate, new_column_learning_rate, .. }) = old else {
         return vec![NamedRows::whole(name)];
     };
     let mut rows = if name.contains(".hidden.") {
-        vec![NamedRows { name, rows: None, rate: columns_rate }]
+        vec![NamedRows { rate: columns_rate, ..NamedRows::whole(name) }]
     } else {
         let (old, all) = (num_experts as i64, tensor.size()[0]);
-        let part = |part, rows, rate| NamedRows { name: format!("{name}.{part}"), rows, rate };
+        let part = |part, rows, rate, is_new_column| {
+            let (name, rows) = (format!("{name}.{part}"), Some(rows));
+            NamedRows { name, rows, rate, is_new_column }
+        };
         vec![
-            part("old", Some((0, old)), columns_rate),
-            part("new", Some((old, all - old)), new_columns_rate),
+            part("old", (0, old), columns_rate, false),
+            part("new", (old, all - old), new_column_learning_rate, true),
         ]
     };
     rows.retain(|rows| rows.rate > 0.0);

@@ -16,6 +16,7 @@ pub mod graph;
 pub mod losses;
 pub mod metrics;
 pub mod optim;
+mod outcome;
 mod output;
 pub mod plan;
 pub mod prepared;
@@ -236,7 +237,7 @@ impl Trainer {
         let saved = checkpoint::read_config(dir)?;
         check_same_run(&config, &saved)?;
         take_experts(&mut config, &saved);
-        let mut state = checkpoint::read_state(dir)?;
+        let state = checkpoint::read_state(dir)?;
         if state.data_fingerprint != data.train.fingerprint() {
             bail!(
                 "the training data has changed since the checkpoint `{}`\nhint: a resumed run \
@@ -245,10 +246,6 @@ impl Trainer {
             );
         }
         let model = load_model(dir, &config, base, device)?;
-        // older checkpoints do not say when the column was opened
-        if let Some(growth) = config.growth.as_ref().filter(|of| state.step > of.seed_steps) {
-            state.column_opened_at.get_or_insert(growth.seed_steps);
-        }
         let mut trainer = Self::assemble(config, model, data, state)?;
         let saved = checkpoint::read_optimizer(dir)?;
         let in_dir = || format!("cannot resume from `{}`", dir.display());
@@ -273,9 +270,8 @@ impl Trainer {
             let experts = domain_targets(&config, &model, dataset);
             check_domains(dataset, config.train.routing, experts.as_ref())?;
         }
-        let router_rate = config.optimizer.router.learning_rate;
         let old = config.growth.as_ref().map(|growth| OldParts {
-            new_columns_rate: growth.column_learning_rate / router_rate,
+            new_column_learning_rate: growth.column_learning_rate,
             num_experts: model.num_experts() as usize - 1,
             experts_rate: growth.old_experts_rate,
             // a single expert has no router, so the router of two experts is all new

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
-use crate::config::OptimizerConfig;
+use crate::config::{GroupConfig, OptimizerConfig};
 use crate::ffi::{self, AdamW, AdamWUpdate};
 use crate::model::{ParameterGroup, Trained, TrainedParameter};
 
@@ -44,6 +44,11 @@ impl Optimizer {
         let kinds = [
             (ParameterGroup::Adapters, "adapters", config.adapters),
             (ParameterGroup::Router, "router", config.router),
+            (
+                ParameterGroup::NewColumn,
+                "new_column",
+                GroupConfig { learning_rate: 1.0, ..config.router },
+            ),
             (ParameterGroup::Base, "base", config.base),
             (ParameterGroup::BaseNoDecay, "base_no_decay", config.base),
         ];
@@ -61,7 +66,11 @@ impl Optimizer {
             let (exp_avgs, exp_avg_sqs) = (zeros(), zeros());
             let decays = kind != ParameterGroup::BaseNoDecay;
             (!params.is_empty()).then_some(Group {
-                name: if rate == 1.0 { name.into() } else { format!("{name}_at_{rate}") },
+                name: match kind {
+                    ParameterGroup::NewColumn => name.into(),
+                    _ if rate == 1.0 => name.into(),
+                    _ => format!("{name}_at_{rate}"),
+                },
                 learning_rate: settings.learning_rate * rate,
                 weight_decay: if decays { settings.weight_decay } else { 0.0 },
                 warmup_steps: settings.warmup_steps,
@@ -186,11 +195,12 @@ fn clips(
 ) -> Vec<(Vec<usize>, Option<f64>)> {
     let own = |group| match group {
         ParameterGroup::Adapters => config.adapters.max_grad_norm,
-        ParameterGroup::Router => config.router.max_grad_norm,
+        ParameterGroup::Router | ParameterGroup::NewColumn => config.router.max_grad_norm,
         ParameterGroup::Base | ParameterGroup::BaseNoDecay => config.base.max_grad_norm,
     };
     let section = |group| match group {
         ParameterGroup::BaseNoDecay => ParameterGroup::Base,
+        ParameterGroup::NewColumn => ParameterGroup::Router,
         group => group,
     };
     let mut parts: BTreeMap<Option<ParameterGroup>, (Vec<usize>, f64)> = BTreeMap::new();

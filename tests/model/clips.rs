@@ -87,7 +87,7 @@ fn a_group_with_a_limit_of_its_own_is_clipped_by_itself() -> Result<()> {
         num_experts: 2,
         experts_rate: 0.5,
         columns_rate: 0.25,
-        new_columns_rate: 1.0,
+        new_column_learning_rate: 1e-3,
     };
     for trained in [None, Some(old)].map(|old| model.trained(RoutingChoice::Router, old)) {
         for (settings, parts) in cases() {

@@ -9,7 +9,7 @@ use dylora::model::experts::weights::RoutingWeights;
 use dylora::model::parameters::OldParts;
 use dylora::model::routing::router::Routing;
 use dylora::model::routing::totals::RoutingTotals;
-use dylora::model::{ForwardMode, RoutedModel, RoutingSource};
+use dylora::model::{ForwardMode, ParameterGroup, RoutedModel, RoutingSource};
 use dylora::train::losses::{Seeding, seeding_loss};
 use dylora::train::step::{self, SeedingPhase, StepGradients};
 use tch::{Device, Kind, Tensor};
@@ -289,19 +289,20 @@ fn with_frozen_old_parts_only_the_new_column_of_a_router_is_trained() -> Result<
                 num_experts: 2,
                 experts_rate: 0.0,
                 columns_rate: 0.0,
-                new_columns_rate: 1.0,
+                new_column_learning_rate: 0.125,
             };
             let trained = model.trained(RoutingChoice::Router, Some(frozen));
             let of_router = trained.parameters.iter().filter(|p| p.name.contains("router"));
             for parameter in of_router.clone() {
                 assert!(parameter.name.ends_with(".new"), "{}", parameter.name);
-                assert_eq!((parameter.tensor.size()[0], parameter.rate), (1, 1.0));
+                assert_eq!((parameter.tensor.size()[0], parameter.rate), (1, 0.125));
+                assert_eq!(parameter.group, ParameterGroup::NewColumn);
             }
             assert_eq!(of_router.count(), 2 * model.routers().len());
             let slow = OldParts { columns_rate: 0.25, ..frozen };
             let trained = model.trained(RoutingChoice::Router, Some(slow));
             for parameter in trained.parameters.iter().filter(|p| p.name.contains("router")) {
-                let rate = if parameter.name.ends_with(".new") { 1.0 } else { 0.25 };
+                let rate = if parameter.name.ends_with(".new") { 0.125 } else { 0.25 };
                 assert_eq!(parameter.rate, rate, "{}", parameter.name);
             }
         }

@@ -1,7 +1,7 @@
 //! Adding an expert to a mixture: a whole stage of training.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
@@ -21,14 +21,24 @@ use dylora::train::{MixtureHistory, Summary, Trainer, schedule};
 use tch::{Device, Kind, Tensor};
 
 use crate::routing::{metrics, steps, windows};
-use crate::{World, alone, data, open_base, record, tensors, train};
+use crate::{World, alone, data, open_base, tensors, train};
+
+/// A record of the third domain, which uses only four of the words. A router that sees no more than
+/// the words can tell it from the others, but not for every word.
+fn third_record(n: i64) -> serde_json::Value {
+    let words = |range: std::ops::Range<i64>| {
+        let word = |i: i64| format!("w{}", (n * 7 + i * 5).rem_euclid(4));
+        range.map(word).collect::<Vec<_>>().join(" ")
+    };
+    serde_json::json!({ "prompt": words(0..3), "completion": words(3..5 + n % 7) })
+}
 
 /// Writes the files of a third domain of a world, and returns its config.
 pub(crate) fn third_domain(world: &World) -> Result<DomainConfig> {
     let mut files = vec![];
     for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
         let lines: Vec<String> =
-            (first..first + records).map(|n| record(n, 5).to_string()).collect();
+            (first..first + records).map(|n| third_record(n).to_string()).collect();
         let file = world.path(&format!("third.{split}.jsonl"));
         fs_err::write(&file, lines.join("\n"))?;
         files.push(file.display().to_string());
@@ -142,7 +152,7 @@ fn frozen_old_parts_are_the_same_to_the_bit_after_a_stage_and_the_new_ones_are_n
     for scope in ["shared", "layer", "module"] {
         let world = World::new()?;
         let scope = format!("router.scope={scope}");
-        let overrides = [scope.as_str(), "router.hidden_layers=1", "router.hidden_width=6"];
+        let overrides = [scope.as_str(), "router.hidden_layers=1", "router.hidden_width=32"];
         let next = next_stage(&world, &overrides, &growth(&world, "grown")?)?;
         let before = copies(&next.mixture);
         let after = checkpoint::read_model(&next.run()?.checkpoint)?;
@@ -203,7 +213,7 @@ fn old_parts_move_by_their_factor_of_the_learning_rate() -> Result<()> {
     let rates = steps(&config)?.remove(0).learning_rates;
     let factor = rates["adapters"] / 2e-2;
     for (group, rate) in
-        [("adapters_at_0.125", 2e-2 * 0.125), ("router", 5e-2), ("router_at_0.5", 5e-2 * 0.5)]
+        [("adapters_at_0.125", 2e-2 * 0.125), ("new_column", 3e-4), ("router_at_0.5", 5e-2 * 0.5)]
     {
         assert!((rates[group] - rate * factor).abs() < 1e-12, "{rates:?}");
     }
@@ -219,7 +229,7 @@ fn old_parts_move_by_their_factor_of_the_learning_rate() -> Result<()> {
         ("router.weight", Some((0, 2)), 5e-2 * 0.5),
         ("router.bias", Some((0, 2)), 5e-2 * 0.5),
         ("router.hidden.0.weight", None, 5e-2 * 0.5),
-        ("router.weight", Some((2, 1)), 5e-2),
+        ("router.weight", Some((2, 1)), 3e-4),
     ] {
         let (moved, expected) = (moved(name, rows), rate * factor);
         assert!((moved / expected - 1.0).abs() < 2e-3, "`{name}`: {moved} is not {expected}");
@@ -279,7 +289,7 @@ fn all_learning_rates_have_the_rate_of_consolidation_after_seeding() -> Result<(
     for step in steps(&config)? {
         let rate = if step.step <= 4 { 1.0 } else { 0.25 };
         let factor = rate * schedule::factor(config.schedule, None, step.step, 6);
-        let expected = [("adapters", 2e-2), ("adapters_at_0.5", 1e-2), ("router", 5e-2)];
+        let expected = [("adapters", 2e-2), ("adapters_at_0.5", 1e-2), ("new_column", 3e-4)];
         let expected = expected.map(|(name, of_group)| (name.to_owned(), of_group * factor));
         assert_eq!(step.learning_rates, expected.into(), "step {}", step.step);
     }
@@ -298,26 +308,74 @@ fn a_stage_that_was_interrupted_equals_an_unbroken_one_to_the_bit() -> Result<()
     let unbroken = next.run()?;
     assert!(unbroken.state.routing.experts.iter().any(|expert| expert.is_mature));
     assert_eq!(unbroken.state.stages.len(), 2);
+    assert_eq!(unbroken.state.column_opened_at, Some(4));
     let of_run = steps(&config)?;
-    // interrupted in the seeding phase, at its end and after it
-    for from in [2, 4, 5] {
-        let mut again = config.clone();
-        again.run.dir = world.path(&format!("from-{from}"));
-        let base = open_base(&again)?;
-        let all_data = data(&again, &base)?;
-        let dir = at_step(&config, from);
-        let mut trainer = Trainer::resume(again.clone(), &base, all_data, Device::Cpu, &dir)?;
-        let resumed = trainer.run(&AtomicBool::new(false), &mut |_| ())?;
+    // interrupted in the seeding phase, right before and right after its end, and later
+    for from in [2, 3, 4, 5] {
+        let (again, resumed) = resume(&world, &config, &at_step(&config, from), from)?;
         assert_eq!(steps(&again)?, of_run[from as usize..], "from {from}");
-        assert_eq!(resumed.state, unbroken.state, "from {from}");
-        assert_eq!(resumed.frozen_hash, unbroken.frozen_hash);
-        let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-        assert!(left.keys().eq(right.keys()));
-        for (name, tensor) in &left {
-            assert!(tensor.equal(&right[name]), "from {from}: `{name}` differs");
-        }
-        let width = base.spec.width;
+        check_same(&unbroken, &resumed, from)?;
+        let width = open_base(&again)?.spec.width;
         assert_eq!(checkpoint::read_skills(&resumed.checkpoint, width)?, skills);
+    }
+    Ok(())
+}
+
+/// Resumes a stage from the checkpoint of step `from` in `dir`, in a folder of its own. Returns the
+/// config of the resumed run, too.
+fn resume(world: &World, config: &Config, dir: &Path, from: u64) -> Result<(Config, Summary)> {
+    let mut again = config.clone();
+    again.run.dir = world.path(&format!("from-{from}"));
+    let base = open_base(&again)?;
+    let all_data = data(&again, &base)?;
+    let mut trainer = Trainer::resume(again.clone(), &base, all_data, Device::Cpu, dir)?;
+    let summary = trainer.run(&AtomicBool::new(false), &mut |_| ())?;
+    Ok((again, summary))
+}
+
+/// Checks that two runs ended in the same state, to the bit.
+fn check_same(unbroken: &Summary, resumed: &Summary, from: u64) -> Result<()> {
+    assert_eq!(resumed.state, unbroken.state, "from {from}");
+    assert_eq!(resumed.frozen_hash, unbroken.frozen_hash);
+    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
+    assert!(left.keys().eq(right.keys()));
+    for (name, tensor) in &left {
+        assert!(tensor.equal(&right[name]), "from {from}: `{name}` differs");
+    }
+    Ok(())
+}
+
+/// The seeding phase goes on if held-out tokens do not get the new expert at its end. Here, the
+/// checkpoint of that step is made to say so.
+#[test]
+fn a_stage_whose_seeding_goes_on_resumes_to_the_bit() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let growth = Growth { steps: 8, seed_steps: 2, ..growth(&world, "grown")? };
+    let next = next_stage(&world, &["router.window_steps=1"], &growth)?;
+    let config = next.config.clone();
+    assert_eq!(next.run()?.state.column_opened_at, Some(2));
+    let dir = at_step(&config, 2);
+    let state = fs_err::read_to_string(dir.join("state.json"))?;
+    let closed = state.replace("\"column_opened_at\": 2,", "");
+    assert_ne!(closed, state);
+    fs_err::write(dir.join("state.json"), closed)?;
+    let (extended, unbroken) = resume(&world, &config, &dir, 2)?;
+    assert_eq!(unbroken.state.column_opened_at, Some(4));
+    let third: Vec<(u64, Vec<f64>)> = windows(&extended)?
+        .into_iter()
+        .filter_map(|mut window| {
+            Some((window.step, window.domain_routing_weights.remove("third")?))
+        })
+        .collect();
+    for (step, weights) in third {
+        assert_eq!(weights == [0.0, 0.0, 1.0], step <= 4, "step {step}: {weights:?}");
+    }
+    let of_run = steps(&extended)?;
+    for from in [3, 4, 5] {
+        let (again, resumed) = resume(&world, &config, &at_step(&extended, from), from)?;
+        assert_eq!(steps(&again)?, of_run[from as usize - 2..], "from {from}");
+        check_same(&unbroken, &resumed, from)?;
     }
     Ok(())
 }

@@ -9,7 +9,9 @@ use dylora::config::{
     Config, DomainConfig, Duration, EvalRule, GrowthConfig, Mixing, OnExhausted, RoutingChoice,
     load,
 };
-use dylora::growth::stage_config::{Growth, grown_config, is_trainable, shrunk_config};
+use dylora::growth::stage_config::{
+    Growth, divide_replay, grown_config, is_trainable, shrunk_config,
+};
 use dylora::growth::stages::{Stage, forgetting};
 
 /// A config of three experts on two domains; the second expert has another rank than the others.
@@ -97,6 +99,7 @@ fn a_grown_config_has_one_expert_and_one_domain_more() -> Result<()> {
         old_columns_rate: 0.5,
         seed_steps: 20,
         seed_router_coef: 1.0,
+        column_learning_rate: 3e-4,
         consolidation_rate: 0.2,
     };
     assert_eq!(grown.growth, Some(expected));
@@ -143,6 +146,7 @@ fn faults_of_growth_are_reported_with_their_paths() -> Result<()> {
         old_columns_rate: f64::NAN,
         seed_steps: 0,
         seed_router_coef: f64::INFINITY,
+        column_learning_rate: -1.0,
         consolidation_rate: 0.0,
     });
     insta::assert_snapshot!(describe(&load::validate(&grown).unwrap_err()), @r"
@@ -153,6 +157,7 @@ fn faults_of_growth_are_reported_with_their_paths() -> Result<()> {
     `growth.old_columns_rate` must be a number of at least 0, got NaN
     `growth.seed_router_coef` must be a number of at least 0, got inf
     `growth.consolidation_rate` must be a number above 0, got 0
+    `growth.column_learning_rate` must be a number above 0, got -1
     `train.routing` must be `router` where an expert is added, got `uniform`
     ");
     Ok(())
@@ -206,6 +211,42 @@ fn routing_by_one_expert_follows_its_number() -> Result<()> {
     assert_eq!(shrunk(&["train.routing=expert:2"], 0)?.train.routing, RoutingChoice::Expert(1));
     assert_eq!(shrunk(&["train.routing=expert:1"], 2)?.train.routing, RoutingChoice::Expert(1));
     assert_eq!(shrunk(&["train.routing=all"], 2)?.train.routing, RoutingChoice::All);
+    Ok(())
+}
+
+#[test]
+fn domains_like_the_new_one_are_replayed_more() -> Result<()> {
+    let old = config(&["data.domains=[{name=\"a\",train=[\"/a\"]},{name=\"b\",train=[\"/b\"]},\
+                        {name=\"c\",train=[\"/c\"]}]"])?;
+    let mut grown = grown_config(&old, 1.0, &Growth { replay: 0.4, ..growth() })?;
+    let cosine = |name: &str| match name {
+        "a" => 0.5,
+        "b" => -0.7,
+        _ => 0.0,
+    };
+    let weights = |config: &Config| -> Vec<f64> {
+        config.data.domains.iter().map(|domain| domain.weight).collect()
+    };
+    let even = weights(&grown);
+    divide_replay(&mut grown, &cosine);
+    let expected = [0.2, 0.1, 0.1, 0.6];
+    let close = |found: &[f64], expected: &[f64]| {
+        found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12)
+    };
+    assert!(close(&weights(&grown), &expected), "{:?}", weights(&grown));
+    // weights that differ were set by the user
+    divide_replay(&mut grown, &|_| 0.0);
+    assert!(close(&weights(&grown), &expected), "{:?}", weights(&grown));
+    // among domains that are all like the new one or all unlike it, it stays even
+    for c in [-0.2, 0.0, 0.9] {
+        let mut same = grown_config(&old, 1.0, &Growth { replay: 0.4, ..growth() })?;
+        divide_replay(&mut same, &|_| c);
+        assert!(close(&weights(&same), &even), "{:?}", weights(&same));
+    }
+    // without replay, no domain gets any
+    let mut none = grown_config(&old, 1.0, &Growth { replay: 0.0, ..growth() })?;
+    divide_replay(&mut none, &cosine);
+    assert_eq!(weights(&none), [0.0, 0.0, 0.0, 1.0]);
     Ok(())
 }
 
