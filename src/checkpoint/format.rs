@@ -268,6 +268,13 @@ pub fn read_skills(dir: &Path, d: i64) -> Result<Option<SkillLibrary>> {
     path.exists().then(|| SkillLibrary::read(&path, d)).transpose()
 }
 
+/// Whether a checkpoint's mixture has a skill of this name; `None` if its skills are not known.
+pub fn has_skill(dir: &Path, name: &str) -> Result<Option<bool>> {
+    let path = dir.join(SKILLS);
+    let has = || anyhow::Ok(SkillLibrary::read_any(&path)?.skills.iter().any(|of| of.name == name));
+    path.exists().then(has).transpose()
+}
+
 /// Reads the tensors of experts and routers, or of the trained base, from a checkpoint.
 pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
     read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")

@@ -257,11 +257,15 @@ impl SkillLibrary {
     /// # Errors
     /// Fails if the file holds no library, or one of another width.
     pub fn read(file: &Path, d: i64) -> Result<Self> {
-        let parse = || {
-            let library: Self = serde_json::from_str(&fs_err::read_to_string(file)?)?;
-            library.check(d)?;
-            anyhow::Ok(library)
-        };
+        let library = Self::read_any(file)?;
+        let checked = library.check(d);
+        checked.with_context(|| format!("cannot read the skills of `{}`", file.display()))?;
+        Ok(library)
+    }
+
+    /// Reads a library for a base of any width.
+    pub fn read_any(file: &Path) -> Result<Self> {
+        let parse = || anyhow::Ok(serde_json::from_str(&fs_err::read_to_string(file)?)?);
         parse().with_context(|| format!("cannot read the skills of `{}`", file.display()))
     }
 

@@ -56,12 +56,12 @@ pub fn without_gain(stages: &[Stage], domain: &str, by_base: f64) -> Option<Stri
     })
 }
 
-/// How much each domain's loss has risen since the stage in which it was learned, nats. Only
+/// How much each domain's loss has risen since the last stage in which it was learned, nats. Only
 /// domains that were evaluated both then and in the last stage are there.
 pub fn forgetting(stages: &[Stage]) -> BTreeMap<String, f64> {
     let Some(last) = stages.last() else { return BTreeMap::new() };
     let risen = last.losses.iter().filter_map(|(domain, now)| {
-        let stage = stages.iter().find(|stage| stage.learned.contains(domain))?;
+        let stage = stages.iter().rev().find(|stage| stage.learned.contains(domain))?;
         Some((domain.clone(), now - stage.losses.get(domain)?))
     });
     risen.collect()

@@ -74,7 +74,11 @@ pub struct Grown {
 /// Fails if the mixture cannot grow, if it already has the domain, or if an override changes a key
 /// that the mixture's tensors depend on.
 pub fn stage_config(dir: &Path, growth: &Growth, sets: &[String]) -> Result<Config> {
-    let (old, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
+    let (mut old, state) = (checkpoint::read_config(dir)?, checkpoint::read_state(dir)?);
+    // a domain whose expert was removed can be learned again, from the files that are named now
+    if checkpoint::has_skill(dir, &growth.domain.name)? == Some(false) {
+        old.data.domains.retain(|domain| domain.name != growth.domain.name);
+    }
     let rule = state.routing.rule(&old.router, state.step.max(1));
     let grown = stage_config::grown_config(&old, rule.temperature, growth)?;
     let config = config::load::resolve(&config::load::to_toml(&grown), sets)?;
