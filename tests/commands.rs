@@ -59,7 +59,10 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
         ("{alora_invocation_tokens=[99999]}", "`alora_invocation_tokens` has 99999, which is not"),
     ] {
         let set = format!("lora.experts=[{{}},{fault}]");
-        let (exit, message) = code(&["train", "--config", "configs/moe.toml", "--set", &set])?;
+        let (exit, message) = {
+            let even = ["--set", "lora.capacity=even", "--set", &set];
+            code(&[&["train", "--config", "configs/moe.toml"][..], &even].concat())?
+        };
         assert_eq!(exit, Some(2), "{message}");
         assert!(message.starts_with("error: expert 1 of `lora`: "), "{message}");
         assert!(message.contains(said), "{message}");

@@ -161,7 +161,7 @@ fn a_new_config_has_the_defaults_of_the_recipe() -> Result<()> {
     assert_eq!((router.init, router.domain_supervision), (RouterInit::Normal, Some(0.1)));
     assert_eq!(
         (optimizer.adapters, optimizer.router),
-        (GroupConfig::at(2e-3), GroupConfig::at(1e-3))
+        (GroupConfig::at(1.5e-3), GroupConfig::at(1e-3))
     );
     assert_eq!(optimizer.max_grad_norm, 1.0);
     assert_eq!((schedule.kind, schedule.warmup_steps), (ScheduleKind::Cosine, None));
@@ -394,8 +394,11 @@ fn ranks_by_domain_need_experts_of_domains_and_nothing_else_that_sets_ranks() ->
     ");
     insta::assert_snapshot!(with(&["lora.experts=[{rank=4}]"]), 
         @"`lora.capacity` `by_domain` sets the ranks, and so does `lora.experts`");
-    insta::assert_snapshot!(with(&["lora.experts=[{source={path='x'}}]"]), 
-        @"`lora.capacity` `by_domain` sets the ranks, and so does `lora.experts`");
+    insta::assert_snapshot!(with(&["lora.experts=[{source={path='x'}}]"]), @"
+    `lora.capacity` `by_domain` needs experts that belong to domains: \
+    `router.domain_supervision`, `train.routing = \"domain\"` or `data.domains[].expert`
+    `lora.capacity` `by_domain` sets the ranks, and so does `lora.experts`
+    ");
     insta::assert_snapshot!(
         with(&["lora.experts=[{rank_pattern={c_fc=4}}]", "lora.rank_pattern={c_fc=4}"]),
         @"

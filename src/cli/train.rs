@@ -9,7 +9,6 @@ use tch::Device;
 
 use super::dry_run::dry_run;
 use super::open::device_name;
-use super::progress::TrainBar;
 use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::{ReadyRun, load_data};
@@ -23,7 +22,7 @@ use crate::export::{self, hugging_face};
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::train::plan::{ParameterCounts, num_steps};
 use crate::train::schedule::warmup_steps;
-use crate::train::{Ending, Event, Summary};
+use crate::train::{Ending, Summary};
 
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
@@ -208,24 +207,6 @@ fn warn_of_few_steps(config: &Config, data: &Datasets) {
             "`schedule.warmup_steps` {warmup} is more than half of the run's {steps} steps\nhint: \
              leave it out for a tenth of the steps"
         );
-    }
-}
-
-/// Shows an event of a run.
-pub fn observe(bar: &TrainBar, event: &Event<'_>) {
-    match event {
-        Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
-        Event::Evaluating(..) | Event::Window(_) => {}
-        Event::Validation(metrics) => {
-            let domains: Vec<String> = metrics
-                .domain_losses
-                .iter()
-                .map(|(name, loss)| format!("{name} {loss:.4}"))
-                .collect();
-            let (step, loss) = (metrics.step, metrics.loss);
-            bar.line(format!("step {step}: validation loss {loss:.4} ({})", domains.join(", ")));
-        }
-        Event::Checkpoint(path) => tracing::debug!("wrote `{}`", path.display()),
     }
 }
 

@@ -34,8 +34,8 @@ impl Config {
         }
     }
 
-    /// Whether it is known which experts are for which domain: experts that start from adapters have
-    /// learned something already, so that domains must name them.
+    /// Whether it is known which experts are for which domain: experts that start from adapters
+    /// have learned something already, so that domains must name them.
     fn knows_experts(&self) -> bool {
         let has_source = self.lora.experts.iter().any(|expert| expert.source.is_some());
         !has_source || self.data.domains.iter().any(|domain| domain.expert.is_some())

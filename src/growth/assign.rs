@@ -58,8 +58,8 @@ pub fn assign_experts(
     Ok(())
 }
 
-/// Settles what depends on which experts the domains have: assigns these, and gives the experts of a
-/// new mixture the alphas of `lora.scale` and the ranks of `lora.capacity`.
+/// Settles what depends on which experts the domains have: assigns these, and gives the experts of
+/// a new mixture the alphas of `lora.scale` and the ranks of `lora.capacity`.
 ///
 /// - `specs`: the experts by [`ExpertSpec::of_config`]
 ///

@@ -87,9 +87,9 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
 
 /// Divides the replay in the config of a stage that adds an expert among the replayed domains, in
 /// proportion to `1 + 2 max(c, 0)`, where c is the cosine of the domain's skill and that of the new
-/// one. A domain like the new one shares tokens with it by which a router cannot tell them apart, so
-/// it needs more of its own to keep its loss. If their weights differ already, because the user has
-/// set them, they stay.
+/// one. A domain like the new one shares tokens with it by which a router cannot tell them apart,
+/// so it needs more of its own to keep its loss. If their weights differ already, because the user
+/// has set them, they stay.
 ///
 /// - `cosine`: the cosine of a domain's skill and that of the new one, by the domain's name
 pub fn divide_replay(config: &mut Config, cosine: &dyn Fn(&str) -> f64) {

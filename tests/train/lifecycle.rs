@@ -125,6 +125,7 @@ fn commands_keep_a_part_that_is_always_on() -> Result<()> {
     let life = Life::of(&[&NEW[..], &["lora.shared_rank=2"]].concat())?;
     let before = shared_values(&life, "two")?;
     let add = [&ADD[..], &["--out", "three", "--threshold", "1", "--replay", "0.5"]].concat();
+    let add = [&add[..], &["--old-experts-rate", "0"]].concat();
     assert_eq!(life.json(&add)?["expert"], 2);
     assert!(shared_values(&life, "three")? == before, "only the new expert is trained");
     let three = ["--checkpoint", "three", "--out"];
@@ -335,10 +336,7 @@ fn an_expert_that_brings_nothing_is_rejected(life: &Life) -> Result<()> {
     }
     let run = life.world.path("nothing");
     fs_err::create_dir(run.join("checkpoints"))?;
-    fs_err::rename(
-        run.join("rejected/step-00000001"),
-        run.join("checkpoints/step-00000001"),
-    )?;
+    fs_err::rename(run.join("rejected/step-00000001"), run.join("checkpoints/step-00000001"))?;
     let (code, message) = life.fault(&["train", "--resume", "nothing"])?;
     assert_eq!(code, Some(1), "{message}");
     assert!(message.contains("error: the new expert brings `third` nothing"), "{message}");
