@@ -1,24 +1,40 @@
 #!/usr/bin/env python3
-"""Prints the losses of a base and a mixture side by side.
+"""Prints the losses of a base, a single LoRA and a mixture side by side.
 
-    scripts/quickstart_table.py BASE.json MIXTURE.json    (both from `dylora eval --json`)
+    scripts/quickstart_table.py BASE.json SINGLE.json MIXTURE.json    (all from `dylora eval --json`)
 
-The exit code is 1 unless the mixture is better on every domain.
+The exit code is 1 unless the mixture is better than the base on every domain and better than the
+single LoRA in the mean of the domains, and its experts tell the domains apart: each domain gives its
+own expert at least 0.6 of the routing weight.
 """
 import json
 import sys
 
-base, mixture = (json.load(open(path)) for path in sys.argv[1:])
-base_losses = {domain["name"]: domain["loss"] for domain in base["domains"]}
-experts = len(mixture["routing"]["mean_routing_weights"])
-print(f"\n{'domain':<12}{'base loss':>11}{'mixture':>10}{'change':>9}   mean routing weight of each expert")
-worse = []
+base, single, mixture = (json.load(open(path)) for path in sys.argv[1:])
+losses = [{d["name"]: d["loss"] for d in report["domains"]} for report in (base, single, mixture)]
+header = f"{'domain':<12}{'base':>8}{'single LoRA':>13}{'mixture':>9}"
+print(f"\n{header}   mean routing weight of each expert")
+faults, owners = [], []
 for domain in mixture["domains"]:
-    name, loss = domain["name"], domain["loss"]
-    weights = "  ".join(f"{w:.2f}" for w in domain["routing"]["mean_routing_weights"])
-    print(f"{name:<12}{base_losses[name]:>11.3f}{loss:>10.3f}{loss - base_losses[name]:>+9.3f}   {weights}")
-    if loss >= base_losses[name]:
-        worse.append(name)
-if worse:
-    sys.exit(f"the mixture is not better than its base on {', '.join(worse)}")
-print(f"the mixture of {experts} experts is better than its base on all {len(base_losses)} domains")
+    name = domain["name"]
+    weights = domain["routing"]["mean_routing_weights"]
+    largest = max(weights)
+    owners.append(weights.index(largest))
+    numbers = [of[name] for of in losses]
+    shown = "  ".join(f"{weight:.2f}" for weight in weights)
+    print(f"{name:<12}{numbers[0]:>8.3f}{numbers[1]:>13.3f}{numbers[2]:>9.3f}   {shown}")
+    if numbers[2] >= numbers[0]:
+        faults.append(f"the mixture is not better than its base on {name}")
+    if largest < 0.6:
+        faults.append(f"no expert has 0.6 of the weight on {name}")
+means = [report["loss"] for report in (base, single, mixture)]
+print(f"{'mean':<12}{means[0]:>8.3f}{means[1]:>13.3f}{means[2]:>9.3f}")
+information = mixture["routing"]["mutual_information"]
+print(f"expert and domain share {information:.2f} nats (mutual information)")
+if len(set(owners)) < len(owners):
+    faults.append("two domains have the same expert")
+if means[2] >= means[1]:
+    faults.append("the mixture is not better than a single LoRA of equal size")
+if faults:
+    sys.exit("; ".join(faults))
+print(f"the mixture is {means[1] - means[2]:.3f} nats below a single LoRA of equal size")

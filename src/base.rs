@@ -105,6 +105,16 @@ impl Base {
         files
     }
 
+    /// BLAKE3 of the files that hold the shape and the weights. A random base has none.
+    pub fn files_hash(&self) -> Result<String> {
+        let mut hasher = blake3::Hasher::new();
+        for file in self.files.iter().flat_map(|files| files.weights.iter().chain([&files.config]))
+        {
+            hasher.update_reader(fs_err::File::open(file)?)?;
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
     /// Reads the weights, in the dtypes of their files, or draws those of a random base from
     /// libtorch's default generator, in f32. They are on the CPU.
     pub fn weights(&self) -> Result<Decoder> {

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! config, durable, ffi, tensor_file | hub | data | model | peft | base | mixture | eval | growth
-//! | checkpoint | export | train | lifecycle | bench | cli, main
+//! | checkpoint | export | train | lifecycle | bench | study | cli, main
 //! ```
 //!
 //! A target module with frozen weight W, bias b and experts e = 1..E of rank r_e computes
@@ -53,6 +53,11 @@
 //! | tokens_seen | number of target tokens trained on | |
 //! | skill | the mean of the base's last hidden states on a domain ([`growth::skills`]) | `[d]` |
 //! | stage | a run in a mixture's life; at its end each domain is scored ([`growth::stages`]) | |
+//! | study | a comparison of arms that get the same chances ([`study`]) | |
+//! | arm | what a study compares, such as a single LoRA or a learned router ([`study::arms`]) | |
+//! | oracle | routing with weight 1 on the expert of the token's domain | |
+//! | recovery | the share of the oracle's gain over a single LoRA that a router has | scalar |
+//! | active rank | the rank that a token uses: k r with top-k, r e^H with dense routing | scalar |
 //! | checkpoint, export | all that resuming needs; what other programs load (PEFT) | |
 
 // in the order of the layers
@@ -80,4 +85,6 @@ pub mod train;
 pub mod lifecycle;
 
 pub mod bench;
+pub mod study;
+
 pub mod cli;

@@ -182,6 +182,33 @@ fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
     Ok(())
 }
 
+/// The experts that are measured are those of the row's config, with its scale and with a part that
+/// is always on.
+#[test]
+fn a_row_has_the_experts_of_its_config() -> Result<()> {
+    let _guard = seed(6);
+    let base = tiny_base(tiny_config());
+    let alphas = |row: Row, set: &[&str]| -> Result<Vec<f64>> {
+        let config = row.config(&config(set))?;
+        let specs = row.experts(&config, &base)?;
+        let alpha = |spec: &ExpertSpec| spec.modules.values().next().expect("it has some").alpha;
+        Ok(specs.iter().map(alpha).collect())
+    };
+    assert_eq!(alphas(Row::OnePass, &[])?, [16.0; 4]);
+    assert_eq!(alphas(Row::OnePass, &["lora.scale=mixture"])?, [64.0; 4]);
+    assert_eq!(alphas(Row::OnePass, &["lora.scale=mixture", "router.top_k=2"])?, [32.0; 4]);
+    assert_eq!(alphas(Row::SingleLora, &["lora.scale=mixture"])?, [16.0]);
+    // of rank E r, with the scaling of the mixture at even weights
+    assert_eq!(alphas(Row::SingleLoraWide, &["lora.scale=mixture"])?, [64.0]);
+    let shared = ["lora.shared_rank=1"];
+    assert_eq!(alphas(Row::OnePass, &shared)?, [16.0, 16.0, 16.0, 16.0, 8.0]);
+    assert!(alphas(Row::Base, &shared)?.is_empty());
+    let rows = [Row::OnePass, Row::OnePassLoop, Row::NPasses, Row::Eval];
+    let figures = measure(&rows, 2, &["lora.shared_rank=1"])?;
+    assert!(figures.iter().all(|row| (row.first_loss - figures[0].first_loss).abs() < 1e-5));
+    Ok(())
+}
+
 /// The keys of an object in their order, separated by commas.
 fn keys(json: &Value) -> String {
     let keys = json.as_object().expect("an object").keys();

@@ -187,7 +187,9 @@ fn every_shipped_config_is_valid_and_opens_with_its_command() {
         let text = fs_err::read_to_string(&path).unwrap();
         load::load(&path, &[]).unwrap();
         assert!(text.starts_with("# "), "{}", path.display());
-        assert!(text.contains("#     dylora train --config") || text.contains("#     scripts/"));
+        let commands = ["dylora train --config", "dylora study --config", "scripts/"];
+        let opens = |command: &&str| text.contains(&format!("#     {command}"));
+        assert!(commands.iter().any(opens), "{}", path.display());
     }
 }
 
@@ -274,7 +276,7 @@ fn an_unknown_choice_of_the_router_is_answered_with_the_known_ones() {
     missing field `steps`
     unknown variant `ignore`, expected `warn` or `stop`
     unknown field `hidden`, expected one of `input`, `scope`, `level`, `normalize_input`, \
-    `detach_input`, `init`, `hidden_layers`, `hidden_width`, `temperature`, \
+    `detach_input`, `init`, `trainable`, `hidden_layers`, `hidden_width`, `temperature`, \
     `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, `noise`, `eval`, \
     `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, \
     `domain_supervision`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, \

@@ -59,7 +59,10 @@ fn faults_of_usage_and_config_exit_with_2_and_others_with_1() -> Result<()> {
         ("{alora_invocation_tokens=[99999]}", "`alora_invocation_tokens` has 99999, which is not"),
     ] {
         let set = format!("lora.experts=[{{}},{fault}]");
-        let (exit, message) = code(&["train", "--config", "configs/moe.toml", "--set", &set])?;
+        let (exit, message) = {
+            let even = ["--set", "lora.capacity=even", "--set", &set];
+            code(&[&["train", "--config", "configs/moe.toml"][..], &even].concat())?
+        };
         assert_eq!(exit, Some(2), "{message}");
         assert!(message.starts_with("error: expert 1 of `lora`: "), "{message}");
         assert!(message.contains(said), "{message}");
@@ -217,6 +220,16 @@ fn bench_prints_its_setting_and_each_row() -> Result<()> {
     assert_eq!((&header["kind"], &header["dtype"]), (&"header".into(), &"f32".into()));
     assert_eq!(header["lora"]["target_modules"], json!(["all-linear"]));
     assert_eq!(header["router"]["top_k"], 2);
+    // as PEFT's mixtures in `scripts/peft_opponent.py`, whatever a new config has
+    let keys = ["input", "scope", "normalize_input", "detach_input", "domain_supervision"];
+    let plain = json!(["embeddings", "shared", false, false, 0.0]);
+    assert_eq!(json!(keys.map(|key| &header["router"][key])), plain);
+    assert_eq!(
+        (&header["lora"]["scale"], &header["lora"]["alpha"]),
+        (&json!("per_expert"), &json!(16.0))
+    );
+    let rates = ["adapters", "router"].map(|of| &header["optimizer"][of]["learning_rate"]);
+    assert_eq!(json!(rates), json!([1e-3, 1e-3]));
     assert_eq!(rows.len(), 8);
     for row in rows {
         assert_eq!((&row["kind"], &row["error"]), (&"row".into(), &Value::Null), "{row}");

@@ -161,7 +161,7 @@ fn a_new_config_has_the_defaults_of_the_recipe() -> Result<()> {
     assert_eq!((router.init, router.domain_supervision), (RouterInit::Normal, Some(0.1)));
     assert_eq!(
         (optimizer.adapters, optimizer.router),
-        (GroupConfig::at(2e-3), GroupConfig::at(1e-3))
+        (GroupConfig::at(1.5e-3), GroupConfig::at(1e-3))
     );
     assert_eq!(optimizer.max_grad_norm, 1.0);
     assert_eq!((schedule.kind, schedule.warmup_steps), (ScheduleKind::Cosine, None));
@@ -394,8 +394,11 @@ fn ranks_by_domain_need_experts_of_domains_and_nothing_else_that_sets_ranks() ->
     ");
     insta::assert_snapshot!(with(&["lora.experts=[{rank=4}]"]), 
         @"`lora.capacity` `by_domain` sets the ranks, and so does `lora.experts`");
-    insta::assert_snapshot!(with(&["lora.experts=[{source={path='x'}}]"]), 
-        @"`lora.capacity` `by_domain` sets the ranks, and so does `lora.experts`");
+    insta::assert_snapshot!(with(&["lora.experts=[{source={path='x'}}]"]), @"
+    `lora.capacity` `by_domain` needs experts that belong to domains: \
+    `router.domain_supervision`, `train.routing = \"domain\"` or `data.domains[].expert`
+    `lora.capacity` `by_domain` sets the ranks, and so does `lora.experts`
+    ");
     insta::assert_snapshot!(
         with(&["lora.experts=[{rank_pattern={c_fc=4}}]", "lora.rank_pattern={c_fc=4}"]),
         @"
@@ -495,6 +498,7 @@ fn an_added_expert_and_one_from_an_adapter_keep_their_alpha() -> Result<()> {
         old_columns_rate: 0.0,
         seed_steps: 1,
         seed_router_coef: 1.0,
+        column_learning_rate: GrowthConfig::COLUMN_LEARNING_RATE,
         consolidation_rate: 1.0,
     });
     assert_eq!(factors(&config)?, [4.0, 4.0, 4.0, 1.0]);
@@ -644,7 +648,8 @@ fn each_expert_adds_at_its_even_weight_what_one_lora_of_the_same_alpha_adds() ->
         let used = mixture.routing(&two_rows(), ForwardMode::EVAL).remove(0).weights.gt(0.0);
         let used = used.to_kind(Kind::Double).sum_dim_intlist(-1, false, Kind::Double);
         assert!(
-            used.min().double_value(&[]) == f64::from(k) && used.equal(&used.full_like(k as i64))
+            used.min().double_value(&[]) == f64::from(k)
+                && used.equal(&used.full_like(i64::from(k)))
         );
         let routed = logits(&mixture, &two_rows(), &RoutingSource::Router);
         let times = |k: f64| RoutingSource::Given(Tensor::from_slice(&[k]));

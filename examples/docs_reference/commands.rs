@@ -21,7 +21,8 @@ pub fn page() -> String {
     let mut cli = Cli::command();
     cli.build();
     let mut text = HEAD.to_owned();
-    let commands = || cli.get_subcommands().filter(|command| command.get_name() != "help");
+    let is_listed = |command: &&Command| command.get_name() != "help" && !command.is_hide_set();
+    let commands = || cli.get_subcommands().filter(is_listed);
     text += "\n| command | what it does |\n|---|---|\n";
     for command in commands() {
         let (name, about) = (command.get_name(), about(command));

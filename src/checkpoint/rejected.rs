@@ -1,5 +1,5 @@
-//! Sets the checkpoints of a stage that has failed aside, so that no command that is given the run's
-//! folder takes one of them for the stage's result.
+//! Sets the checkpoints of a stage that has failed aside, so that no command that is given the
+//! run's folder takes one of them for the stage's result.
 
 use std::path::{Path, PathBuf};
 

@@ -11,7 +11,8 @@ use super::eval::validate;
 use super::open::open_base;
 use super::signals::Interrupt;
 use super::stage::run_stage;
-use super::train::{conclude, load_data, summary_text};
+use super::start::load_data;
+use super::train::{conclude, summary_text};
 use super::{Shared, device, print_result, table, usage};
 use crate::checkpoint::{self, Preferred};
 use crate::config::{Config, DeviceChoice, DomainConfig, Validation};
@@ -48,9 +49,9 @@ pub struct AddExpertArgs {
     #[arg(long, value_name = "N", default_value_t = 200)]
     steps: u64,
     /// Number of steps in the seeding phase, in which the new domain's tokens go to the new expert
-    /// alone. At its end, the expert's router column is fitted to recognise these tokens. If it does
-    /// not recognise held-out ones, the phase goes on for as many steps again [default: 0.2 of the
-    /// steps].
+    /// alone. At its end, the expert's router column is fitted to recognise these tokens. If it
+    /// does not recognise held-out ones, the phase goes on for as many steps again [default: 0.2 of
+    /// the steps].
     #[arg(long, value_name = "N")]
     seed_steps: Option<u64>,
     /// Factor of all learning rates after the seeding phase.

@@ -14,7 +14,12 @@ mod progress;
 mod remove_expert;
 mod signals;
 mod stage;
+mod start;
 mod stderr;
+mod study;
+mod study_pool;
+mod study_run;
+mod study_text;
 mod table;
 mod trace;
 mod train;
@@ -74,6 +79,12 @@ enum Command {
     MergeExperts(remove_expert::MergeExpertsArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
+    /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms
+    /// with the same chances, and compare them.
+    Study(study::StudyArgs),
+    /// Make one run of a study. `dylora study` starts it.
+    #[command(hide = true)]
+    StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
 }
@@ -160,6 +171,8 @@ impl Cli {
             Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
+            Some(Command::Study(args)) => study::run(args, &shared),
+            Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
             Some(Command::Bench(args)) => bench::run(args, &shared),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }

@@ -85,6 +85,49 @@ impl DownloadProgress for DownloadBar {
     }
 }
 
+/// The bar for a study, which counts the steps of all runs.
+pub struct StudyBar(ProgressBar);
+
+impl StudyBar {
+    /// A bar of `num_steps` steps.
+    pub fn new(show: bool, num_steps: u64) -> Self {
+        let bar = bar(show, num_steps, "{msg} {bar:24} step {pos}/{len} [{eta} left]");
+        bar.enable_steady_tick(Duration::from_millis(500));
+        Self(bar)
+    }
+
+    /// Begins anew with the estimate of the time that is left, after `done` steps.
+    pub fn begin(&self, done: u64) {
+        self.0.set_position(done);
+        self.0.reset_eta();
+    }
+
+    /// Draws the number of steps, and a message beside the bar.
+    pub fn update(&self, steps: u64, message: String) {
+        self.0.set_position(steps);
+        self.0.set_message(message);
+    }
+
+    /// Prints a line above the bar, or logs it if no bar is drawn.
+    pub fn line(&self, text: String) {
+        if self.0.is_hidden() {
+            tracing::info!("{text}");
+        } else {
+            self.0.println(text);
+        }
+    }
+
+    /// Logs an error above the bar.
+    pub fn error(&self, text: &str) {
+        self.0.suspend(|| tracing::error!("{text}"));
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// The bar for training steps, with the latest loss and speed.
 pub struct TrainBar {
     bar: ProgressBar,

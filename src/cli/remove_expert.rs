@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::eval::validate;
 use super::open::{device_name, open_base};
-use super::train::load_data;
+use super::start::load_data;
 use super::{Shared, device, table, usage};
 use crate::checkpoint::{self, Preferred};
 use crate::config::DeviceChoice;

@@ -1,5 +1,5 @@
-//! Signals that end a training run. The first signal asks the run to save and stop; the second ends
-//! the process at once.
+//! Signals that end a training run or a study. The first signal asks it to save and stop; the
+//! second ends the process at once.
 
 use std::fmt;
 use std::path::Path;
@@ -38,6 +38,11 @@ impl Interrupt {
         Ok(this)
     }
 
+    /// Whether there was a signal.
+    pub fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Relaxed)
+    }
+
     /// The flag that the first signal sets.
     pub fn flag(&self) -> &AtomicBool {
         &self.is_set
@@ -45,22 +50,27 @@ impl Interrupt {
 
     /// The error of a run in `run_dir` that has saved and stopped.
     pub fn error(&self, run_dir: &Path) -> Interrupted {
+        self.error_with(format!("go on with `dylora train --resume {}`", quoted(run_dir)))
+    }
+
+    /// The error of a command that has stopped. `hint` says how to go on.
+    pub fn error_with(&self, hint: String) -> Interrupted {
         let signal = self.signal.load(Ordering::Relaxed) as i32;
-        Interrupted { exit_code: (SIGNAL_EXIT + signal) as u8, run_dir: quoted(run_dir) }
+        Interrupted { exit_code: (SIGNAL_EXIT + signal) as u8, hint }
     }
 }
 
-/// A run was interrupted and has saved. It has not failed, but it is not complete either.
+/// A command was interrupted and has saved. It has not failed, but it is not complete either.
 #[derive(Debug)]
 pub struct Interrupted {
     /// The exit code of the process: 128 plus the signal's number.
     pub exit_code: u8,
-    run_dir: String,
+    hint: String,
 }
 
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "interrupted; go on with `dylora train --resume {}`", self.run_dir)
+        write!(f, "interrupted; {}", self.hint)
     }
 }
 

@@ -8,9 +8,8 @@ use anyhow::{Error, Result, anyhow};
 
 use super::Shared;
 use super::progress::TrainBar;
-use super::train::observe;
 use crate::checkpoint::rejected;
-use crate::train::{ColumnStaysClosed, Ending, Summary, Trainer};
+use crate::train::{ColumnStaysClosed, Ending, Event, Summary, Trainer};
 
 /// Runs the trainer with a progress bar.
 ///
@@ -50,5 +49,23 @@ fn reject(run_dir: &Path, failure: &Error) -> Error {
         Err(fault) => {
             anyhow!("{failure:#}\nthe stage's checkpoints cannot be moved away: {fault:#}")
         }
+    }
+}
+
+/// Shows an event of a run.
+fn observe(bar: &TrainBar, event: &Event<'_>) {
+    match event {
+        Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
+        Event::Evaluating(..) | Event::Window(_) => {}
+        Event::Validation(metrics) => {
+            let domains: Vec<String> = metrics
+                .domain_losses
+                .iter()
+                .map(|(name, loss)| format!("{name} {loss:.4}"))
+                .collect();
+            let (step, loss) = (metrics.step, metrics.loss);
+            bar.line(format!("step {step}: validation loss {loss:.4} ({})", domains.join(", ")));
+        }
+        Event::Checkpoint(path) => tracing::debug!("wrote `{}`", path.display()),
     }
 }

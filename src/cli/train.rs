@@ -8,23 +8,21 @@ use serde_json::json;
 use tch::Device;
 
 use super::dry_run::dry_run;
-use super::open::{device_name, open_base, open_mixture};
-use super::progress::{LoadBar, TrainBar};
+use super::open::device_name;
 use super::signals::Interrupt;
 use super::stage::run_stage;
-use super::{Shared, device, print_result, table, token_cache, usage};
+use super::start::{ReadyRun, load_data};
+use super::{Shared, print_result, table, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
 use crate::config::{self, Config, DeviceChoice, Method};
-use crate::data::{DataOptions, Datasets, load_datasets};
+use crate::data::Datasets;
 use crate::durable::output::Output;
 use crate::export::{self, hugging_face};
-use crate::growth::assign::{assign_experts, set_capacity};
-use crate::mixture::Mixture;
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::train::plan::{ParameterCounts, num_steps};
 use crate::train::schedule::warmup_steps;
-use crate::train::{Ending, Event, Summary, Trainer};
+use crate::train::{Ending, Summary};
 
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
@@ -51,54 +49,26 @@ pub struct TrainArgs {
     json: bool,
 }
 
-/// What a run starts from.
-enum Start {
-    /// A new run starts from these experts and this router.
-    New(Box<Mixture>),
-    /// A resumed run starts from the checkpoint in this folder.
-    Resume(PathBuf),
-}
-
 /// Runs the command.
 pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let (mut config, resume_from) = configure(&args)?;
     check_config_stays(&args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
-    let device = device(config.run.device)?;
-    let base = open_base(&config.base, shared)?;
-    base.check_seq_len(config.data.seq_len).map_err(usage)?;
-    check_experts(&config, &base).map_err(usage)?;
-    let adapters = match &resume_from {
-        // adapters are found before the data is read, which may take long
-        None => Some(open_mixture(&config, &base, shared)?),
-        Some(_) => None,
-    };
-    let data = load_data(&config, &base, shared)?;
-    let start = match (resume_from, adapters) {
-        (None, Some(mut mixture)) => {
-            assign_experts(&mut config, &data.train, &base, device)?;
-            set_capacity(&mut mixture.specs, &config, &data.train);
-            Start::New(Box::new(mixture))
-        }
-        (dir, _) => Start::Resume(dir.expect("a run that is not new has a checkpoint")),
-    };
-    let specs = match &start {
-        Start::New(mixture) => mixture.specs.clone(),
-        Start::Resume(dir) => checkpoint::read_experts(dir)?,
-    };
+    let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
+        load_data(config, base, shared)
+    })?;
+    let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
-        return dry_run(&config, &specs, &base, &data, args.json);
+        return dry_run(config, specs, base, data, args.json);
     }
     if config.method == Method::Full {
         // checked before the run, because the model is written at its end
-        model_output(&config, &base)?.check_folder(export::is_unmarked_output)?;
+        model_output(config, base)?.check_folder(export::is_unmarked_output)?;
     }
-    log_start(&config, &specs, &base, &data, device);
-    let mut trainer = match &start {
-        Start::New(mixture) => Trainer::new(config.clone(), &base, mixture, data, device)?,
-        Start::Resume(dir) => Trainer::resume(config.clone(), &base, data, device, dir)?,
-    };
+    log_start(config, specs, base, data, *device);
+    let config = config.clone();
+    let (mut trainer, base) = ready.trainer()?;
     let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
@@ -171,34 +141,6 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     Ok((config, Some(dir)))
 }
 
-/// Checks the config's experts against the base, except those that are read from adapters.
-fn check_experts(config: &Config, base: &Base) -> Result<()> {
-    let lora = &config.lora;
-    let has_source = |expert: usize| lora.experts.get(expert).is_some_and(|e| e.source.is_some());
-    let is_new = |expert: &usize| config.method == Method::RoutedLora && !has_source(*expert);
-    for expert in (0..lora.num_experts as usize).filter(is_new) {
-        ExpertSpec::new(lora, expert, &base.spec)?;
-    }
-    Ok(())
-}
-
-/// Loads the data of a config with a progress bar.
-pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
-    let eos = base.spec.eos_token_id();
-    if eos.is_none() {
-        tracing::warn!(
-            "nothing ends a document: `{}` names no `eos_token_id` within its vocabulary of {}, so \
-             that a model does not learn where to stop",
-            base.label,
-            base.spec.vocab_size
-        );
-    }
-    let options = DataOptions::new(&config.data, config.run.seed, eos, Some(token_cache()));
-    let bar = LoadBar::new(shared.show_progress);
-    let progress = |progress| bar.update(&progress);
-    load_datasets(&config.data.domains, &options, base.tokenizer()?, &progress)
-}
-
 /// Logs what is about to be trained, and on which data.
 fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
     let counts = ParameterCounts::new(config, specs, &base.spec);
@@ -265,24 +207,6 @@ fn warn_of_few_steps(config: &Config, data: &Datasets) {
             "`schedule.warmup_steps` {warmup} is more than half of the run's {steps} steps\nhint: \
              leave it out for a tenth of the steps"
         );
-    }
-}
-
-/// Shows an event of a run.
-pub fn observe(bar: &TrainBar, event: &Event<'_>) {
-    match event {
-        Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
-        Event::Evaluating(..) | Event::Window(_) => {}
-        Event::Validation(metrics) => {
-            let domains: Vec<String> = metrics
-                .domain_losses
-                .iter()
-                .map(|(name, loss)| format!("{name} {loss:.4}"))
-                .collect();
-            let (step, loss) = (metrics.step, metrics.loss);
-            bar.line(format!("step {step}: validation loss {loss:.4} ({})", domains.join(", ")));
-        }
-        Event::Checkpoint(path) => tracing::debug!("wrote `{}`", path.display()),
     }
 }
 

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 
 /// `[growth]`: how an expert that is added for a new domain is trained.
 ///
-/// In the first `seed_steps` steps, the tokens of the new domain are routed to the new expert alone.
-/// Then the new expert's column of the router is fitted to tell these tokens from others. If
+/// In the first `seed_steps` steps, the tokens of the new domain are routed to the new expert
+/// alone. Then the new expert's column of the router is fitted to tell these tokens from others. If
 /// held-out tokens of the new domain then get the expert, the seeding phase ends; otherwise it goes
 /// on for as many steps again, or the stage fails. After the seeding phase, the router decides for
 /// all tokens.

@@ -210,9 +210,10 @@ pub enum LoraScale {
     /// `alpha` is that of the mixture, so that the size of its update does not depend on the number
     /// of experts or on the routing. The weights of a router sum to 1, which makes the update of
     /// each expert smaller. Therefore, each expert's alpha is multiplied by `E` with dense routing
-    /// and by `k` with `router.top_k = k`. The factor is 1 where one expert has most of the weight:
-    /// under domain supervision and with a `train.routing` other than `router` and `uniform`. It is
-    /// also 1 for an expert from a `source` and for one that `dylora add-expert` adds.
+    /// and by `k` with `router.top_k = k`. Under domain supervision, the factor is the number of
+    /// experts of a domain, which share its weight, and so is 1 as a rule. It is 1 with a
+    /// `train.routing` other than `router` and `uniform`, for an expert from a `source` and for one
+    /// that `dylora add-expert` adds.
     #[default]
     Mixture,
     /// `alpha` is that of each expert at weight 1, as in PEFT.

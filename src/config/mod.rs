@@ -35,6 +35,7 @@ pub use lora::{
 pub use modules::{Family, TargetModule};
 pub use names::ModuleName;
 pub use paths::{ModulePath, ModulePattern};
+pub use recipe::DOMAIN_SUPERVISION;
 pub use routing::{
     EvalRule, Maturity, OnCollapse, Plateau, RouterConfig, RouterInit, RouterInput, RouterNoise,
     RouterScope, RoutingChoice, RoutingLevel, TemperatureSchedule,

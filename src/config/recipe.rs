@@ -1,10 +1,10 @@
 //! Settings that follow from others, and the values that configs had before a setting existed.
 
-use super::{Config, DomainConfig, LoraScale, Method, RouterConfig, RoutingChoice};
+use super::{Config, DomainConfig, DomainExperts, LoraScale, Method, RouterConfig, RoutingChoice};
 
 /// The factor of the domain supervision where it is on by default, as measured in
 /// `benchmarks/2026-11-26-recipe.md`.
-const DOMAIN_SUPERVISION: f64 = 0.1;
+pub const DOMAIN_SUPERVISION: f64 = 0.1;
 
 impl Config {
     /// Whether `router.domain_supervision` may be above 0. If not, the reason.
@@ -15,6 +15,9 @@ impl Config {
         if self.train.routing != RoutingChoice::Router {
             return Some("the router does not decide");
         }
+        if !self.router.trainable {
+            return Some("the router is not trained, by `router.trainable`");
+        }
         if self.lora.experts_per_layer.is_some() {
             return Some("layers have experts of their own, by `lora.experts_per_layer`");
         }
@@ -24,9 +27,18 @@ impl Config {
     /// Sets the keys whose default depends on other keys.
     pub(super) fn fill_defaults(&mut self) {
         if self.router.domain_supervision.is_none() {
-            let is_on = self.why_unsupervised().is_none() && self.trained_domains().count() > 1;
+            let is_on = self.why_unsupervised().is_none()
+                && self.trained_domains().count() > 1
+                && self.knows_experts();
             self.router.domain_supervision = Some(if is_on { DOMAIN_SUPERVISION } else { 0.0 });
         }
+    }
+
+    /// Whether it is known which experts are for which domain: experts that start from adapters
+    /// have learned something already, so that domains must name them.
+    fn knows_experts(&self) -> bool {
+        let has_source = self.lora.experts.iter().any(|expert| expert.source.is_some());
+        !has_source || self.data.domains.iter().any(|domain| domain.expert.is_some())
     }
 
     /// The domains whose weight is above 0, with their positions.
@@ -60,12 +72,24 @@ impl Config {
         let is_one = lora.scale == LoraScale::PerExpert || is_added || has_source;
         let factor = match self.train.routing {
             _ if is_one || expert as i64 >= e => 1,
-            RoutingChoice::Router if self.supervises() => 1,
+            RoutingChoice::Router if self.supervises() => self.group_size(expert as i64),
             RoutingChoice::Router => self.router.top_k.unwrap_or(e),
+            RoutingChoice::Domain => self.group_size(expert as i64),
             RoutingChoice::Uniform => e,
             _ => 1,
         };
         factor as f64
+    }
+}
+
+impl Config {
+    /// The number of experts among which a domain of this expert divides its weight: those of the
+    /// smallest group that contains it, or 1 if it belongs to no domain.
+    fn group_size(&self, expert: i64) -> i64 {
+        let domains = self.data.domains.iter();
+        let groups = domains.filter_map(|domain| domain.expert.as_ref());
+        let groups = groups.map(DomainExperts::experts).filter(|group| group.contains(&expert));
+        groups.map(|group| group.len() as i64).min().unwrap_or(1)
     }
 }
 

@@ -28,6 +28,9 @@ pub struct RouterConfig {
     pub detach_input: bool,
     /// The initial weights of the layer that scores the experts.
     pub init: RouterInit,
+    /// Whether the router is trained. A router that is not keeps its initial weights, or those of
+    /// `router.source`, and the experts are trained with the weights that it gives.
+    pub trainable: bool,
     /// Number of hidden layers, each with a ReLU, before the layer that scores the experts. With 0,
     /// the router is linear.
     pub hidden_layers: i64,
@@ -69,7 +72,7 @@ pub struct RouterConfig {
     /// experts of the token's domain (`data.domains[].expert`), in nats, as a mean over all tokens,
     /// prompts included, and over the routers. It teaches the router which expert is for which
     /// domain. Without this key, it is 0.1 if several domains are trained and the router decides,
-    /// and 0 otherwise.
+    /// and 0 otherwise; it is also 0 if experts start from adapters and no domain names its expert.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain_supervision: Option<f64>,
     /// How far each step moves the selection bias of an expert that gets more or less than its
@@ -103,6 +106,7 @@ impl Default for RouterConfig {
             normalize_input: true,
             detach_input: true,
             init: RouterInit::Normal,
+            trainable: true,
             hidden_layers: 0,
             hidden_width: 64,
             temperature: 1.0,

@@ -140,7 +140,7 @@ pub struct OptimizerConfig {
 impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
-            adapters: GroupConfig::at(2e-3),
+            adapters: GroupConfig::at(1.5e-3),
             router: GroupConfig::at(1e-3),
             base: GroupConfig { weight_decay: 0.1, ..GroupConfig::at(6e-4) },
             betas: [0.9, 0.999],

@@ -171,6 +171,7 @@ fn check_router(config: &Config, faults: &mut Faults) {
     }
     check_rule(router, num_experts, faults);
     check_input(config, faults);
+    check_frozen_router(config, faults);
     check_layers(&config.lora, faults);
 }
 
@@ -198,6 +199,38 @@ fn check_input(config: &Config, faults: &mut Faults) {
             let fault = "does not go with `router.input = \"module_input\"`";
             faults.add("train.gradient_checkpointing", fault.into());
         }
+    }
+}
+
+/// Checks that a router that is not trained decides, and that nothing is set that would train it.
+fn check_frozen_router(config: &Config, faults: &mut Faults) {
+    let router = &config.router;
+    if router.trainable {
+        return;
+    }
+    let reason = if config.method == Method::Full || config.lora.num_experts < 2 {
+        Some("there is no router")
+    } else if config.train.routing != RoutingChoice::Router {
+        Some("the router does not decide")
+    } else if config.growth.is_some() {
+        Some("an expert is added, whose column of the router has to learn")
+    } else {
+        None
+    };
+    if let Some(reason) = reason {
+        faults.add("router.trainable", format!("must be true where {reason}"));
+        return;
+    }
+    for (key, coef, _) in router.loss_coefs() {
+        if coef != 0.0 {
+            let fault = format!("must be 0 with `router.trainable = false`, got {coef}");
+            faults.add(&format!("router.{key}"), fault);
+        }
+    }
+    if router.init == RouterInit::Zero && router.source.is_none() {
+        let fault = "gives each expert the same weight for ever with `router.trainable = false`; \
+                     `train.routing = \"uniform\"` does the same without a router";
+        faults.add("router.init", fault.into());
     }
 }
 
@@ -380,7 +413,7 @@ fn check_routing(config: &Config, faults: &mut Faults) {
             return faults.add("train.routing", fault);
         }
         RoutingChoice::Expert(expert) => trainable(expert),
-        RoutingChoice::Router => any || num_experts > 1,
+        RoutingChoice::Router => any || (num_experts > 1 && config.router.trainable),
         RoutingChoice::Uniform
         | RoutingChoice::All
         | RoutingChoice::Record

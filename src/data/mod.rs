@@ -33,6 +33,7 @@ mod token_file;
 mod tokenize;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
@@ -44,8 +45,10 @@ pub use self::order::BlockId;
 pub use self::read::LoadProgress;
 pub use self::tokenize::Tokenizer;
 
+use self::dataset::Selection;
 use self::select::Selector;
 use self::source::SourceFiles;
+use self::token_file::TokenFile;
 use crate::config::{
     DataConfig, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation,
 };
@@ -115,6 +118,29 @@ pub struct Datasets {
     pub validation: TokenDataset,
 }
 
+/// A run's training data and two halves of its validation data, so that choices can be made on one
+/// half and the result be measured on the other.
+#[derive(Debug)]
+pub struct HalvedDatasets {
+    /// As [`Datasets::train`]. No document of either half is in it.
+    pub train: TokenDataset,
+    /// The half to choose by, such as a learning rate.
+    pub selection: TokenDataset,
+    /// The half to report.
+    pub report: TokenDataset,
+}
+
+impl HalvedDatasets {
+    /// A hash over the [fingerprints](TokenDataset::fingerprint) of all three.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for dataset in [&self.train, &self.selection, &self.report] {
+            hasher.update(dataset.fingerprint().as_bytes());
+        }
+        hasher.finalize().to_string()
+    }
+}
+
 /// Files to evaluate on.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DomainFiles {
@@ -141,6 +167,54 @@ pub fn load_datasets(
     tokenizer: &Tokenizer,
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Datasets> {
+    let (selected, packer) = select_documents(domains, options, tokenizer, progress)?;
+    let Selected { train, validation } = selected;
+    Ok(Datasets {
+        train: packer.pack_training(train)?,
+        validation: packer.pack(validation, "validate on")?,
+    })
+}
+
+/// Loads the training data of `domains` and their validation data in two halves. Which half a
+/// document is in depends only on its text, so that added data moves no document to the other.
+///
+/// # Errors
+/// As for [`load_datasets`], and if all documents of a domain fall into the same half.
+pub fn load_halves(
+    domains: &[DomainConfig],
+    options: &DataOptions,
+    tokenizer: &Tokenizer,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<HalvedDatasets> {
+    let (selected, packer) = select_documents(domains, options, tokenizer, progress)?;
+    let Selected { train, validation } = selected;
+    let (mut selection, mut report) = (Vec::new(), Vec::new());
+    for domain in validation {
+        let [first, second] = packer.selector().halve(domain)?;
+        selection.push(first);
+        report.push(second);
+    }
+    Ok(HalvedDatasets {
+        train: packer.pack_training(train)?,
+        selection: packer.pack(selection, "select on")?,
+        report: packer.pack(report, "report on")?,
+    })
+}
+
+/// The documents of all domains before they are packed.
+struct Selected {
+    train: Vec<Selection>,
+    validation: Vec<Selection>,
+}
+
+/// Reads the files of `domains` and decides which documents are for training and which for
+/// validation.
+fn select_documents<'a>(
+    domains: &[DomainConfig],
+    options: &'a DataOptions,
+    tokenizer: &Tokenizer,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<(Selected, Packer<'a>)> {
     check(options)?;
     let mut sources = SourceFiles::default();
     let mut listed = Vec::new();
@@ -173,21 +247,38 @@ pub fn load_datasets(
     }
     selector.leave_out(&mut train, &validation);
     let encoding = options.encoding(tokenizer);
-    let pack = |selections, purpose: &str| {
-        let dataset = TokenDataset::new(
-            selections,
-            files.clone(),
-            options.seq_len,
-            options.loss_on,
-            encoding,
-        );
+    Ok((Selected { train, validation }, Packer { files, options, encoding }))
+}
+
+/// Packs documents into blocks.
+struct Packer<'a> {
+    files: Vec<Arc<TokenFile>>,
+    options: &'a DataOptions,
+    encoding: blake3::Hash,
+}
+
+impl Packer<'_> {
+    fn selector(&self) -> Selector<'_> {
+        Selector { files: &self.files, loss_on: self.options.loss_on }
+    }
+
+    /// Packs the documents of domains, each of which must have some.
+    ///
+    /// - `purpose`: the end of the message "domain `math` has nothing to .."
+    fn pack(&self, selections: Vec<Selection>, purpose: &str) -> Result<TokenDataset> {
+        let DataOptions { seq_len, loss_on, .. } = *self.options;
+        let files = self.files.clone();
+        let dataset = TokenDataset::new(selections, files, seq_len, loss_on, self.encoding);
         let mut domains = dataset.domains.iter();
-        domains.try_for_each(|domain| select::check_not_empty(domain, purpose, &files))?;
-        anyhow::Ok(dataset)
-    };
-    let mut train = pack(train, "train on")?;
-    (train.mixing, train.on_exhausted) = (options.mixing, options.on_exhausted);
-    Ok(Datasets { train, validation: pack(validation, "validate on")? })
+        domains.try_for_each(|domain| select::check_not_empty(domain, purpose, &self.files))?;
+        Ok(dataset)
+    }
+
+    fn pack_training(&self, selections: Vec<Selection>) -> Result<TokenDataset> {
+        let mut train = self.pack(selections, "train on")?;
+        (train.mixing, train.on_exhausted) = (self.options.mixing, self.options.on_exhausted);
+        Ok(train)
+    }
 }
 
 /// Loads files to evaluate on. All of their documents are used, and every domain has weight 1.
@@ -220,11 +311,8 @@ pub fn load_files(
         }
     }
     let encoding = options.encoding(tokenizer);
-    let dataset =
-        TokenDataset::new(selections, files.clone(), options.seq_len, options.loss_on, encoding);
-    let mut domains = dataset.domains.iter();
-    domains.try_for_each(|domain| select::check_not_empty(domain, "evaluate on", &files))?;
-    Ok(dataset)
+    let packer = Packer { files: files.clone(), options, encoding };
+    packer.pack(selections, "evaluate on")
 }
 
 fn check(options: &DataOptions) -> Result<()> {

@@ -2,7 +2,8 @@
 //!
 //! A document is held out if `BLAKE3(seed, content)`, scaled to [0, 1), is below the fraction. This
 //! depends only on the seed and the document's text. Equal documents are therefore always on the
-//! same side, and adding data moves no document to the other side.
+//! same side, and adding data moves no document to the other side. The halves of a validation set
+//! are drawn in the same way, with a text instead of the seed.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -122,6 +123,29 @@ impl Selector<'_> {
         );
     }
 
+    /// Divides a validation set into two halves of the same name.
+    ///
+    /// # Errors
+    /// If one of them is empty.
+    pub fn halve(&self, whole: Selection) -> Result<[Selection; 2]> {
+        let Selection { name, weight, documents, .. } = whole;
+        let num_documents = documents.len();
+        let (first, second): (Vec<_>, Vec<_>) =
+            documents.into_iter().partition(|reference| is_first_half(reference.of(self.files)));
+        if first.is_empty() || second.is_empty() {
+            bail!(
+                "the validation set of domain `{name}` has no two halves: its documents, \
+                 {num_documents}, all fall into one\nhint: give it more documents"
+            );
+        }
+        let half = |documents: Vec<DocumentRef>| {
+            let records = documents.len() as u64;
+            let counts = DomainCounts { records, ..DomainCounts::default() };
+            Selection { name: name.clone(), weight, documents, counts }
+        };
+        Ok([half(first), half(second)])
+    }
+
     /// Removes the documents that are also in `validation` from `train`.
     pub fn leave_out(&self, train: &mut [Selection], validation: &[Selection]) {
         let held_out: HashSet<[u8; 16]> = validation
@@ -145,6 +169,17 @@ pub(super) fn position_of(selections: &mut Vec<Selection>, name: &str) -> usize 
         selections.push(Selection { name: name.into(), weight: 1.0, ..Selection::default() });
         selections.len() - 1
     })
+}
+
+/// Begins the text whose hash decides which half a document is in.
+const HALVES: &[u8] = b"dylora: halves of a validation set";
+
+/// Whether a document of a validation set is in its first half.
+fn is_first_half(document: &Document) -> bool {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(HALVES);
+    hasher.update(&document.content);
+    hasher.finalize().as_bytes()[0] & 1 == 0
 }
 
 fn is_held_out(document: &Document, fraction: f64, seed: u64) -> bool {

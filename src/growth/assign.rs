@@ -13,13 +13,14 @@
 //! The cosine is that of two [skills](super::skills). The size of a domain is its share of the
 //! training blocks.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tch::Device;
 
 use super::skills::{Skill, SkillCenter, SkillLibrary, embed};
 use crate::base::Base;
 use crate::config::{Capacity, Config, DomainExperts};
 use crate::data::TokenDataset;
+use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::{RoutedModel, kind_of};
 
@@ -57,10 +58,41 @@ pub fn assign_experts(
     Ok(())
 }
 
+/// Settles what depends on which experts the domains have: assigns these, and gives the experts of
+/// a new mixture the alphas of `lora.scale` and the ranks of `lora.capacity`.
+///
+/// - `specs`: the experts by [`ExpertSpec::of_config`]
+///
+/// # Errors
+/// As for [`assign_experts`] and [`set_capacity`].
+pub fn settle_experts(
+    config: &mut Config,
+    specs: &mut [ExpertSpec],
+    train: &TokenDataset,
+    base: &Base,
+    device: Device,
+) -> Result<()> {
+    let before: Vec<f64> = (0..specs.len()).map(|expert| config.scale_factor(expert)).collect();
+    assign_experts(config, train, base, device)?;
+    for (expert, (spec, before)) in specs.iter_mut().zip(before).enumerate() {
+        let ratio = config.scale_factor(expert) / before;
+        spec.modules.values_mut().for_each(|size| size.alpha *= ratio);
+    }
+    set_capacity(specs, config, train, &base.spec)
+}
+
 /// Sets the ranks of a new mixture's routed experts by `lora.capacity`.
-pub fn set_capacity(specs: &mut [ExpertSpec], config: &Config, train: &TokenDataset) {
+///
+/// # Errors
+/// Fails if PiSSA or OLoRA gets a rank above that of the base's weight.
+pub fn set_capacity(
+    specs: &mut [ExpertSpec],
+    config: &Config,
+    train: &TokenDataset,
+    base: &DecoderSpec,
+) -> Result<()> {
     if config.lora.capacity == Capacity::Even {
-        return;
+        return Ok(());
     }
     let num_experts = config.lora.num_experts as usize;
     let domains: Vec<usize> = config.trained_domains().map(|(index, _)| index).collect();
@@ -73,9 +105,12 @@ pub fn set_capacity(specs: &mut [ExpertSpec], config: &Config, train: &TokenData
         }
     }
     let ranks = divide(config.lora.rank * config.lora.num_experts, &sizes);
-    for (spec, rank) in specs.iter_mut().zip(ranks) {
+    for (expert, (spec, rank)) in specs.iter_mut().zip(ranks).enumerate() {
         spec.set_rank(&|_| rank);
+        spec.check_ranks(base)
+            .with_context(|| format!("expert {expert} by `lora.capacity = \"by_domain\"`"))?;
     }
+    Ok(())
 }
 
 /// The shares of some domains in the training blocks.

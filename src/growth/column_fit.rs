@@ -15,9 +15,9 @@
 //!     + RIDGE |v|^2 / 2
 //! ```
 //!
-//! where `s_n` are the tokens' shares in the loss and `v` are the weights for features of mean 0 and standard deviation 1. It is minimised by
-//! Newton's method with a line search, in f64. The result depends neither on a learning rate nor on
-//! the scale of the features.
+//! where `s_n` are the tokens' shares in the loss and `v` are the weights for features of mean 0
+//! and standard deviation 1. It is minimised by Newton's method with a line search, in f64. The
+//! result depends neither on a learning rate nor on the scale of the features.
 //!
 //! Letters of shapes: `n` tokens, `w` width of the features, `v` the same and 1 for the bias.
 
@@ -83,7 +83,7 @@ impl ColumnFit<'_> {
     fn minimum(&self, problem: &Problem) -> Tensor {
         let mut v = problem.ridge_v.zeros_like();
         // the bias starts where the new expert has about the probability of all old ones together
-        let _ = v.get(-1).copy_(&self.offsets.mean(Kind::Double));
+        v.get(-1).copy_(&self.offsets.mean(Kind::Double));
         let mut loss = problem.loss(&v);
         for _ in 0..MAX_STEPS {
             let (gradient, direction) = problem.newton(&v);

@@ -82,8 +82,8 @@ pub fn share(model: &RoutedModel, dataset: &TokenDataset, domain: usize) -> f64 
     if count > 0.0 { sum / count } else { 0.0 }
 }
 
-/// The tokens of each router. Those of the new domain are routed to the last expert alone, as in the
-/// seeding phase.
+/// The tokens of each router. Those of the new domain are routed to the last expert alone, as in
+/// the seeding phase.
 fn tokens_by_router(
     model: &RoutedModel,
     train: &TokenDataset,

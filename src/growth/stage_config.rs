@@ -86,10 +86,10 @@ pub fn grown_config(config: &Config, temperature: f64, growth: &Growth) -> Resul
 }
 
 /// Divides the replay in the config of a stage that adds an expert among the replayed domains, in
-/// proportion to `1 + 4 max(c, 0)^2`, where c is the cosine of the domain's skill and that of the new
-/// one. A domain like the new one shares tokens with it by which a router cannot tell them apart, so
-/// it needs more of its own to keep its loss. If their weights differ already, because the user has
-/// set them, they stay.
+/// proportion to `1 + 4 max(c, 0)^2`, where c is the cosine of the domain's skill and that of the
+/// new one. A domain like the new one shares tokens with it by which a router cannot tell them
+/// apart, so it needs more of its own to keep its loss. If their weights differ already, because
+/// the user has set them, they stay.
 ///
 /// - `cosine`: the cosine of a domain's skill and that of the new one, by the domain's name
 pub fn divide_replay(config: &mut Config, cosine: &dyn Fn(&str) -> f64) {
@@ -175,6 +175,7 @@ pub fn shrunk_config(
     // a single expert has no router, so it must be trainable for anything to train
     if count == 1 {
         shrunk.router.domain_supervision = Some(0.0);
+        shrunk.router.trainable = true;
         shrunk.lora.experts.iter_mut().for_each(|expert| expert.trainable = true);
     }
     config::load::validate(&shrunk)?;

@@ -24,7 +24,9 @@ use serde_json::Value;
 use tch::{Device, Tensor};
 
 use crate::base::BaseIdentity;
-use crate::config::{AdapterHub, AdapterSource, Config, Method, RouterInput, RoutingChoice};
+use crate::config::{
+    AdapterHub, AdapterSource, Config, Method, RouterInput, RouterScope, RoutingChoice,
+};
 use crate::hub::AdapterFiles;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
@@ -375,7 +377,10 @@ fn check(manifest: &Manifest) -> Result<()> {
         _ => {}
     }
     let Some(ManifestRouter { spec, .. }) = &manifest.router else { return Ok(()) };
-    let RouterSpec { temperature, top_k, .. } = *spec;
+    let RouterSpec { input, scope, temperature, top_k, .. } = *spec;
+    if input == RouterInput::ModuleInput && scope != RouterScope::Module {
+        bail!("`router.spec.scope` must be `module` with the input `module_input`");
+    }
     if !(temperature.is_finite() && temperature > 0.0) {
         bail!("`router.spec.temperature` must be a number above 0, got {temperature}");
     }

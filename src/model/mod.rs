@@ -185,7 +185,8 @@ impl RoutedModel {
         model
     }
 
-    /// BLAKE3 hash of what is not trained: the base, and the frozen experts if there are any.
+    /// BLAKE3 hash of what is not trained: the base, and the frozen experts and routers if there
+    /// are any.
     pub fn frozen_hash(&self) -> Result<String> {
         self.frozen_hash_beside(self.decoder.hash()?)
     }

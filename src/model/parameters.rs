@@ -119,8 +119,8 @@ impl Trained {
 
 impl RoutedModel {
     /// What is trained when `routing` decides the weights: the trainable experts that it can give a
-    /// weight, and the routers if it is [`RoutingChoice::Router`]. If the base is trained, nothing
-    /// else is. `old` is for a mixture that has grown.
+    /// weight, and the routers if it is [`RoutingChoice::Router`] and they are trainable. If the
+    /// base is trained, nothing else is. `old` is for a mixture that has grown.
     pub fn trained(&self, routing: RoutingChoice, old: Option<OldParts>) -> Trained {
         let mut trained = Trained::default();
         if self.trains_base {
@@ -158,7 +158,7 @@ impl RoutedModel {
                 trained.add(&dora.magnitude, rows, ParameterGroup::Adapters);
             }
         }
-        if routing == RoutingChoice::Router {
+        if routing == RoutingChoice::Router && self.router_spec().trainable {
             for (name, tensor) in self.router_leaves() {
                 trained.add(&tensor, router_rows(name, &tensor, old), ParameterGroup::Router);
             }
@@ -184,13 +184,18 @@ impl RoutedModel {
         tensors
     }
 
-    /// The tensors of the frozen experts, by name.
+    /// The tensors of the frozen experts, and those of routers that are not trainable, by name.
     pub fn frozen_tensors(&self) -> Vec<(String, Tensor)> {
         let frozen = |name: &String| {
             let is_of = |e: usize| name.contains(&format!(".{}.", part_name(&self.specs, e)));
             self.specs.iter().enumerate().any(|(e, spec)| !spec.trainable && is_of(e))
         };
-        self.tensors().into_iter().filter(|(name, _)| frozen(name)).collect()
+        let experts = self.tensors().into_iter().filter(|(name, _)| frozen(name));
+        let routers = match self.router_spec().trainable {
+            true => vec![],
+            false => self.router_leaves(),
+        };
+        experts.chain(routers.into_iter().map(|(name, tensor)| (name, tensor.detach()))).collect()
     }
 
     /// Overwrites every tensor of [`RoutedModel::tensors`] with the one of the same name in

@@ -106,7 +106,8 @@ pub struct Summary {
     /// The last checkpoint.
     pub checkpoint: PathBuf,
     /// BLAKE3 of everything frozen: the base, in the dtype that it computed in, and the frozen
-    /// experts. It is the same before and after the run. `None` if the base itself was trained.
+    /// experts and routers. It is the same before and after the run. `None` if the base itself was
+    /// trained.
     pub frozen_hash: Option<String>,
 }
 
@@ -317,11 +318,16 @@ impl Trainer {
         &self.model
     }
 
+    /// The run's data, after which it cannot be trained on.
+    pub fn into_data(self) -> Datasets {
+        self.data
+    }
+
     /// Trains to the end, or until `interrupt` is set. `observe` receives every event.
     ///
     /// # Errors
-    /// Fails if a loss or gradient is NaN or infinite, if a frozen tensor has changed, or if a file
-    /// cannot be written. The last checkpoint then stays whole and in place.
+    /// Fails if a loss or gradient is NaN or infinite ([`step::NotFinite`]), if a frozen tensor has
+    /// changed, or if a file cannot be written. The last checkpoint then stays whole and in place.
     pub fn run(
         &mut self,
         interrupt: &AtomicBool,

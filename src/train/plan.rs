@@ -80,7 +80,7 @@ impl ParameterCounts {
             counts.router = of(num_experts);
             new_columns = counts.router - of(num_experts - 1);
         }
-        if config.train.routing == RoutingChoice::Router {
+        if config.train.routing == RoutingChoice::Router && config.router.trainable {
             counts.trained += match &config.growth {
                 Some(growth) if growth.old_columns_rate == 0.0 && num_experts > 2 => new_columns,
                 _ => counts.router,

@@ -1,5 +1,5 @@
-//! The seeding phase, with which a stage that adds an expert begins: the tokens of the new domain go
-//! to the new expert alone. After `growth.seed_steps` steps, the expert's router column is
+//! The seeding phase, with which a stage that adds an expert begins: the tokens of the new domain
+//! go to the new expert alone. After `growth.seed_steps` steps, the expert's router column is
 //! [opened](open_column), and the phase ends if held-out tokens of the new domain then get the
 //! expert. If they do not, the phase goes on for as many steps again, as long as half of the stage
 //! is left.
@@ -74,8 +74,8 @@ impl Trainer {
         };
         if share >= OPEN_SHARE {
             tracing::info!(
-                "the new expert gets {share:.3} of the routing weight on held-out `{}`, after {step} \
-                 steps of seeding",
+                "the new expert gets {share:.3} of the routing weight on held-out `{}`, after \
+                 {step} steps of seeding",
                 growth.domain
             );
             self.state.column_opened_at = Some(step);

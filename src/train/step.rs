@@ -5,9 +5,10 @@
 //! never waits for the host: if a loss or gradient is not finite, the update is skipped on the
 //! device, and `wait` returns an error.
 
+use std::fmt;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::balance::balance_biases;
@@ -126,8 +127,8 @@ impl Stepper {
     /// Waits for a step and fetches its results.
     ///
     /// # Errors
-    /// Fails if a loss or gradient is NaN or infinite. The parameters, the optimizer and the
-    /// selection biases are then as before the step.
+    /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the
+    /// optimizer and the selection biases are then as before the step.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
         let StepInFlight { output, label_counts, supervised_tokens, .. } = pending;
         let StepOutput { numbers, parts } = output;
@@ -189,12 +190,31 @@ fn on_device(
     Ok(StepOutput { numbers: Tensor::cat(&flat.collect::<Vec<_>>(), 0), parts })
 }
 
-fn check_finite(loss: f64, grad_norm: f64) -> Result<()> {
-    if loss.is_finite() && grad_norm.is_finite() {
-        return Ok(());
+/// A step whose loss or gradient is NaN or infinite.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NotFinite {
+    /// Mean loss over the step's label tokens, nats.
+    pub loss: f64,
+    /// L2 norm of all gradients together.
+    pub grad_norm: f64,
+}
+
+impl fmt::Display for NotFinite {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { loss, grad_norm } = self;
+        write!(
+            f,
+            "the loss is {loss} and the gradient norm {grad_norm}\nhint: try a smaller \
+             `optimizer.*.learning_rate`, a `schedule.warmup_steps` or `optimizer.max_grad_norm`"
+        )
     }
-    bail!(
-        "the loss is {loss} and the gradient norm {grad_norm}\nhint: try a smaller \
-         `optimizer.*.learning_rate`, a `schedule.warmup_steps` or `optimizer.max_grad_norm`"
-    );
+}
+
+impl std::error::Error for NotFinite {}
+
+fn check_finite(loss: f64, grad_norm: f64) -> Result<(), NotFinite> {
+    match loss.is_finite() && grad_norm.is_finite() {
+        true => Ok(()),
+        false => Err(NotFinite { loss, grad_norm }),
+    }
 }

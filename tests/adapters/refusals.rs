@@ -408,6 +408,7 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
         ("/router/spec/temperature", json!(0.0)),
         ("/router/spec/top_k", json!(0)),
         ("/router/spec/top_k", json!(3)),
+        ("/router/spec/input", json!("module_input")),
     ];
     let mut messages = vec![];
     for (key, value) in changes {
@@ -424,6 +425,7 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     `DIR/out/dylora.json`: `router.spec.temperature` must be a number above 0, got 0
     `DIR/out/dylora.json`: `router.spec.top_k` must be from 1 to the 2 experts, got 0
     `DIR/out/dylora.json`: `router.spec.top_k` must be from 1 to the 2 experts, got 3
+    `DIR/out/dylora.json`: `router.spec.scope` must be `module` with the input `module_input`
     ");
     Ok(())
 }

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 19] = [
+const LAYERS: [&str; 20] = [
     "config",
     "durable",
     "ffi",
@@ -36,6 +36,7 @@ const LAYERS: [&str; 19] = [
     "train",
     "lifecycle",
     "bench",
+    "study",
     "cli",
     "main",
 ];

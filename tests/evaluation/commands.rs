@@ -30,7 +30,8 @@ fn train(folder: &tempfile::TempDir, run: &str, more: &[&str]) -> Result<String>
     let dir = format!("run.dir={run}");
     let common = ["train", "--config", "configs/moe.toml", "--device", "cpu", "--set", &dir];
     let length = ["train.duration={steps=4}", "train.eval_every_steps=2", "router.window_steps=3"];
-    let sets = length.iter().chain(more).flat_map(|set| ["--set", set]);
+    let plain = ["lora.shared_rank=0", "lora.capacity=even", "router.level=token"];
+    let sets = length.iter().chain(&plain).chain(more).flat_map(|set| ["--set", set]);
     let arguments: Vec<&str> = common.into_iter().chain(sets).collect();
     let output = dylora(folder, &arguments)?;
     assert!(output.status.success(), "{}", text(&output));

@@ -10,6 +10,7 @@ use serde_json::Value;
 use tch::Tensor;
 
 use crate::growth::third_domain;
+use crate::recipe::NEW;
 use crate::{World, alone, train};
 
 /// A world with a finished run of two experts on two domains. Commands run in its folder, with
@@ -20,10 +21,15 @@ struct Life {
 
 impl Life {
     fn new() -> Result<Self> {
+        Self::of(&[])
+    }
+
+    /// The same with other settings of the run.
+    fn of(overrides: &[&str]) -> Result<Self> {
         let world = World::new()?;
         third_domain(&world)?;
-        let overrides = ["lora.num_experts=2", "train.duration={steps=3}", "lora.dropout=0.0"];
-        train(&world.config("two", &overrides)?, None)?;
+        let common = ["lora.num_experts=2", "train.duration={steps=3}", "lora.dropout=0.0"];
+        train(&world.config("two", &[&common, overrides].concat())?, None)?;
         Ok(Self { world })
     }
 
@@ -97,6 +103,82 @@ fn experts_come_and_go_by_commands() -> Result<()> {
     a_merge_that_is_worse_than_a_removal_is_refused(&life)?;
     experts_are_removed_and_merged(&life)?;
     an_expert_is_added_without_validation_files(&life)
+}
+
+/// The values of the part that is always on in a run's last checkpoint. It is the last part there.
+fn shared_values(life: &Life, run: &str) -> Result<Vec<f32>> {
+    let dir = life.world.path(run).join("checkpoints/last");
+    let specs: Value = serde_json::from_str(&fs_err::read_to_string(dir.join("experts.json"))?)?;
+    let specs = specs.as_array().context("a list")?;
+    let (last, experts) = specs.split_last().context("there are some")?;
+    assert_eq!(last["shared"], true, "{run}");
+    assert!(experts.iter().all(|spec| spec.get("shared").is_none()), "{run}");
+    let tensors = read_tensors(&dir.join("model.safetensors"))?;
+    let own = tensors.iter().filter(|(name, _)| name.contains(".shared."));
+    let values = own.map(|(_, tensor)| Vec::<f32>::try_from(tensor.reshape([-1])));
+    let values = values.collect::<Result<Vec<_>, _>>()?.concat();
+    assert!(!values.is_empty(), "{run}");
+    Ok(values)
+}
+
+/// With the routers of new configs, which domains supervise.
+#[test]
+fn commands_keep_a_part_that_is_always_on() -> Result<()> {
+    let _alone = alone();
+    let life = Life::of(&[&NEW[..], &["lora.shared_rank=2"]].concat())?;
+    let before = shared_values(&life, "two")?;
+    let add = [&ADD[..], &["--out", "three", "--threshold", "1", "--replay", "0.5"]].concat();
+    let add = [&add[..], &["--old-experts-rate", "0"]].concat();
+    assert_eq!(life.json(&add)?["expert"], 2);
+    assert!(shared_values(&life, "three")? == before, "only the new expert is trained");
+    let three = ["--checkpoint", "three", "--out"];
+    life.json(&[&["merge-experts"], &three[..], &["merged", "--experts", "0,1"]].concat())?;
+    life.json(&[&["remove-expert"], &three[..], &["removed", "--expert", "0"]].concat())?;
+    life.json(&["remove-expert", "--checkpoint", "removed", "--expert", "0", "--out", "one"])?;
+    for run in ["merged", "removed", "one"] {
+        assert!(shared_values(&life, run)? == before, "{run}");
+    }
+    for run in ["merged", "one"] {
+        outputs_have_what_is_always_on(&life, run)?;
+        let resume = ["train", "--resume", run, "--set", "train.duration={steps=2}"];
+        assert_eq!(life.json(&resume)?["step"], 2, "{run}");
+        assert!(shared_values(&life, run)? != before, "{run}: it is trained again");
+        let traced = life.json(&["trace", "--checkpoint", run, "--text", "w1 w2 w3"])?;
+        assert!(traced["modules"].as_array().is_some_and(|all| all.len() == 4), "{traced}");
+    }
+    Ok(())
+}
+
+/// Checks that an export of a run has the loss of the run, and a merged base that of the static
+/// mixture.
+fn outputs_have_what_is_always_on(life: &Life, run: &str) -> Result<()> {
+    let loss = |report: &Value| report["loss"].as_f64().context("a number");
+    let whole = life.json(&["eval", "--checkpoint", run])?;
+    let moved = whole["experts"].as_array().context("the parts that have moved")?;
+    assert_eq!(moved.last().context("there are some")?["name"], "shared", "{whole}");
+    let export = format!("{run}-export");
+    let output = life.run(&["export-adapters", "--checkpoint", run, "--out", &export, "-q"])?;
+    assert!(output.status.success(), "{}", message(&output));
+    assert!(life.world.path(&export).join("shared/adapter_model.safetensors").exists(), "{run}");
+    let data = ["up", "down", "third"].map(|name| format!("{name}={name}.validation.jsonl"));
+    let data = data.iter().flat_map(|data| ["--data", data]).chain(["--seq-len", "16"]);
+    let data: Vec<&str> = data.collect();
+    let opened = ["eval", "--adapters", &export, "--base", "base"];
+    let opened = life.json(&[&opened[..], &data].concat())?;
+    assert!((loss(&opened)? - loss(&whole)?).abs() < 1e-9, "{run}: {opened}, {whole}");
+    let out = format!("{run}-base");
+    let merge = ["merge", "--checkpoint", run, "--out", &out];
+    let expected = match run {
+        // a single expert has weight 1
+        "one" => life.json(&merge).and(loss(&whole)),
+        _ => {
+            let merged = life.json(&[&merge[..], &["--weights", "mean"]].concat())?;
+            loss(&merged["measured"]["static"])
+        }
+    }?;
+    let merged = life.json(&[&["eval", "--base", &out], &data[..]].concat())?;
+    assert!((loss(&merged)? - expected).abs() < 1e-5, "{run}: {merged} is not {expected}");
+    Ok(())
 }
 
 fn a_fault_of_usage_costs_nothing(life: &Life) -> Result<()> {

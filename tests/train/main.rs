@@ -26,10 +26,12 @@ use dylora::train::optim::load_rng_states;
 use dylora::train::{Ending, Event, Summary, Trainer};
 use tch::{Device, Tensor};
 
+mod frozen_router;
 mod growth;
 mod lifecycle;
 mod new_columns;
 mod open_column;
+mod recipe;
 mod routing;
 mod sources;
 mod stages;

@@ -142,7 +142,7 @@ impl ExpertSpec {
         let lora = LoraConfig { experts: vec![], experts_per_layer: None, ..lora.clone() };
         let mut spec = Self { shared: true, ..Self::new(&lora, 0, base)? };
         spec.set_rank(&|_| lora.shared_rank);
-        spec.check_ranks(base)?;
+        spec.check_ranks(base).context("`lora.shared_rank`")?;
         Ok(Some(spec))
     }
 
@@ -162,7 +162,11 @@ impl ExpertSpec {
         (0..lora.num_experts as usize).map(|expert| Self::new(lora, expert, base)).collect()
     }
 
-    fn check_ranks(&self, base: &DecoderSpec) -> Result<()> {
+    /// Checks that the base's weights have as many components as the expert starts from.
+    ///
+    /// # Errors
+    /// PiSSA or OLoRA with a rank above that of a weight.
+    pub fn check_ranks(&self, base: &DecoderSpec) -> Result<()> {
         if !self.starts_from_base() {
             return Ok(());
         }

@@ -51,6 +51,9 @@ pub struct RouterSpec {
     /// The initial weights of the layer that scores the experts, for new routers only.
     #[serde(skip)]
     pub init: RouterInit,
+    /// Whether the routers are trained where they decide.
+    #[serde(skip, default = "yes")]
+    pub trainable: bool,
     /// How many experts a token keeps; `None` for all.
     pub top_k: Option<i64>,
     /// Whether the weights of the k best experts are divided by their sum.
@@ -62,6 +65,10 @@ pub struct RouterSpec {
     /// Whether each layer routes over the experts that it has. Otherwise it routes over all
     /// experts, and those that it lacks add nothing.
     pub own_experts: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl From<&RouterConfig> for RouterSpec {
@@ -77,6 +84,7 @@ impl From<&RouterConfig> for RouterSpec {
             temperature: config.temperature,
             normalize_input: config.normalize_input,
             init: config.init,
+            trainable: config.trainable,
             top_k: config.top_k,
             renormalize: config.renormalize,
             eval: config.eval,
