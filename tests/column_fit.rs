@@ -78,8 +78,8 @@ impl Tokens {
                 let p = 1.0 / (1.0 + (-z).exp());
                 for i in 0..size {
                     gradient[i] += shares[n] * (p - is_new[n]) * x(i);
-                    for j in 0..size {
-                        hessian[i][j] += shares[n] * p * (1.0 - p) * x(i) * x(j);
+                    for (j, entry) in hessian[i].iter_mut().enumerate() {
+                        *entry += shares[n] * p * (1.0 - p) * x(i) * x(j);
                     }
                 }
             }
@@ -102,9 +102,8 @@ fn solve(mut a: Vec<Vec<f64>>, mut b: Vec<f64>) -> Vec<f64> {
         b.swap(column, pivot);
         for row in column + 1..size {
             let factor = a[row][column] / a[column][column];
-            for j in column..size {
-                a[row][j] -= factor * a[column][j];
-            }
+            let above = a[column].clone();
+            a[row].iter_mut().zip(above).for_each(|(entry, above)| *entry -= factor * above);
             b[row] -= factor * b[column];
         }
     }
