@@ -531,8 +531,8 @@ fn experts_of_domains_come_and_go_beside_a_part_that_is_always_on() -> Result<()
     goes_on(&life, "again", 5)
 }
 
-/// Checks that a mixture is evaluated with the domain supervision, exported and trained further, and
-/// that it still has the part that is always on.
+/// Checks that a mixture is evaluated with the domain supervision, exported and trained further,
+/// and that it still has the part that is always on.
 fn goes_on(life: &Life, run: &str, num_experts: u64) -> Result<()> {
     let dir = life.world.path(run).join("checkpoints/last");
     let shared = |name: &String| name.contains(".shared.");
