@@ -191,9 +191,8 @@ pub fn without_use(merged: [usize; 2], after: f64, without: [f64; 2]) -> Option<
     (least < after * (1.0 - MIN_GAIN)).then(|| {
         format!(
             "merging expert_{a} and expert_{b} brings nothing: the mean loss would be {after:.4}, \
-             and without expert_{expert} instead it is {least:.4}\nhint: name experts that are more
-             and \
-             alike with `--experts A,B`, or use `remove-expert --expert {expert}`"
+             and without expert_{expert} instead it is {least:.4}\nhint: name experts that are \
+             more alike with `--experts A,B`, or use `remove-expert --expert {expert}`"
         )
     })
 }
