@@ -283,6 +283,8 @@ class Router:
         spec, own = self.spec, self.tensors
         if spec["level"] == "sequence":  # without a prompt, the mean is over the tokens so far
             x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+        if spec["normalize_input"]:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         for i in range(spec["hidden_layers"]):
             x = torch.relu(x @ own[f"hidden.{i}.weight"].T + own[f"hidden.{i}.bias"])
         scores = x @ own["weight"].T + own["bias"]
