@@ -75,6 +75,8 @@ rank_pattern = { "attn.c_attn" = 3 }
 init = "olora"
 [router]
 input = "base_hidden"
+scope = "shared"
+normalize_input = false
 temperature = 1.5""",
     "alora": f"""num_experts = 3
 [[lora.experts]]
