@@ -49,7 +49,7 @@ def check_cost(folder, run):
     losses, weights = {"routed": [], "static": []}, []
     for ids in documents(BASE):
         logits, at_sites = routed(model, folder / f"{run}.export", ids)
-        weights.append(at_sites[""][0, :-1])
+        weights.append(torch.stack(list(at_sites.values())).mean(0)[0, :-1])
         for name, logits in (("routed", logits), ("static", merged(ids).logits)):
             losses[name].append(token_losses(logits, ids))
     losses = {name: torch.cat(parts).mean() for name, parts in losses.items()}
