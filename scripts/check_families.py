@@ -117,6 +117,8 @@ DORA_MATCHES = {
 XLORA = """num_experts = 3
 [router]
 input = "base_hidden"
+scope = "shared"
+normalize_input = false
 temperature = 1.5
 """
 # what a full training changes in clients.TRAIN
