@@ -142,16 +142,16 @@ fn one_router_on_embeddings_dense_supervised_at_1e_3() -> Result<()> {
 
 #[test]
 #[ignore = "it takes long"]
-fn one_router_on_embeddings_top_2_unsupervised_at_5e_3() -> Result<()> {
-    let router = ["router.input=embeddings", "router.scope=shared", TOP_2, UNSUPERVISED];
-    check(&[&router[..], &["optimizer.router.learning_rate=5e-3"]].concat())
+fn one_router_on_embeddings_top_2_supervised_at_1e_4() -> Result<()> {
+    let router = ["router.input=embeddings", "router.scope=shared", TOP_2, SUPERVISED];
+    check(&[&router[..], &["optimizer.router.learning_rate=1e-4"]].concat())
 }
 
 #[test]
 #[ignore = "it takes long"]
-fn routers_of_modules_on_embeddings_top_2_supervised_at_2e_2() -> Result<()> {
-    let router = ["router.input=embeddings", "router.scope=module", TOP_2, SUPERVISED];
-    check(&[&router[..], &["optimizer.router.learning_rate=2e-2"]].concat())
+fn routers_of_modules_on_embeddings_dense_supervised_at_1e_4() -> Result<()> {
+    let router = ["router.input=embeddings", "router.scope=module", SUPERVISED];
+    check(&[&router[..], &["optimizer.router.learning_rate=1e-4"]].concat())
 }
 
 #[test]
