@@ -7,7 +7,7 @@ import json
 import pathlib
 import sys
 
-# in nats; 0.032 was measured with replay and 0.53 without
+# in nats
 MAX_FORGETTING = 0.06
 run = pathlib.Path(sys.argv[1])
 faults = []
@@ -44,6 +44,10 @@ check(
 known = (run / "known.txt").read_text()
 check("training text of arithmetic under another name is a known skill", "is like `arithmetic`" in known)
 check("and names the expert that covers it", "which expert_" in known)
+forced = (run / "forced.txt").read_text()
+check("with --force, the router cannot tell it from arithmetic", "cannot tell `sums`" in forced)
+check("and no checkpoint is left", not (run / "forced/checkpoints").exists())
+check("which eval says", "holds no checkpoint" in (run / "no-checkpoint.txt").read_text())
 for name, count in [("merged", 3), ("removed", 3)]:
     report = read(name)
     gap = report["after"]["loss"] - report["before"]["loss"]

@@ -42,7 +42,8 @@ pub struct AddExpertArgs {
     /// The new run's folder.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Share of the training blocks that come from the earlier domains.
+    /// Share of the training blocks that come from the earlier domains. A domain that is like the
+    /// new one gets a larger part of it than one that is not.
     #[arg(long, value_name = "SHARE", default_value_t = 0.4, allow_negative_numbers = true)]
     replay: f64,
     /// Number of training steps.
