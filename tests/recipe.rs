@@ -175,6 +175,18 @@ fn a_new_config_has_the_defaults_of_the_recipe() -> Result<()> {
 
 /// With one domain there is nothing to tell apart, and without a router nothing to supervise.
 #[test]
+fn a_group_keeps_the_defaults_of_what_it_does_not_set() -> Result<()> {
+    let set = ["optimizer.router.max_grad_norm=0.5", "optimizer.adapters={weight_decay=0.01}"];
+    let optimizer = new(&[&set[..], &["optimizer.base={learning_rate=1e-4}"]].concat())?.optimizer;
+    let expected = GroupConfig { max_grad_norm: Some(0.5), ..GroupConfig::at(1e-3) };
+    assert_eq!(optimizer.router, expected);
+    let expected = GroupConfig { weight_decay: 0.01, ..GroupConfig::at(1.5e-3) };
+    assert_eq!(optimizer.adapters, expected);
+    assert_eq!(optimizer.base, GroupConfig { weight_decay: 0.1, ..GroupConfig::at(1e-4) });
+    Ok(())
+}
+
+#[test]
 fn supervision_is_on_by_default_where_several_domains_are_trained_by_a_router() -> Result<()> {
     let supervision = |text: &str, set: &[&str]| -> Result<Option<f64>> {
         Ok(load::resolve(text, &owned(set))?.router.domain_supervision)

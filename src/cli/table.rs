@@ -95,10 +95,10 @@ pub fn report(report: &EvalReport) -> String {
     text
 }
 
-/// The entropy of the domain of a label token, in nats.
+/// The entropy of the domain of a label token, in nats; 0 for one domain.
 fn domain_entropy(report: &EvalReport) -> f64 {
     let share = |domain: &DomainReport| domain.label_tokens as f64 / report.label_tokens as f64;
-    report.domains.iter().map(share).map(|share| -share * share.ln()).sum()
+    report.domains.iter().map(share).map(|share| share * (1.0 / share).ln()).sum()
 }
 
 /// The routing figures of each site.

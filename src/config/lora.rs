@@ -184,7 +184,8 @@ impl Default for ExpertConfig {
 /// ```
 ///
 /// `a` compares the input spaces of the experts (O-LoRA, arXiv:2310.14152, eq. 6, squared and
-/// scaled), and `ba` compares their updates.
+/// scaled), and `ba` compares their updates. The part that is always on (`lora.shared_rank`) counts
+/// as an expert here, so that the experts learn what it has not learned.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Orthogonality {

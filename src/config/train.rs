@@ -3,7 +3,7 @@
 
 use clap::ValueEnum;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::RoutingChoice;
 
@@ -122,11 +122,17 @@ pub struct EarlyStopping {
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
     /// The parameters of the experts.
+    #[serde(deserialize_with = "GroupValues::adapters")]
+    #[schemars(with = "GroupValues")]
     pub adapters: GroupConfig,
     /// The parameters of the router.
+    #[serde(deserialize_with = "GroupValues::router")]
+    #[schemars(with = "GroupValues")]
     pub router: GroupConfig,
     /// The parameters of the base, which only `method = "full"` trains. Biases, normalisations and
     /// embeddings have no weight decay.
+    #[serde(deserialize_with = "GroupValues::base")]
+    #[schemars(with = "GroupValues")]
     pub base: GroupConfig,
     /// Decay rates of the two moments.
     pub betas: [f64; 2],
@@ -151,21 +157,58 @@ impl Default for OptimizerConfig {
 }
 
 /// The settings of one parameter group.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct GroupConfig {
     /// The learning rate at the schedule's peak.
     pub learning_rate: f64,
-    /// Decoupled weight decay: each step reduces a parameter by `learning_rate * weight_decay`
-    /// times its value.
-    #[serde(default)]
+    /// Decoupled weight decay.
     pub weight_decay: f64,
     /// The group's own `schedule.warmup_steps`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_steps: Option<u64>,
-    /// The group's own largest norm: its gradients are clipped by themselves. 0 means no limit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The group's own largest norm; 0 means no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_grad_norm: Option<f64>,
+}
+
+/// The settings of one parameter group. A `learning_rate` or `weight_decay` that is not set is the
+/// one in the table above.
+#[derive(Deserialize, JsonSchema)]
+#[schemars(rename = "GroupConfig")]
+#[serde(deny_unknown_fields)]
+struct GroupValues {
+    /// The learning rate at the schedule's peak.
+    learning_rate: Option<f64>,
+    /// Decoupled weight decay: each step reduces a parameter by `learning_rate * weight_decay`
+    /// times its value.
+    weight_decay: Option<f64>,
+    /// The group's own `schedule.warmup_steps`.
+    warmup_steps: Option<u64>,
+    /// The group's own largest norm: its gradients are clipped by themselves. 0 means no limit.
+    max_grad_norm: Option<f64>,
+}
+
+impl GroupValues {
+    fn adapters<'a, D: Deserializer<'a>>(source: D) -> Result<GroupConfig, D::Error> {
+        Ok(Self::deserialize(source)?.over(OptimizerConfig::default().adapters))
+    }
+
+    fn router<'a, D: Deserializer<'a>>(source: D) -> Result<GroupConfig, D::Error> {
+        Ok(Self::deserialize(source)?.over(OptimizerConfig::default().router))
+    }
+
+    fn base<'a, D: Deserializer<'a>>(source: D) -> Result<GroupConfig, D::Error> {
+        Ok(Self::deserialize(source)?.over(OptimizerConfig::default().base))
+    }
+
+    fn over(self, default: GroupConfig) -> GroupConfig {
+        GroupConfig {
+            learning_rate: self.learning_rate.unwrap_or(default.learning_rate),
+            weight_decay: self.weight_decay.unwrap_or(default.weight_decay),
+            warmup_steps: self.warmup_steps,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
 }
 
 impl GroupConfig {

@@ -112,7 +112,9 @@ fn an_opened_column_has_its_own_domain_and_little_of_the_others() -> Result<()> 
         }
         let shares = [0, 1, 2].map(|domain| grown.mean_weight(domain));
         assert!(shares[NEW] > 0.4, "{what}: {shares:?}");
-        assert!(shares[NEW] > 1.5 * shares[0].max(shares[1]), "{what}: {shares:?}");
+        // At the minimum of the loss, one router on the inputs of all layers has 1.9 times as much
+        // of the new domain, since random experts blur what it reads; the others have more.
+        assert!(shares[NEW] > 1.8 * shares[0].max(shares[1]), "{what}: {shares:?}");
     }
     Ok(())
 }
