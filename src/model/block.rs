@@ -171,6 +171,7 @@ impl RoutedBlock<'_> {
             row_padding_backward: modules[1].row_padding(),
         };
         let (mask, cu_seqlens, max_len) = match &context.mask {
+            AttentionMask::Cached(_) => unreachable!("generation takes the operations one by one"),
             AttentionMask::Causal => (None, None, t),
             AttentionMask::Documents(documents) => {
                 // the mask is built only where it is needed

@@ -5,9 +5,11 @@
 use tch::{Device, Kind, Tensor};
 
 use super::RoutedModel;
-use super::batch::Inputs;
+use super::batch::prompt_means::RunningMeans;
+use super::batch::{GenerationCache, Inputs};
 use super::block::RoutedBlock;
 use super::decoder::context::{AttentionContext, AttentionMask};
+use super::decoder::kv_cache::KvCache;
 use super::decoder::precision::wide;
 use super::experts::dropout::LoraDropout;
 use super::experts::stack::LoraExperts;
@@ -18,7 +20,7 @@ use super::routing::pass::{RoutedParts, RoutingPass};
 use super::routing::router::{RouterSpec, Routing, RoutingRule};
 use super::routing::site::{BlockWeights, Site};
 use super::routing::source::RoutingSource;
-use crate::config::{EvalRule, ModulePath, RouterNoise, TargetModule};
+use crate::config::{EvalRule, ModulePath, RouterInput, RouterNoise, RoutingLevel, TargetModule};
 use crate::ffi;
 use crate::ffi::fused::HeadLoss;
 
@@ -188,6 +190,8 @@ impl RoutedModel {
     /// d]`.
     fn base_hidden(&self, inputs: &Inputs, x: &Tensor) -> Tensor {
         let mode = ForwardMode::EVAL;
+        let own = inputs.of_base();
+        let inputs = own.as_ref().unwrap_or(inputs);
         self.with_pass(inputs, x, &RoutingSource::Base, mode, |pass| {
             self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).hidden
         })
@@ -201,7 +205,9 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
+        let is_cached = matches!(inputs.mask, AttentionMask::Cached(_));
         let fuses = self.fuses_blocks() && recorder.is_none() && !pass.reads_modules();
+        let fuses = fuses && !is_cached;
         if fuses && !mode.gradient_checkpointing {
             return self.run_fused(&x, inputs, pass, mode);
         }
@@ -353,6 +359,21 @@ impl RoutedModel {
         };
         ffi::checkpoint(Box::new(segment), &activations, &parameters)
             .unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// Empty caches for `num_rows` texts of at most `capacity` positions that this model generates.
+    pub fn generation_cache(&self, num_rows: usize, capacity: usize) -> GenerationCache {
+        let new = || KvCache::new(&self.decoder.spec, num_rows, capacity, self.kind, self.device());
+        let RouterSpec { input, level, .. } = *self.routers.spec();
+        let has_routers = !self.routers.is_empty();
+        let reads_base = has_routers && input == RouterInput::BaseHidden;
+        let reads_means = has_routers && level == RoutingLevel::Sequence;
+        GenerationCache {
+            model: new(),
+            base: reads_base.then(new),
+            means: reads_means.then(RunningMeans::default),
+            num_rows,
+        }
     }
 
     /// Logits `[.., v]` of hidden states `[.., d]`. They are all in memory at once, so this is for

@@ -45,7 +45,7 @@ use fused::pack::{COLUMNS, FusedModule, padded_head};
 pub use parameters::{ParameterGroup, Trained, TrainedParameter};
 use routing::router::{Router, RouterSpec};
 use routing::routers::Routers;
-pub use routing::{RoutingSource, Site};
+pub use routing::{RoutingSource, RowSources, Site};
 
 /// A base with its experts and routers.
 #[derive(Debug)]

@@ -6,6 +6,7 @@ mod common;
 
 mod accumulation;
 mod by_hand;
+mod cached;
 mod checkpointing;
 mod clips;
 mod experts;

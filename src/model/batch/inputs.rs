@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::host::{Extent, HostInputs, InputLayout, Rows};
 use super::labelled::Labelled;
+use super::prompt_means::{PromptMeans, RunningStep};
 use super::targets::DomainTargets;
 use crate::data::{Batch, IGNORED_LABEL};
 use crate::model::decoder::context::{AttentionMask, Documents, same_document};
@@ -43,6 +44,19 @@ pub struct Inputs {
     pub(super) document_ids: Tensor,
     /// Which positions read a prompt, `[b, t]`; `None` means every position.
     prompt: Option<Tensor>,
+    /// What is known of earlier positions, in a step of generation.
+    pub(super) step: Option<StepState>,
+}
+
+/// What routing and the base's own pass know of earlier positions.
+#[derive(Debug)]
+pub struct StepState {
+    /// What the base's own pass attends to, if a router reads the base's last hidden state.
+    pub(super) base: Option<AttentionMask>,
+    /// The position from which each expert is active, `[b, e]`; `None` if every expert always is.
+    pub(super) active_from: Option<Tensor>,
+    /// The means over prompts, if routers read them.
+    pub(super) means: Option<RunningStep>,
 }
 
 impl Inputs {
@@ -91,9 +105,39 @@ impl Inputs {
         self.document_ids.ge(0).to_kind(kind)
     }
 
-    /// The matrix that takes means over prompts, `[b, t, t]`: its row t has equal numbers at the
-    /// positions up to t that read the prompt of t's document, and zeros elsewhere.
-    pub fn prompt_means(&self, kind: Kind) -> Tensor {
+    /// A step of generation, whose rows are of one text each. All arguments but the last two are
+    /// `[b, t]`, and have the names of fields.
+    pub(super) fn of_step(
+        input_ids: Tensor,
+        position_ids: Tensor,
+        document_ids: Tensor,
+        mask: AttentionMask,
+        step: StepState,
+    ) -> Self {
+        let none = || Tensor::zeros([0], (Kind::Int64, input_ids.device()));
+        Self {
+            position_ids,
+            mask,
+            labelled: none(),
+            every_position: false,
+            labels: none(),
+            counted: None,
+            groups: none(),
+            expert_ids: None,
+            domain_experts: None,
+            document_ids,
+            prompt: None,
+            step: Some(step),
+            input_ids,
+        }
+    }
+
+    /// Takes means over prompts, in dtype `kind`.
+    pub fn prompt_means(&self, kind: Kind) -> PromptMeans {
+        let running = self.step.as_ref().and_then(|step| step.means.as_ref());
+        if let Some(step) = running {
+            return PromptMeans::Running(step.shallow_clone(), kind, 0.into());
+        }
         let same = same_document(&self.document_ids);
         let averaged = match &self.prompt {
             None => same,
@@ -101,7 +145,22 @@ impl Inputs {
         };
         let averaged = averaged.to_kind(kind);
         let counts = averaged.sum_dim_intlist(-1, true, kind).clamp_min(1.0);
-        averaged / counts
+        PromptMeans::Whole(averaged / counts)
+    }
+
+    /// The same tokens as the base's own pass takes them in a step of generation, where it has a
+    /// cache of its own. `None` if the pass takes these inputs.
+    pub(in crate::model) fn of_base(&self) -> Option<Self> {
+        let mask = self.step.as_ref()?.base.as_ref()?.shallow_clone();
+        let state = StepState { base: None, active_from: None, means: None };
+        let [ids, positions, documents] =
+            [&self.input_ids, &self.position_ids, &self.document_ids].map(Tensor::shallow_clone);
+        Some(Self::of_step(ids, positions, documents, mask, state))
+    }
+
+    /// The position from which each expert is active, `[b, e]`, in a step of generation.
+    pub(in crate::model) fn active_from(&self) -> Option<&Tensor> {
+        self.step.as_ref()?.active_from.as_ref()
     }
 
     /// 1 from the last occurrence of `wanted` in a document on and in padding, 0 elsewhere,
@@ -192,6 +251,7 @@ impl InputLayout {
             domain_experts,
             document_ids,
             prompt,
+            step: None,
         }
     }
 }

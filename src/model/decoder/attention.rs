@@ -13,7 +13,7 @@
 
 use tch::Tensor;
 
-use super::context::AttentionContext;
+use super::context::{AttentionContext, AttentionMask};
 use super::linear::ApplyLinear;
 use super::norm::Norm;
 use crate::config::TargetModule as Module;
@@ -21,6 +21,8 @@ use crate::config::TargetModule as Module;
 /// The attention of a block.
 #[derive(Debug)]
 pub struct Attention {
+    /// Index of the block.
+    pub layer: usize,
     /// Number of query heads.
     pub num_heads: i64,
     /// Number of key-value heads.
@@ -53,11 +55,43 @@ impl Attention {
             false => self.separate(x, context, linear),
         };
         let mask = context.mask(self.window);
-        let (is_causal, scale) = (mask.is_none(), Some(self.scale));
-        let y =
-            Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, is_causal, scale, false);
+        let y = match &context.mask {
+            AttentionMask::Cached(step) => {
+                step.write(self.layer, &k, &v);
+                match step.is_first() {
+                    true => self.attend(&q, k, v, mask),
+                    false => self.attend_to_cache(&q, &step.read(self.layer), mask),
+                }
+            }
+            _ => self.attend(&q, k, v, mask),
+        };
         let y = y.transpose(1, 2).reshape([b, t, self.num_heads * self.head_dim]);
         linear(if self.is_packed { Module::AttnCProj } else { Module::OProj }, &y)
+    }
+
+    /// Attention of queries, `[b, i, t, h]`, to the keys and values of the same positions, `[b, j,
+    /// t, h]`. Without a mask, each position attends to all before it.
+    fn attend(&self, q: &Tensor, k: Tensor, v: Tensor, mask: Option<&Tensor>) -> Tensor {
+        let (k, v) = (self.repeated(k), self.repeated(v));
+        let (causal, scale) = (mask.is_none(), Some(self.scale));
+        Tensor::scaled_dot_product_attention(q, &k, &v, mask, 0.0, causal, scale, false)
+    }
+
+    /// Attention of queries, `[b, i, t, h]`, to the keys and values of a cache, `[b, j, l, h]`.
+    /// Without a mask, each position attends to all of them. The query heads that share a key-value
+    /// head are put behind each other as further positions, so that the cache is not repeated.
+    fn attend_to_cache(&self, q: &Tensor, [k, v]: &[Tensor; 2], mask: Option<&Tensor>) -> Tensor {
+        let (b, i, t, h) = q.size4().expect("queries are [b, i, t, h]");
+        let group = i / self.num_kv_heads;
+        let q = q.reshape([b, self.num_kv_heads, group * t, h]);
+        let mask = mask.map(|mask| match group {
+            1 => mask.shallow_clone(),
+            _ => mask.repeat([1, 1, group, 1]),
+        });
+        let scale = Some(self.scale);
+        let y =
+            Tensor::scaled_dot_product_attention(&q, k, v, mask.as_ref(), 0.0, false, scale, false);
+        y.reshape([b, i, t, h])
     }
 
     /// Queries, keys and values, `[b, n, t, h]` each, from `qkv`, `[b, t, 3 n h]`.
@@ -67,8 +101,7 @@ impl Attention {
         (heads.get(0), heads.get(1), heads.get(2))
     }
 
-    /// Queries, keys and values, `[b, n, t, h]` each, by a linear layer for each. Keys and values
-    /// are repeated for the query heads that share them.
+    /// Queries, keys and values, `[b, n, t, h]` each, by a linear layer for each.
     fn separate(
         &self,
         x: &Tensor,
@@ -89,7 +122,7 @@ impl Attention {
             Some(rotation) if self.rotates => (rotation.apply(&q), rotation.apply(&k)),
             _ => (q, k),
         };
-        (q, self.repeated(k), self.repeated(v))
+        (q, k, v)
     }
 
     /// Repeats key-value heads, `[b, n, t, h]`, so that there is one for each query head.

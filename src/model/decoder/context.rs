@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use super::kv_cache::CachedStep;
 use super::rope::Rotation;
 
 /// Which earlier positions each position attends to.
@@ -17,6 +18,8 @@ pub enum AttentionMask {
     Causal,
     /// The earlier positions of its own document.
     Documents(Documents),
+    /// All earlier positions of its text, most of which lie in a cache.
+    Cached(CachedStep),
 }
 
 impl AttentionMask {
@@ -25,6 +28,7 @@ impl AttentionMask {
         match self {
             Self::Causal => Self::Causal,
             Self::Documents(documents) => Self::Documents(documents.shallow_clone()),
+            Self::Cached(step) => Self::Cached(step.shallow_clone()),
         }
     }
 }
@@ -98,12 +102,20 @@ impl AttentionContext {
         let t = like.size()[1];
         let mask = mask.shallow_clone();
         let mut masks = BTreeMap::new();
-        for window in windows.into_iter().filter(|window| *window < t) {
+        let windows = windows.into_iter();
+        if let AttentionMask::Cached(step) = &mask
+            && !step.is_first()
+        {
+            let near = windows.filter_map(|window| Some((window, step.window_mask(window)?)));
+            let windows = near.collect();
+            return Self { mask, rotation, windows };
+        }
+        for window in windows.filter(|window| *window < t) {
             masks.entry(window).or_insert_with(|| {
                 let options = (Kind::Bool, like.device());
                 let near = Tensor::ones([1, 1, t, t], options).tril(0).triu(1 - window);
                 match &mask {
-                    AttentionMask::Causal => near,
+                    AttentionMask::Causal | AttentionMask::Cached(_) => near,
                     AttentionMask::Documents(documents) => near.logical_and(documents.mask()),
                 }
             });
@@ -112,11 +124,13 @@ impl AttentionContext {
     }
 
     /// True where a position may attend to another in a layer with this window, `[b or 1, 1, t,
-    /// t]`. `None` means all earlier positions of the row.
+    /// t]`. `None` means all earlier positions of the row. In a later step of generation, the mask
+    /// is over the positions of the cache, `[b, 1, t, l]`, and `None` means all of them.
     pub fn mask(&self, window: Option<i64>) -> Option<&Tensor> {
         match (window.and_then(|window| self.windows.get(&window)), &self.mask) {
             (Some(near), _) => Some(near),
             (None, AttentionMask::Documents(documents)) => Some(documents.mask()),
+            (None, AttentionMask::Cached(step)) => step.mask(),
             (None, AttentionMask::Causal) => None,
         }
     }

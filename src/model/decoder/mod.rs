@@ -14,6 +14,7 @@
 pub mod attention;
 pub mod block;
 pub mod context;
+pub mod kv_cache;
 pub mod linear;
 pub mod mlp;
 pub mod names;
@@ -219,6 +220,7 @@ fn block(spec: &DecoderSpec, layer: i64, tensors: &mut Tensors) -> Block {
         norm_2,
         linears: linears.collect(),
         attention: Attention {
+            layer: layer as usize,
             num_heads: spec.num_heads,
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,

@@ -17,4 +17,4 @@ pub mod supervision;
 pub mod totals;
 
 pub use site::Site;
-pub use source::RoutingSource;
+pub use source::{RoutingSource, RowSources};

@@ -7,9 +7,10 @@ use tch::{Kind, Tensor};
 use super::router::{Routing, RoutingRule};
 use super::routers::Routers;
 use super::site::{BlockWeights, Site};
-use super::source::{RoutingSource, invocation_mask, named_experts, one_hot};
+use super::source::{RoutingSource, RowSources, invocation_mask, named_experts, one_hot};
 use crate::config::{RouterInput, RoutingLevel, TargetModule};
 use crate::model::batch::Inputs;
+use crate::model::batch::prompt_means::PromptMeans;
 use crate::model::experts::assignments::Assignments;
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::model::experts::weights::RoutingWeights;
@@ -68,13 +69,22 @@ enum DecidedBy {
         /// What the routers read, `[b, t, d]`; `None` if they read each layer's or module's own
         /// input.
         features: Option<Tensor>,
-        /// Matrix that takes means over prompts, `[b, t, t]`; `None` if each token is routed by
-        /// itself.
-        averaging: Option<Tensor>,
+        /// Takes means over prompts; `None` if each token is routed by itself.
+        averaging: Option<PromptMeans>,
         /// The expert that each position's record names, `[b, t]`. It overrides the router, except
         /// where it is -1.
         named: Option<Tensor>,
+        /// The rows that the router does not decide.
+        others: Option<OtherRows>,
     },
+}
+
+/// Rows of a batch that no router decides.
+struct OtherRows {
+    /// True for the rows that the router decides, `[b, 1, 1]`.
+    by_router: Tensor,
+    /// The weights of the others, with that of the part that is always on, `[b, t, s]`.
+    fixed: Tensor,
 }
 
 impl<'a> RoutingPass<'a> {
@@ -92,44 +102,48 @@ impl<'a> RoutingPass<'a> {
     ) -> Self {
         let RoutedParts { routers, specs, kind, detaches, keeps_features, may_skip } = model;
         let num_routed = num_routed(specs);
-        let has_shared = num_routed < specs.len();
+        let mut has_shared = num_routed < specs.len();
         let specs = &specs[..num_routed];
         let mask = match source {
             RoutingSource::Base => None,
             _ => invocation_mask(specs, inputs, kind),
         };
+        let others = OtherRows::new(source, inputs, mask.as_ref(), has_shared, kind);
+        let asks_router = match source {
+            RoutingSource::Router | RoutingSource::RecordOrRouter => !routers.is_empty(),
+            _ => !routers.is_empty() && others.is_some(),
+        };
+        let e = num_routed as i64;
         let decided_by = match source {
-            RoutingSource::Router | RoutingSource::RecordOrRouter if !routers.is_empty() => {
-                let spec = routers.spec();
-                let features = match spec.input {
-                    RouterInput::Embeddings => Some(x.shallow_clone()),
-                    RouterInput::BaseHidden => Some(tch::no_grad(base_hidden)),
-                    RouterInput::LayerInput | RouterInput::ModuleInput => None,
-                };
-                let averaging =
-                    (spec.level == RoutingLevel::Sequence).then(|| inputs.prompt_means(kind));
-                let features = features.map(|x| averaged(&x, averaging.as_ref()));
+            source if asks_router => {
+                let (features, averaging) = router_inputs(routers, inputs, x, kind, base_hidden);
                 let named = match source {
                     RoutingSource::RecordOrRouter => Some(named_experts(inputs)),
                     _ => None,
                 };
-                DecidedBy::Routers { rule, features, averaging, named }
+                DecidedBy::Routers { rule, features, averaging, named, others }
             }
             source => {
-                let e = specs.len() as i64;
                 let weights = source.fixed_weights(inputs, e, kind, x.device());
-                // the part that is always on has a scaling of its own
-                let weights = match weights {
-                    RoutingWeights::Ones if has_shared => {
-                        let (b, t) = inputs.input_ids.size2().expect("token ids are [b, t]");
-                        RoutingWeights::PerToken(Tensor::ones([b, t, e], (kind, x.device())))
-                    }
-                    weights => weights,
+                let ones = |count| {
+                    let (b, t) = inputs.input_ids.size2().expect("token ids are [b, t]");
+                    Tensor::ones([b, t, count], (kind, x.device()))
                 };
-                DecidedBy::Fixed(masked(weights, mask.as_ref()))
+                DecidedBy::Fixed(match (source, weights) {
+                    // these rows say the weight of the part that is always on
+                    (RoutingSource::Rows(_), weights) => {
+                        let shared = i64::from(std::mem::take(&mut has_shared));
+                        let mask = mask.as_ref().map(|mask| with_ones(mask, shared));
+                        masked(weights, mask.as_ref())
+                    }
+                    // the part that is always on has a scaling of its own
+                    (_, RoutingWeights::Ones) if has_shared => {
+                        masked(RoutingWeights::PerToken(ones(e)), mask.as_ref())
+                    }
+                    (_, weights) => masked(weights, mask.as_ref()),
+                })
             }
         };
-        let (used, routing, features) = (vec![], vec![], vec![]);
         Self {
             routers,
             may_skip,
@@ -138,9 +152,9 @@ impl<'a> RoutingPass<'a> {
             has_shared,
             decided_by,
             mask,
-            used,
-            routing,
-            features,
+            used: vec![],
+            routing: vec![],
+            features: vec![],
         }
     }
 
@@ -169,8 +183,7 @@ impl<'a> RoutingPass<'a> {
         };
         let sites: Vec<Site> = self.routers.sites_of(layer);
         if let ([Site { layer: None, .. }], [shared]) = (&sites[..], &self.used[..]) {
-            let weights = with_shared(shared.shallow_clone(), self.has_shared);
-            return BlockWeights::of_all(weights);
+            return BlockWeights::of_all(self.completed(shared.shallow_clone()));
         }
         let features = match features {
             Some(features) => features.shallow_clone(),
@@ -194,7 +207,7 @@ impl<'a> RoutingPass<'a> {
 
     /// The weights that the router of a site gives, by the features `[b, t, _]`.
     fn decide(&mut self, site: Site, features: &Tensor) -> RoutingWeights {
-        let DecidedBy::Routers { rule, named, .. } = &self.decided_by else {
+        let DecidedBy::Routers { rule, named, others, .. } = &self.decided_by else {
             unreachable!("the caller saw that routers decide")
         };
         let router = &self.routers.all()[site.router];
@@ -213,8 +226,9 @@ impl<'a> RoutingPass<'a> {
         }
         let weights = routing.weights.shallow_clone();
         self.used.push(RoutingWeights::PerToken(weights.shallow_clone()));
-        let chosen = match (&routing.selected, named) {
-            (Some(selected), None) if (self.may_skip)(site, selected.size()[2]) => {
+        let has_others = named.is_some() || others.is_some();
+        let chosen = match &routing.selected {
+            Some(selected) if !has_others && (self.may_skip)(site, selected.size()[2]) => {
                 let (experts, num_experts) =
                     chosen_with_shared(selected, router.num_experts(), self.has_shared);
                 let assignments = Assignments::new(&experts, num_experts);
@@ -223,8 +237,52 @@ impl<'a> RoutingPass<'a> {
             _ => RoutingWeights::PerToken(weights),
         };
         self.routing.push(routing);
-        with_shared(chosen, self.has_shared)
+        self.completed(chosen)
     }
+
+    /// A router's weights with that of the part that is always on, and with the weights of the rows
+    /// that no router decides.
+    fn completed(&self, weights: RoutingWeights) -> RoutingWeights {
+        let weights = with_shared(weights, self.has_shared);
+        match (&self.decided_by, weights) {
+            (
+                DecidedBy::Routers { others: Some(others), .. },
+                RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _),
+            ) => {
+                let weights = weights.where_self(&others.by_router, &others.fixed);
+                RoutingWeights::PerToken(weights)
+            }
+            (_, weights) => weights,
+        }
+    }
+}
+
+impl OtherRows {
+    /// The rows that the router does not decide; `None` if it decides none, or all.
+    fn new(
+        source: &RoutingSource,
+        inputs: &Inputs,
+        mask: Option<&Tensor>,
+        has_shared: bool,
+        kind: Kind,
+    ) -> Option<Self> {
+        let RoutingSource::Rows(RowSources { fixed, by_router: Some(by_router) }) = source else {
+            return None;
+        };
+        let t = inputs.input_ids.size()[1];
+        let fixed = fixed.to_kind(kind).unsqueeze(1).expand([-1, t, -1], false);
+        let fixed = match mask {
+            Some(mask) => fixed * with_ones(mask, i64::from(has_shared)),
+            None => fixed,
+        };
+        Some(Self { by_router: by_router.view([-1, 1, 1]), fixed })
+    }
+}
+
+/// `mask`, `[b, t, e]`, with `count` more columns of ones.
+fn with_ones(mask: &Tensor, count: i64) -> Tensor {
+    let (b, t, _) = mask.size3().expect("a mask is [b, t, e]");
+    Tensor::cat(&[mask, &Tensor::ones([b, t, count], (mask.kind(), mask.device()))], -1)
 }
 
 /// The weights of the routed experts and, behind them, weight 1 for the part that is always on.
@@ -253,12 +311,29 @@ fn chosen_with_shared(selected: &Tensor, num_routed: i64, has_shared: bool) -> (
     (Tensor::cat(&[selected, &shared], -1), num_routed + 1)
 }
 
-/// `features`, `[b, t, d]`, or their means by the matrix `averaging`, `[b, t, t]`.
-fn averaged(features: &Tensor, averaging: Option<&Tensor>) -> Tensor {
-    match averaging {
-        None => features.shallow_clone(),
-        Some(means) => means.matmul(&features.to_kind(means.kind())),
-    }
+/// What the routers read, `[b, t, d]`, unless they read each layer's or module's own input, and
+/// what takes its means over prompts, if they read means. The arguments are those of
+/// [`RoutingPass::new`].
+fn router_inputs(
+    routers: &Routers,
+    inputs: &Inputs,
+    x: &Tensor,
+    kind: Kind,
+    base_hidden: &dyn Fn() -> Tensor,
+) -> (Option<Tensor>, Option<PromptMeans>) {
+    let spec = routers.spec();
+    let averaging = (spec.level == RoutingLevel::Sequence).then(|| inputs.prompt_means(kind));
+    let features = match spec.input {
+        RouterInput::Embeddings => Some(x.shallow_clone()),
+        RouterInput::BaseHidden => Some(tch::no_grad(base_hidden)),
+        RouterInput::LayerInput | RouterInput::ModuleInput => None,
+    };
+    (features.map(|x| averaged(&x, averaging.as_ref())), averaging)
+}
+
+/// `features`, `[b, t, d]`, or their means over prompts.
+fn averaged(features: &Tensor, averaging: Option<&PromptMeans>) -> Tensor {
+    averaging.map_or_else(|| features.shallow_clone(), |means| means.of(features))
 }
 
 fn masked(weights: RoutingWeights, mask: Option<&Tensor>) -> RoutingWeights {

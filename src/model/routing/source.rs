@@ -46,6 +46,18 @@ pub enum RoutingSource {
     Base,
     /// These weights, `[b, t, e]`, or `[e]` for every token. They need not sum to 1.
     Given(Tensor),
+    /// Each row has a source of its own.
+    Rows(RowSources),
+}
+
+/// The sources of the rows of a batch.
+#[derive(Debug)]
+pub struct RowSources {
+    /// The weights of rows that no router decides, `[b, s]`; any weights in the other rows. `s` is
+    /// the number of experts, and one more if a part is always on, which has its weight at the end.
+    pub fixed: Tensor,
+    /// True for the rows that the router decides, `[b]`; `None` if it decides none.
+    pub by_router: Option<Tensor>,
 }
 
 impl From<RoutingChoice> for RoutingSource {
@@ -104,6 +116,11 @@ impl RoutingSource {
                 RoutingWeights::PerToken(shares.contiguous())
             }
             Self::Given(weights) => every(weights.shallow_clone()),
+            Self::Rows(rows) => {
+                let (b, t) = inputs.input_ids.size2().expect("token ids are [b, t]");
+                let fixed = rows.fixed.to_kind(kind).unsqueeze(1);
+                RoutingWeights::PerToken(fixed.expand([b, t, -1], false).contiguous())
+            }
         }
     }
 }
@@ -114,11 +131,32 @@ pub fn invocation_mask(specs: &[ExpertSpec], inputs: &Inputs, kind: Kind) -> Opt
     if specs.iter().all(|spec| spec.alora_invocation_tokens.is_empty()) {
         return None;
     }
+    if let Some(active_from) = inputs.active_from() {
+        let positions = inputs.position_ids.unsqueeze(-1);
+        return Some(positions.greater_equal_tensor(&active_from.unsqueeze(1)).to_kind(kind));
+    }
     let active = specs.iter().map(|spec| match &spec.alora_invocation_tokens[..] {
         [] => inputs.input_ids.ones_like().to_kind(kind),
         tokens => inputs.active_from_last(tokens, kind),
     });
     Some(Tensor::stack(&active.collect::<Vec<_>>(), -1))
+}
+
+/// The position from which each expert is active in a text that begins with `prompt`: that of the
+/// last invocation in the prompt, and after all positions if there is none. Empty if every expert
+/// is always active.
+pub fn active_from(specs: &[ExpertSpec], prompt: &[i64]) -> Vec<i64> {
+    let invocation = |spec: &ExpertSpec| match &spec.alora_invocation_tokens[..] {
+        [] => 0,
+        tokens => {
+            let start = prompt.windows(tokens.len()).rposition(|window| window == tokens);
+            start.map_or(i64::MAX, |start| start as i64)
+        }
+    };
+    match specs.iter().all(|spec| spec.alora_invocation_tokens.is_empty()) {
+        true => vec![],
+        false => specs.iter().map(invocation).collect(),
+    }
 }
 
 /// The expert that each position's record names, `[b, t]`; -1 for none.

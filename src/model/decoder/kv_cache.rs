@@ -1,0 +1,188 @@
+//! Keys and values of earlier positions, so that generation computes each position once.
+//!
+//! The cache has a row for each text. A step appends new positions to a range of its rows:
+//!
+//! ```text
+//! row 0   k k k k k k + .       `+` a new position, `.` free
+//! row 1   k k + . . . . .
+//! ```
+//!
+//! Letters of shapes: `b` rows of a step, `t` new positions, `n` key-value head, `h` width of a
+//! head, `l` positions that a step may attend to.
+
+use tch::{Device, Kind, Tensor};
+
+use super::spec::DecoderSpec;
+
+/// The keys and values of all layers.
+#[derive(Debug)]
+pub struct KvCache {
+    /// Keys and values of each layer, `[rows, capacity + 1, n, h]`. The last position of a row is
+    /// scratch space, into which padding is written.
+    layers: Vec<[Tensor; 2]>,
+    capacity: usize,
+}
+
+impl KvCache {
+    /// An empty cache for `num_rows` texts of at most `capacity` positions.
+    pub fn new(
+        spec: &DecoderSpec,
+        num_rows: usize,
+        capacity: usize,
+        kind: Kind,
+        device: Device,
+    ) -> Self {
+        let shape = [num_rows as i64, capacity as i64 + 1, spec.num_kv_heads, spec.head_dim];
+        let zeros = || Tensor::zeros(shape, (kind, device));
+        let layers = (0..spec.num_layers).map(|_| [zeros(), zeros()]).collect();
+        Self { layers, capacity }
+    }
+
+    /// The bytes that a position of one text takes.
+    pub fn bytes_per_position(spec: &DecoderSpec, kind: Kind) -> u64 {
+        let width = spec.num_kv_heads * spec.head_dim;
+        2 * (spec.num_layers * width) as u64 * kind.elt_size_in_bytes() as u64
+    }
+
+    /// Makes room for `num_rows` texts of `capacity` positions. What the cache holds is kept; it
+    /// never becomes smaller.
+    pub fn reserve(&mut self, num_rows: usize, capacity: usize) {
+        let capacity = capacity.max(self.capacity);
+        for tensor in self.layers.iter_mut().flatten() {
+            let (rows, _, n, h) = tensor.size4().expect("a cache is [rows, positions, n, h]");
+            let shape = [rows.max(num_rows as i64), capacity as i64 + 1, n, h];
+            if tensor.size() == shape {
+                continue;
+            }
+            let larger = Tensor::zeros(shape, (tensor.kind(), tensor.device()));
+            let kept = self.capacity as i64;
+            let mut place = larger.narrow(0, 0, rows).narrow(1, 0, kept);
+            place.copy_(&tensor.narrow(1, 0, kept));
+            *tensor = larger;
+        }
+        self.capacity = capacity;
+    }
+
+    /// Number of positions that a row can hold.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Copies the first `len` positions of row `from` to row `to`.
+    pub fn copy_row(&mut self, from: usize, to: usize, len: usize) {
+        for tensor in self.layers.iter().flatten() {
+            let row = |row: usize| tensor.get(row as i64).narrow(0, 0, len as i64);
+            row(to).copy_(&row(from));
+        }
+    }
+
+    /// The part of the cache that a step of the rows from `first_row` on uses.
+    ///
+    /// - `positions`: the index of each new position in its text, `[b, t]`; any in padding
+    /// - `places`: where its keys and values are written: its index in the text, or the capacity
+    ///   in padding, `[b, t]`
+    /// - `extent`: the sizes of the step
+    pub fn step(
+        &self,
+        first_row: usize,
+        positions: &Tensor,
+        places: &Tensor,
+        extent: StepExtent,
+    ) -> CachedStep {
+        let (b, t) = positions.size2().expect("positions are [b, t]");
+        let rows = |tensor: &Tensor| tensor.narrow(0, first_row as i64, b);
+        let per_row = self.capacity as i64 + 1;
+        let offsets = Tensor::arange(b, (Kind::Int64, positions.device())) * per_row;
+        let length = extent.length as i64;
+        let attends_to_all = extent.is_first || (t == 1 && extent.is_even);
+        let mask = (!attends_to_all).then(|| {
+            let keys = Tensor::arange(length, (Kind::Int64, positions.device()));
+            keys.less_equal_tensor(&positions.unsqueeze(-1)).unsqueeze(1)
+        });
+        CachedStep {
+            layers: self.layers.iter().map(|layer| layer.each_ref().map(rows)).collect(),
+            places: (places + offsets.unsqueeze(-1)).view([-1]),
+            positions: positions.shallow_clone(),
+            is_first: extent.is_first,
+            length,
+            mask,
+        }
+    }
+}
+
+/// The sizes of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepExtent {
+    /// Whether the rows are empty before the step.
+    pub is_first: bool,
+    /// Whether all rows hold the same number of positions, and get as many new ones.
+    pub is_even: bool,
+    /// The largest number of positions that a row holds after the step.
+    pub length: usize,
+}
+
+/// The part of a cache that one step uses.
+#[derive(Debug)]
+pub struct CachedStep {
+    /// Keys and values of each layer, `[b, capacity + 1, n, h]`.
+    layers: Vec<[Tensor; 2]>,
+    /// Where new keys and values go in the flattened rows, `[b t]`.
+    places: Tensor,
+    /// The index of each new position in its text, `[b, t]`.
+    positions: Tensor,
+    is_first: bool,
+    length: i64,
+    /// True where a new position may attend to a position of the cache, `[b, 1, t, l]`; `None` if
+    /// each may attend to all of them.
+    mask: Option<Tensor>,
+}
+
+impl CachedStep {
+    /// Whether there are no earlier positions, so that attention needs only the new ones.
+    pub fn is_first(&self) -> bool {
+        self.is_first
+    }
+
+    /// Appends new keys and values, `[b, n, t, h]` each, to a layer.
+    pub fn write(&self, layer: usize, keys: &Tensor, values: &Tensor) {
+        let (n, h) = (keys.size()[1], keys.size()[3]);
+        for (cached, new) in self.layers[layer].iter().zip([keys, values]) {
+            let new = new.transpose(1, 2).reshape([-1, n, h]);
+            let _ = cached.view([-1, n, h]).index_copy_(0, &self.places, &new);
+        }
+    }
+
+    /// The keys and values of a layer, `[b, n, l, h]` each.
+    pub fn read(&self, layer: usize) -> [Tensor; 2] {
+        self.layers[layer].each_ref().map(|x| x.narrow(1, 0, self.length).transpose(1, 2))
+    }
+
+    /// True where a new position may attend to one of the cache, `[b, 1, t, l]`; `None` if each may
+    /// attend to all of them.
+    pub fn mask(&self) -> Option<&Tensor> {
+        self.mask.as_ref()
+    }
+
+    /// The same in a layer with a window; `None` if the window reaches over all positions.
+    pub fn window_mask(&self, window: i64) -> Option<Tensor> {
+        if self.is_first || window >= self.length {
+            return None;
+        }
+        let keys = Tensor::arange(self.length, (Kind::Int64, self.positions.device()));
+        let positions = self.positions.unsqueeze(-1);
+        let near = keys.greater_tensor(&(&positions - window));
+        Some(near.logical_and(&keys.less_equal_tensor(&positions)).unsqueeze(1))
+    }
+
+    /// Another handle to the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        let layers = self.layers.iter().map(|layer| layer.each_ref().map(Tensor::shallow_clone));
+        Self {
+            layers: layers.collect(),
+            places: self.places.shallow_clone(),
+            positions: self.positions.shallow_clone(),
+            mask: self.mask.as_ref().map(Tensor::shallow_clone),
+            ..*self
+        }
+    }
+}
