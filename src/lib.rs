@@ -4,8 +4,8 @@
 //! The modules form layers, here lowest first. A module uses only modules that stand before it:
 //!
 //! ```text
-//! config, durable, ffi, tensor_file | hub | data | model | peft | base | mixture | eval | growth
-//! | checkpoint | export | train | lifecycle | bench | study | cli, main
+//! config, durable, ffi, tensor_file | hub | data | model | peft | base | mixture | eval
+//! | growth, generate | checkpoint | export | train | lifecycle | bench | study | cli, main
 //! ```
 //!
 //! A target module with frozen weight W, bias b and experts e = 1..E of rank r_e computes
@@ -53,6 +53,8 @@
 //! | tokens_seen | number of target tokens trained on | |
 //! | skill | the mean of the base's last hidden states on a domain ([`growth::skills`]) | `[d]` |
 //! | stage | a run in a mixture's life; at its end each domain is scored ([`growth::stages`]) | |
+//! | key-value cache | what attention keeps of earlier positions ([`model::decoder::kv_cache`]) | |
+//! | prefill | the forward pass over a prompt, before the first new token | |
 //! | study | a comparison of arms that get the same chances ([`study`]) | |
 //! | arm | what a study compares, such as a single LoRA or a learned router ([`study::arms`]) | |
 //! | oracle | routing with weight 1 on the expert of the token's domain | |
@@ -76,6 +78,7 @@ pub mod base;
 pub mod mixture;
 
 pub mod eval;
+pub mod generate;
 pub mod growth;
 
 pub mod checkpoint;

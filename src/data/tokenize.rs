@@ -189,6 +189,11 @@ impl Tokenizer {
         self.inner.decode(ids, false).map_err(|error| anyhow!("cannot decode the tokens: {error}"))
     }
 
+    /// The text of `ids` without special tokens.
+    pub fn decode_text(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|error| anyhow!("cannot decode the tokens: {error}"))
+    }
+
     /// The id of a token that is written as in `tokenizer.json`, for example `<|endoftext|>`.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

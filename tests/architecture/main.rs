@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 20] = [
+const LAYERS: [&str; 21] = [
     "config",
     "durable",
     "ffi",
@@ -31,6 +31,7 @@ const LAYERS: [&str; 20] = [
     "mixture",
     "eval",
     "growth",
+    "generate",
     "checkpoint",
     "export",
     "train",
