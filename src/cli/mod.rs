@@ -8,10 +8,12 @@ mod bench_shapes;
 mod dry_run;
 mod eval;
 mod export_adapters;
+mod generate;
 mod merge;
 mod open;
 mod progress;
 mod remove_expert;
+mod sampling;
 mod signals;
 mod stage;
 mod start;
@@ -77,6 +79,8 @@ enum Command {
     RemoveExpert(remove_expert::RemoveExpertArgs),
     /// Merge two experts of a checkpoint's mixture into one, and report what that costs in loss.
     MergeExperts(remove_expert::MergeExpertsArgs),
+    /// Continue prompts with a mixture, one of its experts or its base.
+    Generate(generate::GenerateArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
     /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms
@@ -170,6 +174,7 @@ impl Cli {
             Some(Command::AddExpert(args)) => add_expert::run(args, &shared),
             Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
+            Some(Command::Generate(args)) => generate::run(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),

@@ -11,11 +11,13 @@
 //! and finds the strings that end it.
 
 pub mod engine;
+pub mod route;
 pub mod sampling;
 pub mod settings;
 pub mod text;
 
 pub use engine::{Engine, EngineLimits, Event, Finish, NewToken, Request, Route};
+pub use route::RouteChoice;
 pub use sampling::Sampling;
 pub use settings::GenerationDefaults;
 pub use text::TextStream;

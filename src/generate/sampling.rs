@@ -155,8 +155,8 @@ fn penalised(logits: &Tensor, texts: &[Chooser<'_>]) -> Tensor {
     scores
 }
 
-/// 1 for the tokens that top-k, top-p and min-p keep and 0 for the others, `[b, v]`, in the order of
-/// `sorted`, the scores from the largest to the smallest.
+/// 1 for the tokens that top-k, top-p and min-p keep and 0 for the others, `[b, v]`, in the order
+/// of `sorted`, the scores from the largest to the smallest.
 fn kept(sorted: &Tensor, texts: &Texts<'_>) -> Tensor {
     let v = sorted.size()[1];
     let last = texts.column(|text| match text.sampling.top_k {
