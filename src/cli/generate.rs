@@ -126,8 +126,8 @@ impl GenerateArgs {
             }
             if std::io::stdin().is_terminal() {
                 return Err(usage(anyhow!(
-                    "there is no prompt\nhint: `--prompt TEXT`, `--prompts FILE.jsonl`, or a text on \
-                     standard input"
+                    "there is no prompt\nhint: `--prompt TEXT`, `--prompts FILE.jsonl` or standard \
+                     input"
                 )));
             }
             return Ok(vec![(standard_input()?, "standard input".to_owned())]);
