@@ -30,8 +30,12 @@ fn objects(arguments: &[&str], input: &str) -> Result<Vec<Value>> {
 }
 
 /// Prompts of different length, as a file of prompts has them.
-const PROMPTS: &str = "{\"prompt\": \"How much remains?\\n[1] 7 hours\"}\n\n{\"prompt\": \"SCENE.\"}\n\
-                       {\"prompt\": \"fn count\", \"completion\": \"is not read\"}\n";
+const PROMPTS: &str = r#"
+{"prompt": "How much remains?\n[1] 7 hours"}
+
+{"prompt": "SCENE."}
+{"prompt": "fn count", "completion": "is not read"}
+"#;
 
 #[test]
 fn prompts_come_from_options_a_file_or_standard_input_and_keep_their_order() -> Result<()> {
