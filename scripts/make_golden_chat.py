@@ -11,6 +11,7 @@ Each template renders each conversation with and without the generation prompt, 
 July 2024. `golden.json` has the versions, the conversations, and for each rendering
 
     text        or null if transformers raises an error
+                and, without the generation prompt,
     ids         by the tokenizer of tests/golden/tokenizers that TOKENIZERS names
     generated   which of them stand in `{% generation %}` blocks; null if the template has none
     turns       the assistant's turns, [start, end] in characters, from the renderings of the messages
@@ -200,15 +201,15 @@ def rendering(tokenizer, conversation, add_generation_prompt):
         text = render(tokenizer, conversation, messages, add_generation_prompt, tokenize=False)
     except (jinja2.TemplateError, TypeError, AttributeError):
         return {"text": None}
+    if add_generation_prompt:
+        return {"text": text}
     has_marks = "generation %}" in tokenizer.chat_template
-    encoded = render(
-        tokenizer, conversation, messages, add_generation_prompt, return_assistant_tokens_mask=has_marks
-    )
+    encoded = render(tokenizer, conversation, messages, False, return_assistant_tokens_mask=has_marks)
     return {
         "text": text,
         "ids": encoded["input_ids"],
         "generated": encoded["assistant_masks"] if has_marks else None,
-        "turns": None if has_marks or add_generation_prompt else turns(tokenizer, conversation, text),
+        "turns": None if has_marks else turns(tokenizer, conversation, text),
     }
 
 
