@@ -24,6 +24,7 @@ const LAYERS: [&str; 21] = [
     "ffi",
     "tensor_file",
     "hub",
+    "chat_template",
     "data",
     "model",
     "peft",
