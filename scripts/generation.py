@@ -18,14 +18,24 @@ PROMPTS = [
     "Name",
     "The three of them, who had never met before that day in the old house by the river, sat",
 ]
+CHATS = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "Is 7 prime?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "And 8?"},
+    ],
+]
 
 
 def generate(*arguments, prompts=PROMPTS):
-    """What `dylora generate` prints for each prompt."""
+    """What `dylora generate` prints for each prompt, a text to continue or a list of messages."""
+    records = [{"prompt": p} if isinstance(p, str) else {"messages": p} for p in prompts]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"
-        file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-        arguments = [*arguments, "--prompts", file, "--max-new-tokens", NUM_NEW, "--temperature", 0]
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        arguments = [*arguments, "--raw", "--prompts", file, "--max-new-tokens", NUM_NEW, "--temperature", 0]
         printed = dylora("generate", *arguments, "--dtype", "f32", "--json")
     return [json.loads(line) for line in printed.splitlines()]
 
@@ -75,6 +85,16 @@ def end_tokens(base):
     """The tokens that end a text."""
     ids = load_base(base).generation_config.eos_token_id
     return ids if isinstance(ids, list) else [ids]
+
+
+def check_chat(name, base):
+    """Checks the answers of a base to conversations."""
+    tokenizer, model = load_tokenizer(base), load_base(base)
+    ours = generate("--base", base, prompts=CHATS)
+    for number, (text, messages) in enumerate(zip(ours, CHATS, strict=True), 1):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        expect(f"{name}: the same prompt of chat {number}", text["prompt_ids"] == ids, (text["prompt_ids"], ids))
+    compare_texts(f"{name}: answers in transformers", ours, by_transformers(model, ours), tokenizer)
 
 
 def check_generate(name, base, run=None, export=None, experts=(0,)):

@@ -12,9 +12,11 @@ use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
 use super::sampling::SamplingArgs;
 use super::{Shared, usage};
+use crate::base::Base;
+use crate::chat_template::Conversation;
 use crate::data::Tokenizer;
 use crate::generate::{
-    Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, Route, TextStream,
+    Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, TextStream, prompt,
 };
 
 /// Arguments of `dylora generate`.
@@ -26,10 +28,17 @@ pub struct GenerateArgs {
     /// one prompt.
     #[arg(long, value_name = "TEXT", conflicts_with = "prompts", allow_hyphen_values = true)]
     prompt: Vec<String>,
-    /// A file of prompts: each line is a JSON object with `prompt`, as in training data. `-` is
-    /// standard input.
+    /// A file of prompts: each line is a JSON object with `prompt` or `messages`, as in training
+    /// data. `-` is standard input.
     #[arg(long, value_name = "FILE.jsonl")]
     prompts: Option<PathBuf>,
+    /// A system message in front of each prompt, for bases with a chat template.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
+    system: Option<String>,
+    /// Continue prompts as they are. Otherwise a base with a chat template answers them as messages
+    /// of a user, and other bases continue them.
+    #[arg(long)]
+    raw: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Most prompts that are continued at the same time. Texts do not depend on it in f32 on a CPU.
@@ -44,15 +53,23 @@ pub struct GenerateArgs {
 /// A line of `--prompts`.
 #[derive(Deserialize)]
 struct PromptRecord {
-    prompt: String,
+    prompt: Option<String>,
+    messages: Option<Value>,
+    tools: Option<Value>,
 }
 
-/// A prompt and where it comes from.
+/// What is to be continued, and where it comes from.
 struct Prompt {
-    text: String,
+    content: Content,
     /// The place in messages, such as "line 3 of `prompts.jsonl`".
     place: String,
     ids: Vec<i64>,
+}
+
+/// What is to be continued.
+enum Content {
+    Text(String),
+    Conversation(Conversation),
 }
 
 /// What was generated for a prompt.
@@ -66,12 +83,13 @@ struct Generated<'a> {
 
 /// Runs the command.
 pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
-    let texts = args.texts()?;
+    let contents = args.contents()?;
     let open = args.model.open(shared)?;
     let tokenizer = open.base.tokenizer()?;
-    let prompts = texts.into_iter().map(|(text, place)| {
-        let ids = prompt_ids(tokenizer, &text).with_context(|| format!("in {place}"))?;
-        Ok(Prompt { text, place, ids })
+    let prompts = contents.into_iter().map(|(content, place)| {
+        let ids =
+            args.ids(&content, &open.base, tokenizer).with_context(|| format!("in {place}"))?;
+        Ok(Prompt { content, place, ids })
     });
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
     let defaults = GenerationDefaults::of_base(&open.base)?;
@@ -114,14 +132,33 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
 }
 
 impl GenerateArgs {
-    /// The prompts and where each comes from.
-    fn texts(&self) -> Result<Vec<(String, String)>> {
+    /// The tokens of a prompt. A base with a chat template gets a text as a user's message.
+    fn ids(&self, content: &Content, base: &Base, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
+        let of_text = |text: &str| {
+            let system = self.system.iter().map(|text| prompt::message("system", text));
+            let messages = system.chain([prompt::message("user", text)]).collect();
+            Conversation { messages, ..Conversation::default() }
+        };
+        match content {
+            Content::Conversation(conversation) => {
+                prompt::chat_ids(tokenizer, prompt::template_of(base)?, conversation)
+            }
+            Content::Text(text) if self.raw => prompt::text_ids(tokenizer, text),
+            Content::Text(text) => match (&base.chat_template, &self.system) {
+                (None, None) => prompt::text_ids(tokenizer, text),
+                _ => prompt::chat_ids(tokenizer, prompt::template_of(base)?, &of_text(text)),
+            },
+        }
+    }
+
+    /// What is to be continued, and where each comes from.
+    fn contents(&self) -> Result<Vec<(Content, String)>> {
         if self.batch_size == 0 {
             return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
         }
         let Some(file) = &self.prompts else {
             if !self.prompt.is_empty() {
-                let place = |text: &String| (text.clone(), "`--prompt`".to_owned());
+                let place = |text: &String| (Content::Text(text.clone()), "`--prompt`".to_owned());
                 return Ok(self.prompt.iter().map(place).collect());
             }
             if std::io::stdin().is_terminal() {
@@ -130,7 +167,7 @@ impl GenerateArgs {
                      input"
                 )));
             }
-            return Ok(vec![(standard_input()?, "standard input".to_owned())]);
+            return Ok(vec![(Content::Text(standard_input()?), "standard input".to_owned())]);
         };
         let is_stdin = file.as_os_str() == "-";
         let name = if is_stdin { "standard input".into() } else { format!("`{}`", file.display()) };
@@ -138,10 +175,8 @@ impl GenerateArgs {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         let prompts = lines.map(|(index, line)| {
             let place = format!("line {} of {name}", index + 1);
-            let record: PromptRecord = serde_json::from_str(line).map_err(|error| {
-                anyhow!("{place} must be a JSON object with `prompt`, a string: {error}")
-            })?;
-            Ok((record.prompt, place))
+            let content = content(line).with_context(|| format!("in {place}"))?;
+            Ok((content, place))
         });
         let prompts = prompts.collect::<Result<Vec<_>>>()?;
         if prompts.is_empty() {
@@ -151,24 +186,24 @@ impl GenerateArgs {
     }
 }
 
+/// What a line of `--prompts` is.
+fn content(line: &str) -> Result<Content> {
+    let record: PromptRecord = serde_json::from_str(line).map_err(|error| {
+        anyhow!("a line must be a JSON object with `prompt`, a string, or `messages`: {error}")
+    })?;
+    match (record.prompt, record.messages) {
+        (Some(text), None) => Ok(Content::Text(text)),
+        (None, Some(messages)) => {
+            Ok(Content::Conversation(prompt::conversation(&messages, record.tools.as_ref())?))
+        }
+        _ => bail!("a line must have either `prompt` or `messages`"),
+    }
+}
+
 fn standard_input() -> Result<String> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
     Ok(text)
-}
-
-/// The tokens of a prompt, with the start tokens of a document.
-fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<i64>> {
-    let ids = tokenizer.encode(text)?;
-    let start = match ids.is_empty() {
-        true => tokenizer.start_tokens(),
-        false => tokenizer.start_tokens_for(&ids),
-    };
-    let ids: Vec<i64> = start.iter().chain(&ids).map(|id| i64::from(*id)).collect();
-    if ids.is_empty() {
-        bail!("the prompt is empty, and this tokenizer has no token for the start of a text");
-    }
-    Ok(ids)
 }
 
 fn requests(
@@ -180,12 +215,7 @@ fn requests(
     let sampling = args.sampling.sampling(defaults)?;
     let max_new_tokens = args.sampling.max_new_tokens(defaults)?;
     let (choice, route) = args.sampling.route(open)?;
-    let what = match &route {
-        Route::Router if open.model.num_experts() == 1 => "the single expert".to_owned(),
-        Route::Router => "the router".to_owned(),
-        Route::Fixed(_) => format!("`{choice}`"),
-    };
-    tracing::debug!("{} prompt(s), routed by {what}, {sampling:?}", prompts.len());
+    tracing::debug!("{} prompt(s), routed by `{choice}`, {sampling:?}", prompts.len());
     let end_tokens: std::sync::Arc<[i64]> = defaults.end_tokens.clone().into();
     let request = |(key, prompt): (usize, &Prompt)| Request {
         key: key as u64,
@@ -264,8 +294,12 @@ impl Printer<'_> {
     fn json_of(&self, index: usize, finish: Finish) -> Value {
         let (prompt, generated) = (&self.prompts[index], &self.generated[index]);
         let tokens = || generated.events.iter().map(|event| &event.token);
+        let (key, value) = match &prompt.content {
+            Content::Text(text) => ("prompt", json!(text)),
+            Content::Conversation(conversation) => ("messages", json!(conversation.messages)),
+        };
         json!({
-            "prompt": prompt.text,
+            key: value,
             "text": generated.ready,
             "finish_reason": finish.name(),
             "prompt_ids": prompt.ids,

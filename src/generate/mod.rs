@@ -7,10 +7,12 @@
 //! ```
 //!
 //! [`engine`] batches texts: one may begin or end while others go on. [`sampling`] chooses tokens,
-//! [`settings`] reads `generation_config.json`, and [`text`] turns tokens into text piece by piece
+//! [`settings`] reads `generation_config.json`, [`prompt`] encodes texts and conversations, [`route`]
+//! says what decides the routing, and [`text`] turns tokens into text piece by piece
 //! and finds the strings that end it.
 
 pub mod engine;
+pub mod prompt;
 pub mod route;
 pub mod sampling;
 pub mod settings;

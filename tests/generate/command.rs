@@ -105,7 +105,12 @@ fn faults_are_named_with_their_place() -> Result<()> {
     let cases: [(&[&str], &str, i32, &str); 9] = [
         (&["--prompt", &long], "", 2, "tokens, but the context is 256 positions long"),
         (&["--prompts", "-"], "\n", 1, "standard input has no prompt"),
-        (&["--prompts", "-"], "{\"text\": 1}", 1, "line 1 of standard input must be a JSON object"),
+        (
+            &["--prompts", "-"],
+            "{\"text\": 1}",
+            1,
+            "in line 1 of standard input: a line must have either",
+        ),
         (&["--prompts", "no.jsonl"], "", 1, "no.jsonl"),
         (&["--top-p", "1.5"], "a", 2, "`top_p` must be above 0 and at most 1, got 1.5"),
         (&["--max-tokens", "0"], "a", 2, "`--max-new-tokens` must be at least 1, got 0"),
