@@ -1,6 +1,6 @@
 //! `dylora generate`: continues prompts.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
 use super::sampling::SamplingArgs;
-use super::{Shared, usage};
+use super::{Shared, usage, write};
 use crate::base::Base;
 use crate::chat_template::Conversation;
 use crate::data::Tokenizer;
@@ -307,16 +307,5 @@ impl Printer<'_> {
             "log_probs": tokens().map(|token| token.log_prob).collect::<Vec<_>>(),
             "routing_weights": tokens().map(|token| &token.weights).collect::<Vec<_>>(),
         })
-    }
-}
-
-/// Writes to standard output at once. Returns whether anybody reads it: the reader may have closed
-/// the pipe.
-fn write(text: &str) -> Result<bool> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(anyhow!("cannot write to standard output: {error}")),
     }
 }
