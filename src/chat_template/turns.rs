@@ -80,7 +80,7 @@ impl ChatTemplate {
                 bail!("the chat template marks no text of the assistant");
             };
             let mut turns = whole.generated;
-            if which == LossOnTurns::Last {
+            if which == LossOnTurns::Last && first < last {
                 let before = renderer.render(&renderer.messages[..last], false)?;
                 turns.drain(..before.generated.len().min(turns.len()));
             }
