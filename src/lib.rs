@@ -46,6 +46,7 @@
 //! | mutual_information | of expert and domain, in nats ([`eval::routing`]) | scalar |
 //! | routing_entropy | mean entropy of routing_probs, in nats | scalar |
 //! | document, block | one text; `seq_len` tokens of packed documents | `[t]` |
+//! | turn | what a message adds to the text of its conversation ([`chat_template`]) | |
 //! | mix | each domain's share of the training blocks, by `data.mixing`; sums to 1 | `[d]` |
 //! | labels | the targets, already shifted; -100 means no loss | `[b, t]` |
 //! | micro_batch_size, grad_accum_steps | sequences in a forward pass; forward passes in a step | |

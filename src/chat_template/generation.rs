@@ -167,7 +167,7 @@ mod tests {
     fn marks_become_ranges() {
         let marked = |text: &str| cut_out(&text.replace('[', START).replace(']', END));
         assert_eq!(marked("a[bé]c[]"), Ok(("abéc".into(), vec![1..4, 5..5])));
-        assert_eq!(marked("[a[b]]c"), Ok(("abc".into(), vec![0..2])));
+        assert_eq!(marked("[a[b]]c[d]"), Ok(("abcd".into(), vec![0..2, 3..4])));
         assert!(marked("a]").is_err() && marked("[a").is_err());
         assert_eq!(cut_out("\u{fdd0}a\u{fdd1}"), Ok(("\u{fdd0}a\u{fdd1}".into(), vec![])));
     }

@@ -1,9 +1,9 @@
 //! Chat templates: a base's own Jinja templates turn conversations into text.
 //!
-//! [`ChatTemplate`] finds the templates of a base as transformers does ([`source`]), renders them in
-//! the same environment ([`environment`]), and says what of the text the assistant wrote: by the
-//! template's `{% generation %}` blocks ([`generation`]), or by rendering the beginnings of the
-//! conversation ([`turns`]).
+//! [`ChatTemplate`] finds the templates of a base as transformers does (`source`), renders them in
+//! the same environment (`environment`), and says what of the text the assistant wrote: by the
+//! template's `{% generation %}` blocks (`generation`), or by rendering the beginnings of the
+//! conversation (`turns`).
 //!
 //! A rendered text contains all special tokens, also the one at its start. It is therefore encoded
 //! without those that the tokenizer's post-processor adds.
@@ -156,8 +156,8 @@ impl ChatTemplate {
     /// - `add_generation_prompt`: whether the text ends with what begins the assistant's next turn
     ///
     /// # Errors
-    /// Those of [`Self::check`], and a template that cannot render the conversation. The error names
-    /// the template's file and line.
+    /// Those of [`Self::check`], and a template that cannot render the conversation. The error
+    /// names the template's file and line.
     pub fn render(
         &self,
         conversation: &Conversation,

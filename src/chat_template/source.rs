@@ -4,11 +4,11 @@
 //! ```text
 //! chat_template.jinja                     the template `default`
 //! additional_chat_templates/NAME.jinja    the template NAME
-//! tokenizer_config.json                   without these files, its `chat_template`: a template, or
-//!                                         a list [{"name": .., "template": ..}, ..]; its
-//!                                         `bos_token` and so on, each "text" or {"content": "text"}
-//! special_tokens_map.json                 special tokens too; they count where the other file has
-//!                                         no `added_tokens_decoder`
+//! tokenizer_config.json                   without these files, its `chat_template`: a template,
+//!                                         or a list [{"name": .., "template": ..}, ..]; its
+//!                                         `bos_token` and so on, "text" or {"content": "text"}
+//! special_tokens_map.json                 special tokens too; they count where the other file
+//!                                         has no `added_tokens_decoder`
 //! ```
 
 use std::collections::BTreeMap;

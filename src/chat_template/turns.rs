@@ -17,9 +17,9 @@
 //! m_0 .. m_i alone        .. <|im_start|>assistant\n<think>\n\n</think>\n\n|Yes|<|im_end|>\n
 //! ```
 //!
-//! The messages up to m_i alone show what the turn has behind its content (here `<|im_end|>\n`), and
-//! what it has between the generation prompt and its content (here the empty thinking). The turn in
-//! the whole text contains the first, which must be there, and the second as far as it is there.
+//! The messages up to m_i alone show what the turn has behind its content, here `<|im_end|>\n`, and
+//! between the generation prompt and its content, here the empty thinking. In the whole text, the
+//! turn contains the former, which must be there, and the latter if it is there.
 
 use std::ops::Range;
 
@@ -80,7 +80,7 @@ impl ChatTemplate {
                 bail!("the chat template marks no text of the assistant");
             };
             let mut turns = whole.generated;
-            if which == LossOnTurns::Last {
+            if which == LossOnTurns::Last && first < last {
                 let before = renderer.render(&renderer.messages[..last], false)?;
                 turns.drain(..before.generated.len().min(turns.len()));
             }

@@ -2,8 +2,8 @@
 //!
 //! A cache file is named by a BLAKE3 hash of everything that determines its content: the bytes of
 //! the source file, its format and compression, the tokenizer, the end token, the chat template,
-//! the learned turns of conversations and [`VERSION`]. It is written under a temporary name and then
-//! renamed, so that processes that start together do not disturb each other.
+//! the learned turns of conversations and [`VERSION`]. It is written under a temporary name and
+//! then renamed, so that processes that start together do not disturb each other.
 //!
 //! The file consists of, all little-endian:
 //!

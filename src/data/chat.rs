@@ -1,8 +1,8 @@
 //! Turns a conversation into tokens and says which of them the assistant wrote.
 //!
-//! The base's chat template renders the conversation, and the whole text is encoded at once, without
-//! the tokens that the tokenizer puts in front of other texts: a template writes them itself. The
-//! ids are those of transformers' `apply_chat_template`.
+//! The base's chat template renders the conversation, and the whole text is encoded at once,
+//! without the tokens that the tokenizer puts in front of other texts: a template writes them
+//! itself. The ids are those of transformers' `apply_chat_template`.
 //!
 //! A token is learned if all of its bytes are within one of the assistant's turns. A token that
 //! reaches over the border of a turn is only read: a model that writes the turn never chooses it.
@@ -50,15 +50,15 @@ pub(super) fn encode(
     let turns = template.assistant_turns(conversation, which);
     let AssistantTurns { text, prompt_end, turns } = turns.map_err(|error| format!("{error:#}"))?;
     let encoded = tokenizer.encode_with_offsets(&text);
-    let (ids, offsets) = encoded.map_err(|error| format!("{error:#}"))?;
-    if u32::try_from(ids.len()).is_err() {
-        return Err(format!("has {} tokens, more than 2^32", ids.len()));
+    let encoded = encoded.map_err(|error| format!("{error:#}"))?;
+    if u32::try_from(encoded.len()).is_err() {
+        return Err(format!("has {} tokens, more than 2^32", encoded.len()));
     }
-    let prompt_len = offsets.iter().take_while(|(start, _)| *start < prompt_end).count();
+    let prompt_len = encoded.iter().take_while(|(_, bytes)| bytes.start < prompt_end).count();
     let mut learned: Vec<Span> = Vec::new();
-    for (token, (start, end)) in (0..).zip(offsets) {
-        let turn = turns.get(turns.partition_point(|turn| turn.end < end));
-        if turn.is_none_or(|turn| start < turn.start) {
+    for (token, (_, bytes)) in (0..).zip(&encoded) {
+        let turn = turns.get(turns.partition_point(|turn| turn.end < bytes.end));
+        if turn.is_none_or(|turn| bytes.start < turn.start) {
             continue;
         }
         match learned.last_mut() {
@@ -70,5 +70,6 @@ pub(super) fn encode(
     if learned.iter().all(|span| span.end <= 1) {
         return Err("has nothing to learn: no token lies within the assistant's turns".into());
     }
+    let ids = encoded.into_iter().map(|(id, _)| id).collect();
     Ok(ChatTokens { ids, prompt_len, learned, text })
 }

@@ -94,8 +94,9 @@ impl Reading<'_> {
                 let template = template.as_ref().with_context(|| {
                     format!(
                         "the record has `messages`, but the base `{base}` has no chat template\n\
-                         hint: name one by `base.chat_template = \"FILE.jinja\"`, or give the \
-                         records a `prompt` and a `completion`"
+                         hint: name one by `base.chat_template = \"FILE.jinja\"`, which is \
+                         `--chat-template` of `dylora eval`, or give the records a `prompt` and a \
+                         `completion`"
                     )
                 })?;
                 template.check()?;

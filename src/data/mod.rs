@@ -1,9 +1,9 @@
 //! From text files to batches: source -> tokens -> documents of a domain -> blocks -> batches.
 //!
 //! 1. `source`, `record`: patterns are expanded into files, and the lines of a file into records. A
-//!    `.jsonl` file has one JSON object per line, with `text`, with `prompt` and `completion` or with
-//!    `messages`, and optionally with `domain` and `expert`. Any other file is one plain text. `.zst`
-//!    and `.gz` files are decompressed while they are read.
+//!    `.jsonl` file has one JSON object per line, with `text`, with `prompt` and `completion` or
+//!    with `messages`, and optionally with `domain` and `expert`. Any other file is one plain text.
+//!    `.zst` and `.gz` files are decompressed while they are read.
 //! 2. `tokenize`, `chat`, `documents`, `read`: records become documents. A document is a list of
 //!    tokens with an end token and the length of its prompt; a conversation's says which tokens are
 //!    learned instead. `cache` stores the documents of a file under a hash of the file's content.

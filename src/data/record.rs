@@ -1,15 +1,15 @@
 //! Parses one line of a `.jsonl` file into a record.
 //!
-//! A record is a JSON object with either `text`, or `prompt` and `completion`, which are strings, or
-//! `messages`. These are a conversation, a list of objects with a string `role` and whatever else
-//! the base's chat template reads. With them, a record may have `tools`, a list of JSON schemas, and
-//! `chat_template_kwargs`, an object of further variables for the template, as in Hugging Face's
-//! TRL.
+//! A record is a JSON object with either `text`, or `prompt` and `completion`, which are strings,
+//! or `messages`. These are a conversation, a list of objects with a string `role` and whatever
+//! else the base's chat template reads. With them, a record may have `tools`, a list of JSON
+//! schemas, and `chat_template_kwargs`, an object of further variables for the template, as in
+//! Hugging Face's TRL.
 //!
-//! A record may have a string `domain`, which names its domain. It may have an `expert`, which names
-//! the expert that the record is for: by the expert's index, a number from 0; by its exported name,
-//! `expert_N`; or by `__base__`, which is PEFT's name for no adapter. Other keys are ignored, and
-//! `null` counts as absent.
+//! A record may have a string `domain`, which names its domain. It may have an `expert`, which
+//! names the expert that the record is for: by the expert's index, a number from 0; by its exported
+//! name, `expert_N`; or by `__base__`, which is PEFT's name for no adapter. Other keys are ignored,
+//! and `null` counts as absent.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};

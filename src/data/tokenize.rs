@@ -12,6 +12,7 @@
 //! and long texts are cut where no token can cross the cut, so that the ids are those of the whole
 //! text ([`CutRule`]). Texts are not cut if the tokenizer is of a kind without such a rule.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -85,7 +86,7 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|error| anyhow!("cannot turn off truncation: {error}"))?;
         let start_tokens = start_tokens(&inner)?;
-        // it adds nothing else, and would take the space in front of a word out of its token's bytes
+        // it adds nothing else, and would take the space before a word out of its token's bytes
         inner.with_post_processor(None::<PostProcessorWrapper>);
         let vocab = inner.get_vocab(true).into_values();
         let largest_id = vocab.chain(start_tokens.iter().copied()).max();
@@ -154,12 +155,13 @@ impl Tokenizer {
         self.encode(text)
     }
 
-    /// The ids of `text`, without start tokens, and the bytes of the text that each token stands
-    /// for. Tokens that stand for parts of one character have its bytes.
-    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
+    /// The ids of `text`, without start tokens, each with the bytes of the text that the token
+    /// stands for. Tokens that stand for parts of one character have its bytes.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
         let encoding = self.inner.encode(text, false);
         let encoding = encoding.map_err(|error| anyhow!("cannot encode the text: {error}"))?;
-        Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+        let ranges = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
+        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
     }
 
     /// The text of `ids`, including special tokens.

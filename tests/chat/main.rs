@@ -1,5 +1,6 @@
 //! Chat templates and records with `messages`, through the public interface.
 
+mod bases;
 mod golden;
 mod records;
 mod refusals;

@@ -293,8 +293,8 @@ fn a_base_without_a_template_is_refused_by_name() {
     assert_eq!(
         fault(two_turns(), &options),
         "in `a.jsonl:2`: the record has `messages`, but the base `tiny` has no chat template\n\
-         hint: name one by `base.chat_template = \"FILE.jinja\"`, or give the records a `prompt` \
-         and a `completion`"
+         hint: name one by `base.chat_template = \"FILE.jinja\"`, which is `--chat-template` of \
+         `dylora eval`, or give the records a `prompt` and a `completion`"
     );
     let template = BaseFolder::new(&[("chat_template.jinja", "{% if")]).template();
     options.chat.template = template.ok().map(Arc::new);

@@ -116,3 +116,25 @@ fn a_turn_that_cannot_be_found_is_refused() -> Result<()> {
     assert_eq!(&last.text[last.turns[0].clone()], "d<return>");
     Ok(())
 }
+
+#[test]
+fn endless_recursion_is_an_error() {
+    std::thread::spawn(|| {
+        for text in [
+            "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+            "{% macro f(n) %}{% for i in [1] %}{% if true %}{{ f(n + 1) ~ 'a' }}{% endif %}\
+             {% endfor %}{% endmacro %}{{ f(0) }}",
+        ] {
+            let error = fault(&[("chat_template.jinja", text)]);
+            assert!(error.contains("recursion"), "{error}");
+        }
+        let deep = format!("{{{{ {}1{} }}}}", "(".repeat(5000), ")".repeat(5000));
+        let error = fault(&[("chat_template.jinja", &deep)]);
+        assert!(error.contains("is not a chat template"), "{error}");
+        let deep = "{% if true %}".repeat(5000);
+        let error = fault(&[("chat_template.jinja", &deep)]);
+        assert!(error.contains("is not a chat template"), "{error}");
+    })
+    .join()
+    .expect("a thread's stack is large enough");
+}

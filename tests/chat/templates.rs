@@ -107,7 +107,8 @@ fn the_time_is_given_or_fixed() -> Result<()> {
 fn templates_are_jinja_with_pythons_methods() -> Result<()> {
     for (text, expected) in [
         (
-            "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+            "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}\
+             {% endif %}{{ i }}{% endfor %}",
             "02",
         ),
         ("a\n  {% if true %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc"),
@@ -133,7 +134,8 @@ fn templates_are_jinja_with_pythons_methods() -> Result<()> {
             "FalseTrueTrueFalse",
         ),
         (
-            "{% set ns = namespace(n=0) %}{% for i in [1, 2] %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
+            "{% set ns = namespace(n=0) %}{% for i in [1, 2] %}{% set ns.n = ns.n + i %}\
+             {% endfor %}{{ ns.n }}",
             "3",
         ),
         (
