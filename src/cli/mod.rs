@@ -10,6 +10,7 @@ mod chat_lines;
 mod chat_text;
 mod dry_run;
 mod eval;
+mod eval_answers;
 mod export_adapters;
 mod generate;
 mod merge;

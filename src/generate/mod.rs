@@ -6,11 +6,15 @@
 //!              +- model with its caches
 //! ```
 //!
-//! [`engine`] batches texts: one may begin or end while others go on. [`sampling`] chooses tokens,
-//! [`settings`] reads `generation_config.json`, [`prompt`] encodes texts and conversations, [`route`]
-//! says what decides the routing, and [`text`] turns tokens into text piece by piece
-//! and finds the strings that end it.
+//! - [`prompt`]: the tokens of texts and conversations
+//! - [`route`]: what decides the routing of a text
+//! - [`settings`]: what `generation_config.json` says
+//! - [`engine`]: texts in batches, where one may begin or end while others go on
+//! - [`sampling`]: the choice of the next token
+//! - [`text`]: tokens become text piece by piece, up to a string that ends it
+//! - [`answers`]: answers to a dataset's documents, beside their references
 
+pub mod answers;
 pub mod engine;
 pub mod prompt;
 pub mod route;

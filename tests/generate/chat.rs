@@ -132,9 +132,8 @@ fn commands_change_the_routing_and_how_tokens_are_chosen() -> Result<()> {
 fn faults_are_named_and_the_conversation_goes_on() -> Result<()> {
     let world = World::get();
     let long = "word ".repeat(400);
-    let input = format!(
-        "/dance\n/set top_p 2\n/set colour red\n/routing expert:9\n/save\n/save x.jsonl\n{long}\nHi\n"
-    );
+    let commands = "/dance\n/set top_p 2\n/set colour red\n/routing expert:9\n/save\n";
+    let input = format!("{commands}/save x.jsonl\n{long}\nHi\n");
     let (stdout, stderr) = world.chat(&[], &input)?;
     for message in [
         "error: there is no command `/dance`\nhint: `/help` lists them",
