@@ -14,7 +14,7 @@ use super::chat_text::{coloured, columns, largest, may_colour};
 use super::open::{ModelArgs, OpenModel};
 use super::sampling::SamplingArgs;
 use super::{Shared, Stderr, describe, own_cache, usage, variable, write};
-use crate::chat_template::{ChatTemplate, Conversation};
+use crate::chat_template::ChatTemplate;
 use crate::data::Tokenizer;
 use crate::generate::{
     Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, Route, RouteChoice,
@@ -238,8 +238,7 @@ impl Session<'_> {
 
     /// Generates and shows the answer to the last message, and returns it.
     fn generate(&self) -> Result<String> {
-        let messages = self.conversation();
-        let conversation = Conversation { messages, ..Conversation::default() };
+        let conversation = prompt::of_messages(self.conversation());
         let ids = prompt::chat_ids(self.tokenizer, self.template, &conversation)?;
         let model = &self.open.model;
         let context = self.open.base.spec.max_positions as usize;

@@ -136,8 +136,7 @@ impl GenerateArgs {
     fn ids(&self, content: &Content, base: &Base, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
         let of_text = |text: &str| {
             let system = self.system.iter().map(|text| prompt::message("system", text));
-            let messages = system.chain([prompt::message("user", text)]).collect();
-            Conversation { messages, ..Conversation::default() }
+            prompt::of_messages(system.chain([prompt::message("user", text)]).collect())
         };
         match content {
             Content::Conversation(conversation) => {

@@ -77,5 +77,11 @@ pub fn conversation(messages: &Value, tools: Option<&Value>) -> Result<Conversat
         Some(Value::Array(tools)) => Some(tools.clone()),
         Some(other) => bail!("`tools` must be a list, got {other}"),
     };
-    Ok(Conversation { messages, tools, ..Conversation::default() })
+    Ok(Conversation { tools, ..of_messages(messages) })
+}
+
+/// A conversation that takes place now: templates may tell the model the date.
+pub fn of_messages(messages: Vec<Map<String, Value>>) -> Conversation {
+    let now = Some(jiff::Zoned::now().datetime());
+    Conversation { messages, now, ..Conversation::default() }
 }
