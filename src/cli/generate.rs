@@ -12,9 +12,7 @@ use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
 use super::sampling::SamplingArgs;
 use super::{Shared, usage, write};
-use crate::base::Base;
 use crate::chat_template::Conversation;
-use crate::data::Tokenizer;
 use crate::generate::{
     Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, TextStream, prompt,
 };
@@ -32,11 +30,14 @@ pub struct GenerateArgs {
     /// data. `-` is standard input.
     #[arg(long, value_name = "FILE.jsonl")]
     prompts: Option<PathBuf>,
-    /// A system message in front of each prompt, for bases with a chat template.
+    /// Answer prompts as messages of a user, by the base's chat template [default if there is a
+    /// template, unless the run was trained without conversations].
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+    /// A system message in front of each prompt; implies `--chat`.
     #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Continue prompts as they are. Otherwise a base with a chat template answers them as messages
-    /// of a user, and other bases continue them.
+    /// Continue prompts as they are.
     #[arg(long)]
     raw: bool,
     #[command(flatten)]
@@ -86,9 +87,9 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
     let contents = args.contents()?;
     let open = args.model.open(shared)?;
     let tokenizer = open.base.tokenizer()?;
+    let is_message = args.answers_messages(&open);
     let prompts = contents.into_iter().map(|(content, place)| {
-        let ids =
-            args.ids(&content, &open.base, tokenizer).with_context(|| format!("in {place}"))?;
+        let ids = args.ids(&content, &open, is_message).with_context(|| format!("in {place}"))?;
         Ok(Prompt { content, place, ids })
     });
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
@@ -132,21 +133,35 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
 }
 
 impl GenerateArgs {
-    /// The tokens of a prompt. A base with a chat template gets a text as a user's message.
-    fn ids(&self, content: &Content, base: &Base, tokenizer: &Tokenizer) -> Result<Vec<i64>> {
+    /// Whether a text is a message of a user. Otherwise it is continued as it is.
+    fn answers_messages(&self, open: &OpenModel) -> bool {
+        if self.raw || self.chat || self.system.is_some() {
+            return !self.raw;
+        }
+        let has_template = open.base.chat_template.is_some();
+        if has_template && open.learned_chats == Some(false) {
+            tracing::info!(
+                "prompts are continued as they are, since the run was trained without \
+                 conversations; `--chat` answers them by the chat template"
+            );
+        }
+        has_template && open.learned_chats != Some(false)
+    }
+
+    /// The tokens of a prompt.
+    fn ids(&self, content: &Content, open: &OpenModel, is_message: bool) -> Result<Vec<i64>> {
+        let tokenizer = open.base.tokenizer()?;
         let of_text = |text: &str| {
             let system = self.system.iter().map(|text| prompt::message("system", text));
             prompt::of_messages(system.chain([prompt::message("user", text)]).collect())
         };
+        let chat_ids = |conversation: &Conversation| {
+            prompt::chat_ids(tokenizer, prompt::template_of(&open.base)?, conversation)
+        };
         match content {
-            Content::Conversation(conversation) => {
-                prompt::chat_ids(tokenizer, prompt::template_of(base)?, conversation)
-            }
-            Content::Text(text) if self.raw => prompt::text_ids(tokenizer, text),
-            Content::Text(text) => match (&base.chat_template, &self.system) {
-                (None, None) => prompt::text_ids(tokenizer, text),
-                _ => prompt::chat_ids(tokenizer, prompt::template_of(base)?, &of_text(text)),
-            },
+            Content::Conversation(conversation) => chat_ids(conversation),
+            Content::Text(text) if is_message => chat_ids(&of_text(text)),
+            Content::Text(text) => prompt::text_ids(tokenizer, text),
         }
     }
 

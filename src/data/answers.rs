@@ -16,6 +16,17 @@ pub struct Answered {
 }
 
 impl TokenDataset {
+    /// Whether some document is a conversation.
+    pub fn has_conversations(&self) -> bool {
+        self.domains.iter().any(|domain| {
+            let blocks = (0..domain.blocks.num_blocks()).map(|block| domain.blocks.get(block));
+            blocks.flatten().any(|piece| {
+                let document = piece.document as usize;
+                self.files[piece.file as usize].documents[document].num_spans > 0
+            })
+        })
+    }
+
     /// The first documents of a domain, in the order of its files, that have a prompt or are
     /// conversations.
     pub fn answered(&self, domain: usize, limit: usize) -> Vec<Answered> {

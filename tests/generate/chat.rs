@@ -113,6 +113,51 @@ fn answers_are_those_of_generate_to_the_conversation_so_far() -> Result<()> {
 }
 
 #[test]
+fn a_text_is_taken_as_the_run_was_trained() -> Result<()> {
+    let world = World::get();
+    let text = |arguments: &[&str]| -> Result<(String, String)> {
+        let prompt = ["--prompt", "Say more.", "--routing", "none"];
+        let output = world.run("generate", &[arguments, &prompt].concat(), "")?;
+        let stderr = String::from_utf8(output.stderr)?;
+        ensure!(output.status.success(), "{stderr}");
+        Ok((String::from_utf8(output.stdout)?, stderr))
+    };
+    // the run was trained without conversations, though there is a template
+    let (plain, message) = text(&[])?;
+    assert!(message.contains("`--chat` answers them by the chat template"), "{message}");
+    assert_eq!(text(&["--raw"])?.0, plain);
+    let answered = text(&["--chat"])?.0;
+    assert_ne!(answered, plain);
+    let messages = serde_json::json!([{"role": "user", "content": "Say more."}]);
+    assert_eq!(answered, format!("{}\n", world.answer(&messages, &["--routing", "none"])?));
+
+    // a run on conversations
+    let data = world.path("lessons.jsonl");
+    let turn = |role: &str| serde_json::json!({"role": role, "content": "Some words to learn."});
+    let record = serde_json::json!({"messages": [turn("user"), turn("assistant")]}).to_string();
+    fs_err::write(&data, [record.as_str(); 8].join("\n"))?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+    command.args(["-q", "train", "--config", "benchmarks/growth/demo.toml", "--device", "cpu"]);
+    for set in [
+        &format!("run.dir={}", world.path("talk").display()),
+        &format!("data.domains=[{{name=\"talk\", train=[\"{}\"]}}]", data.display()),
+        &format!("base.chat_template={}", world.path("chat.jinja").display()),
+        "train.duration={steps=2}",
+        "lora.num_experts=1",
+    ] {
+        command.args(["--set", set]);
+    }
+    let output = command.env("OMP_NUM_THREADS", "1").output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+    command.arg("generate").arg("--checkpoint").arg(world.path("talk"));
+    command.args(["--device", "cpu", "--max-tokens", "8", "--routing", "none"]);
+    let output = command.args(["--prompt", "Say more."]).env("OMP_NUM_THREADS", "1").output()?;
+    assert_eq!(String::from_utf8(output.stdout)?, answered);
+    Ok(())
+}
+
+#[test]
 fn commands_change_the_routing_and_how_tokens_are_chosen() -> Result<()> {
     let world = World::get();
     let message = serde_json::json!([{"role": "user", "content": "Say more."}]);
