@@ -12,9 +12,8 @@ use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
 use super::sampling::SamplingArgs;
 use super::{Shared, usage};
-use crate::data::Tokenizer;
 use crate::generate::{
-    Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, Route, TextStream,
+    Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, Route, TextStream, prompt_ids,
 };
 
 /// Arguments of `dylora generate`.
@@ -155,20 +154,6 @@ fn standard_input() -> Result<String> {
     let mut text = String::new();
     std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
     Ok(text)
-}
-
-/// The tokens of a prompt, with the start tokens of a document.
-fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<i64>> {
-    let ids = tokenizer.encode(text)?;
-    let start = match ids.is_empty() {
-        true => tokenizer.start_tokens(),
-        false => tokenizer.start_tokens_for(&ids),
-    };
-    let ids: Vec<i64> = start.iter().chain(&ids).map(|id| i64::from(*id)).collect();
-    if ids.is_empty() {
-        bail!("the prompt is empty, and this tokenizer has no token for the start of a text");
-    }
-    Ok(ids)
 }
 
 fn requests(

@@ -6,17 +6,19 @@
 //!              +- model with its caches
 //! ```
 //!
-//! [`engine`] batches texts: one may begin or end while others go on. [`sampling`] chooses tokens,
-//! [`settings`] reads `generation_config.json`, and [`text`] turns tokens into text piece by piece
-//! and finds the strings that end it.
+//! [`prompt`] encodes prompts. [`engine`] batches texts: one may begin or end while others go on.
+//! [`sampling`] chooses tokens, [`settings`] reads `generation_config.json`, and [`text`] turns
+//! tokens into text piece by piece and finds the strings that end it.
 
 pub mod engine;
+pub mod prompt;
 pub mod route;
 pub mod sampling;
 pub mod settings;
 pub mod text;
 
 pub use engine::{Engine, EngineLimits, Event, Finish, NewToken, Request, Route};
+pub use prompt::prompt_ids;
 pub use route::RouteChoice;
 pub use sampling::Sampling;
 pub use settings::GenerationDefaults;
