@@ -21,7 +21,8 @@ use dylora::checkpoint::Position;
 use dylora::checkpoint::routing_state::RoutingState;
 use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted, load};
 use dylora::data::{
-    DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
+    ChatOptions, DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer,
+    load_files,
 };
 use dylora::eval::RoutingReport;
 use dylora::eval::routing::{RouterLosses, SiteTotals};
@@ -110,6 +111,7 @@ fn dataset(folder: &Path, num_documents: usize, num_words: usize) -> Result<Toke
     let options = DataOptions {
         seq_len: SEQ_LEN,
         loss_on: LossOn::All,
+        chat: ChatOptions::default(),
         on_bad_record: OnBadRecord::Fail,
         seed: 0,
         eos_token_id: Some(0),

@@ -9,6 +9,7 @@ on the CPU. These must agree:
     the token ids of many texts          exactly
     the logits of the base alone         to 1e-3
     the losses of two domains            to 1e-5 of their value
+    and of the turns of some chats
     the logits with an rsLoRA adapter    to 1e-3
     the losses and the gradient norms    to 1e-4 of their value
     of 20 steps that train an adapter
@@ -99,6 +100,19 @@ https://example.org/a?b=c&d=%20#e user@example.org C:\Users\x\file.txt
 a<|im_end|>b <|im_end|> <|im_start|><|im_start|>
 <|im_end <|im_start |> <|IM_END|>
 <repo_name>dylora<file_sep>src/lib.rs <filename>1.py<gh_stars>10""".splitlines(),
+]
+
+CHATS = [
+    [("user", "Is 7 prime?"), ("assistant", "Yes, 7 is prime.")],
+    [
+        ("system", "You are brief."),
+        ("user", "  What is 12 * 12?\n"),
+        ("assistant", "144"),
+        ("user", "And 13 * 13? Éa 你好 😀"),
+        ("assistant", "It is 169.\n\n```\n13 * 13 = 169\n```"),
+        ("user", "Thanks!"),
+    ],
+    [("user", "A haiku, please."), ("tool", "five, seven, five"), ("assistant", " An old silent pond"), ("user", "More")],
 ]
 
 
@@ -199,6 +213,41 @@ def check_losses(base, folder, model, tokenizer):
     compare_numbers("losses of code and verse", ours, [loss for loss, _ in theirs], 1e-5)
 
 
+def marked(template):
+    """The stock template of SmolLM2 with `{% generation %}` around what the assistant says."""
+    said = "message['content'] + '<|im_end|>' + '\n'"
+    header = "'<|im_start|>' + message['role'] + '\n'"
+    expect("the template is SmolLM2's", template.count(f"{{{{{header} + {said}}}}}") == 1, template)
+    of_assistant = f"{{% generation %}}{{{{ {said} }}}}{{% endgeneration %}}"
+    branches = f"{{% if message['role'] == 'assistant' %}}{of_assistant}{{% else %}}{{{{ {said} }}}}{{% endif %}}"
+    return template.replace(f"{{{{{header} + {said}}}}}", f"{{{{ {header} }}}}{branches}")
+
+
+def check_chats(base, folder, model, tokenizer):
+    """Checks the losses of the assistant's turns in chats by `dylora eval`."""
+    chats = [[{"role": role, "content": content} for role, content in chat] for chat in CHATS]
+    file = folder / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    template = marked(tokenizer.chat_template)
+    losses = {"all": [], "last": []}
+    for chat in chats:
+        ids = tokenizer.apply_chat_template(chat)["input_ids"]
+        masked = tokenizer.apply_chat_template(chat, chat_template=template, return_assistant_tokens_mask=True)
+        expect("the marked template has the same tokens", masked["input_ids"] == ids, masked)
+        logits = model(torch.tensor([ids])).logits[0, :-1].double()
+        each = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").tolist()
+        learned = [at for at, is_learned in enumerate(masked["assistant_masks"]) if is_learned]
+        last = max(at for at in learned if at - 1 not in learned)
+        losses["all"] += [each[at - 1] for at in learned]
+        losses["last"] += [each[at - 1] for at in learned if at >= last]
+    for turns, theirs in losses.items():
+        arguments = ["--base", base, "--data", f"chat={file}", "--seq-len", 512, "--loss-on-turns", turns, "--json"]
+        [domain] = json.loads(dylora("eval", *arguments))["domains"]
+        counted = domain["label_tokens"]
+        expect(f"transformers has the same {counted} label tokens of turns `{turns}`", counted == len(theirs), theirs)
+        compare_numbers(f"loss of turns `{turns}`", [domain["loss"]], [sum(theirs) / len(theirs)], 1e-5)
+
+
 def check_adapter(base, folder, model, tokenizer):
     """Checks a random adapter on all linear layers."""
     ids = torch.tensor([tokenizer.encode(json.loads(records("verse")[0])["text"])])
@@ -260,6 +309,7 @@ def main():
     model = load_base(base)
     check_base(base, model, tokenizer)
     check_losses(base, folder, model, tokenizer)
+    check_chats(base, folder, model, tokenizer)
     check_adapter(base, folder, model, tokenizer)
     check_training(base, folder, model, tokenizer)
     summary()

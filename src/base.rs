@@ -1,14 +1,16 @@
 //! The base of a run: its shape, weights and tokenizer, from a folder, from the Hub, or random.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 use tch::Kind;
 
-use crate::config::{BaseConfig, BaseSource};
-use crate::data::Tokenizer;
-use crate::hub::{self, BaseFiles, DownloadProgress, HubSettings};
+use crate::chat_template::{self, ChatTemplate};
+use crate::config::{BaseConfig, BaseSource, LossOnTurns};
+use crate::data::{ChatOptions, Tokenizer};
+use crate::hub::{self, BaseFiles, DownloadProgress, HubSettings, SideFile};
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::{self, load};
@@ -42,8 +44,11 @@ pub struct Base {
     /// The file that the tokenizer was read from.
     pub tokenizer_file: Option<PathBuf>,
     /// Small files that go with the base wherever it goes, such as the chat template. There are
-    /// none if the config names another tokenizer than the one beside the weights.
-    pub beside: Vec<PathBuf>,
+    /// none but a chat template of the config's if the config names another tokenizer than the one
+    /// beside the weights.
+    pub beside: Vec<SideFile>,
+    /// The chat templates: the config's, or those beside the tokenizer.
+    pub chat_template: Option<Arc<ChatTemplate>>,
     files: Option<BaseFiles>,
 }
 
@@ -64,11 +69,8 @@ impl Base {
         };
         let own = files.as_ref().and_then(|files| files.tokenizer.clone());
         let tokenizer_file = config.tokenizer.clone().or(own);
-        let beside = match (&config.tokenizer, &files) {
-            (None, Some(files)) => files.beside.clone(),
-            _ => vec![],
-        };
         let tokenizer = tokenizer_file.as_deref().map(Tokenizer::load).transpose()?;
+        let (chat_template, beside) = chat_template(config, files.as_ref())?;
         let shape = match (&config.source, &files) {
             (BaseSource::Random(shape), _) => {
                 let tokenizer = tokenizer.as_ref().context("random weights need a tokenizer")?;
@@ -91,13 +93,14 @@ impl Base {
         }
         let label = files.as_ref().map_or("random".into(), |files| files.label.clone());
         let source = config.source.clone();
-        Ok(Self { label, source, spec: shape, tokenizer, tokenizer_file, beside, files })
+        let spec = shape;
+        Ok(Self { label, source, spec, tokenizer, tokenizer_file, beside, chat_template, files })
     }
 
     /// The files that the base is read from. A random base has none but its tokenizer.
     pub fn input_files(&self) -> Vec<PathBuf> {
-        let mut files: Vec<PathBuf> =
-            self.tokenizer_file.iter().chain(&self.beside).cloned().collect();
+        let beside = self.beside.iter().map(|file| &file.path);
+        let mut files: Vec<PathBuf> = self.tokenizer_file.iter().chain(beside).cloned().collect();
         if let Some(found) = &self.files {
             files.push(found.config.clone());
             files.extend(found.weights.iter().cloned());
@@ -186,6 +189,13 @@ impl Base {
         })
     }
 
+    /// How this base turns records with `messages` into text.
+    ///
+    /// - `turns`: the turns of the assistant that are learned
+    pub fn chat_options(&self, turns: LossOnTurns) -> ChatOptions {
+        ChatOptions { template: self.chat_template.clone(), base: self.label.clone(), turns }
+    }
+
     /// Checks that the base has enough positions for blocks of `seq_len` tokens.
     pub fn check_seq_len(&self, seq_len: usize) -> Result<()> {
         if seq_len as i64 > self.spec.max_positions {
@@ -196,4 +206,29 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// A base's chat templates, and the small files that go with the base.
+fn chat_template(
+    config: &BaseConfig,
+    files: Option<&BaseFiles>,
+) -> Result<(Option<Arc<ChatTemplate>>, Vec<SideFile>)> {
+    // a tokenizer's special tokens and templates lie beside it
+    let (found, mut beside) = match (&config.tokenizer, files) {
+        (None, Some(files)) => (files.beside.clone(), files.beside.clone()),
+        (Some(tokenizer), _) => {
+            let dir = tokenizer.parent().filter(|dir| !dir.as_os_str().is_empty());
+            (hub::side_files(dir.unwrap_or(Path::new(".")))?, vec![])
+        }
+        (None, None) => (vec![], vec![]),
+    };
+    let template = match &config.chat_template {
+        None => ChatTemplate::find(&found)?,
+        Some(path) => {
+            beside.retain(|file| !ChatTemplate::is_template(&file.name));
+            beside.push(SideFile { name: chat_template::FILE.into(), path: path.clone() });
+            Some(ChatTemplate::load(path, &found)?)
+        }
+    };
+    Ok((template.map(Arc::new), beside))
 }

@@ -4,8 +4,9 @@
 //! The modules form layers, here lowest first. A module uses only modules that stand before it:
 //!
 //! ```text
-//! config, durable, ffi, tensor_file | hub | data | model | peft | base | mixture | eval
-//! | growth, generate | checkpoint | export | train | lifecycle | bench | study | cli, main
+//! config, durable, ffi, tensor_file | hub | chat_template | data | model | peft | base | mixture
+//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study
+//! | cli, main
 //! ```
 //!
 //! A target module with frozen weight W, bias b and experts e = 1..E of rank r_e computes
@@ -69,6 +70,8 @@ pub mod ffi;
 pub mod tensor_file;
 
 pub mod hub;
+
+pub mod chat_template;
 
 pub mod data;
 pub mod model;

@@ -11,9 +11,9 @@ use dylora::config::{
     Config, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation, load as config_file,
 };
 use dylora::data::{
-    Batch, DataOptions, Datasets, DomainFiles, IGNORED_LABEL, LoadProgress, MemoryDocument,
-    MemoryDomain, PADDING_DOCUMENT, RecordExperts, TokenDataset, Tokenizer, load_datasets,
-    load_files,
+    Batch, ChatOptions, DataOptions, Datasets, DomainFiles, IGNORED_LABEL, LoadProgress,
+    MemoryDocument, MemoryDomain, PADDING_DOCUMENT, RecordExperts, TokenDataset, Tokenizer,
+    load_datasets, load_files,
 };
 use dylora::train::plan::{BlockStream, num_steps};
 use proptest::prelude::*;
@@ -52,6 +52,7 @@ fn options(seq_len: usize) -> DataOptions {
     DataOptions {
         seq_len,
         loss_on: LossOn::Completion,
+        chat: ChatOptions::default(),
         on_bad_record: OnBadRecord::Fail,
         seed: 0,
         eos_token_id: Some(EOS),

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use dylora::config::{DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation};
 use dylora::data::{
-    DataOptions, HalvedDatasets, TokenDataset, Tokenizer, load_datasets, load_halves,
+    ChatOptions, DataOptions, HalvedDatasets, TokenDataset, Tokenizer, load_datasets, load_halves,
 };
 
 /// The words `w0` to `w299` and an end token.
@@ -27,6 +27,7 @@ fn options(seed: u64) -> DataOptions {
     DataOptions {
         seq_len: 4,
         loss_on: LossOn::All,
+        chat: ChatOptions::default(),
         on_bad_record: OnBadRecord::Fail,
         seed,
         eos_token_id: Some(300),

@@ -8,7 +8,8 @@ use std::path::Path;
 use anyhow::Result;
 use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted};
 use dylora::data::{
-    DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer, load_files,
+    ChatOptions, DataOptions, DomainFiles, MemoryDocument, MemoryDomain, TokenDataset, Tokenizer,
+    load_files,
 };
 use dylora::growth::skills::{
     Similarity, Skill, SkillCenter, SkillComparison, SkillLibrary, SkillRule, embed,
@@ -176,6 +177,7 @@ fn the_demos_skills_are_distinguished() -> Result<()> {
     let options = DataOptions {
         seq_len: 128,
         loss_on: LossOn::Completion,
+        chat: ChatOptions::default(),
         on_bad_record: OnBadRecord::Fail,
         seed: 0,
         eos_token_id: config.eos_token_id(),

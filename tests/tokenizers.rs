@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use dylora::config::{LossOn, Mixing, OnBadRecord, OnExhausted};
-use dylora::data::{DataOptions, DomainFiles, TokenDataset, Tokenizer, load_files};
+use dylora::data::{ChatOptions, DataOptions, DomainFiles, TokenDataset, Tokenizer, load_files};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -50,6 +50,7 @@ fn load(tokenizer: &Tokenizer, name: &str, content: &str, seq_len: usize) -> Res
     let options = DataOptions {
         seq_len,
         loss_on: LossOn::Completion,
+        chat: ChatOptions::default(),
         on_bad_record: OnBadRecord::Fail,
         seed: 0,
         eos_token_id: Some(end_token(tokenizer)),

@@ -14,7 +14,7 @@ use crate::base::Base;
 use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
     BaseConfig, BaseSource, Config, DataConfig, DeviceChoice, DomainConfig, Dtype, Duration,
-    Family, GroupConfig, HubSource, LossOn, Method, Mixing, OnBadRecord, OnExhausted,
+    Family, GroupConfig, HubSource, LossOn, LossOnTurns, Method, Mixing, OnBadRecord, OnExhausted,
     OptimizerConfig, RouterConfig, RouterInput, RouterScope, RunConfig, ScheduleConfig,
     TargetModules, TrainConfig, load,
 };
@@ -199,7 +199,7 @@ impl BenchArgs {
             None => BaseSource::Hub(HubSource { repo: name(self.size), revision: "main".into() }),
         };
         let dtype = self.dtype.unwrap_or(if on_cuda { Dtype::Bf16 } else { Dtype::F32 });
-        Ok(BaseConfig { source, tokenizer: None, dtype })
+        Ok(BaseConfig { source, tokenizer: None, chat_template: None, dtype })
     }
 
     /// The mixture's config, with the settings of `scripts/peft_opponent.py` where it has such. The
@@ -229,6 +229,7 @@ impl BenchArgs {
             data: DataConfig {
                 seq_len: self.seq_len,
                 loss_on: LossOn::All,
+                loss_on_turns: LossOnTurns::default(),
                 on_bad_record: OnBadRecord::default(),
                 mixing: Mixing::default(),
                 on_exhausted: OnExhausted::default(),

@@ -8,7 +8,9 @@ use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
 use crate::checkpoint;
-use crate::config::{Config, EvalRule, LossOn, Mixing, OnBadRecord, OnExhausted, RoutingChoice};
+use crate::config::{
+    Config, EvalRule, LossOn, LossOnTurns, Mixing, OnBadRecord, OnExhausted, RoutingChoice,
+};
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::experts::{ExpertReport, expert_reports};
 use crate::eval::{EvalReport, EvalSettings, evaluate};
@@ -31,6 +33,10 @@ pub struct DataArgs {
     /// `completion`].
     #[arg(long)]
     loss_on: Option<LossOn>,
+    /// In records with `messages`, score every turn of the assistant, or the last one [default: the
+    /// config's `data.loss_on_turns`, or `all`].
+    #[arg(long)]
+    loss_on_turns: Option<LossOnTurns>,
 }
 
 /// Arguments of `dylora eval`.
@@ -198,9 +204,11 @@ impl DataArgs {
         }
         open.base.check_seq_len(seq_len).map_err(usage)?;
         let tokenizer = open.base.tokenizer()?;
+        let turns = self.loss_on_turns.or(config.map(|data| data.loss_on_turns));
         let options = DataOptions {
             seq_len,
             loss_on: self.loss_on.or(config.map(|data| data.loss_on)).unwrap_or_default(),
+            chat: open.base.chat_options(turns.unwrap_or_default()),
             on_bad_record: config.map_or(OnBadRecord::Fail, |data| data.on_bad_record),
             seed: open.config.as_ref().map_or(0, |config| config.run.seed),
             eos_token_id: open.base.spec.eos_token_id(),

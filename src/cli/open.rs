@@ -43,6 +43,10 @@ pub struct ModelArgs {
     /// The `tokenizer.json` to use [default: the one that the config names, or the base's].
     #[arg(long, value_name = "FILE")]
     pub tokenizer: Option<PathBuf>,
+    /// A Jinja file with the chat template to use [default: the one that the config names, or the
+    /// base's].
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
     /// The dtype that the base computes in [default: the config's, or `f32`].
     #[arg(long)]
     pub dtype: Option<Dtype>,
@@ -73,7 +77,8 @@ impl ModelArgs {
     /// The output of a command that opens this model. Its inputs are those that are known before
     /// the model is open.
     pub fn output(&self, path: &Path, overwrite: bool) -> Result<Output> {
-        let mut inputs: Vec<PathBuf> = self.tokenizer.iter().cloned().collect();
+        let mut inputs: Vec<PathBuf> =
+            self.tokenizer.iter().chain(&self.chat_template).cloned().collect();
         // the base's files, not its folder, because the output may be a new folder in there
         let entries = self.base.as_ref().and_then(|base| fs_err::read_dir(base).ok());
         let entries = entries.into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
@@ -95,7 +100,8 @@ impl ModelArgs {
         let Some(dir) = &self.checkpoint else {
             let source = source.ok_or_else(|| usage(anyhow!("name `--checkpoint` or `--base`")))?;
             let dtype = self.dtype.unwrap_or_default();
-            let config = BaseConfig { source, tokenizer: self.tokenizer.clone(), dtype };
+            let (tokenizer, chat_template) = (self.tokenizer.clone(), self.chat_template.clone());
+            let config = BaseConfig { source, tokenizer, chat_template, dtype };
             let device = device(self.device.unwrap_or(DeviceChoice::Auto))?;
             let base = open_base(&config, shared)?;
             return self.open_on(base, device, kind_of(dtype), shared);
@@ -107,6 +113,9 @@ impl ModelArgs {
         }
         if let Some(tokenizer) = &self.tokenizer {
             config.base.tokenizer = Some(tokenizer.clone());
+        }
+        if let Some(template) = &self.chat_template {
+            config.base.chat_template = Some(template.clone());
         }
         config.base.dtype = self.dtype.unwrap_or(config.base.dtype);
         let device = device(self.device.unwrap_or(config.run.device))?;

@@ -132,5 +132,6 @@ fn data_options(config: &Config, base: &Base, seed: u64) -> DataOptions {
             base.spec.vocab_size
         );
     }
-    DataOptions::new(&config.data, seed, eos, Some(token_cache()))
+    let chat = base.chat_options(config.data.loss_on_turns);
+    DataOptions { chat, ..DataOptions::new(&config.data, seed, eos, Some(token_cache())) }
 }

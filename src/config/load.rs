@@ -103,7 +103,7 @@ fn make_absolute(config: &mut Config) -> Result<()> {
     if let BaseSource::Path(path) = &mut config.base.source {
         *path = absolute(path)?;
     }
-    if let Some(path) = &mut config.base.tokenizer {
+    for path in [&mut config.base.tokenizer, &mut config.base.chat_template].into_iter().flatten() {
         *path = absolute(path)?;
     }
     for expert in &mut config.lora.experts {

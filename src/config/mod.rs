@@ -175,6 +175,10 @@ pub struct BaseConfig {
     /// A `tokenizer.json` to use instead of the one beside the weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
+    /// A Jinja file with the chat template to use instead of those beside the tokenizer. It turns
+    /// records with `messages` into text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<PathBuf>,
     /// The number type that the base and the experts compute in. Trained parameters, DoRA's norms,
     /// the router, the loss and the optimizer's state are kept in f32 in any case.
     #[serde(default)]
@@ -286,6 +290,10 @@ pub struct DataConfig {
     /// Which tokens the loss counts.
     #[serde(default)]
     pub loss_on: LossOn,
+    /// Which turns of the assistant the loss counts in a record with `messages`, unless `loss_on`
+    /// is `all`.
+    #[serde(default)]
+    pub loss_on_turns: LossOnTurns,
     /// What happens when a record is malformed.
     #[serde(default)]
     pub on_bad_record: OnBadRecord,
@@ -339,11 +347,25 @@ pub enum OnExhausted {
 #[serde(rename_all = "snake_case")]
 pub enum LossOn {
     /// In a record with a `prompt` and a `completion`, the completion and the end-of-text token
-    /// after it. In a `text`, the same as with `all`.
+    /// after it. In a record with `messages`, the turns of the assistant that `loss_on_turns`
+    /// chooses. In a `text`, the same as with `all`.
     #[default]
     Completion,
     /// Every token of a document except the first, which has no tokens before it.
     All,
+}
+
+/// Which turns of the assistant the loss counts.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum LossOnTurns {
+    /// Every turn of the assistant.
+    #[default]
+    All,
+    /// The last turn of the assistant. The earlier ones are only read.
+    Last,
 }
 
 /// What happens when a record is malformed.

@@ -1,17 +1,18 @@
 //! A cache of [`TokenFile`]s on disk, so that each source file is tokenized only once.
 //!
 //! A cache file is named by a BLAKE3 hash of everything that determines its content: the bytes of
-//! the source file, its format and compression, the tokenizer, the end token and [`VERSION`]. It is
-//! written under a temporary name and then renamed, so that processes that start together do not
-//! disturb each other.
+//! the source file, its format and compression, the tokenizer, the end token, the chat template,
+//! the learned turns of conversations and [`VERSION`]. It is written under a temporary name and
+//! then renamed, so that processes that start together do not disturb each other.
 //!
 //! The file consists of, all little-endian:
 //!
 //! - the magic (8 bytes), the BLAKE3 hash of all that follows it (32) and the key (32);
 //! - the numbers of malformed records, domains, documents and tokens (`u64` each);
 //! - for each domain, the length of its name (`u32`) and the name;
-//! - for each document, `num_tokens`, `prompt_len` and `record_domain` (`u32` each), `expert`
-//!   (`i32`) and `content` (16 bytes);
+//! - for each document, `num_tokens`, `prompt_len`, `record_domain` and `num_spans` (`u32` each),
+//!   `expert` (`i32`) and `content` (16 bytes);
+//! - for each span of learned tokens, its start and end (`u32` each);
 //! - the tokens (`u32` each).
 //!
 //! A file that does not match its checksum is made again.
@@ -23,17 +24,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 use fs_err::File;
 
+use super::documents::Reading;
 use super::source::{Format, SourceFile};
-use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TOKEN_BYTES, TokenFile, Tokens};
-use super::tokenize::Tokenizer;
+use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, Span, TOKEN_BYTES, TokenFile, Tokens};
 use crate::ffi;
 
-const MAGIC: [u8; 8] = *b"dylotok\x02";
-/// The version of the tokens. It is raised when this code or `tokenizers` makes other tokens of the
-/// same input.
-const VERSION: u32 = 3;
+const MAGIC: [u8; 8] = *b"dylotok\x03";
+/// The version of the tokens. It is raised when this code, `tokenizers` or `minijinja` makes other
+/// tokens of the same input.
+const VERSION: u32 = 4;
 const CHECKED_FROM: u64 = 40;
-const DOCUMENT_BYTES: u64 = 32;
+const DOCUMENT_BYTES: u64 = 36;
 
 /// A folder of cache files.
 #[derive(Debug, Clone)]
@@ -119,11 +120,8 @@ impl Cache {
 }
 
 /// The key under which the tokens of `source` are stored.
-pub(super) fn key(
-    source: &SourceFile,
-    tokenizer: &Tokenizer,
-    eos_token_id: Option<u32>,
-) -> Result<blake3::Hash> {
+pub(super) fn key(source: &SourceFile, reading: Reading) -> Result<blake3::Hash> {
+    let Reading { tokenizer, eos_token_id, chat, .. } = reading;
     let mut content = blake3::Hasher::new();
     content
         .update_reader(File::open(&source.path)?)
@@ -138,6 +136,13 @@ pub(super) fn key(
     hasher.update(&[source.packing as u8]);
     hasher.update(tokenizer.hash().as_bytes());
     hasher.update(&eos_token_id.map_or(-1, i64::from).to_le_bytes());
+    // only these files can have conversations
+    if source.format == Format::JsonLines {
+        if let Some(template) = &chat.template {
+            hasher.update(template.hash().as_bytes());
+        }
+        hasher.update(&[chat.turns as u8]);
+    }
     Ok(hasher.finalize())
 }
 
@@ -171,11 +176,16 @@ fn write_index<W: Write>(
         writer.write(name.as_bytes())?;
     }
     for document in &file.documents {
-        for number in [document.num_tokens, document.prompt_len, document.record_domain] {
+        let Document { num_tokens, prompt_len, record_domain, num_spans, .. } = *document;
+        for number in [num_tokens, prompt_len, record_domain, num_spans] {
             writer.write(&number.to_le_bytes())?;
         }
         writer.write(&document.expert.to_le_bytes())?;
         writer.write(&document.content)?;
+    }
+    for span in &file.learned {
+        writer.write(&span.start.to_le_bytes())?;
+        writer.write(&span.end.to_le_bytes())?;
     }
     Ok(())
 }
@@ -254,13 +264,15 @@ fn read_index<R: Read>(reader: &mut IndexReader<R>, file_bytes: u64) -> Result<T
         file.record_domains.push(reader.string()?);
     }
     file.documents.reserve_exact(num_documents as usize);
-    let mut start = 0_u64;
+    let (mut start, mut first_span) = (0_u64, 0_u32);
     for _ in 0..num_documents {
         let document = Document {
             start,
             num_tokens: reader.u32()?,
             prompt_len: reader.u32()?,
             record_domain: reader.u32()?,
+            first_span,
+            num_spans: reader.u32()?,
             expert: reader.i32()?,
             content: reader.array()?,
         };
@@ -269,10 +281,27 @@ fn read_index<R: Read>(reader: &mut IndexReader<R>, file_bytes: u64) -> Result<T
         ensure!(document.expert >= NO_EXPERT, "a document's expert is below {NO_EXPERT}");
         ensure!(document.prompt_len <= document.num_tokens, "a prompt is longer than its document");
         start += u64::from(document.num_tokens);
+        first_span = first_span.checked_add(document.num_spans).context("it has too many spans")?;
         file.documents.push(document);
     }
     ensure!(start == num_tokens, "its documents do not cover its tokens");
+    file.learned = read_spans(reader, &file.documents)?;
     Ok(file)
+}
+
+fn read_spans<R: Read>(reader: &mut IndexReader<R>, documents: &[Document]) -> Result<Vec<Span>> {
+    let mut spans = Vec::new();
+    for document in documents {
+        let mut at = 0;
+        for _ in 0..document.num_spans {
+            let span = Span { start: reader.u32()?, end: reader.u32()? };
+            let fits = at <= span.start && span.start < span.end;
+            ensure!(fits && span.end <= document.num_tokens, "a span is not within its document");
+            at = span.end;
+            spans.push(span);
+        }
+    }
+    Ok(spans)
 }
 
 #[cfg(test)]
@@ -290,10 +319,16 @@ mod tests {
         let mut tokens = Vec::new();
         for (i, (prompt_len, more, has_domain)) in lens.iter().enumerate() {
             let num_tokens = prompt_len + more;
+            let first_span = file.learned.len() as u32;
+            if *prompt_len > 1 && num_tokens > 3 {
+                file.learned.extend([Span { start: 1, end: 2 }, Span { start: 2, end: 4 }]);
+            }
             file.documents.push(Document {
                 start: tokens.len() as u64,
                 num_tokens,
                 prompt_len: *prompt_len,
+                first_span,
+                num_spans: file.learned.len() as u32 - first_span,
                 record_domain: if *has_domain { 0 } else { NO_DOMAIN },
                 expert: i as i32 + NO_EXPERT,
                 content: [i as u8; 16],
@@ -323,11 +358,12 @@ mod tests {
             let key = blake3::hash(b"key");
             let file = token_file(&lens, num_bad);
             let tokens = all_tokens(&file);
-            let documents = file.documents.clone();
+            let (documents, learned) = (file.documents.clone(), file.learned.clone());
             prop_assert_eq!(&all_tokens(&cache.put(&key, file)), &tokens);
             let got = cache.get(&key).expect("it was put");
             prop_assert_eq!(all_tokens(&got), tokens);
             prop_assert_eq!((got.documents, got.num_bad), (documents, num_bad));
+            prop_assert_eq!(got.learned, learned);
         }
 
         #[test]

@@ -24,6 +24,7 @@ pub struct TokenDataset {
     pub mixing: Mixing,
     /// What happens when all blocks of a domain have been used before the epoch ends.
     pub on_exhausted: OnExhausted,
+    loss_on: LossOn,
     files: Vec<Arc<TokenFile>>,
     encoding: blake3::Hash,
 }
@@ -171,7 +172,7 @@ impl TokenDataset {
         let pack = |selection| Domain::new(selection, &files, seq_len, loss_on);
         let domains = selections.into_iter().map(pack).collect();
         let (mixing, on_exhausted) = (Mixing::default(), OnExhausted::default());
-        Self { seq_len, domains, mixing, on_exhausted, files, encoding }
+        Self { seq_len, domains, mixing, on_exhausted, loss_on, files, encoding }
     }
 
     /// A dataset of documents in memory, for tests, benchmarks and generated data. It has the
@@ -255,7 +256,7 @@ impl TokenDataset {
     /// # Panics
     /// If there is no such block.
     pub fn label_tokens(&self, id: BlockId) -> u64 {
-        self.pieces(id).iter().map(Piece::label_tokens).sum()
+        self.pieces(id).iter().map(|piece| u64::from(piece.num_labels)).sum()
     }
 
     /// A batch with the given blocks as rows.
@@ -285,8 +286,11 @@ impl TokenDataset {
                 file.tokens.read(piece.start, len + 1, &mut tokens);
                 let place = at..at + len;
                 widen(&tokens[..len], &mut batch.input_ids[place.clone()]);
-                let first_label = len.min(piece.first_label as usize);
-                widen(&tokens[first_label + 1..], &mut batch.labels[at + first_label..at + len]);
+                for range in piece.learned(file, self.loss_on) {
+                    let range = range.start as usize..range.end as usize;
+                    let labels = &mut batch.labels[at + range.start..at + range.end];
+                    widen(&tokens[range.start + 1..range.end + 1], labels);
+                }
                 let positions = batch.position_ids[place.clone()].iter_mut();
                 (0..).zip(positions).for_each(|(position, at)| *at = position);
                 batch.document_ids[place.clone()].fill(piece_index);
@@ -346,11 +350,19 @@ impl Domain {
         let mut record_experts = RecordExperts::default();
         let mut hasher = blake3::Hasher::new();
         let mut experts_hasher = blake3::Hasher::new();
-        for reference in documents {
-            let document = reference.of(files);
-            pack::split(document, reference.file, loss_on, seq_len, &mut pieces, &mut counts);
-            if pack::learned(document, loss_on).is_some() {
+        let mut spans_hasher = blake3::Hasher::new();
+        for DocumentRef { file: file_index, document: index } in documents {
+            let file = &files[file_index as usize];
+            let document = &file.documents[index as usize];
+            let of = (&**file, file_index);
+            pack::split(of, index, loss_on, seq_len, &mut pieces, &mut counts);
+            if pack::learned(file, document, loss_on).next().is_some() {
                 record_experts.add(document);
+            }
+            for span in file.learned(document) {
+                spans_hasher.update(&document.num_spans.to_le_bytes());
+                spans_hasher.update(&span.start.to_le_bytes());
+                spans_hasher.update(&span.end.to_le_bytes());
             }
             experts_hasher.update(&document.expert.to_le_bytes());
             hasher.update(&document.content);
@@ -361,6 +373,10 @@ impl Domain {
         // data that names no experts keeps the fingerprint that existing checkpoints hold
         if record_experts.largest.is_some() {
             hasher.update(experts_hasher.finalize().as_bytes());
+        }
+        // and so does data without conversations
+        if spans_hasher.count() > 0 {
+            hasher.update(spans_hasher.finalize().as_bytes());
         }
         let blocks = pack::pack(pieces, seq_len);
         counts.blocks = blocks.num_blocks() as u64;
@@ -389,6 +405,8 @@ fn memory_file(documents: &[MemoryDocument]) -> TokenFile {
             start: tokens.len() as u64,
             num_tokens: document.tokens.len() as u32,
             prompt_len: document.prompt_len,
+            first_span: 0,
+            num_spans: 0,
             record_domain: NO_DOMAIN,
             expert: document.expert.map_or(NO_EXPERT, memory_expert),
             content,

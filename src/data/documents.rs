@@ -9,6 +9,9 @@
 //! has no text. They belong to the prompt if there is one. In front of a text, the first of them is
 //! never a label, since nothing precedes it; any others are learned like the text.
 //!
+//! A record with `messages` becomes a document too ([`chat`]). It gets neither start tokens nor an
+//! end token, since the chat template writes them.
+//!
 //! The file is read once, in batches of 1 MiB per thread and at most 16 MiB. Besides the tokens,
 //! only one batch is in memory.
 
@@ -16,9 +19,12 @@ use std::collections::HashMap;
 
 use anyhow::{Context, Result, anyhow, bail};
 
+use crate::chat_template::Conversation;
 use crate::config::OnBadRecord;
 
-use super::record;
+use super::chat::{self, ChatOptions, ChatTokens};
+use super::parallel;
+use super::record::{self, Content};
 use super::source::{Format, Lines, SourceFile};
 use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use super::tokenize::{Place, Tokenizer};
@@ -30,8 +36,9 @@ const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
 #[derive(Clone, Copy)]
 pub(super) struct Reading<'a> {
     pub tokenizer: &'a Tokenizer,
-    /// The token that ends each document, if there is one.
+    /// The token that ends each document but a conversation, if there is one.
     pub eos_token_id: Option<u32>,
+    pub chat: &'a ChatOptions,
     pub on_bad_record: OnBadRecord,
     pub num_threads: usize,
 }
@@ -40,8 +47,10 @@ pub(super) struct Reading<'a> {
 enum Step {
     /// The next part of the document's text.
     Part(Part),
-    /// The document is complete; its record has this `domain` and `expert`.
-    End { domain: Option<String>, expert: Option<i64> },
+    /// The document is complete; its record is this one.
+    End(Origin),
+    /// A conversation, which is a whole document.
+    Chat(Conversation, Origin),
     /// The record is malformed; the part of its document that was added before is removed.
     Bad,
 }
@@ -53,12 +62,48 @@ struct Part {
     of_prompt: bool,
 }
 
+/// What a document's record says besides its text.
+struct Origin {
+    domain: Option<String>,
+    expert: Option<i64>,
+}
+
+/// What a step's text became.
+enum Encoded {
+    /// The step has no text.
+    Nothing,
+    Ids(Vec<u32>),
+    Chat(Result<ChatTokens, String>),
+}
+
 impl Step {
     fn part(&self) -> Option<&Part> {
         match self {
             Self::Part(part) => Some(part),
-            Self::End { .. } | Self::Bad => None,
+            Self::End(_) | Self::Chat(..) | Self::Bad => None,
         }
+    }
+}
+
+impl Reading<'_> {
+    fn encode(&self, step: &Step) -> Result<Encoded> {
+        Ok(match step {
+            Step::Part(part) => Encoded::Ids(self.tokenizer.encode_at(&part.text, part.place)?),
+            Step::Chat(conversation, _) => {
+                let ChatOptions { template, base, turns } = self.chat;
+                let template = template.as_ref().with_context(|| {
+                    format!(
+                        "the record has `messages`, but the base `{base}` has no chat template\n\
+                         hint: name one by `base.chat_template = \"FILE.jinja\"`, which is \
+                         `--chat-template` of `dylora eval`, or give the records a `prompt` and a \
+                         `completion`"
+                    )
+                })?;
+                template.check()?;
+                Encoded::Chat(chat::encode(conversation, template, *turns, self.tokenizer))
+            }
+            Step::End(_) | Step::Bad => Encoded::Nothing,
+        })
     }
 }
 
@@ -85,20 +130,15 @@ pub(super) fn read_documents(
     let batch_bytes = BATCH_BYTES_PER_THREAD * reading.num_threads.clamp(1, 16);
     loop {
         let is_last = !steps.fill(batch_bytes)?;
-        let parts = steps.batch.iter().filter_map(|(_, step)| step.part());
-        let texts: Vec<_> = parts.map(|part| (part.text.as_str(), part.place)).collect();
-        let encoded = reading.tokenizer.encode_all(&texts, reading.num_threads);
-        let encoded = encoded.map_err(|(index, error)| {
-            let lines = steps.batch.iter().filter(|(_, step)| step.part().is_some());
-            let line = lines.map(|(line, _)| *line).nth(index).unwrap_or_default();
-            error.context(format!("in `{}:{line}`", source.path.display()))
-        })?;
-        let mut encoded = encoded.into_iter();
-        for (line, step) in steps.batch.drain(..) {
-            let ids =
-                if step.part().is_some() { encoded.next().unwrap_or_default() } else { vec![] };
+        let encode = |(_, step): &(u64, Step)| reading.encode(step);
+        let encoded = parallel::map(&steps.batch, reading.num_threads, encode);
+        for ((line, step), encoded) in std::mem::take(&mut steps.batch).into_iter().zip(encoded) {
             let place = || format!("in `{}:{line}`", source.path.display());
-            builder.apply(step, &ids).with_context(place)?;
+            let encoded = encoded.with_context(place)?;
+            if let Encoded::Chat(Err(fault)) = &encoded {
+                steps.count_bad(line, fault)?;
+            }
+            builder.apply(step, encoded).with_context(place)?;
         }
         on_progress();
         if is_last {
@@ -164,13 +204,19 @@ impl Steps<'_> {
         match record::parse(line) {
             Err(fault) => self.add_bad(&fault),
             Ok(record) => {
-                for prompt in self.reading.tokenizer.cut(record.prompt) {
-                    self.push_part(prompt, true);
+                let origin = Origin { domain: record.domain, expert: record.expert };
+                match record.content {
+                    Content::Chat(conversation) => self.push(Step::Chat(conversation, origin)),
+                    Content::Text { prompt, completion } => {
+                        for prompt in self.reading.tokenizer.cut(prompt) {
+                            self.push_part(prompt, true);
+                        }
+                        for completion in self.reading.tokenizer.cut(completion) {
+                            self.push_part(completion, false);
+                        }
+                        self.push(Step::End(origin));
+                    }
                 }
-                for completion in self.reading.tokenizer.cut(record.completion) {
-                    self.push_part(completion, false);
-                }
-                self.push(Step::End { domain: record.domain, expert: record.expert });
                 Ok(())
             }
         }
@@ -199,13 +245,20 @@ impl Steps<'_> {
             self.push_part(part, false);
         }
         if !more {
-            self.push(Step::End { domain: None, expert: None });
+            self.push(Step::End(Origin { domain: None, expert: None }));
         }
         Ok(more)
     }
 
     fn add_bad(&mut self, fault: &str) -> Result<()> {
-        let place = format!("{}:{}", self.source.path.display(), self.lines.number);
+        self.count_bad(self.lines.number, fault)?;
+        self.push(Step::Bad);
+        Ok(())
+    }
+
+    /// Counts the malformed record on a line, or fails.
+    fn count_bad(&mut self, line: u64, fault: &str) -> Result<()> {
+        let place = format!("{}:{line}", self.source.path.display());
         if self.reading.on_bad_record == OnBadRecord::Fail {
             bail!(
                 "`{place}`: {fault}\nhint: `data.on_bad_record = \"skip\"` leaves such records out"
@@ -215,7 +268,6 @@ impl Steps<'_> {
             tracing::warn!("malformed records are left out, such as `{place}`: {fault}");
         }
         self.num_bad += 1;
-        self.push(Step::Bad);
         Ok(())
     }
 }
@@ -228,6 +280,8 @@ struct Builder<'a> {
     /// The index in `tokens` at which the document under construction starts.
     start: usize,
     prompt_len: usize,
+    /// The index in `file.learned` at which the spans of the document start.
+    first_span: usize,
     content: blake3::Hasher,
     domains: HashMap<String, u32>,
 }
@@ -240,49 +294,65 @@ impl<'a> Builder<'a> {
             tokens: Vec::new(),
             start: 0,
             prompt_len: 0,
+            first_span: 0,
             content: blake3::Hasher::new(),
             domains: HashMap::new(),
         }
     }
 
-    /// Applies a step whose text has the tokens `ids`.
-    fn apply(&mut self, step: Step, ids: &[u32]) -> Result<()> {
-        match step {
-            Step::Part(part) => {
+    /// Applies a step, whose text is now `encoded`.
+    fn apply(&mut self, step: Step, encoded: Encoded) -> Result<()> {
+        match (step, encoded) {
+            (Step::Part(part), Encoded::Ids(ids)) => {
                 if self.tokens.len() == self.start {
-                    self.tokens.extend(self.reading.tokenizer.start_tokens_for(ids));
+                    self.tokens.extend(self.reading.tokenizer.start_tokens_for(&ids));
                 }
-                self.tokens.extend_from_slice(ids);
+                self.tokens.extend_from_slice(&ids);
                 if part.of_prompt {
                     self.prompt_len = self.tokens.len() - self.start;
                 }
                 self.content.update(part.text.as_bytes());
+                Ok(())
             }
-            Step::Bad => {
+            (Step::End(origin), _) => {
+                self.tokens.extend(self.reading.eos_token_id);
+                self.end_document(origin)
+            }
+            (Step::Chat(_, origin), Encoded::Chat(Ok(chat))) => {
+                self.tokens.extend_from_slice(&chat.ids);
+                self.prompt_len = chat.prompt_len;
+                self.content.update(chat.text.as_bytes());
+                self.file.learned.extend_from_slice(&chat.learned);
+                self.end_document(origin)
+            }
+            (Step::Bad | Step::Part(_) | Step::Chat(..), _) => {
                 self.tokens.truncate(self.start);
                 self.begin_document();
-            }
-            Step::End { domain, expert } => {
-                self.tokens.extend(self.reading.eos_token_id);
-                let document = self.document(domain, expert)?;
-                self.file.documents.push(document);
-                self.begin_document();
+                Ok(())
             }
         }
+    }
+
+    fn end_document(&mut self, origin: Origin) -> Result<()> {
+        let document = self.document(origin)?;
+        self.file.documents.push(document);
+        self.begin_document();
         Ok(())
     }
 
     fn begin_document(&mut self) {
         self.start = self.tokens.len();
+        self.first_span = self.file.learned.len();
         self.prompt_len = 0;
         self.content.reset();
     }
 
     /// The document that has just been completed.
-    fn document(&mut self, domain: Option<String>, expert: Option<i64>) -> Result<Document> {
+    fn document(&mut self, Origin { domain, expert }: Origin) -> Result<Document> {
+        let num_spans = self.file.learned.len() - self.first_span;
         let narrow = |count: usize| {
             u32::try_from(count)
-                .map_err(|_| anyhow!("a document has {count} tokens, more than 2^32"))
+                .map_err(|_| anyhow!("a document or file has {count} tokens, more than 2^32"))
         };
         let mut content = [0; 16];
         self.content.finalize_xof().fill(&mut content);
@@ -290,6 +360,8 @@ impl<'a> Builder<'a> {
             start: self.start as u64,
             num_tokens: narrow(self.tokens.len() - self.start)?,
             prompt_len: narrow(self.prompt_len)?,
+            first_span: narrow(self.first_span)?,
+            num_spans: narrow(num_spans)?,
             record_domain: domain.map_or(NO_DOMAIN, |name| self.domain_index(name)),
             expert: expert
                 .map_or(NO_EXPERT, |index| index.try_into().expect("`record` has checked it")),

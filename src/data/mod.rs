@@ -1,12 +1,12 @@
 //! From text files to batches: source -> tokens -> documents of a domain -> blocks -> batches.
 //!
 //! 1. `source`, `record`: patterns are expanded into files, and the lines of a file into records. A
-//!    `.jsonl` file has one JSON object per line, with `text` or with `prompt` and `completion`,
-//!    and optionally with `domain` and `expert`. Any other file is one plain text. `.zst` and `.gz`
-//!    files are decompressed while they are read.
-//! 2. `tokenize`, `documents`, `read`: records become documents. A document is a list of tokens
-//!    with an end token and the length of its prompt. `cache` stores the documents of a file under
-//!    a hash of the file's content.
+//!    `.jsonl` file has one JSON object per line, with `text`, with `prompt` and `completion` or
+//!    with `messages`, and optionally with `domain` and `expert`. Any other file is one plain text.
+//!    `.zst` and `.gz` files are decompressed while they are read.
+//! 2. `tokenize`, `chat`, `documents`, `read`: records become documents. A document is a list of
+//!    tokens with an end token and the length of its prompt; a conversation's says which tokens are
+//!    learned instead. `cache` stores the documents of a file under a hash of the file's content.
 //! 3. `select`: documents are assigned to domains. Some are held out for validation, and documents
 //!    that are in a validation set are left out of training.
 //! 4. `pack`: documents are cut into pieces of at most `seq_len` positions, which are packed into
@@ -21,10 +21,12 @@
 //! All of this is deterministic: the same files and options give the same batches on any machine.
 
 mod cache;
+mod chat;
 mod dataset;
 mod documents;
 mod order;
 mod pack;
+mod parallel;
 mod read;
 mod record;
 mod select;
@@ -37,6 +39,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+pub use self::chat::ChatOptions;
 pub use self::dataset::{
     Batch, Domain, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT, RecordExperts,
     TokenDataset,
@@ -64,11 +67,14 @@ pub struct DataOptions {
     pub seq_len: usize,
     /// Which targets the loss counts.
     pub loss_on: LossOn,
+    /// How records with `messages` become text.
+    pub chat: ChatOptions,
     /// What happens when a record is malformed.
     pub on_bad_record: OnBadRecord,
     /// The seed that chooses the documents held out by a `validation.fraction`.
     pub seed: u64,
-    /// The token that ends each document. With `None`, documents get no end token.
+    /// The token that ends each document but a conversation. With `None`, documents get no end
+    /// token.
     pub eos_token_id: Option<u32>,
     /// What share of the training blocks each domain gets.
     pub mixing: Mixing,
@@ -80,7 +86,7 @@ pub struct DataOptions {
 }
 
 impl DataOptions {
-    /// The options of a config's `[data]`.
+    /// The options of a config's `[data]`, without a chat template.
     pub fn new(
         config: &DataConfig,
         seed: u64,
@@ -91,6 +97,7 @@ impl DataOptions {
         Self {
             seq_len,
             loss_on,
+            chat: ChatOptions { turns: config.loss_on_turns, ..ChatOptions::default() },
             on_bad_record,
             seed,
             eos_token_id,

@@ -4,7 +4,8 @@
 //! token `p + 1`. A document with at most `seq_len` positions becomes one piece. A longer one is
 //! cut into consecutive pieces of `seq_len` positions and a last one that may be shorter, so that
 //! each target is in exactly one piece. Pieces without a learned target are dropped: they would
-//! cost time and train nothing.
+//! cost time and train nothing. What is learned is what follows the prompt or, in a conversation,
+//! the spans of the assistant's turns.
 //!
 //! The pieces are packed best fit, longest first (Ding et al., "Fewer Truncations Improve Language
 //! Modeling", arXiv:2404.10830): each goes into the block in which it leaves the fewest free
@@ -12,9 +13,11 @@
 //! their documents. Among blocks with equally many free positions, the one that was filled last is
 //! taken. The result therefore depends only on the pieces and their order.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
-use super::token_file::Document;
+use super::token_file::{Document, TokenFile};
 use crate::config::LossOn;
 
 /// What a domain's files contain. Each record is counted in `documents` or in one of `skipped_*`.
@@ -57,10 +60,12 @@ impl DomainCounts {
 pub(super) struct Piece {
     /// Index of the document's file in the dataset.
     pub file: u32,
+    /// Index of the document in its file.
+    pub document: u32,
     /// Number of positions, one less than the number of tokens that the piece reads.
     pub len: u32,
-    /// The first position with a learned target; all later targets are learned too.
-    pub first_label: u32,
+    /// Number of learned targets.
+    pub num_labels: u32,
     /// Number of positions that read a token of the prompt; they are the first ones.
     pub prompt_len: u32,
     /// The document's [`Document::expert`].
@@ -70,9 +75,13 @@ pub(super) struct Piece {
 }
 
 impl Piece {
-    /// Number of learned targets.
-    pub fn label_tokens(&self) -> u64 {
-        u64::from(self.len - self.first_label)
+    /// The positions of the piece whose targets are learned.
+    ///
+    /// - `file`: the document's file
+    pub fn learned(self, file: &TokenFile, loss_on: LossOn) -> impl Iterator<Item = Range<u32>> {
+        let document = &file.documents[self.document as usize];
+        let at = (self.start - document.start) as u32;
+        learned(file, document, loss_on).filter_map(move |range| within(range, at, self.len))
     }
 
     /// The number of positions that sequence-level routing averages over: those that read the
@@ -82,43 +91,71 @@ impl Piece {
     }
 }
 
-/// The first position of `document` whose target is learned, and its number of positions; `None` if
-/// no target is learned.
-pub(super) fn learned(document: &Document, loss_on: LossOn) -> Option<(u32, u32)> {
-    let len = document.num_tokens.checked_sub(1)?;
-    let first_label = match loss_on {
-        LossOn::Completion => document.prompt_len.saturating_sub(1),
-        LossOn::All => 0,
-    };
-    (first_label < len).then_some((first_label, len))
+/// The part of `range` that lies in the `len` positions from `at` on, counted from there.
+fn within(range: Range<u32>, at: u32, len: u32) -> Option<Range<u32>> {
+    let part = range.start.max(at)..range.end.min(at + len);
+    (!part.is_empty()).then(|| part.start - at..part.end - at)
 }
 
-/// Adds the pieces of `document` to `pieces` and its numbers to `counts`.
-pub(super) fn split(
+/// The positions of `document` whose targets are learned, in ascending order.
+pub(super) fn learned(
+    file: &TokenFile,
     document: &Document,
-    file: u32,
+    loss_on: LossOn,
+) -> impl Iterator<Item = Range<u32>> {
+    let len = document.num_tokens.saturating_sub(1);
+    let (from, spans) = match (loss_on, file.learned(document)) {
+        (LossOn::All, _) => (0, [].as_slice()),
+        (LossOn::Completion, []) => (document.prompt_len.saturating_sub(1), [].as_slice()),
+        // only the spans are learned
+        (LossOn::Completion, spans) => (len, spans),
+    };
+    // the target of a position is the token behind it
+    let of_spans = spans.iter().map(|span| span.start.saturating_sub(1)..span.end - 1);
+    std::iter::once(from..len).chain(of_spans).filter(|range| !range.is_empty())
+}
+
+/// Adds the pieces of the document with index `index` in `file` to `pieces` and its numbers to
+/// `counts`.
+///
+/// - `file_index`: the index of `file` in the dataset
+pub(super) fn split(
+    (file, file_index): (&TokenFile, u32),
+    index: u32,
     loss_on: LossOn,
     seq_len: u32,
     pieces: &mut Vec<Piece>,
     counts: &mut DomainCounts,
 ) {
-    let Some((first_label, num_positions)) = learned(document, loss_on) else {
+    let document = &file.documents[index as usize];
+    let num_labels = |at: u32, len: u32| -> u32 {
+        let ranges = learned(file, document, loss_on);
+        ranges.filter_map(|range| within(range, at, len)).map(|range| range.len() as u32).sum()
+    };
+    let num_positions = document.num_tokens.saturating_sub(1);
+    let label_tokens = num_labels(0, num_positions);
+    if label_tokens == 0 {
         counts.skipped_empty += 1;
         return;
-    };
+    }
     counts.documents += 1;
     counts.tokens += u64::from(document.num_tokens);
-    counts.label_tokens += u64::from(num_positions - first_label);
+    counts.label_tokens += u64::from(label_tokens);
     counts.split_documents += u64::from(num_positions > seq_len);
     let mut at = 0;
     while at < num_positions {
         let len = seq_len.min(num_positions - at);
-        let first_label = first_label.saturating_sub(at);
-        if first_label < len {
-            let prompt_len = document.prompt_len.saturating_sub(at).min(len);
-            let start = document.start + u64::from(at);
-            let expert = document.expert;
-            pieces.push(Piece { file, len, first_label, prompt_len, expert, start });
+        let num_labels = num_labels(at, len);
+        if num_labels > 0 {
+            pieces.push(Piece {
+                file: file_index,
+                document: index,
+                len,
+                num_labels,
+                prompt_len: document.prompt_len.saturating_sub(at).min(len),
+                expert: document.expert,
+                start: document.start + u64::from(at),
+            });
             counts.positions += u64::from(len);
         }
         at += len;

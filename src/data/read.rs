@@ -50,6 +50,7 @@ pub(super) fn read_files(
         reading: Reading {
             tokenizer,
             eos_token_id: options.eos_token_id,
+            chat: &options.chat,
             on_bad_record: options.on_bad_record,
             num_threads: std::thread::available_parallelism().map_or(1, usize::from),
         },
@@ -161,7 +162,7 @@ impl Reader<'_> {
     }
 
     fn key(&self, index: usize) -> Result<blake3::Hash> {
-        cache::key(&self.files[index], self.reading.tokenizer, self.reading.eos_token_id)
+        cache::key(&self.files[index], self.reading)
     }
 
     fn tokenize(

@@ -1,26 +1,42 @@
 //! Parses one line of a `.jsonl` file into a record.
 //!
-//! A record is a JSON object with either `text`, or `prompt` and `completion`; all of these are
-//! strings. It may have a string `domain`, which names its domain. It may have an `expert`, which
+//! A record is a JSON object with either `text`, or `prompt` and `completion`, which are strings,
+//! or `messages`. These are a conversation, a list of objects with a string `role` and whatever
+//! else the base's chat template reads. With them, a record may have `tools`, a list of JSON
+//! schemas, and `chat_template_kwargs`, an object of further variables for the template, as in
+//! Hugging Face's TRL.
+//!
+//! A record may have a string `domain`, which names its domain. It may have an `expert`, which
 //! names the expert that the record is for: by the expert's index, a number from 0; by its exported
 //! name, `expert_N`; or by `__base__`, which is PEFT's name for no adapter. Other keys are ignored,
 //! and `null` counts as absent.
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::token_file::BASE_EXPERT;
+use crate::chat_template::Conversation;
 
-/// A document's text: the prompt, which is only read, and the completion, which is learned.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The variables of a template that `chat_template_kwargs` cannot set.
+const RESERVED: [&str; 4] = ["messages", "tools", "add_generation_prompt", "strftime_now"];
+
+/// A line of a file.
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Record {
-    /// Empty if the record has a `text`.
-    pub prompt: String,
-    /// The `completion`, or the whole `text`.
-    pub completion: String,
+    pub content: Content,
     pub domain: Option<String>,
     /// An index that fits into an `i32`, or [`BASE_EXPERT`].
     pub expert: Option<i64>,
+}
+
+/// What becomes a document.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Content {
+    /// The prompt, which is only read, and the completion, which is learned. A `text` is a
+    /// completion without a prompt.
+    Text { prompt: String, completion: String },
+    /// A conversation, of which the assistant's turns are learned.
+    Chat(Conversation),
 }
 
 #[derive(Deserialize)]
@@ -28,6 +44,9 @@ struct RawRecord {
     text: Option<Value>,
     prompt: Option<Value>,
     completion: Option<Value>,
+    messages: Option<Value>,
+    tools: Option<Value>,
+    chat_template_kwargs: Option<Value>,
     domain: Option<Value>,
     expert: Option<Value>,
 }
@@ -40,18 +59,39 @@ pub(super) fn parse(line: &[u8]) -> Result<Record, String> {
         return Err("is no JSON object; write `{\"text\": \"...\"}`".into());
     }
     let raw: RawRecord = serde_json::from_str(line).map_err(|error| json_fault(&error))?;
-    let text = string("text", raw.text)?;
-    let prompt = string("prompt", raw.prompt)?;
-    let completion = string("completion", raw.completion)?;
     let domain = string("domain", raw.domain)?;
     let expert = expert(raw.expert)?;
-    match (text, prompt, completion) {
-        (Some(completion), None, None) => {
-            Ok(Record { prompt: String::new(), completion, domain, expert })
+    let text = string("text", raw.text)?;
+    let content = match raw.messages {
+        None => text_content(text, raw.prompt, raw.completion)?,
+        Some(messages) => {
+            if text.is_some() || raw.prompt.is_some() || raw.completion.is_some() {
+                return Err(
+                    "has `messages` as well as `text`, `prompt` or `completion`; leave one \
+                            of the two out"
+                        .into(),
+                );
+            }
+            Content::Chat(conversation(messages, raw.tools, raw.chat_template_kwargs)?)
         }
-        (None, Some(prompt), Some(completion)) => Ok(Record { prompt, completion, domain, expert }),
+    };
+    Ok(Record { content, domain, expert })
+}
+
+fn text_content(
+    text: Option<String>,
+    prompt: Option<Value>,
+    completion: Option<Value>,
+) -> Result<Content, String> {
+    let prompt = string("prompt", prompt)?;
+    let completion = string("completion", completion)?;
+    match (text, prompt, completion) {
+        (Some(completion), None, None) => Ok(Content::Text { prompt: String::new(), completion }),
+        (None, Some(prompt), Some(completion)) => Ok(Content::Text { prompt, completion }),
         (None, None, None) => {
-            Err("has neither `text` nor `prompt` and `completion`; one of the two is needed".into())
+            Err("has neither `text`, `prompt` and `completion`, nor `messages`; one of the three \
+                 is needed"
+                .into())
         }
         (None, Some(_), None) => {
             Err("has a `prompt` but no `completion`; add it, or call the field `text`".into())
@@ -62,6 +102,61 @@ pub(super) fn parse(line: &[u8]) -> Result<Record, String> {
         (Some(_), _, _) => {
             Err("has `text` as well as `prompt` or `completion`; leave one of the two out".into())
         }
+    }
+}
+
+fn conversation(
+    messages: Value,
+    tools: Option<Value>,
+    variables: Option<Value>,
+) -> Result<Conversation, String> {
+    let messages = match messages {
+        Value::Array(messages) if !messages.is_empty() => messages,
+        Value::Array(_) => return Err("`messages` must have at least one message, got none".into()),
+        other => {
+            return Err(format!("`messages` must be a list of messages, got {}", kind(&other)));
+        }
+    };
+    let message = |(at, value): (usize, Value)| {
+        let fault = |what: String| format!("message {} {what}", at + 1);
+        let Value::Object(message) = value else {
+            let right = "`{\"role\": \"user\", \"content\": \"..\"}`";
+            return Err(fault(format!("must be an object, as {right}, got {}", kind(&value))));
+        };
+        match message.get("role") {
+            Some(Value::String(_)) => Ok(message),
+            None => Err(fault("has no `role`".into())),
+            Some(other) => {
+                Err(fault(format!("must have a string as its `role`, got {}", kind(other))))
+            }
+        }
+    };
+    let messages = messages.into_iter().enumerate().map(message).collect::<Result<_, _>>()?;
+    let tools = tools.map(tool_list).transpose()?.filter(|tools| !tools.is_empty());
+    let variables = variables.map(variables_of).transpose()?.unwrap_or_default();
+    Ok(Conversation { messages, tools, variables, now: None })
+}
+
+/// The tools as a list, which some data sets hold as a text of JSON.
+fn tool_list(tools: Value) -> Result<Vec<Value>, String> {
+    let parsed = match &tools {
+        Value::String(text) => serde_json::from_str(text).ok(),
+        _ => None,
+    };
+    match parsed.unwrap_or(tools) {
+        Value::Array(tools) => Ok(tools),
+        other => Err(format!("`tools` must be a list of JSON schemas, got {}", kind(&other))),
+    }
+}
+
+fn variables_of(variables: Value) -> Result<Map<String, Value>, String> {
+    let Value::Object(variables) = variables else {
+        let found = kind(&variables);
+        return Err(format!("`chat_template_kwargs` must be an object, got {found}"));
+    };
+    match RESERVED.into_iter().find(|name| variables.contains_key(*name)) {
+        None => Ok(variables),
+        Some(name) => Err(format!("`chat_template_kwargs` cannot set `{name}`")),
     }
 }
 
@@ -126,12 +221,31 @@ mod tests {
 
     #[test]
     fn both_forms_are_read_and_other_keys_are_ignored() {
+        let content = |prompt: &str, completion: &str| Content::Text {
+            prompt: prompt.into(),
+            completion: completion.into(),
+        };
         let text = parse(br#"{"id": 7, "text": "a", "domain": "x", "tags": ["b"]}"#).unwrap();
-        assert_eq!((text.prompt.as_str(), text.completion.as_str()), ("", "a"));
+        assert_eq!(text.content, content("", "a"));
         assert_eq!(text.domain.as_deref(), Some("x"));
         let pair = parse(br#"{"prompt": "q", "completion": "a", "text": null}"#).unwrap();
-        assert_eq!((pair.prompt.as_str(), pair.completion.as_str()), ("q", "a"));
+        assert_eq!(pair.content, content("q", "a"));
         assert_eq!(pair.domain, None);
+    }
+
+    #[test]
+    fn messages_keep_all_their_keys_in_order() {
+        let line = r#"{"messages": [{"role": "user", "z": 1, "content": null, "a": [2]}],
+                       "tools": "[{\"name\": \"f\"}]", "chat_template_kwargs": {"b": true},
+                       "domain": "x", "text": null}"#;
+        let record = parse(line.as_bytes()).unwrap();
+        let Content::Chat(chat) = record.content else { panic!("it is a conversation") };
+        let message = serde_json::to_string(&chat.messages[0]).unwrap();
+        assert_eq!(message, r#"{"role":"user","z":1,"content":null,"a":[2]}"#);
+        assert_eq!(chat.tools, Some(vec![serde_json::json!({"name": "f"})]));
+        assert_eq!(chat.variables["b"], true);
+        let no_tools = parse(br#"{"messages": [{"role": "user"}], "tools": []}"#).unwrap();
+        assert!(matches!(no_tools.content, Content::Chat(chat) if chat.tools.is_none()));
     }
 
     #[test]
@@ -178,7 +292,7 @@ mod tests {
         assert!(fault(r#"{"text": "a", "text": "b"}"#).contains("duplicate field `text`"));
         assert!(fault(r#"["a", null, null, null]"#).starts_with("is no JSON object"));
         assert!(fault(r#""a""#).starts_with("is no JSON object"));
-        assert!(fault("{}").starts_with("has neither `text` nor"));
+        assert!(fault("{}").starts_with("has neither `text`, `prompt` and `completion`, nor"));
         assert!(fault(r#"{"prompt": "a"}"#).contains("no `completion`"));
         assert!(fault(r#"{"completion": "a"}"#).contains("no `prompt`"));
         assert!(fault(r#"{"text": "a", "prompt": "b"}"#).starts_with("has `text` as well as"));
@@ -187,6 +301,22 @@ mod tests {
             fault(r#"{"text": "a", "domain": []}"#),
             "`domain` must be a string, got an array"
         );
+        for (record, found) in [
+            (r#""messages": {}"#, "`messages` must be a list of messages, got an object"),
+            (r#""messages": []"#, "`messages` must have at least one message, got none"),
+            (r#""messages": [{"role": "user"}, "a"]"#, "message 2 must be an object, as"),
+            (r#""messages": [{"from": "human", "value": "a"}]"#, "message 1 has no `role`"),
+            (r#""messages": [{"role": 1}]"#, "message 1 must have a string as its `role`, got a"),
+            (r#""messages": [{"role": "user"}], "text": "a""#, "has `messages` as well as `text`"),
+            (r#""messages": [{"role": "user"}], "tools": "f""#, "`tools` must be a list of JSON"),
+            (
+                r#""messages": [{"role": "user"}], "chat_template_kwargs": {"tools": 1}"#,
+                "`chat_template_kwargs` cannot set `tools`",
+            ),
+        ] {
+            let fault = fault(&format!("{{{record}}}"));
+            assert!(fault.starts_with(found), "{fault}");
+        }
         assert_eq!(parse(b"{\"text\": \"\xff\"}").unwrap_err(), "invalid UTF-8 at byte 11");
     }
 }

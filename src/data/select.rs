@@ -89,7 +89,8 @@ impl Selector<'_> {
 
     fn add(&self, selection: &mut Selection, reference: DocumentRef, document: &Document) {
         selection.counts.records += 1;
-        if pack::learned(document, self.loss_on).is_some() {
+        let file = &self.files[reference.file as usize];
+        if pack::learned(file, document, self.loss_on).next().is_some() {
             selection.documents.push(reference);
         } else {
             selection.counts.skipped_empty += 1;

@@ -18,13 +18,28 @@ pub(super) struct TokenFile {
     /// The tokens of all documents, one document after another.
     pub tokens: Tokens,
     pub documents: Vec<Document>,
+    /// The learned tokens of the conversations, one document after another.
+    pub learned: Vec<Span>,
     /// The distinct values of the records' `domain` fields.
     pub record_domains: Vec<String>,
     /// Number of malformed records, which were left out.
     pub num_bad: u64,
 }
 
+/// Tokens of a document, by their indices in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span {
+    pub start: u32,
+    pub end: u32,
+}
+
 impl TokenFile {
+    /// The learned tokens of a document, if it is a conversation; there are none for others.
+    pub fn learned(&self, document: &Document) -> &[Span] {
+        let start = document.first_span as usize;
+        &self.learned[start..start + document.num_spans as usize]
+    }
+
     /// The `domain` field of a document's record, if it has one.
     pub fn record_domain(&self, document: &Document) -> Option<&str> {
         self.record_domains.get(document.record_domain as usize).map(String::as_str)
@@ -40,6 +55,11 @@ pub(super) struct Document {
     pub num_tokens: u32,
     /// Number of tokens in the prompt, which comes first; 0 for a `text`.
     pub prompt_len: u32,
+    /// Index of its first span in [`TokenFile::learned`].
+    pub first_span: u32,
+    /// Number of its spans. It has some if and only if it is a conversation; in other documents,
+    /// what follows the prompt is learned.
+    pub num_spans: u32,
     /// Index in [`TokenFile::record_domains`], or [`NO_DOMAIN`].
     pub record_domain: u32,
     /// The expert that the record names, from 0, or [`BASE_EXPERT`] or [`NO_EXPERT`].

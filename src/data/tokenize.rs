@@ -12,12 +12,15 @@
 //! and long texts are cut where no token can cross the cut, so that the ids are those of the whole
 //! text ([`CutRule`]). Texts are not cut if the tokenizer is of a kind without such a rule.
 
+use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
 use tokenizers::pre_tokenizers::split::SplitPattern;
-use tokenizers::{Encoding, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Token};
+use tokenizers::{
+    Encoding, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
+    Token,
+};
 
 /// A text is cut at the first safe place after this many bytes.
 const CUT_AFTER_BYTES: usize = 1 << 16;
@@ -83,6 +86,8 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|error| anyhow!("cannot turn off truncation: {error}"))?;
         let start_tokens = start_tokens(&inner)?;
+        // it adds nothing else, and would take the space before a word out of its token's bytes
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         let vocab = inner.get_vocab(true).into_values();
         let largest_id = vocab.chain(start_tokens.iter().copied()).max();
         let mut tokenizer = Self {
@@ -138,7 +143,7 @@ impl Tokenizer {
     /// A continuation is encoded behind a guard, whose ids are then removed. It thus has the ids
     /// that it has within a longer text. If no guard keeps its own ids, the continuation is encoded
     /// like the start of a document.
-    fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
+    pub(super) fn encode_at(&self, text: &str, place: Place) -> Result<Vec<u32>> {
         if place == Place::Continuation {
             for (guard, guard_ids) in &self.guards {
                 let ids = self.encode(&format!("{guard}{text}"))?;
@@ -150,38 +155,13 @@ impl Tokenizer {
         self.encode(text)
     }
 
-    /// The ids of each text, in order, computed on up to `num_threads` threads.
-    ///
-    /// # Errors
-    /// The index of the first text that cannot be encoded, and the reason.
-    pub(super) fn encode_all(
-        &self,
-        texts: &[(&str, Place)],
-        num_threads: usize,
-    ) -> Result<Vec<Vec<u32>>, (usize, anyhow::Error)> {
-        let encode = |index: usize| {
-            let (text, place) = texts[index];
-            self.encode_at(text, place).map_err(|error| (index, error))
-        };
-        let num_threads = num_threads.min(texts.len());
-        if num_threads <= 1 {
-            return (0..texts.len()).map(encode).collect();
-        }
-        let next = AtomicUsize::new(0);
-        let work = || -> Vec<(usize, Result<Vec<u32>, _>)> {
-            let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|i| *i < texts.len());
-            std::iter::from_fn(take).map(|index| (index, encode(index))).collect()
-        };
-        let mut all: Vec<_> = (0..texts.len()).map(|_| Ok(Vec::new())).collect();
-        std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..num_threads).map(|_| scope.spawn(work)).collect();
-            for thread in threads {
-                for (index, ids) in thread.join().expect("encoding returns its errors") {
-                    all[index] = ids;
-                }
-            }
-        });
-        all.into_iter().collect()
+    /// The ids of `text`, without start tokens, each with the bytes of the text that the token
+    /// stands for. Tokens that stand for parts of one character have its bytes.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = self.inner.encode(text, false);
+        let encoding = encoding.map_err(|error| anyhow!("cannot encode the text: {error}"))?;
+        let ranges = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
+        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
     }
 
     /// The text of `ids`, including special tokens.

@@ -2,7 +2,7 @@
 //! tokenizer, and the small files that lay beside the base it was made from.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde_json::json;
@@ -12,6 +12,7 @@ use super::peft::write_json;
 use crate::config::SaveDtype;
 use crate::data::Tokenizer;
 use crate::durable::{self, output::Output};
+use crate::hub::SideFile;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families::{self, load};
@@ -32,7 +33,7 @@ pub fn export(
     base: &Decoder,
     dtype: SaveDtype,
     tokenizer: Option<&Path>,
-    beside: &[PathBuf],
+    beside: &[SideFile],
 ) -> Result<()> {
     let (kind, name) = kind_of(dtype);
     out.write_folder(super::is_unmarked_output, |dir| {
@@ -50,9 +51,10 @@ pub fn export(
             }
         }
         write_json(&dir.join(CONFIG), &families::to_json(&base.spec, name))?;
-        for file in beside {
-            let name = file.file_name().context("a file has a name")?;
-            durable::write(&dir.join(name), &fs_err::read(file)?)?;
+        for SideFile { name, path } in beside {
+            let file = dir.join(name);
+            fs_err::create_dir_all(file.parent().expect("the folder is its parent"))?;
+            durable::write(&file, &fs_err::read(path)?)?;
         }
         tokenizer.map_or(Ok(()), |file| write_tokenizer(dir, &base.spec, file))
     })

@@ -29,12 +29,11 @@ impl GenerationDefaults {
     /// A file that cannot be read, and a value of another type than it should have; the message
     /// names the file and the key.
     pub fn of_base(base: &Base) -> Result<Self> {
-        let is_file = |path: &&std::path::PathBuf| path.file_name().is_some_and(|x| x == FILE);
         let own = base.spec.eos_token_ids.iter().map(|id| i64::from(*id)).collect();
         let none = Self { sampling: Sampling::GREEDY, max_new_tokens: None, end_tokens: own };
-        match base.beside.iter().find(is_file) {
+        match base.beside.iter().find(|file| file.name == FILE) {
             None => Ok(none),
-            Some(path) => none.with_file(path),
+            Some(file) => none.with_file(&file.path),
         }
     }
 

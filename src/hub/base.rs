@@ -11,7 +11,7 @@ use anyhow::{Context, Error, Result, anyhow, bail};
 use serde::Deserialize;
 
 use super::adapter;
-use super::files::BaseFiles;
+use super::files::{BaseFiles, SideFile};
 use super::place::Place;
 
 pub(super) const CONFIG: &str = "config.json";
@@ -27,6 +27,9 @@ const BESIDE: [&str; 6] = [
     "LICENSE",
     "LICENSE.txt",
 ];
+
+/// The folder of the chat templates that have names.
+const TEMPLATES: &str = "additional_chat_templates";
 
 /// The config key of the base, for messages.
 pub(super) const OPTION: &str = "base.source";
@@ -60,10 +63,18 @@ pub(super) fn collect(place: &Place) -> Result<BaseFiles> {
         }
         shards.iter().map(|shard| place.get(shard)).collect::<Result<_>>()?
     };
-    let beside = BESIDE.into_iter().filter(|file| place.has(file));
-    let beside = beside.map(|file| place.get(file)).collect::<Result<_>>()?;
+    let beside = side_files(place)?;
     let (label, commit) = (place.label.clone(), place.commit.clone());
     Ok(BaseFiles { label, commit, config, weights, tokenizer, beside })
+}
+
+/// The small files in `place` that go with a base.
+pub(super) fn side_files(place: &Place) -> Result<Vec<SideFile>> {
+    let known = BESIDE.into_iter().filter(|file| place.has(file)).map(str::to_owned);
+    let templates = place.files_in(TEMPLATES)?;
+    let templates = templates.into_iter().filter(|file| file.ends_with(".jinja"));
+    let get = |name: String| Ok(SideFile { path: place.get(&name)?, name });
+    known.chain(templates).map(get).collect()
 }
 
 /// The names of the shards in the index at `path`, sorted and without duplicates.

@@ -17,9 +17,18 @@ pub struct BaseFiles {
     /// `tokenizer.json`, if there is one.
     pub tokenizer: Option<PathBuf>,
     /// The small files beside the weights, as far as there are any: the settings of the tokenizer
-    /// and of generation, the chat template and the license. They are copied to a base that is
+    /// and of generation, the chat templates and the license. They are copied to a base that is
     /// written.
-    pub beside: Vec<PathBuf>,
+    pub beside: Vec<SideFile>,
+}
+
+/// A small file that goes with a base wherever it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SideFile {
+    /// Its path in the base's folder, such as `chat_template.jinja`.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
 }
 
 /// The files of an adapter. Both exist.

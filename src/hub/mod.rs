@@ -31,11 +31,14 @@ mod place;
 mod repo;
 mod settings;
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
-pub use files::{AdapterFiles, BaseFiles};
+pub use files::{AdapterFiles, BaseFiles, SideFile};
 use names::RepoSource;
+use place::Place;
 pub use settings::{DownloadProgress, HubLimits, HubSettings};
 
 /// Finds the files of `source`, and fetches the files that the Hub has and the cache lacks.
@@ -63,6 +66,14 @@ pub fn find_base(
         }
         BaseSource::Random(_) => bail!("a base of random weights has no files"),
     }
+}
+
+/// Finds the small files that go with a base, such as its chat template, in the local folder `dir`.
+///
+/// # Errors
+/// A folder that cannot be listed.
+pub fn side_files(dir: &Path) -> Result<Vec<SideFile>> {
+    base::side_files(&Place::user_folder(dir, "base", "")?)
 }
 
 /// Finds the files of an adapter, in the same way as [`find_base`] does.

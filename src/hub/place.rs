@@ -105,6 +105,32 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// The files directly in the subfolder `folder`, as paths from this place, sorted. There are
+    /// none if there is no such folder.
+    pub(super) fn files_in(&self, folder: &str) -> Result<Vec<String>> {
+        let mut files: Vec<String> = match &self.store {
+            Store::Folder(dir) if !dir.join(folder).is_dir() => vec![],
+            Store::Folder(dir) => {
+                let entries =
+                    fs_err::read_dir(dir.join(folder))?.collect::<std::io::Result<_>>()?;
+                let entries: Vec<fs_err::DirEntry> = entries;
+                let files = entries.iter().filter(|entry| entry.path().is_file());
+                files
+                    .map(|entry| format!("{folder}/{}", entry.file_name().to_string_lossy()))
+                    .collect()
+            }
+            Store::Repo { files, .. } => {
+                let is_in = |file: &&String| {
+                    let name = file.strip_prefix(folder).and_then(|name| name.strip_prefix('/'));
+                    name.is_some_and(|name| !name.contains('/'))
+                };
+                files.iter().filter(is_in).cloned().collect()
+            }
+        };
+        files.sort();
+        Ok(files)
+    }
+
     /// The names of the files and folders directly in the folder, sorted.
     pub(super) fn entries(&self) -> Result<BTreeSet<String>> {
         match &self.store {

@@ -241,7 +241,7 @@ impl Trainer {
         if state.data_fingerprint != data.train.fingerprint() {
             bail!(
                 "the training data has changed since the checkpoint `{}`\nhint: a resumed run \
-                 needs the same files, tokenizer and `[data]`",
+                 needs the same files, tokenizer, chat template and `[data]`",
                 dir.display()
             );
         }

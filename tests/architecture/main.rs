@@ -18,12 +18,13 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 21] = [
+const LAYERS: [&str; 22] = [
     "config",
     "durable",
     "ffi",
     "tensor_file",
     "hub",
+    "chat_template",
     "data",
     "model",
     "peft",

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::{BaseSource, Family, RandomBase};
-use dylora::hub::{BaseFiles, HubSettings, find_base};
+use dylora::hub::{BaseFiles, HubSettings, SideFile, find_base};
 use tempfile::TempDir;
 
 const HINT: &str = "hint: `base.source.path` is a folder with `config.json` and \
@@ -41,11 +41,19 @@ fn a_folder_with_one_file_of_weights_is_a_base() -> Result<()> {
         beside: vec![],
     };
     assert_eq!(find(dir.path())?, expected);
-    let [tokenizer, template] =
-        ["tokenizer.json", "chat_template.jinja"].map(|name| dir.path().join(name));
-    fs_err::write(&tokenizer, "{}")?;
-    fs_err::write(&template, "")?;
-    let expected = BaseFiles { tokenizer: Some(tokenizer), beside: vec![template], ..expected };
+    fs_err::create_dir_all(dir.path().join("additional_chat_templates/folder.jinja"))?;
+    let tokenizer = dir.path().join("tokenizer.json");
+    let beside = [
+        "chat_template.jinja",
+        "additional_chat_templates/rag.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    ];
+    let beside = beside.map(|name| SideFile { name: name.into(), path: dir.path().join(name) });
+    let other = dir.path().join("additional_chat_templates/README.md");
+    for path in [&tokenizer, &other].into_iter().chain(beside.iter().map(|file| &file.path)) {
+        fs_err::write(path, "{}")?;
+    }
+    let expected = BaseFiles { tokenizer: Some(tokenizer), beside: beside.into(), ..expected };
     assert_eq!(find(dir.path())?, expected);
     Ok(())
 }

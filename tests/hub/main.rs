@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dylora::config::{BaseSource, HubSource};
-use dylora::hub::{BaseFiles, HubSettings, find_base};
+use dylora::hub::{BaseFiles, HubSettings, SideFile, find_base};
 use mock::{COMMIT, MockHub, Request, etag};
 use tempfile::TempDir;
 
@@ -77,6 +77,8 @@ fn only_what_a_base_needs_is_fetched() -> Result<()> {
         CONFIG,
         TOKENIZER,
         ("README.md", b"# GPT-2"),
+        ("additional_chat_templates/deeper/x.jinja", b"x"),
+        ("additional_chat_templates/tool_use.jinja", b"tools"),
         ("generation_config.json", b"{}"),
         ("model.safetensors", &weights),
         ("onnx/decoder_model.onnx", b"onnx"),
@@ -88,13 +90,14 @@ fn only_what_a_base_needs_is_fetched() -> Result<()> {
     let files = find(&settings)?;
 
     let snapshot = repo_dir(&settings).join("snapshots").join(COMMIT);
+    let beside = ["generation_config.json", "additional_chat_templates/tool_use.jinja"];
     let expected = BaseFiles {
         label: "org/tiny-gpt2@main".into(),
         commit: Some(COMMIT.into()),
         config: snapshot.join("config.json"),
         weights: vec![snapshot.join("model.safetensors")],
         tokenizer: Some(snapshot.join("tokenizer.json")),
-        beside: vec![snapshot.join("generation_config.json")],
+        beside: beside.map(|name| SideFile { name: name.into(), path: snapshot.join(name) }).into(),
     };
     assert_eq!(files, expected);
     assert_eq!(fs_err::read(&files.config)?, CONFIG.1);
@@ -107,8 +110,10 @@ fn only_what_a_base_needs_is_fetched() -> Result<()> {
     }
     expected.push(format!("GET hub/{resolve}/model.safetensors"));
     expected.push(format!("GET cdn/{}", etag(&weights)));
-    for cache in ["", "cache/"] {
-        expected.push(format!("GET hub/{cache}{resolve}/generation_config.json"));
+    for file in beside {
+        for cache in ["", "cache/"] {
+            expected.push(format!("GET hub/{cache}{resolve}/{file}"));
+        }
     }
     assert_eq!(hub.take_lines(), expected);
     Ok(())
