@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! config, durable, ffi, tensor_file | hub | chat_template | data | model | peft | base | mixture
-//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study
+//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study, serve
 //! | cli, main
 //! ```
 //!
@@ -91,6 +91,7 @@ pub mod train;
 pub mod lifecycle;
 
 pub mod bench;
+pub mod serve;
 pub mod study;
 
 pub mod cli;

@@ -14,6 +14,7 @@ mod open;
 mod progress;
 mod remove_expert;
 mod sampling;
+mod serve;
 mod signals;
 mod stage;
 mod start;
@@ -81,6 +82,8 @@ enum Command {
     MergeExperts(remove_expert::MergeExpertsArgs),
     /// Continue prompts with a mixture, one of its experts or its base.
     Generate(generate::GenerateArgs),
+    /// Answer requests over HTTP as OpenAI does, with a mixture, its experts and its base.
+    Serve(serve::ServeArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
     /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms
@@ -175,6 +178,7 @@ impl Cli {
             Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
             Some(Command::Generate(args)) => generate::run(args, &shared),
+            Some(Command::Serve(args)) => serve::run(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
@@ -278,7 +282,7 @@ pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
         bail!(
             "out of memory\nhint: a smaller `train.micro_batch_size` (with more \
              `train.grad_accum_steps`), `train.gradient_checkpointing = true` or a smaller \
-             `train.loss_chunk_tokens`"
+             `train.loss_chunk_tokens`; for `serve`, a smaller `--max-batch` or `--context`"
         );
     }
     bail!("this is a bug in dylora, please report it: {text}\nhint: `-vv` shows where")
