@@ -212,7 +212,8 @@ fn an_end_token_ends_a_text_and_is_not_part_of_it() -> Result<()> {
     let tokens = reference.greedy(PROMPTS[1], 8)?.tokens;
     let end = tokens[3].id;
     let first = tokens.iter().position(|token| token.id == end).context("it is in there")?;
-    let server = TestServer::start(Settings { end_tokens: vec![end], ..Settings::default() })?;
+    let server =
+        TestServer::start(Settings { end_tokens: Some(vec![end]), ..Settings::default() })?;
     let ask = json!({
         "model": NAME, "prompt": PROMPTS[1], "max_tokens": 8, "temperature": 0, "logprobs": 1,
     });

@@ -14,15 +14,16 @@ use crate::server::{NAME, Settings, TestServer};
 
 const PATH: &str = "/v1/completions";
 
-/// A server whose texts may be so long that they take a second or so.
+/// A server whose texts may be so long that they take a second or so, and have no end of their own.
 fn start(change: impl FnOnce(&mut Settings)) -> Result<TestServer> {
     let mut settings = Settings::default();
     settings.limits.context = 256;
+    settings.end_tokens = Some(vec![]);
     change(&mut settings);
     TestServer::start(settings)
 }
 
-/// A text that takes long. The seed was chosen so that it has no end token.
+/// A text that takes long.
 fn long(fields: &Value) -> Value {
     let mut ask = json!({
         "model": NAME, "prompt": "x", "max_tokens": 250, "temperature": 0.8, "seed": 1,
@@ -50,16 +51,16 @@ fn is_free(client: &Client) -> Result<()> {
 #[test]
 fn a_full_queue_refuses_requests_until_there_is_room() -> Result<()> {
     let server = start(|settings| {
-        settings.limits = Limits { max_texts: 1, max_waiting: 2, ..settings.limits };
+        settings.limits = Limits { max_waiting: 2, ..settings.limits };
     })?;
     let client = &server.client;
-    let too_many = client.post(PATH, &long(&json!({"n": 4})))?;
+    let too_many = client.post(PATH, &long(&json!({"n": 11})))?;
     assert_eq!(too_many.status, 400);
-    let ask = long(&json!({"prompt": ["x", "y"], "n": 2}));
+    let ask = long(&json!({"prompt": ["x", "y"], "n": 6}));
     let message = client.post(PATH, &ask)?.json()?["error"]["message"].to_string();
-    assert!(message.contains("asks for 4 texts, but the server holds at most 3"), "{message}");
-    let busy = client.raw(PATH, &long(&json!({"n": 3})).to_string())?;
-    client.wait_for("dylora_texts_active", |count| count == 1.0)?;
+    assert!(message.contains("asks for 12 texts, but the server holds at most 10"), "{message}");
+    let busy = client.raw(PATH, &long(&json!({"n": 10})).to_string())?;
+    client.wait_for("dylora_texts_active", |count| count == 8.0)?;
     assert_eq!(client.metric("dylora_texts_waiting")?, 2.0);
     let answer = client.post(PATH, &short())?;
     assert_eq!(answer.status, 429, "{answer:?}");
@@ -165,15 +166,15 @@ fn a_connection_that_is_not_read_is_closed() -> Result<()> {
 fn a_text_that_takes_too_long_is_ended() -> Result<()> {
     let server = start(|settings| settings.limits.request_time = Duration::from_millis(60))?;
     let client = &server.client;
-    let answer = client.post(PATH, &long(&json!({})))?;
+    let answer = client.post(PATH, &long(&json!({"n": 8})))?;
     assert_eq!(answer.status, 504, "{answer:?}");
     assert_eq!(answer.headers["x-should-retry"], "false");
     assert_eq!(answer.json()?["error"]["code"], "timeout");
-    let (chunks, is_done) = client.stream_to_end(PATH, &long(&json!({"stream": true})))?;
+    let (chunks, is_done) = client.stream_to_end(PATH, &long(&json!({"n": 8, "stream": true})))?;
     assert!(!is_done);
     assert_eq!(chunks.last().context("chunks")?["error"]["code"], "timeout");
     is_free(client)?;
-    assert_eq!(client.metric(&ended("timed_out"))?, 2.0);
+    assert_eq!(client.metric(&ended("timed_out"))?, 16.0);
     Ok(())
 }
 
@@ -183,9 +184,9 @@ fn running_texts_end_before_the_server_does_and_new_ones_are_refused() -> Result
     let client = server.client.clone();
     let running = {
         let client = client.clone();
-        thread::spawn(move || client.stream(PATH, &long(&json!({"stream": true}))))
+        thread::spawn(move || client.stream(PATH, &long(&json!({"n": 8, "stream": true}))))
     };
-    client.wait_for("dylora_texts_active", |count| count == 1.0)?;
+    client.wait_for("dylora_texts_active", |count| count == 8.0)?;
     server.stop();
     let started = Instant::now();
     while client.get("/health")?.status == 200 {

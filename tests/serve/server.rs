@@ -48,8 +48,8 @@ pub struct Settings {
     pub keys: Keys,
     pub has_template: bool,
     pub trained: RoutingChoice,
-    /// Further tokens that end a text.
-    pub end_tokens: Vec<i64>,
+    /// The tokens that end a text; `None` for those of the base.
+    pub end_tokens: Option<Vec<i64>>,
 }
 
 impl Default for Settings {
@@ -62,7 +62,7 @@ impl Default for Settings {
             keys: Keys::OPEN,
             has_template: true,
             trained,
-            end_tokens: vec![],
+            end_tokens: None,
         }
     }
 }
@@ -124,7 +124,9 @@ fn config() -> Result<Config> {
 
 fn served(base: &mut Base, settings: &Settings) -> Result<ServedModel> {
     let mut defaults = GenerationDefaults::of_base(base)?;
-    defaults.end_tokens.extend(&settings.end_tokens);
+    if let Some(end_tokens) = &settings.end_tokens {
+        defaults.end_tokens.clone_from(end_tokens);
+    }
     Ok(ServedModel {
         name: settings.name.clone(),
         tokenizer: Arc::new(base.tokenizer.take().expect("the demo has a tokenizer")),
