@@ -1,6 +1,6 @@
 //! The fields of `POST /v1/chat/completions`.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
@@ -9,7 +9,11 @@ use super::models::ServedModel;
 use super::request::{
     Ask, Common, Endpoint, MAX_ALTERNATIVES, Prompt, check_num_texts, is_empty, max_new_tokens,
 };
-use crate::chat_template::Conversation;
+use crate::chat_template::{ChatTemplate, Conversation};
+use crate::data::Tokenizer;
+
+/// Stands for what the assistant says where only the end of its turn matters.
+const CONTENT: &str = "Yes";
 
 /// Fields that change nothing without tools, and a hint that only makes OpenAI faster.
 const NOTES: [&str; 2] = ["parallel_tool_calls", "prediction"];
@@ -47,7 +51,7 @@ fn refuse_others(fields: &mut Fields) -> Result<(), ApiError> {
     fields.refuse("functions", is_empty)?;
     fields.refuse("function_call", is(&["none", "auto"]))?;
     fields.refuse("response_format", is_text)?;
-    fields.refuse("modalities", |value| *value == serde_json::json!(["text"]))?;
+    fields.refuse("modalities", |value| *value == json!(["text"]))?;
     for name in ["audio", "reasoning_effort", "verbosity", "web_search_options"] {
         fields.refuse(name, |_| false)?;
     }
@@ -139,4 +143,46 @@ fn prompt_ids(
         return Err(ApiError::field("messages", "the messages give no token"));
     }
     Ok(ids.into_iter().map(i64::from).collect())
+}
+
+/// The special token by which a template ends the assistant's turn, such as `<|im_end|>`. A base
+/// that was not made for chats does not list it among its end tokens. `None` if the turn ends by
+/// other text, or if the template cannot show a turn.
+pub fn end_of_turn(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<i64> {
+    let message = |role: &str| {
+        let message = json!({"role": role, "content": CONTENT});
+        message.as_object().cloned().unwrap_or_default()
+    };
+    let messages = vec![message("user"), message("assistant")];
+    let conversation = Conversation { messages, ..Conversation::default() };
+    let rendered = template.render(&conversation, false).ok()?;
+    let (_, end) = rendered.text.rsplit_once(CONTENT)?;
+    let first = *tokenizer.encode(end.trim_start()).ok()?.first()?;
+    let is_special = tokenizer.decode_text(&[first]).is_ok_and(|text| text.is_empty());
+    is_special.then_some(i64::from(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use anyhow::Result;
+
+    use super::*;
+
+    #[test]
+    fn a_turn_ends_by_the_special_token_behind_it() -> Result<()> {
+        let tokenizer = Tokenizer::load(Path::new("demo/base/tokenizer.json"))?;
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("chat.jinja");
+        for (end, expected) in
+            [("<|endoftext|>", Some(0)), (" <|endoftext|>\n", Some(0)), ("\n", None)]
+        {
+            let turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}";
+            fs_err::write(&file, format!("{turn}{end}{{% endfor %}}"))?;
+            let template = ChatTemplate::load(&file, &[])?;
+            assert_eq!(end_of_turn(&template, &tokenizer), expected, "{end}");
+        }
+        Ok(())
+    }
 }

@@ -52,8 +52,10 @@ pub struct App {
     pub orders: SyncSender<Order>,
     /// Room for texts that are generated or wait.
     pub places: Arc<Semaphore>,
-    /// The tokens that end a text.
+    /// The tokens that end a completion.
     pub end_tokens: Arc<[i64]>,
+    /// The tokens that end an answer in a chat.
+    pub chat_end_tokens: Arc<[i64]>,
     /// Whether the server ends, so that it takes no new requests.
     pub is_draining: AtomicBool,
     /// When the server started.
@@ -258,7 +260,11 @@ fn order(
     // each text has room for its last piece
     let (sender, receiver) = mpsc::channel(unread + num);
     let times = [received, received + app.limits.request_time];
-    for order in ask.orders(&app.end_tokens, &sender, place, times) {
+    let end_tokens = match ask.endpoint {
+        Endpoint::Completions => &app.end_tokens,
+        Endpoint::Chat => &app.chat_end_tokens,
+    };
+    for order in ask.orders(end_tokens, &sender, place, times) {
         app.orders.try_send(order).map_err(|error| match error {
             TrySendError::Full(_) => queue_full(&app.limits),
             TrySendError::Disconnected(_) => ApiError::internal(),

@@ -138,9 +138,14 @@ impl Server {
     fn app(&self, model: ServedModel, metrics: Arc<Metrics>) -> (Arc<App>, mpsc::Receiver<Order>) {
         let num_places = self.limits.num_places();
         let (sender, receiver) = sync_channel(num_places);
+        let end_tokens = &model.defaults.end_tokens;
+        let turn = model.template.as_deref();
+        let turn = turn.and_then(|template| chat::end_of_turn(template, &model.tokenizer));
+        let of_chats = turn.into_iter().filter(|id| !end_tokens.contains(id));
         let app = App {
             texts: TokenTexts::new(model.tokenizer.clone()),
-            end_tokens: model.defaults.end_tokens.clone().into(),
+            end_tokens: end_tokens.clone().into(),
+            chat_end_tokens: end_tokens.iter().copied().chain(of_chats).collect(),
             model,
             limits: self.limits,
             keys: self.keys.clone(),

@@ -130,8 +130,8 @@ impl ServedModel {
             (Part::Whole, None) => RouteChoice::of_training(self.trained).map_err(|_| {
                 let names = "`expert:N`, `domain:NAME`, `router`, `uniform` or `none`";
                 let message = format!(
-                    "the mixture was trained with the expert that each record names, which a text \
-                     does not have: `routing` must be {names}"
+                    "the mixture was trained with the experts of each record or its domain, and a \
+                     text has none: `routing` must be {names}"
                 );
                 ApiError::field("routing", message)
             })?,
