@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! config, durable, ffi, tensor_file | hub | chat_template | data | model | peft | base | mixture
-//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study | cli, main
+//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study, serve
+//! | cli, main
 //! ```
 //!
 //! A target module with frozen weight W, bias b and experts e = 1..E of rank r_e computes
@@ -46,7 +47,6 @@
 //! | mutual_information | of expert and domain, in nats ([`eval::routing`]) | scalar |
 //! | routing_entropy | mean entropy of routing_probs, in nats | scalar |
 //! | document, block | one text; `seq_len` tokens of packed documents | `[t]` |
-//! | turn | what a message adds to the text of its conversation ([`chat_template`]) | |
 //! | mix | each domain's share of the training blocks, by `data.mixing`; sums to 1 | `[d]` |
 //! | labels | the targets, already shifted; -100 means no loss | `[b, t]` |
 //! | micro_batch_size, grad_accum_steps | sequences in a forward pass; forward passes in a step | |
@@ -91,6 +91,7 @@ pub mod train;
 pub mod lifecycle;
 
 pub mod bench;
+pub mod serve;
 pub mod study;
 
 pub mod cli;

@@ -60,7 +60,7 @@ pub fn run(args: ChatArgs, shared: &Shared) -> Result<()> {
         let flag = if args.compare { "--compare" } else { "--show-routing" };
         return Err(usage(anyhow!("`{flag}` needs experts, and a bare base has none")));
     }
-    let defaults = GenerationDefaults::of_base(&open.base)?;
+    let defaults = GenerationDefaults::of_chats(&open.base)?;
     args.sampling.sampling(&defaults)?;
     args.sampling.max_new_tokens(&defaults)?;
     let (choice, route) = args.sampling.route(&open)?;

@@ -99,7 +99,7 @@ impl AnswerArgs {
             limit,
             max_new_tokens: self.max_new_tokens,
             batch_size,
-            end_tokens: GenerationDefaults::of_base(&open.base)?.end_tokens.into(),
+            end_tokens: GenerationDefaults::of_chats(&open.base)?.end_tokens.into(),
             pattern: &self.pattern()?,
         };
         let route = |domain: usize, document: &Answered| {

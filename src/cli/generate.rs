@@ -93,7 +93,12 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
         Ok(Prompt { content, place, ids })
     });
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
-    let defaults = GenerationDefaults::of_base(&open.base)?;
+    let talks = is_message
+        || prompts.iter().any(|prompt| matches!(prompt.content, Content::Conversation(_)));
+    let defaults = match talks {
+        true => GenerationDefaults::of_chats(&open.base)?,
+        false => GenerationDefaults::of_base(&open.base)?,
+    };
     let requests = requests(&args, &open, &defaults, &prompts)?;
     let context = open.base.spec.max_positions as usize;
     let mut engine = Engine::new(&open.model, EngineLimits { max_texts: args.batch_size, context })

@@ -18,6 +18,7 @@ mod open;
 mod progress;
 mod remove_expert;
 mod sampling;
+mod serve;
 mod signals;
 mod stage;
 mod start;
@@ -87,6 +88,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Talk to a mixture, one of its experts or its base in the terminal.
     Chat(chat::ChatArgs),
+    /// Answer requests over HTTP as OpenAI does, with a mixture, its experts and its base.
+    Serve(serve::ServeArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
     /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms
@@ -190,6 +193,7 @@ impl Cli {
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
             Some(Command::Generate(args)) => generate::run(args, &shared),
             Some(Command::Chat(args)) => chat::run(args, &shared),
+            Some(Command::Serve(args)) => serve::run(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
@@ -293,7 +297,7 @@ pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Result<()> {
         bail!(
             "out of memory\nhint: a smaller `train.micro_batch_size` (with more \
              `train.grad_accum_steps`), `train.gradient_checkpointing = true` or a smaller \
-             `train.loss_chunk_tokens`"
+             `train.loss_chunk_tokens`; for `serve`, a smaller `--max-batch` or `--context`"
         );
     }
     bail!("this is a bug in dylora, please report it: {text}\nhint: `-vv` shows where")

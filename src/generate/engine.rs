@@ -248,6 +248,16 @@ impl<'a> Engine<'a> {
         (self.texts.len(), self.waiting.len())
     }
 
+    /// Number of positions of the texts that have begun.
+    pub fn num_positions(&self) -> usize {
+        self.texts.iter().map(|text| text.tokens.len()).sum()
+    }
+
+    /// The memory that keys and values take, in bytes.
+    pub fn cache_bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
         self.texts.is_empty() && self.waiting.is_empty()

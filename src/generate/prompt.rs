@@ -7,6 +7,9 @@ use crate::base::Base;
 use crate::chat_template::{ChatTemplate, Conversation};
 use crate::data::Tokenizer;
 
+/// Stands for what the assistant says where only the end of its turn matters.
+const CONTENT: &str = "Yes";
+
 /// The tokens of a text that is to be continued, with the start tokens of a document.
 ///
 /// # Errors
@@ -84,4 +87,40 @@ pub fn conversation(messages: &Value, tools: Option<&Value>) -> Result<Conversat
 pub fn of_messages(messages: Vec<Map<String, Value>>) -> Conversation {
     let now = Some(jiff::Zoned::now().datetime());
     Conversation { messages, now, ..Conversation::default() }
+}
+
+/// The special token by which a template ends the assistant's turn, such as `<|im_end|>`. A base
+/// that was not made for chats does not list it among its end tokens. `None` if the turn ends by
+/// other text, or if the template cannot show a turn.
+pub fn end_of_turn(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<i64> {
+    let messages = vec![message("user", CONTENT), message("assistant", CONTENT)];
+    let conversation = Conversation { messages, ..Conversation::default() };
+    let rendered = template.render(&conversation, false).ok()?;
+    let (_, end) = rendered.text.rsplit_once(CONTENT)?;
+    let first = *tokenizer.encode(end.trim_start()).ok()?.first()?;
+    let is_special = tokenizer.decode_text(&[first]).is_ok_and(|text| text.is_empty());
+    is_special.then_some(i64::from(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_turn_ends_by_the_special_token_behind_it() -> Result<()> {
+        let tokenizer = Tokenizer::load(Path::new("demo/base/tokenizer.json"))?;
+        let folder = tempfile::tempdir()?;
+        let file = folder.path().join("chat.jinja");
+        for (end, expected) in
+            [("<|endoftext|>", Some(0)), (" <|endoftext|>\n", Some(0)), ("\n", None)]
+        {
+            let turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}";
+            fs_err::write(&file, format!("{turn}{end}{{% endfor %}}"))?;
+            let template = ChatTemplate::load(&file, &[])?;
+            assert_eq!(end_of_turn(&template, &tokenizer), expected, "{end}");
+        }
+        Ok(())
+    }
 }

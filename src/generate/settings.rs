@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::prompt::end_of_turn;
 use super::sampling::Sampling;
 use crate::base::Base;
 
@@ -35,6 +36,16 @@ impl GenerationDefaults {
             None => Ok(none),
             Some(file) => none.with_file(&file.path),
         }
+    }
+
+    /// The settings with the token by which the base's chat template ends a turn, if it has one.
+    pub fn of_chats(base: &Base) -> Result<Self> {
+        let mut settings = Self::of_base(base)?;
+        if let (Some(template), Some(tokenizer)) = (&base.chat_template, &base.tokenizer) {
+            let end = end_of_turn(template, tokenizer);
+            settings.end_tokens.extend(end.filter(|end| !settings.end_tokens.contains(end)));
+        }
+        Ok(settings)
     }
 
     fn with_file(self, path: &Path) -> Result<Self> {

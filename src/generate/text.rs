@@ -1,5 +1,7 @@
 //! Turns tokens into text while they arrive.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 
 use crate::data::Tokenizer;
@@ -17,7 +19,7 @@ const CONTEXT: usize = 4;
 #[derive(Debug)]
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    stop: &'a [String],
+    stop: Cow<'a, [String]>,
     ids: Vec<u32>,
     /// The ids from here on are decoded again with each new one, since the text of a token can
     /// depend on the one before it.
@@ -34,13 +36,17 @@ pub struct TextStream<'a> {
 impl<'a> TextStream<'a> {
     /// The text behind `prompt`, which ends before the first of the strings `stop`, none of which
     /// is empty.
-    pub fn new(tokenizer: &'a Tokenizer, prompt: &[i64], stop: &'a [String]) -> Self {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        prompt: &[i64],
+        stop: impl Into<Cow<'a, [String]>>,
+    ) -> Self {
         // some tokenizers drop the space in front of the first word that they decode
         let tail = &prompt[prompt.len().saturating_sub(CONTEXT)..];
         let ids: Vec<u32> = tail.iter().map(|id| *id as u32).collect();
         Self {
             tokenizer,
-            stop,
+            stop: stop.into(),
             context: 0,
             decoded: ids.len(),
             ids,

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 22] = [
+const LAYERS: [&str; 23] = [
     "config",
     "durable",
     "ffi",
@@ -39,6 +39,7 @@ const LAYERS: [&str; 22] = [
     "lifecycle",
     "bench",
     "study",
+    "serve",
     "cli",
     "main",
 ];

@@ -58,6 +58,11 @@ impl GenerationCache {
         }
     }
 
+    /// The memory that keys and values take, in bytes.
+    pub fn bytes(&self) -> u64 {
+        [Some(&self.model), self.base.as_ref()].into_iter().flatten().map(KvCache::bytes).sum()
+    }
+
     /// Number of texts that the cache can hold.
     pub fn num_rows(&self) -> usize {
         self.num_rows

@@ -63,6 +63,12 @@ impl KvCache {
         self.capacity = capacity;
     }
 
+    /// The memory that the cache takes, in bytes.
+    pub fn bytes(&self) -> u64 {
+        let bytes = |x: &Tensor| x.numel() as u64 * x.kind().elt_size_in_bytes() as u64;
+        self.layers.iter().flatten().map(bytes).sum()
+    }
+
     /// Number of positions that a row can hold.
     pub fn capacity(&self) -> usize {
         self.capacity
