@@ -8,6 +8,8 @@ family apart, and the demo's tokenizer. On each base, these must agree in f32 to
 
     a base alone in transformers                      `dylora trace`
     a trained mixture's experts and router in PEFT    `dylora trace`, `dylora eval`
+    texts of the base and an expert in transformers   `dylora generate`
+    and PEFT, and of the mixture of PEFT's layers
     adapters that PEFT wrote                          `dylora trace`
     merged mixtures in transformers and PEFT          the mixture with these weights
     the config of a merged base                       the base's own
@@ -27,6 +29,7 @@ import transformers
 from clients import BASE, TEXTS, TRAIN, check_adapter, check_base, check_export, check_merge, check_xlora, compare
 from clients import documents, dylora, expect, load_base, load_experts, routed, summary, token_ids, token_losses
 from clients import trace, train, write_texts
+from generation import check_generate
 from safetensors.torch import load_file
 
 MODULES = [
@@ -199,6 +202,7 @@ def check_family(family, folder):
     check_export(family, run, export, base)
     model, _ = load_experts(base, export)
     check_loss(family, lambda ids: routed(model, export, ids)[0], base, "--checkpoint", run)
+    check_generate(family, base, run, export)
     check_merge(family, folder / "merged", run, export, "0.7,-0.4,1.1", "adapter", base)
     check_merge(family, merged, run, export, "0.5,0.3,0.2", "base", base)
     check_config(family, merged, base)

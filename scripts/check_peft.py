@@ -13,6 +13,8 @@ PEFT must load every expert without a warning. In f32, these logits must agree t
     dylora.json describes
     dylora with the export                           dylora with the checkpoint
 
+Texts that are continued greedily must have the same tokens (scripts/generation.py).
+
 The runs FOLDER/NAME and the exports FOLDER/NAME.export are kept for the other checks. Needs
 scripts/reference_env.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from clients import BASE, INVOCATION, check_export, summary, train
+from generation import check_generate
 
 # the rest of each config, which continues `[lora]`
 RUNS = {
@@ -122,7 +125,9 @@ def main():
     else:
         folder = Path(sys.argv[1]).resolve()
         for name, settings in RUNS.items():
-            check_export(name, *train(folder, name, settings, options=OPTIONS.get(name, [])), BASE)
+            run, export = train(folder, name, settings, options=OPTIONS.get(name, []))
+            check_export(name, run, export, BASE)
+            check_generate(name, BASE, run, export)
     summary()
 
 

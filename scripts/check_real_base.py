@@ -8,6 +8,7 @@ on the CPU. These must agree:
 
     the token ids of many texts          exactly
     the logits of the base alone         to 1e-3
+    texts, and answers to conversations  exactly, and their log-probabilities to 1e-3
     the losses of two domains            to 1e-5 of their value
     and of the turns of some chats
     the logits with an rsLoRA adapter    to 1e-3
@@ -25,6 +26,7 @@ import clients
 import torch
 import torch.nn.functional as F
 from clients import checks, compare, dylora, expect, load_base, randomise, summary, trace
+from generation import check_chat, check_generate
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -308,6 +310,8 @@ def main():
     check_tokenizer(base, tokenizer)
     model = load_base(base)
     check_base(base, model, tokenizer)
+    check_generate("real base", base)
+    check_chat("real base", base)
     check_losses(base, folder, model, tokenizer)
     check_chats(base, folder, model, tokenizer)
     check_adapter(base, folder, model, tokenizer)

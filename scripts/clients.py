@@ -275,14 +275,15 @@ class Router:
         self.spec = spec
         self.tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
-    def weights(self, x, present):
+    def weights(self, x, present, prompt_len=None):
         """The routing weights over the experts `present`, [b, t, e].
 
         The router reads `x`, [b, t, d].
         """
         spec, own = self.spec, self.tensors
         if spec["level"] == "sequence":  # without a prompt, the mean is over the tokens so far
-            x = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+            reads = (torch.arange(x.shape[1]) < (prompt_len or x.shape[1]))[None, :, None]
+            x = (x * reads).cumsum(1) / reads.cumsum(1)
         if spec["normalize_input"]:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         for i in range(spec["hidden_layers"]):
@@ -306,10 +307,11 @@ def experts_of(block, experts):
     return [e for e, name in enumerate(experts) if any(name in layer.lora_A for layer in layers)]
 
 
-def routed(model, export, ids):
+def routed(model, export, ids, prompt_len=None):
     """The logits and the routing weights by site of the mixture that an export describes.
 
-    It is computed from PEFT's layers and router.safetensors.
+    It is computed from PEFT's layers and router.safetensors. The prompt is the whole text, unless
+    its length is given.
     """
     meta = json.loads((export / "dylora.json").read_text())
     spec, experts = meta["router"]["spec"], meta["experts"]
@@ -336,7 +338,7 @@ def routed(model, export, ids):
             own = experts_of(blocks[number], experts)
             present = own if spec["own_experts"] else list(range(len(experts)))
             x = read[number] if spec["input"] == "layer_input" else features
-            used[site] = Router(spec, tensors, f"{scope}router.").weights(x, present)
+            used[site] = Router(spec, tensors, f"{scope}router.").weights(x, present, prompt_len)
         return used[site]
 
     logits = mixture_logits(model, experts, ids, weights)

@@ -8,11 +8,13 @@
 //!
 //! ```text
 //! tokens/s = micro_batch_size * grad_accum_steps * seq_len / median step     (padding counts)
+//! tokens/s = micro_batch_size / median step                                  (generation)
 //! MFU      = tokens/s * FLOPs a token / peak FLOP/s                          (flops)
 //! ```
 
 pub mod data;
 pub mod flops;
+pub mod generation;
 pub mod passes;
 pub mod report;
 pub mod rows;
@@ -27,7 +29,7 @@ use crate::config::Config;
 use crate::data::TokenDataset;
 use crate::ffi;
 use crate::model::decoder::Decoder;
-use crate::model::kind_of;
+use crate::model::{RoutedModel, kind_of};
 use crate::train::plan::BlockStream;
 use flops::FlopsPerToken;
 pub use report::{Figures, Header, RowReport};
@@ -84,7 +86,7 @@ impl Bench {
         let specs = row.experts(&config, &self.base)?;
         let flops = FlopsPerToken::new(&self.base.spec, &specs, dataset.seq_len);
         let flops_per_token = match row {
-            Row::Eval => flops.evaluation(),
+            Row::Eval | Row::Generate | Row::GenerateBase => flops.evaluation(),
             _ => flops.training(),
         };
         let can_reset = ffi::reset_peak_memory(self.device).is_ok();
@@ -94,13 +96,19 @@ impl Bench {
         ffi::synchronize(self.device)?;
         let build_ms = ms_since(started);
         let compile_ms = to_ms(ffi::cuda::kernels_took() - kernels_took);
-        let steps = self.run_steps(&mut subject, &dataset, stream, per_step)?;
+        let steps = match row.generates() {
+            true => self.generate(subject.model(), &dataset, micro_batch_size)?,
+            false => self.run_steps(&mut subject, &dataset, stream, per_step)?,
+        };
         let peak_bytes = ffi::peak_memory_bytes(self.device).ok().filter(|_| can_reset);
         let (warmup_ms, counted_ms) = steps.ms.split_at(self.settings.warmup);
         let mut sorted_ms = counted_ms.to_vec();
         sorted_ms.sort_by(f64::total_cmp);
         let step_ms = median(&sorted_ms);
-        let tokens_per_step = per_step * dataset.seq_len;
+        let tokens_per_step = match row.generates() {
+            true => micro_batch_size,
+            false => per_step * dataset.seq_len,
+        };
         let tokens_per_sec = tokens_per_step as f64 / step_ms * 1e3;
         let mfu_of = |peak: f64| tokens_per_sec * flops_per_token as f64 / peak;
         Ok(Figures {
@@ -132,11 +140,32 @@ impl Bench {
         mut stream: BlockStream,
         per_step: usize,
     ) -> Result<Steps> {
+        self.time(|| subject.step(dataset, &stream.take(dataset, per_step)))
+    }
+
+    /// Generates texts behind the first of the random tokens of `num_texts` blocks. The loss of a
+    /// step is the mean of the new tokens' negative log-probabilities.
+    fn generate(
+        &self,
+        model: &RoutedModel,
+        dataset: &TokenDataset,
+        num_texts: usize,
+    ) -> Result<Steps> {
+        let num_new = self.settings.warmup + self.settings.steps;
+        let mut engine = generation::engine(model, dataset, num_texts, num_new)?;
+        self.time(|| {
+            let events = engine.step();
+            let losses = events.iter().map(|event| -event.token.log_prob);
+            Ok(losses.sum::<f64>() / events.len() as f64)
+        })
+    }
+
+    /// Times the steps that `step` takes. It returns the loss of each.
+    fn time(&self, mut step: impl FnMut() -> Result<f64>) -> Result<Steps> {
         let mut steps = Steps { ms: vec![], losses: vec![], first_unix_secs: 0.0 };
         for i in 0..self.settings.warmup + self.settings.steps {
-            let blocks = stream.take(dataset, per_step);
             let started = Instant::now();
-            steps.losses.push(subject.step(dataset, &blocks)?);
+            steps.losses.push(step()?);
             ffi::synchronize(self.device)?;
             steps.ms.push(ms_since(started));
             if i == 0 {

@@ -47,9 +47,19 @@ pub enum Row {
     NPasses,
     /// The loss of the mixture in one pass, without gradients.
     Eval,
+    /// Texts by the base. Each step adds a token to each of them. The prompts, which are computed
+    /// before the first step, leave just enough positions of a block for all steps.
+    GenerateBase,
+    /// Texts by the mixture, in the same way.
+    Generate,
 }
 
 impl Row {
+    /// Whether the row generates texts. The others compute whole blocks.
+    pub fn generates(self) -> bool {
+        matches!(self, Self::Generate | Self::GenerateBase)
+    }
+
     /// The config of this row, made from the mixture's.
     ///
     /// # Errors
@@ -59,7 +69,7 @@ impl Row {
         let mut config = mixture.clone();
         let lora = &mut config.lora;
         match self {
-            Self::Base => config.train.routing = RoutingChoice::None,
+            Self::Base | Self::GenerateBase => config.train.routing = RoutingChoice::None,
             Self::SingleLora => {
                 lora.num_experts = 1;
                 lora.experts.truncate(1);
@@ -78,7 +88,7 @@ impl Row {
             Self::NPasses if config.router.scope != RouterScope::Shared => {
                 bail!("N passes need one router for all layers: `--routers shared`")
             }
-            Self::OnePass | Self::NPasses | Self::Eval => {}
+            Self::OnePass | Self::NPasses | Self::Eval | Self::Generate => {}
         }
         Ok(config)
     }
@@ -88,7 +98,7 @@ impl Row {
     /// - `config`: the result of [`Row::config`]
     pub fn experts(self, config: &Config, base: &Decoder) -> Result<Vec<ExpertSpec>> {
         match self {
-            Self::Base => Ok(vec![]),
+            Self::Base | Self::GenerateBase => Ok(vec![]),
             _ => {
                 let num_experts = config.lora.num_experts as usize;
                 let routed = (0..num_experts).map(|e| ExpertSpec::of_config(config, e, &base.spec));
@@ -130,6 +140,11 @@ impl Subject {
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(device), device);
         Ok(Self { row, config, model, trained, stepper })
+    }
+
+    /// The row's model.
+    pub fn model(&self) -> &RoutedModel {
+        &self.model
     }
 
     /// How long it has taken so far to capture steps as CUDA graphs.

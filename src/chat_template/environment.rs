@@ -1,5 +1,7 @@
 //! The environment in which templates are rendered: transformers' one
 //! (`transformers/utils/chat_template_utils.py` of 5.17), as far as minijinja differs from it.
+//!
+//! One difference is left: a loop over `none` runs zero times, which is an error in Python.
 
 use std::fmt;
 

@@ -15,6 +15,8 @@
 
 use std::ops::Range;
 
+use super::syntax::{name_of, tags};
+
 // noncharacters of Unicode, so that no text that is meant for people contains a mark
 const START: &str = "\u{fdd0}generation\u{fdd0}";
 const END: &str = "\u{fdd1}generation\u{fdd1}";
@@ -23,64 +25,19 @@ const END: &str = "\u{fdd1}generation\u{fdd1}";
 pub(super) fn rewrite(template: &str) -> Option<String> {
     let mut rewritten = String::new();
     let mut copied = 0;
-    let mut at = 0;
-    while let Some(tag) = next_tag(template, at) {
+    for tag in tags(template) {
         if let Some(text) = marks_for(&template[tag.clone()]) {
             rewritten.push_str(&template[copied..tag.start]);
             rewritten.push_str(&text);
             copied = tag.end;
         }
-        at = after(template, &tag);
     }
     (copied > 0).then(|| rewritten + &template[copied..])
 }
 
-/// The next comment, expression or tag of a template from byte `from` on. Its end is the template's
-/// if it is not closed.
-fn next_tag(template: &str, from: usize) -> Option<Range<usize>> {
-    let opens = |place: &usize| {
-        matches!(template.as_bytes().get(place + 1), Some(b'{' | b'%' | b'#'))
-            && template.as_bytes()[*place] == b'{'
-    };
-    let start = (from..template.len()).find(opens)?;
-    let inner = start + 2;
-    let length = match template.as_bytes()[start + 1] {
-        b'#' => template[inner..].find("#}"),
-        b'{' => find_outside_of_strings(&template[inner..], "}}"),
-        _ => find_outside_of_strings(&template[inner..], "%}"),
-    };
-    Some(start..length.map_or(template.len(), |length| inner + length + 2))
-}
-
-fn find_outside_of_strings(text: &str, end: &str) -> Option<usize> {
-    let mut quote = None;
-    let mut is_escaped = false;
-    for (at, byte) in text.bytes().enumerate() {
-        match (quote, byte) {
-            (Some(_), _) if is_escaped => is_escaped = false,
-            (Some(_), b'\\') => is_escaped = true,
-            (Some(open), _) if byte == open => quote = None,
-            (None, b'\'' | b'"') => quote = Some(byte),
-            (None, _) if text.as_bytes()[at..].starts_with(end.as_bytes()) => return Some(at),
-            _ => {}
-        }
-    }
-    None
-}
-
-/// The name of a tag and its white space control in front and behind; `None` if it is no tag.
-fn parts(tag: &str) -> Option<(&str, &str, &str)> {
-    let inner = tag.strip_prefix("{%")?.strip_suffix("%}")?;
-    let control = |sign: bool| usize::from(sign);
-    let is_sign = |sign: char| matches!(sign, '-' | '+');
-    let (front, inner) = inner.split_at(control(inner.starts_with(is_sign)));
-    let (inner, back) = inner.split_at(inner.len() - control(inner.ends_with(is_sign)));
-    Some((inner.trim(), front, back))
-}
-
 /// What replaces a tag, if it is one of the two.
 fn marks_for(tag: &str) -> Option<String> {
-    match parts(tag)? {
+    match name_of(tag)? {
         ("generation", front, back) => Some(format!(
             "{{%{front} if true %}}{{{{ \"{START}\" }}}}{{% endif %}}{{% with {back}%}}"
         )),
@@ -89,21 +46,6 @@ fn marks_for(tag: &str) -> Option<String> {
         )),
         _ => None,
     }
-}
-
-/// Where the search for tags goes on behind `tag`. What stands in `{% raw %}` is text.
-fn after(template: &str, tag: &Range<usize>) -> usize {
-    if parts(&template[tag.clone()]).is_none_or(|(name, ..)| name != "raw") {
-        return tag.end;
-    }
-    let is_end = |place: &usize| {
-        let rest = template[*place..]
-            .strip_prefix("{%")
-            .map(|rest| rest.trim_start_matches(['-', '+']).trim_start().starts_with("endraw"));
-        rest == Some(true)
-    };
-    let places = template[tag.end..].match_indices("{%").map(|(place, _)| tag.end + place);
-    places.into_iter().find(is_end).unwrap_or(template.len())
 }
 
 /// Cuts the marks out of a rendered text. Returns the text and what was between the marks, as

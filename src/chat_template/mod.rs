@@ -12,6 +12,7 @@ mod environment;
 mod generation;
 mod json;
 mod source;
+mod syntax;
 mod turns;
 
 use std::collections::BTreeMap;
@@ -176,6 +177,7 @@ impl Parsed {
         for (name, template) in &templates {
             // as Jinja reads a template
             let text = template.text.replace("\r\n", "\n").replace('\r', "\n");
+            let text = syntax::with_known_escapes(&text);
             let rewritten = generation::rewrite(&text);
             marks.insert(name.clone(), rewritten.is_some());
             let text = rewritten.unwrap_or(text);
@@ -216,11 +218,12 @@ struct Renderer<'a> {
     has_marks: bool,
     /// The variables other than those that differ between the parts of a conversation.
     variables: BTreeMap<String, Jinja>,
+    conversation: &'a Conversation,
     messages: Vec<Jinja>,
 }
 
 impl<'a> Renderer<'a> {
-    fn new(parsed: &'a Parsed, conversation: &Conversation) -> Result<Self> {
+    fn new(parsed: &'a Parsed, conversation: &'a Conversation) -> Result<Self> {
         let name = parsed.choose(conversation)?;
         let template = parsed.environment.get_template(name).expect("its templates were added");
         let tokens = parsed.special_tokens.iter();
@@ -234,17 +237,10 @@ impl<'a> Renderer<'a> {
         variables.insert("tools".into(), Jinja::from(Serde(&conversation.tools)));
         let now = conversation.now.unwrap_or_else(|| date(2024, 7, 26).at(0, 0, 0, 0));
         variables.insert("strftime_now".into(), strftime_now(now));
-        Ok(Self {
-            template,
-            source: &parsed.templates[name],
-            has_marks: parsed.marks[name],
-            variables,
-            messages: conversation
-                .messages
-                .iter()
-                .map(|message| Jinja::from(Serde(message)))
-                .collect(),
-        })
+        let messages = conversation.messages.iter().map(|message| Jinja::from(Serde(message)));
+        let messages = messages.collect();
+        let (source, has_marks) = (&parsed.templates[name], parsed.marks[name]);
+        Ok(Self { template, source, has_marks, variables, conversation, messages })
     }
 
     /// Renders some messages with the conversation's tools and variables.

@@ -10,7 +10,7 @@
 //! This supposes that the whole text begins with these two. Not every template has it so: Qwen3's
 //! shows the thinking of the last turns only, and Mistral's puts the tools in front of the last
 //! question. Where the whole text begins otherwise, the message's content is exchanged for
-//! [`OTHER_CONTENT`], and what changes in the text is the content:
+//! [`OTHER`], and what changes in the text is the content:
 //!
 //! ```text
 //! the whole text          .. <|im_start|>assistant\n|Yes|<|im_end|>\n<|im_start|>user\n ..
@@ -19,19 +19,22 @@
 //!
 //! The messages up to m_i alone show what the turn has behind its content, here `<|im_end|>\n`, and
 //! between the generation prompt and its content, here the empty thinking. In the whole text, the
-//! turn contains the former, which must be there, and the latter if it is there.
+//! turn contains the former, which must be there, and the latter if it is there. If a template
+//! shows a call of a tool without a content, the tool's name takes the place of the content.
 
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail};
 use minijinja::Value as Jinja;
+use minijinja::value::Serde;
+use serde_json::{Map, Value};
 
 use super::{ChatTemplate, Conversation, Renderer};
 use crate::config::LossOnTurns;
 
-/// Stands for a message's content where that is exchanged. It is a noncharacter of Unicode, so that
-/// it differs from each character of the content.
-const OTHER_CONTENT: &str = "\u{fdd2}";
+/// Stands for the content of a message where that is exchanged. It is a noncharacter of Unicode, so
+/// that it differs from each character of the content.
+const OTHER: &str = "\u{fdd2}";
 
 const HINT: &str = "hint: `data.loss_on_turns = \"last\"` learns the last turn only, and \
                     `base.chat_template = \"FILE.jinja\"` takes a template that marks the \
@@ -116,14 +119,18 @@ impl Renderer<'_> {
         if let Some(before) = before.as_ref().filter(|before| text.starts_with(before.as_str())) {
             return Ok(before.len());
         }
-        let content = self.content(self.messages.len(), at, text)?;
+        let (part, place) = self.place(at, text)?;
         let alone = self.render(&self.messages[..=at], false)?.text;
-        let content_alone = self.content(at + 1, at, &alone)?;
+        let place_alone = self.place_of(part, at + 1, at, &alone)?.unwrap_or_default();
         let lead = before
             .filter(|before| alone.starts_with(before.as_str()))
-            .and_then(|before| alone.get(before.len()..content_alone.start))
-            .filter(|lead| text[..content.start].ends_with(lead));
-        Ok(content.start - lead.map_or(0, str::len))
+            .and_then(|before| alone.get(before.len()..place_alone.start))
+            .filter(|lead| text[..place.start].ends_with(lead));
+        match (lead, part) {
+            (Some(lead), _) => Ok(place.start - lead.len()),
+            (None, Part::Content) => Ok(place.start),
+            (None, Part::Call) => bail!("the chat template begins it in different ways\n{HINT}"),
+        }
     }
 
     /// Where the turn of message `at` ends in the whole `text`.
@@ -132,35 +139,54 @@ impl Renderer<'_> {
         if text.starts_with(&alone) {
             return Ok(alone.len());
         }
-        let content = self.content(self.messages.len(), at, text)?;
-        let tail = &alone[self.content(at + 1, at, &alone)?.end..];
-        if !text[content.end..].starts_with(tail) {
+        let (part, place) = self.place(at, text)?;
+        let place_alone = self.place_of(part, at + 1, at, &alone)?.unwrap_or_default();
+        let tail = &alone[place_alone.end..];
+        if !text[place.end..].starts_with(tail) {
             bail!(
                 "the chat template ends it by `{}` if nothing follows, and otherwise in another \
                  way\n{HINT}",
                 tail.escape_debug()
             );
         }
-        Ok(content.end + tail.len())
+        Ok(place.end + tail.len())
     }
 
-    /// Where the content of message `at` stands in `text`, the rendering of the first `count`
-    /// messages: what changes there if the content is exchanged. If there is no content, the end
-    /// can lie before the start, in a line end that separates the content from what follows.
-    fn content(&self, count: usize, at: usize, text: &str) -> Result<Range<usize>> {
+    /// A part of message `at` that the whole `text` shows, and where.
+    fn place(&self, at: usize, text: &str) -> Result<(Part, Range<usize>)> {
+        for part in [Part::Content, Part::Call] {
+            if let Some(place) = self.place_of(part, self.messages.len(), at, text)? {
+                return Ok((part, place));
+            }
+        }
+        bail!("the chat template does not show its content\n{HINT}");
+    }
+
+    /// Where a part of message `at` stands in `text`, the rendering of the first `count` messages:
+    /// what changes there if the part is exchanged; `None` if nothing does. If the part is empty,
+    /// the end can lie before the start, in a line end that separates it from what follows.
+    fn place_of(
+        &self,
+        part: Part,
+        count: usize,
+        at: usize,
+        text: &str,
+    ) -> Result<Option<Range<usize>>> {
+        let Some(message) = exchanged(&self.conversation.messages[at], part) else {
+            return Ok(None);
+        };
         let mut messages = self.messages[..count].to_vec();
-        messages[at] = with_other_content(&messages[at])?;
+        messages[at] = Jinja::from(Serde(message));
         let other = self.render(&messages, false)?.text;
         if other == *text {
-            bail!("the chat template does not show its content\n{HINT}");
+            return Ok(None);
         }
         let from_start = text.chars().zip(other.chars()).take_while(|(one, other)| one == other);
         let start = from_start.map(|(character, _)| character.len_utf8()).sum();
-        let (text, other) = (text.chars().rev(), other.chars().rev());
-        let from_end = text.clone().zip(other).take_while(|(one, other)| one == other);
+        let from_end = text.chars().rev().zip(other.chars().rev());
+        let from_end = from_end.take_while(|(one, other)| one == other);
         let behind: usize = from_end.map(|(character, _)| character.len_utf8()).sum();
-        let length: usize = text.map(char::len_utf8).sum();
-        Ok(start..length - behind)
+        Ok(Some(start..text.len() - behind))
     }
 
     /// Checks that the template shows the messages whose role it may not know.
@@ -177,18 +203,34 @@ impl Renderer<'_> {
     }
 }
 
-/// The message with [`OTHER_CONTENT`].
-fn with_other_content(message: &Jinja) -> Result<Jinja> {
-    let mut pairs = Vec::new();
-    for key in message.try_iter()?.filter(|key| key.as_str() != Some("content")) {
-        pairs.push((key.clone(), message.get_item(&key)?));
-    }
-    pairs.push(("content".into(), OTHER_CONTENT.into()));
-    Ok(Jinja::from_pairs(pairs))
+/// A part of a message that can be exchanged.
+#[derive(Clone, Copy)]
+enum Part {
+    Content,
+    /// The name of the first tool that the message calls.
+    Call,
 }
 
-fn role(role: Option<&serde_json::Value>) -> &str {
-    role.and_then(serde_json::Value::as_str).unwrap_or_default()
+/// The message with [`OTHER`] in the place of a part; `None` if it has no such part.
+fn exchanged(message: &Map<String, Value>, part: Part) -> Option<Map<String, Value>> {
+    let mut message = message.clone();
+    match part {
+        Part::Content => {
+            message.insert("content".into(), OTHER.into());
+        }
+        Part::Call => {
+            let mut call = message.get_mut("tool_calls")?.get_mut(0)?;
+            if call.get("function").is_some() {
+                call = call.get_mut("function")?;
+            }
+            *call.get_mut("name")? = OTHER.into();
+        }
+    }
+    Some(message)
+}
+
+fn role(role: Option<&Value>) -> &str {
+    role.and_then(Value::as_str).unwrap_or_default()
 }
 
 /// The distinct roles, for messages.

@@ -70,6 +70,10 @@ pub struct TrainState {
     pub tokenizer_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,
+    /// Whether the training data contains conversations, which a chat template has rendered. It is
+    /// not known of older checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned_chats: Option<bool>,
     /// Number of blocks trained on for each domain, in the config's order.
     pub domain_blocks: Vec<u64>,
     /// The step after which the router column of a new expert was opened, which ended the seeding

@@ -66,7 +66,7 @@ pub struct BenchArgs {
     documents: Option<f64>,
     #[command(flatten)]
     mixture: MixtureArgs,
-    /// The rows to measure [default: all].
+    /// The rows to measure [default: all that compute whole blocks].
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     rows: Vec<Row>,
     /// Number of steps that count [default: 30 on CUDA, 10 on the CPU].
@@ -135,12 +135,13 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     if args.json {
         print_line(&header)?;
     }
-    let rows = if args.rows.is_empty() { Row::value_variants() } else { &args.rows };
+    let of_blocks = Row::value_variants().iter().copied().filter(|row| !row.generates());
+    let rows = if args.rows.is_empty() { of_blocks.collect() } else { args.rows.clone() };
     let num_reports = rows.len() * args.batch.len();
     let bar = CountBar::new(shared.show_progress, "measuring", num_reports as u64);
     let mut reports = vec![];
     for &batch in &args.batch {
-        for &row in rows {
+        for &row in &rows {
             let report = bench.measure(row, batch);
             if args.json {
                 print_line(&report)?;

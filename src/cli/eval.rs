@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use serde_json::json;
 
+use super::eval_answers::{self, AnswerArgs, Answers};
 use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
 use super::{Shared, table, token_cache, usage};
@@ -54,6 +55,8 @@ pub struct EvalArgs {
     /// [default: what decided them in training, or `router` if that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
+    #[command(flatten)]
+    answers: AnswerArgs,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -64,6 +67,7 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     if args.batch_size == 0 {
         return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
     }
+    let samples = args.answers.check(&args.model)?;
     let open = args.model.open(shared)?;
     let routing = open.routing(args.routing)?;
     let dataset = args.data.load(&open, shared)?;
@@ -90,7 +94,10 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
         None => (by_training, None),
         Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
     };
+    let batch_size = args.batch_size;
+    let answers = args.answers.answers(&open, &dataset, routing, batch_size, samples, shared)?;
     let results = Results {
+        answers,
         report,
         by_training,
         experts: expert_reports(&open.model)?,
@@ -117,10 +124,11 @@ struct Results {
     by_training: Option<(EvalRule, EvalReport)>,
     experts: Vec<ExpertReport>,
     stages: Vec<Stage>,
+    answers: Option<Answers>,
 }
 
 fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Result<()> {
-    let Results { report, by_training, experts, stages } = results;
+    let Results { report, by_training, experts, stages, answers } = results;
     let mut json = serde_json::to_value(report)?;
     json["experts"] = json!(experts);
     json["base"] = json!(open.base.label);
@@ -134,6 +142,10 @@ fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Re
     }
     json["stages"] = json!(stages);
     json["forgetting"] = json!(forgetting(stages));
+    if let Some(answers) = answers {
+        json["answers"] = json!(answers.reports);
+        json["samples"] = json!(answers.samples);
+    }
     println!("{}", serde_json::to_string_pretty(&json)?);
     Ok(())
 }
@@ -142,7 +154,7 @@ fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Re
 ///
 /// - `top_k`: the rule of training
 fn print(results: &Results, top_k: Option<i64>) {
-    let Results { report, by_training, experts, stages } = results;
+    let Results { report, by_training, experts, stages, answers } = results;
     println!("{}", table::report(report));
     if let Some((rule, by_training)) = by_training {
         let names = [table::rule(top_k), table::rule(rule.top_k())];
@@ -156,6 +168,9 @@ fn print(results: &Results, top_k: Option<i64>) {
     if stages.len() > 1 {
         println!("\nloss of each domain after each stage (forgetting matrix)");
         println!("{}", table::forgetting(stages));
+    }
+    if let Some(answers) = answers {
+        println!("\n{}", eval_answers::as_text(answers));
     }
 }
 

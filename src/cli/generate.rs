@@ -1,6 +1,6 @@
 //! `dylora generate`: continues prompts.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
 use super::sampling::SamplingArgs;
-use super::{Shared, usage};
+use super::{Shared, usage, write};
+use crate::chat_template::Conversation;
 use crate::generate::{
-    Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, Route, TextStream, prompt_ids,
+    Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, TextStream, prompt,
 };
 
 /// Arguments of `dylora generate`.
@@ -25,10 +26,20 @@ pub struct GenerateArgs {
     /// one prompt.
     #[arg(long, value_name = "TEXT", conflicts_with = "prompts", allow_hyphen_values = true)]
     prompt: Vec<String>,
-    /// A file of prompts: each line is a JSON object with `prompt`, as in training data. `-` is
-    /// standard input.
+    /// A file of prompts: each line is a JSON object with `prompt` or `messages`, as in training
+    /// data. `-` is standard input.
     #[arg(long, value_name = "FILE.jsonl")]
     prompts: Option<PathBuf>,
+    /// Answer prompts as messages of a user, by the base's chat template [default if there is a
+    /// template, unless the run was trained without conversations].
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+    /// A system message in front of each prompt; implies `--chat`.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
+    system: Option<String>,
+    /// Continue prompts as they are.
+    #[arg(long)]
+    raw: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Most prompts that are continued at the same time. Texts do not depend on it in f32 on a CPU.
@@ -43,15 +54,23 @@ pub struct GenerateArgs {
 /// A line of `--prompts`.
 #[derive(Deserialize)]
 struct PromptRecord {
-    prompt: String,
+    prompt: Option<String>,
+    messages: Option<Value>,
+    tools: Option<Value>,
 }
 
-/// A prompt and where it comes from.
+/// What is to be continued, and where it comes from.
 struct Prompt {
-    text: String,
+    content: Content,
     /// The place in messages, such as "line 3 of `prompts.jsonl`".
     place: String,
     ids: Vec<i64>,
+}
+
+/// What is to be continued.
+enum Content {
+    Text(String),
+    Conversation(Conversation),
 }
 
 /// What was generated for a prompt.
@@ -65,12 +84,13 @@ struct Generated<'a> {
 
 /// Runs the command.
 pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
-    let texts = args.texts()?;
+    let contents = args.contents()?;
     let open = args.model.open(shared)?;
     let tokenizer = open.base.tokenizer()?;
-    let prompts = texts.into_iter().map(|(text, place)| {
-        let ids = prompt_ids(tokenizer, &text).with_context(|| format!("in {place}"))?;
-        Ok(Prompt { text, place, ids })
+    let is_message = args.answers_messages(&open);
+    let prompts = contents.into_iter().map(|(content, place)| {
+        let ids = args.ids(&content, &open, is_message).with_context(|| format!("in {place}"))?;
+        Ok(Prompt { content, place, ids })
     });
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
     let defaults = GenerationDefaults::of_base(&open.base)?;
@@ -113,23 +133,55 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
 }
 
 impl GenerateArgs {
-    /// The prompts and where each comes from.
-    fn texts(&self) -> Result<Vec<(String, String)>> {
+    /// Whether a text is a message of a user. Otherwise it is continued as it is.
+    fn answers_messages(&self, open: &OpenModel) -> bool {
+        if self.raw || self.chat || self.system.is_some() {
+            return !self.raw;
+        }
+        let has_template = open.base.chat_template.is_some();
+        if has_template && open.learned_chats == Some(false) {
+            tracing::info!(
+                "prompts are continued as they are, since the run was trained without \
+                 conversations; `--chat` answers them by the chat template"
+            );
+        }
+        has_template && open.learned_chats != Some(false)
+    }
+
+    /// The tokens of a prompt.
+    fn ids(&self, content: &Content, open: &OpenModel, is_message: bool) -> Result<Vec<i64>> {
+        let tokenizer = open.base.tokenizer()?;
+        let of_text = |text: &str| {
+            let system = self.system.iter().map(|text| prompt::message("system", text));
+            prompt::of_messages(system.chain([prompt::message("user", text)]).collect())
+        };
+        let chat_ids = |conversation: &Conversation| {
+            prompt::chat_ids(tokenizer, prompt::template_of(&open.base)?, conversation)
+        };
+        match content {
+            Content::Conversation(conversation) => chat_ids(conversation),
+            Content::Text(text) if is_message => chat_ids(&of_text(text)),
+            Content::Text(text) => prompt::text_ids(tokenizer, text),
+        }
+    }
+
+    /// What is to be continued, and where each comes from.
+    fn contents(&self) -> Result<Vec<(Content, String)>> {
         if self.batch_size == 0 {
             return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
         }
         let Some(file) = &self.prompts else {
             if !self.prompt.is_empty() {
-                let place = |text: &String| (text.clone(), "`--prompt`".to_owned());
+                let place = |text: &String| (Content::Text(text.clone()), "`--prompt`".to_owned());
                 return Ok(self.prompt.iter().map(place).collect());
             }
             if std::io::stdin().is_terminal() {
                 return Err(usage(anyhow!(
-                    "there is no prompt\nhint: `--prompt TEXT`, `--prompts FILE.jsonl`, or a text on \
-                     standard input"
+                    "there is no prompt\nhint: `--prompt TEXT`, `--prompts FILE.jsonl` or standard \
+                     input"
                 )));
             }
-            return Ok(vec![(standard_input()?, "standard input".to_owned())]);
+            return Ok(vec![(Content::Text(standard_input()?), "standard input".to_owned())]);
         };
         let is_stdin = file.as_os_str() == "-";
         let name = if is_stdin { "standard input".into() } else { format!("`{}`", file.display()) };
@@ -137,16 +189,28 @@ impl GenerateArgs {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         let prompts = lines.map(|(index, line)| {
             let place = format!("line {} of {name}", index + 1);
-            let record: PromptRecord = serde_json::from_str(line).map_err(|error| {
-                anyhow!("{place} must be a JSON object with `prompt`, a string: {error}")
-            })?;
-            Ok((record.prompt, place))
+            let content = content(line).with_context(|| format!("in {place}"))?;
+            Ok((content, place))
         });
         let prompts = prompts.collect::<Result<Vec<_>>>()?;
         if prompts.is_empty() {
             bail!("{name} has no prompt");
         }
         Ok(prompts)
+    }
+}
+
+/// What a line of `--prompts` is.
+fn content(line: &str) -> Result<Content> {
+    let record: PromptRecord = serde_json::from_str(line).map_err(|error| {
+        anyhow!("a line must be a JSON object with `prompt`, a string, or `messages`: {error}")
+    })?;
+    match (record.prompt, record.messages) {
+        (Some(text), None) => Ok(Content::Text(text)),
+        (None, Some(messages)) => {
+            Ok(Content::Conversation(prompt::conversation(&messages, record.tools.as_ref())?))
+        }
+        _ => bail!("a line must have either `prompt` or `messages`"),
     }
 }
 
@@ -165,12 +229,7 @@ fn requests(
     let sampling = args.sampling.sampling(defaults)?;
     let max_new_tokens = args.sampling.max_new_tokens(defaults)?;
     let (choice, route) = args.sampling.route(open)?;
-    let what = match &route {
-        Route::Router if open.model.num_experts() == 1 => "the single expert".to_owned(),
-        Route::Router => "the router".to_owned(),
-        Route::Fixed(_) => format!("`{choice}`"),
-    };
-    tracing::debug!("{} prompt(s), routed by {what}, {sampling:?}", prompts.len());
+    tracing::debug!("{} prompt(s), routed by `{choice}`, {sampling:?}", prompts.len());
     let end_tokens: std::sync::Arc<[i64]> = defaults.end_tokens.clone().into();
     let request = |(key, prompt): (usize, &Prompt)| Request {
         key: key as u64,
@@ -249,8 +308,12 @@ impl Printer<'_> {
     fn json_of(&self, index: usize, finish: Finish) -> Value {
         let (prompt, generated) = (&self.prompts[index], &self.generated[index]);
         let tokens = || generated.events.iter().map(|event| &event.token);
+        let (key, value) = match &prompt.content {
+            Content::Text(text) => ("prompt", json!(text)),
+            Content::Conversation(conversation) => ("messages", json!(conversation.messages)),
+        };
         json!({
-            "prompt": prompt.text,
+            key: value,
             "text": generated.ready,
             "finish_reason": finish.name(),
             "prompt_ids": prompt.ids,
@@ -258,16 +321,5 @@ impl Printer<'_> {
             "log_probs": tokens().map(|token| token.log_prob).collect::<Vec<_>>(),
             "routing_weights": tokens().map(|token| &token.weights).collect::<Vec<_>>(),
         })
-    }
-}
-
-/// Writes to standard output at once. Returns whether anybody reads it: the reader may have closed
-/// the pipe.
-fn write(text: &str) -> Result<bool> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(anyhow!("cannot write to standard output: {error}")),
     }
 }

@@ -5,8 +5,12 @@ mod add_expert;
 mod bench;
 mod bench_report;
 mod bench_shapes;
+mod chat;
+mod chat_lines;
+mod chat_text;
 mod dry_run;
 mod eval;
+mod eval_answers;
 mod export_adapters;
 mod generate;
 mod merge;
@@ -82,6 +86,8 @@ enum Command {
     MergeExperts(remove_expert::MergeExpertsArgs),
     /// Continue prompts with a mixture, one of its experts or its base.
     Generate(generate::GenerateArgs),
+    /// Talk to a mixture, one of its experts or its base in the terminal.
+    Chat(chat::ChatArgs),
     /// Answer requests over HTTP as OpenAI does, with a mixture, its experts and its base.
     Serve(serve::ServeArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
@@ -122,12 +128,20 @@ pub fn report(error: &anyhow::Error) -> (String, u8) {
 /// # Errors
 /// A write that fails for another reason, such as a full disk.
 fn print_result(text: &str) -> Result<()> {
+    write(&format!("{text}\n")).map(|_| ())
+}
+
+/// Writes text to standard output at once. Returns whether anybody reads it: the reader may have
+/// closed the pipe.
+///
+/// # Errors
+/// A write that fails for another reason.
+fn write(text: &str) -> Result<bool> {
     let mut stdout = std::io::stdout().lock();
-    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(anyhow!("cannot write to standard output: {error}"))
-        }
-        _ => Ok(()),
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(anyhow!("cannot write to standard output: {error}")),
     }
 }
 
@@ -178,6 +192,7 @@ impl Cli {
             Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
             Some(Command::Generate(args)) => generate::run(args, &shared),
+            Some(Command::Chat(args)) => chat::run(args, &shared),
             Some(Command::Serve(args)) => serve::run(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
             Some(Command::Study(args)) => study::run(args, &shared),

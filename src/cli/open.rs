@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 use super::progress::DownloadBar;
 use super::{Shared, device, hub_settings, usage};
 use crate::base::Base;
-use crate::checkpoint::{self, Preferred};
+use crate::checkpoint::{self, Preferred, TrainState};
 use crate::config::{
     AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
     RoutingChoice,
@@ -69,6 +69,8 @@ pub struct OpenModel {
     routing: RoutingChoice,
     /// BLAKE3 of the base's parameters in f32, if the checkpoint or export says it.
     base_hash: Option<String>,
+    /// Whether the model was trained on conversations, if that is known.
+    pub learned_chats: Option<bool>,
     /// The files of the adapters.
     adapter_files: Vec<PathBuf>,
 }
@@ -121,10 +123,19 @@ impl ModelArgs {
         let device = device(self.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
         let model = checkpoint::load_model(&dir, &config, &base, device)?;
-        let base_hash = checkpoint::read_state(&dir)?.base_hash;
+        let TrainState { base_hash, learned_chats, .. } = checkpoint::read_state(&dir)?;
         let (routing, checkpoint) = (config.train.routing, Some(dir));
         let (config, adapter_files) = (Some(config), vec![]);
-        Ok(OpenModel { base, config, checkpoint, model, routing, base_hash, adapter_files })
+        Ok(OpenModel {
+            base,
+            config,
+            checkpoint,
+            model,
+            routing,
+            base_hash,
+            learned_chats,
+            adapter_files,
+        })
     }
 
     /// Opens a base alone or with `--adapters`.
@@ -159,7 +170,16 @@ impl ModelArgs {
             Some(mixture) => mixture.put_on(&weights, device, kind)?,
         };
         let (config, checkpoint, adapter_files) = (None, None, found.into_inner());
-        Ok(OpenModel { base, config, checkpoint, model, routing, base_hash, adapter_files })
+        Ok(OpenModel {
+            base,
+            config,
+            checkpoint,
+            model,
+            routing,
+            base_hash,
+            learned_chats: None,
+            adapter_files,
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The options that say how text is generated, for all commands that generate.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 
 use super::open::OpenModel;
@@ -73,6 +73,31 @@ impl SamplingArgs {
             return Err(usage(anyhow!("`--stop` must not be empty")));
         }
         Ok(sampling)
+    }
+
+    /// Changes an option by its name, such as `top_p`.
+    ///
+    /// # Errors
+    /// An unknown name, and a value that is no number or makes no sense. Nothing changes then.
+    pub fn set(&mut self, key: &str, value: &str, defaults: &GenerationDefaults) -> Result<()> {
+        fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T> {
+            value.parse().map_err(|_| anyhow!("`{key}` must be a number, got `{value}`"))
+        }
+        let mut changed = self.clone();
+        match key {
+            "temperature" => changed.temperature = Some(number(key, value)?),
+            "top_k" => changed.top_k = Some(number(key, value)?),
+            "top_p" => changed.top_p = Some(number(key, value)?),
+            "min_p" => changed.min_p = Some(number(key, value)?),
+            "repetition_penalty" => changed.repetition_penalty = Some(number(key, value)?),
+            "max_new_tokens" => changed.max_new_tokens = Some(number(key, value)?),
+            "seed" => changed.seed = number(key, value)?,
+            _ => bail!("there is no option `{key}`\nhint: `/help` lists them"),
+        }
+        changed.sampling(defaults)?;
+        changed.max_new_tokens(defaults)?;
+        *self = changed;
+        Ok(())
     }
 
     /// Most new tokens of a text.

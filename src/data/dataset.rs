@@ -25,7 +25,7 @@ pub struct TokenDataset {
     /// What happens when all blocks of a domain have been used before the epoch ends.
     pub on_exhausted: OnExhausted,
     loss_on: LossOn,
-    files: Vec<Arc<TokenFile>>,
+    pub(super) files: Vec<Arc<TokenFile>>,
     encoding: blake3::Hash,
 }
 
@@ -39,7 +39,7 @@ pub struct Domain {
     /// What its files contain.
     pub counts: DomainCounts,
     record_experts: RecordExperts,
-    blocks: Blocks,
+    pub(super) blocks: Blocks,
     fingerprint: blake3::Hash,
 }
 

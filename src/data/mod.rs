@@ -20,6 +20,7 @@
 //!
 //! All of this is deterministic: the same files and options give the same batches on any machine.
 
+mod answers;
 mod cache;
 mod chat;
 mod dataset;
@@ -39,6 +40,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 
+pub use self::answers::Answered;
 pub use self::chat::ChatOptions;
 pub use self::dataset::{
     Batch, Domain, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT, RecordExperts,

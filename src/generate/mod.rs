@@ -6,10 +6,15 @@
 //!              +- model with its caches
 //! ```
 //!
-//! [`prompt`] encodes prompts. [`engine`] batches texts: one may begin or end while others go on.
-//! [`sampling`] chooses tokens, [`settings`] reads `generation_config.json`, and [`text`] turns
-//! tokens into text piece by piece and finds the strings that end it.
+//! - [`prompt`]: the tokens of texts and conversations
+//! - [`route`]: what decides the routing of a text
+//! - [`settings`]: what `generation_config.json` says
+//! - [`engine`]: texts in batches, where one may begin or end while others go on
+//! - [`sampling`]: the choice of the next token
+//! - [`text`]: tokens become text piece by piece, up to a string that ends it
+//! - [`answers`]: answers to a dataset's documents, beside their references
 
+pub mod answers;
 pub mod engine;
 pub mod prompt;
 pub mod route;
@@ -18,7 +23,6 @@ pub mod settings;
 pub mod text;
 
 pub use engine::{Engine, EngineLimits, Event, Finish, NewToken, Request, Route};
-pub use prompt::prompt_ids;
 pub use route::RouteChoice;
 pub use sampling::Sampling;
 pub use settings::GenerationDefaults;

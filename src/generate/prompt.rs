@@ -1,14 +1,17 @@
-//! The tokens of a prompt.
+//! The tokens of a prompt: of a text, or of a conversation by the base's chat template.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use serde_json::{Map, Value, json};
 
+use crate::base::Base;
+use crate::chat_template::{ChatTemplate, Conversation};
 use crate::data::Tokenizer;
 
-/// The tokens of a text that begins a document, with the tokenizer's start tokens in front.
+/// The tokens of a text that is to be continued, with the start tokens of a document.
 ///
 /// # Errors
-/// A text that cannot be encoded, and an empty text where the tokenizer has no start tokens.
-pub fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<i64>> {
+/// An empty text, if the tokenizer has no start tokens.
+pub fn text_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<i64>> {
     let ids = tokenizer.encode(text)?;
     let start = match ids.is_empty() {
         true => tokenizer.start_tokens(),
@@ -19,4 +22,66 @@ pub fn prompt_ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<i64>> {
         bail!("the prompt is empty, and this tokenizer has no token for the start of a text");
     }
     Ok(ids)
+}
+
+/// The tokens of a conversation that the assistant is to continue. The template writes all special
+/// tokens.
+///
+/// # Errors
+/// A template that cannot render the conversation.
+pub fn chat_ids(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    conversation: &Conversation,
+) -> Result<Vec<i64>> {
+    let text = template.render(conversation, true)?.text;
+    Ok(tokenizer.encode(&text)?.into_iter().map(i64::from).collect())
+}
+
+/// The chat template of a base.
+///
+/// # Errors
+/// A base without one.
+pub fn template_of(base: &Base) -> Result<&ChatTemplate> {
+    base.chat_template.as_deref().ok_or_else(|| {
+        anyhow!(
+            "the base `{}` has no chat template\nhint: `--chat-template FILE.jinja` names one, or \
+             `dylora generate` continues plain text",
+            base.label
+        )
+    })
+}
+
+/// A message of a conversation.
+pub fn message(role: &str, content: &str) -> Map<String, Value> {
+    Map::from_iter([("role".to_owned(), json!(role)), ("content".to_owned(), json!(content))])
+}
+
+/// A conversation of messages and, if there are any, tools, as training data has them.
+///
+/// # Errors
+/// Messages that are not a list of objects.
+pub fn conversation(messages: &Value, tools: Option<&Value>) -> Result<Conversation> {
+    let list = messages.as_array().context("`messages` must be a list")?;
+    let object = |message: &Value| {
+        message.as_object().cloned().with_context(|| {
+            format!("each of `messages` must be an object with `role` and `content`, got {message}")
+        })
+    };
+    let messages = list.iter().map(object).collect::<Result<Vec<_>>>()?;
+    if messages.is_empty() {
+        bail!("`messages` has no message");
+    }
+    let tools = match tools {
+        None | Some(Value::Null) => None,
+        Some(Value::Array(tools)) => Some(tools.clone()),
+        Some(other) => bail!("`tools` must be a list, got {other}"),
+    };
+    Ok(Conversation { tools, ..of_messages(messages) })
+}
+
+/// A conversation that takes place now: templates may tell the model the date.
+pub fn of_messages(messages: Vec<Map<String, Value>>) -> Conversation {
+    let now = Some(jiff::Zoned::now().datetime());
+    Conversation { messages, now, ..Conversation::default() }
 }

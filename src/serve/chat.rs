@@ -11,6 +11,7 @@ use super::request::{
 };
 use crate::chat_template::{ChatTemplate, Conversation};
 use crate::data::Tokenizer;
+use crate::generate::prompt;
 
 /// Stands for what the assistant says where only the end of its turn matters.
 const CONTENT: &str = "Yes";
@@ -135,27 +136,20 @@ fn prompt_ids(
         return Err(ApiError { code: Some("no_chat_template"), ..ApiError::invalid(message) });
     };
     let fault = |error: anyhow::Error| ApiError::field("messages", format!("{error:#}"));
-    let conversation = Conversation { messages, variables, ..Conversation::default() };
-    let rendered = template.render(&conversation, true).map_err(fault)?;
-    // the text has all special tokens, also those at its start
-    let ids = model.tokenizer.encode(&rendered.text).map_err(fault)?;
+    let conversation = Conversation { variables, ..prompt::of_messages(messages) };
+    let ids = prompt::chat_ids(&model.tokenizer, template, &conversation).map_err(fault)?;
     if ids.is_empty() {
         return Err(ApiError::field("messages", "the messages give no token"));
     }
-    Ok(ids.into_iter().map(i64::from).collect())
+    Ok(ids)
 }
 
 /// The special token by which a template ends the assistant's turn, such as `<|im_end|>`. A base
 /// that was not made for chats does not list it among its end tokens. `None` if the turn ends by
 /// other text, or if the template cannot show a turn.
 pub fn end_of_turn(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<i64> {
-    let message = |role: &str| {
-        let message = json!({"role": role, "content": CONTENT});
-        message.as_object().cloned().unwrap_or_default()
-    };
-    let messages = vec![message("user"), message("assistant")];
-    let conversation = Conversation { messages, ..Conversation::default() };
-    let rendered = template.render(&conversation, false).ok()?;
+    let messages = ["user", "assistant"].map(|role| prompt::message(role, CONTENT));
+    let rendered = template.render(&prompt::of_messages(messages.to_vec()), false).ok()?;
     let (_, end) = rendered.text.rsplit_once(CONTENT)?;
     let first = *tokenizer.encode(end.trim_start()).ok()?.first()?;
     let is_special = tokenizer.decode_text(&[first]).is_ok_and(|text| text.is_empty());

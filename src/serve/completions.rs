@@ -9,7 +9,7 @@ use super::models::ServedModel;
 use super::request::{
     Ask, Common, Endpoint, MAX_ALTERNATIVES, Prompt, check_num_texts, is_empty, max_new_tokens,
 };
-use crate::generate::prompt_ids;
+use crate::generate::prompt::text_ids;
 
 /// Most new tokens if neither the request nor the base says a number; OpenAI's default.
 const MAX_NEW_TOKENS: usize = 16;
@@ -68,7 +68,7 @@ fn read(part: Value, model: &ServedModel, echo: bool) -> Result<(Vec<i64>, Strin
     let fault = |error: anyhow::Error| ApiError::field("prompt", format!("`prompt`: {error}"));
     let list = match part {
         Value::String(text) => {
-            let ids = prompt_ids(&model.tokenizer, &text).map_err(fault)?;
+            let ids = text_ids(&model.tokenizer, &text).map_err(fault)?;
             return Ok((ids, if echo { text } else { String::new() }));
         }
         Value::Array(list) if !list.is_empty() => list,

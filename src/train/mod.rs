@@ -211,6 +211,7 @@ impl Trainer {
             base_settings: Some(families::settings(&base.spec)),
             tokenizer_hash: base.tokenizer_hash(),
             data_fingerprint: data.train.fingerprint(),
+            learned_chats: Some(data.train.has_conversations()),
             domain_blocks: vec![0; data.train.domains.len()],
             column_opened_at: None,
             routing,

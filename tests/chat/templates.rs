@@ -142,6 +142,7 @@ fn templates_are_jinja_with_pythons_methods() -> Result<()> {
             "{% macro m(x, y='b') %}{{ x }}{{ y }}{% endmacro %}{{ m('a') }}{{ m(y='c', x=1) }}",
             "ab1c",
         ),
+        ("{{ \"a\\\nb\\/\" }}{{ '\\x41\\u00e9\\101' }}", "ab\\/AéA"),
         (
             "{{ '<&>' }}{{ ['é<'] | tojson }}{{ missing }}{{ missing is defined }}",
             "<&>[\"é<\"]False",
@@ -225,23 +226,26 @@ fn marks_say_what_the_last_turn_is() -> Result<()> {
     Ok(())
 }
 
-/// Mistral's templates show the tools in front of the last question, and `eos_token` without a
-/// space, but the content with one.
+/// Mistral's templates show the tools in front of the last question, and a call of a tool without
+/// its content. Older ones put a space in front of an answer.
 #[test]
 fn turns_are_found_where_tools_stand_in_front_of_the_last_question() -> Result<()> {
-    let text = "{% for m in messages %}{% if m.role == 'user' %}\
-                {% if tools and loop.index0 >= messages | length - 2 %}[TOOLS]{% endif %}\
-                [INST] {{ m.content }}[/INST]{% else %} {{ m.content | trim }}</s>{% endif %}\
-                {% endfor %}";
-    let chat = json!({"tools": [{}], "messages": [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b "},
+    let text = "{% set ns = namespace(last=0) %}\
+                {% for m in messages if m.role == 'user' %}{% set ns.last = m %}{% endfor %}\
+                {% for m in messages %}{% if m.role == 'user' %}\
+                {% if m == ns.last %}[TOOLS]{% endif %}[INST] {{ m.content }}[/INST]\
+                {% elif m.role == 'tool' %}[RESULT] {{ m.content }}\
+                {% elif m.tool_calls %}[CALLS] {{ m.tool_calls[0].name }}()</s>\
+                {% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}";
+    let chat = json!({"messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+        {"role": "tool", "content": "r"}, {"role": "assistant", "content": "b "},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}
     ]});
     let (prompt, found) = turns_of(text, &chat, All)?;
-    assert_eq!(
-        (prompt.as_str(), found),
-        ("[INST] a[/INST]", vec![" b</s>".into(), " d</s>".into()])
-    );
+    assert_eq!(prompt, "[INST] a[/INST]");
+    assert_eq!(found, ["[CALLS] f()</s>", " b</s>", " d</s>"]);
     Ok(())
 }
 

@@ -4,6 +4,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod answers;
+mod chat;
+mod command;
 mod engine;
 mod sampling;
 mod settings;

@@ -85,3 +85,30 @@ fn special_tokens_are_left_out() -> Result<()> {
     assert_eq!(text, "a");
     Ok(())
 }
+
+#[test]
+fn a_text_keeps_its_first_space_with_every_kind_of_tokenizer() -> Result<()> {
+    for kind in ["llama2", "mistral", "llama3", "qwen", "smollm"] {
+        let file = format!("tests/golden/tokenizers/{kind}.tokenizer.json");
+        let tokenizer = Tokenizer::load(Path::new(&file))?;
+        let whole = "The cat sat on a naïve mat, 🦀 and\n  more";
+        let all = ids(&tokenizer, whole)?;
+        for cut in 1..all.len() {
+            let (prompt, new) = all.split_at(cut);
+            let mut stream = TextStream::new(&tokenizer, prompt, &[]);
+            for id in new {
+                stream.push(*id)?;
+            }
+            stream.finish()?;
+            let as_u32: Vec<u32> = prompt.iter().map(|id| *id as u32).collect();
+            let before = tokenizer.decode_text(&as_u32)?;
+            // a character that the cut divides belongs to neither text
+            let expected = whole.strip_prefix(before.trim_end_matches('\u{FFFD}'));
+            let expected = expected.unwrap_or_else(|| panic!("{kind}: {before:?}"));
+            if !before.ends_with('\u{FFFD}') {
+                assert_eq!(stream.text(), expected, "{kind}, cut at {cut}");
+            }
+        }
+    }
+    Ok(())
+}

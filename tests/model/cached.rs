@@ -19,6 +19,9 @@ const TEXTS: [(&[i64], usize); 3] = [
     (&[1, 33, 19, 29, 40, 50, 51, 52, 53], 2),
 ];
 
+/// The distance between 1 and the next number in bf16.
+const BF16_EPS: f64 = 1.0 / 128.0;
+
 /// How many positions each text has after each step.
 const STEPS: [[usize; 3]; 5] = [[5, 6, 2], [6, 7, 3], [9, 8, 6], [10, 9, 7], [12, 10, 9]];
 
@@ -202,5 +205,30 @@ fn a_text_can_move_to_another_row() -> Result<()> {
     let found = step(&model, &cache, 0, &TEXTS[2..], [&[2], &[9]], source).remove(0);
     let expected = whole(&model, tokens, prompt_len, source).narrow(0, 2, 7);
     assert_close("the moved text", &found, &expected, 1e-11);
+    Ok(())
+}
+
+#[test]
+fn in_bf16_a_text_in_a_batch_stays_within_a_bound_of_the_text_alone() -> Result<()> {
+    let _guard = seed(5);
+    for (family, spec) in family_specs() {
+        let model = new_model(&tiny_base(spec), &tiny_lora(), &plain_router(), Kind::BFloat16);
+        randomize(&model)?;
+        let (mut past, source) = ([0; 3], &RoutingSource::Router);
+        let together = model.generation_cache(3, 12);
+        let alone = [(); 3].map(|()| model.generation_cache(1, 12));
+        for len in STEPS {
+            let found = step(&model, &together, 0, &TEXTS, [&past, &len], source);
+            for (row, found) in found.iter().enumerate() {
+                let (own, past, len) = (&TEXTS[row..=row], [past[row]], [len[row]]);
+                let expected = step(&model, &alone[row], 0, own, [&past, &len], source).remove(0);
+                // two units of the last place of the largest logit
+                let bound = 2.0 * BF16_EPS * expected.abs().max().double_value(&[]);
+                let what = format!("{family}, row {row}");
+                assert_close(&what, &found.to_kind(Kind::Double), &expected, bound);
+            }
+            past = len;
+        }
+    }
     Ok(())
 }

@@ -12,7 +12,7 @@ use dylora::base::Base;
 use dylora::config::{BaseConfig, BaseSource, Config, Dtype, RoutingChoice, load};
 use dylora::generate::{
     Engine, EngineLimits, GenerationDefaults, NewToken, Request, Route, Sampling, TextStream,
-    prompt_ids,
+    prompt,
 };
 use dylora::hub::HubSettings;
 use dylora::model::RoutedModel;
@@ -178,7 +178,7 @@ impl Reference {
     }
 
     pub fn prompt_ids(&self, text: &str) -> Result<Vec<i64>> {
-        prompt_ids(self.base.tokenizer()?, text)
+        prompt::text_ids(self.base.tokenizer()?, text)
     }
 
     /// The text of `num` tokens behind a prompt.
