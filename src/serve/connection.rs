@@ -47,10 +47,12 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, stop: [&AtomicBool; 2])
             (accepted, place) = accept => match accepted {
                 Ok((stream, _)) => {
                     let (router, is_closing) = (router.clone(), is_closing.clone());
-                    let limits = app.limits;
+                    let app = app.clone();
                     connections.spawn(async move {
                         let _place = place;
-                        connection(stream, router, limits, is_closing).await;
+                        app.metrics.connections.fetch_add(1, Ordering::Relaxed);
+                        connection(stream, router, app.limits, is_closing).await;
+                        app.metrics.connections.fetch_sub(1, Ordering::Relaxed);
                     });
                 }
                 Err(error) => {

@@ -49,7 +49,7 @@ pub struct App {
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// The way to the thread that owns the model.
-    pub orders: SyncSender<Order>,
+    pub orders: SyncSender<Vec<Order>>,
     /// Room for texts that are generated or wait.
     pub places: Arc<Semaphore>,
     /// The tokens that end a completion.
@@ -264,12 +264,11 @@ fn order(
         Endpoint::Completions => &app.end_tokens,
         Endpoint::Chat => &app.chat_end_tokens,
     };
-    for order in ask.orders(end_tokens, &sender, place, times) {
-        app.orders.try_send(order).map_err(|error| match error {
-            TrySendError::Full(_) => queue_full(&app.limits),
-            TrySendError::Disconnected(_) => ApiError::internal(),
-        })?;
-    }
+    let orders = ask.orders(end_tokens, &sender, place, times);
+    app.orders.try_send(orders).map_err(|error| match error {
+        TrySendError::Full(_) => queue_full(&app.limits),
+        TrySendError::Disconnected(_) => ApiError::internal(),
+    })?;
     Ok(Answer::new(ask, receiver, app.texts.clone(), app.model.expert_names()))
 }
 

@@ -33,10 +33,10 @@ pub fn of_completions(tokens: &[TextToken], texts: &TokenTexts, start: usize) ->
         }
         best
     };
-    let log_probs = tokens.iter().map(|token| finite(token.token.log_prob));
+    let log_prob = |token: &TextToken| finite(token.token.log_prob);
     json!({
         "tokens": tokens.iter().map(|token| name(token.token.id)).collect::<Vec<_>>(),
-        "token_logprobs": log_probs.collect::<Vec<_>>(),
+        "token_logprobs": tokens.iter().map(log_prob).collect::<Vec<_>>(),
         "top_logprobs": tokens.iter().map(best).collect::<Vec<_>>(),
         "text_offset": tokens.iter().map(|token| start + token.offset).collect::<Vec<_>>(),
     })

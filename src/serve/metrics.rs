@@ -50,6 +50,8 @@ pub struct Metrics {
     /// Number of responses by endpoint and status.
     responses: Mutex<BTreeMap<(&'static str, u16), u64>>,
     endings: Mutex<BTreeMap<Ending, u64>>,
+    /// Number of open connections.
+    pub connections: AtomicU64,
     /// Number of tokens of the prompts that were computed.
     pub prompt_tokens: AtomicU64,
     /// Number of tokens that were generated.
@@ -75,6 +77,7 @@ impl Default for Metrics {
         Self {
             responses: Mutex::default(),
             endings: Mutex::default(),
+            connections: AtomicU64::default(),
             prompt_tokens: AtomicU64::default(),
             completion_tokens: AtomicU64::default(),
             waiting: AtomicU64::default(),
@@ -114,6 +117,7 @@ impl Metrics {
             writeln!(text, "dylora_texts_ended_total{{reason=\"{reason}\"}} {count}")?;
         }
         for (name, kind, help, value) in [
+            ("connections", "gauge", "Open connections.", &self.connections),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", &self.prompt_tokens),
             ("completion_tokens_total", "counter", "Tokens generated.", &self.completion_tokens),
             ("texts_waiting", "gauge", "Texts that wait for their turn.", &self.waiting),

@@ -135,7 +135,11 @@ impl Server {
         })
     }
 
-    fn app(&self, model: ServedModel, metrics: Arc<Metrics>) -> (Arc<App>, mpsc::Receiver<Order>) {
+    fn app(
+        &self,
+        model: ServedModel,
+        metrics: Arc<Metrics>,
+    ) -> (Arc<App>, mpsc::Receiver<Vec<Order>>) {
         let num_places = self.limits.num_places();
         let (sender, receiver) = sync_channel(num_places);
         let end_tokens = &model.defaults.end_tokens;

@@ -20,7 +20,8 @@ use crate::generate::{Engine, Event, Finish};
 pub struct Worker<'a> {
     engine: Engine<'a>,
     tokenizer: &'a Tokenizer,
-    orders: Receiver<Order>,
+    /// The texts of each request.
+    orders: Receiver<Vec<Order>>,
     metrics: Arc<Metrics>,
     /// The texts that wait or are being generated, by the engine's numbers.
     texts: HashMap<u64, LiveText<'a>>,
@@ -31,7 +32,7 @@ impl<'a> Worker<'a> {
     pub fn new(
         engine: Engine<'a>,
         tokenizer: &'a Tokenizer,
-        orders: Receiver<Order>,
+        orders: Receiver<Vec<Order>>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self { engine, tokenizer, orders, metrics, texts: HashMap::new() }
@@ -43,12 +44,12 @@ impl<'a> Worker<'a> {
             if self.engine.is_idle() {
                 self.publish();
                 match self.orders.recv() {
-                    Ok(order) => self.begin(order),
+                    Ok(orders) => self.begin(orders),
                     Err(_) => return,
                 }
             }
-            while let Ok(order) = self.orders.try_recv() {
-                self.begin(order);
+            while let Ok(orders) = self.orders.try_recv() {
+                self.begin(orders);
             }
             self.drop_late_texts();
             self.publish();
@@ -58,15 +59,19 @@ impl<'a> Worker<'a> {
         }
     }
 
-    fn begin(&mut self, order: Order) {
-        let Some((mut text, request)) = LiveText::new(self.tokenizer, order) else {
-            return self.metrics.ended(Ending::Cancelled);
-        };
-        match self.engine.add(request) {
-            Ok(number) => {
-                self.texts.insert(number, text);
+    /// Hands the texts of a request to the engine, which computes their prompts together.
+    fn begin(&mut self, orders: Vec<Order>) {
+        for order in orders {
+            let Some((mut text, request)) = LiveText::new(self.tokenizer, order) else {
+                self.metrics.ended(Ending::Cancelled);
+                continue;
+            };
+            match self.engine.add(request) {
+                Ok(number) => {
+                    self.texts.insert(number, text);
+                }
+                Err(error) => text.fail(ApiError::invalid(error.to_string())),
             }
-            Err(error) => text.fail(ApiError::invalid(error.to_string())),
         }
     }
 

@@ -158,3 +158,24 @@ pub fn text_of(chunks: &[Value], choice: u64) -> String {
     let own = choices.filter(|found| found["index"] == choice);
     own.filter_map(|found| found["text"].as_str().or(found["delta"]["content"].as_str())).collect()
 }
+
+/// Checks that two values are equal up to the rounding of numbers. The sums of a text depend on the
+/// number of texts that are computed with it.
+#[track_caller]
+pub fn assert_close(a: &Value, b: &Value) {
+    match (a, b) {
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len());
+            a.iter().zip(b).for_each(|(a, b)| assert_close(a, b));
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            assert!(a.keys().eq(b.keys()), "{a:?} is not {b:?}");
+            a.values().zip(b.values()).for_each(|(a, b)| assert_close(a, b));
+        }
+        (Value::Number(a), Value::Number(b)) => {
+            let [a, b] = [a, b].map(|number| number.as_f64().expect("JSON has no other numbers"));
+            assert!((a - b).abs() < 1e-5, "{a} is not {b}");
+        }
+        _ => assert_eq!(a, b),
+    }
+}
