@@ -71,8 +71,9 @@ fn a_step_has_the_operations_of_the_formula() -> Result<()> {
 #[test]
 fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
     let _guard = seed(1);
-    let all = Row::value_variants();
-    let rows = measure(all, 2, &[])?;
+    let of_blocks = Row::value_variants().iter().copied().filter(|row| !row.generates());
+    let all: Vec<Row> = of_blocks.collect();
+    let rows = measure(&all, 2, &[])?;
     for (row, figures) in all.iter().zip(&rows) {
         let difference = (figures.first_loss - rows[0].first_loss).abs();
         assert!(difference < 1e-5, "{row:?}: {figures:?}");
@@ -89,6 +90,22 @@ fn all_rows_start_at_the_loss_of_the_base() -> Result<()> {
     assert!(flops(Row::SingleLora) < flops(Row::OnePass));
     assert_eq!(flops(Row::SingleLoraWide), flops(Row::OnePass));
     assert!(flops(Row::Eval) < flops(Row::Base));
+    Ok(())
+}
+
+/// A step of the rows that generate adds a token to each text, and new experts change none.
+#[test]
+fn rows_that_generate_write_the_same_texts_at_first() -> Result<()> {
+    let _guard = seed(4);
+    let rows = measure(&[Row::GenerateBase, Row::Generate], 2, &[])?;
+    for figures in &rows {
+        assert_eq!(figures.tokens_per_step, 2);
+        let per_sec = 2.0 / figures.step_ms * 1e3;
+        assert!((figures.tokens_per_sec / per_sec - 1.0).abs() < 1e-9, "{figures:?}");
+        assert!((figures.first_loss - rows[0].first_loss).abs() < 1e-5, "{figures:?}");
+        assert!((figures.last_loss - rows[0].last_loss).abs() < 1e-5, "{figures:?}");
+    }
+    assert!(rows[0].flops_per_token < rows[1].flops_per_token);
     Ok(())
 }
 
@@ -316,7 +333,8 @@ fn faults_of_the_arguments_are_faults_of_usage() {
         (
             &["--rows=two"][..],
             "invalid value 'two' for '--rows <NAME,..>'\n  [possible values: base, single_lora, \
-             single_lora_wide, one_pass, one_pass_loop, two_passes, n_passes, eval]",
+             single_lora_wide, one_pass, one_pass_loop, two_passes, n_passes, eval, \
+             generate_base, generate]",
         ),
         (&["--modules=attention"], "`attention` names no linear layer"),
         (&["--modules=q_proj"], "`q_proj` matches no linear layer of the base, a `gpt2`"),
