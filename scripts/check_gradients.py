@@ -54,8 +54,13 @@ betas = [{beta1}, 0.999]
 adapters = {{ learning_rate = 1e-30 }}
 router = {{ learning_rate = 1e-30 }}
 [router]
+input = "embeddings"
+scope = "shared"
+normalize_input = false
+detach_input = false
 temperature = {temperature}
 [lora]
+scale = "per_expert"
 num_experts = {experts}
 rank = {rank}
 alpha = {alpha}
@@ -77,7 +82,7 @@ def arguments():
 
 
 class Mixture(Opponent):
-    """The opponent with dylora's default router, which reads tokens and positions."""
+    """The opponent with a router that reads the embeddings of tokens and positions, as they are."""
 
     def weights(self, x):
         x = x + self.gpt2.transformer.wpe(torch.arange(x.shape[1], device=x.device))
