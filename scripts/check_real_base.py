@@ -61,6 +61,9 @@ adapters = {{ learning_rate = {learning_rate} }}
 betas = {betas}
 eps = {eps}
 max_grad_norm = {max_grad_norm}
+[schedule]
+kind = "constant"
+warmup_steps = 0
 [lora]
 num_experts = 1
 target_modules = {modules}
