@@ -193,10 +193,7 @@ impl<'a> Engine<'a> {
     pub fn add(&mut self, request: Request) -> Result<u64> {
         self.check(&request)?;
         self.num_added += 1;
-        let active_from = match &request.route {
-            Route::Fixed(weights) if weights.iter().all(|weight| *weight == 0.0) => vec![],
-            _ => active_from(self.routed(), &request.prompt),
-        };
+        let active_from = active_from(self.routed(), &request.prompt);
         let tokens = request.prompt.clone();
         self.waiting.push_back(Text { number: self.num_added, request, tokens, active_from });
         Ok(self.num_added)

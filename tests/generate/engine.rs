@@ -149,6 +149,30 @@ fn each_text_of_a_batch_has_its_own_route() -> Result<()> {
 }
 
 #[test]
+fn texts_of_the_base_stand_beside_texts_of_invoked_experts() -> Result<()> {
+    let _guard = seed(7);
+    let own = "num_experts = 3\nrank = 4\nexperts = [{ alora_invocation_tokens = [15, 9] }]";
+    let model = tiny_model(&toml::from_str(own)?, &plain_router(), Kind::Double)?;
+    let routes = [
+        (Route::Fixed(vec![0.0; 3]), RoutingSource::Base),
+        (Route::Router, RoutingSource::Router),
+        (Route::Fixed(vec![0.0; 3]), RoutingSource::Base),
+        (Route::Fixed(vec![1.0, 0.0, 0.0]), RoutingSource::Expert(0)),
+    ];
+    let requests = routes
+        .iter()
+        .enumerate()
+        .map(|(key, (route, _))| Request { route: route.clone(), ..request(key, PROMPTS[0]) });
+    let together = run(&model, requests.collect(), 4)?;
+    for (events, (_, source)) in together.values().zip(&routes) {
+        let expected = by_whole_passes(&model, PROMPTS[0], source);
+        let expected: Vec<i64> = expected.iter().map(|(id, ..)| *id).collect();
+        assert_eq!(ids(events), expected, "{source:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn samples_do_not_depend_on_the_batch() -> Result<()> {
     let _guard = seed(3);
     let model = tiny_model(&tiny_lora(), &plain_router(), Kind::Float)?;
