@@ -223,21 +223,18 @@ impl Session<'_> {
     /// Answers a message. Returns whether anybody reads the answer.
     fn answer(&mut self, message: &str) -> Result<bool> {
         self.messages.push(prompt::message("user", message));
-        match self.generate() {
-            Ok(text) => {
-                self.messages.push(prompt::message("assistant", &text));
-                self.num_answers += 1;
-                Ok(true)
-            }
-            Err(error) => {
-                self.messages.pop();
-                Err(error)
-            }
-        }
+        let answer = self.generate().inspect_err(|_| {
+            self.messages.pop();
+        })?;
+        let Some(text) = answer else { return Ok(false) };
+        self.messages.push(prompt::message("assistant", &text));
+        self.num_answers += 1;
+        Ok(true)
     }
 
-    /// Generates and shows the answer to the last message, and returns it.
-    fn generate(&self) -> Result<String> {
+    /// Generates and shows the answer to the last message, and returns it; `None` if nobody reads
+    /// it.
+    fn generate(&self) -> Result<Option<String>> {
         let conversation = prompt::of_messages(self.conversation());
         let ids = prompt::chat_ids(self.tokenizer, self.template, &conversation)?;
         let model = &self.open.model;
@@ -270,11 +267,11 @@ impl Session<'_> {
                     engine.cancel(number);
                 }
                 if !self.compare && !write(&self.shown(&piece, &event))? {
-                    break;
+                    return Ok(None);
                 }
             }
         }
-        self.end(&mut answers)
+        self.end(&mut answers).map(Some)
     }
 
     fn request(&self, ids: &[i64], route: Route) -> Result<Request> {
@@ -336,17 +333,13 @@ impl Session<'_> {
 impl Answer<'_> {
     /// Takes a token and returns the piece of text that is complete with it.
     fn take(&mut self, event: &Event) -> Result<String> {
-        self.finish = event.finish;
         self.num_tokens += 1;
         if !event.token.weights.is_empty() {
             self.by_expert[largest(&event.token.weights)] += 1;
         }
-        // an end token has no text
-        if event.finish == Some(Finish::Stop) {
-            return Ok(String::new());
-        }
-        let piece = self.stream.push(event.token.id)?.to_owned();
+        let (piece, finish) = self.stream.take(event)?;
         self.text += &piece;
+        self.finish = finish;
         Ok(piece)
     }
 }

@@ -14,7 +14,7 @@ use super::{Shared, table, usage};
 use crate::config::RoutingChoice;
 use crate::data::{Answered, TokenDataset};
 use crate::durable::output::Output;
-use crate::generate::answers::{AnswerReport, AnswerSettings, Sample, answer, reports};
+use crate::generate::answers::{AnswerReport, AnswerSettings, Question, Sample, answer, reports};
 use crate::generate::{GenerationDefaults, Route, RouteChoice};
 
 /// Number of samples of each domain that are printed.
@@ -87,8 +87,8 @@ impl AnswerArgs {
         shared: &Shared,
     ) -> Result<Option<Answers>> {
         let Some(limit) = self.generate else { return Ok(None) };
-        let of = |domain| dataset.answered(domain, limit).len() as u64;
-        let count: u64 = (0..dataset.domains.len()).map(of).sum();
+        let questions = questions(open, dataset, routing, limit)?;
+        let count = questions.len() as u64;
         if count == 0 {
             bail!(
                 "`--generate` finds nothing to answer: no document has a prompt or is a \
@@ -96,19 +96,15 @@ impl AnswerArgs {
             );
         }
         let settings = AnswerSettings {
-            limit,
             max_new_tokens: self.max_new_tokens,
             batch_size,
             end_tokens: GenerationDefaults::of_chats(&open.base)?.end_tokens.into(),
             pattern: &self.pattern()?,
         };
-        let route = |domain: usize, document: &Answered| {
-            route(open, routing, &dataset.domains[domain].name, document)
-        };
         let bar = CountBar::new(shared.show_progress, "answering", count);
         let progress = |done| bar.set(done);
         let tokenizer = open.base.tokenizer()?;
-        let samples = answer(&open.model, tokenizer, dataset, &settings, &route, &progress)?;
+        let samples = answer(&open.model, tokenizer, questions, &settings, &progress)?;
         bar.finish();
         if (samples.len() as u64) < count {
             let skipped = count - samples.len() as u64;
@@ -120,6 +116,23 @@ impl AnswerArgs {
         let names: Vec<&str> = dataset.domains.iter().map(|domain| domain.name.as_str()).collect();
         Ok(Some(Answers { reports: reports(&samples, &names), samples }))
     }
+}
+
+/// The first documents of each domain that ask for an answer.
+fn questions(
+    open: &OpenModel,
+    dataset: &TokenDataset,
+    routing: RoutingChoice,
+    limit: usize,
+) -> Result<Vec<Question>> {
+    let mut questions = vec![];
+    for (index, domain) in dataset.domains.iter().enumerate() {
+        for document in dataset.answered(index, limit) {
+            let route = route(open, routing, &domain.name, &document)?;
+            questions.push(Question { domain: domain.name.clone(), document, route });
+        }
+    }
+    Ok(questions)
 }
 
 /// The routing of a document.

@@ -266,20 +266,11 @@ impl Printer<'_> {
     fn take(&mut self, event: Event) -> Result<Option<u64>> {
         let number = event.text;
         let generated = &mut self.generated[number as usize - 1];
-        generated.finish = event.finish;
-        // an end token has no text
-        if event.finish != Some(Finish::Stop) {
-            generated.ready += generated.stream.push(event.token.id)?;
-        }
-        let stops = generated.stream.has_stopped();
-        if stops {
-            generated.finish = Some(Finish::Stop);
-        }
-        if generated.finish.is_some() {
-            generated.ready += generated.stream.finish()?;
-        }
+        let (piece, finish) = generated.stream.take(&event)?;
+        generated.ready += &piece;
+        generated.finish = finish;
         generated.events.push(event);
-        Ok(stops.then_some(number))
+        Ok(generated.stream.has_stopped().then_some(number))
     }
 
     /// Prints what can be printed. Returns whether anybody still reads it.

@@ -172,7 +172,7 @@ pub(super) fn position_of(selections: &mut Vec<Selection>, name: &str) -> usize 
     })
 }
 
-/// Begins the text whose hash decides which half a document is in.
+/// Is hashed in front of a document's content, so that this hash is used for nothing else.
 const HALVES: &[u8] = b"dylora: halves of a validation set";
 
 /// Whether a document of a validation set is in its first half.

@@ -10,14 +10,12 @@ use serde::Serialize;
 use super::engine::{Engine, EngineLimits, Finish, Request, Route};
 use super::sampling::Sampling;
 use super::text::TextStream;
-use crate::data::{Answered, TokenDataset, Tokenizer};
+use crate::data::{Answered, Tokenizer};
 use crate::model::RoutedModel;
 
 /// What is asked of the answers.
 #[derive(Debug)]
 pub struct AnswerSettings<'a> {
-    /// Most documents of each domain.
-    pub limit: usize,
     /// Most tokens of an answer.
     pub max_new_tokens: usize,
     /// Most answers at a time.
@@ -77,9 +75,19 @@ pub fn final_answer(text: &str, pattern: &Regex) -> Option<String> {
     Some((0..characters.len()).filter(|&i| !is_separator(i)).map(|i| characters[i]).collect())
 }
 
-/// Answers the first documents of each domain greedily.
+/// A document to answer.
+#[derive(Debug)]
+pub struct Question {
+    /// The name of its domain.
+    pub domain: String,
+    /// The document.
+    pub document: Answered,
+    /// What decides the routing weights.
+    pub route: Route,
+}
+
+/// Answers documents greedily.
 ///
-/// - `route`: the routing of a document, by its domain
 /// - `progress`: is told the number of answers so far
 ///
 /// # Errors
@@ -87,44 +95,37 @@ pub fn final_answer(text: &str, pattern: &Regex) -> Option<String> {
 pub fn answer(
     model: &RoutedModel,
     tokenizer: &Tokenizer,
-    dataset: &TokenDataset,
+    questions: Vec<Question>,
     settings: &AnswerSettings<'_>,
-    route: &dyn Fn(usize, &Answered) -> Result<Route>,
     progress: &dyn Fn(u64),
 ) -> Result<Vec<Sample>> {
     let context = model.base().spec.max_positions as usize;
     let mut engine = Engine::new(model, EngineLimits { max_texts: settings.batch_size, context })?;
     let mut waiting = BTreeMap::new();
-    for (index, domain) in dataset.domains.iter().enumerate() {
-        for document in dataset.answered(index, settings.limit) {
-            // a prompt that fills the context has no answer
-            if document.prompt.len() >= context {
-                continue;
-            }
-            let number = engine.add(Request {
-                key: 0,
-                prompt: document.prompt.clone(),
-                max_new_tokens: settings.max_new_tokens,
-                sampling: Sampling::GREEDY,
-                route: route(index, &document)?,
-                end_tokens: settings.end_tokens.clone(),
-                num_alternatives: 0,
-                wants_weights: false,
-            })?;
-            let stream = TextStream::new(tokenizer, &document.prompt, &[]);
-            waiting.insert(number, (domain.name.as_str(), document, stream));
+    for Question { domain, document, route } in questions {
+        // a prompt that fills the context has no answer
+        if document.prompt.len() >= context {
+            continue;
         }
+        let number = engine.add(Request {
+            key: 0,
+            prompt: document.prompt.clone(),
+            max_new_tokens: settings.max_new_tokens,
+            sampling: Sampling::GREEDY,
+            route,
+            end_tokens: settings.end_tokens.clone(),
+            num_alternatives: 0,
+            wants_weights: false,
+        })?;
+        let stream = TextStream::new(tokenizer, &document.prompt, &[]);
+        waiting.insert(number, (domain, document, stream));
     }
     let mut samples = BTreeMap::new();
     while !engine.is_idle() {
         for event in engine.step() {
             let (domain, document, stream) =
                 waiting.get_mut(&event.text).ok_or_else(|| anyhow!("an unknown text"))?;
-            if event.finish != Some(Finish::Stop) {
-                stream.push(event.token.id)?;
-            }
-            if let Some(finish) = event.finish {
-                stream.finish()?;
+            if let (_, Some(finish)) = stream.take(&event)? {
                 let text = stream.text();
                 let sample = Sample::new(domain, document, text, finish, tokenizer, settings)?;
                 samples.insert(event.text, sample);

@@ -92,7 +92,7 @@ pub fn of_messages(messages: Vec<Map<String, Value>>) -> Conversation {
 /// The special token by which a template ends the assistant's turn, such as `<|im_end|>`. A base
 /// that was not made for chats does not list it among its end tokens. `None` if the turn ends by
 /// other text, or if the template cannot show a turn.
-pub fn end_of_turn(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<i64> {
+pub(super) fn end_of_turn(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<i64> {
     let messages = vec![message("user", CONTENT), message("assistant", CONTENT)];
     let conversation = Conversation { messages, ..Conversation::default() };
     let rendered = template.render(&conversation, false).ok()?;

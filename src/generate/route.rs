@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 
 use super::engine::Route;
 use crate::config::{Config, DomainConfig, DomainExperts, RoutingChoice};
@@ -29,19 +29,16 @@ impl FromStr for RouteChoice {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let number = |text: &str| text.strip_prefix("expert:")?.parse().ok();
         let domain = text.strip_prefix("domain:").filter(|name| !name.is_empty());
-        Ok(match (text, number(text), domain) {
-            ("router", ..) => Self::Router,
-            ("uniform", ..) => Self::Uniform,
-            ("all", ..) => Self::All,
-            ("none", ..) => Self::None,
-            (_, Some(expert), _) => Self::Expert(expert),
-            (_, _, Some(name)) => Self::Domain(name.to_owned()),
-            _ => bail!(
+        if let Some(name) = domain {
+            return Ok(Self::Domain(name.to_owned()));
+        }
+        // all choices of a run but those that need a record
+        text.parse().and_then(Self::of_training).map_err(|_| {
+            anyhow!(
                 "must be `router`, `uniform`, `all`, `expert:N`, `domain:NAME` or `none`, got \
                  `{text}`"
-            ),
+            )
         })
     }
 }

@@ -8,6 +8,8 @@ use serde_json::Value;
 use super::prompt::end_of_turn;
 use super::sampling::Sampling;
 use crate::base::Base;
+use crate::chat_template::ChatTemplate;
+use crate::data::Tokenizer;
 
 /// The name of the file.
 pub const FILE: &str = "generation_config.json";
@@ -38,14 +40,23 @@ impl GenerationDefaults {
         }
     }
 
-    /// The settings with the token by which the base's chat template ends a turn, if it has one.
+    /// The same for conversations, which also end where the base's chat template ends a turn.
+    ///
+    /// # Errors
+    /// Those of [`GenerationDefaults::of_base`].
     pub fn of_chats(base: &Base) -> Result<Self> {
-        let mut settings = Self::of_base(base)?;
-        if let (Some(template), Some(tokenizer)) = (&base.chat_template, &base.tokenizer) {
-            let end = end_of_turn(template, tokenizer);
-            settings.end_tokens.extend(end.filter(|end| !settings.end_tokens.contains(end)));
-        }
-        Ok(settings)
+        let settings = Self::of_base(base)?;
+        Ok(match (&base.chat_template, &base.tokenizer) {
+            (Some(template), Some(tokenizer)) => settings.with_end_of_turn(template, tokenizer),
+            _ => settings,
+        })
+    }
+
+    /// The settings with the token by which a chat template ends a turn, if it has one.
+    pub fn with_end_of_turn(mut self, template: &ChatTemplate, tokenizer: &Tokenizer) -> Self {
+        let end = end_of_turn(template, tokenizer);
+        self.end_tokens.extend(end.filter(|end| !self.end_tokens.contains(end)));
+        self
     }
 
     fn with_file(self, path: &Path) -> Result<Self> {

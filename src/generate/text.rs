@@ -4,10 +4,11 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
+use super::engine::{Event, Finish};
 use crate::data::Tokenizer;
 
 /// What stands for bytes that are no complete character.
-const INCOMPLETE: char = '\u{FFFD}';
+pub const INCOMPLETE: char = '\u{FFFD}';
 
 /// Number of the prompt's tokens that are decoded in front of the text.
 const CONTEXT: usize = 4;
@@ -85,6 +86,24 @@ impl<'a> TextStream<'a> {
             self.decoded = self.ids.len();
         }
         Ok(self.piece(true))
+    }
+
+    /// Takes the token of a step. Returns the new piece of text, with all that is left of it if the
+    /// text has ended, and why it has ended, if it has: by the engine, or before a stop string.
+    ///
+    /// # Errors
+    /// A token that cannot be decoded.
+    pub fn take(&mut self, event: &Event) -> Result<(String, Option<Finish>)> {
+        let mut piece = match event.finish {
+            // an end token has no text
+            Some(Finish::Stop) => String::new(),
+            _ => self.push(event.token.id)?.to_owned(),
+        };
+        let finish = if self.has_stopped { Some(Finish::Stop) } else { event.finish };
+        if finish.is_some() {
+            piece += self.finish()?;
+        }
+        Ok((piece, finish))
     }
 
     /// Whether the text has come to a stop string, which it does not contain.

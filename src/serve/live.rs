@@ -150,21 +150,10 @@ impl<'a> LiveText<'a> {
     /// A piece that cannot be sent, and a token that cannot be decoded.
     pub fn take(&mut self, event: Event) -> Result<Option<Finish>, Fault> {
         self.num_tokens += 1;
-        let mut finish = event.finish;
-        let mut text = String::new();
-        // an end token has no text
-        if finish != Some(Finish::Stop) {
-            if self.wants_tokens {
-                self.unsent.push_back((self.stream.text().len(), event.token.clone()));
-            }
-            text += self.stream.push(event.token.id).map_err(Fault::Undecodable)?;
+        if self.wants_tokens && event.finish != Some(Finish::Stop) {
+            self.unsent.push_back((self.stream.text().len(), event.token.clone()));
         }
-        if self.stream.has_stopped() {
-            finish = Some(Finish::Stop);
-        }
-        if finish.is_some() {
-            text += self.stream.finish().map_err(Fault::Undecodable)?;
-        }
+        let (text, finish) = self.stream.take(&event).map_err(Fault::Undecodable)?;
         let tokens = self.sendable(&text, finish.is_some());
         if let Some(finish) = finish {
             self.end(text, tokens, End::Complete(finish, self.num_tokens));

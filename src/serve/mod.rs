@@ -49,7 +49,7 @@ use self::live::Order;
 use self::metrics::Metrics;
 use self::token_text::TokenTexts;
 use self::worker::Worker;
-use crate::generate::{Engine, EngineLimits, prompt};
+use crate::generate::{Engine, EngineLimits};
 use crate::model::RoutedModel;
 
 /// Number of threads that run the tasks which answer requests.
@@ -142,14 +142,14 @@ impl Server {
     ) -> (Arc<App>, mpsc::Receiver<Vec<Order>>) {
         let num_places = self.limits.num_places();
         let (sender, receiver) = sync_channel(num_places);
-        let end_tokens = &model.defaults.end_tokens;
-        let turn = model.template.as_deref();
-        let turn = turn.and_then(|template| prompt::end_of_turn(template, &model.tokenizer));
-        let of_chats = turn.into_iter().filter(|id| !end_tokens.contains(id));
+        let of_chats = match &model.template {
+            Some(template) => model.defaults.clone().with_end_of_turn(template, &model.tokenizer),
+            None => model.defaults.clone(),
+        };
         let app = App {
             texts: TokenTexts::new(model.tokenizer.clone()),
-            end_tokens: end_tokens.clone().into(),
-            chat_end_tokens: end_tokens.iter().copied().chain(of_chats).collect(),
+            end_tokens: model.defaults.end_tokens.clone().into(),
+            chat_end_tokens: of_chats.end_tokens.into(),
             model,
             limits: self.limits,
             keys: self.keys.clone(),

@@ -4,9 +4,7 @@
 use std::sync::Arc;
 
 use crate::data::Tokenizer;
-
-/// What stands for bytes that are no complete character.
-const INCOMPLETE: char = '\u{FFFD}';
+use crate::generate::text::INCOMPLETE;
 
 /// The text in front of a token when it is decoded, so that the token keeps a leading space.
 const GUARD: &str = "x";

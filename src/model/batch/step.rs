@@ -63,11 +63,6 @@ impl GenerationCache {
         [Some(&self.model), self.base.as_ref()].into_iter().flatten().map(KvCache::bytes).sum()
     }
 
-    /// Number of texts that the cache can hold.
-    pub fn num_rows(&self) -> usize {
-        self.num_rows
-    }
-
     /// Number of positions that each text can have.
     pub fn capacity(&self) -> usize {
         self.model.capacity()

@@ -38,12 +38,6 @@ impl KvCache {
         Self { layers, capacity }
     }
 
-    /// The bytes that a position of one text takes.
-    pub fn bytes_per_position(spec: &DecoderSpec, kind: Kind) -> u64 {
-        let width = spec.num_kv_heads * spec.head_dim;
-        2 * (spec.num_layers * width) as u64 * kind.elt_size_in_bytes() as u64
-    }
-
     /// Makes room for `num_rows` texts of `capacity` positions. What the cache holds is kept; it
     /// never becomes smaller.
     pub fn reserve(&mut self, num_rows: usize, capacity: usize) {
