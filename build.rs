@@ -14,7 +14,9 @@ fn main() {
         .expect("torch-sys did not say where libtorch is; run `scripts/setup` first");
     let root = PathBuf::from(&lib).parent().expect("libtorch's lib folder has a parent").to_owned();
     compiler(&root)
-        .files(["csrc/shim.cpp", "csrc/block.cpp", "csrc/head_loss.cpp", "csrc/memory.cpp"])
+        .files(
+            ["shim", "block", "step", "head_loss", "memory"].map(|name| format!("csrc/{name}.cpp")),
+        )
         .compile("dylora_shim");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");

@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "error.h"
 #include "kernels.h"
+#include "module.h"
 #include "product.h"
 #include "norm.h"
 
@@ -227,23 +228,9 @@ struct BlockFunction : torch::autograd::Function<BlockFunction> {
   }
 };
 
-Tensor or_none(const Tensor *t) { return t ? *t : Tensor(); }
-
 }  // namespace
 
 extern "C" {
-// A linear layer with or without experts. A pointer may be null where kernels.h or Product says
-// "undefined".
-struct dylora_module {
-  const Tensor *weight, *bias, *packed, *expert_of, *scaling, *runs, *rows;
-  const Tensor *a, *b, *g;
-  double single_scaling;
-};
-struct dylora_norm {
-  const Tensor *weight, *bias;
-  double eps;
-  int64_t row_padding_forward, row_padding_backward;
-};
 struct dylora_attention {
   int64_t batch, seq, heads;
   double scale;
@@ -285,10 +272,7 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_module *mo
     const Tensor none = at::empty({0}, x->options());
     for (int k = 0; k < MODULES; ++k) {
       const auto &m = modules[k];
-      config->modules[k] = {*m.weight, *m.bias, or_none(m.packed),
-                            {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs),
-                             or_none(m.rows)},
-                            m.single_scaling};
+      config->modules[k] = product_of(m);
       for (auto t : {m.a, m.b, m.g}) inputs.push_back(t ? *t : none);
     }
     config->keeps = false;

@@ -74,6 +74,7 @@ struct Compiler {
   CUresult (*set_attribute)(CUfunction, CUfunction_attribute, int);
   CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                      unsigned, CUstream, void **, void **);
+  CUresult (*launch_with)(const CUlaunchConfig *, CUfunction, void **, void **);
   CUresult (*device_attribute)(int *, CUdevice_attribute, CUdevice);
   int (*version)(int *, int *);
   int (*create)(void **, const char *, const char *, int, const char *const *, const char *const *);
@@ -90,6 +91,7 @@ struct Compiler {
     get(handle, get_function, "cuModuleGetFunction");
     get(handle, set_attribute, "cuFuncSetAttribute");
     get(handle, launch, "cuLaunchKernel");
+    get(handle, launch_with, "cuLaunchKernelEx");
     get(handle, device_attribute, "cuDeviceGetAttribute");
     get(handle, version, "nvrtcVersion");
     get(handle, create, "nvrtcCreateProgram");
@@ -109,11 +111,13 @@ static Compiler compiler;
 
 enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy,
+  StepNorm, StepGelu, StepAttention, ThinProduct, StepChoice,
   NAMES
 };
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh",    "weigh_backward", "refresh",
-    "gelu",     "gelu_backward", "pack_qkv", "cross_entropy"};
+    "gelu",     "gelu_backward", "pack_qkv", "cross_entropy",  "step_norm",
+    "step_gelu", "step_attention", "thin_product", "step_choice"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -263,9 +267,12 @@ static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vo
   return true;
 }
 
-static const Kernels table{capability,    apply_to,       add_norm,      norm_backward,
-                           weigh,         weigh_backward, refresh,       gelu,
-                           gelu_backward, pack_qkv,       cross_entropy, lt::gemm};
+#include "step_kernels.h"
+
+static const Kernels table{
+    capability, apply_to,      add_norm, norm_backward, weigh,     weigh_backward, refresh,
+    gelu,       gelu_backward, pack_qkv, cross_entropy, lt::gemm,  step_norm,      step_gelu,
+    step_attention, thin_product, step_choice};
 
 #pragma GCC visibility push(default)
 extern "C" {

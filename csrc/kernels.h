@@ -17,6 +17,24 @@ struct RankColumns {
 
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 
+// The output of a linear layer before its bias and its experts' updates are added (csrc/step.cpp).
+struct Unfinished {
+  at::Tensor product;                 // x [W A^T], [M, out + R'], or x W, [M, out]; may be undefined
+  at::Tensor bias;                    // [out]
+  at::Tensor b;                       // B^T, [R', out]; undefined without experts
+  at::Tensor g;                       // routing weights [M, e]; undefined if all are 1
+  const RankColumns *rank_columns;    // null without experts
+  int64_t out;
+};
+// The part of a layer's cache that a step uses, for M texts.
+struct StepCache {
+  at::Tensor keys, values;  // [M, positions, heads, head size]
+  at::Tensor places;        // where each text's new position goes in the flattened rows, int64 [M]
+  at::Tensor positions;     // index of each text's new position in its text, int64 [M]
+  int64_t heads, window;    // window 0 means that there is none
+  double scale;
+};
+
 // Matrices are 2-dim with contiguous columns. Optional tensors may be undefined.
 struct Kernels {
   // Compute capability of the current device, times ten.
@@ -51,6 +69,14 @@ struct Kernels {
   // out = a b, transposed where ta and tb say so; a and b are bf16, out is bf16 or f32
   bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb,
                Epilogue epilogue, const at::Tensor &bias, const at::Tensor &aux);
+  // The kernels of csrc/step.cu.
+  bool (*step_norm)(const at::Tensor &x, const Unfinished &y, const at::Tensor &w,
+                    const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
+  bool (*step_gelu)(const Unfinished &y, bool tanh_form, const at::Tensor &out);
+  bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
+  // out = x w; applies to at most 4 rows of x
+  bool (*thin_product)(const at::Tensor &x, const at::Tensor &w, const at::Tensor &out);
+  bool (*step_choice)(const at::Tensor &logits, int64_t vocabulary, const at::Tensor &choice);
 };
 
 // The kernels of this process, or null if it has none.

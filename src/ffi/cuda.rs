@@ -105,7 +105,8 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
 }
 
 /// The source of the kernels.
-static SOURCE: &str = include_str!("../../csrc/kernels.cu");
+static SOURCE: &str =
+    concat!(include_str!("../../csrc/kernels.cu"), include_str!("../../csrc/step.cu"));
 
 static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
 

@@ -14,7 +14,7 @@ use torch_sys::C_tensor;
 use super::{TensorPtr, check};
 
 #[repr(C)]
-struct RawProduct {
+pub(super) struct RawProduct {
     weight: TensorPtr,
     bias: TensorPtr,
     packed: TensorPtr,
@@ -29,7 +29,7 @@ struct RawProduct {
 }
 
 #[repr(C)]
-struct RawNorm {
+pub(super) struct RawNorm {
     weight: TensorPtr,
     bias: TensorPtr,
     eps: f64,
@@ -174,13 +174,31 @@ fn or_null(tensor: Option<&Tensor>) -> TensorPtr {
     tensor.map_or(std::ptr::null(), Tensor::as_ptr)
 }
 
-fn raw_norm(norm: &Norm<'_>) -> RawNorm {
+pub(super) fn raw_norm(norm: &Norm<'_>) -> RawNorm {
     RawNorm {
         weight: norm.weight.as_ptr(),
         bias: norm.bias.as_ptr(),
         eps: norm.eps,
         row_padding_forward: norm.row_padding_forward,
         row_padding_backward: norm.row_padding_backward,
+    }
+}
+
+pub(super) fn raw_product(module: &Product<'_>) -> RawProduct {
+    let experts = module.experts.as_ref();
+    let columns = experts.map(|experts| experts.columns);
+    RawProduct {
+        weight: module.weight.as_ptr(),
+        bias: module.bias.as_ptr(),
+        packed: or_null(experts.and_then(|experts| experts.packed)),
+        expert_of: or_null(columns.map(|columns| &columns.expert_of)),
+        scaling: or_null(columns.map(|columns| &columns.scaling)),
+        runs: or_null(columns.map(|columns| &columns.runs)),
+        rows: or_null(columns.map(|columns| &columns.rows)),
+        a: or_null(experts.map(|experts| experts.a)),
+        b: or_null(experts.map(|experts| experts.b)),
+        g: or_null(experts.and_then(|experts| experts.g)),
+        single_scaling: columns.map_or(0.0, |columns| columns.single_scaling),
     }
 }
 
@@ -226,23 +244,7 @@ pub fn block(
     tanh_gelu: bool,
     dropout: f64,
 ) -> Result<(Tensor, Tensor)> {
-    let raw_modules = modules.each_ref().map(|module| {
-        let experts = module.experts.as_ref();
-        let columns = experts.map(|experts| experts.columns);
-        RawProduct {
-            weight: module.weight.as_ptr(),
-            bias: module.bias.as_ptr(),
-            packed: or_null(experts.and_then(|experts| experts.packed)),
-            expert_of: or_null(columns.map(|columns| &columns.expert_of)),
-            scaling: or_null(columns.map(|columns| &columns.scaling)),
-            runs: or_null(columns.map(|columns| &columns.runs)),
-            rows: or_null(columns.map(|columns| &columns.rows)),
-            a: or_null(experts.map(|experts| experts.a)),
-            b: or_null(experts.map(|experts| experts.b)),
-            g: or_null(experts.and_then(|experts| experts.g)),
-            single_scaling: columns.map_or(0.0, |columns| columns.single_scaling),
-        }
-    });
+    let raw_modules = modules.each_ref().map(raw_product);
     let raw_attention = RawAttention {
         batch: attention.batch,
         seq: attention.seq,

@@ -5,6 +5,7 @@
 pub mod cuda;
 pub mod fused;
 mod memory;
+pub mod step;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -7,7 +7,8 @@ use anyhow::{Result, anyhow};
 use fancy_regex::Regex;
 use serde::Serialize;
 
-use super::engine::{Engine, EngineLimits, Finish, Request, Route};
+use super::engine::{Engine, EngineLimits};
+use super::request::{Finish, Request, Route};
 use super::sampling::Sampling;
 use super::text::TextStream;
 use crate::data::{Answered, Tokenizer};

@@ -5,96 +5,19 @@
 //! (the experts and the part that is always on).
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use tch::{Device, Kind, Tensor};
 
-use super::sampling::{Chooser, Sampling, choose};
+use super::graphs::StepGraphs;
+use super::next::{StepOutput, next_tokens, source};
+use super::request::{Event, Request, Route, Text};
+use crate::model::RoutedModel;
 use crate::model::batch::{GenerationCache, StepRow};
 use crate::model::experts::spec::ExpertSpec;
-use crate::model::experts::weights::RoutingWeights;
 use crate::model::routing::source::active_from;
-use crate::model::{ForwardMode, ForwardOutput, RoutedModel, RoutingSource, RowSources};
 
 /// Most tokens of prompts in one forward pass. A longer prompt is computed in parts.
 const PREFILL_TOKENS: usize = 2048;
-
-/// What decides the routing weights of a text.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Route {
-    /// The router.
-    Router,
-    /// These weights, one for each routed expert. With all of them 0, the base alone answers;
-    /// otherwise the part that is always on takes part.
-    Fixed(Vec<f64>),
-}
-
-/// A text to generate.
-#[derive(Debug, Clone)]
-pub struct Request {
-    /// Distinguishes the random numbers of texts with the same seed.
-    pub key: u64,
-    /// The tokens to continue; at least one.
-    pub prompt: Vec<i64>,
-    /// Most tokens to generate; at least one.
-    pub max_new_tokens: usize,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
-    /// What decides the routing weights.
-    pub route: Route,
-    /// The tokens that end the text.
-    pub end_tokens: Arc<[i64]>,
-    /// How many of the most probable tokens to return at each position.
-    pub num_alternatives: usize,
-    /// Whether to return routing weights.
-    pub wants_weights: bool,
-}
-
-/// Why a text has ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// The model wrote an end token, or the text contains a string that stops it.
-    Stop,
-    /// It has as many tokens as were asked for, or fills the context.
-    Length,
-}
-
-impl Finish {
-    /// `stop` or `length`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Stop => "stop",
-            Self::Length => "length",
-        }
-    }
-}
-
-/// A token that was generated.
-#[derive(Debug, Clone, PartialEq)]
-pub struct NewToken {
-    /// The token's id.
-    pub id: i64,
-    /// The logarithm of the probability that the model gave it, before temperature, penalty and
-    /// filters, in nats.
-    pub log_prob: f64,
-    /// The most probable tokens with the logarithms of their probabilities, if they were asked for.
-    pub alternatives: Vec<(i64, f64)>,
-    /// The routing weights at the position that predicted the token, as a mean over the sites,
-    /// `[e]`; empty if they were not asked for.
-    pub weights: Vec<f64>,
-}
-
-/// What a step brought to a text.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    /// The text, as [`Engine::add`] numbered it.
-    pub text: u64,
-    /// Its new token.
-    pub token: NewToken,
-    /// Why it has ended, if it has.
-    pub finish: Option<Finish>,
-}
 
 /// How much an engine may hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,48 +26,6 @@ pub struct EngineLimits {
     pub max_texts: usize,
     /// Most positions of a text, prompt included.
     pub context: usize,
-}
-
-/// A text that has begun.
-#[derive(Debug)]
-struct Text {
-    number: u64,
-    request: Request,
-    /// Prompt and generated tokens.
-    tokens: Vec<i64>,
-    active_from: Vec<i64>,
-}
-
-impl Text {
-    fn prompt_len(&self) -> usize {
-        self.request.prompt.len()
-    }
-
-    fn row(&self, past: usize, end: usize) -> StepRow<'_> {
-        StepRow {
-            past,
-            tokens: &self.tokens[past..end],
-            prompt_len: self.prompt_len(),
-            active_from: &self.active_from,
-        }
-    }
-
-    /// Number of positions that the text may have in the end.
-    fn most_positions(request: &Request, context: usize) -> usize {
-        // the last token is not computed again
-        (request.prompt.len() + request.max_new_tokens - 1).min(context)
-    }
-
-    fn finish_after(&self, token: i64, context: usize) -> Option<Finish> {
-        let num_new = self.tokens.len() - self.prompt_len();
-        if self.request.end_tokens.contains(&token) {
-            Some(Finish::Stop)
-        } else if num_new >= self.request.max_new_tokens || self.tokens.len() > context {
-            Some(Finish::Length)
-        } else {
-            None
-        }
-    }
 }
 
 /// Generates texts.
@@ -157,6 +38,7 @@ pub struct Engine<'a> {
     texts: Vec<Text>,
     waiting: VecDeque<Text>,
     num_added: u64,
+    graphs: StepGraphs,
 }
 
 impl<'a> Engine<'a> {
@@ -176,7 +58,16 @@ impl<'a> Engine<'a> {
             bail!("a context and a number of texts must be at least 1");
         }
         let cache = model.generation_cache(0, 0);
-        Ok(Self { model, limits, cache, texts: vec![], waiting: VecDeque::new(), num_added: 0 })
+        model.prepare_steps();
+        Ok(Self {
+            model,
+            limits,
+            cache,
+            texts: vec![],
+            waiting: VecDeque::new(),
+            num_added: 0,
+            graphs: StepGraphs::new(model),
+        })
     }
 
     /// Takes memory for as many and as long texts as the limits allow. Without this call, it is
@@ -272,7 +163,7 @@ impl<'a> Engine<'a> {
             return vec![];
         }
         let output = if new { self.prefill(first) } else { self.decode() };
-        let tokens = self.choose(first, &output);
+        let tokens = next_tokens(self.model, &self.texts[first..], &output);
         let mut events = vec![];
         for (row, token) in (first..).zip(tokens) {
             let text = &mut self.texts[row];
@@ -319,117 +210,28 @@ impl<'a> Engine<'a> {
     /// several passes.
     fn prefill(&self, first: usize) -> StepOutput {
         let texts = &self.texts[first..];
+        let run = |rows: &[StepRow<'_>]| run(self.model, &self.cache, &self.texts, first, rows);
         let mut past = 0;
         if let [text] = texts {
             while text.prompt_len() - past > PREFILL_TOKENS {
-                self.run(first, &[text.row(past, past + PREFILL_TOKENS)]);
+                run(&[text.row(past, past + PREFILL_TOKENS)]);
                 past += PREFILL_TOKENS;
             }
         }
         let rows: Vec<_> = texts.iter().map(|text| text.row(past, text.prompt_len())).collect();
-        self.run(first, &rows)
+        run(&rows)
     }
 
     /// Runs the last token of each text.
-    fn decode(&self) -> StepOutput {
-        let last = |text: &Text| text.tokens.len();
-        let rows: Vec<_> =
-            self.texts.iter().map(|text| text.row(last(text) - 1, last(text))).collect();
-        self.run(0, &rows)
-    }
-
-    /// Runs new tokens of the rows from `first` on.
-    fn run(&self, first: usize, rows: &[StepRow<'_>]) -> StepOutput {
-        let device = self.model.device();
-        let inputs = self.cache.inputs(first, rows, device);
-        let source = self.source(first, rows.len());
-        let mode = ForwardMode { rule: self.model.router_spec().eval, ..ForwardMode::EVAL };
-        let output = self.model.forward(&inputs, &source, mode, None);
-        let last: Vec<i64> = rows.iter().map(|row| row.tokens.len() as i64 - 1).collect();
-        StepOutput::new(output, &Tensor::from_slice(&last).to_device(device))
-    }
-
-    /// The routing of `count` rows from `first` on.
-    fn source(&self, first: usize, count: usize) -> RoutingSource {
-        let texts = &self.texts[first..first + count];
-        let is_routed = |text: &Text| text.request.route == Route::Router;
-        if self.model.num_experts() == 0 {
-            return RoutingSource::Base;
-        }
-        if texts.iter().all(is_routed) {
-            return RoutingSource::Router;
-        }
-        let num_parts = self.model.specs().len();
-        let fixed: Vec<f64> = texts.iter().flat_map(|text| self.parts(text, num_parts)).collect();
-        if fixed.iter().all(|weight| *weight == 0.0) {
-            return RoutingSource::Base;
-        }
-        let device = self.model.device();
-        let fixed = Tensor::from_slice(&fixed).view([count as i64, -1]).to_device(device);
-        let by_router: Vec<bool> = texts.iter().map(is_routed).collect();
-        let some = by_router.contains(&true) && !self.model.routers().is_empty();
-        let by_router = some.then(|| Tensor::from_slice(&by_router).to_device(device));
-        RoutingSource::Rows(RowSources { fixed, by_router })
-    }
-
-    /// The weights of all parts, as far as no router decides them.
-    fn parts(&self, text: &Text, num_parts: usize) -> Vec<f64> {
-        let num_experts = self.model.num_experts() as usize;
-        let mut weights = match &text.request.route {
-            // a single expert has no router
-            Route::Router => vec![1.0; num_experts],
-            Route::Fixed(weights) => weights.clone(),
-        };
-        let is_base = weights.iter().all(|weight| *weight == 0.0);
-        weights.resize(num_parts, if is_base { 0.0 } else { 1.0 });
-        weights
-    }
-
-    /// Chooses the next token of each row from `first` on.
-    fn choose(&self, first: usize, output: &StepOutput) -> Vec<NewToken> {
-        let texts = &self.texts[first..];
-        let choosers = texts.iter().map(|text| Chooser {
-            sampling: &text.request.sampling,
-            key: text.request.key,
-            tokens: &text.tokens,
-        });
-        let logits = self.model.logits(&output.hidden).to_kind(Kind::Float);
-        let ids = choose(&logits, &choosers.collect::<Vec<_>>());
-        let log_sums = logits.logsumexp(-1, true);
-        let chosen = logits.gather(-1, &ids.unsqueeze(-1), false) - &log_sums;
-        let (ids, chosen) = (integers(&ids), numbers(&chosen));
-        let most = texts.iter().map(|text| text.request.num_alternatives).max().unwrap_or(0);
-        let best = (most > 0).then(|| {
-            let k = (most as i64).min(logits.size()[1]);
-            let (values, ids) = logits.topk(k, -1, true, true);
-            (integers(&ids), numbers(&(values - &log_sums)), k as usize)
-        });
-        let weights = texts.iter().any(|text| text.request.wants_weights);
-        let weights = weights.then(|| output.mean_weights()).flatten();
-        let token = |(row, text): (usize, &Text)| {
-            let alternatives = best.iter().flat_map(|(ids, values, k)| {
-                let own = row * k..row * k + text.request.num_alternatives.min(*k);
-                own.map(|i| (ids[i], values[i]))
-            });
-            NewToken {
-                id: ids[row],
-                log_prob: chosen[row],
-                alternatives: alternatives.collect(),
-                weights: self.weights_of(text, row, weights.as_deref()),
-            }
-        };
-        texts.iter().enumerate().map(token).collect()
-    }
-
-    /// The routing weights of a text, if it asked for them.
-    fn weights_of(&self, text: &Text, row: usize, routed: Option<&[f64]>) -> Vec<f64> {
-        let e = self.model.num_experts() as usize;
-        match (&text.request, routed) {
-            (Request { wants_weights: false, .. }, _) => vec![],
-            (Request { route: Route::Fixed(weights), .. }, _) => weights.clone(),
-            (_, Some(routed)) => routed[row * e..(row + 1) * e].to_vec(),
-            // a single expert has no router
-            (_, None) => vec![1.0; e],
+    fn decode(&mut self) -> StepOutput {
+        let Self { model, cache, texts, graphs, .. } = self;
+        let len = |text: &Text| text.tokens.len();
+        let rows: Vec<_> = texts.iter().map(|text| text.row(len(text) - 1, len(text))).collect();
+        let longest = texts.iter().map(len).max().unwrap_or(0);
+        let source = |count| source(model, texts, count);
+        match graphs.step(model, cache, &rows, longest, &source) {
+            Some(output) => output,
+            None => run(model, cache, texts, 0, &rows),
         }
     }
 
@@ -446,44 +248,16 @@ impl<'a> Engine<'a> {
     }
 }
 
-/// What a step computed at the last new position of each text.
-struct StepOutput {
-    /// The last hidden states, `[b, d]`.
-    hidden: Tensor,
-    /// The routing weights at each site, `[b, e]`; empty if no tensor says them.
-    weights: Vec<Tensor>,
-}
-
-impl StepOutput {
-    /// The part of a pass at the positions `last`, `[b]`.
-    fn new(output: ForwardOutput, last: &Tensor) -> Self {
-        let at_last = |x: &Tensor| {
-            let index = last.view([-1, 1, 1]).expand([-1, 1, x.size()[2]], false);
-            x.gather(1, &index, false).squeeze_dim(1)
-        };
-        let weights = output.weights.iter().filter_map(|weights| match weights {
-            RoutingWeights::PerToken(weights) | RoutingWeights::Chosen(weights, _) => {
-                Some(at_last(weights))
-            }
-            RoutingWeights::Off | RoutingWeights::Ones => None,
-        });
-        Self { hidden: at_last(&output.hidden), weights: weights.collect() }
-    }
-
-    /// The means of the weights over the sites, `[b e]`.
-    fn mean_weights(&self) -> Option<Vec<f64>> {
-        let all: Vec<Tensor> = self.weights.iter().map(|x| x.to_kind(Kind::Double)).collect();
-        let mean = (!all.is_empty()).then(|| Tensor::stack(&all, 0).mean_dim(0, false, None))?;
-        Some(numbers(&mean))
-    }
-}
-
-fn numbers(x: &Tensor) -> Vec<f64> {
-    let x = x.to_device(Device::Cpu).to_kind(Kind::Double).flatten(0, -1);
-    Vec::try_from(x).expect("a flat tensor of numbers is a list")
-}
-
-fn integers(x: &Tensor) -> Vec<i64> {
-    let x = x.to_device(Device::Cpu).flatten(0, -1);
-    Vec::try_from(x).expect("a flat tensor of integers is a list")
+/// Runs new tokens of the rows from `first` on.
+fn run(
+    model: &RoutedModel,
+    cache: &GenerationCache,
+    texts: &[Text],
+    first: usize,
+    rows: &[StepRow<'_>],
+) -> StepOutput {
+    let inputs = cache.inputs(first, rows, model.device());
+    let source = source(model, &texts[first..], rows.len());
+    let last: Vec<i64> = rows.iter().map(|row| row.tokens.len() as i64 - 1).collect();
+    StepOutput::new(model, &inputs, &source, Some(&last))
 }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, anyhow, bail};
 
-use super::engine::Route;
+use super::request::Route;
 use crate::config::{Config, DomainConfig, DomainExperts, RoutingChoice};
 
 /// What decides the routing weights of a text.

@@ -75,6 +75,11 @@ impl Sampling {
         self.temperature == 0.0
     }
 
+    /// Whether the token with the largest logit is taken, whatever the text contains.
+    pub(super) fn takes_most_probable(&self) -> bool {
+        self.is_greedy() && self.repetition_penalty == 1.0
+    }
+
     /// Whether the rule drops tokens, so that they must be sorted.
     fn filters(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0

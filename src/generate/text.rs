@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
-use super::engine::{Event, Finish};
+use super::request::{Event, Finish};
 use crate::data::Tokenizer;
 
 /// What stands for bytes that are no complete character.

@@ -22,12 +22,15 @@ use crate::ffi;
 use crate::ffi::fused::{Attention, Experts, Norm, Product};
 
 /// The linear layers of a fused block, in its order.
-const FUSED_MODULES: [TargetModule; 4] = [
+pub(super) const FUSED_MODULES: [TargetModule; 4] = [
     TargetModule::AttnCAttn,
     TargetModule::AttnCProj,
     TargetModule::MlpCFc,
     TargetModule::MlpCProj,
 ];
+
+/// `A` and `B^T` of each module with experts, `[R, i]` and `[R, o]`.
+pub(super) type Factors = BTreeMap<TargetModule, (Tensor, Tensor)>;
 
 /// The experts of a block.
 #[derive(Debug, Default)]
@@ -139,29 +142,8 @@ impl RoutedBlock<'_> {
         dropout: LoraDropout,
     ) -> Stream {
         let [b, t, _] = stream.shape;
-        let modules = self.experts.fused.as_ref().expect("the caller asked `fuses`");
-        let flat = g.flat(b * t);
-        let factors: BTreeMap<_, _> = self
-            .experts
-            .modules
-            .iter()
-            .map(|(&module, experts)| (module, experts.factors()))
-            .collect();
-        let module = |at: TargetModule| {
-            let linear = &self.block.linears[&at];
-            let experts = factors.get(&at).and_then(|(a, b)| {
-                let g = match flat.of(at) {
-                    RoutingWeights::Off => return None,
-                    RoutingWeights::Ones => None,
-                    RoutingWeights::PerToken(g) | RoutingWeights::Chosen(g, _) => Some(g),
-                };
-                let FusedModule { columns, packed } = &modules[&at];
-                Some(Experts { a, b, g, columns, packed: packed.as_ref() })
-            });
-            let bias = linear.bias.as_ref().expect("each layer of a GPT-2 has a bias");
-            Product { weight: linear.stored(), bias, experts }
-        };
-        let modules = FUSED_MODULES.map(module);
+        let (flat, factors) = (g.flat(b * t), self.factors());
+        let modules = FUSED_MODULES.map(|at| self.product(at, &flat, &factors));
         let LayerNorm { weight, bias, eps } = self.block.norm_2.layer();
         let second = Norm {
             weight,
@@ -195,6 +177,36 @@ impl RoutedBlock<'_> {
             ffi::fused::block(&stream.x, normed, &modules, &second, &attention, tanh, p)
                 .unwrap_or_else(|error| panic!("{error:#}"));
         Stream { x, pending: Some(pending), shape: stream.shape }
+    }
+
+    /// `A` and `B^T` of each module with experts, as the fused operations take them.
+    pub(super) fn factors(self) -> Factors {
+        let experts = self.experts.modules.iter();
+        experts.map(|(&module, experts)| (module, experts.factors())).collect()
+    }
+
+    /// A linear layer as the fused operations take it. The caller has asked whether they apply.
+    ///
+    /// - `flat`: the block's routing weights over flattened tokens
+    /// - `factors`: what [`RoutedBlock::factors`] returned
+    pub(super) fn product<'b>(
+        &'b self,
+        at: TargetModule,
+        flat: &'b BlockWeights,
+        factors: &'b Factors,
+    ) -> Product<'b> {
+        let linear = &self.block.linears[&at];
+        let experts = factors.get(&at).and_then(|(a, b)| {
+            let g = match flat.of(at) {
+                RoutingWeights::Off => return None,
+                RoutingWeights::Ones => None,
+                RoutingWeights::PerToken(g) | RoutingWeights::Chosen(g, _) => Some(g),
+            };
+            let FusedModule { columns, packed } = &self.experts.fused.as_ref()?[&at];
+            Some(Experts { a, b, g, columns, packed: packed.as_ref() })
+        });
+        let bias = linear.bias.as_ref().expect("each layer of a GPT-2 has a bias");
+        Product { weight: linear.stored(), bias, experts }
     }
 
     /// The row padding of this block's first LayerNorm, and that of the gradient of what the block

@@ -173,7 +173,8 @@ impl RoutedModel {
         mode: ForwardMode,
         run: impl FnOnce(RoutingPass<'_>) -> T,
     ) -> T {
-        let may_skip = |site: Site, k: i64| self.may_skip(site, k);
+        let is_step = self.step_of(inputs).is_some();
+        let may_skip = |site: Site, k: i64| !is_step && self.may_skip(site, k);
         let parts = RoutedParts {
             routers: &self.routers,
             specs: &self.specs,
@@ -205,10 +206,14 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let is_cached = matches!(inputs.mask, AttentionMask::Cached(_));
         let fuses = self.fuses_blocks() && recorder.is_none() && !pass.reads_modules();
-        let fuses = fuses && !is_cached;
-        if fuses && !mode.gradient_checkpointing {
+        let is_cached = matches!(inputs.mask, AttentionMask::Cached(_));
+        if let Some(step) = self.step_of(inputs)
+            && fuses
+        {
+            return self.run_step(&x, step, pass);
+        }
+        if fuses && !is_cached && !mode.gradient_checkpointing {
             return self.run_fused(&x, inputs, pass, mode);
         }
         self.run_whole(x, inputs, pass, mode, recorder)

@@ -23,6 +23,7 @@ pub mod fused;
 pub mod loss;
 pub mod parameters;
 pub mod routing;
+pub mod step;
 
 use std::collections::BTreeMap;
 
@@ -58,6 +59,8 @@ pub struct RoutedModel {
     trains_base: bool,
     kind: Kind,
     kernels: Kernels,
+    /// Whether there are CUDA kernels for the model's device, width and dtype.
+    has_kernels: bool,
     /// The head with rows of zeros behind it, of which the decoder's head is a view; `None` without
     /// kernels or if the head needs no such rows.
     padded_head: Option<Tensor>,
@@ -118,6 +121,7 @@ impl RoutedModel {
             trains_base,
             kind,
             kernels,
+            has_kernels: false,
             padded_head: None,
         }
     }
@@ -333,6 +337,7 @@ impl RoutedModel {
             return;
         }
         let has_kernels = self.prepare_kernels();
+        self.has_kernels = has_kernels;
         if self.fuses_blocks() {
             self.prepare_fused_blocks(has_kernels);
         }

@@ -36,7 +36,7 @@ struct Case {
     source: RoutingSource,
 }
 
-fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraConfig {
+pub(super) fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraConfig {
     LoraConfig {
         num_experts: num_experts as i64,
         rank,
@@ -46,7 +46,12 @@ fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraC
     }
 }
 
-fn shape(heads: i64, head_size: i64, vocab_size: i64, max_positions: i64) -> DecoderSpec {
+pub(super) fn shape(
+    heads: i64,
+    head_size: i64,
+    vocab_size: i64,
+    max_positions: i64,
+) -> DecoderSpec {
     DecoderSpec { vocab_size, max_positions, ..gpt2_spec(2, heads, heads * head_size) }
 }
 

@@ -13,5 +13,5 @@ pub mod targets;
 pub use host::{Extent, HostInputs, InputLayout, PackedExtent, Rows};
 pub use inputs::Inputs;
 pub use labelled::Labelled;
-pub use step::{GenerationCache, StepRow};
+pub use step::{GenerationCache, StepLayout, StepRow};
 pub use targets::DomainTargets;

@@ -68,13 +68,22 @@ impl GenerationCache {
         self.model.capacity()
     }
 
+    /// Number of rows and of positions of a row for which there is room.
+    pub fn room(&self) -> (usize, usize) {
+        (self.num_rows, self.capacity())
+    }
+
     /// The inputs of a step that appends tokens to the rows from `first_row` on. Shorter rows are
     /// padded behind their tokens. Either all rows are empty before the step, or none is.
     pub fn inputs(&self, first_row: usize, rows: &[StepRow<'_>], device: Device) -> Inputs {
-        let (b, t) = (rows.len(), rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0));
-        let flat = ffi::staged(Tensor::from_slice(&self.numbers(rows, t)), device);
-        let flat = flat.to_device_(device, Kind::Int64, true, false);
-        let shape = [b as i64, t as i64];
+        self.inputs_of(StepLayout::new(first_row, rows), &self.numbers(rows, device))
+    }
+
+    /// The inputs of a step with this layout whose numbers are `flat`, as
+    /// [`GenerationCache::numbers`] returns them. They are views of it.
+    pub fn inputs_of(&self, layout: StepLayout, flat: &Tensor) -> Inputs {
+        let StepLayout { first_row, num_rows, num_new, num_active, extent } = layout;
+        let shape = [num_rows as i64, num_new as i64];
         let mut at = 0;
         let mut next = |len: i64| {
             at += len;
@@ -82,15 +91,9 @@ impl GenerationCache {
         };
         let [ids, positions, places, documents, counts, prompt] =
             std::array::from_fn(|_| next(shape[0] * shape[1]).view(shape));
-        let num_experts = rows.first().map_or(0, |row| row.active_from.len() as i64);
+        let num_active = num_active as i64;
         let active_from =
-            (num_experts > 0).then(|| next(shape[0] * num_experts).view([shape[0], num_experts]));
-        let past = rows.first().map_or(0, |row| row.past);
-        let extent = StepExtent {
-            is_first: past == 0,
-            is_even: rows.iter().all(|row| row.past == past && row.tokens.len() == t),
-            length: rows.iter().map(|row| row.past + row.tokens.len()).max().unwrap_or(0),
-        };
+            (num_active > 0).then(|| next(shape[0] * num_active).view([shape[0], num_active]));
         let step = |cache: &KvCache| {
             AttentionMask::Cached(cache.step(first_row, &positions, &places, extent))
         };
@@ -106,23 +109,68 @@ impl GenerationCache {
         Inputs::of_step(ids, positions.shallow_clone(), documents, step(&self.model), state)
     }
 
-    /// The numbers of a step, in the order in which [`GenerationCache::inputs`] takes them.
-    fn numbers(&self, rows: &[StepRow<'_>], t: usize) -> Vec<i64> {
+    /// The numbers of a step on the device, in the order in which [`GenerationCache::inputs_of`]
+    /// takes them, int64.
+    pub fn numbers(&self, rows: &[StepRow<'_>], device: Device) -> Tensor {
+        let t = num_new(rows);
         let mut numbers = vec![];
-        let mut add = |of: &dyn Fn(&StepRow<'_>, usize) -> i64, padding: i64| {
-            for row in rows {
-                let own = (0..row.tokens.len()).map(|i| of(row, i));
-                numbers.extend(own.chain(std::iter::repeat_n(padding, t - row.tokens.len())));
+        let mut add = |of: &dyn Fn(usize, usize) -> i64, padding: &dyn Fn(usize) -> i64| {
+            for (index, row) in rows.iter().enumerate() {
+                let own = (0..row.tokens.len()).map(|i| of(index, i));
+                let behind = std::iter::repeat_n(padding(index), t - row.tokens.len());
+                numbers.extend(own.chain(behind));
             }
         };
-        let reads_prompt = |row: &StepRow<'_>, i: usize| row.past + i < row.prompt_len;
-        add(&|row, i| row.tokens[i], 0);
-        add(&|row, i| (row.past + i) as i64, 0);
-        add(&|row, i| (row.past + i) as i64, self.capacity() as i64);
-        add(&|_, _| 0, -1);
-        add(&|row, i| (row.past + i + 1).min(row.prompt_len) as i64, 1);
-        add(&|row, i| i64::from(reads_prompt(row, i)), 0);
+        let row_len = self.model.row_len();
+        let position = |index: usize, i: usize| rows[index].past + i;
+        let reads_prompt = |index: usize, i: usize| position(index, i) < rows[index].prompt_len;
+        add(&|index, i| rows[index].tokens[i], &|_| 0);
+        add(&|index, i| position(index, i) as i64, &|_| 0);
+        add(&|index, i| (index * row_len + position(index, i)) as i64, &|index| {
+            (index * row_len + self.capacity()) as i64
+        });
+        add(&|_, _| 0, &|_| -1);
+        add(&|index, i| (position(index, i) + 1).min(rows[index].prompt_len) as i64, &|_| 1);
+        add(&|index, i| i64::from(reads_prompt(index, i)), &|_| 0);
         numbers.extend(rows.iter().flat_map(|row| row.active_from));
-        numbers
+        let flat = ffi::staged(Tensor::from_slice(&numbers), device);
+        flat.to_device_(device, Kind::Int64, true, false)
     }
+}
+
+/// Everything that the host decides about a step, but for its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StepLayout {
+    first_row: usize,
+    num_rows: usize,
+    num_new: usize,
+    /// Number of experts for which the rows say from where on they are active.
+    num_active: usize,
+    extent: StepExtent,
+}
+
+impl StepLayout {
+    /// The layout of a step that appends tokens to the rows from `first_row` on.
+    pub fn new(first_row: usize, rows: &[StepRow<'_>]) -> Self {
+        let (past, t) = (rows.first().map_or(0, |row| row.past), num_new(rows));
+        let extent = StepExtent {
+            is_first: past == 0,
+            is_even: rows.iter().all(|row| row.past == past && row.tokens.len() == t),
+            length: rows.iter().map(|row| row.past + row.tokens.len()).max().unwrap_or(0),
+        };
+        let num_active = rows.first().map_or(0, |row| row.active_from.len());
+        Self { first_row, num_rows: rows.len(), num_new: t, num_active, extent }
+    }
+
+    /// A layout for later steps of `num_rows` rows, with one new token each, as long as no row
+    /// holds more than `length` positions after the step. Rows may be empty before it.
+    pub fn repeated(num_rows: usize, num_active: usize, length: usize) -> Self {
+        let extent = StepExtent { is_first: false, is_even: false, length };
+        Self { first_row: 0, num_rows, num_new: 1, num_active, extent }
+    }
+}
+
+/// Number of new positions of the longest row.
+fn num_new(rows: &[StepRow<'_>]) -> usize {
+    rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0)
 }

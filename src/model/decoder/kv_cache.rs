@@ -10,6 +10,8 @@
 //! Letters of shapes: `b` rows of a step, `t` new positions, `n` key-value head, `h` width of a
 //! head, `l` positions that a step may attend to.
 
+use std::cell::OnceCell;
+
 use tch::{Device, Kind, Tensor};
 
 use super::spec::DecoderSpec;
@@ -68,6 +70,11 @@ impl KvCache {
         self.capacity
     }
 
+    /// Number of places of a row: one for each position, and a last one for padding.
+    pub fn row_len(&self) -> usize {
+        self.capacity + 1
+    }
+
     /// Copies the first `len` positions of row `from` to row `to`.
     pub fn copy_row(&mut self, from: usize, to: usize, len: usize) {
         for tensor in self.layers.iter().flatten() {
@@ -79,8 +86,9 @@ impl KvCache {
     /// The part of the cache that a step of the rows from `first_row` on uses.
     ///
     /// - `positions`: the index of each new position in its text, `[b, t]`; any in padding
-    /// - `places`: where its keys and values are written: its index in the text, or the capacity
-    ///   in padding, `[b, t]`
+    /// - `places`: where its keys and values are written in the step's flattened rows, of which each
+    ///   has [`KvCache::row_len`] places, `[b, t]`: at its index in the text, or at the last place in
+    ///   padding
     /// - `extent`: the sizes of the step
     pub fn step(
         &self,
@@ -91,27 +99,20 @@ impl KvCache {
     ) -> CachedStep {
         let (b, t) = positions.size2().expect("positions are [b, t]");
         let rows = |tensor: &Tensor| tensor.narrow(0, first_row as i64, b);
-        let per_row = self.capacity as i64 + 1;
-        let offsets = Tensor::arange(b, (Kind::Int64, positions.device())) * per_row;
-        let length = extent.length as i64;
-        let attends_to_all = extent.is_first || (t == 1 && extent.is_even);
-        let mask = (!attends_to_all).then(|| {
-            let keys = Tensor::arange(length, (Kind::Int64, positions.device()));
-            keys.less_equal_tensor(&positions.unsqueeze(-1)).unsqueeze(1)
-        });
         CachedStep {
             layers: self.layers.iter().map(|layer| layer.each_ref().map(rows)).collect(),
-            places: (places + offsets.unsqueeze(-1)).view([-1]),
+            places: places.reshape([-1]),
             positions: positions.shallow_clone(),
             is_first: extent.is_first,
-            length,
-            mask,
+            attends_to_all: extent.is_first || (t == 1 && extent.is_even),
+            length: extent.length as i64,
+            mask: OnceCell::new(),
         }
     }
 }
 
 /// The sizes of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StepExtent {
     /// Whether the rows are empty before the step.
     pub is_first: bool,
@@ -131,10 +132,11 @@ pub struct CachedStep {
     /// The index of each new position in its text, `[b, t]`.
     positions: Tensor,
     is_first: bool,
+    /// Whether each new position may attend to all positions of the cache.
+    attends_to_all: bool,
     length: i64,
-    /// True where a new position may attend to a position of the cache, `[b, 1, t, l]`; `None` if
-    /// each may attend to all of them.
-    mask: Option<Tensor>,
+    /// What [`CachedStep::mask`] returns, once it was asked for.
+    mask: OnceCell<Tensor>,
 }
 
 impl CachedStep {
@@ -158,9 +160,28 @@ impl CachedStep {
     }
 
     /// True where a new position may attend to one of the cache, `[b, 1, t, l]`; `None` if each may
-    /// attend to all of them.
+    /// attend to all of them. The mask is built at the first call.
     pub fn mask(&self) -> Option<&Tensor> {
-        self.mask.as_ref()
+        let mask = || {
+            let keys = Tensor::arange(self.length, (Kind::Int64, self.positions.device()));
+            keys.less_equal_tensor(&self.positions.unsqueeze(-1)).unsqueeze(1)
+        };
+        (!self.attends_to_all).then(|| self.mask.get_or_init(mask))
+    }
+
+    /// The index of each new position in its text, `[b, t]`.
+    pub fn positions(&self) -> &Tensor {
+        &self.positions
+    }
+
+    /// Where new keys and values go in the flattened rows, `[b t]`.
+    pub fn places(&self) -> &Tensor {
+        &self.places
+    }
+
+    /// The rows of a layer's keys and of its values, `[b, capacity + 1, n, h]` each.
+    pub fn rows(&self, layer: usize) -> &[Tensor; 2] {
+        &self.layers[layer]
     }
 
     /// The same in a layer with a window; `None` if the window reaches over all positions.
@@ -181,7 +202,7 @@ impl CachedStep {
             layers: layers.collect(),
             places: self.places.shallow_clone(),
             positions: self.positions.shallow_clone(),
-            mask: self.mask.as_ref().map(Tensor::shallow_clone),
+            mask: self.mask.get().map_or_else(OnceCell::new, |mask| mask.shallow_clone().into()),
             ..*self
         }
     }

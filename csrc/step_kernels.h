@@ -1,0 +1,141 @@
+// Launches the kernels of csrc/step.cu. Included by csrc/cuda.cpp.
+#pragma once
+
+// The same structs in csrc/step.cu.
+struct UnfinishedArgs {
+  const void *product;
+  int64_t ld;
+  const void *bias, *b;
+  int64_t ldb;
+  const void *g, *expert_of, *scaling;
+  int experts, ranks, out;
+};
+struct StepCacheArgs {
+  void *keys, *values;
+  int64_t row_stride;
+  const void *places, *positions;
+  int heads, window;
+  float scale;
+};
+static UnfinishedArgs args_of(const Unfinished &y) {
+  UnfinishedArgs args{};
+  args.out = (int)y.out;
+  if (!y.product.defined()) return args;
+  args.product = y.product.data_ptr(), args.ld = ld(y.product), args.bias = y.bias.data_ptr();
+  if (!y.rank_columns) return args;
+  args.b = y.b.data_ptr(), args.ldb = ld(y.b), args.g = at_or_null(y.g);
+  args.expert_of = y.rank_columns->expert_of.data_ptr();
+  args.scaling = y.rank_columns->scaling.data_ptr();
+  args.experts = (int)y.rank_columns->runs.size(0), args.ranks = (int)y.b.size(0);
+  return args;
+}
+static bool fits(const Unfinished &y) {
+  return !y.product.defined() || (packs(y.product) && packs(y.b));
+}
+
+// A launch that may begin before the kernel in front of it ends; the kernel itself waits for it.
+template <class... Args>
+static void run_early(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
+                      int threads, int64_t shared, Args... args) {
+  if (blocks == 0) return;
+  void *pointers[] = {(void *)&args...};
+  c10::cuda::CUDAGuard guard(like.device());
+  CUlaunchAttribute early{};
+  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  early.value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config{};
+  config.gridDimX = (unsigned)blocks, config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = (unsigned)threads, config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = (unsigned)shared;
+  config.hStream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
+  config.attrs = &early, config.numAttrs = capability() >= 90 ? 1 : 0;
+  const auto f = module->functions[dtype_index(like.scalar_type())][name];
+  const auto status = compiler.launch_with(&config, f, pointers, nullptr);
+  TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+}
+
+constexpr int64_t SHARED_MEMORY = 48 << 10;  // bytes that any kernel may have
+static int64_t per_pack(const Tensor &x) { return 16 / x.element_size(); }
+
+static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, const Tensor &b,
+                      double eps, const Tensor &sum, const Tensor &a) {
+  const int64_t width = x.size(1);
+  auto module = module_of(x, width);
+  const auto args = args_of(y);
+  // many ranks are summed by many threads
+  const int threads = args.ranks > 64 ? 1024 : 256;
+  const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + args.ranks);
+  if (!module || !fits(y) || shared > SHARED_MEMORY) return false;
+  run_early(module, StepNorm, x, x.size(0), threads, shared, x.data_ptr(), ld(x), args,
+            w.data_ptr(), b.data_ptr(), (float)eps, sum.data_ptr(), a.data_ptr());
+  return true;
+}
+
+static bool step_gelu(const Unfinished &y, bool tanh_form, const Tensor &out) {
+  auto module = any_module(out);
+  const auto args = args_of(y);
+  const int64_t n = per_pack(out), chunks = ceil_div(y.out / n, 32);
+  const int64_t shared = 4 * (256 * n + args.ranks);
+  if (!module || !fits(y) || !packs(out) || shared > SHARED_MEMORY) return false;
+  run_early(module, StepGelu, out, out.size(0) * chunks, 256, shared, args, out.data_ptr(),
+            (int)tanh_form);
+  return true;
+}
+
+// Counts the blocks that have ended. The kernel leaves zeros, so that all launches on a device share
+// them.
+static Tensor counters(const Tensor &like, int64_t n) {
+  static std::map<int, Tensor> of_device;
+  auto &zeros = of_device[like.device().index()];
+  if (!zeros.defined() || zeros.size(0) < n)
+    zeros = at::zeros({std::max<int64_t>(n, 1 << 14)}, like.options().dtype(at::kInt));
+  return zeros;
+}
+
+static bool step_attention(const Unfinished &y, const StepCache &cache, const Tensor &out) {
+  auto module = any_module(out);
+  const int64_t size = cache.keys.size(3), n = per_pack(out), lanes = size / n;
+  const bool has_lanes = size % n == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32);
+  const auto args = args_of(y);
+  const int threads = 256;
+  const int64_t shared = 4 * (threads * n + args.ranks + 2 * (threads / lanes));
+  const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(1) == y.out / 3 &&
+                        cache.keys.strides() == cache.values.strides() && out.is_contiguous();
+  if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
+  const int64_t pairs = out.size(0) * cache.heads;
+  // enough blocks for all multiprocessors, each of which has some positions
+  const int64_t wanted = ceil_div(2 * 132, pairs), room = ceil_div(cache.keys.size(1), 64);
+  const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), (int64_t)16));
+  Tensor partial, arrived;
+  if (splits > 1) {
+    partial = at::empty({pairs * splits * (size + 2)}, out.options().dtype(at::kFloat));
+    arrived = counters(out, pairs);
+  }
+  const StepCacheArgs at{cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0),
+                         cache.places.data_ptr(), cache.positions.data_ptr(), (int)cache.heads,
+                         (int)cache.window, (float)cache.scale};
+  run_early(module, StepAttention, out, pairs * splits, threads, shared, args, at, (int)lanes,
+            (int)splits, (float *)at_or_null(partial), (int *)at_or_null(arrived), out.data_ptr());
+  return true;
+}
+
+static bool thin_product(const Tensor &x, const Tensor &w, const Tensor &out) {
+  auto module = any_module(x);
+  const int64_t rows = x.size(0), n = per_pack(x), columns = w.size(1);
+  if (!module || rows < 1 || rows > 4 || !packs(w)) return false;
+  // longer segments where enough blocks remain
+  const int64_t lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
+  run_early(module, ThinProduct, x, ceil_div(columns, lanes * n), 512, 0, x.data_ptr(), ld(x),
+            w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)x.size(1), (int)columns,
+            (int)lanes);
+  return true;
+}
+
+static bool step_choice(const Tensor &logits, int64_t vocabulary, const Tensor &choice) {
+  auto module = any_module(logits);
+  if (!module || !packs(logits)) return false;
+  const int64_t per_row = ceil_div(vocabulary, per_pack(logits));
+  run_early(module, StepChoice, logits, logits.size(0), 1024, 0, logits.data_ptr(), ld(logits),
+            (int)vocabulary, (int)per_row, (double *)choice.data_ptr());
+  return true;
+}

@@ -1,0 +1,164 @@
+//! The operations of `csrc/step.cpp`, which make a step of generation: each text gets one new
+//! position. They need CUDA kernels; without them, or for shapes that these do not know, each
+//! function returns `None`.
+//!
+//! Letters of shapes: `M` texts, `d` width, `i` in, `o` out, `R` columns of a module's rank space,
+//! `R'` the same rounded up, `n` head, `h` width of a head, `v` vocabulary.
+
+use std::ffi::c_int;
+
+use anyhow::Result;
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use super::fused::{Norm, Product, RawNorm, RawProduct, raw_norm, raw_product};
+use super::{TensorPtr, check};
+
+#[repr(C)]
+struct RawCache {
+    keys: TensorPtr,
+    values: TensorPtr,
+    places: TensorPtr,
+    positions: TensorPtr,
+    heads: i64,
+    window: i64,
+    scale: f64,
+}
+
+unsafe extern "C" {
+    fn dylora_step_pack(a: TensorPtr, b: TensorPtr, packed: TensorPtr) -> c_int;
+    fn dylora_step_norm(
+        x: TensorPtr,
+        product: TensorPtr,
+        module: *const RawProduct,
+        norm: *const RawNorm,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    fn dylora_step_block(
+        x: TensorPtr,
+        a: TensorPtr,
+        modules: *const RawProduct,
+        norm: *const RawNorm,
+        cache: *const RawCache,
+        tanh_gelu: c_int,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    fn dylora_step_choice(logits: TensorPtr, vocabulary: i64, out: *mut *mut C_tensor) -> c_int;
+}
+
+/// The output of a linear layer, before the bias and the experts' updates are added to it.
+#[derive(Debug)]
+pub struct Unfinished<'a> {
+    /// The layer's input times `[W A^T]`, `[M, o + R']`, or times `W` without experts, `[M, o]`.
+    pub product: &'a Tensor,
+    /// The layer.
+    pub module: &'a Product<'a>,
+}
+
+/// The attention of a block to a cache.
+#[derive(Debug)]
+pub struct CachedAttention<'a> {
+    /// The keys of the texts, `[M, positions, n, h]`.
+    pub keys: &'a Tensor,
+    /// The values of the texts, in the same shape.
+    pub values: &'a Tensor,
+    /// Where each text's new position goes in the flattened rows, int64 `[M]`.
+    pub places: &'a Tensor,
+    /// The index of each text's new position in its text, int64 `[M]`.
+    pub positions: &'a Tensor,
+    /// Number of heads.
+    pub heads: i64,
+    /// Number of positions that a position attends to; `None` if there is no limit.
+    pub window: Option<i64>,
+    /// Factor of the scores.
+    pub scale: f64,
+}
+
+/// The tensors that a call returned, unless no kernel applies.
+fn outputs<const N: usize>(
+    call: impl FnOnce(*mut *mut C_tensor) -> c_int,
+) -> Result<Option<[Tensor; N]>> {
+    let mut out = [std::ptr::null_mut(); N];
+    let status = call(out.as_mut_ptr());
+    check(status)?;
+    // SAFETY: with status 0, the shim returned tensors allocated with `new` and gave up their
+    // ownership
+    Ok((status == 0).then(|| out.map(|pointer| unsafe { Tensor::from_ptr(pointer) })))
+}
+
+/// Writes experts, `A` `[R, i]` and `B^T` `[R, o]` in f32, into the packed weight of their module.
+/// Returns whether there is a kernel for it.
+pub fn pack(a: &Tensor, b: &Tensor, packed: &Tensor) -> Result<bool> {
+    // SAFETY: live tensors, which the shim only reads, and one that it fills
+    let status = unsafe { dylora_step_pack(a.as_ptr(), b.as_ptr(), packed.as_ptr()) };
+    check(status)?;
+    Ok(status == 0)
+}
+
+/// The sum `x + y`, or `x` without `y`, and its LayerNorm, `[M, d]` each.
+///
+/// - `x`: `[M, d]`
+pub fn norm(
+    x: &Tensor,
+    y: Option<&Unfinished<'_>>,
+    norm: &Norm<'_>,
+) -> Result<Option<[Tensor; 2]>> {
+    let raw = raw_norm(norm);
+    let module = y.map(|y| raw_product(y.module));
+    let product = y.map_or(std::ptr::null(), |y| y.product.as_ptr());
+    let module = module.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: live tensors, to which the shim keeps its own references
+    outputs(|out| unsafe { dylora_step_norm(x.as_ptr(), product, module, &raw, out) })
+}
+
+/// Computes a transformer block from after its first LayerNorm, and adds the new keys and values to
+/// the cache. Returns the residual stream, `[M, d]`, and the product of `mlp.c_proj`, whose output
+/// is still to be added to it ([`Unfinished`]).
+///
+/// - `x`: the residual stream, `[M, d]`
+/// - `a`: the LayerNorm of `x`, `[M, d]`
+/// - `modules`: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`
+/// - `second`: the LayerNorm between attention and the feed-forward network
+/// - `tanh_gelu`: whether GELU has its tanh form or its exact one
+pub fn block(
+    x: &Tensor,
+    a: &Tensor,
+    modules: &[Product<'_>; 4],
+    second: &Norm<'_>,
+    attention: &CachedAttention<'_>,
+    tanh_gelu: bool,
+) -> Result<Option<[Tensor; 2]>> {
+    let raw_modules = modules.each_ref().map(raw_product);
+    let raw = raw_norm(second);
+    let cache = RawCache {
+        keys: attention.keys.as_ptr(),
+        values: attention.values.as_ptr(),
+        places: attention.places.as_ptr(),
+        positions: attention.positions.as_ptr(),
+        heads: attention.heads,
+        window: attention.window.unwrap_or(0),
+        scale: attention.scale,
+    };
+    // SAFETY: four modules of live tensors, to which the shim keeps its own references
+    outputs(|out| unsafe {
+        dylora_step_block(
+            x.as_ptr(),
+            a.as_ptr(),
+            raw_modules.as_ptr(),
+            &raw,
+            &cache,
+            c_int::from(tanh_gelu),
+            out,
+        )
+    })
+}
+
+/// The most probable token of each text, and below it the logarithm of its probability, f64
+/// `[2, M]`. Of equally probable tokens, the first counts.
+///
+/// - `logits`: `[M, v']`, where the first `vocabulary` columns are tokens
+pub fn choice(logits: &Tensor, vocabulary: i64) -> Result<Option<Tensor>> {
+    // SAFETY: a live tensor, to which the shim keeps its own reference
+    let choice = outputs(|out| unsafe { dylora_step_choice(logits.as_ptr(), vocabulary, out) })?;
+    Ok(choice.map(|[choice]| choice))
+}

@@ -1,0 +1,178 @@
+//! Steps of generation as CUDA graphs, which launch the kernels of a step at once.
+//!
+//! A step with one new token a text is captured when its layout first occurs: it runs once without a
+//! graph, so that handles and workspaces exist, and once to be captured. Running it again changes
+//! nothing, since it writes the same keys and values. Later steps copy their numbers to where the
+//! captured step reads them, and replay it.
+//!
+//! The number of rows is rounded up, so that few layouts occur. The rows behind the texts compute
+//! something that nobody reads, in rows of the cache that no text uses.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use tch::{Device, Tensor};
+
+use super::next::StepOutput;
+use crate::ffi;
+use crate::ffi::cuda::Graph;
+use crate::model::batch::{GenerationCache, StepLayout, StepRow};
+use crate::model::{RoutedModel, RoutingSource, RowSources};
+
+/// Largest number of layouts that are captured.
+const MAX_GRAPHS: usize = 64;
+
+/// What decides which graph a step replays.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Key {
+    layout: StepLayout,
+    source: SourceKind,
+}
+
+/// What of a source the host decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum SourceKind {
+    Base,
+    Router,
+    Rows { some_by_router: bool },
+}
+
+impl SourceKind {
+    fn of(source: &RoutingSource) -> Option<Self> {
+        match source {
+            RoutingSource::Base => Some(Self::Base),
+            RoutingSource::Router => Some(Self::Router),
+            RoutingSource::Rows(rows) => {
+                Some(Self::Rows { some_by_router: rows.by_router.is_some() })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A captured step.
+#[derive(Debug)]
+struct Captured {
+    graph: Graph,
+    /// The numbers that it reads.
+    flat: Tensor,
+    /// The source whose tensors it reads.
+    source: RoutingSource,
+    /// What a replay leaves in the graph's memory.
+    output: StepOutput,
+}
+
+/// The graphs of an engine.
+#[derive(Debug)]
+pub(super) struct StepGraphs {
+    is_on: bool,
+    /// The room of the cache whose tensors the graphs read.
+    room: (usize, usize),
+    captured: HashMap<Key, Captured>,
+}
+
+impl StepGraphs {
+    /// No graphs yet. There never are any unless the model lies on a CUDA device and its steps are
+    /// alike.
+    pub fn new(model: &RoutedModel) -> Self {
+        let is_on = model.device().is_cuda() && model.steps_alike();
+        Self { is_on, room: (0, 0), captured: HashMap::new() }
+    }
+
+    /// Runs a step of `rows`, each of which has one new token, by a graph; `None` if no graph can.
+    ///
+    /// - `longest`: largest number of positions of a row after the step
+    /// - `source`: the routing of a number of rows
+    pub fn step(
+        &mut self,
+        model: &RoutedModel,
+        cache: &GenerationCache,
+        rows: &[StepRow<'_>],
+        longest: usize,
+        source: &dyn Fn(usize) -> RoutingSource,
+    ) -> Option<StepOutput> {
+        if !self.is_on {
+            return None;
+        }
+        let room = cache.room();
+        if self.room != room {
+            // the graphs read tensors that are no longer the cache's
+            self.captured.clear();
+            self.room = room;
+        }
+        let num_active = rows.first().map_or(0, |row| row.active_from.len());
+        let num_rows = rounded_up(rows.len()).min(room.0);
+        let length = model.step_length(longest, room.1);
+        let source = source(num_rows);
+        let kind = SourceKind::of(&source)?;
+        let key = Key { layout: StepLayout::repeated(num_rows, num_active, length), source: kind };
+        let nowhere = vec![0; num_active];
+        let filler = StepRow { past: 0, tokens: &[0], prompt_len: 0, active_from: &nowhere };
+        let mut padded = rows.to_vec();
+        padded.resize(num_rows, filler);
+        let flat = cache.numbers(&padded, model.device());
+        if let Some(captured) = self.captured.get_mut(&key) {
+            captured.fill(&flat, &source);
+        } else if self.captured.len() < MAX_GRAPHS {
+            match self.capture(model, cache, key.layout, flat, source) {
+                Ok(captured) => {
+                    self.captured.insert(Key { ..key }, captured);
+                }
+                Err(error) => {
+                    tracing::warn!("generation runs without CUDA graphs: {error:#}");
+                    self.is_on = false;
+                    self.captured.clear();
+                    return None;
+                }
+            }
+        }
+        let captured = self.captured.get(&key)?;
+        captured.graph.replay().unwrap_or_else(|error| panic!("{error:#}"));
+        Some(captured.output.first(rows.len()))
+    }
+
+    fn capture(
+        &self,
+        model: &RoutedModel,
+        cache: &GenerationCache,
+        layout: StepLayout,
+        flat: Tensor,
+        source: RoutingSource,
+    ) -> Result<Captured> {
+        let Device::Cuda(device) = model.device() else { unreachable!("graphs are CUDA's") };
+        let graph = Graph::new(device)?;
+        // a panic becomes an error, so that the capture is ended in any case
+        let run = || {
+            ffi::caught(|| {
+                let inputs = cache.inputs_of(layout, &flat);
+                Ok(StepOutput::new(model, &inputs, &source, None))
+            })
+        };
+        graph.warm_up(run)?;
+        let memory_of = self.captured.values().next().map(|captured| &captured.graph);
+        let output = graph.capture(memory_of, run)?;
+        Ok(Captured { graph, flat, source, output })
+    }
+}
+
+impl Captured {
+    /// Copies a step's numbers and sources to where the captured step reads them.
+    fn fill(&mut self, flat: &Tensor, source: &RoutingSource) {
+        self.flat.copy_(flat);
+        if let (RoutingSource::Rows(to), RoutingSource::Rows(from)) = (&mut self.source, source) {
+            let RowSources { fixed, by_router } = to;
+            fixed.copy_(&from.fixed);
+            if let (Some(to), Some(from)) = (by_router, &from.by_router) {
+                to.copy_(from);
+            }
+        }
+    }
+}
+
+/// A number of rows that is at least `n`: 1, 2, 4, 8 or another multiple of 8.
+fn rounded_up(n: usize) -> usize {
+    match n {
+        0..=8 => n.next_power_of_two(),
+        _ => n.next_multiple_of(8),
+    }
+}

@@ -1,0 +1,214 @@
+//! A step of generation by the operations of [`crate::ffi::step`]: each text gets one new position.
+//! It computes the same as the blocks of [`super::block`] with a cache. The residual stream between
+//! blocks is a pair: `x`, and the unfinished product of the last linear layer, which the next
+//! LayerNorm finishes and adds.
+//!
+//! Letters of shapes: `b` texts, `d` width, `v` vocabulary.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use tch::{Kind, Tensor};
+
+use super::RoutedModel;
+use super::block::{FUSED_MODULES, Factors, RoutedBlock};
+use super::decoder::context::AttentionMask;
+use super::decoder::kv_cache::CachedStep;
+use super::decoder::mlp::Activation;
+use super::decoder::norm::LayerNorm;
+use super::fused::pack::FusedModule;
+use super::routing::pass::RoutingPass;
+use super::routing::site::BlockWeights;
+use crate::config::{Kernels, RouterInput, TargetModule};
+use crate::ffi;
+use crate::ffi::fused::Norm;
+use crate::ffi::step::{CachedAttention, Unfinished};
+use crate::model::{ForwardOutput, Inputs};
+
+/// The bytes that a thread loads at once.
+const PACK_BYTES: i64 = 16;
+/// Most columns of a module's rank space, and largest width, for which a block of threads has
+/// shared memory.
+const MAX_RANKS: i64 = 2048;
+const MAX_WIDTH: i64 = 8192;
+/// The least number of positions in the layout of repeated steps.
+const SHORTEST_STEP: usize = 64;
+
+/// The residual stream between the blocks of a step.
+struct StepStream<'a> {
+    /// The stream without the pending part, `[b, d]`.
+    x: Tensor,
+    pending: Option<Pending<'a>>,
+}
+
+/// What a block adds to the stream: the unfinished output of its last linear layer.
+struct Pending<'a> {
+    product: Tensor,
+    block: RoutedBlock<'a>,
+    weights: BlockWeights,
+}
+
+impl StepStream<'_> {
+    /// Adds the pending part, and returns the stream and its LayerNorm, `[b, d]` each.
+    fn normed(&self, norm: &LayerNorm) -> [Tensor; 2] {
+        let norm = plain_norm(norm);
+        let Some(Pending { product, block, weights }) = &self.pending else {
+            return taken(ffi::step::norm(&self.x, None, &norm));
+        };
+        let factors = block.parameters();
+        let module = block.product(TargetModule::MlpCProj, weights, &factors);
+        let unfinished = Unfinished { product, module: &module };
+        taken(ffi::step::norm(&self.x, Some(&unfinished), &norm))
+    }
+}
+
+impl<'a> RoutedBlock<'a> {
+    /// Applies the block to a stream without a pending part, `[b, d]`, and to its LayerNorm `normed`.
+    fn step(
+        self,
+        x: &Tensor,
+        normed: &Tensor,
+        step: &CachedStep,
+        weights: BlockWeights,
+    ) -> StepStream<'a> {
+        let factors = self.parameters();
+        let modules = FUSED_MODULES.map(|at| self.product(at, &weights, &factors));
+        let of_block = &self.block.attention;
+        let [keys, values] = step.rows(of_block.layer);
+        let attention = CachedAttention {
+            keys,
+            values,
+            places: step.places(),
+            positions: &step.positions().view([-1]),
+            heads: of_block.num_heads,
+            window: of_block.window,
+            scale: of_block.scale,
+        };
+        let second = plain_norm(self.block.norm_2.layer());
+        let tanh = self.block.activation == Activation::GeluNew;
+        let block = ffi::step::block(x, normed, &modules, &second, &attention, tanh);
+        let [x, product] = taken(block);
+        drop(modules);
+        StepStream { x, pending: Some(Pending { product, block: self, weights }) }
+    }
+
+    /// `A` and `B^T` of each module with experts, as they are trained.
+    fn parameters(self) -> Factors {
+        let experts = self.experts.modules.iter();
+        let both = |experts: &super::experts::stack::LoraExperts| {
+            (experts.lora_a.shallow_clone(), experts.lora_b.shallow_clone())
+        };
+        experts.map(|(&module, experts)| (module, both(experts))).collect()
+    }
+}
+
+impl RoutedModel {
+    /// Whether kernels compute steps that give each text one new position.
+    pub fn steps_by_kernels(&self) -> bool {
+        let spec = &self.decoder.spec;
+        let threads_of_head = spec.head_dim * self.kind.elt_size_in_bytes() as i64 / PACK_BYTES;
+        let is_packed = |modules: &BTreeMap<TargetModule, FusedModule>| {
+            let is_one = |module: &FusedModule| module.packed.is_some();
+            modules.values().all(|module| is_one(module) && module.row_padding() <= MAX_RANKS)
+        };
+        self.has_kernels
+            && self.fuses_blocks()
+            && [4, 8, 16, 32].contains(&threads_of_head)
+            && spec.width <= MAX_WIDTH
+            && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(is_packed))
+    }
+
+    /// Whether later steps are the same operations on other numbers, so that a graph can replay
+    /// them.
+    pub fn steps_alike(&self) -> bool {
+        self.kernels == Kernels::Auto && (self.steps_by_kernels() || !self.skips_experts())
+    }
+
+    /// A number of positions for the layout of repeated steps in which no text gets longer than
+    /// `longest`. It is rounded up, so that few layouts occur.
+    ///
+    /// - `capacity`: number of positions for which there is room
+    pub fn step_length(&self, longest: usize, capacity: usize) -> usize {
+        let reads_modules = self.routers.spec().input == RouterInput::ModuleInput;
+        match self.steps_by_kernels() && !reads_modules {
+            // the kernels know how long each text is
+            true => capacity,
+            false => longest.next_power_of_two().max(SHORTEST_STEP).min(capacity),
+        }
+    }
+
+    /// Makes the experts as they are now those of later steps by kernels.
+    pub fn prepare_steps(&self) {
+        if !self.steps_by_kernels() {
+            return;
+        }
+        let _no_grad = tch::no_grad_guard();
+        for block in self.routed_blocks() {
+            let fused = block.experts.fused.as_ref().expect("the model steps by kernels");
+            for (module, (a, b)) in block.factors() {
+                let packed = fused[&module].packed.as_ref().expect("the model steps by kernels");
+                let packs = ffi::step::pack(&a.contiguous(), &b.contiguous(), packed);
+                assert!(
+                    packs.unwrap_or_else(|error| panic!("{error:#}")),
+                    "f32 experts are packed"
+                );
+            }
+        }
+    }
+
+    /// The step of `inputs` if kernels compute it.
+    pub(super) fn step_of<'i>(&self, inputs: &'i Inputs) -> Option<&'i CachedStep> {
+        match &inputs.mask {
+            AttentionMask::Cached(step) => {
+                let is_single = inputs.input_ids.size()[1] == 1 && !step.is_first();
+                (is_single && self.steps_by_kernels()).then_some(step)
+            }
+            _ => None,
+        }
+    }
+
+    /// Runs the blocks of a step on the embeddings `x`, `[b, 1, d]`.
+    pub(super) fn run_step(
+        &self,
+        x: &Tensor,
+        step: &CachedStep,
+        mut pass: RoutingPass<'_>,
+    ) -> ForwardOutput {
+        let (b, _, d) = x.size3().expect("activations are [b, t, d]");
+        let mut stream = StepStream { x: x.reshape([b, d]), pending: None };
+        for (layer, block) in self.routed_blocks().enumerate() {
+            let [sum, normed] = stream.normed(block.block.norm_1.layer());
+            let g = pass.block(layer, &|| normed.view([b, 1, d])).flat(b);
+            stream = block.step(&sum, &normed, step, g);
+        }
+        let [_, hidden] = stream.normed(self.decoder.final_norm.layer());
+        let RoutingPass { used, routing, features, .. } = pass;
+        ForwardOutput { hidden: hidden.view([b, 1, d]), weights: used, routing, features }
+    }
+
+    /// The logits `[b, v]` of hidden states, `[b, d]`, and where a kernel computes it, the most
+    /// probable token of each and the logarithm of its probability, f64 `[2, b]`.
+    pub fn next_tokens(&self, hidden: &Tensor) -> (Tensor, Option<Tensor>) {
+        let head = self.padded_head.as_ref().unwrap_or(self.decoder.head());
+        let logits = hidden.matmul(&head.to_kind(hidden.kind()).tr());
+        let v = self.decoder.spec.vocab_size;
+        let choice = match logits.kind() {
+            Kind::BFloat16 | Kind::Float => {
+                ffi::step::choice(&logits, v).unwrap_or_else(|error| panic!("{error:#}"))
+            }
+            _ => None,
+        };
+        (logits.narrow(-1, 0, v), choice)
+    }
+}
+
+/// A LayerNorm whose output has no padding.
+fn plain_norm(LayerNorm { weight, bias, eps }: &LayerNorm) -> Norm<'_> {
+    Norm { weight, bias, eps: *eps, row_padding_forward: 0, row_padding_backward: 0 }
+}
+
+/// What kernels computed for a model that [`RoutedModel::steps_by_kernels`].
+fn taken<T>(result: Result<Option<T>>) -> T {
+    let result = result.unwrap_or_else(|error| panic!("{error:#}"));
+    result.expect("the kernels know this shape")
+}
