@@ -19,7 +19,7 @@ enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 
 // The output of a linear layer before its bias and its experts' updates are added (csrc/step.cpp).
 struct Unfinished {
-  at::Tensor product;                 // x [W A^T], [M, out + R'], or x W, [M, out]; may be undefined
+  at::Tensor product;                 // x [W A^T], [M, out + R'], or x W; may be undefined
   at::Tensor bias;                    // [out]
   at::Tensor b;                       // B^T, [R', out]; undefined without experts
   at::Tensor g;                       // routing weights [M, e]; undefined if all are 1

@@ -1,9 +1,11 @@
 // A step of generation in a frozen GPT-2 with experts, in which each text gets one new position. It
-// is defined by Block::forward with a cache (src/model/decoder/block.rs), and there are CUDA kernels
-// alone for it: a function returns 1 where they do not apply. Declared to Rust in src/ffi/step.rs.
+// is defined by Block::forward with a cache (src/model/decoder/block.rs), and only CUDA kernels
+// compute it here: a function returns 1 where they do not apply. Declared to Rust in
+// src/ffi/step.rs.
 //
-// Few rows make every operation short, so the operations are few. A linear layer is one product with
-// [W A^T]; whatever reads its output adds the bias and v B^T to it (struct Unfinished).
+// With few rows every operation is short, so what counts is that there are few operations. A linear
+// layer is one product with [W A^T]; whatever reads its output adds the bias and v B^T to it
+// (struct Unfinished).
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
@@ -34,7 +36,8 @@ struct Layer {
   Unfinished unfinished(const Tensor &product_of_input) const {
     Unfinished y{product_of_input, product.bias, {}, {}, nullptr, product.out()};
     if (product.has_experts()) {
-      y.b = columns(product.packed.narrow(0, product.in(), product.row_padding()), 0, product.out());
+      const Tensor rows = product.packed.narrow(0, product.in(), product.row_padding());
+      y.b = columns(rows, 0, product.out());
       y.g = g, y.rank_columns = &product.rank_columns;
     }
     return y;

@@ -1,10 +1,9 @@
 // The kernels of a step of generation, in which each text gets one new position. They are compiled
-// together with csrc/kernels.cu, whose conventions hold here too. csrc/step.cpp says how they make a
-// block.
+// together with csrc/kernels.cu, whose conventions hold here too. csrc/step.cpp says how they make
+// a block.
 //
-// Each kernel first asks for the weights that no earlier kernel writes, and then waits for the kernel
-// before it: the next kernel starts while the one before it still runs (programmatic dependent
-// launch).
+// A kernel starts while the one before it still runs (programmatic dependent launch). It first asks
+// for the weights that no earlier kernel writes, and then waits for the kernel before it.
 
 static __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
@@ -13,9 +12,10 @@ static __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
-// The output of a linear layer that is not finished: y = product + bias + v B^T, where the product's
+// The output of a linear layer that is not finished: y = product + bias + v B^T. The product's
 // columns behind `out` are u = x A^T, and v is u times the scaling of its column and the routing
-// weight of the column's expert. `b` is B^T, [ranks, out]. The same struct is in csrc/kernels.h.
+// weight of the column's expert. `b` is B^T, [ranks, out]. The host fills the same struct in
+// csrc/step_kernels.h.
 template <class T> struct Unfinished {
   const T *product;
   i64 ld;
@@ -38,8 +38,8 @@ static __device__ __forceinline__ void weigh_row(const Unfinished<T> &y, i64 row
   __syncthreads();
 }
 
-// The finished values of some packs of a row, in `values`, [packs * N]. `column` gives a pack's first
-// column. All threads take part; `values` has room for max(blockDim.x, packs) packs.
+// The finished values of some packs of a row, in `values`, [packs * N]. `column` gives a pack's
+// first column. All threads take part; `values` has room for max(blockDim.x, packs) packs.
 template <class T, class Column>
 static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, int packs,
                                               Column column, const float *v, float *values) {
@@ -81,8 +81,8 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
 // sum = x + y, where y may have no product and is then 0, and a = LayerNorm(sum) with weight w and
 // bias b. One block computes a row.
 template <class T>
-static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w, const T *b,
-                                 float eps, T *sum, T *a) {
+static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w,
+                                 const T *b, float eps, T *sum, T *a) {
   extern __shared__ float of_norm[];
   __shared__ float scratch[32];
   float *values = of_norm, *v = of_norm + max((int)blockDim.x * Pack<T>::N, WIDTH);
@@ -159,9 +159,9 @@ struct StepCache {
   float scale;
 };
 
-// Attention of each row's new position to itself and to the positions of the cache, to which its key
-// and value are added. `y` is [q | k | v]. A block computes one part of a row's and head's positions;
-// the last of them to end combines the parts. LANES threads hold a head's vector.
+// Attention of each row's new position to itself and to the positions of the cache, to which its
+// key and value are added. `y` is [q | k | v]. A block computes one part of a row's and head's
+// positions; the last of them to end combines the parts. LANES threads hold a head's vector.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
                                       float *partial, int *arrived, T *out) {
@@ -300,8 +300,8 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
 
 // out = x w for at most ROWS rows of x; `lanes` threads read a segment of a row of w.
 template <class T, int ROWS>
-static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, const T *w, i64 ldw, T *out,
-                                                    i64 ldo, int rows, int in, int columns,
+static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, const T *w, i64 ldw,
+                                                    T *out, i64 ldo, int rows, int in, int columns,
                                                     int lanes) {
   constexpr int N = Pack<T>::N, UNROLL = 4, WARPS = 16;
   __shared__ float parts[WARPS][ROWS * 4 * N];

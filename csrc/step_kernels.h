@@ -82,8 +82,8 @@ static bool step_gelu(const Unfinished &y, bool tanh_form, const Tensor &out) {
   return true;
 }
 
-// Counts the blocks that have ended. The kernel leaves zeros, so that all launches on a device share
-// them.
+// Counts the blocks that have ended. The kernel leaves zeros, so that all launches on a device
+// share them.
 static Tensor counters(const Tensor &like, int64_t n) {
   static std::map<int, Tensor> of_device;
   auto &zeros = of_device[like.device().index()];

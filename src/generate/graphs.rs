@@ -1,9 +1,9 @@
 //! Steps of generation as CUDA graphs, which launch the kernels of a step at once.
 //!
-//! A step with one new token a text is captured when its layout first occurs: it runs once without a
-//! graph, so that handles and workspaces exist, and once to be captured. Running it again changes
-//! nothing, since it writes the same keys and values. Later steps copy their numbers to where the
-//! captured step reads them, and replay it.
+//! A step that gives each text one new token is captured when its layout first occurs: it runs once
+//! without a graph, so that handles and workspaces exist, and is then captured and replayed. To run
+//! it twice is harmless, since it writes the same keys and values. Later steps copy their numbers
+//! to where the captured step reads them, and replay it.
 //!
 //! The number of rows is rounded up, so that few layouts occur. The rows behind the texts compute
 //! something that nobody reads, in rows of the cache that no text uses.

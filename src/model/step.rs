@@ -63,7 +63,7 @@ impl StepStream<'_> {
 }
 
 impl<'a> RoutedBlock<'a> {
-    /// Applies the block to a stream without a pending part, `[b, d]`, and to its LayerNorm `normed`.
+    /// Applies the block to a stream without a pending part and to its LayerNorm, `[b, d]` each.
     fn step(
         self,
         x: &Tensor,

@@ -86,9 +86,9 @@ impl KvCache {
     /// The part of the cache that a step of the rows from `first_row` on uses.
     ///
     /// - `positions`: the index of each new position in its text, `[b, t]`; any in padding
-    /// - `places`: where its keys and values are written in the step's flattened rows, of which each
-    ///   has [`KvCache::row_len`] places, `[b, t]`: at its index in the text, or at the last place in
-    ///   padding
+    /// - `places`: where its keys and values are written in the step's flattened rows, `[b, t]`.
+    ///   Each row has [`KvCache::row_len`] places; a position goes to the place of its index, and
+    ///   padding to the last one
     /// - `extent`: the sizes of the step
     pub fn step(
         &self,
