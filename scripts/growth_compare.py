@@ -2,12 +2,12 @@
 """Compares `dylora add-expert` with what else one would do to teach a model a new domain.
 
     scripts/growth_compare.py DYLORA [OUT] [--jobs 2] [--device cpu] [--minutes 30] [--seeds 3]
-    scripts/growth_compare.py DYLORA OUT --base DIR --data DIR --device cuda
+    scripts/growth_compare.py DYLORA OUT --base DIR --data DIR --device cuda [--set KEY=VALUE ..]
     scripts/growth_compare.py table [OUT]
 
 By default, the demo learns arithmetic, code and data2text, and then verse. With --base and --data, a
 real base learns math, code and data2text, and then shakespeare, from DIR/NAME.{train,validation}.jsonl
-(benchmarks/growth/smollm2.toml). For each seed:
+(benchmarks/growth/smollm2.toml). --set changes a key of the config for all methods. For each seed:
 
     add-expert    a mixture of three experts, then `add-expert` with its default settings
     replay        a single LoRA of the rank of all four experts together, trained on the first three
@@ -190,6 +190,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--minutes", type=float, default=30, help="no run begins after this time")
     args = parser.parse_args()
     if (args.base is None) != (args.data is None):
@@ -199,6 +200,7 @@ def main():
         return table(results.results())
     dylora = Dylora(args.dylora, args.device)
     study = Real(args.base, args.data) if args.base else Demo()
+    study.sets = [*study.sets, *args.set]
 
     def work(name, job, dir):
         method, seed = job
