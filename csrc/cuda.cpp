@@ -412,5 +412,35 @@ int dylora_cuda_graph_replay(Graph *g) {
   })
 }
 void dylora_cuda_graph_free(Graph *g) { delete g; }
+
+// A copy of numbers on its way to the host. What the stream gets afterwards need not be waited for.
+struct Fetch {
+  Tensor numbers;
+  cudaEvent_t arrived;
+};
+Fetch *dylora_cuda_fetch(const Tensor *numbers) {
+  TRY(nullptr, {
+    c10::cuda::CUDAGuard guard(numbers->device());
+    auto fetch = std::make_unique<Fetch>();
+    const auto pinned = numbers->options().device(at::kCPU).pinned_memory(true);
+    fetch->numbers = at::empty(numbers->sizes(), pinned);
+    fetch->numbers.copy_(*numbers, true);
+    const auto stream = c10::cuda::getCurrentCUDAStream(numbers->device().index()).stream();
+    auto status = cudaEventCreateWithFlags(&fetch->arrived, cudaEventDisableTiming);
+    if (status == cudaSuccess) status = cudaEventRecord(fetch->arrived, stream);
+    TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
+    return fetch.release();
+  })
+}
+// Waits for the numbers and frees the copy. The caller owns the tensor.
+Tensor *dylora_cuda_fetched(Fetch *fetch) {
+  std::unique_ptr<Fetch> owned(fetch);
+  TRY(nullptr, {
+    const auto status = cudaEventSynchronize(owned->arrived);
+    cudaEventDestroy(owned->arrived);
+    TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
+    return new Tensor(owned->numbers);
+  })
+}
 }
 #pragma GCC visibility pop

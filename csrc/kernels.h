@@ -26,6 +26,17 @@ struct Unfinished {
   const RankColumns *rank_columns;    // null without experts
   int64_t out;
 };
+// What a thin product multiplies.
+struct ThinInput {
+  // x; LayerNorm(x + y), where the sum is written to `sum`; or gelu(y)
+  enum Kind { Plain, Normed, Gelu } kind;
+  at::Tensor x;  // [M, in]; undefined for gelu(y)
+  Unfinished y;
+  at::Tensor norm_w, norm_b;
+  double eps;
+  at::Tensor sum;
+  bool tanh_form;
+};
 // The part of a layer's cache that a step uses, for M texts.
 struct StepCache {
   at::Tensor keys, values;  // [M, positions, heads, head size]
@@ -74,9 +85,13 @@ struct Kernels {
                     const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
   bool (*step_gelu)(const Unfinished &y, bool tanh_form, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
-  // out = x w; applies to at most 4 rows of x
-  bool (*thin_product)(const at::Tensor &x, const at::Tensor &w, const at::Tensor &out);
-  bool (*step_choice)(const at::Tensor &logits, int64_t vocabulary, const at::Tensor &choice);
+  // out = the input times w; applies to at most 4 rows, and to a y of few ranks
+  bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &out);
+  // With `ids`, [M], the choice becomes the next token of each text, and its position and its place
+  // are raised by 1.
+  bool (*step_choice)(const at::Tensor &logits, int64_t vocabulary, const at::Tensor &choice,
+                      const at::Tensor &ids, const at::Tensor &positions,
+                      const at::Tensor &places);
 };
 
 // The kernels of this process, or null if it has none.

@@ -5,7 +5,8 @@
 //
 // With few rows every operation is short, so what counts is that there are few operations. A linear
 // layer is one product with [W A^T]; whatever reads its output adds the bias and v B^T to it
-// (struct Unfinished).
+// (struct Unfinished). With very few rows, a product also computes its input, the LayerNorm or GELU
+// of such an output.
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
@@ -27,11 +28,37 @@ struct Layer {
   Tensor weight() const {
     return product.has_experts() ? product.packed.narrow(0, 0, product.in()) : product.weight;
   }
+  Tensor empty_output(int64_t rows) const {
+    return at::empty({rows, weight().size(1)}, weight().options());
+  }
   // x [W A^T]
   Tensor times(const Tensor &x) const {
-    const Tensor w = weight(), out = at::empty({x.size(0), w.size(1)}, x.options());
-    if (!kernels()->thin_product(x, w, out)) product_into(out, x, false, w, false);
+    const Tensor out = empty_output(x.size(0));
+    ThinInput input{};
+    input.x = x;
+    if (!kernels()->thin_product(input, weight(), out))
+      product_into(out, x, false, weight(), false);
     return out;
+  }
+  // LayerNorm(x + y) [W A^T], and x + y in `sum`; undefined if no kernel applies
+  Tensor times_norm(const Tensor &x, const Unfinished &y, const dylora_norm &norm,
+                    Tensor &sum) const {
+    const Tensor out = empty_output(x.size(0));
+    sum = at::empty(x.sizes(), x.options());
+    const ThinInput input{ThinInput::Normed, x, y, *norm.weight, *norm.bias, norm.eps, sum, false};
+    if (y.product.defined() && kernels()->thin_product(input, weight(), out)) return out;
+    const Tensor normed = at::empty_like(sum);
+    if (!kernels()->step_norm(x, y, *norm.weight, *norm.bias, norm.eps, sum, normed)) return {};
+    return times(normed);
+  }
+  // gelu(y) [W A^T]; undefined if no kernel applies
+  Tensor times_gelu(const Unfinished &y, bool tanh_form) const {
+    const int64_t rows = y.product.size(0);
+    const Tensor out = empty_output(rows);
+    const ThinInput input{ThinInput::Gelu, {}, y, {}, {}, 0, {}, tanh_form};
+    if (kernels()->thin_product(input, weight(), out)) return out;
+    const Tensor up = at::empty({rows, y.out}, y.product.options());
+    return kernels()->step_gelu(y, tanh_form, up) ? times(up) : Tensor();
   }
   Unfinished unfinished(const Tensor &product_of_input) const {
     Unfinished y{product_of_input, product.bias, {}, {}, nullptr, product.out()};
@@ -73,35 +100,45 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_module
   })
 }
 
-// The block from after its first LayerNorm, a, of the residual stream x. out = [x', product], where
-// product is that of mlp.c_proj, whose output is to be added to x'.
-int dylora_step_block(const Tensor *x, const Tensor *a, const dylora_module *modules,
-                      const dylora_norm *norm, const dylora_step_cache *cache, int tanh_gelu,
+// A block of the residual stream x + y, where y is the output of `module`, of which `product` is
+// known; both are null if there is no y. If `a` is not null, there is no y, and a is the block's
+// first LayerNorm. out = [x', product], where product is that of mlp.c_proj, whose output is to be
+// added to x'.
+int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
+                      const dylora_module *module, const dylora_norm *norms,
+                      const dylora_module *modules, const dylora_step_cache *cache, int tanh_gelu,
                       Tensor **out) {
   TRY(-1, {
     if (!kernels()) return 1;
+    const auto before = module ? std::make_unique<Layer>(*module) : nullptr;
+    const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
     const Layer attn(modules[0]), attn_proj(modules[1]), fc(modules[2]), mlp_proj(modules[3]);
     const StepCache at{*cache->keys, *cache->values, *cache->places, *cache->positions,
                        cache->heads, cache->window, cache->scale};
+    Tensor sum = *x, qkv = a ? attn.times(*a) : attn.times_norm(*x, y, norms[0], sum);
     const Tensor attended = at::empty(x->sizes(), x->options());
-    if (!kernels()->step_attention(attn.unfinished(attn.times(*a)), at, attended)) return 1;
-    const Tensor sum = at::empty(x->sizes(), x->options()), normed = at::empty_like(sum);
-    if (!kernels()->step_norm(*x, attn_proj.unfinished(attn_proj.times(attended)), *norm->weight,
-                              *norm->bias, norm->eps, sum, normed))
-      return 1;
-    const Tensor up = at::empty({x->size(0), fc.product.out()}, x->options());
-    if (!kernels()->step_gelu(fc.unfinished(fc.times(normed)), tanh_gelu != 0, up)) return 1;
-    out[0] = new Tensor(sum), out[1] = new Tensor(mlp_proj.times(up));
+    if (!qkv.defined() || !kernels()->step_attention(attn.unfinished(qkv), at, attended)) return 1;
+    const Unfinished of_attention = attn_proj.unfinished(attn_proj.times(attended));
+    Tensor next;
+    const Tensor up = fc.times_norm(sum, of_attention, norms[1], next);
+    if (!up.defined()) return 1;
+    const Tensor down = mlp_proj.times_gelu(fc.unfinished(up), tanh_gelu != 0);
+    if (!down.defined()) return 1;
+    out[0] = new Tensor(next), out[1] = new Tensor(down);
     return 0;
   })
 }
 
 // The most probable token of each row of logits and the logarithm of its probability, f64 [2, n].
-// The first `vocabulary` columns are tokens.
-int dylora_step_choice(const Tensor *logits, int64_t vocabulary, Tensor **out) {
+// The first `vocabulary` columns are tokens. Unless they are null, the choice is written to `ids`,
+// and `positions` and `places` are raised by 1.
+int dylora_step_choice(const Tensor *logits, int64_t vocabulary, const Tensor *ids,
+                       const Tensor *positions, const Tensor *places, Tensor **out) {
   TRY(-1, {
     const Tensor choice = at::empty({2, logits->size(0)}, logits->options().dtype(at::kDouble));
-    if (!kernels() || !kernels()->step_choice(*logits, vocabulary, choice)) return 1;
+    if (!kernels() || !kernels()->step_choice(*logits, vocabulary, choice, or_none(ids),
+                                              or_none(positions), or_none(places)))
+      return 1;
     out[0] = new Tensor(choice);
     return 0;
   })

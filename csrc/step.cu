@@ -78,35 +78,91 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
   }
 }
 
+// LayerNorm over the WIDTH values that `threads` threads of a row hold in packs, with weight w and
+// bias b; `reduce` adds a number over these threads. The results replace the values.
+template <class T, int PACKS, class Reduce>
+static __device__ __forceinline__ void normalise(float (&x)[PACKS][Pack<T>::N], int thread,
+                                                 int threads, const T *w, const T *b, float eps,
+                                                 Reduce reduce) {
+  constexpr int N = Pack<T>::N;
+  float total = 0, squares = 0;
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+    for (int i = 0; i < N; ++i) total += x[k][i];
+  const float mu = reduce(total) / WIDTH;
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    if ((k * threads + thread) * N >= WIDTH) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares += (x[k][i] - mu) * (x[k][i] - mu);
+  }
+  const float rs = rsqrtf(reduce(squares) / WIDTH + eps);
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int c = (k * threads + thread) * N;
+    if (c >= WIDTH) continue;
+    float scale[N], shift[N];
+    Pack<T>::load(w + c, scale);
+    Pack<T>::load(b + c, shift);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[k][i] = (x[k][i] - mu) * rs * scale[i] + shift[i];
+  }
+}
+
+// x + y, rounded as in the residual stream
+template <class T> static __device__ __forceinline__ float rounded_sum(float x, float y) {
+  T kept;
+  put(&kept, x + y);
+  return wide(kept);
+}
+
 // sum = x + y, where y may have no product and is then 0, and a = LayerNorm(sum) with weight w and
-// bias b. One block computes a row.
+// bias b. One block computes a row; its first 128 threads hold the row.
 template <class T>
 static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w,
                                  const T *b, float eps, T *sum, T *a) {
+  constexpr int N = Pack<T>::N, THREADS = 128, PACKS = (WIDTH / N + THREADS - 1) / THREADS;
   extern __shared__ float of_norm[];
   __shared__ float scratch[32];
-  float *values = of_norm, *v = of_norm + max((int)blockDim.x * Pack<T>::N, WIDTH);
+  float *values = of_norm, *v = of_norm + max((int)blockDim.x * N, WIDTH);
   wait_for_inputs();
   const i64 row = blockIdx.x;
-  if (y.product) {
+  if (y.ranks) {
     weigh_row(y, row, v);
-    finish(y, row, WIDTH / Pack<T>::N, [](int pack) { return pack * Pack<T>::N; }, v, values);
+    finish(y, row, WIDTH / N, [](int pack) { return pack * N; }, v, values);
   }
-  float total = 0;
-  for (int c = threadIdx.x; c < WIDTH; c += blockDim.x) {
-    T kept;
-    put(&kept, wide(x[row * ldx + c]) + (y.product ? values[c] : 0.f));
-    sum[row * WIDTH + c] = kept;
-    values[c] = wide(kept);  // rounded as in `sum`
-    total += values[c];
+  float total[PACKS][N] = {};
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int c = (k * THREADS + threadIdx.x) * N;
+    if (threadIdx.x >= THREADS || c >= WIDTH) continue;
+    float added[N] = {}, bias[N] = {};
+    Pack<T>::load(x + row * ldx + c, total[k]);
+    if (y.ranks) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) added[i] = values[c + i];
+    } else if (y.product) {
+      Pack<T>::load(y.product + row * y.ld + c, added);
+      Pack<T>::load(y.bias + c, bias);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) total[k][i] = rounded_sum<T>(total[k][i], added[i] + bias[i]);
+    Pack<T>::store(sum + row * WIDTH + c, total[k]);
   }
-  const float mu = block_reduce(total, scratch, false) / WIDTH;
-  float squares = 0;
-  for (int c = threadIdx.x; c < WIDTH; c += blockDim.x)
-    squares += (values[c] - mu) * (values[c] - mu);
-  const float rs = rsqrtf(block_reduce(squares, scratch, false) / WIDTH + eps);
-  for (int c = threadIdx.x; c < WIDTH; c += blockDim.x)
-    put(a + row * WIDTH + c, (values[c] - mu) * rs * wide(w[c]) + wide(b[c]));
+  normalise<T, PACKS>(total, threadIdx.x < THREADS ? threadIdx.x : WIDTH, THREADS, w, b, eps,
+                      [&](float of_thread) { return block_reduce(of_thread, scratch, false); });
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int c = (k * THREADS + threadIdx.x) * N;
+    if (threadIdx.x < THREADS && c < WIDTH) Pack<T>::store(a + row * WIDTH + c, total[k]);
+  }
+}
+
+static __device__ __forceinline__ float gelu_of(float z, int tanh_form) {
+  const float h = tanh_form ? tanh_of(ROOT_2_OVER_PI * (z + 0.044715f * z * z * z))
+                            : erff(0.7071067811865476f * z);
+  return 0.5f * z * (1.f + h);
 }
 
 // out = gelu(y). A block computes 32 packs of a row.
@@ -121,12 +177,8 @@ static __device__ void step_gelu(const Unfinished<T> &y, T *out, int tanh_form) 
   const int first = blockIdx.x % chunks * 32, packs = min(32, all - first);
   weigh_row(y, row, v);
   finish(y, row, packs, [=](int pack) { return (first + pack) * N; }, v, values);
-  for (int i = threadIdx.x; i < packs * N; i += blockDim.x) {
-    const float z = values[i];
-    const float h = tanh_form ? tanh_of(ROOT_2_OVER_PI * (z + 0.044715f * z * z * z))
-                              : erff(0.7071067811865476f * z);
-    put(out + row * y.out + first * N + i, 0.5f * z * (1.f + h));
-  }
+  for (int i = threadIdx.x; i < packs * N; i += blockDim.x)
+    put(out + row * y.out + first * N + i, gelu_of(values[i], tanh_form));
 }
 
 // One running softmax over positions: its largest score, the sum of weights relative to it, and the
@@ -148,6 +200,17 @@ template <int N> struct Attended {
 #pragma unroll
     for (int i = 0; i < N; ++i) value[i] = fmaf(weight, v[i], value[i]);
   }
+  // Adds the positions of the thread `distance` away, which adds those of this one.
+  __device__ __forceinline__ void merge(int distance) {
+    const float other = __shfl_xor_sync(~0u, top, distance), higher = fmaxf(top, other);
+    const float own = top > -INFINITY ? power_of_2(top - higher) : 0.f;
+    const float theirs = other > -INFINITY ? power_of_2(other - higher) : 0.f;
+    sum = own * sum + theirs * __shfl_xor_sync(~0u, sum, distance);
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      value[i] = own * value[i] + theirs * __shfl_xor_sync(~0u, value[i], distance);
+    top = higher;
+  }
 };
 
 struct StepCache {
@@ -159,28 +222,48 @@ struct StepCache {
   float scale;
 };
 
+#define MAX_SPLITS 16
+
 // Attention of each row's new position to itself and to the positions of the cache, to which its
 // key and value are added. `y` is [q | k | v]. A block computes one part of a row's and head's
 // positions; the last of them to end combines the parts. LANES threads hold a head's vector.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
                                       float *partial, int *arrived, T *out) {
-  constexpr int N = Pack<T>::N, SIZE = LANES * N, UNROLL = 4;
+  constexpr int N = Pack<T>::N, SIZE = LANES * N, UNROLL = 4, WARPS = 8, GROUPS = 256 / LANES;
   extern __shared__ float of_attention[];
+  __shared__ float tops[MAX_SPLITS], sums[MAX_SPLITS];
   __shared__ bool is_last;
-  const int groups = blockDim.x / LANES, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  float *values = of_attention, *v = values + blockDim.x * N;
-  float *tops = v + y.ranks, *sums = tops + groups;
+  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  float *values = of_attention, *v = values + 256 * N;
   const int split = blockIdx.x % splits, head = blockIdx.x / splits % cache.heads;
   const i64 row = blockIdx.x / (splits * cache.heads);
   const i64 width = (i64)cache.heads * SIZE, at_head = (i64)head * SIZE;
   const i64 past = cache.positions[row];
-  const bool owns = split == 0;
+  const i64 first = cache.window && past >= cache.window ? past - cache.window + 1 : 0;
+  const i64 chunk = (past - first + splits - 1) / splits;
+  const i64 begin = first + split * chunk, end = min(past, begin + chunk);
+  const i64 in_row = row * cache.row_stride + at_head + lane * N;
+  const T *keys = (const T *)cache.keys + in_row, *old_values = (const T *)cache.values + in_row;
+  uint4 next_k[UNROLL], next_v[UNROLL];
+  auto load = [&](i64 from) {
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) {
+      const i64 j = from + group + i * GROUPS;
+      next_k[i] = next_v[i] = make_uint4(0, 0, 0, 0);
+      if (j < end) {
+        next_k[i] = *(const uint4 *)(keys + j * width);
+        next_v[i] = *(const uint4 *)(old_values + j * width);
+      }
+    }
+  };
+  // earlier steps wrote these
+  load(begin);
   wait_for_inputs();
+  const bool owns = split == 0;
   weigh_row(y, row, v);
-  const int packs = owns ? 3 * LANES : LANES;
   finish(
-      y, row, packs,
+      y, row, owns ? 3 * LANES : LANES,
       [=](int pack) { return (int)(pack / LANES * width + at_head) + pack % LANES * N; }, v,
       values);
   float q[N], new_key[N] = {}, new_value[N] = {};
@@ -189,11 +272,8 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     q[i] = values[lane * N + i] * (cache.scale * LOG2_E);
     if (owns) {
       // rounded as in the cache
-      T kept;
-      put(&kept, values[SIZE + lane * N + i]);
-      new_key[i] = wide(kept);
-      put(&kept, values[2 * SIZE + lane * N + i]);
-      new_value[i] = wide(kept);
+      new_key[i] = rounded_sum<T>(values[SIZE + lane * N + i], 0.f);
+      new_value[i] = rounded_sum<T>(values[2 * SIZE + lane * N + i], 0.f);
     }
   }
   if (owns && group == 0) {
@@ -201,35 +281,27 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     Pack<T>::store((T *)cache.keys + place, new_key);
     Pack<T>::store((T *)cache.values + place, new_value);
   }
-  const i64 first = cache.window && past >= cache.window ? past - cache.window + 1 : 0;
-  const i64 chunk = (past - first + splits - 1) / splits;
-  const i64 begin = first + split * chunk, end = min(past, begin + chunk);
-  const T *keys = (const T *)cache.keys + row * cache.row_stride + at_head + lane * N;
-  const T *old_values = (const T *)cache.values + row * cache.row_stride + at_head + lane * N;
-  Attended<N> all;
-  for (i64 from = begin; from < end; from += groups * UNROLL) {
-    uint4 k[UNROLL], w[UNROLL];
-    float score[UNROLL];
+  auto score_of = [&](const float *key) {
+    float dot = 0;
 #pragma unroll
-    for (int i = 0; i < UNROLL; ++i) {
-      const i64 j = from + group + i * groups;
-      k[i] = w[i] = make_uint4(0, 0, 0, 0);
-      if (j < end) {
-        k[i] = *(const uint4 *)(keys + j * width);
-        w[i] = *(const uint4 *)(old_values + j * width);
-      }
-    }
-    float top = -INFINITY;
+    for (int c = 0; c < N; ++c) dot = fmaf(q[c], key[c], dot);
+#pragma unroll
+    for (int o = LANES / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(~0u, dot, o);
+    return dot;
+  };
+  Attended<N> all;
+  for (i64 from = begin; from < end; from += GROUPS * UNROLL) {
+    uint4 k[UNROLL], w[UNROLL];
+    float score[UNROLL], top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) k[i] = next_k[i], w[i] = next_v[i];
+    if (from + GROUPS * UNROLL < end) load(from + GROUPS * UNROLL);
 #pragma unroll
     for (int i = 0; i < UNROLL; ++i) {
       float x[N];
       Pack<T>::load((const T *)&k[i], x);
-      float dot = 0;
-#pragma unroll
-      for (int c = 0; c < N; ++c) dot = fmaf(q[c], x[c], dot);
-#pragma unroll
-      for (int o = LANES / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(~0u, dot, o);
-      score[i] = from + group + i * groups < end ? dot : -INFINITY;
+      const float dot = score_of(x);
+      score[i] = from + group + i * GROUPS < end ? dot : -INFINITY;
       top = fmaxf(top, score[i]);
     }
     if (top == -INFINITY) continue;
@@ -242,27 +314,40 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     }
   }
   if (owns) {
-    float dot = 0;
-#pragma unroll
-    for (int c = 0; c < N; ++c) dot = fmaf(q[c], new_key[c], dot);
-#pragma unroll
-    for (int o = LANES / 2; o > 0; o >>= 1) dot += __shfl_xor_sync(~0u, dot, o);
+    const float dot = score_of(new_key);
     if (group == 0) {
       all.raise(dot);
       all.add(dot, new_value);
     }
   }
-  // the groups of the block
-  __syncthreads();
+  // the groups of a warp, and then the warps of the block
 #pragma unroll
-  for (int i = 0; i < N; ++i) values[group * SIZE + lane * N + i] = all.value[i];
-  if (lane == 0) tops[group] = all.top, sums[group] = all.sum;
+  for (int distance = LANES; distance < 32; distance <<= 1) all.merge(distance);
   __syncthreads();
+  if (threadIdx.x % 32 < LANES) {
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[warp * SIZE + lane * N + i] = all.value[i];
+    if (lane == 0) tops[warp] = all.top, sums[warp] = all.sum;
+  }
+  __syncthreads();
+  auto combine = [&](int parts, const float *of_parts, i64 stride, float &top, float &sum,
+                     float &value) {
+    for (int i = 0; i < parts; ++i) top = fmaxf(top, tops[i]);
+#pragma unroll 8
+    for (int i = 0; i < parts; ++i) {
+      const float factor = tops[i] > -INFINITY ? power_of_2(tops[i] - top) : 0.f;
+      sum += factor * sums[i];
+      value += factor * __ldcg(of_parts + i * stride);
+    }
+  };
   float top = -INFINITY, sum = 0, value = 0;
   if (threadIdx.x < SIZE) {
-    for (int i = 0; i < groups; ++i) top = fmaxf(top, tops[i]);
-    for (int i = 0; i < groups && top > -INFINITY; ++i) {
-      const float factor = power_of_2(tops[i] - top);
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) top = fmaxf(top, tops[i]);
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) {
+      const float factor = tops[i] > -INFINITY ? power_of_2(tops[i] - top) : 0.f;
       sum += factor * sums[i];
       value += factor * values[i * SIZE + threadIdx.x];
     }
@@ -274,7 +359,7 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
   }
   // the parts of the row and head
   const i64 pair = row * cache.heads + head;
-  float *own = partial + (pair * splits + split) * (SIZE + 2);
+  float *parts = partial + pair * splits * (SIZE + 2), *own = parts + split * (SIZE + 2);
   if (threadIdx.x < SIZE) own[2 + threadIdx.x] = value;
   if (threadIdx.x == 0) own[0] = top, own[1] = sum;
   __threadfence();
@@ -283,27 +368,99 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  if (threadIdx.x < SIZE) {
-    const float *parts = partial + pair * splits * (SIZE + 2);
-    top = -INFINITY, sum = value = 0;
-    for (int i = 0; i < splits; ++i) top = fmaxf(top, __ldcg(parts + i * (SIZE + 2)));
-    for (int i = 0; i < splits; ++i) {
-      const float *part = parts + i * (SIZE + 2);
-      const float factor = power_of_2(__ldcg(part) - top);
-      sum += factor * __ldcg(part + 1);
-      value += factor * __ldcg(part + 2 + threadIdx.x);
-    }
-    put(to + threadIdx.x, value / sum);
+  if (threadIdx.x < splits) {
+    tops[threadIdx.x] = __ldcg(parts + threadIdx.x * (SIZE + 2));
+    sums[threadIdx.x] = __ldcg(parts + threadIdx.x * (SIZE + 2) + 1);
   }
   if (threadIdx.x == 0) arrived[pair] = 0;
+  __syncthreads();
+  if (threadIdx.x < SIZE) {
+    top = -INFINITY, sum = value = 0;
+    combine(splits, parts + 2 + threadIdx.x, SIZE + 2, top, sum, value);
+    put(to + threadIdx.x, value / sum);
+  }
+}
+
+// What a thin product multiplies.
+template <class T> struct ThinInput {
+  int kind;  // 0: x; 1: LayerNorm(x + y), where x + y is written to `sum`; 2: gelu(y)
+  const T *x;
+  i64 ldx;
+  Unfinished<T> y;
+  const T *norm_w, *norm_b;
+  float eps;
+  T *sum;
+  int tanh_form;
+};
+
+// A pack of y's finished values, added to `out`.
+template <class T>
+static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 row, int c,
+                                                   float *out) {
+  constexpr int N = Pack<T>::N;
+  float x[N], bias[N];
+  Pack<T>::load(y.product + row * y.ld + c, x);
+  Pack<T>::load(y.bias + c, bias);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] += x[i] + bias[i];
+#pragma unroll 8
+  for (int r = 0; r < y.ranks; ++r) {
+    const float g = y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f;
+    const float v = wide(y.product[row * y.ld + y.out + r]) * g * y.scaling[r];
+    Pack<T>::load(y.b + r * y.ldb + c, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = fmaf(v, x[i], out[i]);
+  }
+}
+
+// Writes the input of a thin product, [rows, in], to shared memory. Every block does so, since that
+// takes less time than another kernel.
+template <class T>
+static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int rows, int in,
+                                                  T *out) {
+  constexpr int N = Pack<T>::N, PACKS = (WIDTH / N + 31) / 32;
+  if (input.kind == 2) {
+    const int per_row = in / N;
+    for (int t = threadIdx.x; t < rows * per_row; t += blockDim.x) {
+      const int m = t / per_row, c = t % per_row * N;
+      float z[N] = {};
+      finish_pack(input.y, m, c, z);
+#pragma unroll
+      for (int i = 0; i < N; ++i) z[i] = gelu_of(z[i], input.tanh_form);
+      Pack<T>::store(out + m * in + c, z);
+    }
+  } else if (threadIdx.x / 32 < rows) {
+    const int m = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float x[PACKS][N] = {};
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+      const int c = (k * 32 + lane) * N;
+      if (c >= WIDTH) continue;
+      float added[N] = {};
+      finish_pack(input.y, m, c, added);
+      Pack<T>::load(input.x + m * input.ldx + c, x[k]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[k][i] = rounded_sum<T>(x[k][i], added[i]);
+      if (blockIdx.x == 0) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
+    }
+    normalise<T, PACKS>(x, lane, 32, input.norm_w, input.norm_b, input.eps,
+                        [](float of_thread) { return warp_sum(of_thread); });
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+      const int c = (k * 32 + lane) * N;
+      if (c < WIDTH) Pack<T>::store(out + m * in + c, x[k]);
+    }
+  }
+  __syncthreads();
 }
 
 // out = x w for at most ROWS rows of x; `lanes` threads read a segment of a row of w.
 template <class T, int ROWS>
-static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, const T *w, i64 ldw,
+static __device__ __forceinline__ void thin_product(const ThinInput<T> &input, const T *w, i64 ldw,
                                                     T *out, i64 ldo, int rows, int in, int columns,
                                                     int lanes) {
   constexpr int N = Pack<T>::N, UNROLL = 4, WARPS = 16;
+  extern __shared__ uint4 of_product[];
   __shared__ float parts[WARPS][ROWS * 4 * N];
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
   const int first = blockIdx.x * lanes * N, c = first + lane * N;
@@ -319,6 +476,12 @@ static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, const T
   };
   load(0);
   wait_for_inputs();
+  const T *x = input.x;
+  i64 ldx = input.ldx;
+  if (input.kind) {
+    make_input(input, rows, in, (T *)of_product);
+    x = (const T *)of_product, ldx = in;
+  }
   float sum[ROWS][N] = {};
   for (int from = 0; from < in; from += groups * UNROLL) {
     uint4 now[UNROLL];
@@ -361,10 +524,11 @@ static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, const T
 }
 
 // For each row of logits: the first of the largest ones, and the logarithm of its probability.
-// `choice` is [2, rows]. One block computes a row.
+// `choice` is [2, rows]. One block computes a row. If `ids` is not null, the choice becomes the
+// row's next token, and its position and place are raised by 1.
 template <class T>
 static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int packs,
-                                   double *choice) {
+                                   double *choice, i64 *ids, i64 *positions, i64 *places) {
   constexpr int N = Pack<T>::N;
   __shared__ float scratch[32];
   __shared__ int of_block[32];
@@ -397,8 +561,10 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
   __syncthreads();
   if (threadIdx.x > 0) return;
   for (int i = 0; i < blockDim.x / 32; ++i) best = min(best, of_block[i]);
-  choice[row] = best < vocabulary ? best : 0;  // no logit is a number
+  if (best >= vocabulary) best = 0;  // no logit is a number
+  choice[row] = best;
   choice[gridDim.x + row] = -logf(total);
+  if (ids) ids[row] = best, positions[row] += 1, places[row] += 1;
 }
 
 #define STEP_KERNELS(T, NAME)                                                                      \
@@ -409,7 +575,7 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
   extern "C" __global__ void step_gelu_##NAME(Unfinished<T> y, T *out, int tanh_form) {            \
     step_gelu<T>(y, out, tanh_form);                                                               \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(256) step_attention_##NAME(                         \
+  extern "C" __global__ void __launch_bounds__(256, 2) step_attention_##NAME(                      \
       Unfinished<T> y, StepCache cache, int lanes, int splits, float *partial, int *arrived,       \
       T *out) {                                                                                    \
     if (lanes == 4) step_attention<T, 4>(y, cache, splits, partial, arrived, out);                 \
@@ -417,19 +583,20 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
     if (lanes == 16) step_attention<T, 16>(y, cache, splits, partial, arrived, out);               \
     if (lanes == 32) step_attention<T, 32>(y, cache, splits, partial, arrived, out);               \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(512)                                                \
-      thin_product_##NAME(const T *x, i64 ldx, const T *w, i64 ldw, T *out, i64 ldo, int rows,     \
-                          int in, int columns, int lanes) {                                        \
+  extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
+      ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
+      int lanes) {                                                                                 \
     if (rows == 1)                                                                                 \
-      thin_product<T, 1>(x, ldx, w, ldw, out, ldo, rows, in, columns, lanes);                      \
+      thin_product<T, 1>(input, w, ldw, out, ldo, rows, in, columns, lanes);                       \
     else if (rows == 2)                                                                            \
-      thin_product<T, 2>(x, ldx, w, ldw, out, ldo, rows, in, columns, lanes);                      \
+      thin_product<T, 2>(input, w, ldw, out, ldo, rows, in, columns, lanes);                       \
     else                                                                                           \
-      thin_product<T, 4>(x, ldx, w, ldw, out, ldo, rows, in, columns, lanes);                      \
+      thin_product<T, 4>(input, w, ldw, out, ldo, rows, in, columns, lanes);                       \
   }                                                                                                \
-  extern "C" __global__ void step_choice_##NAME(const T *logits, i64 ld, int vocabulary,           \
-                                                int packs, double *choice) {                       \
-    step_choice<T>(logits, ld, vocabulary, packs, choice);                                         \
+  extern "C" __global__ void step_choice_##NAME(const T *logits, i64 ld, int vocabulary, int packs,\
+                                                double *choice, i64 *ids, i64 *positions,          \
+                                                i64 *places) {                                     \
+    step_choice<T>(logits, ld, vocabulary, packs, choice, ids, positions, places);                 \
   }
 STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)

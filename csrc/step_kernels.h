@@ -29,6 +29,16 @@ static UnfinishedArgs args_of(const Unfinished &y) {
   args.experts = (int)y.rank_columns->runs.size(0), args.ranks = (int)y.b.size(0);
   return args;
 }
+struct ThinInputArgs {
+  int kind;
+  const void *x;
+  int64_t ldx;
+  UnfinishedArgs y;
+  const void *norm_w, *norm_b;
+  float eps;
+  void *sum;
+  int tanh_form;
+};
 static bool fits(const Unfinished &y) {
   return !y.product.defined() || (packs(y.product) && packs(y.b));
 }
@@ -63,7 +73,7 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   auto module = module_of(x, width);
   const auto args = args_of(y);
   // many ranks are summed by many threads
-  const int threads = args.ranks > 64 ? 1024 : 256;
+  const int threads = args.ranks > 64 ? 1024 : args.ranks ? 256 : 128;
   const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + args.ranks);
   if (!module || !fits(y) || shared > SHARED_MEMORY) return false;
   run_early(module, StepNorm, x, x.size(0), threads, shared, x.data_ptr(), ld(x), args,
@@ -98,13 +108,13 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   const bool has_lanes = size % n == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32);
   const auto args = args_of(y);
   const int threads = 256;
-  const int64_t shared = 4 * (threads * n + args.ranks + 2 * (threads / lanes));
+  const int64_t shared = 4 * (threads * n + args.ranks);
   const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(1) == y.out / 3 &&
                         cache.keys.strides() == cache.values.strides() && out.is_contiguous();
   if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
   const int64_t pairs = out.size(0) * cache.heads;
   // enough blocks for all multiprocessors, each of which has some positions
-  const int64_t wanted = ceil_div(2 * 132, pairs), room = ceil_div(cache.keys.size(1), 64);
+  const int64_t wanted = ceil_div(132, pairs), room = ceil_div(cache.keys.size(1), 128);
   const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), (int64_t)16));
   Tensor partial, arrived;
   if (splits > 1) {
@@ -119,23 +129,34 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   return true;
 }
 
-static bool thin_product(const Tensor &x, const Tensor &w, const Tensor &out) {
-  auto module = any_module(x);
-  const int64_t rows = x.size(0), n = per_pack(x), columns = w.size(1);
-  if (!module || rows < 1 || rows > 4 || !packs(w)) return false;
+static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &out) {
+  auto module = input.kind == ThinInput::Normed ? module_of(out, w.size(0)) : any_module(out);
+  const int64_t rows = out.size(0), n = per_pack(out), columns = w.size(1), in = w.size(0);
+  const bool is_plain = input.kind == ThinInput::Plain;
+  const int64_t shared = is_plain ? 0 : rows * in * out.element_size();
+  const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
+  if (!module || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) || y.ranks > 32 ||
+      (!is_plain && (!y.product || !fits(input.y) || y.out != in)) ||
+      shared > SHARED_MEMORY - (14 << 10))
+    return false;
+  const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
+                           at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
+                           at_or_null(input.sum), (int)input.tanh_form};
   // longer segments where enough blocks remain
   const int64_t lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
-  run_early(module, ThinProduct, x, ceil_div(columns, lanes * n), 512, 0, x.data_ptr(), ld(x),
-            w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)x.size(1), (int)columns,
+  run_early(module, ThinProduct, out, ceil_div(columns, lanes * n), 512, shared, args,
+            w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
             (int)lanes);
   return true;
 }
 
-static bool step_choice(const Tensor &logits, int64_t vocabulary, const Tensor &choice) {
+static bool step_choice(const Tensor &logits, int64_t vocabulary, const Tensor &choice,
+                        const Tensor &ids, const Tensor &positions, const Tensor &places) {
   auto module = any_module(logits);
   if (!module || !packs(logits)) return false;
   const int64_t per_row = ceil_div(vocabulary, per_pack(logits));
   run_early(module, StepChoice, logits, logits.size(0), 1024, 0, logits.data_ptr(), ld(logits),
-            (int)vocabulary, (int)per_row, (double *)choice.data_ptr());
+            (int)vocabulary, (int)per_row, (double *)choice.data_ptr(), at_or_null(ids),
+            at_or_null(positions), at_or_null(places));
   return true;
 }

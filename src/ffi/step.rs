@@ -37,13 +37,22 @@ unsafe extern "C" {
     fn dylora_step_block(
         x: TensorPtr,
         a: TensorPtr,
+        product: TensorPtr,
+        module: *const RawProduct,
+        norms: *const RawNorm,
         modules: *const RawProduct,
-        norm: *const RawNorm,
         cache: *const RawCache,
         tanh_gelu: c_int,
         out: *mut *mut C_tensor,
     ) -> c_int;
-    fn dylora_step_choice(logits: TensorPtr, vocabulary: i64, out: *mut *mut C_tensor) -> c_int;
+    fn dylora_step_choice(
+        logits: TensorPtr,
+        vocabulary: i64,
+        ids: TensorPtr,
+        positions: TensorPtr,
+        places: TensorPtr,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
 }
 
 /// The output of a linear layer, before the bias and the experts' updates are added to it.
@@ -111,25 +120,40 @@ pub fn norm(
     outputs(|out| unsafe { dylora_step_norm(x.as_ptr(), product, module, &raw, out) })
 }
 
-/// Computes a transformer block from after its first LayerNorm, and adds the new keys and values to
-/// the cache. Returns the residual stream, `[M, d]`, and the product of `mlp.c_proj`, whose output
-/// is still to be added to it ([`Unfinished`]).
+/// What a block reads besides the residual stream `x`.
+#[derive(Debug)]
+pub enum BlockInput<'a> {
+    /// The first LayerNorm of `x`, `[M, d]`.
+    Normed(&'a Tensor),
+    /// What is to be added to `x` first, if anything is.
+    Unfinished(Option<&'a Unfinished<'a>>),
+}
+
+/// Computes a transformer block, and adds the new keys and values to the cache. Returns the residual
+/// stream, `[M, d]`, and the product of `mlp.c_proj`, whose output is still to be added to it
+/// ([`Unfinished`]).
 ///
 /// - `x`: the residual stream, `[M, d]`
-/// - `a`: the LayerNorm of `x`, `[M, d]`
 /// - `modules`: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`
-/// - `second`: the LayerNorm between attention and the feed-forward network
+/// - `norms`: the LayerNorms before attention and before the feed-forward network
 /// - `tanh_gelu`: whether GELU has its tanh form or its exact one
 pub fn block(
     x: &Tensor,
-    a: &Tensor,
+    input: &BlockInput<'_>,
     modules: &[Product<'_>; 4],
-    second: &Norm<'_>,
+    norms: &[Norm<'_>; 2],
     attention: &CachedAttention<'_>,
     tanh_gelu: bool,
 ) -> Result<Option<[Tensor; 2]>> {
     let raw_modules = modules.each_ref().map(raw_product);
-    let raw = raw_norm(second);
+    let raw_norms = norms.each_ref().map(raw_norm);
+    let (normed, before) = match input {
+        BlockInput::Normed(normed) => (normed.as_ptr(), None),
+        BlockInput::Unfinished(before) => (std::ptr::null(), *before),
+    };
+    let product = before.map_or(std::ptr::null(), |y| y.product.as_ptr());
+    let module = before.map(|y| raw_product(y.module));
+    let module = module.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     let cache = RawCache {
         keys: attention.keys.as_ptr(),
         values: attention.values.as_ptr(),
@@ -139,13 +163,16 @@ pub fn block(
         window: attention.window.unwrap_or(0),
         scale: attention.scale,
     };
-    // SAFETY: four modules of live tensors, to which the shim keeps its own references
+    // SAFETY: two norms and four modules of live tensors, to which the shim keeps its own
+    // references
     outputs(|out| unsafe {
         dylora_step_block(
             x.as_ptr(),
-            a.as_ptr(),
+            normed,
+            product,
+            module,
+            raw_norms.as_ptr(),
             raw_modules.as_ptr(),
-            &raw,
             &cache,
             c_int::from(tanh_gelu),
             out,
@@ -153,12 +180,36 @@ pub fn block(
     })
 }
 
+/// The numbers of a step that the next one reads: for each text, the id of its new token, its index
+/// in the text, and its place in the flattened rows of the cache; int64, `M` numbers each.
+#[derive(Debug)]
+pub struct Counters<'a> {
+    /// The ids.
+    pub ids: &'a Tensor,
+    /// The indices.
+    pub positions: &'a Tensor,
+    /// The places.
+    pub places: &'a Tensor,
+}
+
 /// The most probable token of each text, and below it the logarithm of its probability, f64
-/// `[2, M]`. Of equally probable tokens, the first counts.
+/// `[2, M]`. Of equally probable tokens, the first counts. With `counters`, the tokens become those
+/// of the next step, and indices and places are raised by 1.
 ///
 /// - `logits`: `[M, v']`, where the first `vocabulary` columns are tokens
-pub fn choice(logits: &Tensor, vocabulary: i64) -> Result<Option<Tensor>> {
-    // SAFETY: a live tensor, to which the shim keeps its own reference
-    let choice = outputs(|out| unsafe { dylora_step_choice(logits.as_ptr(), vocabulary, out) })?;
+pub fn choice(
+    logits: &Tensor,
+    vocabulary: i64,
+    counters: Option<&Counters<'_>>,
+) -> Result<Option<Tensor>> {
+    let [ids, positions, places] = match counters {
+        Some(Counters { ids, positions, places }) => [ids, positions, places].map(|x| x.as_ptr()),
+        None => [std::ptr::null(); 3],
+    };
+    // SAFETY: a live tensor, to which the shim keeps its own reference, and three that it changes
+    // or null
+    let choice = outputs(|out| unsafe {
+        dylora_step_choice(logits.as_ptr(), vocabulary, ids, positions, places, out)
+    })?;
     Ok(choice.map(|[choice]| choice))
 }

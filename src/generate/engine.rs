@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 use anyhow::{Result, bail};
 
 use super::graphs::StepGraphs;
-use super::next::{StepOutput, next_tokens, source};
-use super::request::{Event, Request, Route, Text};
+use super::next::{StepOutput, fetched_tokens, next_tokens, source, wants_most_probable};
+use super::request::{Event, NewToken, Request, Route, Text};
+use crate::ffi::cuda::Fetch;
 use crate::model::RoutedModel;
 use crate::model::batch::{GenerationCache, StepRow};
 use crate::model::experts::spec::ExpertSpec;
@@ -39,6 +40,8 @@ pub struct Engine<'a> {
     waiting: VecDeque<Text>,
     num_added: u64,
     graphs: StepGraphs,
+    /// The tokens of a step that was begun before those of the step in front of it were read.
+    ahead: Option<Fetch>,
 }
 
 impl<'a> Engine<'a> {
@@ -67,6 +70,7 @@ impl<'a> Engine<'a> {
             waiting: VecDeque::new(),
             num_added: 0,
             graphs: StepGraphs::new(model),
+            ahead: None,
         })
     }
 
@@ -86,7 +90,9 @@ impl<'a> Engine<'a> {
         self.num_added += 1;
         let active_from = active_from(self.routed(), &request.prompt);
         let tokens = request.prompt.clone();
-        self.waiting.push_back(Text { number: self.num_added, request, tokens, active_from });
+        let number = self.num_added;
+        let text = Text { number, request, tokens, active_from, has_ended: false };
+        self.waiting.push_back(text);
         Ok(self.num_added)
     }
 
@@ -126,19 +132,20 @@ impl<'a> Engine<'a> {
     /// Ends a text. Nothing happens if it has ended already.
     pub fn cancel(&mut self, number: u64) {
         self.waiting.retain(|text| text.number != number);
-        if let Some(row) = self.texts.iter().position(|text| text.number == number) {
-            self.remove(row);
+        if let Some(text) = self.texts.iter_mut().find(|text| text.number == number) {
+            text.has_ended = true;
         }
+        self.remove_ended();
     }
 
     /// Number of texts that have begun, and of those that wait.
     pub fn num_texts(&self) -> (usize, usize) {
-        (self.texts.len(), self.waiting.len())
+        (self.going_on().count(), self.waiting.len())
     }
 
     /// Number of positions of the texts that have begun.
     pub fn num_positions(&self) -> usize {
-        self.texts.iter().map(|text| text.tokens.len()).sum()
+        self.going_on().map(|text| text.tokens.len()).sum()
     }
 
     /// The memory that keys and values take, in bytes.
@@ -148,36 +155,83 @@ impl<'a> Engine<'a> {
 
     /// Whether there is nothing to do.
     pub fn is_idle(&self) -> bool {
-        self.texts.is_empty() && self.waiting.is_empty()
+        self.num_texts() == (0, 0)
+    }
+
+    /// The texts that have begun and not ended.
+    fn going_on(&self) -> impl Iterator<Item = &Text> {
+        self.texts.iter().filter(|text| !text.has_ended)
     }
 
     /// Computes the next token of the texts that begin, or of all that have begun, and returns what
     /// happened, in no particular order. Nothing happens without texts.
     pub fn step(&mut self) -> Vec<Event> {
         let _no_grad = tch::no_grad_guard();
-        let first = self.texts.len();
-        self.begin_waiting();
-        let new = self.texts.len() > first;
-        let first = if new { first } else { 0 };
-        if self.texts.is_empty() {
-            return vec![];
+        if self.going_on().next().is_none() {
+            // what a step ahead computes is for texts that have ended
+            self.ahead = None;
+            self.remove_ended();
         }
-        let output = if new { self.prefill(first) } else { self.decode() };
-        let tokens = next_tokens(self.model, &self.texts[first..], &output);
+        let (first, tokens) = match self.ahead.take() {
+            Some(fetch) => (0, self.fetched(fetch)),
+            None => {
+                let first = self.texts.len();
+                self.begin_waiting();
+                match self.texts.len() {
+                    0 => return vec![],
+                    all if all > first => {
+                        let output = self.prefill(first);
+                        (first, next_tokens(self.model, &self.texts[first..], &output))
+                    }
+                    _ => (0, self.decode()),
+                }
+            }
+        };
         let mut events = vec![];
-        for (row, token) in (first..).zip(tokens) {
-            let text = &mut self.texts[row];
+        for (text, token) in self.texts[first..].iter_mut().zip(tokens) {
+            if text.has_ended {
+                continue;
+            }
             text.tokens.push(token.id);
             let finish = text.finish_after(token.id, self.limits.context);
+            text.has_ended = finish.is_some();
             events.push(Event { text: text.number, token, finish });
         }
-        // from the last, so that rows that are still to be removed do not move
-        for (index, event) in events.iter().enumerate().rev() {
-            if event.finish.is_some() {
-                self.remove(first + index);
-            }
-        }
+        self.remove_ended();
         events
+    }
+
+    /// Computes and reads the last step's tokens of all texts.
+    fn decode(&mut self) -> Vec<NewToken> {
+        let Self { model, cache, texts, graphs, .. } = self;
+        let len = |text: &Text| text.tokens.len();
+        let rows: Vec<_> = texts.iter().map(|text| text.row(len(text) - 1, len(text))).collect();
+        let longest = texts.iter().map(len).max().unwrap_or(0);
+        let source = |count| source(model, texts, count);
+        let Some(output) = graphs.step(model, cache, &rows, longest, &source) else {
+            return next_tokens(model, texts, &run(model, cache, texts, 0, &rows));
+        };
+        match output.fetch() {
+            Some(fetch) if texts.iter().all(wants_most_probable) => self.fetched(fetch),
+            _ => next_tokens(model, texts, &output),
+        }
+    }
+
+    /// Reads the tokens of a step. If the next step is sure to be wanted, it begins first.
+    fn fetched(&mut self, fetch: Fetch) -> Vec<NewToken> {
+        if self.goes_on_alike() {
+            let next = self.graphs.again(self.texts.len());
+            self.ahead = next.and_then(|output| output.fetch());
+        }
+        fetched_tokens(fetch)
+    }
+
+    /// Whether the step after the one whose tokens are about to be read is one of the same texts,
+    /// as far as can be known. A text that an end token ends takes part in one step more.
+    fn goes_on_alike(&self) -> bool {
+        let may_begin = !self.waiting.is_empty() && self.texts.len() < self.limits.max_texts;
+        let goes_on = |text: &Text| !text.has_ended && text.has_room_after(1, self.limits.context);
+        !may_begin && self.texts.iter().all(|text| goes_on(text) && wants_most_probable(text))
     }
 
     /// Lets texts begin for which there is room, and whose prompts fit into one forward pass.
@@ -222,16 +276,16 @@ impl<'a> Engine<'a> {
         run(&rows)
     }
 
-    /// Runs the last token of each text.
-    fn decode(&mut self) -> StepOutput {
-        let Self { model, cache, texts, graphs, .. } = self;
-        let len = |text: &Text| text.tokens.len();
-        let rows: Vec<_> = texts.iter().map(|text| text.row(len(text) - 1, len(text))).collect();
-        let longest = texts.iter().map(len).max().unwrap_or(0);
-        let source = |count| source(model, texts, count);
-        match graphs.step(model, cache, &rows, longest, &source) {
-            Some(output) => output,
-            None => run(model, cache, texts, 0, &rows),
+    /// Removes the texts that have ended, unless a step for them is still under way.
+    fn remove_ended(&mut self) {
+        if self.ahead.is_some() {
+            return;
+        }
+        // from the last, so that rows that are still to be removed do not move
+        for row in (0..self.texts.len()).rev() {
+            if self.texts[row].has_ended {
+                self.remove(row);
+            }
         }
     }
 

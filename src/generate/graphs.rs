@@ -3,7 +3,9 @@
 //! A step that gives each text one new token is captured when its layout first occurs: it runs once
 //! without a graph, so that handles and workspaces exist, and is then captured and replayed. To run
 //! it twice is harmless, since it writes the same keys and values. Later steps copy their numbers
-//! to where the captured step reads them, and replay it.
+//! to where the captured step reads them, and replay it. If all texts get their most probable
+//! tokens, the captured step itself writes the numbers of the next one, which can then begin before
+//! the host has read the tokens.
 //!
 //! The number of rows is rounded up, so that few layouts occur. The rows behind the texts compute
 //! something that nobody reads, in rows of the cache that no text uses.
@@ -23,7 +25,7 @@ use crate::model::{RoutedModel, RoutingSource, RowSources};
 const MAX_GRAPHS: usize = 64;
 
 /// What decides which graph a step replays.
-#[derive(Debug, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
     layout: StepLayout,
     source: SourceKind,
@@ -69,6 +71,8 @@ pub(super) struct StepGraphs {
     /// The room of the cache whose tensors the graphs read.
     room: (usize, usize),
     captured: HashMap<Key, Captured>,
+    /// The step that ran last.
+    last: Option<Key>,
 }
 
 impl StepGraphs {
@@ -76,7 +80,7 @@ impl StepGraphs {
     /// alike.
     pub fn new(model: &RoutedModel) -> Self {
         let is_on = model.device().is_cuda() && model.steps_alike();
-        Self { is_on, room: (0, 0), captured: HashMap::new() }
+        Self { is_on, room: (0, 0), captured: HashMap::new(), last: None }
     }
 
     /// Runs a step of `rows`, each of which has one new token, by a graph; `None` if no graph can.
@@ -98,25 +102,24 @@ impl StepGraphs {
         if self.room != room {
             // the graphs read tensors that are no longer the cache's
             self.captured.clear();
+            self.last = None;
             self.room = room;
         }
         let num_active = rows.first().map_or(0, |row| row.active_from.len());
         let num_rows = rounded_up(rows.len()).min(room.0);
         let length = model.step_length(longest, room.1);
-        let source = source(num_rows);
-        let kind = SourceKind::of(&source)?;
+        let new_source = source(num_rows);
+        let kind = SourceKind::of(&new_source)?;
         let key = Key { layout: StepLayout::repeated(num_rows, num_active, length), source: kind };
         let nowhere = vec![0; num_active];
         let filler = StepRow { past: 0, tokens: &[0], prompt_len: 0, active_from: &nowhere };
         let mut padded = rows.to_vec();
         padded.resize(num_rows, filler);
         let flat = cache.numbers(&padded, model.device());
-        if let Some(captured) = self.captured.get_mut(&key) {
-            captured.fill(&flat, &source);
-        } else if self.captured.len() < MAX_GRAPHS {
-            match self.capture(model, cache, key.layout, flat, source) {
+        if !self.captured.contains_key(&key) && self.captured.len() < MAX_GRAPHS {
+            match self.capture(model, cache, key.layout, &flat, source(num_rows)) {
                 Ok(captured) => {
-                    self.captured.insert(Key { ..key }, captured);
+                    self.captured.insert(key, captured);
                 }
                 Err(error) => {
                     tracing::warn!("generation runs without CUDA graphs: {error:#}");
@@ -126,9 +129,17 @@ impl StepGraphs {
                 }
             }
         }
-        let captured = self.captured.get(&key)?;
+        self.captured.get_mut(&key)?.fill(&flat, &new_source);
+        self.last = Some(key);
+        self.again(rows.len())
+    }
+
+    /// Runs the step that follows the last one, in which each of the first `num_rows` rows gets its
+    /// most probable token. The last one must have computed these.
+    pub fn again(&mut self, num_rows: usize) -> Option<StepOutput> {
+        let captured = self.captured.get(&self.last?)?;
         captured.graph.replay().unwrap_or_else(|error| panic!("{error:#}"));
-        Some(captured.output.first(rows.len()))
+        Some(captured.output.first(num_rows))
     }
 
     fn capture(
@@ -136,16 +147,17 @@ impl StepGraphs {
         model: &RoutedModel,
         cache: &GenerationCache,
         layout: StepLayout,
-        flat: Tensor,
+        flat: &Tensor,
         source: RoutingSource,
     ) -> Result<Captured> {
         let Device::Cuda(device) = model.device() else { unreachable!("graphs are CUDA's") };
         let graph = Graph::new(device)?;
+        let flat = flat.copy();
         // a panic becomes an error, so that the capture is ended in any case
         let run = || {
             ffi::caught(|| {
                 let inputs = cache.inputs_of(layout, &flat);
-                Ok(StepOutput::new(model, &inputs, &source, None))
+                Ok(StepOutput::repeatable(model, &inputs, &source))
             })
         };
         graph.warm_up(run)?;

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::request::{NewToken, Request, Route, Text};
 use super::sampling::{Chooser, choose};
+use crate::ffi::cuda::Fetch;
 use crate::model::experts::weights::RoutingWeights;
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, RowSources};
 
@@ -32,6 +33,22 @@ impl StepOutput {
         source: &RoutingSource,
         last: Option<&[i64]>,
     ) -> Self {
+        Self::of_step(model, inputs, source, last, false)
+    }
+
+    /// Runs a step in which each text has one new position. If the most probable tokens are
+    /// computed, `inputs` become those of the next step, which appends them.
+    pub fn repeatable(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> Self {
+        Self::of_step(model, inputs, source, None, true)
+    }
+
+    fn of_step(
+        model: &RoutedModel,
+        inputs: &Inputs,
+        source: &RoutingSource,
+        last: Option<&[i64]>,
+        advances: bool,
+    ) -> Self {
         let mode = ForwardMode { rule: model.router_spec().eval, ..ForwardMode::EVAL };
         let output = model.forward(inputs, source, mode, None);
         let last = last.map(|last| Tensor::from_slice(last).to_device(model.device()));
@@ -49,8 +66,15 @@ impl StepOutput {
             RoutingWeights::Off | RoutingWeights::Ones => None,
         });
         let weights = weights.collect();
-        let (logits, most_probable) = model.next_tokens(&at_last(&output.hidden));
+        let next = advances.then_some(inputs);
+        let (logits, most_probable) = model.next_tokens(&at_last(&output.hidden), next);
         Self { logits, most_probable, weights }
+    }
+
+    /// Starts to fetch the most probable tokens, if they have been computed.
+    pub fn fetch(&self) -> Option<Fetch> {
+        let fetch = Fetch::new(self.most_probable.as_ref()?);
+        Some(fetch.unwrap_or_else(|error| panic!("{error:#}")))
     }
 
     /// The same of the first `b` texts.
@@ -104,6 +128,26 @@ fn parts(model: &RoutedModel, text: &Text) -> Vec<f64> {
     let is_base = weights.iter().all(|weight| *weight == 0.0);
     weights.resize(model.specs().len(), if is_base { 0.0 } else { 1.0 });
     weights
+}
+
+/// Whether the most probable token of a text is all that is wanted of a step.
+pub(super) fn wants_most_probable(text: &Text) -> bool {
+    let Request { sampling, num_alternatives, wants_weights, .. } = &text.request;
+    sampling.takes_most_probable() && *num_alternatives == 0 && !wants_weights
+}
+
+/// The most probable tokens that were fetched, for texts that want no more than these.
+pub(super) fn fetched_tokens(fetch: Fetch) -> Vec<NewToken> {
+    let both = fetch.wait().unwrap_or_else(|error| panic!("{error:#}"));
+    let mut ids = numbers(&both);
+    let log_probs = ids.split_off(ids.len() / 2);
+    let token = |(id, log_prob)| NewToken {
+        id: id as i64,
+        log_prob,
+        alternatives: vec![],
+        weights: vec![],
+    };
+    ids.into_iter().zip(log_probs).map(token).collect::<Vec<_>>()
 }
 
 /// The next token of each text.

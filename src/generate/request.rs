@@ -92,6 +92,8 @@ pub(super) struct Text {
     pub tokens: Vec<i64>,
     /// The position from which each expert is active; empty if every expert always is.
     pub active_from: Vec<i64>,
+    /// Whether nothing more is wanted of it.
+    pub has_ended: bool,
 }
 
 impl Text {
@@ -114,14 +116,17 @@ impl Text {
         (request.prompt.len() + request.max_new_tokens - 1).min(context)
     }
 
+    /// Whether the text goes on after `num_more` tokens, unless one of them ends it.
+    pub fn has_room_after(&self, num_more: usize, context: usize) -> bool {
+        let len = self.tokens.len() + num_more;
+        len - self.prompt_len() < self.request.max_new_tokens && len <= context
+    }
+
     pub fn finish_after(&self, token: i64, context: usize) -> Option<Finish> {
-        let num_new = self.tokens.len() - self.prompt_len();
         if self.request.end_tokens.contains(&token) {
             Some(Finish::Stop)
-        } else if num_new >= self.request.max_new_tokens || self.tokens.len() > context {
-            Some(Finish::Length)
         } else {
-            None
+            (!self.has_room_after(0, context)).then_some(Finish::Length)
         }
     }
 }

@@ -22,7 +22,7 @@ use super::routing::site::BlockWeights;
 use crate::config::{Kernels, RouterInput, TargetModule};
 use crate::ffi;
 use crate::ffi::fused::Norm;
-use crate::ffi::step::{CachedAttention, Unfinished};
+use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unfinished};
 use crate::model::{ForwardOutput, Inputs};
 
 /// The bytes that a thread loads at once.
@@ -49,25 +49,27 @@ struct Pending<'a> {
 }
 
 impl StepStream<'_> {
-    /// Adds the pending part, and returns the stream and its LayerNorm, `[b, d]` each.
-    fn normed(&self, norm: &LayerNorm) -> [Tensor; 2] {
-        let norm = plain_norm(norm);
-        let Some(Pending { product, block, weights }) = &self.pending else {
-            return taken(ffi::step::norm(&self.x, None, &norm));
-        };
+    /// Calls `run` with what is to be added to `x`, if anything is.
+    fn with_unfinished<T>(&self, run: impl FnOnce(Option<&Unfinished<'_>>) -> T) -> T {
+        let Some(Pending { product, block, weights }) = &self.pending else { return run(None) };
         let factors = block.parameters();
         let module = block.product(TargetModule::MlpCProj, weights, &factors);
-        let unfinished = Unfinished { product, module: &module };
-        taken(ffi::step::norm(&self.x, Some(&unfinished), &norm))
+        run(Some(&Unfinished { product, module: &module }))
+    }
+
+    /// Adds the pending part, and returns the stream and its LayerNorm, `[b, d]` each.
+    fn normed(&self, norm: &LayerNorm) -> [Tensor; 2] {
+        self.with_unfinished(|y| taken(ffi::step::norm(&self.x, y, &plain_norm(norm))))
     }
 }
 
 impl<'a> RoutedBlock<'a> {
-    /// Applies the block to a stream without a pending part and to its LayerNorm, `[b, d]` each.
+    /// Applies the block to `stream`. If `normed` is given, it is the block's first LayerNorm, and
+    /// the stream has no pending part.
     fn step(
         self,
-        x: &Tensor,
-        normed: &Tensor,
+        stream: &StepStream<'_>,
+        normed: Option<&Tensor>,
         step: &CachedStep,
         weights: BlockWeights,
     ) -> StepStream<'a> {
@@ -84,10 +86,15 @@ impl<'a> RoutedBlock<'a> {
             window: of_block.window,
             scale: of_block.scale,
         };
-        let second = plain_norm(self.block.norm_2.layer());
+        let norms = [&self.block.norm_1, &self.block.norm_2].map(|norm| plain_norm(norm.layer()));
         let tanh = self.block.activation == Activation::GeluNew;
-        let block = ffi::step::block(x, normed, &modules, &second, &attention, tanh);
-        let [x, product] = taken(block);
+        let run = |input: &BlockInput<'_>| {
+            taken(ffi::step::block(&stream.x, input, &modules, &norms, &attention, tanh))
+        };
+        let [x, product] = match normed {
+            Some(normed) => run(&BlockInput::Normed(normed)),
+            None => stream.with_unfinished(|y| run(&BlockInput::Unfinished(y))),
+        };
         drop(modules);
         StepStream { x, pending: Some(Pending { product, block: self, weights }) }
     }
@@ -177,9 +184,16 @@ impl RoutedModel {
         let (b, _, d) = x.size3().expect("activations are [b, t, d]");
         let mut stream = StepStream { x: x.reshape([b, d]), pending: None };
         for (layer, block) in self.routed_blocks().enumerate() {
-            let [sum, normed] = stream.normed(block.block.norm_1.layer());
-            let g = pass.block(layer, &|| normed.view([b, 1, d])).flat(b);
-            stream = block.step(&sum, &normed, step, g);
+            // the first norm is a part of the block unless a router reads it
+            let mut normed = None;
+            if pass.reads_layers() {
+                let [sum, of_sum] = stream.normed(block.block.norm_1.layer());
+                stream = StepStream { x: sum, pending: None };
+                normed = Some(of_sum);
+            }
+            let layer_input = || normed.as_ref().expect("it was computed").view([b, 1, d]);
+            let g = pass.block(layer, &layer_input).flat(b);
+            stream = block.step(&stream, normed.as_ref(), step, g);
         }
         let [_, hidden] = stream.normed(self.decoder.final_norm.layer());
         let RoutingPass { used, routing, features, .. } = pass;
@@ -187,18 +201,37 @@ impl RoutedModel {
     }
 
     /// The logits `[b, v]` of hidden states, `[b, d]`, and where a kernel computes it, the most
-    /// probable token of each and the logarithm of its probability, f64 `[2, b]`.
-    pub fn next_tokens(&self, hidden: &Tensor) -> (Tensor, Option<Tensor>) {
+    /// probable token of each and the logarithm of its probability, f64 `[2, b]`. The kernel also
+    /// turns `inputs` into those of the next step, if they are given.
+    pub fn next_tokens(
+        &self,
+        hidden: &Tensor,
+        inputs: Option<&Inputs>,
+    ) -> (Tensor, Option<Tensor>) {
         let head = self.padded_head.as_ref().unwrap_or(self.decoder.head());
         let logits = hidden.matmul(&head.to_kind(hidden.kind()).tr());
         let v = self.decoder.spec.vocab_size;
         let choice = match logits.kind() {
             Kind::BFloat16 | Kind::Float => {
-                ffi::step::choice(&logits, v).unwrap_or_else(|error| panic!("{error:#}"))
+                let counters = inputs.and_then(counters);
+                let choice = ffi::step::choice(&logits, v, counters.as_ref());
+                choice.unwrap_or_else(|error| panic!("{error:#}"))
             }
             _ => None,
         };
         (logits.narrow(-1, 0, v), choice)
+    }
+}
+
+/// The numbers of a step that change from step to step.
+fn counters(inputs: &Inputs) -> Option<Counters<'_>> {
+    match &inputs.mask {
+        AttentionMask::Cached(step) => Some(Counters {
+            ids: &inputs.input_ids,
+            positions: step.positions(),
+            places: step.places(),
+        }),
+        _ => None,
     }
 }
 
