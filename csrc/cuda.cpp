@@ -111,13 +111,13 @@ static Compiler compiler;
 
 enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy,
-  StepNorm, StepGelu, StepAttention, ThinProduct, StepChoice,
+  StepNorm, StepFinish, StepAttention, ThinProduct, StepChoice,
   NAMES
 };
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh",    "weigh_backward", "refresh",
     "gelu",     "gelu_backward", "pack_qkv", "cross_entropy",  "step_norm",
-    "step_gelu", "step_attention", "thin_product", "step_choice"};
+    "step_finish", "step_attention", "thin_product", "step_choice"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -271,7 +271,7 @@ static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vo
 
 static const Kernels table{
     capability, apply_to,      add_norm, norm_backward, weigh,     weigh_backward, refresh,
-    gelu,       gelu_backward, pack_qkv, cross_entropy, lt::gemm,  step_norm,      step_gelu,
+    gelu,       gelu_backward, pack_qkv, cross_entropy, lt::gemm,  step_norm,      step_finish,
     step_attention, thin_product, step_choice};
 
 #pragma GCC visibility push(default)

@@ -20,7 +20,7 @@ enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 // The output of a linear layer before its bias and its experts' updates are added (csrc/step.cpp).
 struct Unfinished {
   at::Tensor product;                 // x [W A^T], [M, out + R'], or x W; may be undefined
-  at::Tensor bias;                    // [out]
+  at::Tensor bias;                    // [out]; undefined if attention need not add one
   at::Tensor b;                       // B^T, [R', out]; undefined without experts
   at::Tensor g;                       // routing weights [M, e]; undefined if all are 1
   const RankColumns *rank_columns;    // null without experts
@@ -39,8 +39,8 @@ struct ThinInput {
 };
 // The part of a layer's cache that a step uses, for M texts.
 struct StepCache {
-  at::Tensor keys, values;  // [M, positions, heads, head size]
-  at::Tensor places;        // where each text's new position goes in the flattened rows, int64 [M]
+  at::Tensor keys, values;  // [M, heads, positions, head size]
+  at::Tensor places;        // where each text's new position goes in its row, int64 [M]
   at::Tensor positions;     // index of each text's new position in its text, int64 [M]
   int64_t heads, window;    // window 0 means that there is none
   double scale;
@@ -83,7 +83,8 @@ struct Kernels {
   // The kernels of csrc/step.cu.
   bool (*step_norm)(const at::Tensor &x, const Unfinished &y, const at::Tensor &w,
                     const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
-  bool (*step_gelu)(const Unfinished &y, bool tanh_form, const at::Tensor &out);
+  // out = y, or gelu(y) in one of its forms
+  bool (*step_finish)(const Unfinished &y, bool is_gelu, bool tanh_form, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
   // out = the input times w; applies to at most 4 rows, and to a y of few ranks
   bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &out);

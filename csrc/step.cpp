@@ -18,6 +18,9 @@ using at::Tensor;
 using namespace fused;
 
 namespace {
+// Most texts for which attention itself finishes its input.
+constexpr int64_t FEW_TEXTS = 4;
+
 // A linear layer as a step reads it.
 struct Layer {
   Product product;
@@ -58,7 +61,7 @@ struct Layer {
     const ThinInput input{ThinInput::Gelu, {}, y, {}, {}, 0, {}, tanh_form};
     if (kernels()->thin_product(input, weight(), out)) return out;
     const Tensor up = at::empty({rows, y.out}, y.product.options());
-    return kernels()->step_gelu(y, tanh_form, up) ? times(up) : Tensor();
+    return kernels()->step_finish(y, true, tanh_form, up) ? times(up) : Tensor();
   }
   Unfinished unfinished(const Tensor &product_of_input) const {
     Unfinished y{product_of_input, product.bias, {}, {}, nullptr, product.out()};
@@ -116,8 +119,16 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
     const StepCache at{*cache->keys, *cache->values, *cache->places, *cache->positions,
                        cache->heads, cache->window, cache->scale};
     Tensor sum = *x, qkv = a ? attn.times(*a) : attn.times_norm(*x, y, norms[0], sum);
+    if (!qkv.defined()) return 1;
+    Unfinished of_qkv = attn.unfinished(qkv);
+    if (of_qkv.rank_columns && x->size(0) > FEW_TEXTS) {
+      // once for all, instead of in each of many blocks
+      const Tensor finished = at::empty({x->size(0), of_qkv.out}, x->options());
+      if (!kernels()->step_finish(of_qkv, false, false, finished)) return 1;
+      of_qkv = {finished, {}, {}, {}, nullptr, of_qkv.out};
+    }
     const Tensor attended = at::empty(x->sizes(), x->options());
-    if (!qkv.defined() || !kernels()->step_attention(attn.unfinished(qkv), at, attended)) return 1;
+    if (!kernels()->step_attention(of_qkv, at, attended)) return 1;
     const Unfinished of_attention = attn_proj.unfinished(attn_proj.times(attended));
     Tensor next;
     const Tensor up = fc.times_norm(sum, of_attention, norms[1], next);

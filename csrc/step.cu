@@ -12,6 +12,11 @@ static __device__ __forceinline__ void wait_for_inputs() {
 #endif
 }
 
+// Brings what lies at an address into the L2 cache.
+static __device__ __forceinline__ void prefetch(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // The output of a linear layer that is not finished: y = product + bias + v B^T. The product's
 // columns behind `out` are u = x A^T, and v is u times the scaling of its column and the routing
 // weight of the column's expert. `b` is B^T, [ranks, out]. The host fills the same struct in
@@ -28,13 +33,18 @@ template <class T> struct Unfinished {
   int experts, ranks, out;
 };
 
-// Writes v of a row, [ranks], to shared memory.
+// What v is a multiple of, [ranks], written to shared memory. The routing weights were computed
+// before the kernel in front of this one, so a kernel need not have waited for that one.
+template <class T>
+static __device__ __forceinline__ void weights_of_row(const Unfinished<T> &y, i64 row, float *v) {
+  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
+    v[r] = y.scaling[r] * (y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f);
+}
+// Makes v of these.
 template <class T>
 static __device__ __forceinline__ void weigh_row(const Unfinished<T> &y, i64 row, float *v) {
-  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x) {
-    const float g = y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f;
-    v[r] = wide(y.product[row * y.ld + y.out + r]) * g * y.scaling[r];
-  }
+  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
+    v[r] *= wide(y.product[row * y.ld + y.out + r]);
   __syncthreads();
 }
 
@@ -50,9 +60,9 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
     const int pack = t % packs, group = t / packs, c = column(pack);
     float sum[N] = {};
     if (group == 0) {
-      float bias[N];
+      float bias[N] = {};
       Pack<T>::load(y.product + row * y.ld + c, sum);
-      Pack<T>::load(y.bias + c, bias);
+      if (y.bias) Pack<T>::load(y.bias + c, bias);
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += bias[i];
     }
@@ -126,8 +136,9 @@ static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, co
   extern __shared__ float of_norm[];
   __shared__ float scratch[32];
   float *values = of_norm, *v = of_norm + max((int)blockDim.x * N, WIDTH);
-  wait_for_inputs();
   const i64 row = blockIdx.x;
+  weights_of_row(y, row, v);
+  wait_for_inputs();
   if (y.ranks) {
     weigh_row(y, row, v);
     finish(y, row, WIDTH / N, [](int pack) { return pack * N; }, v, values);
@@ -165,20 +176,21 @@ static __device__ __forceinline__ float gelu_of(float z, int tanh_form) {
   return 0.5f * z * (1.f + h);
 }
 
-// out = gelu(y). A block computes 32 packs of a row.
+// out = y, or gelu(y) in one of its forms. A block computes 32 packs of a row.
 template <class T>
-static __device__ void step_gelu(const Unfinished<T> &y, T *out, int tanh_form) {
+static __device__ void step_finish(const Unfinished<T> &y, T *out, int is_gelu, int tanh_form) {
   constexpr int N = Pack<T>::N;
   extern __shared__ float of_gelu[];
   float *values = of_gelu, *v = of_gelu + blockDim.x * N;
-  wait_for_inputs();
   const int all = y.out / N, chunks = (all + 31) / 32;
   const i64 row = blockIdx.x / chunks;
   const int first = blockIdx.x % chunks * 32, packs = min(32, all - first);
+  weights_of_row(y, row, v);
+  wait_for_inputs();
   weigh_row(y, row, v);
   finish(y, row, packs, [=](int pack) { return (first + pack) * N; }, v, values);
   for (int i = threadIdx.x; i < packs * N; i += blockDim.x)
-    put(out + row * y.out + first * N + i, gelu_of(values[i], tanh_form));
+    put(out + row * y.out + first * N + i, is_gelu ? gelu_of(values[i], tanh_form) : values[i]);
 }
 
 // One running softmax over positions: its largest score, the sum of weights relative to it, and the
@@ -214,9 +226,10 @@ template <int N> struct Attended {
 };
 
 struct StepCache {
-  void *keys, *values;  // [rows, capacity + 1, heads, head size]
+  void *keys, *values;  // [rows, heads, capacity + 1, head size]
   i64 row_stride;       // elements from one row to the next
-  const i64 *places;    // where each row's new position goes in the flattened rows
+  i64 head_stride;      // elements from one head to the next
+  const i64 *places;    // where each row's new position goes in its row
   const i64 *positions; // index of each row's new position in its text
   int heads, window;    // window 0 means that there is none
   float scale;
@@ -243,8 +256,8 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
   const i64 first = cache.window && past >= cache.window ? past - cache.window + 1 : 0;
   const i64 chunk = (past - first + splits - 1) / splits;
   const i64 begin = first + split * chunk, end = min(past, begin + chunk);
-  const i64 in_row = row * cache.row_stride + at_head + lane * N;
-  const T *keys = (const T *)cache.keys + in_row, *old_values = (const T *)cache.values + in_row;
+  const i64 in_cache = row * cache.row_stride + head * cache.head_stride + lane * N;
+  T *keys = (T *)cache.keys + in_cache, *old_values = (T *)cache.values + in_cache;
   uint4 next_k[UNROLL], next_v[UNROLL];
   auto load = [&](i64 from) {
 #pragma unroll
@@ -252,20 +265,22 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
       const i64 j = from + group + i * GROUPS;
       next_k[i] = next_v[i] = make_uint4(0, 0, 0, 0);
       if (j < end) {
-        next_k[i] = *(const uint4 *)(keys + j * width);
-        next_v[i] = *(const uint4 *)(old_values + j * width);
+        next_k[i] = *(const uint4 *)(keys + j * SIZE);
+        next_v[i] = *(const uint4 *)(old_values + j * SIZE);
       }
     }
   };
   // earlier steps wrote these
   load(begin);
-  wait_for_inputs();
   const bool owns = split == 0;
+  const int packs = owns ? 3 * LANES : LANES;
+  auto column = [=](int pack) { return (int)(pack / LANES * width + at_head) + pack % LANES * N; };
+  weights_of_row(y, row, v);
+  for (int t = threadIdx.x; t < packs * y.ranks; t += blockDim.x)
+    prefetch(y.b + t / packs * y.ldb + column(t % packs));
+  wait_for_inputs();
   weigh_row(y, row, v);
-  finish(
-      y, row, owns ? 3 * LANES : LANES,
-      [=](int pack) { return (int)(pack / LANES * width + at_head) + pack % LANES * N; }, v,
-      values);
+  finish(y, row, packs, column, v, values);
   float q[N], new_key[N] = {}, new_value[N] = {};
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -277,9 +292,8 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     }
   }
   if (owns && group == 0) {
-    const i64 place = cache.places[row] * width + at_head + lane * N;
-    Pack<T>::store((T *)cache.keys + place, new_key);
-    Pack<T>::store((T *)cache.values + place, new_value);
+    Pack<T>::store(keys + cache.places[row] * SIZE, new_key);
+    Pack<T>::store(old_values + cache.places[row] * SIZE, new_value);
   }
   auto score_of = [&](const float *key) {
     float dot = 0;
@@ -572,8 +586,9 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
                                               const T *b, float eps, T *sum, T *a) {               \
     step_norm<T>(x, ldx, y, w, b, eps, sum, a);                                                    \
   }                                                                                                \
-  extern "C" __global__ void step_gelu_##NAME(Unfinished<T> y, T *out, int tanh_form) {            \
-    step_gelu<T>(y, out, tanh_form);                                                               \
+  extern "C" __global__ void step_finish_##NAME(Unfinished<T> y, T *out, int is_gelu,              \
+                                                int tanh_form) {                                   \
+    step_finish<T>(y, out, is_gelu, tanh_form);                                                    \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(256, 2) step_attention_##NAME(                      \
       Unfinished<T> y, StepCache cache, int lanes, int splits, float *partial, int *arrived,       \

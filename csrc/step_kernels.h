@@ -12,7 +12,7 @@ struct UnfinishedArgs {
 };
 struct StepCacheArgs {
   void *keys, *values;
-  int64_t row_stride;
+  int64_t row_stride, head_stride;
   const void *places, *positions;
   int heads, window;
   float scale;
@@ -21,7 +21,7 @@ static UnfinishedArgs args_of(const Unfinished &y) {
   UnfinishedArgs args{};
   args.out = (int)y.out;
   if (!y.product.defined()) return args;
-  args.product = y.product.data_ptr(), args.ld = ld(y.product), args.bias = y.bias.data_ptr();
+  args.product = y.product.data_ptr(), args.ld = ld(y.product), args.bias = at_or_null(y.bias);
   if (!y.rank_columns) return args;
   args.b = y.b.data_ptr(), args.ldb = ld(y.b), args.g = at_or_null(y.g);
   args.expert_of = y.rank_columns->expert_of.data_ptr();
@@ -81,14 +81,14 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   return true;
 }
 
-static bool step_gelu(const Unfinished &y, bool tanh_form, const Tensor &out) {
+static bool step_finish(const Unfinished &y, bool is_gelu, bool tanh_form, const Tensor &out) {
   auto module = any_module(out);
   const auto args = args_of(y);
   const int64_t n = per_pack(out), chunks = ceil_div(y.out / n, 32);
   const int64_t shared = 4 * (256 * n + args.ranks);
   if (!module || !fits(y) || !packs(out) || shared > SHARED_MEMORY) return false;
-  run_early(module, StepGelu, out, out.size(0) * chunks, 256, shared, args, out.data_ptr(),
-            (int)tanh_form);
+  run_early(module, StepFinish, out, out.size(0) * chunks, 256, shared, args, out.data_ptr(),
+            (int)is_gelu, (int)tanh_form);
   return true;
 }
 
@@ -109,21 +109,23 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   const auto args = args_of(y);
   const int threads = 256;
   const int64_t shared = 4 * (threads * n + args.ranks);
-  const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(1) == y.out / 3 &&
+  const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(3) == 1 &&
                         cache.keys.strides() == cache.values.strides() && out.is_contiguous();
   if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
   const int64_t pairs = out.size(0) * cache.heads;
   // enough blocks for all multiprocessors, each of which has some positions
-  const int64_t wanted = ceil_div(132, pairs), room = ceil_div(cache.keys.size(1), 128);
+  const int64_t wanted = ceil_div(132, pairs), room = ceil_div(cache.keys.size(2), 128);
   const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), (int64_t)16));
   Tensor partial, arrived;
   if (splits > 1) {
     partial = at::empty({pairs * splits * (size + 2)}, out.options().dtype(at::kFloat));
     arrived = counters(out, pairs);
   }
-  const StepCacheArgs at{cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.stride(0),
-                         cache.places.data_ptr(), cache.positions.data_ptr(), (int)cache.heads,
-                         (int)cache.window, (float)cache.scale};
+  const StepCacheArgs at{cache.keys.data_ptr(),      cache.values.data_ptr(),
+                         cache.keys.stride(0),       cache.keys.stride(1),
+                         cache.places.data_ptr(),    cache.positions.data_ptr(),
+                         (int)cache.heads,           (int)cache.window,
+                         (float)cache.scale};
   run_early(module, StepAttention, out, pairs * splits, threads, shared, args, at, (int)lanes,
             (int)splits, (float *)at_or_null(partial), (int *)at_or_null(arrived), out.data_ptr());
   return true;

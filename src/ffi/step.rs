@@ -67,11 +67,11 @@ pub struct Unfinished<'a> {
 /// The attention of a block to a cache.
 #[derive(Debug)]
 pub struct CachedAttention<'a> {
-    /// The keys of the texts, `[M, positions, n, h]`.
+    /// The keys of the texts, `[M, n, positions, h]`.
     pub keys: &'a Tensor,
     /// The values of the texts, in the same shape.
     pub values: &'a Tensor,
-    /// Where each text's new position goes in the flattened rows, int64 `[M]`.
+    /// Where each text's new position goes in its row, int64, `M` numbers.
     pub places: &'a Tensor,
     /// The index of each text's new position in its text, int64 `[M]`.
     pub positions: &'a Tensor,
@@ -181,7 +181,7 @@ pub fn block(
 }
 
 /// The numbers of a step that the next one reads: for each text, the id of its new token, its index
-/// in the text, and its place in the flattened rows of the cache; int64, `M` numbers each.
+/// in the text, and its place in its row of the cache; int64, `M` numbers each.
 #[derive(Debug)]
 pub struct Counters<'a> {
     /// The ids.

@@ -114,24 +114,21 @@ impl GenerationCache {
     pub fn numbers(&self, rows: &[StepRow<'_>], device: Device) -> Tensor {
         let t = num_new(rows);
         let mut numbers = vec![];
-        let mut add = |of: &dyn Fn(usize, usize) -> i64, padding: &dyn Fn(usize) -> i64| {
+        let mut add = |of: &dyn Fn(usize, usize) -> i64, padding: i64| {
             for (index, row) in rows.iter().enumerate() {
                 let own = (0..row.tokens.len()).map(|i| of(index, i));
-                let behind = std::iter::repeat_n(padding(index), t - row.tokens.len());
+                let behind = std::iter::repeat_n(padding, t - row.tokens.len());
                 numbers.extend(own.chain(behind));
             }
         };
-        let row_len = self.model.row_len();
         let position = |index: usize, i: usize| rows[index].past + i;
         let reads_prompt = |index: usize, i: usize| position(index, i) < rows[index].prompt_len;
-        add(&|index, i| rows[index].tokens[i], &|_| 0);
-        add(&|index, i| position(index, i) as i64, &|_| 0);
-        add(&|index, i| (index * row_len + position(index, i)) as i64, &|index| {
-            (index * row_len + self.capacity()) as i64
-        });
-        add(&|_, _| 0, &|_| -1);
-        add(&|index, i| (position(index, i) + 1).min(rows[index].prompt_len) as i64, &|_| 1);
-        add(&|index, i| i64::from(reads_prompt(index, i)), &|_| 0);
+        add(&|index, i| rows[index].tokens[i], 0);
+        add(&|index, i| position(index, i) as i64, 0);
+        add(&|index, i| position(index, i) as i64, self.capacity() as i64);
+        add(&|_, _| 0, -1);
+        add(&|index, i| (position(index, i) + 1).min(rows[index].prompt_len) as i64, 1);
+        add(&|index, i| i64::from(reads_prompt(index, i)), 0);
         numbers.extend(rows.iter().flat_map(|row| row.active_from));
         let flat = ffi::staged(Tensor::from_slice(&numbers), device);
         flat.to_device_(device, Kind::Int64, true, false)

@@ -19,7 +19,7 @@ use super::spec::DecoderSpec;
 /// The keys and values of all layers.
 #[derive(Debug)]
 pub struct KvCache {
-    /// Keys and values of each layer, `[rows, capacity + 1, n, h]`. The last position of a row is
+    /// Keys and values of each layer, `[rows, n, capacity + 1, h]`. The last position of a row is
     /// scratch space, into which padding is written.
     layers: Vec<[Tensor; 2]>,
     capacity: usize,
@@ -34,7 +34,7 @@ impl KvCache {
         kind: Kind,
         device: Device,
     ) -> Self {
-        let shape = [num_rows as i64, capacity as i64 + 1, spec.num_kv_heads, spec.head_dim];
+        let shape = [num_rows as i64, spec.num_kv_heads, capacity as i64 + 1, spec.head_dim];
         let zeros = || Tensor::zeros(shape, (kind, device));
         let layers = (0..spec.num_layers).map(|_| [zeros(), zeros()]).collect();
         Self { layers, capacity }
@@ -45,15 +45,15 @@ impl KvCache {
     pub fn reserve(&mut self, num_rows: usize, capacity: usize) {
         let capacity = capacity.max(self.capacity);
         for tensor in self.layers.iter_mut().flatten() {
-            let (rows, _, n, h) = tensor.size4().expect("a cache is [rows, positions, n, h]");
-            let shape = [rows.max(num_rows as i64), capacity as i64 + 1, n, h];
+            let (rows, n, _, h) = tensor.size4().expect("a cache is [rows, n, positions, h]");
+            let shape = [rows.max(num_rows as i64), n, capacity as i64 + 1, h];
             if tensor.size() == shape {
                 continue;
             }
             let larger = Tensor::zeros(shape, (tensor.kind(), tensor.device()));
             let kept = self.capacity as i64;
-            let mut place = larger.narrow(0, 0, rows).narrow(1, 0, kept);
-            place.copy_(&tensor.narrow(1, 0, kept));
+            let mut place = larger.narrow(0, 0, rows).narrow(2, 0, kept);
+            place.copy_(&tensor.narrow(2, 0, kept));
             *tensor = larger;
         }
         self.capacity = capacity;
@@ -70,15 +70,10 @@ impl KvCache {
         self.capacity
     }
 
-    /// Number of places of a row: one for each position, and a last one for padding.
-    pub fn row_len(&self) -> usize {
-        self.capacity + 1
-    }
-
     /// Copies the first `len` positions of row `from` to row `to`.
     pub fn copy_row(&mut self, from: usize, to: usize, len: usize) {
         for tensor in self.layers.iter().flatten() {
-            let row = |row: usize| tensor.get(row as i64).narrow(0, 0, len as i64);
+            let row = |row: usize| tensor.get(row as i64).narrow(1, 0, len as i64);
             row(to).copy_(&row(from));
         }
     }
@@ -86,9 +81,8 @@ impl KvCache {
     /// The part of the cache that a step of the rows from `first_row` on uses.
     ///
     /// - `positions`: the index of each new position in its text, `[b, t]`; any in padding
-    /// - `places`: where its keys and values are written in the step's flattened rows, `[b, t]`.
-    ///   Each row has [`KvCache::row_len`] places; a position goes to the place of its index, and
-    ///   padding to the last one
+    /// - `places`: where its keys and values are written in its row: at its index in the text, or at
+    ///   the capacity in padding, `[b, t]`
     /// - `extent`: the sizes of the step
     pub fn step(
         &self,
@@ -101,7 +95,7 @@ impl KvCache {
         let rows = |tensor: &Tensor| tensor.narrow(0, first_row as i64, b);
         CachedStep {
             layers: self.layers.iter().map(|layer| layer.each_ref().map(rows)).collect(),
-            places: places.reshape([-1]),
+            places: places.shallow_clone(),
             positions: positions.shallow_clone(),
             is_first: extent.is_first,
             attends_to_all: extent.is_first || (t == 1 && extent.is_even),
@@ -125,9 +119,9 @@ pub struct StepExtent {
 /// The part of a cache that one step uses.
 #[derive(Debug)]
 pub struct CachedStep {
-    /// Keys and values of each layer, `[b, capacity + 1, n, h]`.
+    /// Keys and values of each layer, `[b, n, capacity + 1, h]`.
     layers: Vec<[Tensor; 2]>,
-    /// Where new keys and values go in the flattened rows, `[b t]`.
+    /// Where new keys and values go in their rows, `[b, t]`.
     places: Tensor,
     /// The index of each new position in its text, `[b, t]`.
     positions: Tensor,
@@ -147,16 +141,15 @@ impl CachedStep {
 
     /// Appends new keys and values, `[b, n, t, h]` each, to a layer.
     pub fn write(&self, layer: usize, keys: &Tensor, values: &Tensor) {
-        let (n, h) = (keys.size()[1], keys.size()[3]);
+        let index = self.places.unsqueeze(1).unsqueeze(-1).expand_as(keys);
         for (cached, new) in self.layers[layer].iter().zip([keys, values]) {
-            let new = new.transpose(1, 2).reshape([-1, n, h]);
-            let _ = cached.view([-1, n, h]).index_copy_(0, &self.places, &new);
+            let _ = cached.shallow_clone().scatter_(2, &index, new);
         }
     }
 
     /// The keys and values of a layer, `[b, n, l, h]` each.
     pub fn read(&self, layer: usize) -> [Tensor; 2] {
-        self.layers[layer].each_ref().map(|x| x.narrow(1, 0, self.length).transpose(1, 2))
+        self.layers[layer].each_ref().map(|x| x.narrow(2, 0, self.length))
     }
 
     /// True where a new position may attend to one of the cache, `[b, 1, t, l]`; `None` if each may
@@ -174,12 +167,12 @@ impl CachedStep {
         &self.positions
     }
 
-    /// Where new keys and values go in the flattened rows, `[b t]`.
+    /// Where new keys and values go in their rows, `[b, t]`.
     pub fn places(&self) -> &Tensor {
         &self.places
     }
 
-    /// The rows of a layer's keys and of its values, `[b, capacity + 1, n, h]` each.
+    /// The rows of a layer's keys and of its values, `[b, n, capacity + 1, h]` each.
     pub fn rows(&self, layer: usize) -> &[Tensor; 2] {
         &self.layers[layer]
     }
