@@ -1,0 +1,123 @@
+//! Heat maps: a shade and a number for each cell of a table.
+
+use maud::{Markup, html};
+
+use super::px;
+use crate::report::palette::level;
+use crate::report::text::exact;
+
+const LEFT: f64 = 150.0;
+const TOP: f64 = 22.0;
+const CELL: f64 = 42.0;
+/// The height of a row, and that of maps with many rows, whose cells have no room for a number.
+const ROW: [f64; 2] = [18.0, 7.0];
+const MANY_ROWS: usize = 60;
+/// Most characters of a row's name in the drawing.
+const NAME: usize = 24;
+
+/// A heat map. All values lie between 0 and 1.
+#[derive(Debug, Clone)]
+pub struct HeatMap {
+    /// Its title.
+    pub title: String,
+    /// What the columns are, such as `expert`.
+    pub columns: Vec<String>,
+    /// The rows' names and their values; `None` where there is no such cell.
+    pub rows: Vec<(String, Vec<Option<f64>>)>,
+}
+
+impl HeatMap {
+    /// The drawing. Its numbers stand in a table of the page.
+    pub fn render(&self, id: &str) -> Markup {
+        let row_height = ROW[usize::from(self.rows.len() > MANY_ROWS)];
+        let width = LEFT + CELL * self.columns.len() as f64 + 4.0;
+        let height = TOP + row_height * self.rows.len() as f64 + 4.0;
+        let (title_id, desc_id) = (format!("{id}-t"), format!("{id}-d"));
+        html! {
+            svg class="heat" viewBox={ "0 0 " (px(width)) " " (px(height)) } role="img"
+                style={ "max-width:" (px(width * 1.25)) "px" }
+                aria-labelledby={ (title_id) " " (desc_id) } {
+                title id=(title_id) { (self.title) }
+                desc id=(desc_id) { (self.description()) }
+                @for (column, name) in self.columns.iter().enumerate() {
+                    text class="tick" text-anchor="middle" y=(px(TOP - 7.0))
+                        x=(px(LEFT + CELL * (column as f64 + 0.5))) { (name) }
+                }
+                @for (row, (name, values)) in self.rows.iter().enumerate() {
+                    @let top = TOP + row_height * row as f64;
+                    (self.row(name, values, top, row_height))
+                }
+            }
+        }
+    }
+
+    fn row(&self, name: &str, values: &[Option<f64>], top: f64, height: f64) -> Markup {
+        let is_tall = height >= ROW[0];
+        html! {
+            @if is_tall {
+                text class="tick" text-anchor="end" x=(px(LEFT - 6.0))
+                    y=(px(top + height / 2.0 + 4.0)) { (shortened(name)) }
+            }
+            @for (column, value) in values.iter().enumerate() {
+                @if let Some(value) = value {
+                    @let left = LEFT + CELL * column as f64;
+                    g {
+                        title { (name) ", " (self.columns[column]) ": " (exact(*value)) }
+                        rect class={ "h" (level(*value, 1.0)) } x=(px(left)) y=(px(top))
+                            width=(px(CELL)) height=(px(height)) {}
+                        @if is_tall {
+                            text class={ "cell t" (level(*value, 1.0)) } text-anchor="middle"
+                                x=(px(left + CELL / 2.0)) y=(px(top + height / 2.0 + 4.0)) {
+                                (format!("{value:.2}"))
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the map shows, in words: the largest cell of each row.
+    fn description(&self) -> String {
+        let of = |(name, values): &(String, Vec<Option<f64>>)| {
+            let cells = values.iter().enumerate().filter_map(|(i, value)| Some((i, (*value)?)));
+            let (column, value) = cells.max_by(|a, b| a.1.total_cmp(&b.1))?;
+            Some(format!("{name}: most at {}, {value:.2}.", self.columns[column]))
+        };
+        self.rows.iter().filter_map(of).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// The end of a name, which tells the layers and modules of a family apart.
+fn shortened(name: &str) -> String {
+    let count = name.chars().count();
+    if count <= NAME {
+        return name.to_owned();
+    }
+    let head: String = name.chars().take(8).collect();
+    let tail: String = name.chars().skip(count - (NAME - 9)).collect();
+    format!("{head}…{tail}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cell_has_a_shade_a_number_and_an_exact_title() {
+        let map = HeatMap {
+            title: "law".into(),
+            columns: vec!["0".into(), "1".into()],
+            rows: vec![("h.0".into(), vec![Some(0.125), None])],
+        };
+        let text = map.render("m").into_string();
+        assert!(text.contains("<title>h.0, 0: 0.125</title><rect class=\"h1\""), "{text}");
+        assert!(text.contains(">0.13</text>") || text.contains(">0.12</text>"), "{text}");
+        assert_eq!(text.matches("<rect").count(), 1);
+    }
+
+    #[test]
+    fn a_long_name_keeps_its_ends() {
+        assert_eq!(shortened("layers.27.self_attn.q_proj.x"), "layers.2….q_proj.x".to_owned());
+    }
+}
