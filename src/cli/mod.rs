@@ -24,6 +24,7 @@ mod signals;
 mod stage;
 mod start;
 mod stderr;
+mod strip;
 mod study;
 mod study_pool;
 mod study_run;

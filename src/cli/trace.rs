@@ -1,6 +1,7 @@
 //! `dylora trace`: shows how one text is routed and how much the experts change the output of each
 //! target module, and saves tensors of the forward pass.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -8,8 +9,10 @@ use clap::Args;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
-use super::{Shared, table, usage};
+use super::strip::{mean_weights, strip};
+use super::{Shared, table, usage, variable};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
 use crate::model::experts::weights::RoutingWeights;
@@ -42,6 +45,12 @@ pub struct TraceArgs {
     /// what decided them in training, or `router` if that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
+    /// Print a table with a line for each token, for each router if there are several. Without it, a
+    /// terminal shows the text as a strip in which each token has the colour and the number of the
+    /// expert with the largest weight, as a mean over the routers; with `NO_COLOR` set, the numbers
+    /// alone. If standard output is no terminal, the table is printed in any case.
+    #[arg(long, conflicts_with = "json")]
+    table: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -102,7 +111,16 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     };
     match args.json {
         true => print_json(&traced, args.out.as_deref())?,
-        false => print(&traced, args.out.as_deref()),
+        false => {
+            println!("{}", modules_text(&traced));
+            match args.table || !std::io::stdout().is_terminal() {
+                true => print_tables(&traced),
+                false => print_strip(&traced, &open.expert_names()),
+            }
+            if let Some(file) = &args.out {
+                println!("wrote `{}`", file.display());
+            }
+        }
     }
     Ok(())
 }
@@ -204,9 +222,10 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-fn print(traced: &Traced<'_>, out: Option<&Path>) {
+/// How much the experts change the output of each target module.
+fn modules_text(traced: &Traced<'_>) -> String {
     let (updates, routing) = (traced.updates, traced.routing);
-    println!(
+    let mut text = format!(
         "routing by `{routing}`: {} of {} target modules got weights",
         updates.len(),
         traced.num_targets
@@ -218,17 +237,26 @@ fn print(traced: &Traced<'_>, out: Option<&Path>) {
             [update.path.to_string()].into_iter().chain(numbers).chain([share]).collect()
         });
         let header = ["module", "norm of the update", "of the output", "share"];
-        println!("{}\n", table::table(&header, lines.collect()));
+        text += &format!("\n{}\n", table::table(&header, lines.collect()));
     }
+    text
+}
+
+fn print_tables(traced: &Traced<'_>) {
     for (site, rows) in traced.layers.iter().enumerate() {
         if traced.layers.len() > 1 {
             println!("{}", traced.sites[site]);
         }
         println!("{}", weight_table(traced.tokens, &traced.texts, rows));
     }
-    if let Some(file) = out {
-        println!("wrote `{}`", file.display());
+}
+
+fn print_strip(traced: &Traced<'_>, names: &[String]) {
+    if traced.layers.is_empty() {
+        return;
     }
+    let colours = may_colour(variable("NO_COLOR").is_some());
+    println!("{}", strip(&traced.texts, &mean_weights(&traced.layers), names, colours));
 }
 
 fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {

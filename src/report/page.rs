@@ -75,7 +75,7 @@ fn sections(runs: &[Reported]) -> Markup {
 fn styles() -> String {
     let dark = colours(&DARK, |hue| HUES[hue].dark);
     format!(
-        "{}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}}}\n{}{STYLE}",
+        "{}@media screen and (prefers-color-scheme: dark){{{dark}}}\n{STYLE}{}",
         colours(&LIGHT, |hue| HUES[hue].light),
         classes()
     )

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::de::DeserializeOwned;
 
 use crate::checkpoint::{self, Preferred, TrainState};
-use crate::config::{Config, load};
+use crate::config::{Config, expert_names, load};
 use crate::eval::experts::ExpertReport;
 use crate::model::experts::spec::part_name;
 use crate::model::experts::update::updates;
@@ -228,18 +228,8 @@ impl Run {
 
     /// The name of each expert, with those of its domains: `expert_0 (law)`.
     pub fn expert_names(&self, count: usize) -> Vec<String> {
-        let domains = self.config.iter().flat_map(|(config, _)| &config.data.domains);
-        let domains: Vec<_> = domains.filter_map(|x| Some((x, x.expert.as_ref()?))).collect();
-        let name = |expert: usize| {
-            let own =
-                domains.iter().filter(|(_, experts)| experts.experts().contains(&(expert as i64)));
-            let own: Vec<&str> = own.map(|(domain, _)| domain.name.as_str()).collect();
-            match own.is_empty() {
-                true => format!("expert_{expert}"),
-                false => format!("expert_{expert} ({})", own.join(", ")),
-            }
-        };
-        (0..count).map(name).collect()
+        let domains = self.config.as_ref().map_or(&[][..], |(config, _)| &config.data.domains);
+        expert_names(domains, count)
     }
 
     /// The last window that says how tokens were routed.

@@ -77,7 +77,7 @@ pub fn whiskers(id: &str, title: &str, rows: &[Whisker]) -> Markup {
         [row.mean - half, row.mean + half]
     };
     let values = rows.iter().flat_map(ends_of).chain([0.0]);
-    let Some(scale) = Scale::new(values, [LEFT, WIDTH - 20.0], 4) else { return html! {} };
+    let Some(scale) = Scale::new(values, [LEFT, WIDTH - 20.0], 3) else { return html! {} };
     let (title_id, desc_id) = (format!("{id}-t"), format!("{id}-d"));
     let words = rows.iter().map(|row| {
         let half = row.half_width.map(|half| format!(" ± {}", short(half))).unwrap_or_default();

@@ -6,14 +6,14 @@ use super::px;
 use crate::report::palette::level;
 use crate::report::text::exact;
 
-const LEFT: f64 = 150.0;
+const LEFT: f64 = 170.0;
 const TOP: f64 = 22.0;
 const CELL: f64 = 42.0;
 /// The height of a row, and that of maps with many rows, whose cells have no room for a number.
 const ROW: [f64; 2] = [18.0, 7.0];
 const MANY_ROWS: usize = 60;
 /// Most characters of a row's name in the drawing.
-const NAME: usize = 24;
+const NAME: usize = 27;
 
 /// A heat map. All values lie between 0 and 1.
 #[derive(Debug, Clone)]
@@ -94,8 +94,8 @@ fn shortened(name: &str) -> String {
     if count <= NAME {
         return name.to_owned();
     }
-    let head: String = name.chars().take(8).collect();
-    let tail: String = name.chars().skip(count - (NAME - 9)).collect();
+    let head: String = name.chars().take(9).collect();
+    let tail: String = name.chars().skip(count - (NAME - 10)).collect();
     format!("{head}…{tail}")
 }
 
@@ -118,6 +118,7 @@ mod tests {
 
     #[test]
     fn a_long_name_keeps_its_ends() {
-        assert_eq!(shortened("layers.27.self_attn.q_proj.x"), "layers.2….q_proj.x".to_owned());
+        assert_eq!(shortened("layers.27.self_attn.q_proj"), "layers.27.self_attn.q_proj");
+        assert_eq!(shortened("layers.127.self_attn.q_proj.x"), "layers.12…elf_attn.q_proj.x");
     }
 }

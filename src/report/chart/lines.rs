@@ -87,8 +87,8 @@ impl LineChart {
     fn drawing(&self, id: &str, lines: &[Line]) -> Markup {
         let steps = lines.iter().flat_map(|line| &line.points).map(|(step, _)| *step as f64);
         let values = lines.iter().flat_map(|line| &line.points).map(|(_, value)| *value);
-        let x = Scale::new(steps, [LEFT, WIDTH - RIGHT], 5);
-        let y = Scale::new(values, [HEIGHT - BOTTOM, TOP], 4);
+        let x = Scale::new(steps, [LEFT, WIDTH - RIGHT], 3);
+        let y = Scale::new(values, [HEIGHT - BOTTOM, TOP], 3);
         let (Some(x), Some(y)) = (x, y) else {
             return html! { p class="none" { "No value is finite." } };
         };

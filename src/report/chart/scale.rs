@@ -14,8 +14,8 @@ pub struct Scale {
 }
 
 impl Scale {
-    /// An axis for the finite ones of `values`, with about `count` round numbers; `None` if there
-    /// are none.
+    /// An axis for the finite ones of `values`, with `count` round numbers or up to twice as many;
+    /// `None` if there are none.
     pub fn new(values: impl Iterator<Item = f64>, ends: [f64; 2], count: usize) -> Option<Self> {
         let of = |bounds: Option<[f64; 2]>, value: f64| {
             let [low, high] = bounds.unwrap_or([value, value]);
@@ -44,19 +44,22 @@ impl Scale {
     pub fn label(&self, tick: f64) -> String {
         let largest = self.ticks.iter().fold(0.0_f64, |most, tick| most.max(tick.abs()));
         if largest >= 1e6 || (largest > 0.0 && largest < 1e-2) {
-            return if tick == 0.0 { "0".into() } else { format!("{tick:.1e}") };
+            return if tick == 0.0 {
+                "0".into()
+            } else {
+                format!("{tick:.1e}").replace(".0e", "e")
+            };
         }
         let digits = (-(self.step.log10().floor())).clamp(0.0, 6.0) as usize;
         format!("{tick:.digits$}")
     }
 }
 
-/// The smallest of 1, 2, 5, 10, .. times a power of ten that is at least `step`.
+/// The largest of 1, 2 and 5 times a power of ten that is at most `step`.
 fn round_step(step: f64) -> f64 {
     let power = 10f64.powf(step.log10().floor());
-    let factors = [1.0, 2.0, 5.0, 10.0];
-    let factor = factors.into_iter().find(|factor| factor * power >= step * (1.0 - 1e-9));
-    factor.unwrap_or(10.0) * power
+    let factor = [5.0, 2.0].into_iter().find(|factor| factor * power <= step * (1.0 + 1e-9));
+    factor.unwrap_or(1.0) * power
 }
 
 #[cfg(test)]
@@ -64,16 +67,19 @@ mod tests {
     use super::*;
 
     fn labels(values: &[f64]) -> Vec<String> {
-        let scale = Scale::new(values.iter().copied(), [0.0, 100.0], 4).expect("some are finite");
+        let scale = Scale::new(values.iter().copied(), [0.0, 100.0], 3).expect("some are finite");
         scale.ticks.iter().map(|tick| scale.label(*tick)).collect()
     }
 
     #[test]
     fn an_axis_has_round_numbers_within_its_bounds() {
-        assert_eq!(labels(&[0.93, 2.2, f64::NAN]), ["1.0", "1.5", "2.0"]);
-        assert_eq!(labels(&[0.0, 120.0]), ["0", "50", "100"]);
-        assert_eq!(labels(&[0.0, 5e-3]), ["0", "2.0e-3", "4.0e-3"]);
-        assert_eq!(labels(&[-0.02, 0.03]), ["-0.02", "0.00", "0.02"]);
+        assert_eq!(
+            labels(&[0.93, 2.2, f64::NAN]),
+            ["1.0", "1.2", "1.4", "1.6", "1.8", "2.0", "2.2"]
+        );
+        assert_eq!(labels(&[0.0, 120.0]), ["0", "20", "40", "60", "80", "100", "120"]);
+        assert_eq!(labels(&[0.0, 5e-3]), ["0", "1e-3", "2e-3", "3e-3", "4e-3", "5e-3"]);
+        assert_eq!(labels(&[-0.02, 0.03]), ["-0.02", "-0.01", "0.00", "0.01", "0.02", "0.03"]);
         assert_eq!(labels(&[3.0]), ["2", "3", "4"]);
         assert!(Scale::new([f64::NAN].into_iter(), [0.0, 1.0], 4).is_none());
     }

@@ -263,7 +263,9 @@ fn experts(index: usize, moved: &[Moved]) -> Markup {
                             @for (at, row) in moved.iter().enumerate() {
                                 tr {
                                     th scope="row" {
-                                        span class={ "mark k" (at % HUES.len()) } { (at) } " "
+                                        @if let Some(number) = row.name.strip_prefix("expert_") {
+                                            span class={ "mark k" (at % HUES.len()) } { (number) } " "
+                                        }
                                         (row.name)
                                     }
                                     td { (row.update_norm.map_or("needs the base".into(), short)) }
