@@ -73,7 +73,7 @@ pub fn run(args: ReportArgs, shared: &Shared) -> Result<()> {
             Err(error) => (None, Err(error)),
         };
         let samples = samples.map_err(|error| describe(&error).replace('\n', "; "));
-        if let (Err(reason), true) = (&samples, args.num_samples() > 0) {
+        if let (Err(reason), true) = (&samples, run.has_metrics() && args.num_samples() > 0) {
             tracing::warn!("there are no samples of `{}`: {reason}", run.name);
         }
         reported.push(Reported { run, moved, samples });

@@ -211,6 +211,11 @@ impl Run {
         Ok(())
     }
 
+    /// Whether it has metrics: the folder of a study has none.
+    pub fn has_metrics(&self) -> bool {
+        self.files.iter().any(|file| file.name == METRICS_FILE)
+    }
+
     /// The names of its domains, in the config's order, then those that only the metrics know.
     pub fn domains(&self) -> Vec<String> {
         let config = self.config.iter().flat_map(|(config, _)| &config.data.domains);

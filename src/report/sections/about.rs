@@ -19,7 +19,7 @@ pub fn about(runs: &[Reported]) -> Markup {
                      progress, or was interrupted."
                 }
             }
-            (machine(&run.run))
+            @if run.run.has_metrics() { (machine(&run.run)) }
             @if let Some((config, text)) = &run.run.config {
                 (data(&run.run, config))
                 details { summary { "The whole config" } pre { code { (text) } } }
@@ -134,6 +134,7 @@ fn checksums(run: &Run) -> Markup {
             }
         }))
         @match &run.checkpoint {
+            Err(_) if !run.has_metrics() => {},
             Err(reason) => p class="none" { "No checkpoint was read: " (reason) "." },
             Ok(facts) => p class="note" {
                 "The checkpoint is " code {

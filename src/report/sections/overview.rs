@@ -8,12 +8,11 @@ use crate::config::Duration;
 use crate::report::Reported;
 use crate::report::run::Run;
 use crate::report::text::{bytes, exact, short};
-use crate::train::files::METRICS_FILE;
 
 /// The section.
 pub fn overview(runs: &[Reported]) -> Markup {
     let with_metrics: Vec<(usize, &Run)> =
-        runs.iter().map(|run| &run.run).enumerate().filter(|(_, run)| has_metrics(run)).collect();
+        runs.iter().map(|run| &run.run).enumerate().filter(|(_, run)| run.has_metrics()).collect();
     let content = html! {
         @if !with_metrics.is_empty() {
             (scrolling(table(&with_metrics)))
@@ -27,11 +26,6 @@ pub fn overview(runs: &[Reported]) -> Markup {
         }
     };
     section("overview", "Overview", content)
-}
-
-/// Whether the run has metrics: a study's folder has none.
-fn has_metrics(run: &Run) -> bool {
-    run.files.iter().any(|file| file.name == METRICS_FILE)
 }
 
 fn table(runs: &[(usize, &Run)]) -> Markup {

@@ -261,14 +261,16 @@ fn experts(index: usize, moved: &[Moved]) -> Markup {
                         } }
                         tbody {
                             @for (at, row) in moved.iter().enumerate() {
-                                tr {
+                                tr data-expert=(row.name) {
                                     th scope="row" {
                                         @if let Some(number) = row.name.strip_prefix("expert_") {
                                             span class={ "mark k" (at % HUES.len()) } { (number) } " "
                                         }
                                         (row.name)
                                     }
-                                    td { (row.update_norm.map_or("needs the base".into(), short)) }
+                                    td data-value=[row.update_norm.map(exact)] {
+                                        (row.update_norm.map_or("needs the base".into(), short))
+                                    }
                                     td { (percent(row.relative_norm)) }
                                 }
                             }

@@ -20,7 +20,7 @@ pub fn samples(runs: &[Reported]) -> Markup {
                  it."
             }
         }
-        @for (index, run) in runs.iter().enumerate() {
+        @for (index, run) in runs.iter().enumerate().filter(|(_, run)| run.run.has_metrics()) {
             (run_heading(index, &run.run.name, runs.len()))
             @match &run.samples {
                 Err(reason) => p class="none" { "There are no samples: " (reason) "." },

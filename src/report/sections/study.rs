@@ -34,7 +34,7 @@ fn one(index: usize, study: &StudyReport) -> Markup {
     html! {
         p class="verdict" { (study.verdict) }
         p class="note" {
-            (study.steps) " steps, " (study.seeds.len()) " seed(s), learning rates x "
+            "Made by dylora " (study.dylora_version) ": " (study.steps) " steps, " (study.seeds.len()) " seed(s), learning rates x "
             (study.rates.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")) "."
         }
         @if !rows.is_empty() {
