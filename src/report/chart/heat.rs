@@ -6,7 +6,9 @@ use super::px;
 use crate::report::palette::level;
 use crate::report::text::exact;
 
-const LEFT: f64 = 170.0;
+/// The width of a character of a name, and the room around a name.
+const CHARACTER: f64 = 6.4;
+const ROOM: f64 = 14.0;
 const TOP: f64 = 22.0;
 const CELL: f64 = 42.0;
 /// The height of a row, and that of maps with many rows, whose cells have no room for a number.
@@ -30,18 +32,19 @@ impl HeatMap {
     /// The drawing. Its numbers stand in a table of the page.
     pub fn render(&self, id: &str) -> Markup {
         let row_height = ROW[usize::from(self.rows.len() > MANY_ROWS)];
-        let width = LEFT + CELL * self.columns.len() as f64 + 4.0;
+        let left = self.left();
+        let width = left + CELL * self.columns.len() as f64 + 4.0;
         let height = TOP + row_height * self.rows.len() as f64 + 4.0;
         let (title_id, desc_id) = (format!("{id}-t"), format!("{id}-d"));
         html! {
             svg class="heat" viewBox={ "0 0 " (px(width)) " " (px(height)) } role="img"
-                style={ "max-width:" (px(width * 1.25)) "px" }
+                style={ "max-width:" (px(width * 1.3)) "px" }
                 aria-labelledby={ (title_id) " " (desc_id) } {
                 title id=(title_id) { (self.title) }
                 desc id=(desc_id) { (self.description()) }
                 @for (column, name) in self.columns.iter().enumerate() {
                     text class="tick" text-anchor="middle" y=(px(TOP - 7.0))
-                        x=(px(LEFT + CELL * (column as f64 + 0.5))) { (name) }
+                        x=(px(left + CELL * (column as f64 + 0.5))) { (name) }
                 }
                 @for (row, (name, values)) in self.rows.iter().enumerate() {
                     @let top = TOP + row_height * row as f64;
@@ -51,16 +54,22 @@ impl HeatMap {
         }
     }
 
+    /// The width of the names.
+    fn left(&self) -> f64 {
+        let longest = self.rows.iter().map(|(name, _)| shortened(name).chars().count()).max();
+        ROOM + CHARACTER * longest.unwrap_or(0) as f64
+    }
+
     fn row(&self, name: &str, values: &[Option<f64>], top: f64, height: f64) -> Markup {
         let is_tall = height >= ROW[0];
         html! {
             @if is_tall {
-                text class="tick" text-anchor="end" x=(px(LEFT - 6.0))
+                text class="tick" text-anchor="end" x=(px(self.left() - 6.0))
                     y=(px(top + height / 2.0 + 4.0)) { (shortened(name)) }
             }
             @for (column, value) in values.iter().enumerate() {
                 @if let Some(value) = value {
-                    @let left = LEFT + CELL * column as f64;
+                    @let left = self.left() + CELL * column as f64;
                     g {
                         title { (name) ", " (self.columns[column]) ": " (exact(*value)) }
                         rect class={ "h" (level(*value, 1.0)) } x=(px(left)) y=(px(top))

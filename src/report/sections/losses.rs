@@ -18,15 +18,16 @@ pub fn losses(runs: &[Reported]) -> Markup {
             domains.push(name);
         }
     }
-    let mean = chart(runs, "Mean of the domains", None);
+    let mean = chart(runs, "All domains", None);
     let charts = domains.iter().map(|name| chart(runs, name, Some(name)));
     let charts: Vec<LineChart> = std::iter::once(mean).chain(charts).collect();
     let content = html! {
         @if charts.iter().any(|chart| chart.lines.iter().any(|line| !line.points.is_empty())) {
             p class="note" {
                 "A thin line is the loss of each training step; a line with dots is the loss on \
-                 the validation data. In the first chart, the thin line is the mean over a step's \
-                 label tokens. A line ends with the letter of its run."
+                 the validation data. In the first chart, the loss of a step is the mean over its \
+                 label tokens, and that of the validation data is the mean of the domains. A line \
+                 ends with the letter of its run."
             }
             div class="grid" {
                 @for (index, chart) in charts.iter().enumerate() {
