@@ -75,23 +75,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let output = open.model.forward(&inputs, &source, mode, Some(&mut recorder));
     let weights = layer_weights(&output, &open.model, tokens.len() as i64);
     if let Some(out) = &out {
-        let logits = open.model.logits(&output.hidden);
-        let mut tensors = vec![
-            ("input_ids".to_owned(), inputs.input_ids.shallow_clone()),
-            ("logits".to_owned(), logits),
-        ];
-        for (layer, tensor) in weights.iter().enumerate() {
-            let name = match open.model.sites().get(layer) {
-                Some(site) if site.layer.is_some() && routing == RoutingChoice::Router => {
-                    format!("routing_weights.{site}")
-                }
-                _ => "routing_weights".to_owned(),
-            };
-            tensors.push((name, tensor.shallow_clone()));
-        }
-        for (layer, hidden) in recorder.hidden_states.iter().enumerate() {
-            tensors.push((format!("hidden_states.{layer}"), hidden.shallow_clone()));
-        }
+        let tensors = tensors(&open, routing, &inputs, &output, &weights, &recorder);
         let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         out.write_file(|file| write_tensors(file, named))
             .with_context(|| format!("cannot write `{}`", out.path.display()))?;
@@ -123,6 +107,34 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The tensors of the forward pass, by their names in the file of `--out`.
+fn tensors(
+    open: &OpenModel,
+    routing: RoutingChoice,
+    inputs: &Inputs,
+    output: &ForwardOutput,
+    weights: &[Tensor],
+    recorder: &Recorder,
+) -> Vec<(String, Tensor)> {
+    let mut tensors = vec![
+        ("input_ids".to_owned(), inputs.input_ids.shallow_clone()),
+        ("logits".to_owned(), open.model.logits(&output.hidden)),
+    ];
+    for (layer, tensor) in weights.iter().enumerate() {
+        let name = match open.model.sites().get(layer) {
+            Some(site) if site.layer.is_some() && routing == RoutingChoice::Router => {
+                format!("routing_weights.{site}")
+            }
+            _ => "routing_weights".to_owned(),
+        };
+        tensors.push((name, tensor.shallow_clone()));
+    }
+    for (layer, hidden) in recorder.hidden_states.iter().enumerate() {
+        tensors.push((format!("hidden_states.{layer}"), hidden.shallow_clone()));
+    }
+    tensors
 }
 
 /// Checks that a text alone can be routed by `routing`.

@@ -10,7 +10,7 @@ use crate::checkpoint::{self, Preferred, TrainState};
 use crate::config::{Config, expert_names, load};
 use crate::eval::experts::ExpertReport;
 use crate::model::experts::spec::part_name;
-use crate::model::experts::update::updates;
+use crate::model::experts::update::{Update, updates};
 use crate::study::report::StudyReport;
 use crate::train::files::METRICS_FILE;
 use crate::train::machine::{MACHINE_FILE, Machine};
@@ -190,7 +190,7 @@ impl Run {
         let moved = |expert: usize| {
             let norm2 = || -> Result<f64> {
                 let updates = updates(&specs, &tensors, expert)?;
-                Ok(updates.values().map(|update| update.norm2()).sum())
+                Ok(updates.values().map(Update::norm2).sum())
             };
             let update_norm = (!specs[expert].use_dora).then(norm2).transpose()?.map(f64::sqrt);
             Ok(Moved { name: part_name(&specs, expert), update_norm, relative_norm: None })

@@ -3,6 +3,7 @@
 use std::process::{Command, Output};
 
 use anyhow::Result;
+use fs_err::os::unix::fs::symlink;
 
 use crate::Scene;
 
@@ -28,7 +29,7 @@ fn bad_input_is_named_with_exit_code_2_and_nothing_is_written() -> Result<()> {
     let step = scene.path("state/checkpoints/step-00000002");
     fs_err::create_dir_all(&step)?;
     fs_err::write(step.join("state.json"), "{}")?;
-    std::os::unix::fs::symlink("step-00000002", scene.path("state/checkpoints/last"))?;
+    symlink("step-00000002", scene.path("state/checkpoints/last"))?;
     fs_err::write(scene.path("study/study.json"), "[")?;
     let damaged = scene.run("damaged", ["law", "code"], 2, 0.0)?.join("metrics.jsonl");
     let text = fs_err::read_to_string(&damaged)?;

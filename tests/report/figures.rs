@@ -95,7 +95,7 @@ fn every_point_of_every_chart_is_in_the_metrics() -> Result<()> {
 fn the_rows_of_routing_are_those_of_the_last_window() -> Result<()> {
     let scene = Scene::new()?;
     let run = scene.run("run", ["law", "code"], 5, 0.0)?;
-    let html = page_of(&[run.clone()], vec![])?;
+    let html = page_of(std::slice::from_ref(&run), vec![])?;
     let window = &lines(&run)?[&("window".to_owned(), 4)];
     let rows = all(r#"(?s)<tr data-source="([^"]*)">(.*?)</tr>"#, &html);
     // two domains, all and load; two domains at each of two routers
