@@ -45,10 +45,11 @@ pub struct TraceArgs {
     /// what decided them in training, or `router` if that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
-    /// Print a table with a line for each token, for each router if there are several. Without it, a
-    /// terminal shows the text as a strip in which each token has the colour and the number of the
-    /// expert with the largest weight, as a mean over the routers; with `NO_COLOR` set, the numbers
-    /// alone. If standard output is no terminal, the table is printed in any case.
+    /// Print a table with a line for each token, for each router if there are several. Without this
+    /// option, a terminal shows the text as a strip in which each token has the colour and the
+    /// number of the expert with the largest weight, as a mean over the routers. With the
+    /// environment variable `NO_COLOR`, the strip has the numbers alone. If standard output is not
+    /// a terminal, the table is printed in any case.
     #[arg(long, conflicts_with = "json")]
     table: bool,
     /// Print the result as JSON.

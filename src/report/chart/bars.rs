@@ -102,9 +102,9 @@ pub fn whiskers(id: &str, title: &str, rows: &[Whisker]) -> Markup {
                     (row.name)
                 }
                 @if row.half_width.is_some() {
+                    @let top = px(middle - 5.0);
                     path class="line s0" d={ "M" (low) " " (px(middle)) "H" (high)
-                        "M" (low) " " (px(middle - 5.0)) "v10M" (high) " " (px(middle - 5.0)) "v10" }
-                        {}
+                        "M" (low) " " (top) "v10M" (high) " " (top) "v10" } {}
                 }
                 circle class="f0" cx=(px(scale.place(row.mean))) cy=(px(middle)) r="4" {}
             }

@@ -14,6 +14,10 @@ const CELL: f64 = 42.0;
 /// The height of a row, and that of maps with many rows, whose cells have no room for a number.
 const ROW: [f64; 2] = [18.0, 7.0];
 const MANY_ROWS: usize = 60;
+/// The size of a map on the page, relative to its own units.
+const SIZE: f64 = 1.15;
+/// The width from which on a map needs a row of its own.
+const WIDE: f64 = 280.0;
 /// Most characters of a row's name in the drawing.
 const NAME: usize = 27;
 
@@ -38,7 +42,7 @@ impl HeatMap {
         let (title_id, desc_id) = (format!("{id}-t"), format!("{id}-d"));
         html! {
             svg class="heat" viewBox={ "0 0 " (px(width)) " " (px(height)) } role="img"
-                style={ "max-width:" (px(width * 1.3)) "px" }
+                style={ "width:" (px(width * SIZE)) "px" }
                 aria-labelledby={ (title_id) " " (desc_id) } {
                 title id=(title_id) { (self.title) }
                 desc id=(desc_id) { (self.description()) }
@@ -52,6 +56,11 @@ impl HeatMap {
                 }
             }
         }
+    }
+
+    /// Whether it is too wide to stand beside another.
+    pub fn is_wide(&self) -> bool {
+        self.left() + CELL * self.columns.len() as f64 > WIDE
     }
 
     /// The width of the names.

@@ -230,7 +230,7 @@ fn table(lines: &[Line]) -> Markup {
         }
     }
     html! {
-        div class="scroll" tabindex="0" {
+        div class="scroll" role="group" aria-label="scrolls" tabindex="0" {
             table class="series" {
                 thead { tr {
                     th scope="col" { "step" }

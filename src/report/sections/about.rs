@@ -128,7 +128,8 @@ fn checksums(run: &Run) -> Markup {
                         @if let Some(hash) = &facts.state.tokenizer_hash {
                             (checksum("the tokenizer", hash))
                         }
-                        (checksum("fingerprint of the training data", &facts.state.data_fingerprint))
+                        (checksum("fingerprint of the training data",
+                            &facts.state.data_fingerprint))
                     }
                 }
             }

@@ -32,14 +32,15 @@ fn run_mark(index: usize) -> Markup {
     html! { span class={ "mark k" (index % HUES.len()) } { (letter(index)) } }
 }
 
-/// A heading for what concerns one run, if there are several.
+/// A heading for what concerns one run. A page of one run has it for screen readers alone, which go
+/// from one level to the next.
 fn run_heading(index: usize, name: &str, num_runs: usize) -> Markup {
     html! {
-        @if num_runs > 1 { h3 { (run_mark(index)) " " (name) } }
+        h3 class=[(num_runs == 1).then_some("hidden")] { (run_mark(index)) " " (name) }
     }
 }
 
-/// A table that may be wider than the page.
-fn scrolling(table: Markup) -> Markup {
-    html! { div class="scroll" tabindex="0" { (table) } }
+/// What may be wider than the page, and then scrolls by itself.
+fn scrolling(content: Markup) -> Markup {
+    html! { div class="scroll" role="group" aria-label="scrolls" tabindex="0" { (content) } }
 }

@@ -49,7 +49,10 @@ fn table(runs: &[(usize, &Run)]) -> Markup {
                             step.tokens_seen.to_string(), step.tokens_seen.to_string()))))
                         (value(*index, run.best_validation().map(|pass| (pass.step, "validation",
                             "loss", short(pass.loss), exact(pass.loss)))))
-                        td { (run.best_validation().map_or("-".into(), |pass| pass.step.to_string())) }
+                        td {
+                            (run.best_validation()
+                                .map_or("-".into(), |pass| pass.step.to_string()))
+                        }
                         (value(*index, last.map(|step| (step.step, "train", "tokens_per_sec",
                             short(step.tokens_per_sec), exact(step.tokens_per_sec)))))
                         td { (last.map_or("-".into(), |step| bytes(step.peak_memory_bytes))) }

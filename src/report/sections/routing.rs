@@ -5,6 +5,7 @@ use maud::{Markup, html};
 use serde_json::{Value, json};
 
 use super::{run_heading, scrolling, section};
+use crate::eval::SiteReport;
 use crate::report::Reported;
 use crate::report::chart::bars::{Bar, bars};
 use crate::report::chart::heat::HeatMap;
@@ -37,7 +38,9 @@ pub fn routing(runs: &[Reported]) -> Markup {
             @let moved = moved(run);
             @if run.run.last_routed().is_some() || !moved.is_empty() {
                 (run_heading(index, &run.run.name, num_runs))
-                @if let Some(window) = run.run.last_routed() { (of_window(index, &run.run, window)) }
+                @if let Some(window) = run.run.last_routed() {
+                    (of_window(index, &run.run, window))
+                }
                 (experts(index, &moved))
             }
         }
@@ -156,7 +159,7 @@ fn sites(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
     }
     let columns: Vec<String> = (0..num_experts).map(|expert| expert.to_string()).collect();
     let map = |domain: &str| {
-        let row = |site: &crate::eval::SiteReport| {
+        let row = |site: &SiteReport| {
             let weights = window.site_routing_weights.get(&site.site)?.get(domain)?;
             let mut cells = vec![None; num_experts];
             for (expert, weight) in site.experts.iter().zip(weights) {
@@ -177,9 +180,10 @@ fn sites(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
         }
         div class="grid" {
             @for (at, domain) in window.domain_routing_weights.keys().enumerate() {
-                figure class="chart" {
+                @let map = map(domain);
+                figure class={ "chart" @if map.is_wide() { " row" } } {
                     figcaption { (domain) }
-                    (map(domain).render(&format!("heat{index}-{at}")))
+                    (scrolling(map.render(&format!("heat{index}-{at}"))))
                 }
             }
         }
@@ -191,7 +195,7 @@ fn sites(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
 }
 
 fn site_table(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
-    let sites = window.routing.iter().flat_map(|routing| &routing.sites);
+    let sites = window.routing.iter().flat_map(|routing| &routing.sites).enumerate();
     html! {
         table data-run=(index) data-step=(window.step) {
             thead { tr {
@@ -200,28 +204,48 @@ fn site_table(index: usize, window: &WindowMetrics, num_experts: usize) -> Marku
                 th scope="col" { "mutual information" }
             } }
             tbody {
-                @for (at, site) in sites.enumerate() {
-                    @for (domain, weights) in window.site_routing_weights.get(&site.site).into_iter().flatten() {
-                        tr data-source=(json!(["window", "site_routing_weights", site.site, domain])) {
-                            th scope="row" { (site.site) ", " (domain) }
-                            @for expert in 0..num_experts {
-                                @match site.experts.iter().position(|own| *own == expert) {
-                                    None => td {},
-                                    Some(own) => td data-value=(exact(weights[own])) {
-                                        (exact(weights[own]))
-                                    },
-                                }
-                            }
-                            td data-run=(index) data-step=(window.step) data-one=""
-                                data-source=(json!(["window", "routing", "sites", at,
-                                                    "mutual_information"]))
-                                data-value=[site.mutual_information.map(exact)] {
-                                @if let Some(information) = site.mutual_information {
-                                    (exact(information))
-                                }
-                            }
+                @for (at, site) in sites {
+                    @if let Some(domains) = window.site_routing_weights.get(&site.site) {
+                        @for (domain, weights) in domains {
+                            (site_row(domain, site, weights, num_experts))
+                        }
+                        tr {
+                            th scope="row" { (site.site) }
+                            @for _ in 0..num_experts { td {} }
+                            (information(index, window.step, at, site))
                         }
                     }
+                }
+            }
+        }
+    }
+}
+
+/// The weights of a domain at a site, with gaps for experts that the site does not have.
+fn site_row(domain: &str, site: &SiteReport, weights: &[f64], num_experts: usize) -> Markup {
+    html! {
+        tr data-source=(json!(["window", "site_routing_weights", site.site, domain])) {
+            th scope="row" { (site.site) ", " (domain) }
+            @for expert in 0..num_experts {
+                @match site.experts.iter().zip(weights).find(|(own, _)| **own == expert) {
+                    None => td {},
+                    Some((_, weight)) => td data-value=(exact(*weight)) { (exact(*weight)) },
+                }
+            }
+            td {}
+        }
+    }
+}
+
+/// The mutual information at a site.
+fn information(run: usize, step: u64, at: usize, site: &SiteReport) -> Markup {
+    html! {
+        @match site.mutual_information {
+            None => td {},
+            Some(information) => {
+                td data-run=(run) data-step=(step) data-value=(exact(information))
+                    data-source=(json!(["window", "routing", "sites", at, "mutual_information"])) {
+                    (exact(information))
                 }
             }
         }
@@ -261,23 +285,30 @@ fn experts(index: usize, moved: &[Moved]) -> Markup {
                         } }
                         tbody {
                             @for (at, row) in moved.iter().enumerate() {
-                                tr data-expert=(row.name) {
-                                    th scope="row" {
-                                        @if let Some(number) = row.name.strip_prefix("expert_") {
-                                            span class={ "mark k" (at % HUES.len()) } { (number) } " "
-                                        }
-                                        (row.name)
-                                    }
-                                    td data-value=[row.update_norm.map(exact)] {
-                                        (row.update_norm.map_or("needs the base".into(), short))
-                                    }
-                                    td { (percent(row.relative_norm)) }
-                                }
+                                (moved_row(at, row))
                             }
                         }
                     }
                 }))
             }
+        }
+    }
+}
+
+fn moved_row(at: usize, row: &Moved) -> Markup {
+    html! {
+        tr data-expert=(row.name) {
+            th scope="row" {
+                // the part that is always on has no number
+                @if let Some(number) = row.name.strip_prefix("expert_") {
+                    span class={ "mark k" (at % HUES.len()) } { (number) } " "
+                }
+                (row.name)
+            }
+            td data-value=[row.update_norm.map(exact)] {
+                (row.update_norm.map_or("needs the base".into(), short))
+            }
+            td { (percent(row.relative_norm)) }
         }
     }
 }

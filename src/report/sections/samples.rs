@@ -3,7 +3,7 @@
 
 use maud::{Markup, html};
 
-use super::{run_heading, section};
+use super::{run_heading, scrolling, section};
 use crate::report::palette::{HUES, largest};
 use crate::report::samples::{Answer, RoutedToken, Sample};
 use crate::report::{Reported, Run};
@@ -65,6 +65,30 @@ fn one(sample: &Sample) -> Markup {
                 dt { "after, by expert" }
                 dd class="strip" {
                     @for token in &sample.after.tokens { (strip_token(token)) }
+                }
+            }
+            details {
+                summary { "Numbers: the weights of each token" }
+                (scrolling(weights(&sample.after)))
+            }
+        }
+    }
+}
+
+fn weights(answer: &Answer) -> Markup {
+    let count = answer.tokens.first().map_or(0, |token| token.weights.len());
+    html! {
+        table {
+            thead { tr {
+                th scope="col" { "token" }
+                @for expert in 0..count { th scope="col" { (expert) } }
+            } }
+            tbody {
+                @for token in &answer.tokens {
+                    tr {
+                        th scope="row" { code { (format!("{:?}", token.text)) } }
+                        @for weight in &token.weights { td { (format!("{weight:.4}")) } }
+                    }
                 }
             }
         }

@@ -3,6 +3,7 @@
 use maud::{Markup, html};
 
 use super::{run_heading, scrolling, section};
+use crate::config::load::to_toml;
 use crate::report::Reported;
 use crate::report::chart::bars::{Whisker, whiskers};
 use crate::report::text::{exact, short};
@@ -34,7 +35,8 @@ fn one(index: usize, study: &StudyReport) -> Markup {
     html! {
         p class="verdict" { (study.verdict) }
         p class="note" {
-            "Made by dylora " (study.dylora_version) ": " (study.steps) " steps, " (study.seeds.len()) " seed(s), learning rates x "
+            "Made by dylora " (study.dylora_version) ": " (study.steps) " steps, "
+            (study.seeds.len()) " seed(s), learning rates x "
             (study.rates.iter().map(f64::to_string).collect::<Vec<_>>().join(", ")) "."
         }
         @if !rows.is_empty() {
@@ -48,6 +50,10 @@ fn one(index: usize, study: &StudyReport) -> Markup {
         @if !study.warnings.is_empty() {
             h4 { "Warnings" }
             ul { @for warning in &study.warnings { li { (warning) } } }
+        }
+        details {
+            summary { "The whole config of the study" }
+            pre { code { (to_toml(&study.config)) } }
         }
         @if !study.failed.is_empty() {
             p class="none" { (study.failed.len()) " run(s) failed." }
@@ -67,7 +73,9 @@ fn comparisons(study: &StudyReport) -> Markup {
                     tr data-comparison=(row.name) {
                         th scope="row" { (row.name) }
                         td { (row.minus.name()) " below " (row.of.name()) }
-                        td data-value=(exact(row.interval.mean)) { (format!("{:+.4}", row.interval.mean)) }
+                        td data-value=(exact(row.interval.mean)) {
+                            (format!("{:+.4}", row.interval.mean))
+                        }
                         td { (row.interval.half_width.map_or("-".into(), short)) }
                     }
                 }
