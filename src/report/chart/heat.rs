@@ -52,6 +52,11 @@ impl HeatMap {
                 }
                 @for (row, (name, values)) in self.rows.iter().enumerate() {
                     @let top = TOP + row_height * row as f64;
+                    // low rows have room for every second name
+                    @if row_height >= ROW[0] || row % 2 == 0 {
+                        text class="tick" text-anchor="end" x=(px(self.left() - 6.0))
+                            y=(px(top + row_height / 2.0 + 4.0)) { (shortened(name)) }
+                    }
                     (self.row(name, values, top, row_height))
                 }
             }
@@ -72,10 +77,6 @@ impl HeatMap {
     fn row(&self, name: &str, values: &[Option<f64>], top: f64, height: f64) -> Markup {
         let is_tall = height >= ROW[0];
         html! {
-            @if is_tall {
-                text class="tick" text-anchor="end" x=(px(self.left() - 6.0))
-                    y=(px(top + height / 2.0 + 4.0)) { (shortened(name)) }
-            }
             @for (column, value) in values.iter().enumerate() {
                 @if let Some(value) = value {
                     @let left = self.left() + CELL * column as f64;

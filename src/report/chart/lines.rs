@@ -165,7 +165,7 @@ fn curve(line: &Line, x: &Scale, y: &Scale) -> Markup {
     let class = if line.mark == Mark::Thin { "line thin" } else { "line" };
     html! {
         path class={ (class) " s" (line.hue % HUES.len()) } d=(path)
-            stroke-dasharray=(DASHES[line.hue % DASHES.len()]) {}
+            stroke-dasharray=(dashes(line.hue)) {}
         @if has_dots {
             @for (step, value) in finite {
                 circle class={ "f" (line.hue % HUES.len()) } cx=(px(x.place(*step as f64)))
@@ -175,6 +175,11 @@ fn curve(line: &Line, x: &Scale, y: &Scale) -> Markup {
             }
         }
     }
+}
+
+/// The dashes of a line. Where hues begin anew, dashes do not, so that the two differ.
+fn dashes(hue: usize) -> &'static str {
+    DASHES[(hue + hue / HUES.len()) % DASHES.len()]
 }
 
 /// The labels at the ends of lines, moved apart; of several lines with the same one, the last has
@@ -190,15 +195,16 @@ fn labels<'a>(lines: &'a [Line], y: &Scale) -> Vec<(&'a Line, f64)> {
     let mut placed: Vec<(&Line, f64)> =
         ends.into_values().map(|(index, place)| (&lines[index], place)).collect();
     placed.sort_by(|a, b| a.1.total_cmp(&b.1));
-    let mut least = TOP;
+    let (mut least, mut most) = (TOP, HEIGHT - BOTTOM);
+    // many labels come closer to each other
+    let distance = LABEL_HEIGHT.min((most - least) / placed.len().max(2) as f64);
     for (_, place) in &mut placed {
         *place = place.max(least);
-        least = *place + LABEL_HEIGHT;
+        least = *place + distance;
     }
-    let mut most = HEIGHT - BOTTOM;
     for (_, place) in placed.iter_mut().rev() {
         *place = place.min(most);
-        most = *place - LABEL_HEIGHT;
+        most = *place - distance;
     }
     placed
 }
@@ -303,19 +309,23 @@ mod tests {
     }
 
     #[test]
-    fn labels_do_not_lie_on_each_other() {
-        let lines: Vec<Line> = (0..6)
-            .map(|i| Line {
-                hue: i,
-                label: i.to_string(),
-                ..line(vec![(1, 1.0 + 1e-3 * i as f64)])
-            })
-            .collect();
-        let y = Scale::new([0.0, 2.0].into_iter(), [HEIGHT - BOTTOM, TOP], 4).expect("finite");
-        let placed = labels(&lines, &y);
-        assert_eq!(placed.len(), 6);
-        for pair in placed.windows(2) {
-            assert!(pair[1].1 - pair[0].1 >= LABEL_HEIGHT - 1e-9);
+    fn labels_do_not_lie_on_each_other_and_stay_within_the_chart() {
+        for (count, least) in [(6, LABEL_HEIGHT), (40, 4.0)] {
+            let value = |i: usize| 1.0 + 1e-3 * i as f64;
+            let of = |i: usize| Line { hue: i, label: i.to_string(), ..line(vec![(1, value(i))]) };
+            let lines: Vec<Line> = (0..count).map(of).collect();
+            let y = Scale::new([0.0, 2.0].into_iter(), [HEIGHT - BOTTOM, TOP], 4).expect("finite");
+            let placed = labels(&lines, &y);
+            assert_eq!(placed.len(), count);
+            assert!(placed.windows(2).all(|pair| pair[1].1 - pair[0].1 >= least - 1e-9));
+            assert!(placed.iter().all(|(_, place)| (TOP - 1e-9..HEIGHT).contains(place)));
+        }
+    }
+
+    #[test]
+    fn lines_of_the_same_hue_have_other_dashes() {
+        for hue in 0..HUES.len() {
+            assert_ne!(dashes(hue), dashes(hue + HUES.len()));
         }
     }
 }
