@@ -28,7 +28,7 @@ VISIBLE = [HOSTILE[0], "[U+202E]gnp.[U+2066] \u05d0 a\"b'c & <b>\u241b[2J"]
 ELEMENTS = set(
     "html head meta title style body a header h1 h2 h3 h4 ul li span main section p table caption "
     "thead tbody tr th td div figure figcaption svg desc path text circle rect g details summary "
-    "article dl dt dd sub br pre code footer".split()
+    "article dl dt dd sub br pre code footer strong".split()
 )
 VOID = {"meta", "br"}
 count = 0
@@ -290,7 +290,8 @@ def make(folder):
 
 # elements that are wider than the page, and texts of drawings that lie outside of these
 OVERFLOW = """[...document.querySelectorAll('body *')].filter(x =>
-    !x.closest('.scroll, pre, details, .skip') && x.getBoundingClientRect().right > innerWidth + 1
+    !x.closest('.scroll, pre, details, .skip') && 
+    x.getBoundingClientRect().right > document.documentElement.clientWidth + 1
 ).map(x => x.outerHTML.slice(0, 200))"""
 CUT = """[...document.querySelectorAll('svg text')].filter(x => {
     const box = x.getBBox(), view = x.ownerSVGElement.viewBox.baseVal;

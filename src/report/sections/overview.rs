@@ -1,13 +1,16 @@
 //! The runs in a table: how far they have come, and what they reached.
 
+use std::collections::BTreeMap;
+
 use maud::{Markup, html};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{run_mark, scrolling, section};
 use crate::config::Duration;
 use crate::report::Reported;
 use crate::report::run::Run;
 use crate::report::text::{bytes, exact, short};
+use crate::train::metrics::ValidationMetrics;
 
 /// The section.
 pub fn overview(runs: &[Reported]) -> Markup {
@@ -20,8 +23,16 @@ pub fn overview(runs: &[Reported]) -> Markup {
                 "Losses are in nats a token. “Best loss” is the lowest mean of the domains' \
                  validation losses, as the run evaluated them."
             }
-            @if with_metrics.iter().any(|(_, run)| !run.validations.is_empty()) {
-                (scrolling(best_table(&with_metrics)))
+            @let has = |of: fn(&ValidationMetrics) -> &ByDomain| with_metrics.iter()
+                .any(|(_, run)| run.best_validation().is_some_and(|pass| !of(pass).is_empty()));
+            @if has(|pass| &pass.domain_losses) {
+                (scrolling(best_table(&with_metrics, "Validation losses at the best evaluation",
+                    "domain_losses", |pass| &pass.domain_losses, Some(|pass| pass.loss))))
+            }
+            @if has(|pass| &pass.accuracy_by_domain) {
+                (scrolling(best_table(&with_metrics, "Accuracy of the router at the best evaluation: \
+                    the share of tokens whose most probable expert is one of their domain's",
+                    "accuracy_by_domain", |pass| &pass.accuracy_by_domain, None)))
             }
         }
     };
@@ -45,33 +56,23 @@ fn table(runs: &[(usize, &Run)]) -> Markup {
                         th scope="row" { (run_mark(*index)) " " (run.name) }
                         td { (state(run)) }
                         td { (last.map_or(0, |step| step.step)) }
-                        (value(*index, last.map(|step| (step.step, "train", "tokens_seen",
-                            step.tokens_seen.to_string(), step.tokens_seen.to_string()))))
-                        (value(*index, run.best_validation().map(|pass| (pass.step, "validation",
-                            "loss", short(pass.loss), exact(pass.loss)))))
-                        td {
-                            (run.best_validation()
-                                .map_or("-".into(), |pass| pass.step.to_string()))
+                        td { (last.map_or(0, |step| step.tokens_seen)) }
+                        @match run.best_validation() {
+                            None => { td { "-" } td { "-" } },
+                            Some(pass) => {
+                                (cell(*index, pass.step, json!(["validation", "loss"]),
+                                    Some(pass.loss)))
+                                td { (pass.step) }
+                            },
                         }
-                        (value(*index, last.map(|step| (step.step, "train", "tokens_per_sec",
-                            short(step.tokens_per_sec), exact(step.tokens_per_sec)))))
+                        @match last {
+                            None => td { "-" },
+                            Some(last) => (cell(*index, last.step,
+                                json!(["train", "tokens_per_sec"]), Some(last.tokens_per_sec))),
+                        }
                         td { (last.map_or("-".into(), |step| bytes(step.peak_memory_bytes))) }
                     }
                 }
-            }
-        }
-    }
-}
-
-/// A cell with a number of `metrics.jsonl`: its step, the kind and the key, and the number as it is
-/// read and as it is.
-fn value(run: usize, cell: Option<(u64, &str, &str, String, String)>) -> Markup {
-    html! {
-        @match cell {
-            None => td { "-" },
-            Some((step, kind, key, shown, exact)) => {
-                td data-run=(run) data-step=(step) data-source=(json!([kind, key]))
-                    data-value=(exact) title=(exact) { (shown) }
             }
         }
     }
@@ -92,8 +93,21 @@ fn state(run: &Run) -> &'static str {
     if is_complete { "complete" } else { "in progress, interrupted or stopped early" }
 }
 
-/// The losses of each run's best evaluation, by domain.
-fn best_table(runs: &[(usize, &Run)]) -> Markup {
+/// What an evaluation says of each domain.
+type ByDomain = BTreeMap<String, f64>;
+
+/// The figures of each run's best evaluation, by domain.
+///
+/// - `key`: the name of the figures in `metrics.jsonl`
+/// - `of`: the figures
+/// - `mean`: the mean of the domains, if `metrics.jsonl` has it, under the key `loss`
+fn best_table(
+    runs: &[(usize, &Run)],
+    caption: &str,
+    key: &str,
+    of: fn(&ValidationMetrics) -> &ByDomain,
+    mean: Option<fn(&ValidationMetrics) -> f64>,
+) -> Markup {
     let mut domains: Vec<String> = vec![];
     for name in runs.iter().flat_map(|(_, run)| run.domains()) {
         if !domains.contains(&name) {
@@ -102,33 +116,40 @@ fn best_table(runs: &[(usize, &Run)]) -> Markup {
     }
     html! {
         table {
-            caption { "Validation losses at the best evaluation" }
+            caption { (caption) }
             thead { tr {
                 th scope="col" { "run" }
                 @for name in &domains { th scope="col" { (name) } }
-                th scope="col" { "mean of domains" }
+                @if mean.is_some() { th scope="col" { "mean of domains" } }
             } }
             tbody {
                 @for (index, run) in runs {
-                    @if let Some(pass) = run.best_validation() {
+                    @if let Some(pass) = run.best_validation().filter(|pass| !of(pass).is_empty()) {
                         tr {
                             th scope="row" { (run_mark(*index)) " " (run.name) }
                             @for name in &domains {
-                                @match pass.domain_losses.get(name) {
-                                    None => td { "-" },
-                                    Some(loss) => td data-run=(index) data-step=(pass.step)
-                                        data-source=(json!(["validation", "domain_losses", name]))
-                                        data-value=(exact(*loss)) title=(exact(*loss)) {
-                                        (short(*loss))
-                                    },
-                                }
+                                (cell(*index, pass.step, json!(["validation", key, name]),
+                                    of(pass).get(name).copied()))
                             }
-                            (value(*index, Some((pass.step, "validation", "loss",
-                                short(pass.loss), exact(pass.loss)))))
+                            @if let Some(mean) = mean {
+                                (cell(*index, pass.step, json!(["validation", "loss"]),
+                                    Some(mean(pass))))
+                            }
                         }
                     }
                 }
             }
+        }
+    }
+}
+
+/// A cell with a number of `metrics.jsonl`.
+fn cell(run: usize, step: u64, source: Value, number: Option<f64>) -> Markup {
+    html! {
+        @match number {
+            None => td { "-" },
+            Some(number) => td data-run=(run) data-step=(step) data-source=(source)
+                data-value=(exact(number)) title=(exact(number)) { (short(number)) },
         }
     }
 }

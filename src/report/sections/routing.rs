@@ -131,7 +131,22 @@ fn of_window(index: usize, run: &Run, window: &WindowMetrics) -> Markup {
                 }
             }))
         }
+        (collapse(run))
         (sites(index, window, names.len()))
+    }
+}
+
+/// The windows in which the routing had collapsed.
+fn collapse(run: &Run) -> Markup {
+    let windows = || run.windows.iter().filter(|window| !window.collapse.is_empty());
+    html! {
+        @if let Some(last) = windows().last() {
+            p {
+                strong { "The routing had collapsed" } " in " (windows().count()) " of "
+                (run.windows.len()) " windows, the last time up to step " (last.step) ": "
+                (last.collapse.join("; ")) "."
+            }
+        }
     }
 }
 
