@@ -30,8 +30,9 @@ pub fn overview(runs: &[Reported]) -> Markup {
                     "domain_losses", |pass| &pass.domain_losses, Some(|pass| pass.loss))))
             }
             @if has(|pass| &pass.accuracy_by_domain) {
-                (scrolling(best_table(&with_metrics, "Accuracy of the router at the best evaluation: \
-                    the share of tokens whose most probable expert is one of their domain's",
+                (scrolling(best_table(&with_metrics,
+                    "Accuracy of the router at the best evaluation: the share of tokens \
+                    whose most probable expert is one of their domain's",
                     "accuracy_by_domain", |pass| &pass.accuracy_by_domain, None)))
             }
         }

@@ -140,7 +140,7 @@ fn of_window(index: usize, run: &Run, window: &WindowMetrics) -> Markup {
 fn collapse(run: &Run) -> Markup {
     let windows = || run.windows.iter().filter(|window| !window.collapse.is_empty());
     html! {
-        @if let Some(last) = windows().last() {
+        @if let Some(last) = windows().next_back() {
             p {
                 strong { "The routing had collapsed" } " in " (windows().count()) " of "
                 (run.windows.len()) " windows, the last time up to step " (last.step) ": "
