@@ -180,7 +180,9 @@ fn a_terminal_shows_a_strip_and_a_pipe_the_table(
         let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
         command.args(trace).args(arguments).env("OMP_NUM_THREADS", "1").env("TERM", "xterm");
         command.env_remove("NO_COLOR").envs(no_color.map(|value| ("NO_COLOR", value)));
-        Ok(rexpect::session::spawn_command(command, Some(60_000))?.exp_eof()?)
+        let text = rexpect::session::spawn_command(command, Some(60_000))?.exp_eof()?;
+        // rexpect makes a character of each byte
+        Ok(String::from_utf8(text.chars().map(|byte| byte as u8).collect())?)
     };
     let shown = terminal(&[], None)?;
     assert!(!shown.contains("| position") && shown.contains(" expert_3 (verse): "), "{shown}");
