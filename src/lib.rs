@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! config, durable, ffi, tensor_file | hub | chat_template | data | model | peft | base | mixture
-//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study, serve
-//! | cli, main
+//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study
+//! | report, serve | cli, main
 //! ```
 //!
 //! A target module with frozen weight W, bias b and experts e = 1..E of rank r_e computes
@@ -91,7 +91,9 @@ pub mod train;
 pub mod lifecycle;
 
 pub mod bench;
-pub mod serve;
 pub mod study;
+
+pub mod report;
+pub mod serve;
 
 pub mod cli;

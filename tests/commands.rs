@@ -151,6 +151,11 @@ fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
     assert!(modules.iter().all(|module| module["update_share"].as_f64() > Some(0.0)), "{trace}");
     let base = ["trace", "--base", "demo/base", "--text", "fn main", "--json"];
     assert_eq!(json(&dylora(&cache, &base)?)?["modules"], serde_json::json!([]));
+    a_terminal_shows_a_strip_and_a_pipe_the_table(&cache, run)?;
+    let machine = fs_err::read_to_string(cache.path().join("run/machine.json"))?;
+    let machine: Value = serde_json::from_str(&machine)?;
+    assert_eq!(machine["dylora_version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!((&machine["device"], &machine["cpu_threads"]), (&"cpu".into(), &1.into()));
 
     let out = export.to_str().context("UTF-8")?;
     let arguments = ["export-adapters", "--checkpoint", run, "--out", out];
@@ -160,6 +165,33 @@ fn a_run_is_trained_evaluated_traced_and_exported() -> Result<()> {
     let again = dylora(&cache, &arguments)?;
     assert_eq!(again.status.code(), Some(1));
     assert!(stderr(&again).contains("is there already"), "{}", stderr(&again));
+    Ok(())
+}
+
+fn a_terminal_shows_a_strip_and_a_pipe_the_table(
+    cache: &tempfile::TempDir,
+    run: &str,
+) -> Result<()> {
+    let trace = ["trace", "--checkpoint", run, "--text", "fn main"];
+    let piped = dylora(cache, &trace)?;
+    let piped = String::from_utf8(piped.stdout)?;
+    assert!(piped.contains("| position |") && !piped.contains('\x1b'), "{piped}");
+    let terminal = |arguments: &[&str], no_color: Option<&str>| -> Result<String> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+        command.args(trace).args(arguments).env("OMP_NUM_THREADS", "1").env("TERM", "xterm");
+        command.env_remove("NO_COLOR").envs(no_color.map(|value| ("NO_COLOR", value)));
+        let text = rexpect::session::spawn_command(command, Some(60_000))?.exp_eof()?;
+        // rexpect makes a character of each byte
+        Ok(String::from_utf8(text.chars().map(|byte| byte as u8).collect())?)
+    };
+    let shown = terminal(&[], None)?;
+    assert!(!shown.contains("| position") && shown.contains(" expert_3 (verse): "), "{shown}");
+    let colourless = terminal(&[], Some("1"))?;
+    assert!(shown.contains("\x1b[") && !colourless.contains('\x1b'), "{shown}{colourless}");
+    let strip = fancy_regex::Regex::new("fn[₀-₃] m[₀-₃]ain[₀-₃]\\s")?;
+    assert!(strip.is_match(&colourless)?, "{colourless}");
+    let table = terminal(&["--table"], None)?;
+    assert_eq!(table.replace('\r', ""), piped);
     Ok(())
 }
 

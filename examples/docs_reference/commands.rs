@@ -74,7 +74,11 @@ fn names(option: &Arg) -> String {
         let values = values.iter().map(|value| format!("<{value}>")).collect::<Vec<_>>().join(" ");
         text += &if least == 0 { format!(" [{values}]") } else { format!(" {values}") };
     }
-    format!("`{text}`")
+    // an argument that is no option has its value alone, which may be repeated
+    if option.is_positional() && option.get_num_args().is_some_and(|range| range.max_values() > 1) {
+        text += "...";
+    }
+    format!("`{}`", text.trim_start())
 }
 
 /// An option's help in one line, with its choices, its default and whether it is required.

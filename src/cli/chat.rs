@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::chat_lines::Lines;
-use super::chat_text::{coloured, columns, largest, may_colour};
+use super::chat_text::{columns, may_colour};
 use super::open::{ModelArgs, OpenModel};
 use super::sampling::SamplingArgs;
 use super::{Shared, Stderr, describe, own_cache, usage, variable, write};
@@ -20,6 +20,7 @@ use crate::generate::{
     Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, Route, RouteChoice,
     TextStream, prompt,
 };
+use crate::report::palette::{coloured, largest};
 
 /// What `/help` shows.
 const HELP: &str = "\
@@ -139,26 +140,11 @@ impl Session<'_> {
         };
         let mut text = format!("{}, {what}. /help lists the commands.\n", self.open.base.label);
         if self.colours {
-            let names = self.expert_names();
+            let names = self.open.expert_names();
             let names = names.iter().enumerate().map(|(e, name)| coloured(name, e));
             text += &format!("{}\n", names.collect::<Vec<_>>().join("  "));
         }
         text
-    }
-
-    /// The name of each expert, with those of its domains.
-    fn expert_names(&self) -> Vec<String> {
-        let domains = self.open.config.iter().flat_map(|config| &config.data.domains);
-        let domains: Vec<_> = domains.filter_map(|x| Some((x, x.expert.as_ref()?))).collect();
-        let name = |expert: i64| {
-            let own = domains.iter().filter(|(_, experts)| experts.experts().contains(&expert));
-            let own: Vec<&str> = own.map(|(domain, _)| domain.name.as_str()).collect();
-            match own.is_empty() {
-                true => format!("expert_{expert}"),
-                false => format!("expert_{expert} ({})", own.join(", ")),
-            }
-        };
-        (0..self.open.model.num_experts()).map(name).collect()
     }
 
     /// Carries out a line. Returns whether the session goes on.
@@ -321,7 +307,7 @@ impl Session<'_> {
 
     /// How many tokens each expert was the first for.
     fn routing_line(&self, answer: &Answer<'_>) -> String {
-        let names = self.expert_names();
+        let names = self.open.expert_names();
         let of = |(expert, name): (usize, &String)| {
             let text = format!("{name}: {}", answer.by_expert[expert]);
             if self.colours { coloured(&text, expert) } else { text }

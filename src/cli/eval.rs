@@ -19,7 +19,7 @@ use crate::growth::stages::{Stage, forgetting};
 use crate::model::{RoutedModel, RoutingSource};
 
 /// The arguments that name the data.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct DataArgs {
     /// Data to score, as a file with or without its domain. Without a domain, records are grouped
     /// by their `domain` field, or by file if they have none. The option can be repeated [default:

@@ -136,7 +136,7 @@ fn questions(
 }
 
 /// The routing of a document.
-fn route(
+pub fn route(
     open: &OpenModel,
     routing: RoutingChoice,
     domain: &str,

@@ -17,12 +17,14 @@ mod merge;
 mod open;
 mod progress;
 mod remove_expert;
+mod report;
 mod sampling;
 mod serve;
 mod signals;
 mod stage;
 mod start;
 mod stderr;
+mod strip;
 mod study;
 mod study_pool;
 mod study_run;
@@ -92,6 +94,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
     Trace(trace::TraceArgs),
+    /// Write one HTML page about runs: losses, routing, samples, growth and studies.
+    Report(report::ReportArgs),
     /// Find out whether routing helps on your data: train a mixture, single LoRAs and other arms
     /// with the same chances, and compare them.
     Study(study::StudyArgs),
@@ -195,6 +199,7 @@ impl Cli {
             Some(Command::Chat(args)) => chat::run(args, &shared),
             Some(Command::Serve(args)) => serve::run(args, &shared),
             Some(Command::Trace(args)) => trace::run(args, &shared),
+            Some(Command::Report(args)) => report::run(args, &shared),
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
             Some(Command::Bench(args)) => bench::run(args, &shared),

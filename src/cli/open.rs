@@ -13,7 +13,7 @@ use crate::base::Base;
 use crate::checkpoint::{self, Preferred, TrainState};
 use crate::config::{
     AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
-    RoutingChoice,
+    RoutingChoice, expert_names,
 };
 use crate::data::TokenDataset;
 use crate::durable::{folder, output::Output};
@@ -238,6 +238,12 @@ impl OpenModel {
             ))),
             _ => Ok(routing),
         }
+    }
+
+    /// The name of each expert, with those of its domains if a run's config says them.
+    pub fn expert_names(&self) -> Vec<String> {
+        let domains = self.config.as_ref().map_or(&[][..], |config| &config.data.domains);
+        expert_names(domains, self.model.num_experts() as usize)
     }
 
     /// The experts that the run's config gives the domains of `dataset`; `None` if it gives none or

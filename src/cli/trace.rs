@@ -1,6 +1,7 @@
 //! `dylora trace`: shows how one text is routed and how much the experts change the output of each
 //! target module, and saves tensors of the forward pass.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -8,8 +9,10 @@ use clap::Args;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
-use super::{Shared, table, usage};
+use super::strip::{mean_weights, strip};
+use super::{Shared, table, usage, variable};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
 use crate::model::experts::weights::RoutingWeights;
@@ -42,6 +45,13 @@ pub struct TraceArgs {
     /// what decided them in training, or `router` if that is unknown].
     #[arg(long, value_name = "ROUTING")]
     routing: Option<RoutingChoice>,
+    /// Print a table with a line for each token, for each router if there are several. Without this
+    /// option, a terminal shows the text as a strip in which each token has the colour and the
+    /// number of the expert with the largest weight, as a mean over the routers. With the
+    /// environment variable `NO_COLOR`, the strip has the numbers alone. If standard output is not
+    /// a terminal, the table is printed in any case.
+    #[arg(long, conflicts_with = "json")]
+    table: bool,
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
@@ -66,23 +76,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     let output = open.model.forward(&inputs, &source, mode, Some(&mut recorder));
     let weights = layer_weights(&output, &open.model, tokens.len() as i64);
     if let Some(out) = &out {
-        let logits = open.model.logits(&output.hidden);
-        let mut tensors = vec![
-            ("input_ids".to_owned(), inputs.input_ids.shallow_clone()),
-            ("logits".to_owned(), logits),
-        ];
-        for (layer, tensor) in weights.iter().enumerate() {
-            let name = match open.model.sites().get(layer) {
-                Some(site) if site.layer.is_some() && routing == RoutingChoice::Router => {
-                    format!("routing_weights.{site}")
-                }
-                _ => "routing_weights".to_owned(),
-            };
-            tensors.push((name, tensor.shallow_clone()));
-        }
-        for (layer, hidden) in recorder.hidden_states.iter().enumerate() {
-            tensors.push((format!("hidden_states.{layer}"), hidden.shallow_clone()));
-        }
+        let tensors = tensors(&open, routing, &inputs, &output, &weights, &recorder);
         let named = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
         out.write_file(|file| write_tensors(file, named))
             .with_context(|| format!("cannot write `{}`", out.path.display()))?;
@@ -102,9 +96,46 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     };
     match args.json {
         true => print_json(&traced, args.out.as_deref())?,
-        false => print(&traced, args.out.as_deref()),
+        false => {
+            println!("{}", modules_text(&traced));
+            match args.table || !std::io::stdout().is_terminal() {
+                true => print_tables(&traced),
+                false => print_strip(&traced, &open.expert_names()),
+            }
+            if let Some(file) = &args.out {
+                println!("wrote `{}`", file.display());
+            }
+        }
     }
     Ok(())
+}
+
+/// The tensors of the forward pass, by their names in the file of `--out`.
+fn tensors(
+    open: &OpenModel,
+    routing: RoutingChoice,
+    inputs: &Inputs,
+    output: &ForwardOutput,
+    weights: &[Tensor],
+    recorder: &Recorder,
+) -> Vec<(String, Tensor)> {
+    let mut tensors = vec![
+        ("input_ids".to_owned(), inputs.input_ids.shallow_clone()),
+        ("logits".to_owned(), open.model.logits(&output.hidden)),
+    ];
+    for (layer, tensor) in weights.iter().enumerate() {
+        let name = match open.model.sites().get(layer) {
+            Some(site) if site.layer.is_some() && routing == RoutingChoice::Router => {
+                format!("routing_weights.{site}")
+            }
+            _ => "routing_weights".to_owned(),
+        };
+        tensors.push((name, tensor.shallow_clone()));
+    }
+    for (layer, hidden) in recorder.hidden_states.iter().enumerate() {
+        tensors.push((format!("hidden_states.{layer}"), hidden.shallow_clone()));
+    }
+    tensors
 }
 
 /// Checks that a text alone can be routed by `routing`.
@@ -204,9 +235,10 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
-fn print(traced: &Traced<'_>, out: Option<&Path>) {
+/// How much the experts change the output of each target module.
+fn modules_text(traced: &Traced<'_>) -> String {
     let (updates, routing) = (traced.updates, traced.routing);
-    println!(
+    let mut text = format!(
         "routing by `{routing}`: {} of {} target modules got weights",
         updates.len(),
         traced.num_targets
@@ -218,17 +250,26 @@ fn print(traced: &Traced<'_>, out: Option<&Path>) {
             [update.path.to_string()].into_iter().chain(numbers).chain([share]).collect()
         });
         let header = ["module", "norm of the update", "of the output", "share"];
-        println!("{}\n", table::table(&header, lines.collect()));
+        text += &format!("\n{}\n", table::table(&header, lines.collect()));
     }
+    text
+}
+
+fn print_tables(traced: &Traced<'_>) {
     for (site, rows) in traced.layers.iter().enumerate() {
         if traced.layers.len() > 1 {
             println!("{}", traced.sites[site]);
         }
         println!("{}", weight_table(traced.tokens, &traced.texts, rows));
     }
-    if let Some(file) = out {
-        println!("wrote `{}`", file.display());
+}
+
+fn print_strip(traced: &Traced<'_>, names: &[String]) {
+    if traced.layers.is_empty() {
+        return;
     }
+    let colours = may_colour(variable("NO_COLOR").is_some());
+    println!("{}", strip(&traced.texts, &mean_weights(&traced.layers), names, colours));
 }
 
 fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {

@@ -441,6 +441,23 @@ impl DomainExperts {
     }
 }
 
+/// The names of `count` experts, each with those of its domains, as `expert_0 (law)`.
+pub fn expert_names(domains: &[DomainConfig], count: usize) -> Vec<String> {
+    let name = |expert: usize| {
+        let is_own = |domain: &&DomainConfig| {
+            let experts = domain.expert.as_ref().map_or(&[][..], DomainExperts::experts);
+            experts.contains(&(expert as i64))
+        };
+        let own: Vec<&str> =
+            domains.iter().filter(is_own).map(|domain| domain.name.as_str()).collect();
+        match own.is_empty() {
+            true => format!("expert_{expert}"),
+            false => format!("expert_{expert} ({})", own.join(", ")),
+        }
+    };
+    (0..count).map(name).collect()
+}
+
 impl JsonSchema for DomainExperts {
     fn schema_name() -> Cow<'static, str> {
         "DomainExperts".into()

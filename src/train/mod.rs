@@ -14,6 +14,7 @@ pub mod files;
 pub mod gradients;
 pub mod graph;
 pub mod losses;
+pub mod machine;
 pub mod metrics;
 pub mod optim;
 mod outcome;
@@ -50,6 +51,7 @@ use crate::model::{RoutedModel, Trained};
 use crate::{config, durable};
 use files::MetricsWriter;
 use graph::Capture;
+use machine::Machine;
 use metrics::{Metrics, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
@@ -339,6 +341,7 @@ impl Trainer {
         checkpoint::clean(&run_dir)?;
         let resolved = config::load::to_toml(&self.config);
         durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
+        Machine::present(self.model.device()).write(&run_dir)?;
         let mut writer =
             MetricsWriter::open(&run_dir, self.config.run.tensorboard, self.state.step)?;
         let mut saved = None;

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 23] = [
+const LAYERS: [&str; 24] = [
     "config",
     "durable",
     "ffi",
@@ -39,6 +39,7 @@ const LAYERS: [&str; 23] = [
     "lifecycle",
     "bench",
     "study",
+    "report",
     "serve",
     "cli",
     "main",
