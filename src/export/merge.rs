@@ -117,6 +117,11 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
     Ok(merged)
 }
 
+/// The model card of a base into which `model` was merged under `weights`, `[e]`.
+pub fn base_card(model: &RoutedModel, provenance: &Provenance, weights: &[f64]) -> String {
+    String::new()
+}
+
 /// The model card of an adapter into which `model` was merged under `weights`, `[e]`.
 pub fn adapter_card(
     model: &RoutedModel,

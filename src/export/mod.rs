@@ -1,7 +1,8 @@
 //! Files that other programs load: each expert as a PEFT adapter, with the mixture's router beside
-//! them ([`peft`]); a static mixture, merged into a base or an adapter ([`merge`]); and a base as a
+//! them ([`peft`]), or alone for llama.cpp ([`gguf`]); a static mixture, merged into a base or an adapter ([`merge`]); and a base as a
 //! Hugging Face folder ([`hugging_face`]).
 
+pub mod gguf;
 pub mod hugging_face;
 pub mod merge;
 pub mod peft;

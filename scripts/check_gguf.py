@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Compares GGUF files with dylora, transformers and PEFT, by llama.cpp.
+
+    scripts/check_gguf.py LLAMA BASE FOLDER
+
+LLAMA comes from scripts/llama_cpp_env and BASE from scripts/real_base. FOLDER is for the files of
+the check. llama.cpp evaluates each file and computes in f32 on the CPU. These must agree:
+
+    tokens of texts in each kind of tokenizer     exactly, with dylora's
+    experts of mixtures on the demo base and on   probabilities of the next token to 1e-3, with
+    BASE, rsLoRA and a part that is always on     dylora's and PEFT's
+    small bases of each family and kind of RoPE,  the same, with dylora's and transformers'
+    and merges on them
+    merges in f32, f16 and bf16                   to 1e-3, 5e-3 and 3e-2, with transformers'
+
+What llama.cpp cannot express must be refused by name. Needs scripts/reference_env;
+scripts/check_gguf runs this script.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import clients
+import torch
+import transformers
+from clients import BASE, check_merge, checks, dylora, expect, load_adapters, load_base, static_logits
+from clients import summary, trace, train
+
+LLAMA, REAL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3]).resolve()
+TEXTS = ["How much remains?\n[1] 7 hours = 7 * 11 = 77", "SCENE. The battlements at dawn."]
+BOUNDS = {"f32": 1e-3, "f16": 5e-3, "bf16": 3e-2}
+# the rest of each config, which continues `[lora]`
+MIXTURE = """num_experts = 3
+use_rslora = true
+rank_pattern = { "mlp.c_fc" = 2, "h.1.attn.c_attn" = 6 }
+alpha_pattern = { "attn.c_proj" = 3, "h.0.mlp.c_proj" = 9.5 }
+[[lora.experts]]
+[[lora.experts]]
+init = "pissa"
+[[lora.experts]]
+use_rslora = false
+target_modules = ["mlp.c_fc", "attn.c_proj"]
+rank_pattern = {}
+alpha_pattern = {}
+"""
+SHARED = "num_experts = 2\nshared_rank = 3\n"
+DORA = "num_experts = 2\nuse_dora = true\n"
+ALL_LINEAR = 'num_experts = 2\ntarget_modules = "all-linear"\n'
+SIZES = {
+    "vocab_size": 2050,  # two rows without a token
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+# the settings of small bases besides SIZES, by the family
+FAMILIES = {
+    "llama": [
+        {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "eos_token_id": [0, 5]},
+        {"rope_parameters": LINEAR, "tie_word_embeddings": True, "head_dim": 24},
+        {"rope_parameters": YARN},
+    ],
+    "qwen2": [{"tie_word_embeddings": True}],
+    "qwen3": [{"rms_norm_eps": 1e-5, "head_dim": 32}],
+    "smollm3": [{}],
+    "mistral": [{"sliding_window": None, "head_dim": 32}],
+}
+# settings that are refused, and what the message names
+REFUSED = {
+    "mistral": [({"sliding_window": 8}, "`sliding_window`")],
+    "qwen3": [({"attention_bias": True}, "`attention_bias`"), ({"rope_parameters": LLAMA3}, "`llama3`")],
+    "smollm3": [({"no_rope_layer_interval": 2}, "`no_rope_layers`")],
+    "llama": [({"rope_parameters": YARN | {"attention_factor": 2.0}}, "`attention_factor`")],
+}
+
+
+def in_llama_cpp(*jobs):
+    """What llama.cpp finds for each text of each job, a model, its adapters and texts."""
+    jobs = [
+        {
+            "model": str(model),
+            "adapters": [{"filePath": str(file), "scale": scale} for file, scale in adapters.items()],
+            "texts": texts,
+        }
+        for model, adapters, texts in jobs
+    ]
+    program = ["node", f"{LLAMA}/evaluate.mjs"]
+    done = subprocess.run(program, input=json.dumps(jobs), capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"llama.cpp failed on {jobs}:\n{done.stdout}\n{done.stderr}")
+    lines = iter(done.stdout.splitlines())
+    return [[json.loads(next(lines)) for _ in job["texts"]] for job in jobs]
+
+
+def differences(found, logits):
+    """The largest difference of llama.cpp's probabilities from those of logits, [1, t, v]."""
+    probabilities = logits[0].double().softmax(-1)
+    ids = found["ids"]
+    of_text = probabilities[torch.arange(len(ids) - 1), ids[1:]]
+    next_token = torch.tensor(found["next"], dtype=torch.double)[: logits.shape[-1]]
+    each = [of_text - torch.tensor(found["probabilities"], dtype=torch.double), probabilities[-1] - next_token]
+    return max(difference.abs().max().item() for difference in each)
+
+
+def compare(name, found, logits, bound=1e-3, without=None):
+    """Stops if probabilities differ, or hardly differ from those `without` adapters."""
+    difference = differences(found, logits)
+    moved = None if without is None else differences(found, without)
+    print(f"{name}: {difference:.1e}" + ("" if moved is None else f" (moved by {moved:.2f})"), flush=True)
+    if not difference <= bound:
+        sys.exit(f"{name}: the largest difference {difference:.1e} is more than {bound:.0e}")
+    if moved is not None and not moved > 0.02:
+        sys.exit(f"{name}: the adapter hardly does anything, so this shows nothing")
+    checks.append(difference)
+
+
+def timed(check):
+    """Prints how long a check takes."""
+
+    def run(*arguments):
+        started = time.monotonic()
+        check(*arguments)
+        print(f"-- {check.__name__}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+
+    return run
+
+
+def export(run, out):
+    dylora("export-adapters", "--checkpoint", run, "--format", "gguf", "--out", out)
+    return out
+
+
+def base_file(base, out):
+    dylora("merge", "--base", base, "--format", "gguf", "--out", out)
+    return out / "model.gguf"
+
+
+def check_experts(name, base, file, run, folders):
+    """Checks each expert of a run, with the part that is always on if there is one.
+
+    `folders` has PEFT's folders of the experts.
+    """
+    out = export(run, FOLDER / f"{name}.gguf")
+    shared = [out / "shared.gguf"] if (out / "shared.gguf").exists() else []
+    experts = sorted(out.glob("expert_*.gguf"))
+    found = in_llama_cpp(*((file, {path: 1 for path in [expert, *shared]}, TEXTS) for expert in experts))
+    model = load_base(base)
+    for number, texts in enumerate(found):
+        adapted = None if shared else load_adapters(base, adapter=folders / f"expert_{number}")
+        for text, result in zip(TEXTS, texts, strict=True):
+            ours = trace("--checkpoint", run, "--text", text, "--routing", f"expert:{number}")
+            ids = ours["input_ids"]
+            same = ids[0].tolist() == result["ids"]
+            expect(f"{name}: llama.cpp has the same {len(result['ids'])} tokens", same, (ids, result["ids"]))
+            compare(f"{name}: expert {number} by dylora", result, ours["logits"], without=model(ids).logits)
+            if adapted is not None:
+                compare(f"{name}: expert {number} in PEFT", result, adapted(ids).logits)
+
+
+def check_merges(name, base, run, weights, dtypes):
+    """Checks a merged mixture in each dtype against the merged base in transformers."""
+    data = ["--data", "demo/data/verse.validation.jsonl", "--seq-len", 64]
+    merge = ["--checkpoint", run, "--weights", weights, *data, "--overwrite"]
+    merged = FOLDER / f"{name}.merged"
+    dylora("merge", *merge, "--out", merged)
+    model, plain = load_base(merged), load_base(base)
+    out = FOLDER / f"{name}.merged-gguf"
+    for dtype in dtypes:
+        dylora("merge", *merge, "--format", "gguf", "--save-dtype", dtype, "--out", out)
+        [texts] = in_llama_cpp((out / "model.gguf", {}, TEXTS))
+        for result in texts:
+            ids = torch.tensor([result["ids"]])
+            compare(f"{name}: merged in {dtype}", result, model(ids).logits, BOUNDS[dtype], plain(ids).logits)
+
+
+def check_refused(name, words, command, *arguments):
+    out = FOLDER / "refused"
+    message = dylora(command, *arguments, "--format", "gguf", "--out", out, code=1)
+    expect(f"{name} is refused", all(word in message for word in words) and not out.exists(), message)
+
+
+@timed
+def check_demo():
+    """Checks mixtures on the demo base, a GPT-2."""
+    file = base_file(BASE, FOLDER / "demo.base")
+    run, folders = train(FOLDER, "demo", MIXTURE)
+    check_experts("demo", BASE, file, run, folders)
+    check_merges("demo", BASE, run, "0.7,-0.4,1.1", ["f32", "f16", "bf16"])
+    run, folders = train(FOLDER, "shared", SHARED)
+    check_experts("shared", BASE, file, run, folders)
+    check_merges("shared", BASE, run, "0.5,0.5", ["f32"])
+    run, _ = train(FOLDER, "dora", DORA)
+    check_refused("a DoRA expert", ["DoRA", "`expert_0`", "dylora merge"], "export-adapters", "--checkpoint", run)
+    check_merges("dora", BASE, run, "expert:1", ["f32"])
+
+
+def make_base(folder, family, settings):
+    """Writes a base of random weights with the demo's tokenizer."""
+    config = transformers.AutoConfig.for_model(family, **SIZES | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += (0.2 if parameter.dim() == 1 else 0.1) * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    for file in ["tokenizer.json", "tokenizer_config.json"]:
+        (folder / file).write_text((Path(BASE) / file).read_text())
+
+
+@timed
+def check_families():
+    """Checks small bases, and an expert and a merge on one of each family."""
+    for family, variants in FAMILIES.items():
+        for number, settings in enumerate(variants):
+            name = f"{family}-{number}"
+            base = FOLDER / name
+            make_base(base, family, settings)
+            file = base_file(base, FOLDER / f"{name}.base")
+            [texts] = in_llama_cpp((file, {}, TEXTS))
+            for result in texts:
+                ids = torch.tensor([result["ids"]])
+                compare(f"{name}: the base in transformers", result, load_base(base)(ids).logits)
+            if number == 0:
+                run, folders = train(FOLDER, f"{name}.run", ALL_LINEAR, base)
+                check_experts(name, base, file, run, folders)
+                check_merges(name, base, run, "0.5,0.5", ["f32"])
+    for family, variants in REFUSED.items():
+        for number, (settings, word) in enumerate(variants):
+            base = FOLDER / f"{family}-refused-{number}"
+            make_base(base, family, settings)
+            check_refused(f"{family} with {settings}", [word, "llama.cpp"], "merge", "--base", base)
+
+
+@torch.no_grad()
+def main():
+    torch.manual_seed(0)
+    check_demo()
+    check_families()
+    summary()
+
+
+main()

@@ -1,0 +1,58 @@
+//! The scores of SentencePiece's tokens.
+//!
+//! llama.cpp joins the two neighbours whose joined text is the token of the highest score.
+//! `tokenizer.json` has merges instead, of which the first in the list goes first. A token's score
+//! is minus the place of its first merge, which leads to the same tokens if
+//!
+//! - the merges that make one token stand together in the list, and
+//! - each two tokens whose joined text is a token have a merge.
+//!
+//! Both hold in a file that was made from SentencePiece's own.
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::{Result, bail};
+
+/// The score of each token.
+///
+/// - `is_piece`: whether a token is one of text, and not a byte or special
+///
+/// # Errors
+/// Merges that no scores can say.
+pub(super) fn scores(
+    tokens: &[String],
+    merges: &[(&str, &str)],
+    is_piece: &dyn Fn(usize) -> bool,
+) -> Result<Vec<f32>> {
+    let pieces = tokens.iter().enumerate().filter(|(id, _)| is_piece(*id));
+    let ids: HashMap<&str, usize> = pieces.map(|(id, token)| (token.as_str(), id)).collect();
+    let known: HashSet<(&str, &str)> = merges.iter().copied().collect();
+    for token in ids.keys() {
+        let splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
+        for (a, b) in splits {
+            if ids.contains_key(a) && ids.contains_key(b) && !known.contains(&(a, b)) {
+                bail!(
+                    "`model.merges` lacks `{a} {b}`, but llama.cpp would join them: these are not \
+                     the merges of a SentencePiece model"
+                );
+            }
+        }
+    }
+    let mut scores = vec![0.0; tokens.len()];
+    let (mut places, mut last) = (HashMap::new(), None);
+    for (place, (a, b)) in merges.iter().enumerate() {
+        let joined = format!("{a}{b}");
+        let Some(id) = ids.get(joined.as_str()) else {
+            bail!("`model.merges` has `{a} {b}`, but `{joined}` is no token");
+        };
+        if last != Some(*id) && places.insert(*id, place).is_some() {
+            bail!(
+                "`model.merges` makes `{joined}` at two places of the list: these are not the \
+                 merges of a SentencePiece model"
+            );
+        }
+        last = Some(*id);
+        scores[*id] = -(places[id] as f32) - 1.0;
+    }
+    Ok(scores)
+}
