@@ -23,14 +23,25 @@ import sys
 import time
 from pathlib import Path
 
-import clients
 import torch
 import transformers
-from clients import BASE, check_merge, checks, dylora, expect, load_adapters, load_base, static_logits
-from clients import summary, trace, train
+from clients import BASE, checks, dylora, expect, load_adapters, load_base
+from clients import summary, trace, train, write_texts
+from tokenizers import Tokenizer
 
 LLAMA, REAL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3]).resolve()
 TEXTS = ["How much remains?\n[1] 7 hours = 7 * 11 = 77", "SCENE. The battlements at dawn."]
+TOKENIZER_TEXTS = [
+    *TEXTS,
+    "  a  b   c    ",
+    "\tif x:\n\t\treturn\t1\n\n\n",
+    "1234567890 3.14159e-10 and 1,000,000.00",
+    "I'm, you're, he'S, they'LL, don't 'tis ''twice''",
+    "HELLO Hello snake_case camelCase __init__ antidisestablishmentarianism",
+    "café naïve straße Привет, мир! 你好，世界。 नमस्ते 😀👍🏽 “quotes” — dashes… €5",
+    "fn main() { println!(\"{:?}\", vec![1, 2]); } ... --- *** === !?!?!?",
+    "<|im_start|>user\nHi!<|im_end|> <s> </s>",
+]
 BOUNDS = {"f32": 1e-3, "f16": 5e-3, "bf16": 3e-2}
 # the rest of each config, which continues `[lora]`
 MIXTURE = """num_experts = 3
@@ -81,11 +92,12 @@ FAMILIES = {
     ],
     "qwen2": [{"tie_word_embeddings": True}],
     "qwen3": [{"rms_norm_eps": 1e-5, "head_dim": 32}],
-    "smollm3": [{}],
+    "smollm3": [{}, {"head_dim": 24}],
     "mistral": [{"sliding_window": None, "head_dim": 32}],
 }
 # settings that are refused, and what the message names
 REFUSED = {
+    "qwen2": [({"head_dim": 24}, "`head_dim`")],
     "mistral": [({"sliding_window": 8}, "`sliding_window`")],
     "qwen3": [({"attention_bias": True}, "`attention_bias`"), ({"rope_parameters": LLAMA3}, "`llama3`")],
     "smollm3": [({"no_rope_layer_interval": 2}, "`no_rope_layers`")],
@@ -172,13 +184,14 @@ def check_experts(name, base, file, run, folders):
             same = ids[0].tolist() == result["ids"]
             expect(f"{name}: llama.cpp has the same {len(result['ids'])} tokens", same, (ids, result["ids"]))
             compare(f"{name}: expert {number} by dylora", result, ours["logits"], without=model(ids).logits)
-            if adapted is not None:
+            if adapted is not None and text == TEXTS[0]:
                 compare(f"{name}: expert {number} in PEFT", result, adapted(ids).logits)
 
 
 def check_merges(name, base, run, weights, dtypes):
     """Checks a merged mixture in each dtype against the merged base in transformers."""
-    data = ["--data", "demo/data/verse.validation.jsonl", "--seq-len", 64]
+    # what fixing the weights costs is measured on data, as little as possible
+    data = ["--data", write_texts(FOLDER / "texts.jsonl"), "--seq-len", 64]
     merge = ["--checkpoint", run, "--weights", weights, *data, "--overwrite"]
     merged = FOLDER / f"{name}.merged"
     dylora("merge", *merge, "--out", merged)
@@ -196,6 +209,43 @@ def check_refused(name, words, command, *arguments):
     out = FOLDER / "refused"
     message = dylora(command, *arguments, "--format", "gguf", "--out", out, code=1)
     expect(f"{name} is refused", all(word in message for word in words) and not out.exists(), message)
+
+
+def joined_everywhere(tokenizer):
+    """A tokenizer of SentencePiece's kind with all merges that SentencePiece would have.
+
+    Such a tokenizer joins any two tokens whose joined text is one, the most frequent first. The
+    tokenizers of tests/golden/tokenizers have each token's one merge alone.
+    """
+    model = tokenizer["model"]
+    known = model["vocab"].keys() - {token["content"] for token in tokenizer["added_tokens"]}
+    made = dict.fromkeys("".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"])
+    splits = [(token[:at], token[at:]) for token in made for at in range(1, len(token))]
+    model["merges"] = [[a, b] for a, b in splits if a in known and b in known]
+    return tokenizer
+
+
+@timed
+def check_tokenizers():
+    """Checks the tokens of many texts in each kind of tokenizer."""
+    for name in ["demo", "llama2", "llama3", "mistral", "qwen", "smollm"]:
+        file = Path(BASE) / "tokenizer.json" if name == "demo" else Path(f"tests/golden/tokenizers/{name}.tokenizer.json")
+        tokenizer = json.loads(file.read_text())
+        if tokenizer["model"]["byte_fallback"]:
+            tokenizer = joined_everywhere(tokenizer)
+        base = FOLDER / f"tokenizer-{name}"
+        make_base(base, "llama", {"tie_word_embeddings": True})
+        (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+        file = base_file(base, FOLDER / f"tokenizer-{name}.base")
+        plain = Tokenizer.from_file(str(base / "tokenizer.json"))
+        [texts] = in_llama_cpp((file, {}, TOKENIZER_TEXTS))
+        for text, result in zip(TOKENIZER_TEXTS, texts, strict=True):
+            ids = plain.encode(text).ids
+            # Metaspace puts a space in front of fewer texts than llama.cpp, of which dylora warns
+            if name == "mistral" and (text.startswith(" ") or "<s>" in text):
+                expect(f"{name}: llama.cpp has other tokens of {text!r}", ids != result["ids"])
+                continue
+            expect(f"{name}: llama.cpp has the same {len(ids)} tokens", ids == result["ids"], (text, ids, result["ids"]))
 
 
 @timed
@@ -218,7 +268,8 @@ def make_base(folder, family, settings):
     config = transformers.AutoConfig.for_model(family, **SIZES | settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
-        parameter.data += (0.2 if parameter.dim() == 1 else 0.1) * torch.randn_like(parameter)
+        parameter.data += (0.2 if parameter.dim() == 1 else 0.15) * torch.randn_like(parameter)
+    model.get_output_embeddings().weight.data *= 4  # so that some tokens are likely
     model.save_pretrained(folder)
     for file in ["tokenizer.json", "tokenizer_config.json"]:
         (folder / file).write_text((Path(BASE) / file).read_text())
@@ -248,11 +299,23 @@ def check_families():
             check_refused(f"{family} with {settings}", [word, "llama.cpp"], "merge", "--base", base)
 
 
+@timed
+def check_real_base():
+    """Checks a mixture on SmolLM2-135M-Instruct."""
+    file = base_file(REAL, FOLDER / "real.base")
+    options = ["--set", "train.duration={ steps = 3 }", "--set", "data.seq_len=32", "--set", "train.eval_every_steps=3"]
+    run, folders = train(FOLDER, "real", ALL_LINEAR, REAL, options)
+    check_experts("real base", REAL, file, run, folders)
+    check_merges("real base", REAL, run, "0.6,0.4", ["f32", "f16", "bf16"])
+
+
 @torch.no_grad()
 def main():
     torch.manual_seed(0)
+    check_tokenizers()
     check_demo()
     check_families()
+    check_real_base()
     summary()
 
 

@@ -28,7 +28,7 @@ for (const {model: modelPath, adapters = [], texts} of JSON.parse(text)) {
     const sequence = context.getSequence();
     const start = model.tokens.shouldPrependBosToken ? [model.tokens.bos] : [];
     for (const text of texts) {
-        const ids = [...start, ...model.tokenize(text)];
+        const ids = [...start, ...model.tokenize(text, true)];
         await sequence.clearHistory();
         const wants = {generateNext: {probabilities: true, options: {temperature: 1, topK: 0, topP: 1, minP: 0}}};
         const found = await sequence.controlledEvaluate(ids.map((id) => [id, wants]));

@@ -66,6 +66,13 @@ fn check_attention(spec: &DecoderSpec) -> Result<()> {
             bail!("llama.cpp cannot compute `{family}` with `scale_attn_by_inverse_layer_idx`");
         }
     }
+    if spec.family == Family::Qwen2 && spec.head_dim * spec.num_heads != spec.width {
+        bail!(
+            "llama.cpp computes `{family}` with `head_dim` `hidden_size / num_attention_heads`, \
+             not {}",
+            spec.head_dim
+        );
+    }
     let is_narrower = |size: i64| size < spec.max_positions;
     if let Some(windows) = &spec.windows
         && windows.layers.contains(&true)

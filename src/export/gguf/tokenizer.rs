@@ -89,10 +89,11 @@ impl Vocabulary {
                     .to_owned(),
             );
         }
-        if self.json["pre_tokenizer"]["prepend_scheme"] == "first" {
+        if self.json["pre_tokenizer"]["type"] == "Metaspace" {
             notes.push(
-                "the tokenizer puts a space in front of a text alone, and llama.cpp one behind \
-                 each special token too"
+                "the tokenizer puts a space in front of a text that begins with none, and \
+                 llama.cpp in front of each text and behind each special token: a text that \
+                 begins with a space or holds special tokens has other tokens there"
                     .to_owned(),
             );
         }
