@@ -109,3 +109,61 @@ impl TensorSource<'_> {
         self.shape.iter().product::<i64>() as u64 * self.kind.elt_size_in_bytes() as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use tch::Device;
+
+    use super::*;
+
+    fn value() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            any::<u32>().prop_map(Value::U32),
+            (-1e30_f32..1e30).prop_map(Value::F32),
+            any::<bool>().prop_map(Value::Bool),
+            any::<String>().prop_map(Value::String),
+            vec(any::<u32>(), 0..5).prop_map(Value::U32s),
+            vec(any::<i32>(), 0..5).prop_map(Value::I32s),
+            vec(-1e30_f32..1e30, 0..5).prop_map(Value::F32s),
+            vec(any::<String>(), 0..5).prop_map(Value::Strings),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(50))]
+
+        /// Writing reads the file back and compares it, so that an `Ok` says they are equal.
+        #[test]
+        fn what_is_written_reads_back(
+            values in vec(value(), 0..6),
+            shapes in vec(vec(1_i64..6, 1..4), 0..5),
+            kind in 0..3_usize,
+        ) {
+            let kind = [Kind::Float, Kind::Half, Kind::BFloat16][kind];
+            let metadata = values.into_iter().enumerate();
+            let tensors = shapes.into_iter().enumerate().map(|(number, shape)| TensorSource {
+                name: format!("tensor.{number}"),
+                shape: shape.clone(),
+                kind,
+                make: Box::new(move || {
+                    let count = shape.iter().product::<i64>();
+                    Tensor::arange(count, (Kind::Float, Device::Cpu)).reshape(&shape)
+                }),
+            });
+            let file = GgufFile {
+                metadata: metadata.map(|(n, value)| (format!("key.{n}"), value)).collect(),
+                tensors: tensors.collect(),
+            };
+            let dir = tempfile::tempdir().expect("a folder");
+            let path = dir.path().join("file.gguf");
+            file.write(&path).expect("it is written and read back");
+            // a reader must notice that something is missing
+            let whole = fs_err::read(&path).expect("it is there");
+            let header = read::read(&whole).expect("it is whole");
+            prop_assert_eq!(header.tensors.len(), file.tensors.len());
+            prop_assert!(read::read(&whole[..20]).is_err());
+        }
+    }
+}

@@ -8,6 +8,7 @@ mod common;
 
 mod export;
 mod fused;
+mod gguf;
 mod import;
 mod init;
 mod merge;

@@ -56,3 +56,34 @@ pub(super) fn scores(
     }
     Ok(scores)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scored(tokens: &[&str], merges: &[(&str, &str)]) -> Result<Vec<f32>> {
+        let tokens: Vec<String> = tokens.iter().map(|token| (*token).to_owned()).collect();
+        scores(&tokens, merges, &|id| id > 0)
+    }
+
+    #[test]
+    fn a_token_scores_by_the_place_of_its_first_merge() -> Result<()> {
+        let tokens = ["<unk>", "a", "b", "ab", "aab", "aa"];
+        let merges = [("a", "b"), ("a", "a"), ("a", "ab"), ("aa", "b")];
+        assert_eq!(scored(&tokens, &merges)?, [0., 0., 0., -1., -3., -2.]);
+        Ok(())
+    }
+
+    #[test]
+    fn merges_that_no_scores_can_say_are_refused() {
+        let tokens = ["<unk>", "a", "b", "ab", "aab", "aa"];
+        for (merges, words) in [
+            (&[("a", "b"), ("a", "a"), ("a", "ab")][..], "lacks `aa b`"),
+            (&[("a", "ab"), ("a", "b"), ("aa", "b"), ("a", "a")], "makes `aab` at two places"),
+            (&[("a", "b"), ("a", "a"), ("a", "ab"), ("aa", "b"), ("b", "b")], "`bb` is no token"),
+        ] {
+            let error = scored(&tokens, merges).expect_err("it is refused").to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+}
