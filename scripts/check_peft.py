@@ -111,6 +111,15 @@ experts_per_layer = [1, 3, 2, 3]
 input = "base_hidden"
 temperature = 0.5
 top_k = 2""",
+    # an adapter that is always on, beside routed ones that each read their module's own input
+    "shared": """num_experts = 2
+shared_rank = 3
+[router]
+input = "module_input"
+scope = "module"
+temperature = 0.5
+[router.eval]
+top_k = 1""",
     # trained as PEFT trains several active adapters, so the router is not trained
     "all": "num_experts = 2",
 }

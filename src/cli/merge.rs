@@ -17,6 +17,7 @@ use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
 use crate::durable::output::Output;
 use crate::eval::{EvalReport, EvalSettings, evaluate};
+use crate::export::card::Form;
 use crate::export::gguf::{self, Vocabulary, WholeModel};
 use crate::export::merge::{self, MergeInto};
 use crate::export::peft::write_adapter;
@@ -200,19 +201,20 @@ fn write(
         [] => open.base.weights()?,
         weights => merge::into_base(&open.model, &open.base.weights()?, weights)?,
     };
+    let provenance = open.provenance()?;
     let Some(vocabulary) = vocabulary else {
         let tokenizer = open.base.tokenizer_file.as_deref();
-        return hugging_face::export(out, &merged, dtype, tokenizer, &open.base.beside);
+        let card = merge::base_card(&open.model, &provenance, weights, Form::HuggingFace);
+        return hugging_face::export(out, &merged, dtype, tokenizer, &open.base.beside, &card);
     };
-    let provenance = open.provenance()?;
     let whole = WholeModel {
         base: &merged,
-        name: &provenance.base_label,
+        name: &provenance.origin.base_label,
         vocabulary,
         chat_template: open.base.chat_template.as_deref(),
         beside: &open.base.beside,
     };
-    let card = merge::base_card(&open.model, &provenance, weights);
+    let card = merge::base_card(&open.model, &provenance, weights, Form::GgufModel);
     gguf::export_model(out, &whole, dtype, &card)
 }
 
@@ -324,7 +326,11 @@ fn write_merged_adapter(
     let adapter = merge::into_adapter(&open.model, weights)?;
     let provenance = open.provenance()?;
     let base = &open.model.base().spec;
-    let card = merge::adapter_card(&open.model, &adapter, &provenance, weights);
+    let form = match format {
+        MergeFormat::HuggingFace => Form::PeftAdapter,
+        MergeFormat::Gguf => Form::GgufAdapter,
+    };
+    let card = merge::adapter_card(&open.model, &adapter, &provenance, weights, form);
     if format == MergeFormat::Gguf {
         return gguf::export_adapter(out, &adapter, base, &provenance, dtype, &card);
     }

@@ -38,6 +38,7 @@ use anyhow::{Result, bail};
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
 pub use files::{AdapterFiles, BaseFiles, SideFile};
 use names::RepoSource;
+pub use names::is_repo;
 use place::Place;
 pub use settings::{DownloadProgress, HubLimits, HubSettings};
 

@@ -22,7 +22,7 @@ use tch::Kind;
 
 pub use tokenizer::Vocabulary;
 
-use super::peft::Provenance;
+use super::card::{self, CARD, Form, Provenance};
 use crate::chat_template::ChatTemplate;
 use crate::config::SaveDtype;
 use crate::durable::{self, output::Output};
@@ -61,14 +61,16 @@ pub fn export_experts(
         bail!("a base alone has no experts to export\nhint: `dylora merge` writes whole models");
     }
     let parts = 0..model.specs().len();
-    let adapters: Vec<(String, Adapter)> = parts
+    let (names, adapters): (Vec<String>, Vec<Adapter>) = parts
         .map(|part| (part_name(model.specs(), part), Adapter::of_model(model, part)))
-        .collect();
-    let files: Vec<_> = adapters
+        .unzip();
+    let card = card::of_mixture(model, &adapters, provenance, Form::GgufExperts);
+    let files: Vec<_> = names
         .iter()
+        .zip(&adapters)
         .map(|(name, adapter)| {
             let base = &model.base().spec;
-            let label = &provenance.base_label;
+            let label = &provenance.origin.base_label;
             let file = lora::file(adapter, base, name, label, kind_of(dtype));
             Ok((name, file.with_context(|| format!("cannot export `{name}` as GGUF"))?))
         })
@@ -77,7 +79,7 @@ pub fn export_experts(
         for (name, file) in &files {
             file.write(&dir.join(format!("{name}.gguf")))?;
         }
-        write_card(dir, "")
+        write_card(dir, &card)
     })
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
 }
@@ -94,7 +96,7 @@ pub fn export_adapter(
     dtype: SaveDtype,
     card: &str,
 ) -> Result<()> {
-    let file = lora::file(adapter, base, "adapter", &provenance.base_label, kind_of(dtype))?;
+    let file = lora::file(adapter, base, "adapter", &provenance.origin.base_label, kind_of(dtype))?;
     out.write_folder(super::is_unmarked_output, |dir| {
         file.write(&dir.join(ADAPTER))?;
         write_card(dir, card)
@@ -103,6 +105,7 @@ pub fn export_adapter(
 }
 
 /// A whole model that is to be written.
+#[derive(Debug)]
 pub struct WholeModel<'a> {
     /// The merged base.
     pub base: &'a Decoder,
@@ -139,7 +142,7 @@ pub fn export_model(
 }
 
 fn write_card(dir: &Path, card: &str) -> Result<()> {
-    durable::write(&dir.join("README.md"), card.as_bytes())
+    durable::write(&dir.join(CARD), card.as_bytes())
 }
 
 fn kind_of(dtype: SaveDtype) -> Kind {
