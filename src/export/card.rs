@@ -180,10 +180,7 @@ fn usage(origin: &Origin, form: Form) -> String {
         Some(licence) => format!("The base's licence is `{licence}`."),
         None => "The base's licence is not known here. It applies to what is made from it.".into(),
     };
-    format!(
-        "## How to load it\n\n{}\n## Licence\n\n{licence}\n",
-        form.loads(base)
-    )
+    format!("## How to load it\n\n{}\n## Licence\n\n{licence}\n", form.loads(base))
 }
 
 /// The data and the scores by domain.
@@ -271,7 +268,8 @@ fn routing(model: &RoutedModel, provenance: &Provenance) -> String {
         }
         None => "There is one expert and no router: plain LoRA.".to_owned(),
         Some(_) => {
-            let factor = provenance.origin.training.as_ref().map_or(0.0, |training| training.supervision);
+            let factor =
+                provenance.origin.training.as_ref().map_or(0.0, |training| training.supervision);
             let supervision = match factor > 0.0 {
                 true => format!(
                     " The domains of the training data supervised it, with the factor {factor}."

@@ -112,7 +112,10 @@ pub fn export(
                 durable::write(&dir.join(PROGRAM), include_bytes!("dylora_peft.py"))?;
             }
         }
-        durable::write(&dir.join(CARD), card::of_mixture(model, &adapters, provenance, form).as_bytes())
+        durable::write(
+            &dir.join(CARD),
+            card::of_mixture(model, &adapters, provenance, form).as_bytes(),
+        )
     })
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
 }

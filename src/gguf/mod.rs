@@ -68,6 +68,7 @@ impl From<&str> for Value {
 
 /// A tensor that is to be written. It is made when its turn comes, so that one at a time is in
 /// memory.
+#[expect(missing_debug_implementations, reason = "it holds a function")]
 pub struct TensorSource<'a> {
     /// The name, such as `blk.0.attn_q.weight`.
     pub name: String,
@@ -80,6 +81,7 @@ pub struct TensorSource<'a> {
 }
 
 /// A file that is to be written.
+#[expect(missing_debug_implementations, reason = "its tensors hold functions")]
 #[derive(Default)]
 pub struct GgufFile<'a> {
     /// The metadata, in the order of the file.

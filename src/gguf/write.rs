@@ -112,12 +112,7 @@ fn put_type(out: &mut Vec<u8>, kind: ValueType) {
     out.extend((kind as u32).to_le_bytes());
 }
 
-fn put_array<T>(
-    out: &mut Vec<u8>,
-    kind: ValueType,
-    items: &[T],
-    put: impl Fn(&mut Vec<u8>, &T),
-) {
+fn put_array<T>(out: &mut Vec<u8>, kind: ValueType, items: &[T], put: impl Fn(&mut Vec<u8>, &T)) {
     put_type(out, ValueType::Array);
     put_type(out, kind);
     out.extend((items.len() as u64).to_le_bytes());

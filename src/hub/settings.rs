@@ -40,6 +40,13 @@ impl HubSettings {
     }
 }
 
+impl HubSettings {
+    /// The Hub's address as messages show it, without credentials.
+    pub fn shown_endpoint(&self) -> String {
+        without_credentials(self.endpoint.trim()).trim_end_matches('/').to_owned()
+    }
+}
+
 /// Shows neither the token nor credentials in the address.
 impl fmt::Debug for HubSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

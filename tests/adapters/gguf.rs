@@ -121,8 +121,11 @@ impl Parsed {
 /// A base of a family that llama.cpp can express, and whether its queries and keys are permuted.
 fn bases() -> Vec<(DecoderSpec, bool)> {
     let own = [
-        (json!({"model_type": "gpt2", "n_layer": 3, "n_head": 4, "n_embd": 16,
-                "n_positions": 32, "vocab_size": 2048}), false),
+        (
+            json!({"model_type": "gpt2", "n_layer": 3, "n_head": 4, "n_embd": 16,
+                "n_positions": 32, "vocab_size": 2048}),
+            false,
+        ),
         (json!({"model_type": "llama", "attention_bias": true, "mlp_bias": true}), true),
         (json!({"model_type": "qwen2"}), false),
         (json!({"model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": true}), false),

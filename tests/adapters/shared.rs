@@ -240,7 +240,13 @@ fn a_merged_adapter_names_it_and_has_its_rank() -> Result<()> {
     assert_eq!(ranks(&[0.0, 0.5, 0.5])?, [4 + 4 + 3; 8]);
     assert_eq!(ranks(&[0.0; 3])?, [3; 8]);
     let weights = [0.5, 0.0, 0.25];
-    let card = adapter_card(&model, &into_adapter(&model, &weights)?, &provenance(), &weights, Form::PeftAdapter);
+    let card = adapter_card(
+        &model,
+        &into_adapter(&model, &weights)?,
+        &provenance(),
+        &weights,
+        Form::PeftAdapter,
+    );
     let named =
         "weights for every token: `expert_0` 0.5, `expert_1` 0, `expert_2` 0.25, `shared` 1.";
     assert!(card.contains(named), "{card}");

@@ -56,8 +56,10 @@ fn check_attention(spec: &DecoderSpec) -> Result<()> {
     let family = spec.family.name();
     if spec.family == Family::Gpt2 {
         if spec.activation != Activation::GeluNew {
-            bail!("llama.cpp computes `{family}` with `gelu_new`, not with `activation_function` \
-                   `gelu`");
+            bail!(
+                "llama.cpp computes `{family}` with `gelu_new`, not with `activation_function` \
+                   `gelu`"
+            );
         }
         if !spec.scale_attn_weights {
             bail!("llama.cpp cannot compute `{family}` with `scale_attn_weights` false");
@@ -103,9 +105,9 @@ fn check_biases(spec: &DecoderSpec) -> Result<()> {
 fn check_rope(spec: &DecoderSpec, rope: &RopeSpec) -> Result<()> {
     let family = spec.family.name();
     let skipped: Vec<i64> = match spec.family {
-        Family::SmolLm3 => (0..spec.num_layers)
-            .filter(|layer| (layer + 1) % SMOLLM3_ROPE_STEP == 0)
-            .collect(),
+        Family::SmolLm3 => {
+            (0..spec.num_layers).filter(|layer| (layer + 1) % SMOLLM3_ROPE_STEP == 0).collect()
+        }
         _ => vec![],
     };
     if rope.skipped_layers != skipped {

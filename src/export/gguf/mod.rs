@@ -61,9 +61,8 @@ pub fn export_experts(
         bail!("a base alone has no experts to export\nhint: `dylora merge` writes whole models");
     }
     let parts = 0..model.specs().len();
-    let (names, adapters): (Vec<String>, Vec<Adapter>) = parts
-        .map(|part| (part_name(model.specs(), part), Adapter::of_model(model, part)))
-        .unzip();
+    let (names, adapters): (Vec<String>, Vec<Adapter>) =
+        parts.map(|part| (part_name(model.specs(), part), Adapter::of_model(model, part))).unzip();
     let card = card::of_mixture(model, &adapters, provenance, Form::GgufExperts);
     let files: Vec<_> = names
         .iter()

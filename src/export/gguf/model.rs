@@ -110,12 +110,7 @@ struct Tensors<'a> {
 
 impl<'a> Tensors<'a> {
     /// Adds a tensor that is made when it is written.
-    fn add(
-        &mut self,
-        name: impl Into<String>,
-        shape: &[i64],
-        make: impl Fn() -> Tensor + 'a,
-    ) {
+    fn add(&mut self, name: impl Into<String>, shape: &[i64], make: impl Fn() -> Tensor + 'a) {
         let name = name.into();
         let is_f32 = shape.len() == 1 || name == "position_embd.weight";
         let kind = if is_f32 { Kind::Float } else { self.kind };

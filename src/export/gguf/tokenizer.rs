@@ -72,7 +72,8 @@ impl Vocabulary {
     pub fn read(path: &Path) -> Result<Self> {
         let parse = || -> Result<Self> {
             let bytes = fs_err::read(path).context("cannot read the tokenizer")?;
-            let (tokenizer, json) = (Tokenizer::from_bytes(&bytes)?, serde_json::from_slice(&bytes)?);
+            let (tokenizer, json) =
+                (Tokenizer::from_bytes(&bytes)?, serde_json::from_slice(&bytes)?);
             let kind = kind(&json)?;
             Ok(Self { tokenizer, json, kind })
         };
@@ -134,11 +135,14 @@ impl Vocabulary {
         let bos = match self.tokenizer.start_tokens() {
             [] => None,
             [bos] => Some(*bos),
-            several => bail!("llama.cpp begins a text with one token, but this tokenizer with {several:?}"),
+            several => {
+                bail!("llama.cpp begins a text with one token, but this tokenizer with {several:?}")
+            }
         };
         add("ggml.add_bos_token", Value::Bool(bos.is_some()));
         add("ggml.add_eos_token", Value::Bool(false));
-        let unknown = model["unk_token"].as_str().and_then(|token| self.tokenizer.token_to_id(token));
+        let unknown =
+            model["unk_token"].as_str().and_then(|token| self.tokenizer.token_to_id(token));
         // llama.cpp stops at a token of each of these kinds
         let ends = spec.eos_token_ids.iter().map(|id| Some(*id));
         let ends: Vec<Option<u32>> = ends.chain([None; 3]).collect();
@@ -194,9 +198,8 @@ impl Vocabulary {
         for token in self.json["added_tokens"].as_array().into_iter().flatten() {
             let (id, text) = (token["id"].as_u64(), token["content"].as_str());
             let (id, text) = id.zip(text).context("an added token needs `id` and `content`")?;
-            if let Some(key) = ["lstrip", "rstrip", "single_word"]
-                .into_iter()
-                .find(|key| token[*key] == true)
+            if let Some(key) =
+                ["lstrip", "rstrip", "single_word"].into_iter().find(|key| token[*key] == true)
             {
                 bail!("llama.cpp cannot follow `{key}` of the added token `{text}`");
             }
@@ -239,10 +242,7 @@ fn kind(json: &Json) -> Result<Kind> {
     let model = &json["model"];
     match model["type"].as_str() {
         Some("BPE") => {}
-        found => bail!(
-            "`model.type` must be `BPE`, got `{}`",
-            found.unwrap_or("none")
-        ),
+        found => bail!("`model.type` must be `BPE`, got `{}`", found.unwrap_or("none")),
     }
     if let Some((key, _)) = FIXED.into_iter().find(|(key, fits)| !fits(&model[*key])) {
         bail!("`model.{key}` is {}, which llama.cpp cannot follow", model[key]);
