@@ -18,6 +18,7 @@ from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub
 import peft
 import torch
 import transformers
@@ -299,8 +300,18 @@ def check_all_active(name, run, model, base):
     compare(f"{name}: all adapters active in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
 
 
+def check_card(name, export, base_dir):
+    """Checks a model card with the Hub's own library."""
+    card = huggingface_hub.ModelCard.load(export / "README.md")
+    fields = card.data.to_dict()
+    expect(f"{name}: the Hub reads the model card", fields["library_name"] == "peft" and "dylora" in fields["tags"], fields)
+    paths = [str(Path(folder).resolve()) for folder in (base_dir, export)]
+    expect(f"{name}: the model card names no folder", not any(path in card.content for path in paths), card.content)
+
+
 def check_export(name, run, export, base_dir):
     """Checks an export of a checkpoint in PEFT, and again in dylora."""
+    check_card(name, export, base_dir)
     meta = json.loads((export / "dylora.json").read_text())
     folders = {adapter: export / adapter for adapter in meta["experts"]}
     shared = {meta["shared"]: export / meta["shared"]} if meta.get("shared") else {}

@@ -196,7 +196,9 @@ impl OpenModel {
     /// What an export of the model says about its origin.
     pub fn provenance(&self) -> Result<Provenance> {
         let (base_name, revision) = match &self.base.source {
-            BaseSource::Path(path) => (path.display().to_string(), None),
+            BaseSource::Path(path) => {
+                (self.base.repo().unwrap_or_else(|| path.display().to_string()), None)
+            }
             BaseSource::Hub(hub) => (hub.repo.clone(), Some(hub.revision.clone())),
             BaseSource::Random(_) => ("random".into(), None),
         };
