@@ -79,8 +79,8 @@ enum Command {
     ExportAdapters(export_adapters::ExportArgs),
     /// Merge the experts, with fixed weights, into the base or into one adapter.
     Merge(merge::MergeArgs),
-    /// Upload an export or a merged model to the Hugging Face Hub. Without `--yes`, say what would be
-    /// uploaded.
+    /// Upload an export or a merged model to the Hugging Face Hub. Without `--yes`, say what would
+    /// be uploaded.
     Push(push::PushArgs),
     /// Add an expert for a new skill to a checkpoint's mixture, and train it.
     AddExpert(add_expert::AddExpertArgs),

@@ -212,7 +212,8 @@ impl Output {
     }
 }
 
-/// The files that dylora wrote to the folder `dir`, and the other ones in it. The marker is neither.
+/// The files that dylora wrote to the folder `dir`, and the other ones in it. The marker is
+/// neither.
 ///
 /// # Errors
 /// A folder without a marker, a file that the marker lists and that is missing, and a link.

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::checkpoint::TrainState;
 use crate::config::Config;
@@ -47,7 +48,7 @@ struct Evaluation {
     #[serde(default)]
     loss: Option<f64>,
     #[serde(default)]
-    domain_losses: serde_json::Map<String, serde_json::Value>,
+    domain_losses: Map<String, Value>,
 }
 
 impl Training {
@@ -62,10 +63,10 @@ impl Training {
         let evaluations = text.lines().filter(|line| line.contains("validation"));
         let evaluations = evaluations.filter_map(|line| serde_json::from_str(line).ok());
         let of_step = |found: &Evaluation| found.kind == "validation" && found.step == state.step;
-        let scores: Evaluation = evaluations.filter(of_step).last().unwrap_or_default();
+        let scores: Evaluation = evaluations.rev().find(of_step).unwrap_or_default();
         let blocks = state.domain_blocks.iter().copied().chain(std::iter::repeat(0));
         let domains = config.data.domains.iter().zip(blocks).map(|(domain, blocks)| {
-            let loss = scores.domain_losses.get(&domain.name).and_then(|loss| loss.as_f64());
+            let loss = scores.domain_losses.get(&domain.name).and_then(Value::as_f64);
             DomainTraining { name: domain.name.clone(), blocks, loss }
         });
         Ok(Self {

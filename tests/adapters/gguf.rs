@@ -386,7 +386,8 @@ fn tokenizers_are_known_by_their_rules() -> Result<()> {
         assert_eq!(notes.contains("NFC"), name == "qwen", "{name}: {notes}");
         assert_eq!(notes.contains("a space in front"), name == "mistral", "{name}: {notes}");
     }
-    let refused: [(&str, &dyn Fn(&mut Value), &str); 5] = [
+    type Change = dyn Fn(&mut Value);
+    let refused: [(&str, &Change, &str); 5] = [
         ("qwen", &|json| json["normalizer"] = json!({"type": "Lowercase"}), "`normalizer` is"),
         ("smollm", &|json| json["pre_tokenizer"] = json!({"type": "Whitespace"}), "Whitespace"),
         ("llama3", &|json| json["model"]["dropout"] = json!(0.1), "`model.dropout` is 0.1"),

@@ -33,12 +33,8 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
-/// The tokenizer's settings that llama.cpp has no place for, and their only value.
-const FIXED: [(&str, fn(&Json) -> bool); 3] = [
-    ("dropout", Json::is_null),
-    ("continuing_subword_prefix", is_empty),
-    ("end_of_word_suffix", is_empty),
-];
+/// Settings of a tokenizer that llama.cpp has no place for. They must be empty.
+const ABSENT: [&str; 3] = ["dropout", "continuing_subword_prefix", "end_of_word_suffix"];
 
 fn is_empty(value: &Json) -> bool {
     value.is_null() || value == ""
@@ -132,6 +128,25 @@ impl Vocabulary {
         }
         add("ggml.tokens", Value::Strings(tokens));
         add("ggml.token_type", Value::I32s(types));
+        all.extend(self.special_ids(spec)?);
+        let mut add = |key: &str, value| all.push((format!("tokenizer.{key}"), value));
+        let templates = chat_template.map(ChatTemplate::texts).transpose()?.unwrap_or_default();
+        let others = templates.keys().filter(|name| *name != "default").cloned();
+        let others: Vec<String> = others.collect();
+        if !others.is_empty() {
+            add("chat_templates", Value::Strings(others));
+        }
+        for (name, text) in templates {
+            match name.as_str() {
+                "default" => add("chat_template", Value::String(text)),
+                name => add(&format!("chat_template.{name}"), Value::String(text)),
+            }
+        }
+        Ok(all)
+    }
+
+    /// The ids of special tokens, and where they are put.
+    fn special_ids(&self, spec: &DecoderSpec) -> Result<Vec<(String, Value)>> {
         let bos = match self.tokenizer.start_tokens() {
             [] => None,
             [bos] => Some(*bos),
@@ -139,35 +154,25 @@ impl Vocabulary {
                 bail!("llama.cpp begins a text with one token, but this tokenizer with {several:?}")
             }
         };
-        add("ggml.add_bos_token", Value::Bool(bos.is_some()));
-        add("ggml.add_eos_token", Value::Bool(false));
-        let unknown =
-            model["unk_token"].as_str().and_then(|token| self.tokenizer.token_to_id(token));
+        let unknown = self.json["model"]["unk_token"].as_str();
+        let unknown = unknown.and_then(|token| self.tokenizer.token_to_id(token));
         // llama.cpp stops at a token of each of these kinds
         let ends = spec.eos_token_ids.iter().map(|id| Some(*id));
-        let ends: Vec<Option<u32>> = ends.chain([None; 3]).collect();
-        if let Some(Some(id)) = ends.get(3) {
+        let ends: Vec<Option<u32>> = ends.chain([None; 4]).collect();
+        if let Some(id) = ends[3] {
             bail!("llama.cpp ends texts at 3 tokens at most, but `eos_token_id` names {id} too");
         }
-        for (key, id) in [
-            ("ggml.bos_token_id", bos.or(spec.bos_token_id)),
-            ("ggml.eos_token_id", ends[0]),
-            ("ggml.eot_token_id", ends[1]),
-            ("ggml.eom_token_id", ends[2]),
-            ("ggml.unknown_token_id", unknown),
-        ] {
-            if let Some(id) = id {
-                add(key, Value::U32(id));
-            }
-        }
-        for (name, text) in chat_template.map(ChatTemplate::texts).transpose()?.unwrap_or_default()
-        {
-            match name.as_str() {
-                "default" => add("chat_template", Value::String(text)),
-                name => add(&format!("chat_template.{name}"), Value::String(text)),
-            }
-        }
-        Ok(all)
+        let ids = [
+            ("bos_token_id", bos.or(spec.bos_token_id)),
+            ("eos_token_id", ends[0]),
+            ("eot_token_id", ends[1]),
+            ("eom_token_id", ends[2]),
+            ("unknown_token_id", unknown),
+        ];
+        let ids = ids.into_iter().filter_map(|(key, id)| Some((key, Value::U32(id?))));
+        let flags = [("add_bos_token", bos.is_some()), ("add_eos_token", false)];
+        let flags = flags.into_iter().map(|(key, flag)| (key, Value::Bool(flag)));
+        Ok(flags.chain(ids).map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect())
     }
 
     /// Each token's text and kind. Rows of the base without a token get a name of their own.
@@ -244,7 +249,7 @@ fn kind(json: &Json) -> Result<Kind> {
         Some("BPE") => {}
         found => bail!("`model.type` must be `BPE`, got `{}`", found.unwrap_or("none")),
     }
-    if let Some((key, _)) = FIXED.into_iter().find(|(key, fits)| !fits(&model[*key])) {
+    if let Some(key) = ABSENT.into_iter().find(|key| !is_empty(&model[*key])) {
         bail!("`model.{key}` is {}, which llama.cpp cannot follow", model[key]);
     }
     if model["byte_fallback"] == true {
