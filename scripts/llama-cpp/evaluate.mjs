@@ -14,7 +14,7 @@ const text = await new Promise((resolve) => {
     process.stdin.on("end", () => resolve(all));
 });
 const llama = await getLlama({
-    gpu: false, build: "never", progressLogs: false, logLevel: LlamaLogLevel.warn, maxThreads: 2,
+    gpu: false, build: "never", progressLogs: false, logLevel: LlamaLogLevel.warn, maxThreads: Number(process.env.OMP_NUM_THREADS ?? 2),
 });
 for (const {model: modelPath, adapters = [], texts} of JSON.parse(text)) {
     const model = await llama.loadModel({modelPath, gpuLayers: 0});
