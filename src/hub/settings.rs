@@ -89,7 +89,7 @@ impl Default for HubLimits {
     }
 }
 
-/// Receives the progress of downloads, which fetch one file at a time. `()` ignores it.
+/// Receives the progress of downloads or uploads, one file at a time. `()` ignores it.
 pub trait DownloadProgress {
     /// A download of `file` begins, with 0 bytes so far. This is called again for each attempt to
     /// fetch the file.
