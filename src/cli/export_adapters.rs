@@ -70,6 +70,9 @@ pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
         ExportFormat::Gguf => {
             let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
             gguf::export_experts(&out, &open.model, &provenance, dtype)?;
+            for note in gguf::notes(&open.model) {
+                tracing::warn!("{note}");
+            }
         }
     }
     let files = files(&args.out)?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use dylora::config::{ModulePath, SaveDtype, TargetModule};
 use dylora::durable::output::Output;
 use dylora::export::gguf::{
-    MODEL, Vocabulary, WholeModel, check_base, export_experts, export_model,
+    MODEL, Vocabulary, WholeModel, check_base, export_experts, export_model, notes,
 };
 use dylora::export::merge::into_base;
 use dylora::model::decoder::spec::DecoderSpec;
@@ -366,6 +366,25 @@ fn a_dora_expert_and_a_number_too_large_for_f16_are_refused() -> Result<()> {
     assert!(text.contains("lora_b` holds numbers that Half cannot"), "{text}");
     assert!(!out.exists(), "nothing is left of it");
     export_experts(&Output::new(&out), &model, &provenance(), SaveDtype::Bf16)
+}
+
+/// The format has a place for them, but not every program looks there.
+#[test]
+fn invocation_tokens_are_written_and_noted() -> Result<()> {
+    let _generator = seed(714);
+    let (spec, _) = bases().swap_remove(1);
+    let base = tiny_base(spec).to(Device::Cpu, Kind::Float);
+    let tokens = "num_experts = 2\nexperts = [{}, { alora_invocation_tokens = [18, 28] }]";
+    let model = model_on(&base, tokens)?;
+    let notes = notes(&model).join("\n");
+    assert!(notes.contains("the router is not written") && notes.contains("`expert_1`"), "{notes}");
+    let dir = tempfile::tempdir()?;
+    let out = dir.path().join("out");
+    export_experts(&Output::new(&out), &model, &provenance(), SaveDtype::F32)?;
+    let key = "adapter.alora.invocation_tokens";
+    assert_eq!(parse(&out.join("expert_1.gguf"))?.values[key], json!([18, 28]));
+    assert!(!parse(&out.join("expert_0.gguf"))?.values.contains_key(key));
+    Ok(())
 }
 
 /// The kind of each tokenizer of `tests/golden/tokenizers`, or why llama.cpp cannot follow it.

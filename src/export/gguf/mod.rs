@@ -83,6 +83,24 @@ pub fn export_experts(
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
 }
 
+/// What a user should know of a mixture's experts as adapters of llama.cpp.
+pub fn notes(model: &RoutedModel) -> Vec<String> {
+    let mut notes = vec![];
+    if !model.routers().is_empty() {
+        notes.push("the router is not written: llama.cpp has no place for it".to_owned());
+    }
+    for (part, spec) in model.specs().iter().enumerate() {
+        if !spec.alora_invocation_tokens.is_empty() {
+            notes.push(format!(
+                "`{}` has invocation tokens, which llama.cpp's server alone obeys: in its other \
+                 programs the expert is always on",
+                part_name(model.specs(), part)
+            ));
+        }
+    }
+    notes
+}
+
 /// Writes a merged adapter to the folder `out`.
 ///
 /// # Errors
