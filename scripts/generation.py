@@ -105,6 +105,12 @@ def check_program(name, base, export, ours, tokenizer):
     spec.loader.exec_module(program)
     with no_warnings(export):
         model = program.load_mixture(export, base, dtype=torch.float32)
+    for routing in ["record", "domain", "expert:99", [1.0]]:
+        try:
+            program.Mixture(model, export, routing)
+            expect(f"{name}: the export's program refuses {routing}", False)
+        except ValueError as error:
+            expect(f"{name}: the export's program refuses {routing}", str(routing) in str(error), error)
     compare_texts(f"{name}: the export's program", ours, by_transformers(model, ours), tokenizer)
     # uneven prompts in one batch, padded on the left
     prompts = [text["prompt_ids"] for text in ours]
