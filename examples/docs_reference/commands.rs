@@ -74,7 +74,8 @@ fn names(option: &Arg) -> String {
         let values = values.iter().map(|value| format!("<{value}>")).collect::<Vec<_>>().join(" ");
         text += &if least == 0 { format!(" [{values}]") } else { format!(" {values}") };
     }
-    format!("`{text}`")
+    // an argument without a name begins with its value
+    format!("`{}`", text.trim_start())
 }
 
 /// An option's help in one line, with its choices, its default and whether it is required.
