@@ -9,8 +9,8 @@ the check. llama.cpp evaluates each file and computes in f32 on the CPU. These m
     tokens of texts in each kind of tokenizer     exactly, with dylora's
     experts of mixtures on the demo base and on   probabilities of the next token to 1e-3, with
     BASE, rsLoRA and a part that is always on     dylora's and PEFT's
-    small bases of each family and kind of RoPE,  the same, with dylora's and transformers'
-    and merges on them
+    small bases of each family and kind of RoPE,  the same, with dylora's, transformers' and
+    and experts and merges on them                PEFT's
     merges in f32, f16 and bf16                   to 1e-3, 5e-3 and 3e-2, with transformers'
 
 What llama.cpp cannot express must be refused by name. Needs scripts/reference_env;
@@ -285,7 +285,7 @@ def make_base(folder, family, settings):
 
 @timed
 def check_families():
-    """Checks small bases, and an expert and a merge on one of each family."""
+    """Checks small bases, and experts and merges on some of them."""
     for family, variants in FAMILIES.items():
         for number, settings in enumerate(variants):
             name = f"{family}-{number}"
@@ -296,7 +296,8 @@ def check_families():
             for result in texts:
                 ids = torch.tensor([result["ids"]])
                 compare(f"{name}: the base in transformers", result, load_base(base)(ids).logits)
-            if number == 0:
+            # Mistral is llama.cpp's `llama`, whose experts are checked
+            if number == 0 and family != "mistral":
                 run, folders = train(FOLDER, f"{name}.run", ALL_LINEAR, base)
                 check_experts(name, base, file, run, folders)
                 if family in ("llama", "qwen3"):
@@ -316,7 +317,7 @@ def check_real_base():
     options = ["--set", "train.duration={ steps = 3 }", "--set", "data.seq_len=32", "--set", "train.eval_every_steps=3"]
     run, folders = train(FOLDER, "real", ALL_LINEAR, REAL, options)
     check_experts("real base", REAL, file, run, folders)
-    check_merges("real base", REAL, run, "0.6,0.4", ["f32", "f16", "bf16"])
+    check_merges("real base", REAL, run, "0.6,0.4", ["f32", "bf16"])
 
 
 @torch.no_grad()
