@@ -9,7 +9,7 @@
 #   scripts/check_gradients.py    the gradients of a step, compared with PEFT's
 #   scripts/check_tensorboard.py  a run's TensorBoard files in TensorBoard
 #
-# This takes 3 minutes on two cores, and 1 GB in the temporary folder.
+# This takes 4 minutes on two cores, and 1 GB in the temporary folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # with two threads, models this small run slower, and many times slower if other processes use the

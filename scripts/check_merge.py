@@ -65,7 +65,7 @@ def check_concatenation(folder, run):
     ids = token_ids(BASE, TEXTS[0])
     model, experts = load_experts(BASE, folder / f"{run}.export")
     weights = [0.5, 0.3, 0.2]
-    theirs = static_logits(model, experts, ids, weights)
+    theirs = static_logits(model, folder / f"{run}.export", ids, weights)
     model.add_weighted_adapter(experts, weights, "joined", combination_type="cat")
     model.save_pretrained(folder, selected_adapters=["joined"], save_embedding_layers=False)
     ours = trace("--adapters", folder / "joined", "--base", BASE, "--text", TEXTS[0])["logits"]

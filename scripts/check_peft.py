@@ -23,8 +23,9 @@ import sys
 from pathlib import Path
 
 import torch
-from clients import BASE, INVOCATION, check_export, summary, train
-from generation import check_generate
+from clients import BASE, INVOCATION, check_export, check_mixture, load_base, load_experts, load_tokenizer, summary
+from clients import train
+from generation import check_generate, check_program, generate
 
 # the rest of each config, which continues `[lora]`
 RUNS = {
@@ -111,8 +112,37 @@ experts_per_layer = [1, 3, 2, 3]
 input = "base_hidden"
 temperature = 0.5
 top_k = 2""",
+    # an adapter that is always on, beside routed ones that each read their module's own input
+    "shared": """num_experts = 2
+shared_rank = 3
+[router]
+input = "module_input"
+scope = "module"
+temperature = 0.5
+[router.eval]
+top_k = 1""",
     # trained as PEFT trains several active adapters, so the router is not trained
     "all": "num_experts = 2",
+}
+# routers whose inputs, scopes and levels the runs above do not have, with two plain experts
+ROUTERS = {
+    "embeddings": """input = "embeddings"
+scope = "shared" """,
+    "embeddings_module": """input = "embeddings"
+scope = "module"
+level = "sequence" """,
+    "base_sequence": """input = "base_hidden"
+scope = "layer"
+level = "sequence" """,
+    "base_module": """input = "base_hidden"
+scope = "module" """,
+    "shared_sequence": """input = "layer_input"
+scope = "shared"
+level = "sequence"
+normalize_input = false""",
+    "module_sequence": """input = "module_input"
+scope = "module"
+level = "sequence" """,
 }
 OPTIONS = {"all": ["--set", "train.routing=all"]}
 
@@ -128,6 +158,11 @@ def main():
             run, export = train(folder, name, settings, options=OPTIONS.get(name, []))
             check_export(name, run, export, BASE)
             check_generate(name, BASE, run, export)
+        for name, settings in ROUTERS.items():
+            run, export = train(folder, name, f"num_experts = 2\n[router]\ntemperature = 0.2\n{settings}")
+            model, _ = load_experts(BASE, export)
+            check_mixture(name, run, export, model, load_base(BASE))
+            check_program(name, BASE, export, generate("--checkpoint", run), load_tokenizer(BASE))
     summary()
 
 

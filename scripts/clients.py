@@ -18,6 +18,7 @@ from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import huggingface_hub
 import peft
 import torch
 import transformers
@@ -25,6 +26,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import calculate_alora_offsets
 from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src/export"))
+from dylora_peft import Mixture
 
 TOLERANCE = 1e-4
 BASE = "demo/base"
@@ -158,9 +162,10 @@ def load_adapters(base, **folders):
 
 
 def load_experts(base, export):
-    """A new base with the experts of an export, and their names."""
-    experts = json.loads((export / "dylora.json").read_text())["experts"]
-    return load_adapters(base, **{name: export / name for name in experts}), experts
+    """A new base with the adapters of an export, and the names of its experts."""
+    meta = json.loads((export / "dylora.json").read_text())
+    experts, shared = meta["experts"], [meta["shared"]] if meta.get("shared") else []
+    return load_adapters(base, **{name: export / name for name in [*experts, *shared]}), experts
 
 
 def load_tokenizer(base):
@@ -205,57 +210,19 @@ def randomise(model, scale=0.05):
             parameter.data += (10 if "magnitude" in name else 1) * scale * torch.rand_like(parameter)
 
 
-def blocks_of(base):
-    """The name of a base's list of blocks, the blocks, and the name of their first norm."""
-    if base.config.model_type == "gpt2":
-        return "h", base.transformer.h, "ln_1"
-    return "layers", base.model.layers, "input_layernorm"
+def mixed(model, export, ids, routing=None, prompt_len=None):
+    """The logits of an export by the program that lies in it, and the routing weights by site."""
+    mixture = Mixture(model, export, routing)
+    mixture.prompt_len = prompt_len
+    logits = model(ids).logits
+    mixture.remove()
+    model.set_adapter(mixture.experts[0])
+    return logits, mixture.weights
 
 
-def embeddings(base, ids):
-    """The input of the first block, [b, t, d]."""
-    x = base.get_input_embeddings()(ids)
-    if base.config.model_type == "gpt2":
-        x = x + base.transformer.wpe(torch.arange(ids.shape[1]))
-    return x
-
-
-def mixture_logits(model, experts, ids, weights):
-    """The logits if each layer computes W x + b + sum_e g_e (E_e(x) - W x - b).
-
-    E_e is PEFT's own layer with adapter e alone. `weights(layer, module)` is called when a block's
-    module, such as "attn.c_attn", runs, and returns g, [b, t, e].
-    """
-    offsets = {name: calculate_alora_offsets(model.peft_config, name, ids) for name in experts}
-    forwards = []
-
-    def blend(number, module, layer, x):
-        base = y = layer.base_layer(x)
-        g = weights(number, module)
-        for e, name in enumerate(experts):
-            layer._active_adapter = [name]
-            alone = type(layer).forward(layer, x, alora_offsets=offsets[name])
-            y = y + g[..., e : e + 1] * (alone - base)
-        return y
-
-    base_model = model.base_model.model
-    _, blocks, _ = blocks_of(base_model)
-    for number, block in enumerate(blocks):
-        for module, layer in block.named_modules():
-            if isinstance(layer, LoraLayer):
-                layer.forward = lambda x, at=(number, module, layer): blend(*at, x)
-                forwards.append(layer)
-    logits = base_model(ids).logits
-    for layer in forwards:
-        del layer.forward
-    model.set_adapter(experts[0])
-    return logits
-
-
-def static_logits(model, experts, ids, weights):
+def static_logits(model, export, ids, weights):
     """The logits of the mixture with the same weights, [e], for every token."""
-    g = torch.tensor(weights).expand(*ids.shape, -1)
-    return mixture_logits(model, experts, ids, lambda _layer, _module: g)
+    return mixed(model, export, ids, weights)[0]
 
 
 def active(model, experts, ids):
@@ -268,84 +235,15 @@ def active(model, experts, ids):
     return mask
 
 
-class Router:
-    """A router from router.safetensors, computed as the `spec` in dylora.json says."""
-
-    def __init__(self, spec, tensors, prefix):
-        self.spec = spec
-        self.tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-
-    def weights(self, x, present, prompt_len=None):
-        """The routing weights over the experts `present`, [b, t, e].
-
-        The router reads `x`, [b, t, d].
-        """
-        spec, own = self.spec, self.tensors
-        if spec["level"] == "sequence":  # without a prompt, the mean is over the tokens so far
-            reads = (torch.arange(x.shape[1]) < (prompt_len or x.shape[1]))[None, :, None]
-            x = (x * reads).cumsum(1) / reads.cumsum(1)
-        if spec["normalize_input"]:
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        for i in range(spec["hidden_layers"]):
-            x = torch.relu(x @ own[f"hidden.{i}.weight"].T + own[f"hidden.{i}.bias"])
-        scores = x @ own["weight"].T + own["bias"]
-        probs = (scores[..., present] / spec["temperature"]).softmax(-1)
-        if spec["top_k"] is not None and spec["top_k"] < len(present):
-            chosen_by = probs + own["selection_bias"][present] if spec["selection_bias"] else probs
-            chosen = chosen_by.topk(spec["top_k"], -1).indices
-            top = probs.gather(-1, chosen)
-            top = top / top.sum(-1, keepdim=True) if spec["renormalize"] else top
-            probs = torch.zeros_like(probs).scatter(-1, chosen, top)
-        g = torch.zeros_like(scores)
-        g[..., present] = probs
-        return g
-
-
-def experts_of(block, experts):
-    """The numbers of the experts that target a module of a block."""
-    layers = [layer for layer in block.modules() if isinstance(layer, LoraLayer)]
-    return [e for e, name in enumerate(experts) if any(name in layer.lora_A for layer in layers)]
-
-
 def routed(model, export, ids, prompt_len=None):
     """The logits and the routing weights by site of the mixture that an export describes.
 
     It is computed from PEFT's layers and router.safetensors. The prompt is the whole text, unless
     its length is given.
     """
-    meta = json.loads((export / "dylora.json").read_text())
-    spec, experts = meta["router"]["spec"], meta["experts"]
-    tensors = load_file(export / meta["router"]["file"])
-    base = model.base_model.model
-    block_list, blocks, norm = blocks_of(base)
-    once = spec["scope"] == "shared" and spec["input"] != "layer_input" and not spec["own_experts"]
-    if spec["input"] == "embeddings":
-        features = embeddings(base, ids)
-    elif spec["input"] == "base_hidden":
-        with model.disable_adapter():
-            features = model(ids, output_hidden_states=True).hidden_states[-1]
-    read, handles, used = {}, [], {}
-    if spec["input"] == "layer_input":
-        for number, block in enumerate(blocks):
-            hook = lambda _module, _args, output, number=number: read.update({number: output})
-            handles.append(getattr(block, norm).register_forward_hook(hook))
-
-    def weights(number, module):
-        layer = f"{block_list}.{number}"
-        scope = {"shared": "", "layer": f"{layer}.", "module": f"{layer}.{module}."}[spec["scope"]]
-        site = "" if once else f".{layer}.{module}" if spec["scope"] == "module" else f".{layer}"
-        if site not in used:
-            own = experts_of(blocks[number], experts)
-            present = own if spec["own_experts"] else list(range(len(experts)))
-            x = read[number] if spec["input"] == "layer_input" else features
-            used[site] = Router(spec, tensors, f"{scope}router.").weights(x, present, prompt_len)
-        return used[site]
-
-    logits = mixture_logits(model, experts, ids, weights)
-    for handle in handles:
-        handle.remove()
-    mask = active(model, experts, ids)
-    return logits, {site: g * mask for site, g in used.items()}
+    logits, weights = mixed(model, export, ids, prompt_len=prompt_len)
+    mask = active(model, json.loads((export / "dylora.json").read_text())["experts"], ids)
+    return logits, {site: g * mask for site, g in weights.items()}
 
 
 def train(folder, name, settings, base=BASE, options=()):
@@ -371,10 +269,11 @@ def check_base(name, base):
         compare(f"{name}: base alone, text {number}", ours["logits"], model(ours["input_ids"]).logits)
 
 
-def check_experts(name, run, folders, base_dir):
+def check_experts(name, run, folders, shared, base_dir):
     base = load_base(base_dir)
     for expert, (adapter, folder) in enumerate(folders.items()):
-        model = load_adapters(base_dir, **{adapter: folder})
+        model = load_adapters(base_dir, **{adapter: folder}, **shared)
+        model.base_model.set_adapter([adapter, *shared])
         ours = trace("--checkpoint", run, "--text", TEXTS[0], "--routing", f"expert:{expert}")
         ids = ours["input_ids"]
         compare(f"{name}: {adapter} in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
@@ -401,13 +300,24 @@ def check_all_active(name, run, model, base):
     compare(f"{name}: all adapters active in PEFT", ours["logits"], model(ids).logits, base(ids).logits)
 
 
+def check_card(name, export, base_dir):
+    """Checks a model card with the Hub's own library."""
+    card = huggingface_hub.ModelCard.load(export / "README.md")
+    fields = card.data.to_dict()
+    expect(f"{name}: the Hub reads the model card", fields["library_name"] == "peft" and "dylora" in fields["tags"], fields)
+    paths = [str(Path(folder).resolve()) for folder in (base_dir, export)]
+    expect(f"{name}: the model card names no folder", not any(path in card.content for path in paths), card.content)
+
+
 def check_export(name, run, export, base_dir):
     """Checks an export of a checkpoint in PEFT, and again in dylora."""
+    check_card(name, export, base_dir)
     meta = json.loads((export / "dylora.json").read_text())
     folders = {adapter: export / adapter for adapter in meta["experts"]}
-    check_experts(name, run, folders, base_dir)
+    shared = {meta["shared"]: export / meta["shared"]} if meta.get("shared") else {}
+    check_experts(name, run, folders, shared, base_dir)
     if meta["router"] is not None:
-        model, base = load_adapters(base_dir, **folders), load_base(base_dir)
+        model, base = load_adapters(base_dir, **folders, **shared), load_base(base_dir)
         if meta["routing"] == "router":
             check_mixture(name, run, export, model, base)
         if not any(config.use_dora or config.alora_invocation_tokens for config in model.peft_config.values()):
@@ -485,7 +395,7 @@ def check_merge(name, out, run, export, weights, form, base):
     merge = ["--checkpoint", run, *choice, "--as", form, "--out", out, "--overwrite", "--json"]
     report = json.loads(dylora("merge", *merge))
     ids = token_ids(base, TEXTS[0])
-    theirs = static_logits(*load_experts(base, export), ids, report["weights"])
+    theirs = static_logits(load_experts(base, export)[0], export, ids, report["weights"])
     model = load_base(out) if form == "base" else load_adapters(base, merged=out)
     name = f"{name} with weights {weights} as {form}"
     compare(name, model(ids).logits, theirs, load_base(base)(ids).logits)

@@ -3,12 +3,13 @@
 A text that dylora continues greedily must have the same tokens, and each token the same probability.
 """
 
+import importlib.util
 import json
 import tempfile
 from pathlib import Path
 
 import torch
-from clients import compare, dylora, expect, load_adapters, load_base, load_tokenizer, routed
+from clients import compare, dylora, expect, load_base, load_experts, load_tokenizer, no_warnings, routed
 
 NUM_NEW = 24
 # uneven prompts, which dylora continues in one batch
@@ -97,6 +98,37 @@ def check_chat(name, base):
     compare_texts(f"{name}: answers in transformers", ours, by_transformers(model, ours), tokenizer)
 
 
+def check_program(name, base, export, ours, tokenizer):
+    """Checks the program that lies in an export: texts with a cache, alone and in one batch."""
+    spec = importlib.util.spec_from_file_location("exported_program", export / "dylora_peft.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    with no_warnings(export):
+        model = program.load_mixture(export, base, dtype=torch.float32)
+    for routing in ["record", "domain", "expert:99", [1.0]]:
+        try:
+            program.Mixture(model, export, routing)
+            expect(f"{name}: the export's program refuses {routing}", False)
+        except ValueError as error:
+            expect(f"{name}: the export's program refuses {routing}", str(routing) in str(error), error)
+    compare_texts(f"{name}: the export's program", ours, by_transformers(model, ours), tokenizer)
+    # uneven prompts in one batch, padded on the left
+    prompts = [text["prompt_ids"] for text in ours]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False, "pad_token_id": 0}
+    done = model.generate(input_ids=ids, attention_mask=mask, **options)[:, width:].tolist()
+    same = all(row[: len(text["ids"])] == text["ids"] for row, text in zip(done, ours, strict=True))
+    expect(f"{name}: the export's program, in one batch", same, (done, [text["ids"] for text in ours]))
+    if any(config.alora_invocation_tokens for config in model.peft_config.values()):
+        return  # PEFT itself refuses beams then
+    # a search that goes back to other texts finds the same with a cache as without
+    prompt, options = {"input_ids": ids[:1], "attention_mask": mask[:1]}, options | {"num_beams": 3}
+    beams = [model.generate(**prompt, **options, use_cache=cached) for cached in (True, False)]
+    expect(f"{name}: the export's program, with beams", torch.equal(*beams), beams)
+
+
 def check_generate(name, base, run=None, export=None, experts=(0,)):
     """Checks the texts of a base and, if there is a mixture, of its experts and of the mixture.
 
@@ -108,10 +140,10 @@ def check_generate(name, base, run=None, export=None, experts=(0,)):
     if run is None:
         return
     meta = json.loads((export / "dylora.json").read_text())
-    adapted = load_adapters(base, **{adapter: export / adapter for adapter in meta["experts"]})
+    adapted, _ = load_experts(base, export)
     for expert in experts:
         adapter = meta["experts"][expert]
-        adapted.set_adapter(adapter)
+        adapted.base_model.set_adapter([adapter, *filter(None, [meta.get("shared")])])
         ours = generate("--checkpoint", run, "--routing", f"expert:{expert}")
         compare_texts(f"{name}: {adapter} in PEFT", ours, by_transformers(adapted, ours), tokenizer)
     if meta["router"] is None or meta["routing"] != "router":
@@ -119,5 +151,6 @@ def check_generate(name, base, run=None, export=None, experts=(0,)):
     ours = generate("--checkpoint", run)
     theirs = by_passes(lambda *ids: routed(adapted, export, *ids)[0], ours, end_tokens(base))
     compare_texts(f"{name}: the mixture of PEFT's layers", ours, theirs, tokenizer)
+    check_program(name, base, export, ours, tokenizer)
     base_text = generate("--checkpoint", run, "--routing", "none")
     expect(f"{name}: the mixture writes other texts than the base", base_text != ours)

@@ -189,6 +189,46 @@ impl Base {
         })
     }
 
+    /// The base's repository on the Hub: its source, or what its folder says. That is the
+    /// `_name_or_path` of its `config.json`, or its place in the Hub's cache.
+    pub fn repo(&self) -> Option<String> {
+        if let BaseSource::Hub(source) = &self.source {
+            return Some(source.repo.clone());
+        }
+        let config = &self.files.as_ref()?.config;
+        let text = fs_err::read_to_string(config).ok()?;
+        let json: Value = serde_json::from_str(&text).ok()?;
+        let known = json["_name_or_path"].as_str().filter(|name| hub::is_repo(name));
+        let cached = || {
+            let mut parts = config.iter().filter_map(|part| part.to_str());
+            let name = parts.find_map(|part| part.strip_prefix("models--"))?;
+            Some(name.replace("--", "/")).filter(|name| hub::is_repo(name))
+        };
+        known.map(str::to_owned).or_else(cached)
+    }
+
+    /// The base's name for others, which is no path of this machine.
+    pub fn name(&self) -> String {
+        match &self.source {
+            BaseSource::Path(_) => self.repo().unwrap_or_else(|| "a local model".into()),
+            _ => self.label.clone(),
+        }
+    }
+
+    /// The licence beside the base as the Hub names it: `other` if it is none of the common ones,
+    /// and `None` if there is none.
+    pub fn licence(&self) -> Option<String> {
+        let file = self.beside.iter().find(|file| file.name.starts_with("LICENSE"))?;
+        let text = fs_err::read_to_string(&file.path).ok()?;
+        let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let known = [
+            ("Apache License Version 2.0", "apache-2.0"),
+            ("Permission is hereby granted, free of charge, to any person", "mit"),
+        ];
+        let found = known.into_iter().find(|(words_of, _)| words.contains(words_of));
+        Some(found.map_or("other", |(_, name)| name).to_owned())
+    }
+
     /// How this base turns records with `messages` into text.
     ///
     /// - `turns`: the turns of the assistant that are learned

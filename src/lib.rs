@@ -67,6 +67,7 @@
 pub mod config;
 pub mod durable;
 pub mod ffi;
+pub mod gguf;
 pub mod tensor_file;
 
 pub mod hub;

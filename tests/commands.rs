@@ -276,3 +276,50 @@ fn bench_prints_its_setting_and_each_row() -> Result<()> {
     assert!(text.contains("at batch 2, one_pass takes "), "{text}");
     Ok(())
 }
+
+/// Without `--yes`, nothing is asked of the Hub, which is at a dead address here.
+#[test]
+fn push_says_what_it_would_upload() -> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let out = cache.path().join("gguf");
+    let path = out.to_str().context("it is UTF-8")?;
+    let run = |arguments: &[&str]| -> Result<Output> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+        command.args(arguments).env("DYLORA_CACHE", cache.path()).env("OMP_NUM_THREADS", "1");
+        command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("HF_TOKEN", "hf_quiteSecret");
+        Ok(command.output()?)
+    };
+    let written = run(&["merge", "--base", "demo/base", "--format", "gguf", "--out", path])?;
+    assert!(written.status.success(), "{}", stderr(&written));
+    let push = ["push", "me/demo", "--from", path];
+    let found = run(&push)?;
+    let text = String::from_utf8(found.stdout)? + &String::from_utf8_lossy(&found.stderr);
+    assert!(found.status.success() && text.contains("| model.gguf |"), "{text}");
+    assert!(text.contains("nothing was uploaded: add `--yes`") && !text.contains("hf_"), "{text}");
+    let found = json(&run(&[&push[..], &["--json"]].concat())?)?;
+    assert_eq!(found["uploaded"], false);
+    let files = found["files"].as_array().context("it is a list")?;
+    let names: Vec<_> = files.iter().filter_map(|file| file["file"].as_str()).collect();
+    assert_eq!(names, ["README.md", "model.gguf"], "the marker stays here");
+
+    // an adapter that names a folder of this machine, and what dylora did not write
+    let says = |words: &str, code: i32, arguments: &[&str]| -> Result<()> {
+        let output = run(arguments)?;
+        let text = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert!(text.contains(words) && !text.contains("hf_"), "{text}");
+        Ok(())
+    };
+    let marker = out.join(".dylora-output.json");
+    let mut listed: Value = serde_json::from_str(&fs_err::read_to_string(&marker)?)?;
+    listed["files"].as_array_mut().context("it is a list")?.insert(0, "adapter_config.json".into());
+    fs_err::write(&marker, listed.to_string())?;
+    says("lacks `adapter_config.json`, which dylora wrote there", 1, &push)?;
+    let adapter = json!({ "base_model_name_or_path": "/home/me/base" }).to_string();
+    fs_err::write(out.join("adapter_config.json"), adapter)?;
+    says("is the folder `/home/me/base` of this machine", 1, &push)?;
+    says("is no output of dylora", 1, &["push", "me/demo", "--from", "demo/base"])?;
+    says("it is like `OWNER/NAME`", 2, &["push", "demo", "--from", path])?;
+    let dtype = ["export-adapters", "--base", "demo/base", "--out", "x", "--save-dtype", "f16"];
+    says("`--save-dtype` is for `--format gguf`", 2, &dtype)
+}

@@ -133,6 +133,15 @@ impl ChatTemplate {
         name == FILE || name.starts_with(MORE_TEMPLATES)
     }
 
+    /// The texts of the templates by their names. The usual one is `default`.
+    ///
+    /// # Errors
+    /// A fault in `tokenizer_config.json`.
+    pub fn texts(&self) -> Result<BTreeMap<String, String>> {
+        let templates = self.source.templates()?.into_iter();
+        Ok(templates.map(|(name, template)| (name, template.text)).collect())
+    }
+
     /// A hash of the files that templates and special tokens are read from.
     pub fn hash(&self) -> blake3::Hash {
         self.hash

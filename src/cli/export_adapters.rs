@@ -1,15 +1,17 @@
-//! `dylora export-adapters`: writes each expert as a PEFT adapter, with the router beside them.
+//! `dylora export-adapters`: writes each expert as a PEFT adapter, with the router beside them, or
+//! as a LoRA adapter for llama.cpp.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
-use clap::Args;
+use anyhow::{Result, anyhow};
+use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::open::ModelArgs;
-use super::{Shared, table};
+use super::{Shared, table, usage};
+use crate::config::SaveDtype;
 use crate::export::{
-    self,
+    self, gguf,
     peft::{self, Layout},
 };
 
@@ -21,10 +23,14 @@ pub struct ExportArgs {
     /// The folder to create.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// How the experts are joined: by `dylora.json` and the router (`dylora`), or as an X-LoRA
-    /// folder (`xlora`), which needs a router that reads the base's last hidden state.
+    /// What is written: PEFT adapters, joined by `dylora.json` and the router (`dylora`) or as an
+    /// X-LoRA folder (`xlora`), which needs a router that reads the base's last hidden state; or
+    /// each expert alone as a LoRA adapter for llama.cpp (`gguf`), which has no routing.
     #[arg(long, default_value = "dylora")]
-    format: Layout,
+    format: ExportFormat,
+    /// The dtype of GGUF adapters [default: `f32`]. PEFT adapters are always in `f32`.
+    #[arg(long, value_name = "DTYPE")]
+    save_dtype: Option<SaveDtype>,
     /// Replace the folder if it exists. It must be one that dylora wrote, with nothing else in it.
     #[arg(long)]
     overwrite: bool,
@@ -33,13 +39,42 @@ pub struct ExportArgs {
     json: bool,
 }
 
+/// The value of `--format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ExportFormat {
+    /// PEFT adapters, `dylora.json` and `router.safetensors`.
+    Dylora,
+    /// PEFT adapters, `xlora_config.json` and `xlora_classifier.safetensors`.
+    Xlora,
+    /// A LoRA adapter of GGUF for each expert.
+    Gguf,
+}
+
 /// Runs the command.
 pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
+    if args.save_dtype.is_some() && args.format != ExportFormat::Gguf {
+        return Err(usage(anyhow!(
+            "`--save-dtype` is for `--format gguf`: PEFT adapters are always f32"
+        )));
+    }
     // the output is checked before anything is read
     let early = args.model.output(&args.out, args.overwrite)?;
     early.check_folder(export::is_unmarked_output)?;
     let open = args.model.open(shared)?;
-    peft::export(&open.output(early), &open.model, &open.provenance()?, args.format)?;
+    let (out, provenance) = (open.output(early), open.provenance()?);
+    match args.format {
+        ExportFormat::Dylora => {
+            peft::export(&out, &open.model, &provenance, Layout::Dylora)?;
+        }
+        ExportFormat::Xlora => peft::export(&out, &open.model, &provenance, Layout::Xlora)?,
+        ExportFormat::Gguf => {
+            let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
+            gguf::export_experts(&out, &open.model, &provenance, dtype)?;
+            for note in gguf::notes(&open.model) {
+                tracing::warn!("{note}");
+            }
+        }
+    }
     let files = files(&args.out)?;
     if args.json {
         let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();

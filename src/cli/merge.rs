@@ -1,11 +1,11 @@
 //! `dylora merge`: merges the experts, with fixed weights, into the base or into one adapter. If
 //! the mixture's own weights differ from token to token, it first measures what fixing them costs
-//! in loss.
+//! in loss. A base without experts is written as it is, for llama.cpp's adapters to be put on.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
 use super::eval::DataArgs;
@@ -17,6 +17,8 @@ use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
 use crate::durable::output::Output;
 use crate::eval::{EvalReport, EvalSettings, evaluate};
+use crate::export::card::Form;
+use crate::export::gguf::{self, Vocabulary, WholeModel};
 use crate::export::merge::{self, MergeInto};
 use crate::export::peft::write_adapter;
 use crate::export::{self, hugging_face};
@@ -34,13 +36,19 @@ pub struct MergeArgs {
     /// exact then.
     #[arg(long, value_name = "WEIGHTS", value_parser = parse_weights, allow_hyphen_values = true)]
     weights: Option<Weights>,
-    /// Merge into the base, as a Hugging Face folder, or into one PEFT adapter. The adapter's rank
-    /// is the sum of the experts' ranks.
+    /// Merge into the base, or into one adapter. The adapter's rank is the sum of the experts'
+    /// ranks.
     #[arg(long = "as", value_name = "FORM", default_value = "base")]
     form: MergeInto,
+    /// The format of what is written: a folder that transformers or PEFT loads
+    /// (`hugging-face`), or a file that llama.cpp loads (`gguf`), in which a base has its
+    /// tokenizer with it.
+    #[arg(long, default_value = "hugging-face")]
+    format: MergeFormat,
     #[command(flatten)]
     data: DataArgs,
-    /// The dtype of the merged base [default: `f32`]. A merged adapter is always in `f32`.
+    /// The dtype of the merged base, or of a GGUF adapter [default: `f32`]. A merged PEFT adapter
+    /// is always in `f32`.
     #[arg(long, value_name = "DTYPE")]
     save_dtype: Option<SaveDtype>,
     /// The folder to create.
@@ -52,6 +60,22 @@ pub struct MergeArgs {
     /// Print the result as JSON.
     #[arg(long)]
     json: bool,
+}
+
+impl MergeArgs {
+    /// Whether a whole model is written as GGUF, which may be a base without experts.
+    fn is_base_as_gguf(&self) -> bool {
+        self.format == MergeFormat::Gguf && self.form == MergeInto::Base
+    }
+}
+
+/// The value of `--format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MergeFormat {
+    /// A folder of transformers or PEFT.
+    HuggingFace,
+    /// A file of llama.cpp.
+    Gguf,
 }
 
 /// The value of `--weights`.
@@ -88,13 +112,21 @@ struct Cost {
 
 /// Runs the command.
 pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
-    if args.form == MergeInto::Adapter && args.save_dtype.is_some() {
-        return Err(usage(anyhow!("`--save-dtype` is for `--as base`: an adapter is always f32")));
+    let is_peft = args.form == MergeInto::Adapter && args.format == MergeFormat::HuggingFace;
+    if is_peft && args.save_dtype.is_some() {
+        return Err(usage(anyhow!(
+            "`--save-dtype` is for `--as base` or `--format gguf`: a PEFT adapter is always f32"
+        )));
     }
     // the output is checked before anything is measured
     let early = args.model.output(&args.out, args.overwrite)?;
     early.check_folder(export::is_unmarked_output)?;
     let open = args.model.open(shared)?;
+    if open.model.num_experts() == 0 && args.is_base_as_gguf() {
+        let vocabulary = vocabulary(&args, &open)?;
+        write(&args, &open, &open.output(early), vocabulary.as_ref(), &[])?;
+        return print(&args, &open, &[], None);
+    }
     if open.model.num_experts() == 0 {
         return Err(usage(anyhow!("name `--checkpoint` or `--adapters`: a base has no experts")));
     }
@@ -108,6 +140,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         true => Some(data_to_measure(&args, &open, routing, shared)?),
         false => None,
     };
+    let vocabulary = vocabulary(&args, &open)?;
     // the weights are checked before anything is measured; `mean` is known only after that
     let given = match args.weights {
         Some(Weights::Mean) => vec![1.0; open.model.num_experts() as usize],
@@ -129,17 +162,60 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
         }
         _ => None,
     };
-    let out = open.output(early);
-    match args.form {
-        MergeInto::Base => {
-            let merged = merge::into_base(&open.model, &open.base.weights()?, &weights)?;
-            let tokenizer = open.base.tokenizer_file.as_deref();
-            let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
-            hugging_face::export(&out, &merged, dtype, tokenizer, &open.base.beside)?;
-        }
-        MergeInto::Adapter => write_merged_adapter(&out, &open, &weights)?,
-    }
+    write(&args, &open, &open.output(early), vocabulary.as_ref(), &weights)?;
     print(&args, &open, &weights, cost.as_ref())
+}
+
+/// The vocabulary of the model that is written as GGUF. What GGUF cannot express is refused before
+/// anything is measured.
+fn vocabulary(args: &MergeArgs, open: &OpenModel) -> Result<Option<Vocabulary>> {
+    if args.format != MergeFormat::Gguf {
+        return Ok(None);
+    }
+    gguf::check_base(&open.model.base().spec)?;
+    if args.form == MergeInto::Adapter {
+        return Ok(None);
+    }
+    open.base.tokenizer()?;
+    let file = open.base.tokenizer_file.as_deref().expect("a tokenizer comes from a file");
+    let vocabulary = Vocabulary::read(file)?;
+    for note in vocabulary.notes() {
+        tracing::warn!("{note}");
+    }
+    Ok(Some(vocabulary))
+}
+
+/// Writes the merged model.
+fn write(
+    args: &MergeArgs,
+    open: &OpenModel,
+    out: &Output,
+    vocabulary: Option<&Vocabulary>,
+    weights: &[f64],
+) -> Result<()> {
+    let dtype = args.save_dtype.unwrap_or(SaveDtype::F32);
+    if args.form == MergeInto::Adapter {
+        return write_merged_adapter(args.format, out, open, weights, dtype);
+    }
+    let merged = match weights {
+        [] => open.base.weights()?,
+        weights => merge::into_base(&open.model, &open.base.weights()?, weights)?,
+    };
+    let provenance = open.provenance()?;
+    let Some(vocabulary) = vocabulary else {
+        let tokenizer = open.base.tokenizer_file.as_deref();
+        let card = merge::base_card(&open.model, &provenance, weights, Form::HuggingFace);
+        return hugging_face::export(out, &merged, dtype, tokenizer, &open.base.beside, &card);
+    };
+    let whole = WholeModel {
+        base: &merged,
+        name: &provenance.origin.base_label,
+        vocabulary,
+        chat_template: open.base.chat_template.as_deref(),
+        beside: &open.base.beside,
+    };
+    let card = merge::base_card(&open.model, &provenance, weights, Form::GgufModel);
+    gguf::export_model(out, &whole, dtype, &card)
 }
 
 /// The data on which the routed mixture is compared with the static one.
@@ -240,11 +316,24 @@ fn cost_table(cost: &Cost) -> comfy_table::Table {
     table::table(&["loss (nats)", "routed", "static", "cost of fixing the weights"], rows)
 }
 
-fn write_merged_adapter(out: &Output, open: &OpenModel, weights: &[f64]) -> Result<()> {
+fn write_merged_adapter(
+    format: MergeFormat,
+    out: &Output,
+    open: &OpenModel,
+    weights: &[f64],
+    dtype: SaveDtype,
+) -> Result<()> {
     let adapter = merge::into_adapter(&open.model, weights)?;
     let provenance = open.provenance()?;
     let base = &open.model.base().spec;
-    let card = merge::adapter_card(&open.model, &adapter, &provenance, weights);
+    let form = match format {
+        MergeFormat::HuggingFace => Form::PeftAdapter,
+        MergeFormat::Gguf => Form::GgufAdapter,
+    };
+    let card = merge::adapter_card(&open.model, &adapter, &provenance, weights, form);
+    if format == MergeFormat::Gguf {
+        return gguf::export_adapter(out, &adapter, base, &provenance, dtype, &card);
+    }
     out.write_folder(export::is_unmarked_output, |dir| {
         write_adapter(dir, &adapter, base, &provenance, &card)
     })
@@ -280,7 +369,10 @@ fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost
     }
     let names = (0..open.model.num_experts() as usize).map(expert_name);
     let weights: Vec<String> = names.zip(weights).map(|(n, w)| format!("{n} {w:.4}")).collect();
-    println!("merged with weights {}", weights.join(", "));
+    match weights.is_empty() {
+        true => println!("there are no experts: the base is written as it is"),
+        false => println!("merged with weights {}", weights.join(", ")),
+    }
     let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
     println!("{}", table::table(&["file", "bytes"], rows.collect()));
     println!("each file was read back and compared; wrote `{}`", args.out.display());

@@ -16,6 +16,7 @@ mod generate;
 mod merge;
 mod open;
 mod progress;
+mod push;
 mod remove_expert;
 mod report;
 mod sampling;
@@ -76,10 +77,13 @@ enum Command {
     Train(train::TrainArgs),
     /// Measure the loss, perplexity and routing of a model on each domain.
     Eval(eval::EvalArgs),
-    /// Write each expert as a PEFT adapter, with the router beside them.
+    /// Write each expert as a PEFT adapter, with the router beside them, or for llama.cpp.
     ExportAdapters(export_adapters::ExportArgs),
-    /// Merge the experts, with fixed weights, into the base or into one PEFT adapter.
+    /// Merge the experts, with fixed weights, into the base or into one adapter.
     Merge(merge::MergeArgs),
+    /// Upload an export or a merged model to the Hugging Face Hub. Without `--yes`, say what would
+    /// be uploaded.
+    Push(push::PushArgs),
     /// Add an expert for a new skill to a checkpoint's mixture, and train it.
     AddExpert(add_expert::AddExpertArgs),
     /// Remove an expert from a checkpoint's mixture, and report what that costs in loss.
@@ -192,6 +196,7 @@ impl Cli {
             Some(Command::Eval(args)) => eval::run(args, &shared),
             Some(Command::ExportAdapters(args)) => export_adapters::run(args, &shared),
             Some(Command::Merge(args)) => merge::run(args, &shared),
+            Some(Command::Push(args)) => push::run(&args, &shared),
             Some(Command::AddExpert(args)) => add_expert::run(args, &shared),
             Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
             Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),

@@ -18,7 +18,8 @@ use crate::config::{
 use crate::data::TokenDataset;
 use crate::durable::{folder, output::Output};
 use crate::eval::{check_domains, check_records, domain_targets};
-use crate::export::peft::Provenance;
+use crate::export::peft::{Origin, Provenance};
+use crate::export::training::Training;
 use crate::hub::{self, AdapterFiles};
 use crate::mixture::Mixture;
 use crate::model::batch::DomainTargets;
@@ -195,22 +196,28 @@ impl OpenModel {
     /// What an export of the model says about its origin.
     pub fn provenance(&self) -> Result<Provenance> {
         let (base_name, revision) = match &self.base.source {
-            BaseSource::Path(path) => (path.display().to_string(), None),
+            BaseSource::Path(path) => {
+                (self.base.repo().unwrap_or_else(|| path.display().to_string()), None)
+            }
             BaseSource::Hub(hub) => (hub.repo.clone(), Some(hub.revision.clone())),
             BaseSource::Random(_) => ("random".into(), None),
         };
-        let domains = self.config.iter().flat_map(|config| &config.data.domains);
+        let training = match (&self.config, &self.checkpoint) {
+            (Some(config), Some(dir)) => {
+                Some(Training::of_checkpoint(config, &checkpoint::read_state(dir)?, dir)?)
+            }
+            _ => None,
+        };
         Ok(Provenance {
             base_name,
             revision,
-            base_label: self.base.label.clone(),
             base_hash: match &self.base_hash {
                 Some(hash) => hash.clone(),
                 None => self.base.weights()?.hash_in(Kind::Float)?,
             },
             dropout: self.config.as_ref().map_or(0.0, |config| config.lora.dropout),
             routing: self.routing,
-            domains: domains.map(|domain| domain.name.clone()).collect(),
+            origin: Origin::new(&self.base, training),
         })
     }
 

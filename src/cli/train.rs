@@ -18,6 +18,8 @@ use crate::checkpoint::{self, Preferred, load_model};
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::Datasets;
 use crate::durable::output::Output;
+use crate::export::card::{self, Form, Origin};
+use crate::export::training::Training;
 use crate::export::{self, hugging_face};
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::train::plan::{ParameterCounts, num_steps};
@@ -217,7 +219,9 @@ fn save_base(config: &Config, base: &Base) -> Result<PathBuf> {
     let output = model_output(config, base)?;
     let (tokenizer, beside) = (base.tokenizer_file.as_deref(), &base.beside);
     let dtype = config.train.save_dtype;
-    hugging_face::export(&output, model.base(), dtype, tokenizer, beside)?;
+    let training = Training::of_checkpoint(config, &checkpoint::read_state(&dir)?, &dir)?;
+    let card = card::of_base(&Origin::new(base, Some(training)), Form::HuggingFace);
+    hugging_face::export(&output, model.base(), dtype, tokenizer, beside, &card)?;
     Ok(output.path)
 }
 

@@ -48,7 +48,7 @@ pub use self::dataset::{
 };
 pub use self::order::BlockId;
 pub use self::read::LoadProgress;
-pub use self::tokenize::Tokenizer;
+pub use self::tokenize::{SPLIT_PATTERNS, Tokenizer};
 
 use self::dataset::Selection;
 use self::select::Selector;

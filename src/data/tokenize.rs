@@ -31,7 +31,7 @@ const GUARDS: [&str; 2] = ["x\n", "x"];
 
 /// The patterns by which Qwen2 and Qwen3, and Llama 3 and SmolLM3, split a text into pieces. No
 /// token crosses the border of a piece.
-const SPLIT_PATTERNS: [&str; 2] = [
+pub const SPLIT_PATTERNS: [&str; 2] = [
     concat!(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",

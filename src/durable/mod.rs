@@ -4,7 +4,7 @@
 pub mod folder;
 pub mod output;
 
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::Result;
@@ -14,6 +14,13 @@ pub fn write(file: &Path, bytes: &[u8]) -> Result<()> {
     let mut handle = fs_err::File::create(file)?;
     handle.write_all(bytes)?;
     Ok(handle.sync_all()?)
+}
+
+/// Writes a file by calling `fill`, and waits until its bytes are on disk.
+pub fn stream(file: &Path, fill: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+    let mut handle = BufWriter::new(fs_err::File::create(file)?);
+    fill(&mut handle)?;
+    Ok(handle.into_inner()?.sync_all()?)
 }
 
 /// Replaces a file in one step.

@@ -212,6 +212,35 @@ impl Output {
     }
 }
 
+/// The files that dylora wrote to the folder `dir`, and the other ones in it. The marker is
+/// neither.
+///
+/// # Errors
+/// A folder without a marker, a file that the marker lists and that is missing, and a link.
+pub fn written_files(dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
+    let name = dir.display();
+    let marker = fs_err::read_to_string(dir.join(MARKER)).ok();
+    let marker = marker.and_then(|text| serde_json::from_str::<Marker>(&text).ok());
+    let Some(marker) = marker.filter(|marker| marker.format == FORMAT) else {
+        bail!(
+            "`{name}` has no `{MARKER}`, so that it is no output of dylora
+hint:              `dylora export-adapters` and `dylora merge` write such folders"
+        );
+    };
+    let found = files_below(dir)?;
+    if let Some(missing) = marker.files.difference(&found).next() {
+        bail!("`{name}` lacks `{missing}`, which dylora wrote there\nhint: export it again");
+    }
+    let is_ours = |file: &String| marker.files.contains(file);
+    let (ours, others): (Vec<String>, Vec<String>) = found.into_iter().partition(is_ours);
+    for file in &ours {
+        if !dir.join(file).symlink_metadata()?.is_file() {
+            bail!("`{name}/{file}` is no file");
+        }
+    }
+    Ok((ours, others))
+}
+
 fn kind_of(kind: FileType) -> &'static str {
     if kind.is_symlink() {
         "a symbolic link"

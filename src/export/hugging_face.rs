@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::card::CARD;
 use super::peft::write_json;
 use crate::config::SaveDtype;
 use crate::data::Tokenizer;
@@ -26,6 +27,8 @@ const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 /// Writes `base` to the folder `out` in `dtype`, with the tokenizer and the files `beside` it. The
 /// weights are read back and compared.
 ///
+/// - `card`: its model card
+///
 /// # Errors
 /// Those of [`Output::write_folder`], and a file that reads back differently.
 pub fn export(
@@ -34,6 +37,7 @@ pub fn export(
     dtype: SaveDtype,
     tokenizer: Option<&Path>,
     beside: &[SideFile],
+    card: &str,
 ) -> Result<()> {
     let (kind, name) = kind_of(dtype);
     out.write_folder(super::is_unmarked_output, |dir| {
@@ -56,6 +60,7 @@ pub fn export(
             fs_err::create_dir_all(file.parent().expect("the folder is its parent"))?;
             durable::write(&file, &fs_err::read(path)?)?;
         }
+        durable::write(&dir.join(CARD), card.as_bytes())?;
         tokenizer.map_or(Ok(()), |file| write_tokenizer(dir, &base.spec, file))
     })
     .with_context(|| format!("cannot export to `{}`", out.path.display()))

@@ -19,12 +19,12 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use tch::{Device, Kind, Tensor};
 
-use super::peft::{Provenance, card_head, describe};
+use super::card::{self, Form, Provenance};
 use crate::config::LoraInit;
 use crate::model::RoutedModel;
 use crate::model::decoder::Decoder;
 use crate::model::experts::delta::Delta;
-use crate::model::experts::spec::{ExpertSpec, RankAlpha, part_name};
+use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::peft::adapter::Adapter;
 
 /// What the experts are merged into.
@@ -117,28 +117,28 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
     Ok(merged)
 }
 
+/// The model card of a base into which `model` was merged under `weights`, `[e]`.
+pub fn base_card(
+    model: &RoutedModel,
+    provenance: &Provenance,
+    weights: &[f64],
+    form: Form,
+) -> String {
+    if model.specs().is_empty() {
+        return card::of_base(&provenance.origin, form);
+    }
+    card::of_merged(model, None, provenance, &of_parts(model, weights), form)
+}
+
 /// The model card of an adapter into which `model` was merged under `weights`, `[e]`.
 pub fn adapter_card(
     model: &RoutedModel,
     adapter: &Adapter,
     provenance: &Provenance,
     weights: &[f64],
+    form: Form,
 ) -> String {
-    let weights: Vec<String> = of_parts(model, weights)
-        .iter()
-        .enumerate()
-        .map(|(part, weight)| format!("`{}` {weight}", part_name(model.specs(), part)))
-        .collect();
-    format!(
-        "{head}# A static mixture of LoRA experts\n\nThe experts of a mixture by dylora {version} \
-         on `{label}`, joined into one adapter with the same weights for every token: \
-         {weights}.\n\n- {shape}\n",
-        head = card_head(provenance),
-        version = env!("CARGO_PKG_VERSION"),
-        label = provenance.base_label,
-        weights = weights.join(", "),
-        shape = describe(&adapter.spec),
-    )
+    card::of_merged(model, Some(adapter), provenance, &of_parts(model, weights), form)
 }
 
 /// Merges the experts under `weights`, `[e]`, into one plain adapter of rank `sum_e r_e`. Experts

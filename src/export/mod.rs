@@ -1,10 +1,15 @@
 //! Files that other programs load: each expert as a PEFT adapter, with the mixture's router beside
-//! them ([`peft`]); a static mixture, merged into a base or an adapter ([`merge`]); and a base as a
-//! Hugging Face folder ([`hugging_face`]).
+//! them ([`peft`]), or alone for llama.cpp ([`gguf`]); a static mixture, merged into a base or an
+//! adapter ([`merge`]); and a base as a Hugging Face folder ([`hugging_face`]). Each has a model
+//! card ([`card`]).
 
+pub mod card;
+mod describe;
+pub mod gguf;
 pub mod hugging_face;
 pub mod merge;
 pub mod peft;
+pub mod training;
 mod xlora;
 
 use std::collections::BTreeSet;

@@ -6,6 +6,7 @@
 //! OUT/expert_0/ ..             PEFT adapters (`peft::adapter`), each with a model card
 //! OUT/router.safetensors       absent with one expert
 //! OUT/dylora.json              the manifest (`mixture`)
+//! OUT/dylora_peft.py           a program that loads all of it in transformers and PEFT
 //! OUT/README.md                the model card of the mixture
 //!
 //! the layout `xlora`
@@ -22,7 +23,9 @@ use clap::ValueEnum;
 use serde_json::Value;
 use tch::Tensor;
 
-use crate::config::{EvalRule, RouterInput, RouterScope, RoutingChoice, RoutingLevel};
+use super::card::{self, BY_DYLORA, CARD, Form};
+pub use super::card::{Origin, Provenance};
+use crate::config::RoutingChoice;
 use crate::durable::{self, output::Output};
 use crate::mixture::{
     ADAPTER_CONFIG, ADAPTER_WEIGHTS, FORMAT, MANIFEST, Manifest, ManifestBase, ManifestRouter,
@@ -32,35 +35,14 @@ use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::{ExpertSpec, part_name};
 use crate::model::families;
-use crate::model::routing::router::RouterSpec;
 use crate::peft::adapter::{self, Adapter};
 use crate::peft::xlora;
 use crate::tensor_file::{read_tensors, write_tensors};
 
-const CARD: &str = "README.md";
+/// The program that loads an export in transformers and PEFT.
+const PROGRAM: &str = "dylora_peft.py";
 /// The files of an adapter, sorted.
 const ADAPTER_FILES: [&str; 3] = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS];
-/// The words by which a model card says that dylora wrote it. The version follows them.
-const BY_DYLORA: &str = "by dylora ";
-
-/// What an export says about its origin.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Provenance {
-    /// The name by which `from_pretrained` finds the base.
-    pub base_name: String,
-    /// The base's revision on the Hub.
-    pub revision: Option<String>,
-    /// The base's name for people: [`crate::base::Base::label`].
-    pub base_label: String,
-    /// BLAKE3 of the base's parameters in f32.
-    pub base_hash: String,
-    /// The dropout of the experts' inputs in training.
-    pub dropout: f64,
-    /// What decided the routing weights in training.
-    pub routing: RoutingChoice,
-    /// The names of the domains that the experts were trained on.
-    pub domains: Vec<String>,
-}
 
 /// How the experts are joined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -100,6 +82,10 @@ pub fn export(
             Some(super::xlora::settings_and_classifier(model, &provenance.base_name, &names)?)
         }
     };
+    let form = match layout {
+        Layout::Dylora => Form::Dylora,
+        Layout::Xlora => Form::Xlora,
+    };
     out.write_folder(super::is_unmarked_output, |dir| {
         let parent = match layout {
             Layout::Dylora => dir.to_owned(),
@@ -109,7 +95,7 @@ pub fn export(
         for (name, adapter) in names.iter().zip(&adapters) {
             let folder = parent.join(name);
             fs_err::create_dir(&folder)?;
-            let card = expert_card(&adapter.spec, num_experts, name, provenance);
+            let card = card::of_expert(&adapter.spec, num_experts, name, provenance);
             write_adapter(&folder, adapter, &model.base().spec, provenance, &card)?;
         }
         match xlora {
@@ -123,9 +109,13 @@ pub fn export(
                 }
                 let manifest = serde_json::to_value(manifest(model, provenance, names))?;
                 write_json(&dir.join(MANIFEST), &manifest)?;
+                durable::write(&dir.join(PROGRAM), include_bytes!("dylora_peft.py"))?;
             }
         }
-        durable::write(&dir.join(CARD), mixture_card(model, &adapters, provenance).as_bytes())
+        durable::write(
+            &dir.join(CARD),
+            card::of_mixture(model, &adapters, provenance, form).as_bytes(),
+        )
     })
     .with_context(|| format!("cannot export to `{}`", out.path.display()))
 }
@@ -179,7 +169,7 @@ fn manifest(model: &RoutedModel, provenance: &Provenance, mut experts: Vec<Strin
         format: FORMAT,
         dylora_version: env!("CARGO_PKG_VERSION").into(),
         base: ManifestBase {
-            name: provenance.base_label.clone(),
+            name: provenance.origin.base_label.clone(),
             blake3: provenance.base_hash.clone(),
             settings: Some(families::settings(&model.base().spec)),
         },
@@ -220,166 +210,4 @@ pub(super) fn write_json(file: &Path, json: &Value) -> Result<()> {
         bail!("`{}` was written, but reads back differently", file.display());
     }
     Ok(())
-}
-
-pub(super) fn card_head(provenance: &Provenance) -> String {
-    format!(
-        "---\nbase_model: {}\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n- \
-         lora\n- dylora\n---\n\n",
-        provenance.base_name
-    )
-}
-
-fn domain_line(provenance: &Provenance) -> String {
-    let domains = provenance.domains.iter().map(|domain| format!("`{domain}`"));
-    match provenance.domains.is_empty() {
-        true => String::new(),
-        false => format!("- trained on: {}\n", domains.collect::<Vec<_>>().join(", ")),
-    }
-}
-
-/// An expert in one line: rank, alpha, target modules and options.
-pub(super) fn describe(spec: &ExpertSpec) -> String {
-    let range = |values: Vec<f64>| {
-        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let high = values.iter().copied().fold(0.0, f64::max);
-        if low == high { low.to_string() } else { format!("{low} to {high}") }
-    };
-    let ranks = range(spec.modules.values().map(|size| size.rank as f64).collect());
-    let alphas = range(spec.modules.values().map(|size| size.alpha).collect());
-    let modules: Vec<String> =
-        spec.target_modules().iter().map(|module| format!("`{}`", module.name())).collect();
-    let mut text = format!("rank {ranks}, alpha {alphas}, target modules {}", modules.join(", "));
-    for (is_so, what) in [(spec.use_rslora, ", rsLoRA"), (spec.use_dora, ", DoRA")] {
-        text += if is_so { what } else { "" };
-    }
-    let tokens = &spec.alora_invocation_tokens;
-    if !tokens.is_empty() {
-        text += &format!(", active from the last occurrence of the tokens {tokens:?} on");
-    }
-    text
-}
-
-/// The routers of a mixture in words.
-fn describe_router(spec: &RouterSpec) -> String {
-    let reads = match spec.input {
-        RouterInput::Embeddings => {
-            "the token embedding, plus the position embedding where the base has one"
-        }
-        RouterInput::BaseHidden => "the last hidden state of a pass of the base alone",
-        RouterInput::LayerInput => "a block's input after its first normalisation",
-        RouterInput::ModuleInput => "the module's own input",
-    };
-    let averaged = match spec.level {
-        RoutingLevel::Token => "",
-        RoutingLevel::Sequence => ", averaged over the document's prompt up to the token",
-    };
-    let scope = match spec.scope {
-        RouterScope::Shared => "One router serves every layer.",
-        RouterScope::Layer => "Each layer has its own router.",
-        RouterScope::Module => "Each target module has its own router.",
-    };
-    let hidden = match spec.hidden_layers {
-        0 => String::new(),
-        n => format!(" behind {n} hidden layer(s) of width {} with ReLU", spec.hidden_width),
-    };
-    let chosen = match (spec.top_k, spec.selection_bias) {
-        (None, _) => String::new(),
-        (Some(k), false) => format!("; the {k} largest are kept and renormalised"),
-        (Some(k), true) => {
-            format!(
-                "; the {k} largest with `selection_bias` added are kept, without it renormalised"
-            )
-        }
-    };
-    let chosen = match spec.eval {
-        None => chosen,
-        Some(EvalRule::Dense) => chosen + "; in evaluation, all of them",
-        Some(EvalRule::TopK(k)) => format!("{chosen}; in evaluation, the {k} largest"),
-    };
-    let normalized = match spec.normalize_input {
-        true => ", divided by `sqrt(mean(x^2) + 1e-6)`",
-        false => "",
-    };
-    let own = match spec.own_experts {
-        true => " A layer's softmax is over the experts that it has.",
-        false => "",
-    };
-    format!(
-        "{scope} It gives each token `softmax((x weight^T + bias) / {})` over the \
-         experts{hidden}, where `x` is {reads}{averaged}{normalized}{chosen}.{own}",
-        spec.temperature
-    )
-}
-
-fn expert_card(
-    spec: &ExpertSpec,
-    num_experts: usize,
-    name: &str,
-    provenance: &Provenance,
-) -> String {
-    let label = &provenance.base_label;
-    let (is, note) = match (num_experts, provenance.routing) {
-        _ if spec.shared => (
-            format!("The part that is always on in a mixture on `{label}`"),
-            "Each token gets this adapter at weight 1, beside the routed experts.\n\n".to_owned(),
-        ),
-        (1, _) => (format!("A LoRA adapter on `{label}`"), String::new()),
-        (count, routing) => {
-            let how = match routing {
-                RoutingChoice::Router => "token by token with a router".to_owned(),
-                routing => format!("by `{routing}`"),
-            };
-            let note = format!(
-                "This adapter is one expert at weight 1. The mixture weights the experts {how}, so \
-                 that one expert alone gives other outputs than the mixture.\n\n"
-            );
-            (format!("One of {count} LoRA experts of a mixture on `{label}`"), note)
-        }
-    };
-    format!(
-        "{head}# {name}\n\n{is}, by dylora {version}.\n\n- {shape}\n{domains}\n{note}\
-         ```python\nfrom peft import PeftModel\nmodel = PeftModel.from_pretrained(base, \
-         \"{name}\")\n```\n",
-        head = card_head(provenance),
-        version = env!("CARGO_PKG_VERSION"),
-        shape = describe(spec),
-        domains = domain_line(provenance),
-    )
-}
-
-fn mixture_card(model: &RoutedModel, adapters: &[Adapter], provenance: &Provenance) -> String {
-    let routing = match model.routers().first() {
-        _ if provenance.routing != RoutingChoice::Router => {
-            let routing = provenance.routing;
-            format!("It was trained with weights by `{routing}`, and its router was not trained.")
-        }
-        None => "There is one expert and no router: plain LoRA.".to_owned(),
-        Some(_) => describe_router(model.router_spec()),
-    };
-    // not the specs of the model, because PiSSA and OLoRA are written as LoRA of twice the rank
-    let experts: String = adapters
-        .iter()
-        .enumerate()
-        .map(|(part, adapter)| {
-            let name = part_name(model.specs(), part);
-            let note = if adapter.spec.shared { ", always on" } else { "" };
-            format!("- `{name}`: {}{note}\n", describe(&adapter.spec))
-        })
-        .collect();
-    format!(
-        "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on `{label}`.\n\n\
-         {experts}{domains}\nThe output of a target module is \
-         `W x + b + sum_e g_e (E_e(x) - W x - b)`, `E_e` being expert e alone and `g` the \
-         routing weights{shared}. {routing}\n\nEach folder is a PEFT adapter.\n",
-        head = card_head(provenance),
-        count = model.num_experts(),
-        shared = match adapters.iter().any(|adapter| adapter.spec.shared) {
-            true => ", 1 for `shared`",
-            false => "",
-        },
-        version = env!("CARGO_PKG_VERSION"),
-        label = provenance.base_label,
-        domains = domain_line(provenance),
-    )
 }

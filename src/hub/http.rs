@@ -14,9 +14,9 @@ use std::thread;
 use anyhow::{Context, Result, anyhow, bail};
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
-use ureq::http::header::{AUTHORIZATION, LOCATION, RANGE};
+use ureq::http::header::{AUTHORIZATION, CONTENT_LENGTH, LOCATION, RANGE};
 use ureq::http::{HeaderValue, Response};
-use ureq::{Agent, Body};
+use ureq::{Agent, Body, SendBody};
 use url::Url;
 
 use super::settings::{HubLimits, HubSettings, without_credentials};
@@ -139,6 +139,36 @@ impl Http {
         }
         request.call()
     }
+
+    /// Sends a body and its length to `url`, without following a redirect.
+    pub(super) fn send(
+        &self,
+        agent: &Agent,
+        method: Method,
+        url: &Url,
+        headers: &[(&str, &str)],
+        (body, bytes): (SendBody<'_>, u64),
+    ) -> Result<Response<Body>, ureq::Error> {
+        let mut request = match method {
+            Method::Post => agent.post(url.as_str()),
+            Method::Put => agent.put(url.as_str()),
+        };
+        if let Some(value) = self.authorization.as_ref().filter(|_| self.is_hub(url)) {
+            request = request.header(AUTHORIZATION, value);
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        // without it, the body would be sent in chunks, which storage does not take
+        request.header(CONTENT_LENGTH, bytes).send(body)
+    }
+}
+
+/// A method of a request with a body.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Method {
+    Post,
+    Put,
 }
 
 /// The address that an answer of `url` redirects to; `None` if the answer is not a redirect.

@@ -18,7 +18,7 @@
 //! sends the token to other hosts too and sets no time limits. hf-hub 1.0 accepts any `ETag` as a
 //! file name, neither resumes nor checks an interrupted download, and allows no time limits either.
 //!
-//! The sizes of files are checked; their hashes are not.
+//! The sizes of files are checked; their hashes are not. [`push`] uploads files.
 
 mod adapter;
 mod base;
@@ -26,8 +26,10 @@ mod client;
 mod fetch;
 mod files;
 mod http;
+mod lfs;
 mod names;
 mod place;
+pub mod push;
 mod repo;
 mod settings;
 
@@ -38,6 +40,7 @@ use anyhow::{Result, bail};
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
 pub use files::{AdapterFiles, BaseFiles, SideFile};
 use names::RepoSource;
+pub use names::is_repo;
 use place::Place;
 pub use settings::{DownloadProgress, HubLimits, HubSettings};
 

@@ -40,12 +40,6 @@ impl RepoSource<'_> {
     /// Refuses names that cannot exist. This also keeps all paths inside the cache.
     pub(super) fn check_names(&self) -> Result<()> {
         let Self { repo, revision, subfolder, option, .. } = self;
-        let is_name = |part: &str| {
-            part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-                && !part.contains("..")
-                && !part.contains("--")
-        };
         if repo.split('/').count() > 2 || !repo.split('/').all(is_name) {
             bail!(
                 "`{repo}` is not the name of a repository\n\
@@ -73,6 +67,19 @@ impl RepoSource<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether the name of an owner or of a repository may exist.
+fn is_name(part: &str) -> bool {
+    part.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+        && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        && !part.contains("..")
+        && !part.contains("--")
+}
+
+/// Whether `text` is the name of a repository with its owner, such as `Qwen/Qwen3-0.6B`.
+pub fn is_repo(text: &str) -> bool {
+    text.split_once('/').is_some_and(|(owner, name)| is_name(owner) && is_name(name))
 }
 
 /// Whether `revision` is a full commit hash: 40 hexadecimal digits.

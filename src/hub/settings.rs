@@ -40,6 +40,13 @@ impl HubSettings {
     }
 }
 
+impl HubSettings {
+    /// The Hub's address as messages show it, without credentials.
+    pub fn shown_endpoint(&self) -> String {
+        without_credentials(self.endpoint.trim()).trim_end_matches('/').to_owned()
+    }
+}
+
 /// Shows neither the token nor credentials in the address.
 impl fmt::Debug for HubSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -82,7 +89,7 @@ impl Default for HubLimits {
     }
 }
 
-/// Receives the progress of downloads, which fetch one file at a time. `()` ignores it.
+/// Receives the progress of downloads or uploads, one file at a time. `()` ignores it.
 pub trait DownloadProgress {
     /// A download of `file` begins, with 0 bytes so far. This is called again for each attempt to
     /// fetch the file.

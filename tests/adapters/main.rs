@@ -6,8 +6,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod cards;
 mod export;
 mod fused;
+mod gguf;
 mod import;
 mod init;
 mod merge;
@@ -22,7 +24,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use dylora::config::{AdapterSource, DropoutMasks, LoraConfig, ModulePath, RoutingChoice};
-use dylora::export::peft::Provenance;
+use dylora::export::peft::{Origin, Provenance};
 use dylora::hub::{AdapterFiles, HubSettings, find_adapter};
 use dylora::mixture::Mixture;
 use dylora::model::decoder::Decoder;
@@ -118,11 +120,10 @@ fn provenance() -> Provenance {
     Provenance {
         base_name: "gpt2_tied".into(),
         revision: None,
-        base_label: "gpt2_tied".into(),
         base_hash: "0".repeat(64),
         dropout: 0.1,
         routing: RoutingChoice::Router,
-        domains: vec![],
+        origin: Origin { base_label: "gpt2_tied".into(), ..Origin::default() },
     }
 }
 

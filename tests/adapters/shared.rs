@@ -3,6 +3,7 @@
 use anyhow::Result;
 use dylora::config::{AdapterSource, LoraConfig, RouterConfig};
 use dylora::durable::output::Output;
+use dylora::export::card::Form;
 use dylora::export::merge::{adapter_card, into_adapter, into_base};
 use dylora::export::peft::{Layout, export, write_adapter};
 use dylora::mixture::{Mixture, read_manifest};
@@ -239,7 +240,13 @@ fn a_merged_adapter_names_it_and_has_its_rank() -> Result<()> {
     assert_eq!(ranks(&[0.0, 0.5, 0.5])?, [4 + 4 + 3; 8]);
     assert_eq!(ranks(&[0.0; 3])?, [3; 8]);
     let weights = [0.5, 0.0, 0.25];
-    let card = adapter_card(&model, &into_adapter(&model, &weights)?, &provenance(), &weights);
+    let card = adapter_card(
+        &model,
+        &into_adapter(&model, &weights)?,
+        &provenance(),
+        &weights,
+        Form::PeftAdapter,
+    );
     let named =
         "weights for every token: `expert_0` 0.5, `expert_1` 0, `expert_2` 0.25, `shared` 1.";
     assert!(card.contains(named), "{card}");

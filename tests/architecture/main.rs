@@ -18,11 +18,12 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 24] = [
+const LAYERS: [&str; 25] = [
     "config",
     "durable",
     "ffi",
     "tensor_file",
+    "gguf",
     "hub",
     "chat_template",
     "data",

@@ -122,7 +122,7 @@ fn a_written_base_has_the_template_that_it_was_trained_with() -> Result<()> {
     assert!(base.input_files().contains(&folder.path("mine.jinja")));
     let out = Output::new(&folder.path("out"));
     let tokenizer = base.tokenizer_file.as_deref();
-    hugging_face::export(&out, &base.weights()?, SaveDtype::F32, tokenizer, &base.beside)?;
+    hugging_face::export(&out, &base.weights()?, SaveDtype::F32, tokenizer, &base.beside, "")?;
     assert_eq!(fs_err::read_to_string(folder.path("out/chat_template.jinja"))?, MINE);
     Ok(())
 }

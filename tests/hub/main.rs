@@ -5,6 +5,8 @@ mod download;
 mod folder;
 mod hostile;
 mod mock;
+mod push;
+mod uploads;
 
 use std::fmt::Debug;
 use std::net::{TcpListener, TcpStream};

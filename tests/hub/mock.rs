@@ -2,7 +2,7 @@
 //! server, as the Hub's come from a content delivery network.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -10,6 +10,8 @@ use std::thread;
 use std::time::Duration;
 
 use dylora::hub::HubSettings;
+
+use crate::uploads::Uploads;
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -20,6 +22,7 @@ pub struct Request {
     /// with `cdn/`.
     pub line: String,
     pub headers: BTreeMap<String, String>,
+    pub body: Vec<u8>,
 }
 
 /// A fault of the second server. Each fault is used for one request for content, in order; requests
@@ -68,6 +71,8 @@ struct State {
     /// Whether the first server sends its own files as [`Fault::Trickle`] does.
     trickles: bool,
     cdn: String,
+    endpoint: String,
+    uploads: Uploads,
 }
 
 #[derive(Clone)]
@@ -88,6 +93,7 @@ impl MockHub {
         let cdn = serve("cdn", &state);
         let hub = Self { endpoint, state };
         hub.lock().cdn = cdn;
+        hub.lock().endpoint = hub.endpoint.clone();
         hub.set_files(COMMIT, files);
         hub
     }
@@ -126,6 +132,11 @@ impl MockHub {
     /// Sends small files, which the first server has itself, one byte every 20 ms from now on.
     pub fn trickle(&self) {
         self.lock().trickles = true;
+    }
+
+    /// Looks at the repository that is written to, or changes it.
+    pub fn uploads<T>(&self, look: impl FnOnce(&mut Uploads) -> T) -> T {
+        look(&mut self.lock().uploads)
     }
 
     /// The requests since the last call.
@@ -168,7 +179,8 @@ fn serve(name: &'static str, state: &Arc<Mutex<State>>) -> String {
 }
 
 fn read_request(name: &str, stream: &TcpStream) -> std::io::Result<Request> {
-    let mut lines = BufReader::new(stream).lines();
+    let mut reader = BufReader::new(stream);
+    let mut lines = reader.by_ref().lines();
     let first = lines.next().unwrap_or(Ok(String::new()))?;
     let line = first.replacen(" /", &format!(" {name}/"), 1).replace(" HTTP/1.1", "");
     let mut headers = BTreeMap::new();
@@ -177,14 +189,24 @@ fn read_request(name: &str, stream: &TcpStream) -> std::io::Result<Request> {
         let Some((key, value)) = line.split_once(": ") else { break };
         headers.insert(key.to_lowercase(), value.to_string());
     }
-    Ok(Request { line, headers })
+    let length = headers.get("content-length").and_then(|text: &String| text.parse().ok());
+    let mut body = vec![0; length.unwrap_or(0)];
+    reader.read_exact(&mut body)?;
+    Ok(Request { line, headers, body })
 }
 
 fn answer(name: &str, mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     let request = read_request(name, &stream)?;
-    let mut reply = {
+    let reply = {
         let mut state = state.lock().expect("no server thread panics");
         state.requests.push(request.clone());
+        if request.line.starts_with("P") && !is_refused(&request, &state) {
+            let State { uploads, endpoint, cdn, .. } = &mut *state;
+            let Some(answer) = uploads.answer(&request, endpoint, cdn) else { return Ok(()) };
+            let etag = answer.etag.map(|etag| ("ETag", etag));
+            let reply = Reply::new(answer.status, etag.into_iter().collect());
+            return send(&mut stream, &request, Reply { body: answer.body, ..reply });
+        }
         let mut reply = reply_to(&request, &mut state);
         if name == "hub" {
             for (key, value) in &state.headers {
@@ -201,6 +223,15 @@ fn answer(name: &str, mut stream: TcpStream, state: &Mutex<State>) -> std::io::R
         thread::sleep(SILENCE);
         return Ok(());
     }
+    send(&mut stream, &request, reply)
+}
+
+/// Whether a request is refused whatever it is.
+fn is_refused(request: &Request, state: &State) -> bool {
+    state.refusals.keys().any(|key| request.line.contains(key.as_str()))
+}
+
+fn send(stream: &mut TcpStream, request: &Request, mut reply: Reply) -> std::io::Result<()> {
     let mut head = format!("HTTP/1.1 {} Mock\r\nConnection: close\r\n", reply.status);
     for (key, value) in &reply.headers {
         head.push_str(&format!("{key}: {value}\r\n"));

@@ -14,7 +14,7 @@ use dylora::config::{AdapterSource, Config, SaveDtype, load};
 use dylora::data::{DataOptions, Datasets, load_datasets};
 use dylora::durable::output::Output;
 use dylora::eval::{EvalSettings, evaluate};
-use dylora::export::peft::{Layout, Provenance};
+use dylora::export::peft::{Layout, Origin, Provenance};
 use dylora::export::{hugging_face, peft};
 use dylora::hub::{self, AdapterFiles, HubSettings};
 use dylora::mixture::Mixture;
@@ -79,7 +79,7 @@ impl World {
         let base = Decoder::new(shape, scaled.collect());
         let tokenizer = world.path("tokenizer.json");
         let dir = world.path("base");
-        hugging_face::export(&Output::new(&dir), &base, SaveDtype::F32, Some(&tokenizer), &[])?;
+        hugging_face::export(&Output::new(&dir), &base, SaveDtype::F32, Some(&tokenizer), &[], "")?;
         for (name, step) in [("up", 1), ("down", 29)] {
             for (split, records, first) in [("train", 40, 0), ("validation", 8, 100)] {
                 let lines: Vec<String> =
@@ -468,7 +468,7 @@ fn full_training_resumes_and_writes_a_folder_that_loads() -> Result<()> {
     let base = open_base(&config)?;
     let model = load_model(&summary.checkpoint, &config, &base, Device::Cpu)?;
     let out = world.path("hf");
-    hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None, &[])?;
+    hugging_face::export(&Output::new(&out), model.base(), SaveDtype::F32, None, &[], "")?;
     let shape = families::read_spec(&out.join("config.json"))?;
     let file = out.join("model.safetensors");
     let read = families::load::read(&shape, &[file], tch::Kind::Float)?;
@@ -480,11 +480,10 @@ fn provenance(base: &Base) -> Result<Provenance> {
     Ok(Provenance {
         base_name: base.label.clone(),
         revision: None,
-        base_label: base.label.clone(),
         base_hash: base.weights()?.hash()?,
         dropout: 0.1,
         routing: dylora::config::RoutingChoice::Router,
-        domains: vec!["up".into(), "down".into()],
+        origin: Origin::new(base, None),
     })
 }
 
