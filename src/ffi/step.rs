@@ -129,8 +129,8 @@ pub enum BlockInput<'a> {
     Unfinished(Option<&'a Unfinished<'a>>),
 }
 
-/// Computes a transformer block, and adds the new keys and values to the cache. Returns the residual
-/// stream, `[M, d]`, and the product of `mlp.c_proj`, whose output is still to be added to it
+/// Computes a transformer block, and adds the new keys and values to the cache. Returns the
+/// residual stream, `[M, d]`, and the product of `mlp.c_proj`, whose output is still to be added to it
 /// ([`Unfinished`]).
 ///
 /// - `x`: the residual stream, `[M, d]`

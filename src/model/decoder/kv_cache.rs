@@ -81,8 +81,8 @@ impl KvCache {
     /// The part of the cache that a step of the rows from `first_row` on uses.
     ///
     /// - `positions`: the index of each new position in its text, `[b, t]`; any in padding
-    /// - `places`: where its keys and values are written in its row: at its index in the text, or at
-    ///   the capacity in padding, `[b, t]`
+    /// - `places`: where its keys and values are written in its row: at its index in the text, or
+    ///   at the capacity in padding, `[b, t]`
     /// - `extent`: the sizes of the step
     pub fn step(
         &self,
