@@ -95,7 +95,6 @@ impl<'a> RoutedBlock<'a> {
             Some(normed) => run(&BlockInput::Normed(normed)),
             None => stream.with_unfinished(|y| run(&BlockInput::Unfinished(y))),
         };
-        drop(modules);
         StepStream { x, pending: Some(Pending { product, block: self, weights }) }
     }
 
