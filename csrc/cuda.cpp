@@ -111,13 +111,15 @@ static Compiler compiler;
 
 enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy,
-  StepNorm, StepFinish, StepAttention, ThinProduct, StepChoice,
+  StepChoice,
+  // of csrc/step.cu
+  StepNorm, StepFinish, StepAttention, ThinProduct,
   NAMES
 };
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh",    "weigh_backward", "refresh",
-    "gelu",     "gelu_backward", "pack_qkv", "cross_entropy",  "step_norm",
-    "step_finish", "step_attention", "thin_product", "step_choice"};
+    "gelu",     "gelu_backward", "pack_qkv", "cross_entropy", "step_choice",
+    "step_norm", "step_finish",  "step_attention", "thin_product"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -125,6 +127,7 @@ struct KernelModule {
 };
 static std::map<std::pair<int, int64_t>, KernelModule> modules;
 static std::map<int, KernelModule> latest;  // for kernels that do not depend on the width
+static std::map<int, KernelModule> latest_step;  // the same for those of csrc/step.cu
 
 static int dtype_index(at::ScalarType kind) {
   return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1;
@@ -134,10 +137,11 @@ static const KernelModule *module_of(const Tensor &x, int64_t width) {
   auto found = modules.find({x.device().index(), width});
   return found == modules.end() ? nullptr : &found->second;
 }
-static const KernelModule *any_module(const Tensor &x) {
+static const KernelModule *any_module(const Tensor &x,
+                                      const std::map<int, KernelModule> &modules = latest) {
   if (!x.is_cuda() || dtype_index(x.scalar_type()) < 0) return nullptr;
-  auto found = latest.find(x.device().index());
-  return found == latest.end() ? nullptr : &found->second;
+  auto found = modules.find(x.device().index());
+  return found == modules.end() ? nullptr : &found->second;
 }
 
 template <class... Args>
@@ -319,21 +323,31 @@ char *dylora_cuda_compile(const char *source, const char *const *options, int n,
   })
 }
 void dylora_cuda_free(void *p) { free(p); }
-// Loads machine code for activations of `width` on `device`.
-int dylora_cuda_load_kernels(const char *code, int device, int64_t width) {
+// Loads machine code for activations of `width` on `device`: that of csrc/kernels.cu or, after it, of
+// csrc/step.cu.
+int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of_steps) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);
     c10::cuda::device_synchronize();  // makes the device's context
     CUmodule loaded;
     auto status = compiler.module_load(&loaded, code);
     TORCH_CHECK(status == 0, "the driver refuses the kernels: CUDA error ", (int)status);
-    KernelModule module;
+    KernelModule module{};
+    if (of_steps) {
+      auto found = modules.find({device, width});
+      TORCH_CHECK(found != modules.end(), "the kernels of steps come after the others");
+      module = found->second;
+    }
     for (int kind = 0; kind < 2; ++kind)
-      for (int i = 0; i < NAMES; ++i) {
+      for (int i = of_steps ? StepNorm : 0; i < (of_steps ? NAMES : StepNorm); ++i) {
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
         TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()),
                     "no kernel ", name);
       }
+    if (of_steps) {
+      modules[{device, width}] = latest_step[device] = module;
+      return 0;
+    }
     compiler.device_attribute(&module.shared_memory,
                               CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device);
     module.shared_memory -= 1024;  // for the kernel's static shared memory

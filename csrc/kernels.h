@@ -48,7 +48,7 @@ struct StepCache {
 
 // Matrices are 2-dim with contiguous columns. Optional tensors may be undefined.
 struct Kernels {
-  // Compute capability of the current device, times ten.
+  // Compute capability of the device that was current at the first call, times ten.
   int (*capability)();
   // Whether there are kernels for activations of this dtype and width.
   bool (*apply_to)(at::ScalarType kind, int64_t width);

@@ -1,16 +1,11 @@
 // The kernels of a step of generation, in which each text gets one new position. They are compiled
-// together with csrc/kernels.cu, whose conventions hold here too. csrc/step.cpp says how they make
-// a block.
+// behind csrc/kernels.cu, whose conventions hold here too, with STEP defined. csrc/step.cpp says
+// how they make a block.
 //
-// A kernel starts while the one before it still runs (programmatic dependent launch). It first asks
-// for the weights that no earlier kernel writes, and then waits for the kernel before it.
-
-static __device__ __forceinline__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+// A kernel starts while the one before it still runs (programmatic dependent launch). Before it
+// waits for that one, it may read what was written before that one started: weights, earlier keys
+// and values, positions, and routing weights. Whatever the kernel directly in front writes must be
+// read behind the wait.
 
 // Brings what lies at an address into the L2 cache.
 static __device__ __forceinline__ void prefetch(const void *p) {
@@ -417,7 +412,7 @@ static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 r
   Pack<T>::load(y.bias + c, bias);
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] += x[i] + bias[i];
-#pragma unroll 8
+#pragma unroll 4
   for (int r = 0; r < y.ranks; ++r) {
     const float g = y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f;
     const float v = wide(y.product[row * y.ld + y.out + r]) * g * y.scaling[r];
@@ -468,50 +463,57 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
   __syncthreads();
 }
 
-// out = x w for at most ROWS rows of x; `lanes` threads read a segment of a row of w.
-template <class T, int ROWS>
-static __device__ __forceinline__ void thin_product(const ThinInput<T> &input, const T *w, i64 ldw,
-                                                    T *out, i64 ldo, int rows, int in, int columns,
-                                                    int lanes) {
-  constexpr int N = Pack<T>::N, UNROLL = 4, WARPS = 16;
-  extern __shared__ uint4 of_product[];
-  __shared__ float parts[WARPS][ROWS * 4 * N];
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-  const int first = blockIdx.x * lanes * N, c = first + lane * N;
-  const bool is_inside = c < columns;
-  uint4 next[UNROLL];
-  auto load = [&](int from) {
-#pragma unroll
-    for (int i = 0; i < UNROLL; ++i) {
-      const int k = from + group + i * groups;
-      next[i] = make_uint4(0, 0, 0, 0);
-      if (is_inside && k < in) next[i] = __ldg((const uint4 *)(w + k * ldw + c));
-    }
-  };
-  load(0);
-  wait_for_inputs();
-  const T *x = input.x;
-  i64 ldx = input.ldx;
-  if (input.kind) {
-    make_input(input, rows, in, (T *)of_product);
-    x = (const T *)of_product, ldx = in;
+#define THIN_UNROLL 4
+#define THIN_WARPS 16
+
+// A thread's packs of a matrix w, [in, columns], of which `lanes` threads read a segment of a row.
+template <class T> struct ThinWeight {
+  const T *w;
+  i64 ld;
+  int in, columns, lanes;
+  uint4 next[THIN_UNROLL];
+  __device__ __forceinline__ int groups() const { return blockDim.x / lanes; }
+  __device__ __forceinline__ int row(int from, int i) const {
+    return from + threadIdx.x / lanes + i * groups();
   }
+  __device__ __forceinline__ int column() const {
+    return (blockIdx.x * lanes + threadIdx.x % lanes) * Pack<T>::N;
+  }
+  __device__ __forceinline__ void load(int from) {
+    const int c = column();
+#pragma unroll
+    for (int i = 0; i < THIN_UNROLL; ++i) {
+      const int k = row(from, i);
+      next[i] = make_uint4(0, 0, 0, 0);
+      if (c < columns && k < in) next[i] = __ldg((const uint4 *)(w + k * ld + c));
+    }
+  }
+};
+
+// out = x w for at most ROWS rows of x; the first packs of w have been asked for.
+template <class T, int ROWS>
+static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int rows,
+                                                    ThinWeight<T> &weight, T *out, i64 ldo,
+                                                    float *parts) {
+  constexpr int N = Pack<T>::N;
+  const int lanes = weight.lanes, lane = threadIdx.x % lanes, in = weight.in;
+  const int first = blockIdx.x * lanes * N, at_once = weight.groups() * THIN_UNROLL;
   float sum[ROWS][N] = {};
-  for (int from = 0; from < in; from += groups * UNROLL) {
-    uint4 now[UNROLL];
+  for (int from = 0; from < in; from += at_once) {
+    uint4 now[THIN_UNROLL];
 #pragma unroll
-    for (int i = 0; i < UNROLL; ++i) now[i] = next[i];
-    if (from + groups * UNROLL < in) load(from + groups * UNROLL);
+    for (int i = 0; i < THIN_UNROLL; ++i) now[i] = weight.next[i];
+    if (from + at_once < in) weight.load(from + at_once);
 #pragma unroll
-    for (int i = 0; i < UNROLL; ++i) {
-      const int k = from + group + i * groups;
-      float weight[N];
-      Pack<T>::load((const T *)&now[i], weight);
+    for (int i = 0; i < THIN_UNROLL; ++i) {
+      const int k = weight.row(from, i);
+      float of_weight[N];
+      Pack<T>::load((const T *)&now[i], of_weight);
 #pragma unroll
       for (int m = 0; m < ROWS; ++m) {
         const float factor = m < rows && k < in ? wide(x[m * ldx + k]) : 0.f;
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum[m][n] = fmaf(factor, weight[n], sum[m][n]);
+        for (int n = 0; n < N; ++n) sum[m][n] = fmaf(factor, of_weight[n], sum[m][n]);
       }
     }
   }
@@ -520,70 +522,51 @@ static __device__ __forceinline__ void thin_product(const ThinInput<T> &input, c
     for (int m = 0; m < ROWS; ++m)
 #pragma unroll
       for (int n = 0; n < N; ++n) sum[m][n] += __shfl_xor_sync(~0u, sum[m][n], o);
-  const int width = lanes * N;
+  const int width = lanes * N, of_warp = ROWS * width;
   if (threadIdx.x % 32 < lanes)
 #pragma unroll
     for (int m = 0; m < ROWS; ++m)
 #pragma unroll
-      for (int n = 0; n < N; ++n) parts[threadIdx.x / 32][m * width + lane * N + n] = sum[m][n];
+      for (int n = 0; n < N; ++n)
+        parts[threadIdx.x / 32 * of_warp + m * width + lane * N + n] = sum[m][n];
   __syncthreads();
   for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
     const int m = i / width, column = first + i % width;
-    if (column >= columns) continue;
+    if (column >= weight.columns) continue;
     float total = 0;
 #pragma unroll
-    for (int warp = 0; warp < WARPS; ++warp) total += parts[warp][m * width + i % width];
+    for (int warp = 0; warp < THIN_WARPS; ++warp)
+      total += parts[warp * of_warp + m * width + i % width];
     put(out + m * ldo + column, total);
   }
 }
 
-// For each row of logits: the first of the largest ones, and the logarithm of its probability.
-// `choice` is [2, rows]. One block computes a row. If `ids` is not null, the choice becomes the
-// row's next token, and its position and place are raised by 1.
 template <class T>
-static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int packs,
-                                   double *choice, i64 *ids, i64 *positions, i64 *places) {
-  constexpr int N = Pack<T>::N;
-  __shared__ float scratch[32];
-  __shared__ int of_block[32];
+static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, const T *w, i64 ldw,
+                                                     T *out, i64 ldo, int rows, int in, int columns,
+                                                     int lanes) {
+  extern __shared__ uint4 of_product[];
+  __shared__ float parts[THIN_WARPS * 4 * 4 * Pack<T>::N];
+  ThinWeight<T> weight{w, ldw, in, columns, lanes};
+  weight.load(0);
   wait_for_inputs();
-  const i64 row = blockIdx.x;
-  const T *z = logits + row * ld;
-  float top = -INFINITY, sum = 0;
-  int best = vocabulary;
-#pragma unroll 4
-  for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-    float x[N];
-    Pack<T>::load(z + p * N, x);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (p * N + i >= vocabulary) continue;
-      if (x[i] > top) {
-        sum *= power_of_2((top - x[i]) * LOG2_E);
-        top = x[i], best = p * N + i;
-      }
-      sum += power_of_2((x[i] - top) * LOG2_E);
-    }
+  const T *x = input.x;
+  i64 ldx = input.ldx;
+  if (input.kind) {
+    make_input(input, rows, in, (T *)of_product);
+    x = (const T *)of_product, ldx = in;
   }
-  const float of_all = block_reduce(top, scratch, true);
-  const float total = block_reduce(
-      top == -INFINITY ? 0.f : sum * power_of_2((top - of_all) * LOG2_E), scratch, false);
-  if (top != of_all) best = vocabulary;
-#pragma unroll
-  for (int o = 16; o > 0; o >>= 1) best = min(best, __shfl_xor_sync(~0u, best, o));
-  if (threadIdx.x % 32 == 0) of_block[threadIdx.x / 32] = best;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int i = 0; i < blockDim.x / 32; ++i) best = min(best, of_block[i]);
-  if (best >= vocabulary) best = 0;  // no logit is a number
-  choice[row] = best;
-  choice[gridDim.x + row] = -logf(total);
-  if (ids) ids[row] = best, positions[row] += 1, places[row] += 1;
+  if (rows == 1)
+    thin_product<T, 1>(x, ldx, rows, weight, out, ldo, parts);
+  else if (rows == 2)
+    thin_product<T, 2>(x, ldx, rows, weight, out, ldo, parts);
+  else
+    thin_product<T, 4>(x, ldx, rows, weight, out, ldo, parts);
 }
 
 #define STEP_KERNELS(T, NAME)                                                                      \
-  extern "C" __global__ void step_norm_##NAME(const T *x, i64 ldx, Unfinished<T> y, const T *w,    \
-                                              const T *b, float eps, T *sum, T *a) {               \
+  extern "C" __global__ void __launch_bounds__(1024) step_norm_##NAME(                             \
+      const T *x, i64 ldx, Unfinished<T> y, const T *w, const T *b, float eps, T *sum, T *a) {     \
     step_norm<T>(x, ldx, y, w, b, eps, sum, a);                                                    \
   }                                                                                                \
   extern "C" __global__ void step_finish_##NAME(Unfinished<T> y, T *out, int is_gelu,              \
@@ -601,17 +584,7 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
   extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
       ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
       int lanes) {                                                                                 \
-    if (rows == 1)                                                                                 \
-      thin_product<T, 1>(input, w, ldw, out, ldo, rows, in, columns, lanes);                       \
-    else if (rows == 2)                                                                            \
-      thin_product<T, 2>(input, w, ldw, out, ldo, rows, in, columns, lanes);                       \
-    else                                                                                           \
-      thin_product<T, 4>(input, w, ldw, out, ldo, rows, in, columns, lanes);                       \
-  }                                                                                                \
-  extern "C" __global__ void step_choice_##NAME(const T *logits, i64 ld, int vocabulary, int packs,\
-                                                double *choice, i64 *ids, i64 *positions,          \
-                                                i64 *places) {                                     \
-    step_choice<T>(logits, ld, vocabulary, packs, choice, ids, positions, places);                 \
+    thin_products<T>(input, w, ldw, out, ldo, rows, in, columns, lanes);                           \
   }
 STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)

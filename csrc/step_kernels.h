@@ -64,7 +64,14 @@ static void run_early(const KernelModule *module, Name name, const Tensor &like,
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
 }
 
-constexpr int64_t SHARED_MEMORY = 48 << 10;  // bytes that any kernel may have
+constexpr int64_t SHARED_MEMORY = 48 << 10;    // bytes that any kernel may have
+constexpr int64_t OF_THIN_PRODUCT = 8 << 10;   // of these, what thin_product itself declares
+constexpr int64_t MAX_SPLITS = 16;             // as in csrc/step.cu
+constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
+constexpr int64_t COUNTERS = 1 << 14;
+static bool has(const KernelModule *module, Name name) {
+  return module && module->functions[0][name];
+}
 static int64_t per_pack(const Tensor &x) { return 16 / x.element_size(); }
 
 static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, const Tensor &b,
@@ -75,14 +82,14 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   // many ranks are summed by many threads
   const int threads = args.ranks > 64 ? 1024 : args.ranks ? 256 : 128;
   const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + args.ranks);
-  if (!module || !fits(y) || shared > SHARED_MEMORY) return false;
+  if (!has(module, StepNorm) || !fits(y) || shared > SHARED_MEMORY) return false;
   run_early(module, StepNorm, x, x.size(0), threads, shared, x.data_ptr(), ld(x), args,
             w.data_ptr(), b.data_ptr(), (float)eps, sum.data_ptr(), a.data_ptr());
   return true;
 }
 
 static bool step_finish(const Unfinished &y, bool is_gelu, bool tanh_form, const Tensor &out) {
-  auto module = any_module(out);
+  auto module = any_module(out, latest_step);
   const auto args = args_of(y);
   const int64_t n = per_pack(out), chunks = ceil_div(y.out / n, 32);
   const int64_t shared = 4 * (256 * n + args.ranks);
@@ -94,16 +101,15 @@ static bool step_finish(const Unfinished &y, bool is_gelu, bool tanh_form, const
 
 // Counts the blocks that have ended. The kernel leaves zeros, so that all launches on a device
 // share them.
-static Tensor counters(const Tensor &like, int64_t n) {
+static Tensor counters(const Tensor &like) {
   static std::map<int, Tensor> of_device;
   auto &zeros = of_device[like.device().index()];
-  if (!zeros.defined() || zeros.size(0) < n)
-    zeros = at::zeros({std::max<int64_t>(n, 1 << 14)}, like.options().dtype(at::kInt));
+  if (!zeros.defined()) zeros = at::zeros({COUNTERS}, like.options().dtype(at::kInt));
   return zeros;
 }
 
 static bool step_attention(const Unfinished &y, const StepCache &cache, const Tensor &out) {
-  auto module = any_module(out);
+  auto module = any_module(out, latest_step);
   const int64_t size = cache.keys.size(3), n = per_pack(out), lanes = size / n;
   const bool has_lanes = size % n == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32);
   const auto args = args_of(y);
@@ -114,12 +120,12 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
   const int64_t pairs = out.size(0) * cache.heads;
   // enough blocks for all multiprocessors, each of which has some positions
-  const int64_t wanted = ceil_div(132, pairs), room = ceil_div(cache.keys.size(2), 128);
-  const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), (int64_t)16));
+  const int64_t wanted = ceil_div(MULTIPROCESSORS, pairs), room = ceil_div(cache.keys.size(2), 128);
+  const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), MAX_SPLITS));
   Tensor partial, arrived;
   if (splits > 1) {
     partial = at::empty({pairs * splits * (size + 2)}, out.options().dtype(at::kFloat));
-    arrived = counters(out, pairs);
+    arrived = counters(out);
   }
   const StepCacheArgs at{cache.keys.data_ptr(),      cache.values.data_ptr(),
                          cache.keys.stride(0),       cache.keys.stride(1),
@@ -132,14 +138,15 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
 }
 
 static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &out) {
-  auto module = input.kind == ThinInput::Normed ? module_of(out, w.size(0)) : any_module(out);
+  auto module =
+      input.kind == ThinInput::Normed ? module_of(out, w.size(0)) : any_module(out, latest_step);
   const int64_t rows = out.size(0), n = per_pack(out), columns = w.size(1), in = w.size(0);
   const bool is_plain = input.kind == ThinInput::Plain;
   const int64_t shared = is_plain ? 0 : rows * in * out.element_size();
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
-  if (!module || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) || y.ranks > 32 ||
+  if (!has(module, ThinProduct) || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) || y.ranks > 32 ||
       (!is_plain && (!y.product || !fits(input.y) || y.out != in)) ||
-      shared > SHARED_MEMORY - (14 << 10))
+      shared > SHARED_MEMORY - OF_THIN_PRODUCT)
     return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,

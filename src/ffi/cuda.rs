@@ -26,7 +26,7 @@ struct Library {
     compile:
         unsafe extern "C" fn(*const c_char, *const *const c_char, c_int, *mut usize) -> *mut c_char,
     free: unsafe extern "C" fn(*mut c_void),
-    load_kernels: unsafe extern "C" fn(*const c_char, c_int, i64) -> c_int,
+    load_kernels: unsafe extern "C" fn(*const c_char, c_int, i64, c_int) -> c_int,
     kernels: unsafe extern "C" fn() -> *const c_void,
     graph_new: unsafe extern "C" fn(c_int) -> *mut c_void,
     graph_enter: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -110,20 +110,40 @@ unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
     Ok(unsafe { std::mem::transmute_copy(&pointer) })
 }
 
-/// The source of the kernels.
-static SOURCE: &str =
-    concat!(include_str!("../../csrc/kernels.cu"), include_str!("../../csrc/step.cu"));
+/// Kernels that are compiled and loaded together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelSet {
+    /// Those that training, evaluation and generation use.
+    Base,
+    /// Those of steps of generation ([`super::step`]). They need the others.
+    Steps,
+}
+
+impl KernelSet {
+    /// The source of the kernels.
+    fn source(self) -> &'static str {
+        match self {
+            Self::Base => include_str!("../../csrc/kernels.cu"),
+            Self::Steps => concat!(
+                "#define STEP\n",
+                include_str!("../../csrc/kernels.cu"),
+                include_str!("../../csrc/step.cu")
+            ),
+        }
+    }
+}
 
 static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
 
 /// Sets the folder in which compiled kernels are cached. Without it, every process compiles them,
-/// which takes 1 to 2 s. Only the first call has an effect.
+/// which takes 1 to 2 s, and some seconds more for those of steps. Only the first call has an effect.
 pub fn keep_code_in(dir: &Path) {
     let _ = CODE_CACHE.set(dir.to_owned());
 }
 
 /// The devices and widths whose kernels are loaded, and the time that this took in total.
-static PREPARED: Mutex<(Vec<(usize, i64)>, Duration)> = Mutex::new((vec![], Duration::ZERO));
+static PREPARED: Mutex<(Vec<(usize, i64, KernelSet)>, Duration)> =
+    Mutex::new((vec![], Duration::ZERO));
 
 /// The time that this process has spent so far on compiling kernels or reading them from the cache,
 /// and on loading them.
@@ -141,11 +161,14 @@ unsafe extern "C" {
 ///
 /// # Errors
 /// If libtorch has no CUDA or no NVRTC, or if NVRTC does not know the GPU.
-pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
+pub fn prepare_kernels(device: usize, width: i64, set: KernelSet) -> Result<()> {
+    if set == KernelSet::Steps {
+        prepare_kernels(device, width, KernelSet::Base)?;
+    }
     let started = Instant::now();
     let mut guard = PREPARED.lock().expect("nothing panics while it is held");
     let (prepared, took) = &mut *guard;
-    if prepared.contains(&(device, width)) {
+    if prepared.contains(&(device, width, set)) {
         return Ok(());
     }
     let library = library()?;
@@ -168,16 +191,18 @@ pub fn prepare_kernels(device: usize, width: i64) -> Result<()> {
     let load = |code: &[u8]| {
         // SAFETY: NVRTC made this machine code, or it is from a file named by the hash of its
         // inputs
-        library
-            .check(unsafe { (library.load_kernels)(code.as_ptr().cast(), device as c_int, width) })
+        library.check(unsafe {
+            let (code, of_steps) = (code.as_ptr().cast(), c_int::from(set == KernelSet::Steps));
+            (library.load_kernels)(code, device as c_int, width, of_steps)
+        })
     };
-    let kept = Library::kept_code(&options, target);
+    let kept = Library::kept_code(set, &options, target);
     if kept.is_none_or(|code| load(&code).is_err()) {
-        load(&library.new_code(&options, target)?)?;
+        load(&library.new_code(set, &options, target)?)?;
     }
     // SAFETY: the table lives as long as the process
     unsafe { dylora_set_kernels((library.kernels)()) };
-    prepared.push((device, width));
+    prepared.push((device, width, set));
     *took += started.elapsed();
     Ok(())
 }
@@ -309,22 +334,22 @@ impl Library {
     }
 
     /// The path under which the machine code for a target is cached, if there is a cache.
-    fn place(options: &[String], target: [c_int; 4]) -> Option<PathBuf> {
-        let key = format!("{SOURCE}\0{options:?}\0{target:?}");
+    fn place(set: KernelSet, options: &[String], target: [c_int; 4]) -> Option<PathBuf> {
+        let key = format!("{}\0{options:?}\0{target:?}", set.source());
         let name = format!("{}.cubin", blake3::hash(key.as_bytes()).to_hex());
         CODE_CACHE.get().map(|dir| dir.join(name))
     }
 
     /// The machine code that an earlier process cached.
-    fn kept_code(options: &[String], target: [c_int; 4]) -> Option<Vec<u8>> {
-        fs_err::read(Self::place(options, target)?).ok().filter(|code| !code.is_empty())
+    fn kept_code(set: KernelSet, options: &[String], target: [c_int; 4]) -> Option<Vec<u8>> {
+        fs_err::read(Self::place(set, options, target)?).ok().filter(|code| !code.is_empty())
     }
 
     /// Compiles the kernels for a target and caches their code.
-    fn new_code(&self, options: &[String], target: [c_int; 4]) -> Result<Vec<u8>> {
+    fn new_code(&self, set: KernelSet, options: &[String], target: [c_int; 4]) -> Result<Vec<u8>> {
         tracing::info!("compiling the kernels for this GPU");
-        let code = self.compile(options)?;
-        if let Some(path) = Self::place(options, target) {
+        let code = self.compile(set, options)?;
+        if let Some(path) = Self::place(set, options, target) {
             let dir = path.parent().expect("a file lies in a folder");
             let kept = fs_err::create_dir_all(dir).map_err(anyhow::Error::from);
             if let Err(error) = kept.and_then(|()| durable::replace(&path, &code)) {
@@ -334,8 +359,8 @@ impl Library {
         Ok(code)
     }
 
-    fn compile(&self, options: &[String]) -> Result<Vec<u8>> {
-        let source = CString::new(SOURCE)?;
+    fn compile(&self, set: KernelSet, options: &[String]) -> Result<Vec<u8>> {
+        let source = CString::new(set.source())?;
         let options =
             options.iter().map(|o| CString::new(o.as_str())).collect::<Result<Vec<_>, _>>()?;
         let pointers: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();

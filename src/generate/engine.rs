@@ -211,16 +211,19 @@ impl<'a> Engine<'a> {
         let Some(output) = graphs.step(model, cache, &rows, longest, &source) else {
             return next_tokens(model, texts, &run(model, cache, texts, 0, &rows));
         };
-        match output.fetch() {
-            Some(fetch) if texts.iter().all(wants_most_probable) => self.fetched(fetch),
-            _ => next_tokens(model, texts, &output),
+        let wanted = texts.iter().all(wants_most_probable);
+        match wanted.then(|| output.fetch()).flatten() {
+            Some(fetch) => self.fetched(fetch),
+            None => next_tokens(model, texts, &output),
         }
     }
 
     /// Reads the tokens of a step. If the next step is sure to be wanted, it begins first.
     fn fetched(&mut self, fetch: Fetch) -> Vec<NewToken> {
         if self.goes_on_alike() {
-            let next = self.graphs.again(self.texts.len());
+            // with the token that is about to be read
+            let longest = self.texts.iter().map(|text| text.tokens.len() + 1).max().unwrap_or(0);
+            let next = self.graphs.again(&self.cache, self.texts.len(), longest);
             self.ahead = next.and_then(|output| output.fetch());
         }
         fetched_tokens(fetch)

@@ -21,7 +21,7 @@ use crate::ffi::cuda::Graph;
 use crate::model::batch::{GenerationCache, StepLayout, StepRow};
 use crate::model::{RoutedModel, RoutingSource, RowSources};
 
-/// Largest number of layouts that are captured.
+/// Largest number of graphs at a time. All are dropped when there would be more.
 const MAX_GRAPHS: usize = 64;
 
 /// What decides which graph a step replays.
@@ -116,7 +116,10 @@ impl StepGraphs {
         let mut padded = rows.to_vec();
         padded.resize(num_rows, filler);
         let flat = cache.numbers(&padded, model.device());
-        if !self.captured.contains_key(&key) && self.captured.len() < MAX_GRAPHS {
+        if !self.captured.contains_key(&key) {
+            if self.captured.len() >= MAX_GRAPHS {
+                self.captured.clear();
+            }
             match self.capture(model, cache, key.layout, &flat, source(num_rows)) {
                 Ok(captured) => {
                     self.captured.insert(key, captured);
@@ -131,12 +134,25 @@ impl StepGraphs {
         }
         self.captured.get_mut(&key)?.fill(&flat, &new_source);
         self.last = Some(key);
-        self.again(rows.len())
+        self.replay(rows.len())
     }
 
     /// Runs the step that follows the last one, in which each of the first `num_rows` rows gets its
     /// most probable token. The last one must have computed these.
-    pub fn again(&mut self, num_rows: usize) -> Option<StepOutput> {
+    /// Nothing happens if the last graph is too short for it.
+    ///
+    /// - `longest`: largest number of positions of a row after the step
+    pub fn again(
+        &mut self,
+        cache: &GenerationCache,
+        num_rows: usize,
+        longest: usize,
+    ) -> Option<StepOutput> {
+        let fits = self.room == cache.room() && longest <= self.last?.layout.length();
+        if fits { self.replay(num_rows) } else { None }
+    }
+
+    fn replay(&self, num_rows: usize) -> Option<StepOutput> {
         let captured = self.captured.get(&self.last?)?;
         captured.graph.replay().unwrap_or_else(|error| panic!("{error:#}"));
         Some(captured.output.first(num_rows))

@@ -25,6 +25,7 @@ pub mod parameters;
 pub mod routing;
 pub mod step;
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use anyhow::Result;
@@ -32,6 +33,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{Config, Dtype, Kernels, ModulePath, Orthogonality};
 use crate::ffi;
+use crate::ffi::cuda::KernelSet;
 use crate::tensor_file;
 pub use batch::{Inputs, Rows};
 use block::{BlockExperts, RoutedBlock};
@@ -61,6 +63,8 @@ pub struct RoutedModel {
     kernels: Kernels,
     /// Whether there are CUDA kernels for the model's device, width and dtype.
     has_kernels: bool,
+    /// Whether there are kernels for steps of generation as well, once it was asked.
+    has_step_kernels: OnceCell<bool>,
     /// The head with rows of zeros behind it, of which the decoder's head is a view; `None` without
     /// kernels or if the head needs no such rows.
     padded_head: Option<Tensor>,
@@ -122,6 +126,7 @@ impl RoutedModel {
             kind,
             kernels,
             has_kernels: false,
+            has_step_kernels: OnceCell::new(),
             padded_head: None,
         }
     }
@@ -377,7 +382,7 @@ impl RoutedModel {
             return false;
         }
         let prepared = ffi::use_device(self.device());
-        match prepared.and_then(|()| ffi::cuda::prepare_kernels(device, d)) {
+        match prepared.and_then(|()| ffi::cuda::prepare_kernels(device, d, KernelSet::Base)) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!("no kernels, libtorch's operations are used: {error:#}");

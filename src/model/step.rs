@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::RoutedModel;
 use super::block::{FUSED_MODULES, Factors, RoutedBlock};
@@ -21,6 +21,7 @@ use super::routing::pass::RoutingPass;
 use super::routing::site::BlockWeights;
 use crate::config::{Kernels, RouterInput, TargetModule};
 use crate::ffi;
+use crate::ffi::cuda::KernelSet;
 use crate::ffi::fused::Norm;
 use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unfinished};
 use crate::model::{ForwardOutput, Inputs};
@@ -109,19 +110,39 @@ impl<'a> RoutedBlock<'a> {
 }
 
 impl RoutedModel {
-    /// Whether kernels compute steps that give each text one new position.
+    /// Whether kernels compute steps that give each text one new position. They do so after
+    /// [`RoutedModel::prepare_steps`].
     pub fn steps_by_kernels(&self) -> bool {
+        self.has_step_kernels.get() == Some(&true)
+    }
+
+    /// Whether the kernels know the model's shape.
+    fn fits_step_kernels(&self) -> bool {
         let spec = &self.decoder.spec;
-        let threads_of_head = spec.head_dim * self.kind.elt_size_in_bytes() as i64 / PACK_BYTES;
+        let bytes_of_head = spec.head_dim * self.kind.elt_size_in_bytes() as i64;
         let is_packed = |modules: &BTreeMap<TargetModule, FusedModule>| {
             let is_one = |module: &FusedModule| module.packed.is_some();
             modules.values().all(|module| is_one(module) && module.row_padding() <= MAX_RANKS)
         };
         self.has_kernels
             && self.fuses_blocks()
-            && [4, 8, 16, 32].contains(&threads_of_head)
+            && [4, 8, 16, 32].map(|threads| threads * PACK_BYTES).contains(&bytes_of_head)
             && spec.width <= MAX_WIDTH
             && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(is_packed))
+    }
+
+    /// Makes the kernels of steps ready and returns whether there are any for this model.
+    fn prepare_step_kernels(&self) -> bool {
+        let Device::Cuda(device) = self.device() else { return false };
+        if !self.fits_step_kernels() {
+            return false;
+        }
+        let width = self.decoder.spec.width;
+        let prepared = ffi::cuda::prepare_kernels(device, width, KernelSet::Steps);
+        if let Err(error) = &prepared {
+            tracing::warn!("no kernels for steps of generation: {error:#}");
+        }
+        prepared.is_ok()
     }
 
     /// Whether later steps are the same operations on other numbers, so that a graph can replay
@@ -143,9 +164,9 @@ impl RoutedModel {
         }
     }
 
-    /// Makes the experts as they are now those of later steps by kernels.
+    /// Makes the kernels of steps ready, and makes the experts as they are now those of later steps.
     pub fn prepare_steps(&self) {
-        if !self.steps_by_kernels() {
+        if !self.has_step_kernels.get_or_init(|| self.prepare_step_kernels()) {
             return;
         }
         let _no_grad = tch::no_grad_guard();
@@ -200,8 +221,9 @@ impl RoutedModel {
     }
 
     /// The logits `[b, v]` of hidden states, `[b, d]`, and where a kernel computes it, the most
-    /// probable token of each and the logarithm of its probability, f64 `[2, b]`. The kernel also
-    /// turns `inputs` into those of the next step, if they are given.
+    /// probable token of each and the logarithm of its probability, f64 `[2, b]`. Logits that are
+    /// no numbers count as the smallest. The kernel also turns `inputs` into those of the next
+    /// step, if they are given.
     pub fn next_tokens(
         &self,
         hidden: &Tensor,
@@ -211,7 +233,7 @@ impl RoutedModel {
         let logits = hidden.matmul(&head.to_kind(hidden.kind()).tr());
         let v = self.decoder.spec.vocab_size;
         let choice = match logits.kind() {
-            Kind::BFloat16 | Kind::Float => {
+            Kind::BFloat16 | Kind::Float if self.has_kernels => {
                 let counters = inputs.and_then(counters);
                 let choice = ffi::step::choice(&logits, v, counters.as_ref());
                 choice.unwrap_or_else(|error| panic!("{error:#}"))

@@ -11,7 +11,7 @@ use dylora::config::{
 use dylora::generate::{Engine, EngineLimits, Request, Route, Sampling};
 use dylora::model::batch::StepRow;
 use dylora::model::decoder::mlp::Activation;
-use dylora::model::decoder::spec::DecoderSpec;
+use dylora::model::decoder::spec::{DecoderSpec, Windows};
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::routing::router::RouterSpec;
 use dylora::model::{Compute, ForwardMode, RoutedModel, RoutingSource};
@@ -36,7 +36,7 @@ fn mixtures() -> Vec<Mixture> {
         lora,
         router,
     };
-    let of_shape = |heads, size| shape(heads, size, 53, 96);
+    let of_shape = |heads, size| shape(heads, size, 53, 200);
     let plain = || of_shape(2, 32);
     let mut mixtures = vec![
         new("plain", plain(), lora(3, 4, all), plain_router()),
@@ -47,6 +47,17 @@ fn mixtures() -> Vec<Mixture> {
         new("head 64", of_shape(3, 64), lora(4, 8, all), plain_router()),
         new("head 128", of_shape(1, 128), lora(2, 8, all), plain_router()),
         new("head 16", of_shape(4, 16), lora(2, 8, all), plain_router()),
+        new("head 36", of_shape(2, 36), lora(2, 4, all), plain_router()),
+        new(
+            "windows",
+            DecoderSpec {
+                windows: Some(Windows { size: 20, layers: vec![true, false] }),
+                ..plain()
+            },
+            lora(2, 4, all),
+            plain_router(),
+        ),
+        new("DoRA", plain(), LoraConfig { use_dora: true, ..lora(2, 4, all) }, plain_router()),
         new(
             "exact GELU",
             DecoderSpec { activation: Activation::Gelu, ..plain() },
@@ -76,7 +87,7 @@ fn mixtures() -> Vec<Mixture> {
     let llama = family_specs().into_iter().filter(|(name, _)| *name != "gpt2");
     mixtures.extend(llama.map(|(name, base)| {
         let lora = LoraConfig { num_experts: 2, rank: 4, ..LoraConfig::default() };
-        let base = DecoderSpec { max_positions: 96, ..base };
+        let base = DecoderSpec { max_positions: 200, ..base };
         new(name, base, lora, plain_router())
     }));
     mixtures
@@ -100,39 +111,68 @@ impl Mixture {
     }
 }
 
-const PROMPTS: [&[i64]; 3] = [&[3, 14, 5, 9, 26], &[27, 45], &[1, 33, 19, 29, 40, 50, 51]];
+/// A prompt of some tokens, which differs from text to text.
+fn prompt(text: usize, len: usize) -> Vec<i64> {
+    (0..len).map(|i| ((31 * i * i + 17 * text + 7 * i + 3) % 53) as i64).collect()
+}
 
-/// The logits of some steps behind the prompts, `[steps, texts, v]`. Each step appends the same
-/// token to all texts.
-fn forced(model: &RoutedModel, source: &RoutingSource) -> Tensor {
-    let cache = model.generation_cache(PROMPTS.len(), 96);
-    model.prepare_steps();
-    let mut texts: Vec<Vec<i64>> = PROMPTS.iter().map(|prompt| prompt.to_vec()).collect();
-    let mut past = [0; PROMPTS.len()];
-    let mut all = vec![];
-    for step in 0..70 {
-        let rows: Vec<StepRow<'_>> = texts
-            .iter()
-            .zip(past)
-            .zip(PROMPTS)
-            .map(|((text, past), prompt)| StepRow {
-                past,
-                tokens: &text[past..],
-                prompt_len: prompt.len(),
-                active_from: &[],
-            })
-            .collect();
-        let inputs = cache.inputs(0, &rows, model.device());
-        let hidden = model.forward(&inputs, source, ForwardMode::EVAL, None).hidden;
-        past = std::array::from_fn(|row| texts[row].len());
-        if step > 0 {
-            all.push(model.next_tokens(&hidden.select(1, 0), None).0);
-        }
-        for text in &mut texts {
-            text.push((7 * step + 11) % 53);
-        }
+/// Prompts, and the number of steps behind them.
+struct Steps {
+    prompts: Vec<Vec<i64>>,
+    count: i64,
+    context: usize,
+}
+
+impl Steps {
+    fn few() -> Self {
+        let prompts = [5, 2, 7].into_iter().enumerate();
+        let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
+        Self { prompts, count: 70, context: 96 }
     }
-    Tensor::stack(&all, 0).to_device(Device::Cpu).to_kind(Kind::Double)
+
+    /// Texts of very different lengths, for which attention is split into parts.
+    fn long() -> Self {
+        let prompts = [3, 700, 1000].into_iter().enumerate();
+        let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
+        Self { prompts, count: 6, context: 1024 }
+    }
+
+    fn many() -> Self {
+        let prompts = (0..17).map(|text| prompt(text, 1 + 5 * text)).collect();
+        Self { prompts, count: 20, context: 128 }
+    }
+
+    /// The logits of the steps, `[steps, texts, v]`. Each step appends the same token to all texts.
+    fn logits(&self, model: &RoutedModel, source: &RoutingSource) -> Tensor {
+        let cache = model.generation_cache(self.prompts.len(), self.context);
+        model.prepare_steps();
+        let mut texts = self.prompts.clone();
+        let mut past = vec![0; texts.len()];
+        let mut all = vec![];
+        for step in 0..self.count {
+            let rows: Vec<StepRow<'_>> = texts
+                .iter()
+                .zip(&past)
+                .zip(&self.prompts)
+                .map(|((text, &past), prompt)| StepRow {
+                    past,
+                    tokens: &text[past..],
+                    prompt_len: prompt.len(),
+                    active_from: &[],
+                })
+                .collect();
+            let inputs = cache.inputs(0, &rows, model.device());
+            let hidden = model.forward(&inputs, source, ForwardMode::EVAL, None).hidden;
+            past = texts.iter().map(Vec::len).collect();
+            if step > 0 {
+                all.push(model.next_tokens(&hidden.select(1, 0), None).0);
+            }
+            for text in &mut texts {
+                text.push((7 * step + 11) % 53);
+            }
+        }
+        Tensor::stack(&all, 0).to_device(Device::Cpu).to_kind(Kind::Double)
+    }
 }
 
 fn distance(x: &Tensor, y: &Tensor) -> f64 {
@@ -146,14 +186,24 @@ fn steps_by_kernels_equal_the_reference() -> Result<()> {
     let _guard = seed(5);
     let _no_grad = tch::no_grad_guard();
     let (mut by_kernels, mut by_reference) = (0.0, 0.0);
-    for mixture in mixtures() {
+    let of_length = |max_positions| shape(2, 32, 53, max_positions);
+    let wide = |name: &str, max_positions| Mixture {
+        name: name.into(),
+        base: of_length(max_positions),
+        lora: lora(3, 4, Family::Gpt2.modules()),
+        router: plain_router(),
+    };
+    let mut cases: Vec<_> = mixtures().into_iter().map(|mixture| (mixture, Steps::few())).collect();
+    cases.push((wide("long", 1024), Steps::long()));
+    cases.push((wide("many", 128), Steps::many()));
+    for (mixture, steps) in cases {
         let mut sources = vec![RoutingSource::Router, RoutingSource::Base];
         if mixture.lora.num_experts > 1 {
             sources.extend([RoutingSource::Expert(1), RoutingSource::Uniform]);
         }
         for source in sources {
             let logits = |kind, kernels, device| -> Result<Tensor> {
-                Ok(forced(&mixture.model(kind, kernels, device)?, &source))
+                Ok(steps.logits(&mixture.model(kind, kernels, device)?, &source))
             };
             let what = format!("{}, {source:?}", mixture.name);
             let exact = logits(Kind::Double, Kernels::Reference, Device::Cpu)?;
@@ -172,14 +222,29 @@ fn steps_by_kernels_equal_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// The tokens of texts that begin and end at different times, with different routing, and the
-/// logarithms of their probabilities.
-fn texts(model: &RoutedModel, wants_weights: bool) -> Result<Vec<(Vec<i64>, Vec<f64>)>> {
-    let limits = EngineLimits { max_texts: 3, context: 96 };
-    let mut engine = Engine::new(model, limits)?;
-    let num_experts = model.num_experts() as usize;
-    let mut numbers = vec![];
-    for index in 0..7 {
+/// Texts that an engine generates.
+#[derive(Clone)]
+struct Load {
+    num_texts: usize,
+    max_texts: usize,
+    wants_weights: bool,
+    end_tokens: Arc<[i64]>,
+    /// A text, and the number of tokens after which it is cancelled.
+    cancelled: Option<(usize, usize)>,
+}
+
+/// The tokens of a text and the logarithms of their probabilities.
+type Generated = (Vec<i64>, Vec<f64>);
+
+impl Load {
+    fn new(num_texts: usize, max_texts: usize) -> Self {
+        let end_tokens = Arc::new([]);
+        Self { num_texts, max_texts, wants_weights: false, end_tokens, cancelled: None }
+    }
+
+    /// Text `index` of a mixture. The longest has more than 128 positions. A third of the texts has
+    /// routing weights of its own.
+    fn request(&self, index: usize, num_experts: usize) -> Request {
         let mut weights = vec![0.0; num_experts];
         let route = match index % 3 {
             1 => {
@@ -189,26 +254,49 @@ fn texts(model: &RoutedModel, wants_weights: bool) -> Result<Vec<(Vec<i64>, Vec<
             2 if index == 5 => Route::Fixed(weights),
             _ => Route::Router,
         };
-        numbers.push(engine.add(Request {
-            key: index,
-            prompt: PROMPTS[index as usize % 3].to_vec(),
-            max_new_tokens: 5 + 9 * index as usize,
+        Request {
+            key: index as u64,
+            prompt: prompt(index, 2 + index % 5),
+            max_new_tokens: 5 + 22 * (index % 7),
             sampling: Sampling::GREEDY,
             route,
-            end_tokens: Arc::new([]),
+            end_tokens: self.end_tokens.clone(),
             num_alternatives: 0,
-            wants_weights,
-        })?);
-    }
-    let mut texts = vec![(vec![], vec![]); numbers.len()];
-    while !engine.is_idle() {
-        for event in engine.step() {
-            let text = numbers.iter().position(|number| *number == event.text).expect("added");
-            texts[text].0.push(event.token.id);
-            texts[text].1.push(event.token.log_prob);
+            wants_weights: self.wants_weights,
         }
     }
-    Ok(texts)
+
+    /// Generates the texts. They begin and end at different times.
+    fn run(&self, model: &RoutedModel) -> Result<Vec<Generated>> {
+        let limits = EngineLimits { max_texts: self.max_texts, context: 200 };
+        let mut engine = Engine::new(model, limits)?;
+        let num_experts = model.num_experts() as usize;
+        let add = |index| engine.add(self.request(index, num_experts));
+        let numbers = (0..self.num_texts).map(add).collect::<Result<Vec<_>>>()?;
+        let mut texts = vec![(vec![], vec![]); numbers.len()];
+        while !engine.is_idle() {
+            for event in engine.step() {
+                let text = numbers.iter().position(|number| *number == event.text).expect("added");
+                texts[text].0.push(event.token.id);
+                texts[text].1.push(event.token.log_prob);
+                if Some((text, texts[text].0.len())) == self.cancelled {
+                    engine.cancel(event.text);
+                }
+            }
+        }
+        Ok(texts)
+    }
+}
+
+/// Compares the texts of a model with those of the reference.
+fn compare(what: &str, found: &[Generated], expected: &[Generated]) {
+    assert_eq!(found.len(), expected.len());
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        assert_eq!(found.0, expected.0, "{what}, text {index}");
+        let pairs = found.1.iter().zip(&expected.1);
+        let far = pairs.map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
+        assert!(far < 1e-4, "{what}, text {index}: {far:e}");
+    }
 }
 
 #[test]
@@ -218,18 +306,30 @@ fn texts_by_graphs_equal_the_reference() -> Result<()> {
     for mixture in mixtures() {
         let model = mixture.model(Kind::Float, Kernels::Auto, device)?;
         let exact = mixture.model(Kind::Float, Kernels::Reference, Device::Cpu)?;
-        let expected = texts(&exact, false)?;
+        let load = Load::new(7, 3);
+        let expected = load.run(&exact)?;
         // without weights, a step begins before the tokens of the one in front of it are read
         for wants_weights in [true, false] {
-            let found = texts(&model, wants_weights)?;
-            for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                let what = format!("{}, text {index}", mixture.name);
-                assert_eq!(found.0, expected.0, "{what}");
-                let pairs = found.1.iter().zip(&expected.1);
-                let far = pairs.map(|(x, y)| (x - y).abs()).fold(0.0, f64::max);
-                assert!(far < 1e-4, "{what}: {far:e}");
-            }
+            let load = Load { wants_weights, ..load.clone() };
+            compare(&mixture.name, &load.run(&model)?, &expected);
         }
+        // texts end while the next step is under way
+        let end_tokens = [expected[6].0[70], expected[3].0[9]].into();
+        let load = Load { end_tokens, cancelled: Some((2, 7)), ..load };
+        compare(&format!("{}, ended", mixture.name), &load.run(&model)?, &load.run(&exact)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn many_texts_by_graphs_equal_the_reference() -> Result<()> {
+    let device = device()?;
+    let _guard = seed(8);
+    for mixture in mixtures().into_iter().take(4) {
+        let model = mixture.model(Kind::Float, Kernels::Auto, device)?;
+        let exact = mixture.model(Kind::Float, Kernels::Reference, Device::Cpu)?;
+        let load = Load::new(30, 17);
+        compare(&mixture.name, &load.run(&model)?, &load.run(&exact)?);
     }
     Ok(())
 }

@@ -371,7 +371,7 @@ pub(super) fn device() -> Result<Device> {
             // this must come before any other call of libtorch
             ffi::load_cuda().map_err(anyhow::Error::msg)?;
             // without the kernels, the reference would be compared with itself
-            ffi::cuda::prepare_kernels(0, 32)?;
+            ffi::cuda::prepare_kernels(0, 32, ffi::cuda::KernelSet::Base)?;
             Ok(Device::Cuda(0))
         }
         _ => Ok(Device::Cpu),

@@ -159,6 +159,11 @@ impl StepLayout {
         Self { first_row, num_rows: rows.len(), num_new: t, num_active, extent }
     }
 
+    /// The largest number of positions that a row may hold after the step.
+    pub fn length(&self) -> usize {
+        self.extent.length
+    }
+
     /// A layout for later steps of `num_rows` rows, with one new token each, as long as no row
     /// holds more than `length` positions after the step. Rows may be empty before it.
     pub fn repeated(num_rows: usize, num_active: usize, length: usize) -> Self {
