@@ -141,9 +141,11 @@ pub fn keep_code_in(dir: &Path) {
     let _ = CODE_CACHE.set(dir.to_owned());
 }
 
-/// The devices and widths whose kernels are loaded, and the time that this took in total.
-static PREPARED: Mutex<(Vec<(usize, i64, KernelSet)>, Duration)> =
-    Mutex::new((vec![], Duration::ZERO));
+/// A device, a width, and the kernels that are loaded for them.
+type Prepared = (usize, i64, KernelSet);
+
+/// The kernels that are loaded, and the time that this took in total.
+static PREPARED: Mutex<(Vec<Prepared>, Duration)> = Mutex::new((vec![], Duration::ZERO));
 
 /// The time that this process has spent so far on compiling kernels or reading them from the cache,
 /// and on loading them.
