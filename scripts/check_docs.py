@@ -9,6 +9,8 @@ one after another, with the `dylora` on PATH, on the CPU and without the Hub. Al
 the block is checked:
 
     <!-- not run: REASON -->      do not run the block
+    <!-- run by: PYTHON -->       run the block of Python by $PYTHON, if it is set; it has torch,
+                                  transformers and PEFT
     <!-- run with: ARGUMENTS -->  add arguments to each `dylora train` and `dylora add-expert`,
                                   to shorten the training
     <!-- before: COMMAND -->      run this command before the block, in the same folder
@@ -37,9 +39,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ["configs", "demo", "scripts"]
 SECONDS = 240  # the limit for one block
-MARK = re.compile(r"^<!-- (not run|run with|before|file|config part|config)(?:: (.*?))? ?-->$")
+MARK = re.compile(r"^<!-- (not run|run with|run by|before|file|config part|config)(?:: (.*?))? ?-->$")
 FENCE = re.compile(r"^(\s*)```(\S*)\s*$")
-NEEDS_VALUE = ["not run", "run with", "before", "file"]
+NEEDS_VALUE = ["not run", "run with", "run by", "before", "file"]
 OTHER_SHELLS = ["bash", "console", "shell", "shell-session", "zsh"]
 # completes a part of a config
 MINIMAL = """
@@ -156,6 +158,10 @@ def check_block(block: Block, folder: Path, environment: dict[str, str]) -> bool
         shell(before + "\n", folder, environment)
     if block.language == "sh":
         shell(shortened(block.text, block.mark("run with")), folder, environment)
+        return True
+    if (by := block.mark("run by")) and environment.get(by):
+        script = f"{environment[by]} - <<'END_OF_BLOCK'\n{block.text}END_OF_BLOCK\n"
+        shell(script, folder, environment)
         return True
     is_whole, is_part = (block.mark(name) is not None for name in ["config", "config part"])
     if is_whole or is_part:

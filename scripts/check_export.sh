@@ -8,6 +8,7 @@
 #   scripts/check_gpt2.py         GPT-2 at its true size
 #   scripts/check_gradients.py    the gradients of a step, compared with PEFT's
 #   scripts/check_tensorboard.py  a run's TensorBoard files in TensorBoard
+#   scripts/check_docs.py         the Python of docs/tutorials/handover.md
 #
 # This takes 4 minutes on two cores, and 1 GB in the temporary folder.
 set -euo pipefail
@@ -26,3 +27,4 @@ trap 'rm -rf "$folder"' EXIT
 "$python" scripts/check_families.py "$folder/families"
 "$python" scripts/check_gpt2.py "$folder/gpt2"
 "$python" scripts/check_gradients.py "$folder/gradients"
+PATH="$PWD/target/debug:$PATH" PYTHON="$python" scripts/check_docs.py docs/tutorials/handover.md

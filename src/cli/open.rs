@@ -15,7 +15,7 @@ use crate::config::{
     AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
     RoutingChoice, expert_names,
 };
-use crate::data::TokenDataset;
+use crate::data::{TokenDataset, visible};
 use crate::durable::{folder, output::Output};
 use crate::eval::{check_domains, check_records, domain_targets};
 use crate::export::peft::{Origin, Provenance};
@@ -247,10 +247,12 @@ impl OpenModel {
         }
     }
 
-    /// The name of each expert, with those of its domains if a run's config says them.
+    /// The name of each expert, with those of its domains if a run's config says them, as people
+    /// see it.
     pub fn expert_names(&self) -> Vec<String> {
         let domains = self.config.as_ref().map_or(&[][..], |config| &config.data.domains);
-        expert_names(domains, self.model.num_experts() as usize)
+        let names = expert_names(domains, self.model.num_experts() as usize);
+        names.iter().map(|name| visible(name)).collect()
     }
 
     /// The experts that the run's config gives the domains of `dataset`; `None` if it gives none or

@@ -1,8 +1,12 @@
 //! A text as a strip: each token has the colour and the number of the expert with the largest
 //! weight.
 
+use anyhow::Result;
+
+use crate::data::{Tokenizer, visible};
+use crate::generate::TextStream;
+use crate::generate::text::INCOMPLETE;
 use crate::report::palette::{coloured, largest};
-use crate::report::text::visible;
 
 /// The strip, and below it a legend with the share of tokens of each expert.
 ///
@@ -35,6 +39,27 @@ pub fn strip(tokens: &[String], weights: &[Vec<f64>], names: &[String], colours:
     format!("{}\n\n{}", text.trim_end_matches('\n'), legend.join("\n"))
 }
 
+/// The text of each token within the whole text. Bytes that are no complete character belong to the
+/// next token; a special token is shown as it is written.
+///
+/// - `alone`: the texts of the tokens when each is decoded by itself
+///
+/// # Errors
+/// A token that cannot be decoded.
+pub fn pieces(tokenizer: &Tokenizer, ids: &[i64], alone: &[String]) -> Result<Vec<String>> {
+    let mut stream = TextStream::new(tokenizer, &[], &[][..]);
+    let mut pieces = vec![];
+    for (id, alone) in ids.iter().zip(alone) {
+        let piece = stream.push(*id)?.to_owned();
+        let is_special = piece.is_empty() && !alone.contains(INCOMPLETE);
+        pieces.push(if is_special { alone.clone() } else { piece });
+    }
+    if let Some(last) = pieces.last_mut() {
+        last.push_str(stream.finish()?);
+    }
+    Ok(pieces)
+}
+
 /// A number in subscript digits.
 fn subscript(number: usize) -> String {
     let digit = |digit: char| char::from_u32(0x2080 + digit as u32 - '0' as u32);
@@ -55,6 +80,8 @@ pub fn mean_weights(layers: &[Vec<Vec<f64>>]) -> Vec<Vec<f64>> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn example(colours: bool) -> String {
@@ -82,6 +109,25 @@ mod tests {
         let codes = fancy_regex::Regex::new("\x1b\\[[0-9]+m").expect("it is a pattern");
         assert_eq!(codes.replace_all(&coloured, ""), example(false));
         assert_eq!(subscript(10), "₁₀");
+    }
+
+    #[test]
+    fn bytes_of_a_character_are_shown_with_its_last_token() -> Result<()> {
+        let tokenizer = Tokenizer::load(Path::new("demo/base/tokenizer.json"))?;
+        let end = tokenizer.token_to_id("<|endoftext|>").expect("the demo has it");
+        let mut ids = tokenizer.encode("a 日é")?;
+        let count = ids.len();
+        ids.push(end);
+        let alone = ids.iter().map(|id| tokenizer.decode(&[*id])).collect::<Result<Vec<_>>>()?;
+        assert!(alone.iter().any(|text| text.contains(INCOMPLETE)), "{alone:?}");
+        let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        let found = pieces(&tokenizer, &ids, &alone)?;
+        assert_eq!(found.len(), count + 1);
+        assert_eq!(found.concat(), "a 日é<|endoftext|>");
+        // what never becomes a character stands at the end
+        let found = pieces(&tokenizer, &ids[..3], &alone[..3])?;
+        assert!(found[2].ends_with(INCOMPLETE), "{found:?}");
+        Ok(())
     }
 
     #[test]

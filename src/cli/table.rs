@@ -2,15 +2,18 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 
+use crate::data::visible;
 use crate::eval::experts::ExpertReport;
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
 use crate::growth::stages::{self, Stage};
 
-/// A table whose first column is text and whose other columns are numbers.
+/// A table whose first column is text and whose other columns are numbers. Names of domains come
+/// from data and configs, so that control characters in them are made visible.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN).set_header(header.to_vec());
-    table.add_rows(rows);
+    let header = header.iter().map(|cell| visible(cell));
+    table.load_preset(presets::ASCII_MARKDOWN).set_header(header);
+    table.add_rows(rows.iter().map(|row| row.iter().map(|cell| visible(cell))));
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
-use super::strip::{mean_weights, strip};
+use super::strip::{mean_weights, pieces, strip};
 use super::{Shared, table, usage, variable};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
@@ -100,7 +100,7 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
             println!("{}", modules_text(&traced));
             match args.table || !std::io::stdout().is_terminal() {
                 true => print_tables(&traced),
-                false => print_strip(&traced, &open.expert_names()),
+                false => print_strip(&traced, &open)?,
             }
             if let Some(file) = &args.out {
                 println!("wrote `{}`", file.display());
@@ -264,12 +264,18 @@ fn print_tables(traced: &Traced<'_>) {
     }
 }
 
-fn print_strip(traced: &Traced<'_>, names: &[String]) {
+fn print_strip(traced: &Traced<'_>, open: &OpenModel) -> Result<()> {
     if traced.layers.is_empty() {
-        return;
+        return Ok(());
     }
+    let texts = match &open.base.tokenizer {
+        Some(tokenizer) => pieces(tokenizer, traced.tokens, &traced.texts)?,
+        None => traced.texts.clone(),
+    };
     let colours = may_colour(variable("NO_COLOR").is_some());
-    println!("{}", strip(&traced.texts, &mean_weights(&traced.layers), names, colours));
+    let weights = mean_weights(&traced.layers);
+    println!("{}", strip(&texts, &weights, &open.expert_names(), colours));
+    Ok(())
 }
 
 fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {

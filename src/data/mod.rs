@@ -18,6 +18,8 @@
 //!    any point of it, each domain has had about the share that `data.mixing` gives it. A batch has
 //!    one block per row.
 //!
+//! `visible` shows text and names from the data to people.
+//!
 //! All of this is deterministic: the same files and options give the same batches on any machine.
 
 mod answers;
@@ -34,6 +36,7 @@ mod select;
 mod source;
 mod token_file;
 mod tokenize;
+mod visible;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -49,6 +52,7 @@ pub use self::dataset::{
 pub use self::order::BlockId;
 pub use self::read::LoadProgress;
 pub use self::tokenize::{SPLIT_PATTERNS, Tokenizer};
+pub use self::visible::visible;
 
 use self::dataset::Selection;
 use self::select::Selector;

@@ -223,8 +223,8 @@ pub fn written_files(dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let marker = marker.and_then(|text| serde_json::from_str::<Marker>(&text).ok());
     let Some(marker) = marker.filter(|marker| marker.format == FORMAT) else {
         bail!(
-            "`{name}` has no `{MARKER}`, so that it is no output of dylora
-hint:              `dylora export-adapters` and `dylora merge` write such folders"
+            "`{name}` has no `{MARKER}`, so that it is no output of dylora\nhint: `dylora \
+             export-adapters` and `dylora merge` write such folders"
         );
     };
     let found = files_below(dir)?;

@@ -10,6 +10,7 @@
 //! A card names no folder of the machine that wrote it.
 
 use super::describe::{describe, describe_router};
+use super::markdown::{code, code_in_table};
 use super::training::Training;
 use crate::base::Base;
 use crate::config::RoutingChoice;
@@ -93,7 +94,7 @@ impl Form {
     }
 
     /// How programs load it: text and code.
-    fn loads(self, base: &str) -> String {
+    fn loads(self, base: &str, facts: LoadFacts) -> String {
         let python = |code: &str| format!("```python\n{code}\n```\n");
         let base_of = format!(
             "from transformers import AutoModelForCausalLM\n\nbase = \
@@ -106,17 +107,7 @@ impl Form {
             ))
         };
         match self {
-            Self::Dylora => format!(
-                "The whole mixture in transformers and PEFT, routed token by token, with the \
-                 program `dylora_peft.py` of this folder:\n\n{}\nOne expert alone in \
-                 PEFT:\n\n{}\nThe mixture in dylora:\n\n```sh\ndylora generate --base \"{base}\" \
-                 --adapters FOLDER --prompt \"..\"\n```\n",
-                python(&format!(
-                    "from dylora_peft import load_mixture\n\nmodel = load_mixture(\"FOLDER\", \
-                     \"{base}\")"
-                )),
-                peft("FOLDER/expert_0")
-            ),
+            Self::Dylora => facts.loads(base, &peft("FOLDER/expert_0")),
             Self::Xlora => format!(
                 "Each folder in `adapters` is a PEFT adapter, and `xlora_config.json` joins them \
                  as X-LoRA does. One expert alone in PEFT:\n\n{}",
@@ -126,7 +117,9 @@ impl Form {
             Self::GgufExperts => format!(
                 "llama.cpp has no routing. It puts experts on the base, written by `dylora merge \
                  --base \"{base}\" --format gguf --out base`, with weights that are the same for \
-                 every token:\n\n```sh\nllama-cli -m base/model.gguf --lora expert_0.gguf\n```\n"
+                 every token:\n\n```sh\nllama-cli -m base/model.gguf --lora \
+                 expert_0.gguf{}\n```\n",
+                if facts.has_shared { " --lora shared.gguf" } else { "" }
             ),
             Self::GgufAdapter => {
                 "```sh\nllama-cli -m BASE.gguf --lora adapter.gguf\n```\n".to_owned()
@@ -137,6 +130,46 @@ impl Form {
                  AutoModelForCausalLM.from_pretrained(\"FOLDER\")",
             ),
         }
+    }
+}
+
+/// What the code that loads a mixture depends on.
+#[derive(Debug, Clone, Copy, Default)]
+struct LoadFacts {
+    /// Whether there is a part that is always on.
+    has_shared: bool,
+    /// What decided the weights in training, if a text alone does not say that.
+    untold: Option<RoutingChoice>,
+}
+
+impl LoadFacts {
+    fn new(has_shared: bool, routing: RoutingChoice) -> Self {
+        let is_untold = matches!(routing, RoutingChoice::Record | RoutingChoice::Domain);
+        Self { has_shared, untold: is_untold.then_some(routing) }
+    }
+
+    /// How transformers, PEFT and dylora load an export.
+    ///
+    /// - `expert`: the code for one expert
+    fn loads(self, base: &str, expert: &str) -> String {
+        let (note, python, option) = match self.untold {
+            None => (String::new(), "", ""),
+            Some(routing) => (
+                format!(
+                    " A text alone does not say its {routing}, by which the experts were trained: \
+                     the routing names one of them."
+                ),
+                ", routing=\"expert:0\"",
+                " --routing expert:0",
+            ),
+        };
+        format!(
+            "All of it in transformers and PEFT, with the program `dylora_peft.py` of this \
+             folder.{note}\n\n```python\nfrom dylora_peft import load_mixture\n\nmodel = \
+             load_mixture(\"FOLDER\", \"{base}\"{python})\n```\n\nOne expert alone in \
+             PEFT:\n\n{expert}\nAll of it in dylora:\n\n```sh\ndylora generate --base \"{base}\" \
+             --adapters FOLDER{option} --prompt \"..\"\n```\n"
+        )
     }
 }
 
@@ -164,23 +197,23 @@ fn head(origin: &Origin, form: Form) -> String {
 fn label(origin: &Origin) -> String {
     match origin.base_label.contains(' ') {
         true => origin.base_label.clone(),
-        false => format!("`{}`", origin.base_label),
+        false => code(&origin.base_label),
     }
 }
 
 /// The sections that every card ends with: the data and scores, and those of [`usage`].
 fn tail(origin: &Origin, form: Form) -> String {
-    scores(origin) + &usage(origin, form)
+    scores(origin) + &usage(origin, form, LoadFacts::default())
 }
 
 /// How to load it, and its licence.
-fn usage(origin: &Origin, form: Form) -> String {
+fn usage(origin: &Origin, form: Form, facts: LoadFacts) -> String {
     let base = origin.base_repo.as_deref().unwrap_or("BASE");
     let licence = match &origin.licence {
         Some(licence) => format!("The base's licence is `{licence}`."),
         None => "The base's licence is not known here. It applies to what is made from it.".into(),
     };
-    format!("## How to load it\n\n{}\n## Licence\n\n{licence}\n", form.loads(base))
+    format!("## How to load it\n\n{}\n## Licence\n\n{licence}\n", form.loads(base, facts))
 }
 
 /// The data and the scores by domain.
@@ -194,7 +227,8 @@ fn scores(origin: &Origin) -> String {
         .domains
         .iter()
         .map(|domain| {
-            format!("| `{}` | {} | {} |\n", domain.name, domain.blocks, number(domain.loss))
+            let name = code_in_table(&domain.name);
+            format!("| {name} | {} | {} |\n", domain.blocks, number(domain.loss))
         })
         .collect();
     let mean = match training.domains.len() {
@@ -204,24 +238,37 @@ fn scores(origin: &Origin) -> String {
     format!(
         "## Data and scores\n\nTrained for {} steps on {} target tokens, in blocks of {} tokens. \
          The losses are those on held-out data after the last of these steps, in nats a \
-         token.\n\n| domain | blocks | loss | perplexity |\n|---|--:|--:|--:|\n{rows}{mean}\n",
+         token.\n\n| domain | blocks trained on | loss | perplexity \
+         |\n|---|--:|--:|--:|\n{rows}{mean}\n",
         training.step, training.target_tokens, training.seq_len
     )
 }
 
 fn domain_line(origin: &Origin) -> String {
     let domains = origin.training.iter().flat_map(|training| &training.domains);
-    let domains: Vec<String> = domains.map(|domain| format!("`{}`", domain.name)).collect();
+    let domains: Vec<String> = domains.map(|domain| code(&domain.name)).collect();
     match domains.is_empty() {
         true => String::new(),
         false => format!("- trained on: {}\n", domains.join(", ")),
     }
 }
 
+/// The domains of an expert in words: `, the expert of `law``; nothing if it has none.
+fn own_domains(origin: &Origin, name: &str) -> String {
+    let domains = origin.training.iter().flat_map(|training| &training.domains);
+    let has = |expert: &i64| format!("expert_{expert}") == name;
+    let own = domains.filter(|domain| domain.experts.iter().any(has));
+    let own: Vec<String> = own.map(|domain| code(&domain.name)).collect();
+    if own.is_empty() { String::new() } else { format!(", the expert of {}", own.join(", ")) }
+}
+
 /// The card of one expert of a mixture, in its own folder `name`.
+///
+/// - `has_shared`: whether the mixture has a part that is always on
 pub(super) fn of_expert(
     spec: &ExpertSpec,
     num_experts: usize,
+    has_shared: bool,
     name: &str,
     provenance: &Provenance,
 ) -> String {
@@ -241,16 +288,24 @@ pub(super) fn of_expert(
                 "This adapter is one expert at weight 1. The mixture weights the experts {how}, so \
                  that one expert alone gives other outputs than the mixture.\n\n"
             );
-            (format!("One of {count} LoRA experts of a mixture on {label}"), note)
+            let own = own_domains(&provenance.origin, name);
+            (format!("One of {count} LoRA experts of a mixture on {label}{own}"), note)
         }
     };
     // the scores of a mixture are not those of one expert
     let tail = match num_experts {
         1 if !spec.shared => tail(&provenance.origin, Form::PeftAdapter),
-        _ => usage(&provenance.origin, Form::PeftAdapter),
+        _ => usage(&provenance.origin, Form::PeftAdapter, LoadFacts::default()),
+    };
+    let lacks = match has_shared && !spec.shared {
+        true => {
+            "It was trained beside `shared`, the part that is always on, and lacks it. `dylora \
+             merge --weights expert:N --as adapter` joins the two into one adapter.\n\n"
+        }
+        false => "",
     };
     format!(
-        "{head}# {name}\n\n{is}, {BY_DYLORA}{version}.\n\n- {shape}\n{domains}\n{note}\
+        "{head}# {name}\n\n{is}, {BY_DYLORA}{version}.\n\n- {shape}\n{domains}\n{note}{lacks}\
          {tail}",
         head = head(&provenance.origin, Form::PeftAdapter),
         version = env!("CARGO_PKG_VERSION"),
@@ -297,25 +352,35 @@ pub(super) fn of_mixture(
         .map(|(part, adapter)| {
             let name = part_name(model.specs(), part);
             let note = if adapter.spec.shared { ", always on" } else { "" };
-            format!("- `{name}`: {}{note}\n", describe(&adapter.spec))
+            let own = own_domains(&provenance.origin, &name);
+            format!("- `{name}`{own}: {}{note}\n", describe(&adapter.spec))
         })
         .collect();
+    let title = match model.num_experts() {
+        1 => "A LoRA adapter".to_owned(),
+        count => format!("A mixture of {count} LoRA experts"),
+    };
+    let has_shared = adapters.iter().any(|adapter| adapter.spec.shared);
+    let note = match (form, model.num_experts()) {
+        (Form::GgufExperts, 2..) => {
+            "The scores below are those of the mixture with its routing, which these files do not \
+             have.\n\n"
+        }
+        _ => "",
+    };
+    let usage = usage(&provenance.origin, form, LoadFacts::new(has_shared, provenance.routing));
     format!(
-        "{head}# A mixture of {count} LoRA experts\n\nBy dylora {version} on {label}.\n\n\
+        "{head}# {title}\n\nBy dylora {version} on {label}.\n\n\
          {experts}{domains}\n## Routing\n\nThe output of a target module is \
          `W x + b + sum_e g_e (E_e(x) - W x - b)`, `E_e` being expert e alone and `g` the \
-         routing weights{shared}. {routing}\n\n{tail}",
+         routing weights{shared}. {routing}\n\n{note}{scores}{usage}",
         head = head(&provenance.origin, form),
-        count = model.num_experts(),
-        shared = match adapters.iter().any(|adapter| adapter.spec.shared) {
-            true => ", 1 for `shared`",
-            false => "",
-        },
+        shared = if has_shared { ", 1 for `shared`" } else { "" },
         version = env!("CARGO_PKG_VERSION"),
         label = label(&provenance.origin),
         domains = domain_line(&provenance.origin),
         routing = routing(model, provenance),
-        tail = tail(&provenance.origin, form),
+        scores = scores(&provenance.origin),
     )
 }
 

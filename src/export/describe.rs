@@ -49,14 +49,17 @@ pub(super) fn describe_router(spec: &RouterSpec) -> String {
         0 => String::new(),
         n => format!(" behind {n} hidden layer(s) of width {} with ReLU", spec.hidden_width),
     };
-    let chosen = match (spec.top_k, spec.selection_bias) {
-        (None, _) => String::new(),
-        (Some(k), false) => format!("; the {k} largest are kept and renormalised"),
-        (Some(k), true) => {
-            format!(
-                "; the {k} largest with `selection_bias` added are kept, without it renormalised"
-            )
-        }
+    let chosen = match spec.top_k {
+        None => String::new(),
+        Some(k) => format!(
+            "; the {k} largest{} are kept and {}",
+            if spec.selection_bias { " after `selection_bias` is added" } else { "" },
+            match (spec.renormalize, spec.selection_bias) {
+                (true, false) => "divided by their sum",
+                (true, true) => "divided, without it, by their sum",
+                (false, _) => "not divided by their sum",
+            }
+        ),
     };
     let chosen = match spec.eval {
         None => chosen,

@@ -7,6 +7,7 @@ pub mod card;
 mod describe;
 pub mod gguf;
 pub mod hugging_face;
+mod markdown;
 pub mod merge;
 pub mod peft;
 pub mod training;

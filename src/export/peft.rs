@@ -86,6 +86,7 @@ pub fn export(
         Layout::Dylora => Form::Dylora,
         Layout::Xlora => Form::Xlora,
     };
+    let has_shared = adapters.iter().any(|adapter| adapter.spec.shared);
     out.write_folder(super::is_unmarked_output, |dir| {
         let parent = match layout {
             Layout::Dylora => dir.to_owned(),
@@ -95,7 +96,7 @@ pub fn export(
         for (name, adapter) in names.iter().zip(&adapters) {
             let folder = parent.join(name);
             fs_err::create_dir(&folder)?;
-            let card = card::of_expert(&adapter.spec, num_experts, name, provenance);
+            let card = card::of_expert(&adapter.spec, num_experts, has_shared, name, provenance);
             write_adapter(&folder, adapter, &model.base().spec, provenance, &card)?;
         }
         match xlora {

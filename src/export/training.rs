@@ -38,6 +38,8 @@ pub struct DomainTraining {
     pub blocks: u64,
     /// Validation loss in nats a token, if it was measured.
     pub loss: Option<f64>,
+    /// Its experts; none if no expert is its own.
+    pub experts: Vec<i64>,
 }
 
 /// An evaluation in `metrics.jsonl`.
@@ -67,7 +69,8 @@ impl Training {
         let blocks = state.domain_blocks.iter().copied().chain(std::iter::repeat(0));
         let domains = config.data.domains.iter().zip(blocks).map(|(domain, blocks)| {
             let loss = scores.domain_losses.get(&domain.name).and_then(Value::as_f64);
-            DomainTraining { name: domain.name.clone(), blocks, loss }
+            let experts = domain.expert.as_ref().map_or(vec![], |own| own.experts().to_vec());
+            DomainTraining { name: domain.name.clone(), blocks, loss, experts }
         });
         Ok(Self {
             step: state.step,

@@ -130,8 +130,8 @@ pub enum BlockInput<'a> {
 }
 
 /// Computes a transformer block, and adds the new keys and values to the cache. Returns the
-/// residual stream, `[M, d]`, and the product of `mlp.c_proj`, whose output is still to be added to it
-/// ([`Unfinished`]).
+/// residual stream, `[M, d]`, and the product of `mlp.c_proj`, whose output is still to be added to
+/// it ([`Unfinished`]).
 ///
 /// - `x`: the residual stream, `[M, d]`
 /// - `modules`: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`

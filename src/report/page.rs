@@ -5,7 +5,8 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::Reported;
 use super::palette::{DARK, HUES, LIGHT, Mode, NUM_SHADES, Rgb};
 use super::sections::{about, growth, losses, overview, routing, samples, study, training};
-use super::text::{letter, visible};
+use super::text::letter;
+use crate::data::visible;
 
 /// The rules that do not name a colour.
 const STYLE: &str = include_str!("page.css");

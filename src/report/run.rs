@@ -1,6 +1,7 @@
 //! A run as its folder shows it: metrics, config, checkpoint, study. Nothing is computed anew but
 //! hashes and the norms of the experts' updates, and no model is needed.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -231,6 +232,15 @@ impl Run {
         names
     }
 
+    /// The domains of a window's routing weights with their values, in the order of
+    /// [`Run::domains`].
+    pub fn in_order<'a, T>(&self, of_domains: &'a BTreeMap<String, T>) -> Vec<(&'a String, &'a T)> {
+        let order = self.domains();
+        let mut all: Vec<_> = of_domains.iter().collect();
+        all.sort_by_key(|(domain, _)| order.iter().position(|name| name == *domain));
+        all
+    }
+
     /// The name of each expert, with those of its domains: `expert_0 (law)`.
     pub fn expert_names(&self, count: usize) -> Vec<String> {
         let domains = self.config.as_ref().map_or(&[][..], |(config, _)| &config.data.domains);
@@ -296,6 +306,21 @@ mod tests {
         let paths = ["/runs/a/mixture", "/runs/b/mixture", "/runs/single"].map(PathBuf::from);
         assert_eq!(names(&paths), ["a/mixture", "b/mixture", "single"]);
         assert_eq!(names(&paths[..1]), ["mixture"]);
+    }
+
+    #[test]
+    fn domains_stand_in_the_order_of_the_config() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        fs_err::write(folder.path().join(METRICS_FILE), "")?;
+        let config = "base.source = { path = \"base\" }\ndata.seq_len = 8\ndata.domains = [\
+                      {name = \"law\", train = [\"a\"]}, {name = \"code\", train = [\"b\"]}]";
+        fs_err::write(folder.path().join("config.toml"), config)?;
+        let run = Run::read(folder.path())?;
+        let weights = ["code", "law"].map(|name| (name.to_owned(), 0.5)).into();
+        let names: Vec<&String> =
+            run.in_order(&weights).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["law", "code"]);
+        Ok(())
     }
 
     #[test]

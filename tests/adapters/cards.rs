@@ -6,19 +6,27 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use dylora::base::Base;
-use dylora::config::{BaseConfig, BaseSource, Dtype};
+use dylora::config::{BaseConfig, BaseSource, Dtype, RouterConfig, RoutingChoice, SaveDtype};
 use dylora::durable::output::Output;
 use dylora::export::card::{Form, Origin, of_base};
+use dylora::export::gguf;
 use dylora::export::peft::{Layout, Provenance, export};
 use dylora::export::training::{DomainTraining, Training};
 use dylora::hub::HubSettings;
+use dylora::model::RoutedModel;
 use tch::Kind;
 
-use crate::common::{plain_router, seed, tiny_model};
+use crate::common::{plain_router, seed, tiny_base, tiny_config, tiny_model};
+use crate::shared::model;
 use crate::{lora, provenance};
 
 fn training() -> Training {
-    let domain = |name: &str, blocks, loss| DomainTraining { name: name.into(), blocks, loss };
+    let domain = |name: &str, blocks, loss| DomainTraining {
+        name: name.into(),
+        blocks,
+        loss,
+        experts: vec![],
+    };
     Training {
         step: 12,
         target_tokens: 2616,
@@ -27,6 +35,18 @@ fn training() -> Training {
         loss: Some(0.5),
         supervision: 0.1,
     }
+}
+
+/// The card of an export of `model`, and that of its first expert.
+fn cards(model: &RoutedModel, told: &Provenance, layout: Option<Layout>) -> Result<[String; 2]> {
+    let dir = tempfile::tempdir()?;
+    let out = Output::new(&dir.path().join("out"));
+    match layout {
+        Some(layout) => export(&out, model, told, layout)?,
+        None => gguf::export_experts(&out, model, told, SaveDtype::F32)?,
+    }
+    let read = |file: &str| fs_err::read_to_string(out.path.join(file)).unwrap_or_default();
+    Ok(["README.md", "expert_0/README.md"].map(read))
 }
 
 /// The simple values of a card's front matter.
@@ -72,6 +92,59 @@ fn a_card_says_base_data_scores_routing_and_licence() -> Result<()> {
     assert!(!card.contains("0.5000") && card.contains("one expert at weight 1"), "{card}");
     let program = fs_err::read_to_string(out.join("dylora_peft.py"))?;
     assert_eq!(program, fs_err::read_to_string("src/export/dylora_peft.py")?);
+    Ok(())
+}
+
+#[test]
+fn a_card_says_what_its_files_lack_and_shows_names_as_they_are() -> Result<()> {
+    let _generator = seed(731);
+    let lora = lora("num_experts = 3\nshared_rank = 2");
+    let model = model(&tiny_base(tiny_config()), &lora, &plain_router(), Kind::Float)?;
+    let mut trained = training();
+    trained.domains[0].experts = vec![0];
+    trained.domains[1].name = "`a` [b](c)|\u{202e}\u{1b}[31m".into();
+    let origin = Origin { training: Some(trained), ..provenance().origin };
+    let told = Provenance { origin, ..provenance() };
+    let [card, expert] = cards(&model, &told, Some(Layout::Dylora))?;
+    assert!(card.contains("- `expert_0`, the expert of `law`: rank"), "{card}");
+    assert!(expert.contains("mixture on `gpt2_tied`, the expert of `law`, by dylora"), "{expert}");
+    assert!(expert.contains("It was trained beside `shared`"), "{expert}");
+    assert!(card.contains("`law`, `` `a` [b](c)|[U+202E]␛[31m ``\n"), "{card}");
+    assert!(card.contains("| `` `a` [b](c)\\|[U+202E]␛[31m `` | 32 |"), "{card}");
+    assert!(!card.contains("llama.cpp") && !card.contains("expert:0"), "{card}");
+    // llama.cpp has no routing
+    let [card, _] = cards(&model, &told, None)?;
+    assert!(card.contains("--lora expert_0.gguf --lora shared.gguf\n"), "{card}");
+    assert!(card.contains("the mixture with its routing, which these files do not have"), "{card}");
+    // the weights in training came from what a text alone does not say
+    let told = Provenance { routing: RoutingChoice::Domain, ..told };
+    let [card, _] = cards(&model, &told, Some(Layout::Dylora))?;
+    assert!(card.contains("load_mixture(\"FOLDER\", \"BASE\", routing=\"expert:0\")"), "{card}");
+    assert!(card.contains("--adapters FOLDER --routing expert:0 --prompt"), "{card}");
+    Ok(())
+}
+
+#[test]
+fn the_card_of_one_expert_is_no_card_of_a_mixture() -> Result<()> {
+    let _generator = seed(732);
+    let model = tiny_model(&lora("num_experts = 1"), &plain_router(), Kind::Float)?;
+    let [card, expert] = cards(&model, &provenance(), Some(Layout::Dylora))?;
+    assert!(card.contains("# A LoRA adapter\n\nBy dylora"), "{card}");
+    assert!(card.contains("There is one expert and no router: plain LoRA."), "{card}");
+    assert!(!expert.contains("`shared`"), "{expert}");
+    Ok(())
+}
+
+#[test]
+fn a_card_says_what_becomes_of_the_weights_of_the_best_experts() -> Result<()> {
+    let _generator = seed(733);
+    for (renormalize, words) in [(true, "divided by their sum"), (false, "not divided by")] {
+        let router = RouterConfig { top_k: Some(2), renormalize, ..plain_router() };
+        let model = tiny_model(&lora("num_experts = 3"), &router, Kind::Float)?;
+        let [card, _] = cards(&model, &provenance(), Some(Layout::Dylora))?;
+        let words = format!("; the 2 largest are kept and {words}");
+        assert!(card.contains(&words), "{card}");
+    }
     Ok(())
 }
 

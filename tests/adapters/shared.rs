@@ -38,7 +38,7 @@ const DORA: &str = "num_experts = 2\nrank = 4\nshared_rank = 1\nuse_dora = true"
 const PISSA: &str = "num_experts = 2\nrank = 4\nshared_rank = 3\ninit = 'pissa'";
 
 /// A mixture on `base` in `kind`, all of whose parameters are random.
-fn model(
+pub(crate) fn model(
     base: &Decoder,
     lora: &LoraConfig,
     router: &RouterConfig,

@@ -22,6 +22,8 @@ const MAX_POINTS: usize = 400;
 const DASHES: [&str; 4] = ["none", "7 3", "2 3", "9 3 2 3"];
 /// The least distance of the labels at the ends of lines.
 const LABEL_HEIGHT: f64 = 12.0;
+/// The room for such a label.
+const LABEL_WIDTH: f64 = 16.0;
 
 /// How a line is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,9 +102,9 @@ impl LineChart {
                 desc id=(desc_id) { (description(lines)) }
                 (axes(&x, &y))
                 @for line in lines { (curve(line, &x, &y)) }
-                @for (line, place) in labels(lines, &y) {
-                    text class={ "end i" (line.hue % HUES.len()) } x=(px(WIDTH - RIGHT + 5.0))
-                        y=(px(place + 4.0)) { (line.label) }
+                @for (line, [x, y]) in labels(lines, &x, &y) {
+                    text class={ "end i" (line.hue % HUES.len()) } x=(px(x + 5.0))
+                        y=(px(y + 4.0)) { (line.label) }
                 }
             }
         }
@@ -182,31 +184,47 @@ fn dashes(hue: usize) -> &'static str {
     DASHES[(hue + hue / HUES.len()) % DASHES.len()]
 }
 
-/// The labels at the ends of lines, moved apart; of several lines with the same one, the last has
-/// it.
-fn labels<'a>(lines: &'a [Line], y: &Scale) -> Vec<(&'a Line, f64)> {
+/// The labels at the ends of lines, as x and y, moved apart; of several lines with the same one,
+/// the last has it.
+fn labels<'a>(lines: &'a [Line], x: &Scale, y: &Scale) -> Vec<(&'a Line, [f64; 2])> {
     let mut ends = BTreeMap::new();
     for (index, line) in lines.iter().enumerate() {
         let last = line.points.iter().rev().find(|(_, value)| value.is_finite());
-        if let Some((_, value)) = last {
-            ends.insert((line.hue, &line.label), (index, y.place(*value)));
+        if let Some((step, value)) = last {
+            let place = [x.place(*step as f64), y.place(*value)];
+            ends.insert((line.hue, &line.label), (&lines[index], place));
         }
     }
-    let mut placed: Vec<(&Line, f64)> =
-        ends.into_values().map(|(index, place)| (&lines[index], place)).collect();
-    placed.sort_by(|a, b| a.1.total_cmp(&b.1));
-    let (mut least, mut most) = (TOP, HEIGHT - BOTTOM);
-    // many labels come closer to each other
-    let distance = LABEL_HEIGHT.min((most - least) / placed.len().max(2) as f64);
-    for (_, place) in &mut placed {
-        *place = place.max(least);
-        least = *place + distance;
-    }
-    for (_, place) in placed.iter_mut().rev() {
-        *place = place.min(most);
-        most = *place - distance;
+    let mut placed: Vec<(&Line, [f64; 2])> = ends.into_values().collect();
+    placed.sort_by(|(_, a), (_, b)| a[0].total_cmp(&b[0]));
+    // lines that end at about the same step have their labels below each other
+    for column in placed.chunk_by_mut(|(_, a), (_, b)| b[0] - a[0] < LABEL_WIDTH) {
+        let right = column.last().map_or(0.0, |(_, place)| place[0]);
+        let heights: Vec<f64> = column.iter().map(|(_, place)| place[1]).collect();
+        for ((_, place), height) in column.iter_mut().zip(apart(&heights)) {
+            *place = [right, height];
+        }
     }
     placed
+}
+
+/// The heights of labels, moved apart.
+fn apart(heights: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..heights.len()).collect();
+    order.sort_by(|a, b| heights[*a].total_cmp(&heights[*b]));
+    let mut places = heights.to_vec();
+    let (mut least, mut most) = (TOP, HEIGHT - BOTTOM);
+    // many labels come closer to each other
+    let distance = LABEL_HEIGHT.min((most - least) / heights.len().max(2) as f64);
+    for index in &order {
+        places[*index] = places[*index].max(least);
+        least = places[*index] + distance;
+    }
+    for index in order.iter().rev() {
+        places[*index] = places[*index].min(most);
+        most = places[*index] - distance;
+    }
+    places
 }
 
 /// The first and the last point, and the smallest and the largest of each part of the others.
@@ -311,15 +329,31 @@ mod tests {
     #[test]
     fn labels_do_not_lie_on_each_other_and_stay_within_the_chart() {
         for (count, least) in [(6, LABEL_HEIGHT), (40, 4.0)] {
-            let value = |i: usize| 1.0 + 1e-3 * i as f64;
-            let of = |i: usize| Line { hue: i, label: i.to_string(), ..line(vec![(1, value(i))]) };
-            let lines: Vec<Line> = (0..count).map(of).collect();
-            let y = Scale::new([0.0, 2.0].into_iter(), [HEIGHT - BOTTOM, TOP], 4).expect("finite");
-            let placed = labels(&lines, &y);
-            assert_eq!(placed.len(), count);
-            assert!(placed.windows(2).all(|pair| pair[1].1 - pair[0].1 >= least - 1e-9));
-            assert!(placed.iter().all(|(_, place)| (TOP - 1e-9..HEIGHT).contains(place)));
+            let heights: Vec<f64> = (0..count).map(|i| 90.0 + 1e-3 * f64::from(i)).collect();
+            let places = apart(&heights);
+            assert!(places.windows(2).all(|pair| pair[1] - pair[0] >= least - 1e-9));
+            assert!(places.iter().all(|place| (TOP - 1e-9..HEIGHT).contains(place)));
         }
+        assert_eq!(apart(&[50.0, 48.0]), [60.0, 48.0]);
+    }
+
+    #[test]
+    fn a_label_stands_where_its_line_ends() {
+        let of = |hue: usize, last, value| Line {
+            hue,
+            label: hue.to_string(),
+            ..line(vec![(0, 1.0), (last, value)])
+        };
+        let lines = [of(0, 300, 1.0), of(1, 80, 1.0), of(2, 299, 1.0)];
+        let x = Scale::new([0.0, 300.0].into_iter(), [LEFT, WIDTH - RIGHT], 4).expect("finite");
+        let y = Scale::new([0.0, 2.0].into_iter(), [HEIGHT - BOTTOM, TOP], 4).expect("finite");
+        let placed = labels(&lines, &x, &y);
+        let hues: Vec<usize> = placed.iter().map(|(line, _)| line.hue).collect();
+        let [first, second, third] = [0, 1, 2].map(|at| placed[at].1);
+        assert_eq!(hues, [1, 2, 0]);
+        assert_eq!(first, [x.place(80.0), y.place(1.0)]);
+        assert_eq!([second[0], third[0]], [x.place(300.0); 2]);
+        assert_eq!(third[1] - second[1], LABEL_HEIGHT);
     }
 
     #[test]

@@ -31,9 +31,12 @@ pub fn overview(runs: &[Reported]) -> Markup {
             }
             @if has(|pass| &pass.accuracy_by_domain) {
                 (scrolling(best_table(&with_metrics,
-                    "Accuracy of the router at the best evaluation: the share of tokens \
-                    whose most probable expert is one of their domain's",
+                    "Accuracy of the router at the best evaluation",
                     "accuracy_by_domain", |pass| &pass.accuracy_by_domain, None)))
+                p class="note" {
+                    "The accuracy is the share of tokens whose most probable expert is one of \
+                     their domain's."
+                }
             }
         }
     };

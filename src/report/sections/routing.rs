@@ -121,7 +121,7 @@ fn of_window(index: usize, run: &Run, window: &WindowMetrics) -> Markup {
                         @for name in &heads { th scope="col" { (name) } }
                     } }
                     tbody {
-                        @for (domain, weights) in &window.domain_routing_weights {
+                        @for (domain, weights) in run.in_order(&window.domain_routing_weights) {
                             (weight_row(domain, weights, &["domain_routing_weights", domain]))
                         }
                         (weight_row("all", &routing.mean_routing_weights,
@@ -132,7 +132,7 @@ fn of_window(index: usize, run: &Run, window: &WindowMetrics) -> Markup {
             }))
         }
         (collapse(run))
-        (sites(index, window, names.len()))
+        (sites(index, run, window, names.len()))
     }
 }
 
@@ -167,7 +167,7 @@ fn weight_row(name: &str, weights: &[f64], keys: &[&str]) -> Markup {
 }
 
 /// The heat map of each domain: a row for each router, a column for each expert.
-fn sites(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
+fn sites(index: usize, run: &Run, window: &WindowMetrics, num_experts: usize) -> Markup {
     let Some(routing) = &window.routing else { return html! {} };
     if window.site_routing_weights.len() < 2 {
         return html! {};
@@ -194,7 +194,8 @@ fn sites(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
              one, is more."
         }
         div class="grid" {
-            @for (at, domain) in window.domain_routing_weights.keys().enumerate() {
+            @for (at, (domain, _)) in run.in_order(&window.domain_routing_weights).into_iter()
+                .enumerate() {
                 @let map = map(domain);
                 figure class={ "chart" @if map.is_wide() { " row" } } {
                     figcaption { (domain) }
@@ -204,12 +205,12 @@ fn sites(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
         }
         details {
             summary { "Numbers: all routers" }
-            (scrolling(site_table(index, window, num_experts)))
+            (scrolling(site_table(index, run, window, num_experts)))
         }
     }
 }
 
-fn site_table(index: usize, window: &WindowMetrics, num_experts: usize) -> Markup {
+fn site_table(index: usize, run: &Run, window: &WindowMetrics, num_experts: usize) -> Markup {
     let sites = window.routing.iter().flat_map(|routing| &routing.sites).enumerate();
     html! {
         table data-run=(index) data-step=(window.step) {
@@ -221,7 +222,7 @@ fn site_table(index: usize, window: &WindowMetrics, num_experts: usize) -> Marku
             tbody {
                 @for (at, site) in sites {
                     @if let Some(domains) = window.site_routing_weights.get(&site.site) {
-                        @for (domain, weights) in domains {
+                        @for (domain, weights) in run.in_order(domains) {
                             (site_row(domain, site, weights, num_experts))
                         }
                         tr {
