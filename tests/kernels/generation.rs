@@ -28,14 +28,12 @@ struct Mixture {
     router: RouterConfig,
 }
 
+fn new(name: &str, base: DecoderSpec, lora: LoraConfig, router: RouterConfig) -> Mixture {
+    Mixture { name: name.into(), base, lora, router }
+}
+
 fn mixtures() -> Vec<Mixture> {
     let all = Family::Gpt2.modules();
-    let new = |name: &str, base: DecoderSpec, lora: LoraConfig, router: RouterConfig| Mixture {
-        name: name.into(),
-        base,
-        lora,
-        router,
-    };
     let of_shape = |heads, size| shape(heads, size, 53, 200);
     let plain = || of_shape(2, 32);
     let mut mixtures = vec![
@@ -187,11 +185,8 @@ fn steps_by_kernels_equal_the_reference() -> Result<()> {
     let _no_grad = tch::no_grad_guard();
     let (mut by_kernels, mut by_reference) = (0.0, 0.0);
     let of_length = |max_positions| shape(2, 32, 53, max_positions);
-    let wide = |name: &str, max_positions| Mixture {
-        name: name.into(),
-        base: of_length(max_positions),
-        lora: lora(3, 4, Family::Gpt2.modules()),
-        router: plain_router(),
+    let wide = |name: &str, max_positions| {
+        new(name, of_length(max_positions), lora(3, 4, Family::Gpt2.modules()), plain_router())
     };
     let mut cases: Vec<_> = mixtures().into_iter().map(|mixture| (mixture, Steps::few())).collect();
     cases.push((wide("long", 1024), Steps::long()));
