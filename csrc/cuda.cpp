@@ -323,8 +323,8 @@ char *dylora_cuda_compile(const char *source, const char *const *options, int n,
   })
 }
 void dylora_cuda_free(void *p) { free(p); }
-// Loads machine code for activations of `width` on `device`: that of csrc/kernels.cu or, after it, of
-// csrc/step.cu.
+// Loads machine code for activations of `width` on `device`: that of csrc/kernels.cu or, after it,
+// that of csrc/step.cu.
 int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of_steps) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);

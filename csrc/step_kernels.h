@@ -144,9 +144,9 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const bool is_plain = input.kind == ThinInput::Plain;
   const int64_t shared = is_plain ? 0 : rows * in * out.element_size();
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
-  if (!has(module, ThinProduct) || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) || y.ranks > 32 ||
-      (!is_plain && (!y.product || !fits(input.y) || y.out != in)) ||
-      shared > SHARED_MEMORY - OF_THIN_PRODUCT)
+  const bool knows_y = is_plain || (y.product && fits(input.y) && y.out == in && y.ranks <= 32);
+  if (!has(module, ThinProduct) || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) ||
+      !knows_y || shared > SHARED_MEMORY - OF_THIN_PRODUCT)
     return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,

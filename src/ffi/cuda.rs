@@ -136,7 +136,8 @@ impl KernelSet {
 static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
 
 /// Sets the folder in which compiled kernels are cached. Without it, every process compiles them,
-/// which takes 1 to 2 s, and some seconds more for those of steps. Only the first call has an effect.
+/// which takes 1 to 2 s, and some seconds more for those of steps. Only the first call has an
+/// effect.
 pub fn keep_code_in(dir: &Path) {
     let _ = CODE_CACHE.set(dir.to_owned());
 }

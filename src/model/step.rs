@@ -164,7 +164,7 @@ impl RoutedModel {
         }
     }
 
-    /// Makes the kernels of steps ready, and makes the experts as they are now those of later steps.
+    /// Makes the kernels of steps ready. Later steps have the experts as they are now.
     pub fn prepare_steps(&self) {
         if !self.has_step_kernels.get_or_init(|| self.prepare_step_kernels()) {
             return;

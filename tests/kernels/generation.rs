@@ -283,9 +283,9 @@ impl Load {
     }
 }
 
-/// How far a logarithm of a probability may lie from the reference in f32. Logits reach about 12 and
-/// may be off by 2e-5 of that, as in [`steps_by_kernels_equal_the_reference`]; so may the logarithm
-/// of their sum.
+/// How far a logarithm of a probability may lie from the reference in f32. Logits reach about 12
+/// and may be off by 2e-5 of that, as in [`steps_by_kernels_equal_the_reference`]; so may the
+/// logarithm of their sum.
 const LOG_PROB_BOUND: f64 = 2.0 * 2e-5 * 12.0;
 
 /// Compares the texts of a model with those of the reference.
