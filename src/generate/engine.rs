@@ -84,7 +84,7 @@ impl<'a> Engine<'a> {
     ///
     /// # Errors
     /// An empty prompt, one that is longer than the context, an unknown token, a number of weights
-    /// that is not that of the experts, and settings that [`Sampling::check`] refuses.
+    /// that is not that of the experts, and settings that [`super::Sampling::check`] refuses.
     pub fn add(&mut self, request: Request) -> Result<u64> {
         self.check(&request)?;
         self.num_added += 1;

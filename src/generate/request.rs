@@ -73,7 +73,7 @@ pub struct NewToken {
 /// What a step brought to a text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
-    /// The text, as [`Engine::add`] numbered it.
+    /// The text, as [`super::Engine::add`] numbered it.
     pub text: u64,
     /// Its new token.
     pub token: NewToken,

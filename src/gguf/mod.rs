@@ -10,7 +10,7 @@
 //! array     u32 type of the items  u64 number of items  items..
 //! ```
 //!
-//! The data and each tensor in it begin at multiples of [`ALIGNMENT`], and offsets count from the
+//! The data and each tensor in it begin at multiples of `ALIGNMENT`, and offsets count from the
 //! begin of the data. A tensor's dimensions stand in reverse order: a weight `[out, in]` has the
 //! dimensions `in, out`.
 
