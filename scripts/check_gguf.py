@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares GGUF files with dylora, transformers and PEFT, by llama.cpp.
+"""Runs GGUF files in llama.cpp and compares them with dylora, transformers and PEFT.
 
     scripts/check_gguf.py LLAMA BASE FOLDER
 

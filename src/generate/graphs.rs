@@ -76,8 +76,8 @@ pub(super) struct StepGraphs {
 }
 
 impl StepGraphs {
-    /// No graphs yet. There never are any unless the model lies on a CUDA device and its steps are
-    /// alike.
+    /// An empty set of graphs. Steps are captured only on a CUDA device, and only for a model whose
+    /// steps are alike ([`RoutedModel::steps_alike`]).
     pub fn new(model: &RoutedModel) -> Self {
         let is_on = model.device().is_cuda() && model.steps_alike();
         Self { is_on, room: (0, 0), captured: HashMap::new(), last: None }

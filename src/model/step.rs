@@ -16,6 +16,7 @@ use super::decoder::context::AttentionMask;
 use super::decoder::kv_cache::CachedStep;
 use super::decoder::mlp::Activation;
 use super::decoder::norm::LayerNorm;
+use super::experts::stack::LoraExperts;
 use super::fused::pack::FusedModule;
 use super::routing::pass::RoutingPass;
 use super::routing::site::BlockWeights;
@@ -102,7 +103,7 @@ impl<'a> RoutedBlock<'a> {
     /// `A` and `B^T` of each module with experts, as they are trained.
     fn parameters(self) -> Factors {
         let experts = self.experts.modules.iter();
-        let both = |experts: &super::experts::stack::LoraExperts| {
+        let both = |experts: &LoraExperts| {
             (experts.lora_a.shallow_clone(), experts.lora_b.shallow_clone())
         };
         experts.map(|(&module, experts)| (module, both(experts))).collect()

@@ -1,4 +1,4 @@
-//! `dylora report`: the page of runs whose files are written by hand, so that nothing is trained.
+//! `dylora report`. The tests write the files of runs by hand, so that nothing need be trained.
 //! `scripts/check_report` checks the pages of real runs, a growth and a study.
 
 mod command;
