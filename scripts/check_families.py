@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from clients import BASE, TEXTS, TRAIN, check_adapter, check_base, check_export, check_merge, check_xlora, compare
-from clients import documents, dylora, expect, load_base, load_experts, routed, summary, token_ids, token_losses
-from clients import trace, train, write_texts
+from clients import BASE, LLAMA3, TEXTS, TRAIN, check_adapter, check_base, check_export, check_merge, check_xlora
+from clients import compare, documents, dylora, expect, load_base, load_experts, routed, summary, token_ids
+from clients import token_losses, trace, train, write_texts
 from generation import check_generate
 from safetensors.torch import load_file
 
@@ -48,14 +48,6 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 # the settings of each family besides SIZES; the texts are longer than the windows
 FAMILIES = {

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from clients import BASE, checks, dylora, expect, load_adapters, load_base, summary, trace, train, write_texts
+from clients import BASE, LLAMA3, dylora, expect, hold, load_adapters, load_base, summary, trace, train, write_texts
 from tokenizers import Tokenizer
 
 LLAMA, REAL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3]).resolve()
@@ -72,14 +72,6 @@ SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 0,
     "pad_token_id": None,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -137,12 +129,7 @@ def compare(name, found, logits, bound=1e-3, without=None):
     """Stops if probabilities differ, or hardly differ from those `without` adapters."""
     difference = differences(found, logits)
     moved = None if without is None else differences(found, without)
-    print(f"{name}: {difference:.1e}" + ("" if moved is None else f" (moved by {moved:.2f})"), flush=True)
-    if not difference <= bound:
-        sys.exit(f"{name}: the largest difference {difference:.1e} is more than {bound:.0e}")
-    if moved is not None and not moved > 0.02:
-        sys.exit(f"{name}: the adapter hardly does anything, so this shows nothing")
-    checks.append(difference)
+    hold(name, difference, bound, moved, least=0.02)
 
 
 def set_threads(count):

@@ -36,6 +36,15 @@ TEXTS = [
     "How much remains?\n[1] 7 hours = 7 * 11 = 77 crowns\n[2] 77 - 7 = 70 crowns\nanswer: 70 crowns",
     "SCENE. The battlements at dawn. HELICAN is discovered, asleep beneath a tree.",
 ]
+# a kind of RoPE for small bases
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 INVOCATION = [199, 59]  # "\n[" in the demo's tokens: twice in the first text, not in the second
 # the start of a training's config, whose last section goes on
 TRAIN = """
@@ -97,12 +106,17 @@ def compare(name, ours, theirs, without=None):
         sys.exit(f"{name}: dylora's shape is {list(ours.shape)}, the client's {list(theirs.shape)}")
     found = (ours - theirs).abs().max().item()
     moved = None if without is None else (theirs - without).abs().max().item()
-    print(f"{name}: {found:.1e}" + ("" if moved is None else f" (moved by {moved:.2f})"), flush=True)
-    if not found <= TOLERANCE:
-        sys.exit(f"{name}: the largest difference {found:.1e} is more than {TOLERANCE:.0e}")
-    if moved is not None and not moved > 0.1:
+    hold(name, found, TOLERANCE, moved, least=0.1)
+
+
+def hold(name, difference, bound, moved, least):
+    """Stops if a difference exceeds its bound, or if adapters or routers move less than `least`."""
+    print(f"{name}: {difference:.1e}" + ("" if moved is None else f" (moved by {moved:.2f})"), flush=True)
+    if not difference <= bound:
+        sys.exit(f"{name}: the largest difference {difference:.1e} is more than {bound:.0e}")
+    if moved is not None and not moved > least:
         sys.exit(f"{name}: the adapters or routers hardly do anything, so this shows nothing")
-    checks.append(found)
+    checks.append(difference)
 
 
 def expect(name, condition, text=""):
