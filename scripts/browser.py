@@ -1,7 +1,7 @@
 """Drives a headless Chromium by its DevTools protocol over a pipe, with the standard library alone.
 
     with Browser(find()) as browser:
-        page = browser.page("file:///tmp/report.html", width=390, dark=True)
+        page = browser.page(url, width=390, dark=True)
         page.value("document.title")
         page.screenshot(Path("report.png"))
         page.problems()
