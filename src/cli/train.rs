@@ -17,7 +17,7 @@ use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::Datasets;
-use crate::durable::output::Output;
+use crate::durable::{lock, output::Output};
 use crate::export::card::{self, Form, Origin};
 use crate::export::training::Training;
 use crate::export::{self, hugging_face};
@@ -57,6 +57,9 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     check_config_stays(&args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
+    if !args.dry_run {
+        lock::check_free(&config.run.dir)?;
+    }
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
         load_data(config, base, shared)
     })?;

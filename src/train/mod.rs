@@ -40,6 +40,7 @@ use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
 use crate::config::{Config, Method, OnCollapse};
 use crate::data::Datasets;
+use crate::durable::lock::FolderLock;
 use crate::eval::{check_domains, check_records, domain_targets};
 use crate::growth::assign::assign_experts;
 use crate::growth::skills::SkillLibrary;
@@ -133,6 +134,8 @@ pub struct Trainer {
     /// BLAKE3 of everything frozen before the run, as in [`Summary::frozen_hash`].
     frozen_hash: Option<String>,
     skills: Option<SkillLibrary>,
+    /// Whether this run has not begun yet.
+    is_new: bool,
 }
 
 /// The history of a mixture before a run.
@@ -220,7 +223,7 @@ impl Trainer {
             stages,
         };
         let mut trainer = Self::assemble(config, model, data, state)?;
-        trainer.skills = history.skills;
+        (trainer.skills, trainer.is_new) = (history.skills, true);
         Ok(trainer)
     }
 
@@ -303,6 +306,7 @@ impl Trainer {
             num_steps,
             frozen_hash,
             skills,
+            is_new: false,
         })
     }
 
@@ -329,8 +333,9 @@ impl Trainer {
     /// Trains to the end, or until `interrupt` is set. `observe` receives every event.
     ///
     /// # Errors
-    /// Fails if a loss or gradient is NaN or infinite ([`step::NotFinite`]), if a frozen tensor has
-    /// changed, or if a file cannot be written. The last checkpoint then stays whole and in place.
+    /// Fails if another process trains in the run's folder, if a loss or gradient is NaN or
+    /// infinite ([`step::NotFinite`]), if a frozen tensor has changed, or if a file cannot be
+    /// written. The last checkpoint then stays whole and in place.
     pub fn run(
         &mut self,
         interrupt: &AtomicBool,
@@ -338,6 +343,11 @@ impl Trainer {
     ) -> Result<Summary> {
         let run_dir = self.config.run.dir.clone();
         fs_err::create_dir_all(&run_dir)?;
+        let _lock = FolderLock::take(&run_dir)?;
+        if std::mem::take(&mut self.is_new) {
+            // another process may have begun a run since the first look
+            check_new_run(&run_dir)?;
+        }
         checkpoint::clean(&run_dir)?;
         let resolved = config::load::to_toml(&self.config);
         durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
