@@ -13,6 +13,7 @@ pub mod balance;
 pub mod files;
 pub mod gradients;
 pub mod graph;
+mod history;
 pub mod losses;
 pub mod machine;
 pub mod metrics;
@@ -375,6 +376,7 @@ impl Trainer {
             // after the evaluation, during which somebody may have asked as well
             let stop = interrupt.load(Ordering::Relaxed);
             if stop || collapsed || self.saves_now() {
+                writer.settle(self.state.step)?;
                 let path = self.save()?;
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);

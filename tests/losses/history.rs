@@ -61,6 +61,37 @@ fn resume_and_kill(scene: &Scene, from: &str, first: u64) -> Result<()> {
 }
 
 #[test]
+fn each_step_has_its_metrics_once_after_any_history() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut arguments = scene.train(8, 2)?;
+    arguments
+        .extend(["--set", "train.keep_last=9", "--set", "router.window_steps=2"].map(String::from));
+    assert!(scene.run(&as_str(&arguments))?.status.success());
+    let whole = |last: u64| (1..=last).collect::<Vec<_>>();
+    assert_eq!(steps(&scene, "train")?, whole(8));
+    // killed before its first save, again from further back, and then resumed from later steps
+    resume_and_kill(&scene, "run/checkpoints/step-00000004", 5)?;
+    resume_and_kill(&scene, "run/checkpoints/step-00000002", 3)?;
+    resume_and_kill(&scene, "run/checkpoints/step-00000006", 7)?;
+    let to = |last: u64| format!("train.duration={{steps={last}}}");
+    let output = scene.run(&["train", "--resume", "run", "--set", &to(10)])?;
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(steps(&scene, "train")?, whole(10), "from step 8");
+    assert_eq!(steps(&scene, "window")?, [2, 4, 6, 8, 10]);
+    // a history that saves replaces what came later, and a later step still finds its own
+    let saves = ["--set", "train.checkpoint_every_steps=5", "--set", &to(5)];
+    let from = ["train", "--resume", "run/checkpoints/step-00000004"];
+    let output = scene.run(&[&from[..], &saves].concat())?;
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(steps(&scene, "train")?, whole(5));
+    let from = ["train", "--resume", "run/checkpoints/step-00000010", "--set", &to(11)];
+    let output = scene.run(&from)?;
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(steps(&scene, "train")?, whole(11));
+    Ok(())
+}
+
+#[test]
 fn a_second_process_on_a_runs_folder_is_refused() -> Result<()> {
     let scene = Scene::new()?;
     let arguments = scene.train(100_000, 3)?;
@@ -93,4 +124,17 @@ fn read(dir: &Path) -> Result<Checkpoint> {
         model: checkpoint::read_model(dir)?,
         optimizer: checkpoint::read_optimizer(dir)?,
     })
+}
+
+#[test]
+fn a_file_that_vanishes_during_a_run_is_noticed() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut child = start(&scene, &as_str(&scene.train(300, 1000)?))?;
+    let metrics = scene.path("run/metrics.jsonl");
+    wait_until(&mut child, || fs_err::read(&metrics).is_ok_and(|bytes| !bytes.is_empty()))?;
+    fs_err::remove_file(&metrics)?;
+    let output = child.wait_with_output()?;
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("metrics.jsonl` has vanished"), "{}", text(&output));
+    Ok(())
 }
