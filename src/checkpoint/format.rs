@@ -12,8 +12,8 @@
 //! RUN/rejected/               the checkpoints of a stage that failed to add an expert
 //! ```
 //!
-//! A checkpoint is written into a temporary folder, forced to disk and renamed, so that a folder
-//! named `step-*` is always whole.
+//! A checkpoint is written into a temporary folder, forced to disk and renamed, and an old one is
+//! renamed before it is deleted, so that a folder named `step-*` is always whole.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,7 @@ use super::routing_state::RoutingState;
 use crate::base::BaseIdentity;
 use crate::config::{Config, load};
 use crate::durable;
+use crate::durable::folder::{REMOVED, REPLACED, WRITING};
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
 use crate::model::experts::spec::ExpertSpec;
@@ -365,7 +366,7 @@ fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
     steps.retain(|&step| step <= state.step);
     let old = &steps[..steps.len().saturating_sub(keep_last)];
     for &step in old.iter().filter(|&&step| Some(step) != state.best.map(|best| best.step)) {
-        fs_err::remove_dir_all(folder(run_dir).join(step_name(step)))
+        durable::folder::remove(&folder(run_dir).join(step_name(step)))
             .context("cannot remove an old checkpoint")?;
     }
     Ok(())
@@ -375,20 +376,27 @@ fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
 fn restore(run_dir: &Path) -> Result<()> {
     let parent = folder(run_dir);
     for name in hidden(&parent)? {
-        if let Some(name) = name.strip_prefix(durable::folder::REPLACED) {
+        if let Some(name) = name.strip_prefix(REPLACED) {
             durable::folder::restore(&parent.join(name))?;
         }
     }
     Ok(())
 }
 
-/// Restores the checkpoints that an interrupted write was replacing, and removes unfinished ones.
+/// Restores the checkpoints that an interrupted write was replacing, and removes what dead
+/// processes left: unfinished checkpoints, replaced ones, old ones and links. The caller has locked
+/// the run's folder.
 pub fn clean(run_dir: &Path) -> Result<()> {
     restore(run_dir)?;
     let parent = folder(run_dir);
     for name in hidden(&parent)? {
-        if name.starts_with(durable::folder::WRITING) {
-            fs_err::remove_dir_all(parent.join(name))?;
+        let path = parent.join(&name);
+        let is_folder = [WRITING, REMOVED, REPLACED].iter().any(|start| name.starts_with(start));
+        let is_link = name.starts_with(".last-") || name.starts_with(".best-");
+        if is_folder && path.is_dir() {
+            fs_err::remove_dir_all(path)?;
+        } else if is_link && path.is_symlink() {
+            fs_err::remove_file(path)?;
         }
     }
     Ok(())

@@ -140,7 +140,7 @@ impl Output {
         let path = std::path::absolute(&self.path)?;
         let parent = path.parent().with_context(|| format!("`{}` is no file", path.display()))?;
         fs_err::create_dir_all(parent)?;
-        let temporary = tempfile::Builder::new().prefix(folder::WRITING).tempdir_in(parent)?;
+        let temporary = folder::Writing::new_in(parent)?;
         let file = temporary.path().join("file");
         fill(&file)?;
         if self.overwrite {

@@ -127,6 +127,79 @@ fn read(dir: &Path) -> Result<Checkpoint> {
 }
 
 #[test]
+fn a_step_is_whole_as_long_as_it_has_its_name() -> Result<()> {
+    let scene = Scene::new()?;
+    assert!(scene.run(&as_str(&scene.train(1, 1)?))?.status.success());
+    let run = scene.path("run");
+    let mut saved = read(&run.join("checkpoints/last"))?;
+    let (ended, folder) = (AtomicBool::new(false), run.join("checkpoints"));
+    let broken = thread::scope(|scope| {
+        let watch = || {
+            let mut broken = vec![];
+            while !ended.load(Ordering::Relaxed) {
+                for step in checkpoint::steps(&run).unwrap_or_default() {
+                    let dir = folder.join(format!("step-{step:08}"));
+                    let whole = ["state.json", "experts.json", "model.safetensors"];
+                    let is_whole = whole.iter().all(|name| dir.join(name).exists());
+                    // a folder that is gone has no name any more
+                    if !is_whole && dir.exists() {
+                        broken.push(step);
+                    }
+                }
+            }
+            broken
+        };
+        let watcher = scope.spawn(watch);
+        let write = |saved: &mut Checkpoint| -> Result<()> {
+            for step in 2..6 {
+                saved.state.step = step;
+                let dir = checkpoint::write(&run, saved, 1)?;
+                // so many files that their deletion can be seen
+                for name in 0..4000 {
+                    fs_err::write(dir.join(format!("{name}")), "")?;
+                }
+            }
+            Ok(())
+        };
+        let written = write(&mut saved);
+        ended.store(true, Ordering::Relaxed);
+        written.map(|()| watcher.join().expect("it does not panic"))
+    })?;
+    assert_eq!(broken, Vec::<u64>::new(), "steps that were not whole");
+    Ok(())
+}
+
+#[test]
+fn what_dead_processes_left_is_cleaned() -> Result<()> {
+    let scene = Scene::new()?;
+    assert!(scene.run(&as_str(&scene.train(2, 1)?))?.status.success());
+    let checkpoints = scene.path("run/checkpoints");
+    for name in
+        [".writing-Ab1cD2", ".removed-step-00000001", ".dylora-replaced-step-00000002", ".last-77"]
+    {
+        fs_err::create_dir(checkpoints.join(name))?;
+        fs_err::write(checkpoints.join(name).join("state.json"), "{}")?;
+    }
+    let output = scene.run(&["train", "--resume", "run", "--set", "train.duration={steps=3}"])?;
+    assert!(output.status.success(), "{}", text(&output));
+    let hidden = |dir: &Path| -> Result<Vec<String>> {
+        let names = fs_err::read_dir(dir)?
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<Result<Vec<_>>>()?;
+        let names = names.into_iter().filter_map(|name| name.into_string().ok());
+        Ok(names.filter(|name| name.starts_with('.')).collect())
+    };
+    // `.last-77` is no name that dylora gives to a folder
+    assert_eq!(hidden(&checkpoints)?, [".last-77"]);
+    fs_err::create_dir(scene.path(".writing-Ab1cD2"))?;
+    fs_err::write(scene.path(".writing-Ab1cD2/model.safetensors"), "half")?;
+    let output = scene.run(&["export-adapters", "--checkpoint", "run", "--out", "out"])?;
+    assert!(output.status.success(), "{}", text(&output));
+    assert_eq!(hidden(&scene.path("."))?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
 fn a_file_that_vanishes_during_a_run_is_noticed() -> Result<()> {
     let scene = Scene::new()?;
     let mut child = start(&scene, &as_str(&scene.train(300, 1000)?))?;
