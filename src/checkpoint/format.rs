@@ -8,6 +8,7 @@
 //!     skills.json             the skills that the mixture has, if they are known
 //!     model.safetensors       experts and routers, frozen ones too, or the trained base
 //!     optimizer.safetensors   moments and generator states
+//!     checksums.json          BLAKE3 of each of these files, checked when it is opened
 //! RUN/checkpoints/last, best  symbolic links to the newest and to the best step
 //! RUN/rejected/               the checkpoints of a stage that failed to add an expert
 //! ```
@@ -26,15 +27,20 @@ use tch::Tensor;
 use super::routing_state::RoutingState;
 use crate::base::BaseIdentity;
 use crate::config::{Config, load};
-use crate::durable;
-use crate::durable::folder::{REMOVED, REPLACED, WRITING};
+use crate::durable::{
+    self,
+    folder::{REMOVED, REPLACED, WRITING},
+    sums,
+};
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
 use crate::model::experts::spec::ExpertSpec;
-use crate::tensor_file::{read_tensors, write_tensors};
+use crate::tensor_file::{check_all_finite, read_numbers, write_tensors};
 
-/// The version of the format. It is raised when old checkpoints can no longer be read.
-pub const FORMAT: u32 = 3;
+/// The version of the format.
+pub const FORMAT: u32 = 4;
+/// The version before, which has no checksums and is still read.
+const FORMAT_WITHOUT_SUMS: u32 = 3;
 
 const CONFIG: &str = "config.toml";
 const STATE: &str = "state.json";
@@ -226,7 +232,7 @@ fn check_whole(dir: &Path) -> Result<()> {
     read_model(dir)?;
     read_optimizer(dir)?;
     if dir.join(SKILLS).exists() {
-        serde_json::from_str::<Value>(&fs_err::read_to_string(dir.join(SKILLS))?)
+        serde_json::from_str::<Value>(&fs_err::read_to_string(checked(dir, SKILLS)?)?)
             .with_context(|| format!("`{}` is damaged", dir.join(SKILLS).display()))?;
     }
     Ok(())
@@ -242,26 +248,36 @@ pub fn rejected_folder(run_dir: &Path) -> PathBuf {
     run_dir.join("rejected")
 }
 
+/// The path of a file in a checkpoint, after its sum was checked.
+fn checked(dir: &Path, name: &str) -> Result<PathBuf> {
+    sums::check(dir, name).context("cannot read the checkpoint")?;
+    Ok(dir.join(name))
+}
+
 /// Reads the run's config from a checkpoint.
 pub fn read_config(dir: &Path) -> Result<Config> {
-    load::load(&dir.join(CONFIG), &[])
+    load::load(&checked(dir, CONFIG)?, &[])
 }
 
 /// Reads the counters from a checkpoint.
 pub fn read_state(dir: &Path) -> Result<TrainState> {
-    let path = dir.join(STATE);
+    let path = checked(dir, STATE)?;
     let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
     let state: TrainState = serde_json::from_str(&text)
         .with_context(|| format!("`{}` is no state of this version", path.display()))?;
-    if state.format != FORMAT {
-        bail!("`{}` has format {}, this version reads {FORMAT}", path.display(), state.format);
+    match state.format {
+        FORMAT if !dir.join(sums::SUMS).exists() => {
+            bail!("`{}` lacks `{}`, by which it is checked", dir.display(), sums::SUMS)
+        }
+        // what is written next has the present format
+        FORMAT | FORMAT_WITHOUT_SUMS => Ok(TrainState { format: FORMAT, ..state }),
+        other => bail!("`{}` has format {other}, this version reads {FORMAT}", path.display()),
     }
-    Ok(state)
 }
 
 /// Reads the experts' settings from a checkpoint. There are none for a trained base.
 pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
-    let path = dir.join(EXPERTS);
+    let path = checked(dir, EXPERTS)?;
     let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
     serde_json::from_str(&text)
         .with_context(|| format!("`{}` holds no experts of this version", path.display()))
@@ -269,25 +285,27 @@ pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
 
 /// Reads the skills of a checkpoint's mixture on a base of width `d`; `None` if they are not known.
 pub fn read_skills(dir: &Path, d: i64) -> Result<Option<SkillLibrary>> {
-    let path = dir.join(SKILLS);
-    path.exists().then(|| SkillLibrary::read(&path, d)).transpose()
+    let read = || SkillLibrary::read(&checked(dir, SKILLS)?, d);
+    dir.join(SKILLS).exists().then(read).transpose()
 }
 
 /// Whether a checkpoint's mixture has a skill of this name; `None` if its skills are not known.
 pub fn has_skill(dir: &Path, name: &str) -> Result<Option<bool>> {
-    let path = dir.join(SKILLS);
-    let has = || anyhow::Ok(SkillLibrary::read_any(&path)?.skills.iter().any(|of| of.name == name));
-    path.exists().then(has).transpose()
+    let has = || {
+        let library = SkillLibrary::read_any(&checked(dir, SKILLS)?)?;
+        anyhow::Ok(library.skills.iter().any(|skill| skill.name == name))
+    };
+    dir.join(SKILLS).exists().then(has).transpose()
 }
 
 /// Reads the tensors of experts and routers, or of the trained base, from a checkpoint.
 pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-    read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
+    read_numbers(&checked(dir, MODEL)?).context("cannot read the checkpoint")
 }
 
 /// Reads the moments and generator states from a checkpoint.
 pub fn read_optimizer(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-    read_tensors(&dir.join(OPTIMIZER)).context("cannot read the checkpoint")
+    read_numbers(&checked(dir, OPTIMIZER)?).context("cannot read the checkpoint")
 }
 
 /// Writes a checkpoint into `run_dir` and returns its folder. Sets `last` to it and `best` to the
@@ -319,6 +337,7 @@ fn step_name(step: u64) -> String {
 
 fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     let named = |tensors: &BTreeMap<String, Tensor>, file: &str| {
+        check_all_finite(tensors).with_context(|| format!("in `{file}`"))?;
         write_tensors(&dir.join(file), tensors.iter().map(|(name, t)| (name.as_str(), t)))
     };
     named(&checkpoint.model, MODEL)?;
@@ -330,7 +349,8 @@ fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     }
     durable::write(&dir.join(CONFIG), load::to_toml(&checkpoint.config).as_bytes())?;
     let state = serde_json::to_string_pretty(&checkpoint.state)? + "\n";
-    durable::write(&dir.join(STATE), state.as_bytes())
+    durable::write(&dir.join(STATE), state.as_bytes())?;
+    sums::write(dir)
 }
 
 /// Atomically replaces the symbolic link `name` by one to `target`.

@@ -5,6 +5,7 @@
 pub mod folder;
 pub mod lock;
 pub mod output;
+pub mod sums;
 
 use std::io::{BufWriter, Write};
 use std::path::Path;

@@ -27,6 +27,7 @@ use crate::base::BaseIdentity;
 use crate::config::{
     AdapterHub, AdapterSource, Config, Method, RouterInput, RouterScope, RoutingChoice,
 };
+use crate::durable::output;
 use crate::hub::AdapterFiles;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
@@ -350,6 +351,7 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest> {
         format: u32,
     }
     let path = dir.join(MANIFEST);
+    output::check_sum(&path)?;
     let text = fs_err::read_to_string(&path)?;
     let parse = || {
         let Version { format } = serde_json::from_str(&text)?;
@@ -394,6 +396,7 @@ fn check(manifest: &Manifest) -> Result<()> {
 
 /// Reads the routers' file of an export.
 fn router_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    output::check_sum(file)?;
     let tensors = read_tensors(file).context("cannot read the router")?;
     for (name, tensor) in &tensors {
         check_numbers(name, tensor).with_context(|| format!("in `{}`", file.display()))?;

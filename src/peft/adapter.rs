@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{Family, LoraInit, ModulePath};
+use crate::durable::output;
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::delta::Delta;
@@ -83,6 +84,8 @@ const READ_KEYS: [&str; 13] = [
 /// support, and a tensor that is missing, extra or of another shape than the config and the base
 /// imply. Each is named.
 pub fn read(config: &Path, weights: &Path, base: &DecoderSpec) -> Result<Adapter> {
+    output::check_sum(config)?;
+    output::check_sum(weights)?;
     let parse = || {
         let text = fs_err::read_to_string(config)?;
         let json: Map<String, Value> =

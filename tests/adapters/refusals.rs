@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::AdapterSource;
-use dylora::durable::output::Output;
+use dylora::durable::output::{MARKER, Output};
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Mixture};
 use dylora::model::decoder::spec::DecoderSpec;
@@ -399,6 +399,7 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
+    fs_err::remove_file(out.join(MARKER))?;
     let file = out.join(MANIFEST);
     let whole: Value = serde_json::from_str(&fs_err::read_to_string(&file)?)?;
     let changes = [

@@ -57,5 +57,63 @@ fn replace(from: &str, to: &str) -> impl FnOnce(Vec<u8>) -> Vec<u8> {
     }
 }
 
+#[test]
+fn a_changed_checkpoint_is_refused_by_the_name_of_its_file() -> Result<()> {
+    let scene = trained()?;
+    let step = "run/checkpoints/step-00000002";
+    let dir = scene.path(step);
+    let eval = ["eval", "--checkpoint", step];
+    let resume = ["train", "--resume", step, "--set", "train.duration={steps=3}"];
+    let sum = "is not the file that was written: BLAKE3";
+    changed(&dir.join("model.safetensors"), flip, || {
+        refused(&scene, &eval, 1, &["model.safetensors`", sum])?;
+        refused(&scene, &resume, 1, &["model.safetensors`", sum])
+    })?;
+    changed(&dir.join("optimizer.safetensors"), flip, || {
+        refused(&scene, &resume, 1, &["optimizer.safetensors`", sum])
+    })?;
+    changed(&dir.join("experts.json"), replace("16.0", "17.0"), || {
+        refused(&scene, &eval, 1, &["experts.json`", sum])
+    })?;
+    changed(&dir.join("state.json"), replace("\"step\": 2", "\"step\": 1"), || {
+        refused(&scene, &resume, 1, &["state.json`", sum])
+    })?;
+    changed(&dir.join("config.toml"), replace("seed = 0", "seed = 1"), || {
+        refused(&scene, &eval, 1, &["config.toml`", sum])
+    })?;
+    // a run's folder resumes from an older step that is whole
+    changed(&dir.join("model.safetensors"), flip, || {
+        let output = scene.run(&["train", "--resume", "run"])?;
+        assert!(text(&output).contains("is damaged"), "{}", text(&output));
+        assert!(output.status.success(), "{}", text(&output));
+        Ok(())
+    })?;
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_of_the_format_before_has_no_sums_and_is_read() -> Result<()> {
+    let scene = trained()?;
+    let dir = scene.path("run/checkpoints/step-00000002");
+    let sums = dir.join("checksums.json");
+    let eval = ["eval", "--checkpoint", "run/checkpoints/step-00000002"];
+    let manifest = fs_err::read_to_string(&sums)?;
+    changed(&sums, replace("\"format\": 1", "\"format\": 9"), || {
+        refused(&scene, &eval, 1, &["checksums.json` has format 9, this version reads 1"])
+    })?;
+    fs_err::remove_file(&sums)?;
+    refused(&scene, &eval, 1, &["lacks `checksums.json`"])?;
+    assert!(manifest.contains("model.safetensors"), "{manifest}");
+    let state = fs_err::read_to_string(dir.join("state.json"))?;
+    fs_err::write(dir.join("state.json"), state.replace("\"format\": 4", "\"format\": 3"))?;
+    let output = scene.run(&eval)?;
+    assert!(output.status.success(), "{}", text(&output));
+    let resume = ["train", "--resume", "run", "--set", "train.duration={steps=3}"];
+    let output = scene.run(&resume)?;
+    assert!(output.status.success(), "{}", text(&output));
+    assert!(scene.path("run/checkpoints/step-00000003/checksums.json").is_file());
+    Ok(())
+}
+
 /// The environment variable that tells the next test's child process which file to map.
 const MAPPED: &str = "DYLORA_TEST_MAPS";
