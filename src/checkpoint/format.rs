@@ -77,6 +77,9 @@ pub struct TrainState {
     pub tokenizer_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,
+    /// Fingerprint of the validation data, which is not known of older checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_fingerprint: Option<String>,
     /// Whether the training data contains conversations, which a chat template has rendered. It is
     /// not known of older checkpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]

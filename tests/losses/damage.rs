@@ -115,5 +115,34 @@ fn a_checkpoint_of_the_format_before_has_no_sums_and_is_read() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_changed_base_or_validation_file_is_refused() -> Result<()> {
+    let scene = Scene::new()?;
+    let validation = scene.path("validation.jsonl");
+    fs_err::copy(demo().join("data/code.validation.jsonl"), &validation)?;
+    let arguments = scene.train(2, 1)?;
+    let own = format!("{}", demo().join("data/code.validation.jsonl").display());
+    let config = fs_err::read_to_string(scene.path("config.toml"))?;
+    fs_err::write(scene.path("config.toml"), config.replace(&own, "validation.jsonl"))?;
+    assert!(scene.run(&as_str(&arguments))?.status.success());
+    let resume = ["train", "--resume", "run", "--set", "train.duration={steps=3}"];
+    let eval = ["eval", "--checkpoint", "run"];
+    let export = ["export-adapters", "--checkpoint", "run", "--out", "out"];
+    let base = fs_err::read_to_string(scene.path("base/config.json"))?;
+    let mut json: Value = serde_json::from_str(&base)?;
+    json["n_head"] = (json["n_head"].as_i64().context("a number")? * 2).into();
+    for command in [&resume[..], &eval, &export] {
+        changed(
+            &scene.path("base/config.json"),
+            |_| json.to_string().into_bytes(),
+            || refused(&scene, command, 1, &["its `config.json` has `n_head`"]),
+        )?;
+    }
+    changed(&validation, replace("\n", "\n{\"text\": \"one more\"}\n"), || {
+        refused(&scene, &resume, 1, &["the validation data has changed"])
+    })?;
+    Ok(())
+}
+
 /// The environment variable that tells the next test's child process which file to map.
 const MAPPED: &str = "DYLORA_TEST_MAPS";
