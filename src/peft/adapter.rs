@@ -133,7 +133,9 @@ fn spec_of(json: &Map<String, Value>, base: &DecoderSpec) -> Result<ExpertSpec> 
             };
             let rank = rank.filter(|&rank| rank >= 1);
             let rank = rank.with_context(|| format!("the rank of `{path}` must be at least 1"))?;
-            let alpha = alpha.with_context(|| format!("the alpha of `{path}` must be a number"))?;
+            let alpha = alpha.filter(|&alpha| alpha.is_finite() && alpha > 0.0);
+            let alpha =
+                alpha.with_context(|| format!("the alpha of `{path}` must be a number above 0"))?;
             modules.insert(path, RankAlpha { rank, alpha });
         }
     }

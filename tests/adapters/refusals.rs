@@ -304,7 +304,7 @@ fn values_of_another_type_are_refused() -> Result<()> {
     });
     insta::assert_snapshot!(refusals_of(values)?, @"
     the rank of `h.0.attn.c_attn` must be at least 1
-    the alpha of `h.0.attn.c_attn` must be a number
+    the alpha of `h.0.attn.c_attn` must be a number above 0
     the rank of `h.0.attn.c_attn` must be at least 1
     `alpha_pattern` must be an object, got [8]
     `target_modules` must be a list or a regular expression, got 3

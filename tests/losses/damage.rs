@@ -144,5 +144,64 @@ fn a_changed_base_or_validation_file_is_refused() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn numbers_that_are_not_finite_are_refused_by_the_name_of_their_tensor() -> Result<()> {
+    let scene = trained()?;
+    let merge = ["merge", "--checkpoint", "run", "--weights", "1e308,1e308", "--out", "merged"];
+    refused(&scene, &merge, 1, &["tensor `h.", "not finite"])?;
+    let adapter = ["merge", "--checkpoint", "run", "--as", "adapter"];
+    let adapter = [&adapter[..], &["--weights", "1e308,1e308", "--out", "merged"]].concat();
+    refused(&scene, &adapter, 1, &["lora_b`", "not finite"])?;
+    let data = demo().join("data/code.validation.jsonl").display().to_string();
+    let file = scene.path("base/model.safetensors");
+    let tensors = read_tensors(&file)?;
+    let (name, first) = tensors.iter().next().context("a tensor")?;
+    let eval = ["eval", "--base", "base", "--data", &data];
+    for number in [f64::NAN, f64::INFINITY] {
+        let bad = first.copy();
+        let _ = bad.view([-1]).get(0).fill_(number);
+        let with = tensors.iter().map(|(n, t)| (n.as_str(), if n == name { &bad } else { t }));
+        write_tensors(&file, with)?;
+        refused(&scene, &eval, 1, &[name, "not finite"])?;
+    }
+    // finite numbers whose results are not
+    let huge: Vec<(&String, Tensor)> =
+        tensors.iter().map(|(n, t)| (n, t.to_kind(Kind::Float) * 1e36)).collect();
+    write_tensors(&file, huge.iter().map(|(n, t)| (n.as_str(), t)))?;
+    refused(&scene, &eval, 1, &["the loss is"])?;
+    Ok(())
+}
+
+#[test]
+fn adapters_and_bases_with_numbers_without_sense_are_refused() -> Result<()> {
+    let scene = trained()?;
+    let output = scene.run(&["export-adapters", "--checkpoint", "run", "--out", "out"])?;
+    assert!(output.status.success(), "{}", text(&output));
+    fs_err::remove_file(scene.path("out/.dylora-output.json"))?;
+    let data = demo().join("data/code.validation.jsonl").display().to_string();
+    let config = scene.path("out/expert_0/adapter_config.json");
+    let eval = ["eval", "--base", "base", "--adapters", "out/expert_0", "--data", &data];
+    for alpha in ["0", "-5", "1e309", "\"8\""] {
+        changed(
+            &config,
+            replace("\"lora_alpha\": 16", &format!("\"lora_alpha\": {alpha}")),
+            || refused(&scene, &eval, 1, &["adapter_config.json"]),
+        )?;
+    }
+    let eval = ["eval", "--base", "base", "--data", &data];
+    let base: Value =
+        serde_json::from_str(&fs_err::read_to_string(scene.path("base/config.json"))?)?;
+    for (key, value) in [("layer_norm_epsilon", "-1.0"), ("n_layer", "1000000000")] {
+        let mut json = base.clone();
+        json[key] = serde_json::from_str(value)?;
+        changed(
+            &scene.path("base/config.json"),
+            |_| json.to_string().into_bytes(),
+            || refused(&scene, &eval, 1, &["config.json", key]),
+        )?;
+    }
+    Ok(())
+}
+
 /// The environment variable that tells the next test's child process which file to map.
 const MAPPED: &str = "DYLORA_TEST_MAPS";
