@@ -5,12 +5,15 @@ use comfy_table::{CellAlignment, Table, presets};
 use crate::eval::experts::ExpertReport;
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
 use crate::growth::stages::{self, Stage};
+use crate::report::text::visible;
 
-/// A table whose first column is text and whose other columns are numbers.
+/// A table whose first column is text and whose other columns are numbers. Names may come from
+/// data: their control characters are shown by their pictures.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN).set_header(header.to_vec());
-    table.add_rows(rows);
+    let shown = |cell: &str| visible(cell);
+    table.load_preset(presets::ASCII_MARKDOWN).set_header(header.iter().map(|cell| shown(cell)));
+    table.add_rows(rows.iter().map(|row| row.iter().map(|cell| shown(cell))));
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
 use super::strip::{mean_weights, strip};
-use super::{Shared, table, usage, variable};
+use super::{Shared, print_result, table, usage, variable};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
 use crate::model::experts::weights::RoutingWeights;
@@ -231,8 +231,7 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
         "routing_weights": weights,
         "out": out,
     });
-    println!("{}", serde_json::to_string_pretty(&json)?);
-    Ok(())
+    print_result(&serde_json::to_string_pretty(&json)?)
 }
 
 /// How much the experts change the output of each target module.

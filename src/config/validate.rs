@@ -91,11 +91,10 @@ fn check_data(config: &Config, faults: &mut Faults) {
     }
     for (i, domain) in data.domains.iter().enumerate() {
         let key = |field: &str| format!("data.domains[{i}].{field}");
-        if domain.name.is_empty() || domain.name.contains(['/', '=']) {
-            faults.add(
-                &key("name"),
-                format!("must be a name without `/` and `=`, got `{}`", domain.name),
-            );
+        let is_odd = |c: char| c == '/' || c == '=' || c.is_control();
+        if domain.name.is_empty() || domain.name.contains(is_odd) {
+            let what = "a name without `/`, `=` and control characters";
+            faults.add(&key("name"), format!("must be {what}, got `{}`", domain.name));
         }
         if data.domains[..i].iter().any(|other| other.name == domain.name) {
             faults.add(&key("name"), format!("`{}` is already taken", domain.name));

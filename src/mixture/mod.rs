@@ -371,6 +371,16 @@ fn check(manifest: &Manifest) -> Result<()> {
     if count == 0 {
         bail!("`experts` names none");
     }
+    let file = manifest.router.iter().map(|router| ("router.file", &router.file));
+    let parts = manifest.experts.iter().map(|name| ("experts", name));
+    let shared = manifest.shared.iter().map(|name| ("shared", name));
+    for (key, name) in parts.chain(shared).chain(file) {
+        // as `Path` reads it, a name is one normal component, and `a/.` is another text
+        let is_name = Path::new(name).file_name().is_some_and(|last| last == name.as_str());
+        if !is_name || name.contains(char::is_control) {
+            bail!("`{key}` must name a file or folder beside it, got `{name}`");
+        }
+    }
     match manifest.routing {
         RoutingChoice::None => bail!("`routing` is `none`, by which no expert is trained"),
         RoutingChoice::Expert(expert) if !(0..count).contains(&expert) => {

@@ -404,6 +404,8 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     let whole: Value = serde_json::from_str(&fs_err::read_to_string(&file)?)?;
     let changes = [
         ("/experts", json!([])),
+        ("/experts", json!(["expert_0", "../expert_1"])),
+        ("/router/file", json!("/router.file")),
         ("/routing", json!("none")),
         ("/routing", json!("expert:2")),
         ("/router/spec/temperature", json!(0.0)),
@@ -421,6 +423,8 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     }
     insta::assert_snapshot!(messages.join("\n"), @r"
     `DIR/out/dylora.json`: `experts` names none
+    `DIR/out/dylora.json`: `experts` must name a file or folder beside it, got `../expert_1`
+    `DIR/out/dylora.json`: `router.file` must name a file or folder beside it, got `/router.file`
     `DIR/out/dylora.json`: `routing` is `none`, by which no expert is trained
     `DIR/out/dylora.json`: `routing` is `expert:2`, but there are 2 experts from 0
     `DIR/out/dylora.json`: `router.spec.temperature` must be a number above 0, got 0

@@ -116,6 +116,36 @@ fn a_checkpoint_of_the_format_before_has_no_sums_and_is_read() -> Result<()> {
 }
 
 #[test]
+fn a_changed_export_is_refused_by_the_name_of_its_file() -> Result<()> {
+    let scene = trained()?;
+    let output = scene.run(&["export-adapters", "--checkpoint", "run", "--out", "out"])?;
+    assert!(output.status.success(), "{}", text(&output));
+    let data = demo().join("data/code.validation.jsonl").display().to_string();
+    let eval = ["eval", "--base", "base", "--adapters", "out", "--data", &data];
+    let sum = "is not the file that was written: BLAKE3";
+    for file in ["router.safetensors", "expert_1/adapter_model.safetensors"] {
+        changed(&scene.path("out").join(file), flip, || refused(&scene, &eval, 1, &[file, sum]))?;
+    }
+    let config = scene.path("out/expert_0/adapter_config.json");
+    changed(&config, replace("\"r\": 8", "\"r\":  8"), || {
+        refused(&scene, &eval, 1, &["expert_0/adapter_config.json", sum])
+    })?;
+    // paths that lead out of the export
+    let manifest = scene.path("out/dylora.json");
+    fs_err::remove_file(scene.path("out/.dylora-output.json"))?;
+    let outside = scene.path("out/expert_0").display().to_string();
+    for name in ["../out/expert_0", &outside, "expert_0/../expert_0", "."] {
+        changed(&manifest, replace("\"expert_0\"", &format!("\"{name}\"")), || {
+            refused(&scene, &eval, 1, &["dylora.json", "`experts`", name])
+        })?;
+    }
+    changed(&manifest, replace("\"router.safetensors\"", "\"../out/router.safetensors\""), || {
+        refused(&scene, &eval, 1, &["dylora.json", "`router.file`"])
+    })?;
+    Ok(())
+}
+
+#[test]
 fn a_changed_base_or_validation_file_is_refused() -> Result<()> {
     let scene = Scene::new()?;
     let validation = scene.path("validation.jsonl");
@@ -200,6 +230,20 @@ fn adapters_and_bases_with_numbers_without_sense_are_refused() -> Result<()> {
             || refused(&scene, &eval, 1, &["config.json", key]),
         )?;
     }
+    Ok(())
+}
+
+#[test]
+fn control_characters_of_names_and_data_do_not_reach_the_terminal() -> Result<()> {
+    let scene = Scene::new()?;
+    let output = scene.run(&["eval", "--base", "base", "--data", "a\x1bb.jsonl"])?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("a␛b.jsonl"), "{}", text(&output));
+    assert!(!text(&output).contains('\x1b'), "{}", text(&output));
+    fs_err::write(scene.path("a.jsonl"), "{\"text\": \"x y z\", \"domain\": \"\\u001b[2J\"}\n")?;
+    let output =
+        scene.run(&["eval", "--base", "base", "--data", "a.jsonl", "--data", "\x1b[2J=a.jsonl"])?;
+    assert!(!text(&output).contains('\x1b'), "{}", text(&output));
     Ok(())
 }
 
