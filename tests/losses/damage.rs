@@ -249,3 +249,51 @@ fn control_characters_of_names_and_data_do_not_reach_the_terminal() -> Result<()
 
 /// The environment variable that tells the next test's child process which file to map.
 const MAPPED: &str = "DYLORA_TEST_MAPS";
+
+/// A C++ exception that reaches Rust ends the process.
+#[test]
+fn every_function_of_the_c_interface_catches_exceptions() -> Result<()> {
+    // functions without anything before TRY that throws, or that throws at all
+    let without = [
+        "take_error",
+        "torch_version",
+        "libtorch_path",
+        "cuda_name",
+        "set_kernels",
+        "cuda_take_error",
+        "cuda_free",
+        "cuda_kernels",
+        "cuda_graph_free",
+        "cuda_fetched",
+    ]
+    .map(|name| format!("dylora_{name}"));
+    for entry in fs_err::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("csrc"))? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "cpp") {
+            continue;
+        }
+        let source = fs_err::read_to_string(&path)?;
+        let starts = source.match_indices("dylora_").filter(|(at, _)| {
+            let line = source[..*at].rfind('\n').map_or(0, |end| end + 1);
+            let before = &source[line..*at];
+            !before.starts_with([' ', '/', '#', '}']) && !before.contains('(')
+        });
+        for (at, _) in starts {
+            let rest = &source[at..];
+            let name: String =
+                rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let is_function = rest[name.len()..].starts_with('(');
+            let Some(body) = rest.split("\n}").next().filter(|_| is_function) else { continue };
+            let body = if body.lines().next().is_some_and(|l| l.ends_with('}')) {
+                body.lines().next().unwrap_or_default()
+            } else {
+                body
+            };
+            let first = body.split_once('{').map_or("", |(_, body)| body).trim_start();
+            let catches = first.starts_with("TRY(") || first.starts_with("try {");
+            let is_caught = catches || without.contains(&name);
+            assert!(is_caught, "{}: `{name}` does not begin with TRY", path.display());
+        }
+    }
+    Ok(())
+}
