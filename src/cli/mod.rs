@@ -198,6 +198,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         // must come first, because libtorch looks for CUDA only once, at its first use
         let cuda = ffi::load_cuda();
+        ffi::signals::files_fail_with_errors();
         ffi::cuda::keep_code_in(&own_cache().join("kernels"));
         if self.version {
             return print_result(&version(cuda));

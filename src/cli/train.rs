@@ -125,6 +125,15 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
 /// The resolved config and, for a run that is resumed, the folder of its checkpoint.
 fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     let last = |dir: &Path| checkpoint::find(dir, Preferred::Last);
+    let sets_dir =
+        args.set.iter().any(|set| set.split('=').next().map(str::trim) == Some("run.dir"));
+    if let (Some(Some(dir)), true) = (&args.resume, sets_dir) {
+        return Err(usage(anyhow!(
+            "`--set run.dir` does not go with `--resume {}`: a run stays in its folder\nhint: copy \
+             the folder, and resume the copy",
+            dir.display()
+        )));
+    }
     let named = args.resume.as_ref().and_then(Option::as_ref).map(|dir| last(dir)).transpose()?;
     if let Some(file) = &args.config {
         let config = config::load::load(file, &args.set).map_err(usage)?;

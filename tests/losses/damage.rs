@@ -247,8 +247,68 @@ fn control_characters_of_names_and_data_do_not_reach_the_terminal() -> Result<()
     Ok(())
 }
 
+#[test]
+fn a_full_standard_output_is_an_error_and_no_bug() -> Result<()> {
+    let scene = trained()?;
+    let data = demo().join("data/code.validation.jsonl").display().to_string();
+    for arguments in [
+        &["eval", "--checkpoint", "run"][..],
+        &["eval", "--base", "base", "--data", &data, "--json"],
+        &["trace", "--checkpoint", "run", "--text", "a b"],
+        &["export-adapters", "--checkpoint", "run", "--out", "out", "--overwrite"],
+        &["report", "--help"],
+    ] {
+        let output = scene.command(arguments).stdout(full_device()?).output()?;
+        let message = text(&output);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
+        assert!(!message.contains("bug"), "{arguments:?}: {message}");
+    }
+    Ok(())
+}
+
 /// The environment variable that tells the next test's child process which file to map.
 const MAPPED: &str = "DYLORA_TEST_MAPS";
+
+#[test]
+fn a_mapped_file_that_shrinks_ends_in_an_error_that_names_it() -> Result<()> {
+    if let Some(file) = std::env::var_os(MAPPED) {
+        dylora::ffi::signals::files_fail_with_errors();
+        let bytes = dylora::tensor_file::open(Path::new(&file))?;
+        fs_err::OpenOptions::new().write(true).open(&file)?.set_len(8)?;
+        let sum: u64 = bytes.iter().map(|byte| u64::from(*byte)).sum();
+        panic!("the bytes are there: {sum}");
+    }
+    let scene = Scene::new()?;
+    let file = scene.path("base/model.safetensors");
+    let name = "damage::a_mapped_file_that_shrinks_ends_in_an_error_that_names_it";
+    let mut command = std::process::Command::new(std::env::current_exe()?);
+    let output = command.args(["--exact", name, "--nocapture"]).env(MAPPED, &file).output()?;
+    assert_eq!(output.status.code(), Some(1), "{} {}", output.status, text(&output));
+    let expected = format!("error: `{}` has become shorter", file.display());
+    assert!(text(&output).contains(&expected), "{}", text(&output));
+    Ok(())
+}
+
+#[test]
+fn a_damaged_cache_of_tokens_is_made_again() -> Result<()> {
+    let scene = trained()?;
+    let eval = ["eval", "--checkpoint", "run"];
+    let sound = scene.run(&eval)?;
+    for entry in fs_err::read_dir(scene.path("cache/tokens"))? {
+        let path = entry?.path();
+        let len = fs_err::metadata(&path)?.len();
+        fs_err::OpenOptions::new().write(true).open(&path)?.set_len(len / 2)?;
+    }
+    let output = scene.run(&eval)?;
+    assert!(
+        output.status.success() && text(&output).contains("is made again"),
+        "{}",
+        text(&output)
+    );
+    assert_eq!(output.stdout, sound.stdout);
+    assert!(!text(&scene.run(&eval)?).contains("is made again"));
+    Ok(())
+}
 
 /// A C++ exception that reaches Rust ends the process.
 #[test]

@@ -200,6 +200,16 @@ fn what_dead_processes_left_is_cleaned() -> Result<()> {
 }
 
 #[test]
+fn a_resumed_run_keeps_its_folder() -> Result<()> {
+    let scene = Scene::new()?;
+    assert!(scene.run(&as_str(&scene.train(2, 1)?))?.status.success());
+    let output = scene.run(&["train", "--resume", "run", "--set", "run.dir=other"])?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("`--set run.dir`"), "{}", text(&output));
+    Ok(())
+}
+
+#[test]
 fn a_file_that_vanishes_during_a_run_is_noticed() -> Result<()> {
     let scene = Scene::new()?;
     let mut child = start(&scene, &as_str(&scene.train(300, 1000)?))?;
@@ -209,5 +219,23 @@ fn a_file_that_vanishes_during_a_run_is_noticed() -> Result<()> {
     let output = child.wait_with_output()?;
     assert_eq!(output.status.code(), Some(1), "{}", text(&output));
     assert!(text(&output).contains("metrics.jsonl` has vanished"), "{}", text(&output));
+    Ok(())
+}
+
+#[test]
+fn a_limit_of_file_sizes_is_an_error() -> Result<()> {
+    let scene = Scene::new()?;
+    let mut command = scene.command(&as_str(&scene.train(2, 1)?));
+    // SAFETY: `setrlimit` may be called between fork and exec
+    unsafe {
+        command.pre_exec(|| {
+            let limit = libc::rlimit { rlim_cur: 100_000, rlim_max: 100_000 };
+            libc::setrlimit(libc::RLIMIT_FSIZE, &limit);
+            Ok(())
+        })
+    };
+    let output = command.output()?;
+    assert_eq!(output.status.code(), Some(1), "{} {}", output.status, text(&output));
+    assert!(text(&output).contains("File too large"), "{}", text(&output));
     Ok(())
 }
