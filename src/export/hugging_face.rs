@@ -112,7 +112,7 @@ pub(super) fn is_unmarked_base(dir: &Path, files: &BTreeSet<String>) -> bool {
         })
     };
     // such outputs are from versions that copied no other file
-    let known = [CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG];
+    let known = [CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD];
     let needed = [CONFIG, WEIGHTS].iter().all(|name| files.contains(*name));
     needed && files.iter().all(|file| known.contains(&file.as_str())) && has_config()
 }

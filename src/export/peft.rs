@@ -129,7 +129,7 @@ pub(super) fn is_unmarked_export(dir: &Path, files: &BTreeSet<String>) -> bool {
     let of_expert = |name: &String| ADAPTER_FILES.map(|file| format!("{name}/{file}"));
     let parts = manifest.experts.iter().chain(&manifest.shared);
     let mut known: BTreeSet<String> = parts.flat_map(of_expert).collect();
-    known.extend([MANIFEST, ROUTER, CARD].map(str::to_owned));
+    known.extend([MANIFEST, ROUTER, CARD, PROGRAM].map(str::to_owned));
     files.is_subset(&known)
 }
 
