@@ -4,6 +4,7 @@
 //! keys, so the error for a typo shows its line and the valid keys. [`load`] reads the file,
 //! applies `--set key=value` and checks what types cannot.
 
+mod bounds;
 mod faults;
 mod growth;
 pub mod load;

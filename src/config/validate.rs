@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use super::bounds::check_bounds;
 use super::faults::Faults;
 use super::validate_lora::{check_layers, check_lora};
 use super::{
@@ -23,6 +24,7 @@ pub fn validate(config: &Config) -> Result<()> {
     check_growth(config, &mut faults);
     check_train(config, &mut faults);
     check_optimizer(config, &mut faults);
+    check_bounds(config, &mut faults);
     if let BaseSource::Random(shape) = &config.base.source {
         check_random(shape, &mut faults);
         if config.method == Method::RoutedLora {

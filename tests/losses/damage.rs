@@ -248,6 +248,47 @@ fn control_characters_of_names_and_data_do_not_reach_the_terminal() -> Result<()
 }
 
 #[test]
+fn absurd_numbers_are_refused_at_once() -> Result<()> {
+    let scene = Scene::new()?;
+    let arguments = scene.train(2, 1)?;
+    let dots = format!("{}=1", vec!["a"; 50_000].join("."));
+    for (set, part) in [
+        ("lora.num_experts=9223372036854775807", "`lora.num_experts`"),
+        ("lora.rank=9223372036854775807", "`lora.rank`"),
+        ("train.micro_batch_size=9223372036854775807", "`train.micro_batch_size`"),
+        ("train.grad_accum_steps=9223372036854775807", "`train.grad_accum_steps`"),
+        ("train.duration={steps=9223372036854775807}", "`train.duration.steps`"),
+        ("data.seq_len=9223372036854775807", "`data.seq_len`"),
+        ("data.domains=[{name='a',train=['x'],weight=1e-308}]", "`data.domains[0].weight`"),
+        (&dots, "`--set`"),
+        ("run.device='cuda:18446744073709551615'", "cuda:18446744073709551615"),
+    ] {
+        let begun = Instant::now();
+        let all = [&as_str(&arguments)[..], &["--set", set]].concat();
+        let output = scene.run(&all)?;
+        let shown: String = set.chars().take(60).collect();
+        let message: String = text(&output).chars().take(2000).collect();
+        assert_eq!(output.status.code(), Some(2), "{shown}: {} {message}", output.status);
+        assert!(message.contains(part), "{shown}: {message}");
+        assert!(begun.elapsed() < Duration::from_secs(20), "{shown}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_record_without_end_is_refused() -> Result<()> {
+    let scene = Scene::new()?;
+    let line = format!("{{\"text\": \"{}\"}}", "word ".repeat(2 << 20));
+    fs_err::write(scene.path("a.jsonl"), line)?;
+    refused(
+        &scene,
+        &["eval", "--base", "base", "--data", "a.jsonl"],
+        1,
+        &["a.jsonl`", "line 1 is longer than 4 MiB"],
+    )
+}
+
+#[test]
 fn a_full_standard_output_is_an_error_and_no_bug() -> Result<()> {
     let scene = trained()?;
     let data = demo().join("data/code.validation.jsonl").display().to_string();
