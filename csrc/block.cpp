@@ -285,7 +285,7 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_module *mo
 }
 
 int dylora_attends_by_length(const Tensor *like, int64_t head_size) {
-  return has_fused_attention(*like, head_size);
+  TRY(-1, { return has_fused_attention(*like, head_size) ? 1 : 0; })
 }
 
 }

@@ -243,8 +243,14 @@ int dylora_synchronize(int device) {
 
 Tensor *dylora_checkpoint(segment_run run, segment_drop drop, void *data, size_t num_activations,
                           Tensor *const *inputs, size_t n) {
-  auto segment = c10::make_intrusive<Segment>(run, drop, data);  // owns `data` from here on
   TRY(nullptr, {
+    c10::intrusive_ptr<Segment> segment;
+    try {
+      segment = c10::make_intrusive<Segment>(run, drop, data);  // owns `data` from here on
+    } catch (...) {
+      drop(data);
+      throw;
+    }
     auto tensors = list(inputs, n);
     return new Tensor(
         Checkpoint::apply(segment, (int64_t)num_activations, at::TensorList(tensors)));

@@ -1,7 +1,7 @@
 //! The `dylora` binary: it parses the arguments, logs to stderr, runs the command, prints an error
 //! if there is one, and exits.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
@@ -10,7 +10,10 @@ use dylora::cli::{Cli, Stderr, from_panic, report};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return show(&error),
+    };
     let default = ["dylora=warn", "dylora=info", "dylora=debug", "debug"];
     let default = default[usize::from(cli.verbosity()).min(default.len() - 1)];
     let filter = EnvFilter::try_from_env("DYLORA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
@@ -31,4 +34,16 @@ fn main() -> ExitCode {
     let (message, exit_code) = report(&error);
     let _ = writeln!(Stderr, "{message}");
     ExitCode::from(exit_code)
+}
+
+/// Prints clap's help or error, and returns the exit code. Help that cannot be written is an error,
+/// unless nobody reads it.
+fn show(message: &clap::Error) -> ExitCode {
+    match message.print() {
+        Err(error) if !message.use_stderr() && error.kind() != ErrorKind::BrokenPipe => {
+            let _ = writeln!(Stderr, "error: cannot write to standard output: {error}");
+            ExitCode::FAILURE
+        }
+        _ => ExitCode::from(message.exit_code() as u8),
+    }
 }

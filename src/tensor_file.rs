@@ -61,10 +61,35 @@ pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
     if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
         bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
     }
-    if !bool::try_from(tensor.isfinite().all())? {
+    check_finite(name, tensor)
+}
+
+/// Checks that the numbers of a tensor are finite, in one pass without a copy.
+///
+/// # Errors
+/// A NaN or an infinity, by the tensor's name.
+pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
+    if tensor.numel() == 0 || !tensor.is_floating_point() {
+        return Ok(());
+    }
+    // a NaN is both the least and the largest number of a tensor that has one
+    let (least, largest) = tensor.detach().f_aminmax(None, false)?;
+    if !least.double_value(&[]).is_finite() || !largest.double_value(&[]).is_finite() {
         bail!("tensor `{name}` holds numbers that are not finite");
     }
     Ok(())
+}
+
+/// Checks that the numbers of all tensors are finite.
+pub fn check_all_finite(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    tensors.iter().try_for_each(|(name, tensor)| check_finite(name, tensor))
+}
+
+/// Does the same as [`read_tensors`], and checks that all numbers are finite.
+pub fn read_numbers(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let tensors = read_tensors(file)?;
+    check_all_finite(&tensors).with_context(|| format!("in `{}`", file.display()))?;
+    Ok(tensors)
 }
 
 /// A tensor that shares its bytes in `bytes`, or a copy if they are not aligned.

@@ -8,12 +8,13 @@
 //!     skills.json             the skills that the mixture has, if they are known
 //!     model.safetensors       experts and routers, frozen ones too, or the trained base
 //!     optimizer.safetensors   moments and generator states
+//!     checksums.json          BLAKE3 of each of these files, checked when it is opened
 //! RUN/checkpoints/last, best  symbolic links to the newest and to the best step
 //! RUN/rejected/               the checkpoints of a stage that failed to add an expert
 //! ```
 //!
-//! A checkpoint is written into a temporary folder, forced to disk and renamed, so that a folder
-//! named `step-*` is always whole.
+//! A checkpoint is written into a temporary folder, forced to disk and renamed, and an old one is
+//! renamed before it is deleted, so that a folder named `step-*` is always whole.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,14 +27,20 @@ use tch::Tensor;
 use super::routing_state::RoutingState;
 use crate::base::BaseIdentity;
 use crate::config::{Config, load};
-use crate::durable;
+use crate::durable::{
+    self,
+    folder::{REMOVED, REPLACED, WRITING},
+    sums,
+};
 use crate::growth::skills::SkillLibrary;
 use crate::growth::stages::Stage;
 use crate::model::experts::spec::ExpertSpec;
-use crate::tensor_file::{read_tensors, write_tensors};
+use crate::tensor_file::{check_all_finite, read_numbers, write_tensors};
 
-/// The version of the format. It is raised when old checkpoints can no longer be read.
-pub const FORMAT: u32 = 3;
+/// The version of the format.
+pub const FORMAT: u32 = 4;
+/// The version before, which has no checksums and is still read.
+const FORMAT_WITHOUT_SUMS: u32 = 3;
 
 const CONFIG: &str = "config.toml";
 const STATE: &str = "state.json";
@@ -70,6 +77,9 @@ pub struct TrainState {
     pub tokenizer_hash: Option<String>,
     /// Fingerprint of the training data.
     pub data_fingerprint: String,
+    /// Fingerprint of the validation data, which is not known of older checkpoints.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation_fingerprint: Option<String>,
     /// Whether the training data contains conversations, which a chat template has rendered. It is
     /// not known of older checkpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -225,7 +235,7 @@ fn check_whole(dir: &Path) -> Result<()> {
     read_model(dir)?;
     read_optimizer(dir)?;
     if dir.join(SKILLS).exists() {
-        serde_json::from_str::<Value>(&fs_err::read_to_string(dir.join(SKILLS))?)
+        serde_json::from_str::<Value>(&fs_err::read_to_string(checked(dir, SKILLS)?)?)
             .with_context(|| format!("`{}` is damaged", dir.join(SKILLS).display()))?;
     }
     Ok(())
@@ -241,26 +251,36 @@ pub fn rejected_folder(run_dir: &Path) -> PathBuf {
     run_dir.join("rejected")
 }
 
+/// The path of a file in a checkpoint, after its sum was checked.
+fn checked(dir: &Path, name: &str) -> Result<PathBuf> {
+    sums::check(dir, name).context("cannot read the checkpoint")?;
+    Ok(dir.join(name))
+}
+
 /// Reads the run's config from a checkpoint.
 pub fn read_config(dir: &Path) -> Result<Config> {
-    load::load(&dir.join(CONFIG), &[])
+    load::load(&checked(dir, CONFIG)?, &[])
 }
 
 /// Reads the counters from a checkpoint.
 pub fn read_state(dir: &Path) -> Result<TrainState> {
-    let path = dir.join(STATE);
+    let path = checked(dir, STATE)?;
     let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
     let state: TrainState = serde_json::from_str(&text)
         .with_context(|| format!("`{}` is no state of this version", path.display()))?;
-    if state.format != FORMAT {
-        bail!("`{}` has format {}, this version reads {FORMAT}", path.display(), state.format);
+    match state.format {
+        FORMAT if !dir.join(sums::SUMS).exists() => {
+            bail!("`{}` lacks `{}`, by which it is checked", dir.display(), sums::SUMS)
+        }
+        // what is written next has the present format
+        FORMAT | FORMAT_WITHOUT_SUMS => Ok(TrainState { format: FORMAT, ..state }),
+        other => bail!("`{}` has format {other}, this version reads {FORMAT}", path.display()),
     }
-    Ok(state)
 }
 
 /// Reads the experts' settings from a checkpoint. There are none for a trained base.
 pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
-    let path = dir.join(EXPERTS);
+    let path = checked(dir, EXPERTS)?;
     let text = fs_err::read_to_string(&path).context("cannot read the checkpoint")?;
     serde_json::from_str(&text)
         .with_context(|| format!("`{}` holds no experts of this version", path.display()))
@@ -268,25 +288,27 @@ pub fn read_experts(dir: &Path) -> Result<Vec<ExpertSpec>> {
 
 /// Reads the skills of a checkpoint's mixture on a base of width `d`; `None` if they are not known.
 pub fn read_skills(dir: &Path, d: i64) -> Result<Option<SkillLibrary>> {
-    let path = dir.join(SKILLS);
-    path.exists().then(|| SkillLibrary::read(&path, d)).transpose()
+    let read = || SkillLibrary::read(&checked(dir, SKILLS)?, d);
+    dir.join(SKILLS).exists().then(read).transpose()
 }
 
 /// Whether a checkpoint's mixture has a skill of this name; `None` if its skills are not known.
 pub fn has_skill(dir: &Path, name: &str) -> Result<Option<bool>> {
-    let path = dir.join(SKILLS);
-    let has = || anyhow::Ok(SkillLibrary::read_any(&path)?.skills.iter().any(|of| of.name == name));
-    path.exists().then(has).transpose()
+    let has = || {
+        let library = SkillLibrary::read_any(&checked(dir, SKILLS)?)?;
+        anyhow::Ok(library.skills.iter().any(|skill| skill.name == name))
+    };
+    dir.join(SKILLS).exists().then(has).transpose()
 }
 
 /// Reads the tensors of experts and routers, or of the trained base, from a checkpoint.
 pub fn read_model(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-    read_tensors(&dir.join(MODEL)).context("cannot read the checkpoint")
+    read_numbers(&checked(dir, MODEL)?).context("cannot read the checkpoint")
 }
 
 /// Reads the moments and generator states from a checkpoint.
 pub fn read_optimizer(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-    read_tensors(&dir.join(OPTIMIZER)).context("cannot read the checkpoint")
+    read_numbers(&checked(dir, OPTIMIZER)?).context("cannot read the checkpoint")
 }
 
 /// Writes a checkpoint into `run_dir` and returns its folder. Sets `last` to it and `best` to the
@@ -318,6 +340,7 @@ fn step_name(step: u64) -> String {
 
 fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     let named = |tensors: &BTreeMap<String, Tensor>, file: &str| {
+        check_all_finite(tensors).with_context(|| format!("in `{file}`"))?;
         write_tensors(&dir.join(file), tensors.iter().map(|(name, t)| (name.as_str(), t)))
     };
     named(&checkpoint.model, MODEL)?;
@@ -329,7 +352,8 @@ fn write_files(dir: &Path, checkpoint: &Checkpoint) -> Result<()> {
     }
     durable::write(&dir.join(CONFIG), load::to_toml(&checkpoint.config).as_bytes())?;
     let state = serde_json::to_string_pretty(&checkpoint.state)? + "\n";
-    durable::write(&dir.join(STATE), state.as_bytes())
+    durable::write(&dir.join(STATE), state.as_bytes())?;
+    sums::write(dir)
 }
 
 /// Atomically replaces the symbolic link `name` by one to `target`.
@@ -365,7 +389,7 @@ fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
     steps.retain(|&step| step <= state.step);
     let old = &steps[..steps.len().saturating_sub(keep_last)];
     for &step in old.iter().filter(|&&step| Some(step) != state.best.map(|best| best.step)) {
-        fs_err::remove_dir_all(folder(run_dir).join(step_name(step)))
+        durable::folder::remove(&folder(run_dir).join(step_name(step)))
             .context("cannot remove an old checkpoint")?;
     }
     Ok(())
@@ -375,20 +399,27 @@ fn prune(run_dir: &Path, state: &TrainState, keep_last: usize) -> Result<()> {
 fn restore(run_dir: &Path) -> Result<()> {
     let parent = folder(run_dir);
     for name in hidden(&parent)? {
-        if let Some(name) = name.strip_prefix(durable::folder::REPLACED) {
+        if let Some(name) = name.strip_prefix(REPLACED) {
             durable::folder::restore(&parent.join(name))?;
         }
     }
     Ok(())
 }
 
-/// Restores the checkpoints that an interrupted write was replacing, and removes unfinished ones.
+/// Restores the checkpoints that an interrupted write was replacing, and removes what dead
+/// processes left: unfinished checkpoints, replaced ones, old ones and links. The caller has locked
+/// the run's folder.
 pub fn clean(run_dir: &Path) -> Result<()> {
     restore(run_dir)?;
     let parent = folder(run_dir);
     for name in hidden(&parent)? {
-        if name.starts_with(durable::folder::WRITING) {
-            fs_err::remove_dir_all(parent.join(name))?;
+        let path = parent.join(&name);
+        let is_folder = [WRITING, REMOVED, REPLACED].iter().any(|start| name.starts_with(start));
+        let is_link = name.starts_with(".last-") || name.starts_with(".best-");
+        if is_folder && path.is_dir() {
+            fs_err::remove_dir_all(path)?;
+        } else if is_link && path.is_symlink() {
+            fs_err::remove_file(path)?;
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use super::bench_report::{as_text, header, name, print_line};
 use super::bench_shapes::{Preset, Size, modules};
 use super::open::{base_source, open_base};
 use super::progress::CountBar;
-use super::{Shared, device, usage};
+use super::{Shared, device, print_result, usage};
 use crate::base::Base;
 use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
@@ -152,7 +152,7 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     }
     bar.finish();
     if !args.json {
-        println!("{}", as_text(&header, &reports));
+        print_result(&as_text(&header, &reports))?;
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use super::chat_lines::Lines;
 use super::chat_text::{columns, may_colour};
 use super::open::{ModelArgs, OpenModel};
 use super::sampling::SamplingArgs;
-use super::{Shared, Stderr, describe, own_cache, usage, variable, write};
+use super::{Shared, Stderr, describe, for_output, own_cache, usage, variable, write};
 use crate::chat_template::ChatTemplate;
 use crate::data::Tokenizer;
 use crate::generate::{
@@ -275,9 +275,10 @@ impl Session<'_> {
 
     /// A piece of the answer as it is shown.
     fn shown(&self, piece: &str, event: &Event) -> String {
+        let piece = for_output(piece);
         match self.colours {
-            true => coloured(piece, largest(&event.token.weights)),
-            false => piece.to_owned(),
+            true => coloured(&piece, largest(&event.token.weights)),
+            false => piece.into_owned(),
         }
     }
 
@@ -287,12 +288,15 @@ impl Session<'_> {
             let rest = answer.stream.finish()?.to_owned();
             answer.text += &rest;
             if !self.compare {
-                write(&format!("{rest}\n"))?;
+                write(&format!("{}\n", for_output(&rest)))?;
             }
         }
         if let [base, model] = &*answers {
             let names = ["base", "model"];
-            write(&format!("{}\n", columns(names, [&base.text, &model.text])))?;
+            write(&format!(
+                "{}\n",
+                columns(names, [&for_output(&base.text), &for_output(&model.text)])
+            ))?;
         }
         let answer = answers.last().expect("there is one answer at least");
         if self.show_routing {

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::table;
+use super::{print_result, table};
 use crate::base::Base;
 use crate::config::{self, Config, DomainExperts, Method};
 use crate::data::{Datasets, TokenDataset};
@@ -49,20 +49,20 @@ pub fn dry_run(
             "train": domains(&data.train),
             "validation": domains(&data.validation),
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
+        print_result(&serde_json::to_string_pretty(&json)?)?;
         return Ok(());
     }
-    println!("{}", config::load::to_toml(config));
+    print_result(&config::load::to_toml(config))?;
     if !targets.is_empty() {
-        println!("{}\n", targets_table(targets));
+        print_result(&format!("{}\n", targets_table(targets)))?;
     }
     if !specs.is_empty() {
-        println!("{}\n", experts_table(config, specs));
+        print_result(&format!("{}\n", experts_table(config, specs)))?;
     }
-    println!("{}\n", parameters_table(&counts));
-    println!("{}\n", memory_table(&memory));
-    println!("{}\n", data_table(data));
-    println!("{} steps", table::count(steps));
+    print_result(&format!("{}\n", parameters_table(&counts)))?;
+    print_result(&format!("{}\n", memory_table(&memory)))?;
+    print_result(&format!("{}\n", data_table(data)))?;
+    print_result(&format!("{} steps", table::count(steps)))?;
     Ok(())
 }
 

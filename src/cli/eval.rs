@@ -1,13 +1,13 @@
 //! `dylora eval`: measures the loss, perplexity and routing of a model on each domain.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
 
 use super::eval_answers::{self, AnswerArgs, Answers};
 use super::open::{ModelArgs, OpenModel, device_name};
 use super::progress::{CountBar, LoadBar};
-use super::{Shared, table, token_cache, usage};
+use super::{Shared, print_result, table, token_cache, usage};
 use crate::checkpoint;
 use crate::config::{
     Config, EvalRule, LossOn, LossOnTurns, Mixing, OnBadRecord, OnExhausted, RoutingChoice,
@@ -108,11 +108,21 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
     };
     warn_of_unmoved(&results.experts);
     match args.json {
-        true => print_json(&results, &open, routing),
-        false => {
-            print(&results, spec.top_k);
-            Ok(())
-        }
+        true => print_json(&results, &open, routing)?,
+        false => print(&results, spec.top_k)?,
+    }
+    check_loss(&results.report)
+}
+
+/// Checks that the results are numbers, after they were printed.
+fn check_loss(report: &EvalReport) -> Result<()> {
+    match report.loss.is_finite() {
+        true => Ok(()),
+        false => bail!(
+            "the loss is {}, which is no result\nhint: the numbers of the model are too large for \
+             `--dtype`, or it is damaged",
+            report.loss
+        ),
     }
 }
 
@@ -146,32 +156,32 @@ fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Re
         json["answers"] = json!(answers.reports);
         json["samples"] = json!(answers.samples);
     }
-    println!("{}", serde_json::to_string_pretty(&json)?);
-    Ok(())
+    print_result(&serde_json::to_string_pretty(&json)?)
 }
 
 /// Prints the results.
 ///
 /// - `top_k`: the rule of training
-fn print(results: &Results, top_k: Option<i64>) {
+fn print(results: &Results, top_k: Option<i64>) -> Result<()> {
     let Results { report, by_training, experts, stages, answers } = results;
-    println!("{}", table::report(report));
+    let mut parts = vec![table::report(report)];
     if let Some((rule, by_training)) = by_training {
         let names = [table::rule(top_k), table::rule(rule.top_k())];
-        println!("\nloss by the rule of training and by that of evaluation, `router.eval`");
-        println!("{}", table::rules(&names, by_training, report));
+        parts.push(format!(
+            "loss by the rule of training and by that of evaluation, `router.eval`\n{}",
+            table::rules(&names, by_training, report)
+        ));
     }
     if !experts.is_empty() {
-        println!("\nhow far each expert has moved from its start");
-        println!("{}", table::experts(experts));
+        let moved = table::experts(experts);
+        parts.push(format!("how far each expert has moved from its start\n{moved}"));
     }
     if stages.len() > 1 {
-        println!("\nloss of each domain after each stage (forgetting matrix)");
-        println!("{}", table::forgetting(stages));
+        let matrix = table::forgetting(stages);
+        parts.push(format!("loss of each domain after each stage (forgetting matrix)\n{matrix}"));
     }
-    if let Some(answers) = answers {
-        println!("\n{}", eval_answers::as_text(answers));
-    }
+    parts.extend(answers.as_ref().map(eval_answers::as_text));
+    print_result(&parts.join("\n\n"))
 }
 
 /// Warns of experts that are as they were at their start.

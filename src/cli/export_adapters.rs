@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::open::ModelArgs;
-use super::{Shared, table, usage};
+use super::{Shared, print_result, table, usage};
 use crate::config::SaveDtype;
 use crate::export::{
     self, gguf,
@@ -79,13 +79,12 @@ pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
     if args.json {
         let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();
         let json = json!({ "out": args.out, "experts": open.model.num_experts(), "files": files });
-        println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(());
+        return print_result(&serde_json::to_string_pretty(&json)?);
     }
     let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
-    println!("{}", table::table(&["file", "bytes"], rows.collect()));
-    println!("each file was read back and compared; wrote `{}`", args.out.display());
-    Ok(())
+    let table = table::table(&["file", "bytes"], rows.collect());
+    let wrote = format!("each file was read back and compared; wrote `{}`", args.out.display());
+    print_result(&format!("{table}\n{wrote}"))
 }
 
 /// The files below a folder, sorted, with their sizes in bytes.

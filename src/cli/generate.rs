@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
 use super::sampling::SamplingArgs;
-use super::{Shared, usage, write};
+use super::{Shared, for_output, usage, write};
 use crate::chat_template::Conversation;
 use crate::generate::{
     Engine, EngineLimits, Event, Finish, GenerationDefaults, Request, TextStream, prompt,
@@ -288,7 +288,8 @@ impl Printer<'_> {
                     Some(_) if is_last => "\n",
                     Some(_) => "\n\n",
                 };
-                if !write(&format!("{}{end}", &generated.ready[self.written..]))? {
+                let ready = for_output(&generated.ready[self.written..]);
+                if !write(&format!("{ready}{end}"))? {
                     return Ok(false);
                 }
                 self.written = generated.ready.len();

@@ -364,17 +364,17 @@ fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost
             "measured": cost,
             "files": files,
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
+        print_result(&serde_json::to_string_pretty(&json)?)?;
         return Ok(());
     }
     let names = (0..open.model.num_experts() as usize).map(expert_name);
     let weights: Vec<String> = names.zip(weights).map(|(n, w)| format!("{n} {w:.4}")).collect();
     match weights.is_empty() {
-        true => println!("there are no experts: the base is written as it is"),
-        false => println!("merged with weights {}", weights.join(", ")),
+        true => print_result("there are no experts: the base is written as it is")?,
+        false => print_result(&format!("merged with weights {}", weights.join(", ")))?,
     }
     let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
-    println!("{}", table::table(&["file", "bytes"], rows.collect()));
-    println!("each file was read back and compared; wrote `{}`", args.out.display());
+    print_result(&table::table(&["file", "bytes"], rows.collect()).to_string())?;
+    print_result(&format!("each file was read back and compared; wrote `{}`", args.out.display()))?;
     Ok(())
 }

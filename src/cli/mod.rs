@@ -34,9 +34,10 @@ mod table;
 mod trace;
 mod train;
 
+use std::borrow::Cow;
 use std::env;
 use std::fmt;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow, bail};
@@ -47,6 +48,7 @@ use signals::Interrupted;
 pub use stderr::Stderr;
 
 use crate::config::DeviceChoice;
+use crate::data::visible;
 use crate::ffi;
 use crate::hub::{HubLimits, HubSettings};
 
@@ -122,12 +124,13 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// The message that is printed for an error, and the exit code of the process.
+/// The message that is printed for an error, and the exit code of the process. Control characters,
+/// which may come from data, are shown by their pictures.
 pub fn report(error: &anyhow::Error) -> (String, u8) {
     if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
-        return (interrupted.to_string(), interrupted.exit_code);
+        return (visible(&interrupted.to_string()), interrupted.exit_code);
     }
-    (format!("error: {}", describe(error)), if error.is::<UsageError>() { 2 } else { 1 })
+    (format!("error: {}", visible(&describe(error))), if error.is::<UsageError>() { 2 } else { 1 })
 }
 
 /// Prints a result to standard output. It is no error if the reader has closed the pipe, as `head`
@@ -136,7 +139,16 @@ pub fn report(error: &anyhow::Error) -> (String, u8) {
 /// # Errors
 /// A write that fails for another reason, such as a full disk.
 fn print_result(text: &str) -> Result<()> {
-    write(&format!("{text}\n")).map(|_| ())
+    write(&format!("{}\n", for_output(text))).map(|_| ())
+}
+
+/// Foreign text as standard output may have it: in a terminal, control characters are shown by
+/// their pictures.
+fn for_output(text: &str) -> Cow<'_, str> {
+    match std::io::stdout().is_terminal() {
+        true => visible(text).into(),
+        false => text.into(),
+    }
 }
 
 /// Writes text to standard output at once. Returns whether anybody reads it: the reader may have
@@ -186,6 +198,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         // must come first, because libtorch looks for CUDA only once, at its first use
         let cuda = ffi::load_cuda();
+        ffi::signals::files_fail_with_errors();
         ffi::cuda::keep_code_in(&own_cache().join("kernels"));
         if self.version {
             return print_result(&version(cuda));

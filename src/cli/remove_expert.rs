@@ -10,7 +10,7 @@ use serde_json::json;
 use super::eval::validate;
 use super::open::{device_name, open_base};
 use super::start::load_data;
-use super::{Shared, device, table, usage};
+use super::{Shared, device, print_result, table, usage};
 use crate::checkpoint::{self, Preferred};
 use crate::config::DeviceChoice;
 use crate::lifecycle::shrink::{Change, ShrinkingMixture, without_use};
@@ -114,14 +114,14 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
             "checkpoint": written,
             "device": device_name(device),
         });
-        println!("{}", serde_json::to_string_pretty(&json)?);
+        print_result(&serde_json::to_string_pretty(&json)?)?;
         return Ok(());
     }
-    println!("{message}");
+    print_result(&message)?;
     if let (Some(before), Some(after)) = (&before, &after) {
         let names = ["before".to_owned(), "after".to_owned()];
-        println!("{}", table::rules(&names, before, after));
+        print_result(&table::rules(&names, before, after).to_string())?;
     }
-    println!("checkpoint: {}", written.display());
+    print_result(&format!("checkpoint: {}", written.display()))?;
     Ok(())
 }

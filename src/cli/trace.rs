@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
 use super::strip::{mean_weights, pieces, strip};
-use super::{Shared, table, usage, variable};
+use super::{Shared, print_result, table, usage, variable, write};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
 use crate::model::experts::weights::RoutingWeights;
@@ -97,13 +97,13 @@ pub fn run(args: TraceArgs, shared: &Shared) -> Result<()> {
     match args.json {
         true => print_json(&traced, args.out.as_deref())?,
         false => {
-            println!("{}", modules_text(&traced));
+            print_result(&modules_text(&traced))?;
             match args.table || !std::io::stdout().is_terminal() {
-                true => print_tables(&traced),
+                true => print_tables(&traced)?,
                 false => print_strip(&traced, &open)?,
             }
             if let Some(file) = &args.out {
-                println!("wrote `{}`", file.display());
+                print_result(&format!("wrote `{}`", file.display()))?;
             }
         }
     }
@@ -231,8 +231,7 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
         "routing_weights": weights,
         "out": out,
     });
-    println!("{}", serde_json::to_string_pretty(&json)?);
-    Ok(())
+    print_result(&serde_json::to_string_pretty(&json)?)
 }
 
 /// How much the experts change the output of each target module.
@@ -255,13 +254,14 @@ fn modules_text(traced: &Traced<'_>) -> String {
     text
 }
 
-fn print_tables(traced: &Traced<'_>) {
+fn print_tables(traced: &Traced<'_>) -> Result<()> {
     for (site, rows) in traced.layers.iter().enumerate() {
         if traced.layers.len() > 1 {
-            println!("{}", traced.sites[site]);
+            print_result(&traced.sites[site])?;
         }
-        println!("{}", weight_table(traced.tokens, &traced.texts, rows));
+        print_result(&weight_table(traced.tokens, &traced.texts, rows).to_string())?;
     }
+    Ok(())
 }
 
 fn print_strip(traced: &Traced<'_>, open: &OpenModel) -> Result<()> {
@@ -274,8 +274,9 @@ fn print_strip(traced: &Traced<'_>, open: &OpenModel) -> Result<()> {
     };
     let colours = may_colour(variable("NO_COLOR").is_some());
     let weights = mean_weights(&traced.layers);
-    println!("{}", strip(&texts, &weights, &open.expert_names(), colours));
-    Ok(())
+    let text = strip(&texts, &weights, &open.expert_names(), colours);
+    // not `print_result`, which would show the colours' escapes as text
+    write(&format!("{text}\n")).map(|_| ())
 }
 
 fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {

@@ -17,7 +17,7 @@ use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
 use crate::config::{self, Config, DeviceChoice, Method};
 use crate::data::Datasets;
-use crate::durable::output::Output;
+use crate::durable::{lock, output::Output};
 use crate::export::card::{self, Form, Origin};
 use crate::export::training::Training;
 use crate::export::{self, hugging_face};
@@ -57,6 +57,9 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     check_config_stays(&args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
+    if !args.dry_run {
+        lock::check_free(&config.run.dir)?;
+    }
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
         load_data(config, base, shared)
     })?;
@@ -122,6 +125,15 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
 /// The resolved config and, for a run that is resumed, the folder of its checkpoint.
 fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     let last = |dir: &Path| checkpoint::find(dir, Preferred::Last);
+    let sets_dir =
+        args.set.iter().any(|set| set.split('=').next().map(str::trim) == Some("run.dir"));
+    if let (Some(Some(dir)), true) = (&args.resume, sets_dir) {
+        return Err(usage(anyhow!(
+            "`--set run.dir` does not go with `--resume {}`: a run stays in its folder\nhint: copy \
+             the folder, and resume the copy",
+            dir.display()
+        )));
+    }
     let named = args.resume.as_ref().and_then(Option::as_ref).map(|dir| last(dir)).transpose()?;
     if let Some(file) = &args.config {
         let config = config::load::load(file, &args.set).map_err(usage)?;

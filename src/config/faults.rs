@@ -17,6 +17,12 @@ impl Faults {
         }
     }
 
+    pub fn at_most(&mut self, key: &str, value: i64, most: i64) {
+        if value > most {
+            self.add(key, format!("must be at most {most}, got {value}"));
+        }
+    }
+
     pub fn above_zero(&mut self, key: &str, value: f64) {
         self.in_range(key, value, value.is_finite() && value > 0.0, "a number above 0");
     }

@@ -63,6 +63,9 @@ pub fn parse(text: &str, overrides: &[String]) -> Result<Config> {
     Ok(parsed?)
 }
 
+/// The most parts that the dotted path of a key has, with some to spare.
+const MAX_KEY_PARTS: usize = 16;
+
 /// Sets one `dotted.key=value` in `table`. A value that is not valid TOML is a string.
 fn set(table: &mut toml::Table, item: &str) -> Result<()> {
     let Some((key, value)) = item.split_once('=') else {
@@ -73,6 +76,10 @@ fn set(table: &mut toml::Table, item: &str) -> Result<()> {
         Err(_) => toml::Value::String(value.trim().to_owned()),
     };
     let parts: Vec<&str> = key.trim().split('.').collect();
+    if parts.len() > MAX_KEY_PARTS {
+        let (count, start) = (parts.len(), parts[..3].join("."));
+        bail!("`--set` names a key of {count} parts, `{start}..`; no key has over {MAX_KEY_PARTS}");
+    }
     let (last, sections) = parts.split_last().expect("split yields at least one part");
     let mut at = table;
     for (depth, section) in sections.iter().enumerate() {

@@ -4,6 +4,7 @@
 //! keys, so the error for a typo shows its line and the valid keys. [`load`] reads the file,
 //! applies `--set key=value` and checks what types cannot.
 
+mod bounds;
 mod faults;
 mod growth;
 pub mod load;
@@ -125,6 +126,9 @@ pub enum DeviceChoice {
     Cuda(usize),
 }
 
+/// The largest index of a CUDA device, which libtorch keeps in 8 bits.
+const MAX_CUDA_INDEX: usize = 127;
+
 impl FromStr for DeviceChoice {
     type Err = anyhow::Error;
 
@@ -134,8 +138,11 @@ impl FromStr for DeviceChoice {
             "cpu" => Ok(Self::Cpu),
             "cuda" => Ok(Self::Cuda(0)),
             _ => match text.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
-                Some(index) => Ok(Self::Cuda(index)),
-                None => bail!("`{text}` is no device; use `auto`, `cpu`, `cuda` or `cuda:N`"),
+                Some(index) if index <= MAX_CUDA_INDEX => Ok(Self::Cuda(index)),
+                _ => bail!(
+                    "`{text}` is no device; use `auto`, `cpu`, `cuda` or `cuda:N` with N up to \
+                     {MAX_CUDA_INDEX}"
+                ),
             },
         }
     }

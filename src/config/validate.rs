@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 
+use super::bounds::check_bounds;
 use super::faults::Faults;
 use super::validate_lora::{check_layers, check_lora};
 use super::{
@@ -23,6 +24,7 @@ pub fn validate(config: &Config) -> Result<()> {
     check_growth(config, &mut faults);
     check_train(config, &mut faults);
     check_optimizer(config, &mut faults);
+    check_bounds(config, &mut faults);
     if let BaseSource::Random(shape) = &config.base.source {
         check_random(shape, &mut faults);
         if config.method == Method::RoutedLora {
@@ -91,11 +93,10 @@ fn check_data(config: &Config, faults: &mut Faults) {
     }
     for (i, domain) in data.domains.iter().enumerate() {
         let key = |field: &str| format!("data.domains[{i}].{field}");
-        if domain.name.is_empty() || domain.name.contains(['/', '=']) {
-            faults.add(
-                &key("name"),
-                format!("must be a name without `/` and `=`, got `{}`", domain.name),
-            );
+        let is_odd = |c: char| c == '/' || c == '=' || c.is_control();
+        if domain.name.is_empty() || domain.name.contains(is_odd) {
+            let what = "a name without `/`, `=` and control characters";
+            faults.add(&key("name"), format!("must be {what}, got `{}`", domain.name));
         }
         if data.domains[..i].iter().any(|other| other.name == domain.name) {
             faults.add(&key("name"), format!("`{}` is already taken", domain.name));

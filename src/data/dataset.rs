@@ -332,6 +332,20 @@ impl TokenDataset {
         hasher.finalize().to_string()
     }
 
+    /// A fingerprint of what is evaluated on: as [`Self::fingerprint`], but without the weights and
+    /// the mixing, which only order the blocks of training.
+    pub fn content_fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.encoding.as_bytes());
+        hasher.update(&(self.seq_len as u64).to_le_bytes());
+        for domain in &self.domains {
+            hasher.update(&(domain.name.len() as u64).to_le_bytes());
+            hasher.update(domain.name.as_bytes());
+            hasher.update(domain.fingerprint.as_bytes());
+        }
+        hasher.finalize().to_string()
+    }
+
     fn pieces(&self, id: BlockId) -> &[Piece] {
         self.domains[id.domain as usize].blocks.get(id.block as usize)
     }

@@ -119,6 +119,10 @@ impl Read for CountingReader {
     }
 }
 
+/// The longest line, which is a record of JSON or a part of a text. Tokenizing takes about 150
+/// times its size.
+const MAX_LINE_BYTES: usize = 4 << 20;
+
 /// The lines of a file as bytes. They keep their line feeds; a byte order mark is removed.
 pub(super) struct Lines {
     reader: Box<dyn BufRead>,
@@ -132,10 +136,21 @@ impl Lines {
     }
 
     /// Reads the next line into `line`; returns false at the end of the file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, and a line that is too long.
     pub fn read(&mut self, line: &mut Vec<u8>) -> io::Result<bool> {
         line.clear();
-        if self.reader.read_until(b'\n', line)? == 0 {
+        let most = MAX_LINE_BYTES as u64 + 1;
+        if self.reader.by_ref().take(most).read_until(b'\n', line)? == 0 {
             return Ok(false);
+        }
+        if line.len() > MAX_LINE_BYTES {
+            let (number, mib) = (self.number + 1, MAX_LINE_BYTES >> 20);
+            return Err(io::Error::other(format!(
+                "line {number} is longer than {mib} MiB, the most that a record may have\nhint: \
+                 split it into several"
+            )));
         }
         if self.number == 0 && line.starts_with(b"\xef\xbb\xbf") {
             line.drain(..3);

@@ -5,8 +5,12 @@
 //! complete folder is at the path at any moment. On a file system that cannot exchange names, such
 //! as NFS, two renames are made. Between them, the old folder is at `.dylora-replaced-NAME` alone;
 //! if the process is killed there, [`restore`] brings it back.
+//!
+//! A folder that is filled is locked as long as its process lives. What a dead process left is
+//! thus known, and deleted when something is written beside it.
 
 use std::ffi::OsString;
+use std::fs::TryLockError;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +24,79 @@ use super::sync_folder;
 pub const WRITING: &str = ".writing-";
 /// Beginning of a folder's name between the two renames; its own name follows.
 pub const REPLACED: &str = ".dylora-replaced-";
+
+/// Beginning of a folder's name while it is deleted; its own name follows.
+pub const REMOVED: &str = ".removed-";
+
+/// A folder that is being filled, and is deleted unless it is kept.
+pub(super) struct Writing {
+    dir: tempfile::TempDir,
+    /// Held by this process.
+    _lock: fs_err::File,
+}
+
+impl Writing {
+    /// Makes an empty folder in `parent`, and deletes those of dead processes there.
+    pub fn new_in(parent: &Path) -> Result<Self> {
+        clean_dead(parent);
+        loop {
+            let dir = tempfile::Builder::new().prefix(WRITING).tempdir_in(parent)?;
+            let lock = lock(dir.path());
+            // before it was locked, another process may have taken it for that of a dead one
+            if dir.path().is_dir() {
+                return Ok(Self { dir, _lock: lock? });
+            }
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// Locks a folder as long as the file is open, if the file system can.
+fn lock(dir: &Path) -> Result<fs_err::File> {
+    let file = fs_err::File::open(dir)?;
+    if let Err(error) = file.file().lock() {
+        tracing::debug!("`{}` cannot be locked: {error}", dir.display());
+    }
+    Ok(file)
+}
+
+/// Deletes the folders in `parent` that dead processes were filling.
+fn clean_dead(parent: &Path) {
+    for entry in fs_err::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
+        let name = entry.file_name();
+        let random = name.to_str().and_then(|name| name.strip_prefix(WRITING));
+        let is_ours = random.is_some_and(|random| {
+            random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric())
+        });
+        if !is_ours || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            continue;
+        }
+        let Ok(file) = fs_err::File::open(entry.path()) else { continue };
+        match file.file().try_lock() {
+            Ok(()) => {
+                tracing::info!("`{}` was left by a process that died", entry.path().display());
+                let _ = fs_err::remove_dir_all(entry.path());
+            }
+            Err(TryLockError::WouldBlock | TryLockError::Error(_)) => {}
+        }
+    }
+}
+
+/// Deletes a folder, which loses its name first, so that a folder of this name is always whole.
+pub fn remove(dir: &Path) -> Result<()> {
+    let name = dir.file_name().with_context(|| format!("`{}` has no name", dir.display()))?;
+    let mut hidden = OsString::from(REMOVED);
+    hidden.push(name);
+    let hidden = dir.with_file_name(hidden);
+    if hidden.symlink_metadata().is_ok() {
+        fs_err::remove_dir_all(&hidden)?;
+    }
+    fs_err::rename(dir, &hidden)?;
+    Ok(fs_err::remove_dir_all(hidden)?)
+}
 
 /// Fills a folder by calling `fill` and moves it to `dir`, in place of any folder that is there.
 /// Missing parent folders are created.
@@ -36,16 +113,22 @@ pub fn write(
     let dir = std::path::absolute(dir)?;
     let parent = dir.parent().with_context(|| format!("`{}` is no folder name", dir.display()))?;
     fs_err::create_dir_all(parent)?;
-    let temporary = tempfile::Builder::new().prefix(WRITING).tempdir_in(parent)?;
+    if let Some(parked) = parked(&dir).filter(|parked| parked.is_dir() && check_old(parked).is_ok())
+    {
+        fs_err::remove_dir_all(parked)?;
+    }
+    let temporary = Writing::new_in(parent)?;
     fs_err::set_permissions(temporary.path(), PermissionsExt::from_mode(0o755))?;
     fill(temporary.path())?;
     sync_folder(temporary.path())?;
     if dir.symlink_metadata().is_err() {
         rename_to_free(temporary.path(), &dir)?;
-        let _ = temporary.keep();
+        let _ = temporary.dir.keep();
         return sync_folder(parent);
     }
     check_old(&dir)?;
+    // the old folder gets a name that others would clean
+    let _lock = lock(&dir)?;
     exchange(temporary.path(), &dir)?;
     // the old folder has the temporary name now
     let old = temporary.path().to_owned();
@@ -54,7 +137,7 @@ pub fn write(
         return Err(error);
     }
     sync_folder(parent)?;
-    if let Err(error) = temporary.close() {
+    if let Err(error) = temporary.dir.close() {
         tracing::warn!("`{}` is left over and may be deleted: {error}", old.display());
     }
     Ok(())

@@ -1,8 +1,11 @@
 //! Writes files and folders that are either complete or absent, even after a crash. Single files
-//! are written here and folders in [`folder`]; [`output`] checks what a command may write.
+//! are written here and folders in [`folder`]; [`output`] checks what a command may write, and
+//! [`lock`] keeps two processes from writing into one folder. [`sums`] are checksums of its files.
 
 pub mod folder;
+pub mod lock;
 pub mod output;
+pub mod sums;
 
 use std::io::{BufWriter, Write};
 use std::path::Path;

@@ -1,8 +1,9 @@
 //! Checks what a command may write or replace, and writes it.
 //!
-//! An output folder contains a marker, [`MARKER`], which lists the files that dylora wrote. With
-//! `overwrite`, a file may be replaced, and a folder if it contains only files that its marker
-//! lists, or if it has no marker but the caller recognises it. These are never replaced:
+//! An output folder contains a marker, [`MARKER`], which lists the files that dylora wrote and
+//! their BLAKE3 sums. With `overwrite`, a file may be replaced, and a folder if it contains only
+//! files that its marker lists, or if it has no marker but the caller recognises it. These are
+//! never replaced:
 //!
 //! - what the command reads, and what is inside a folder that it reads;
 //! - the working folder;
@@ -10,7 +11,7 @@
 //! - links and devices;
 //! - a file by a folder, or a folder by a file.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::FileType;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -18,13 +19,17 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::folder;
+use super::{folder, sums};
 
 /// The file that marks a folder as written by dylora.
 pub const MARKER: &str = ".dylora-output.json";
 
-/// The version of the marker's format. Folders with another version count as unmarked.
-const FORMAT: u32 = 1;
+/// The version of the marker's format. Version 1 has no sums. Folders with another version count as
+/// unmarked.
+const FORMAT: u32 = 2;
+
+/// How far above a file its marker may be.
+const MARKER_DEPTH: usize = 3;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
@@ -32,6 +37,49 @@ struct Marker {
     dylora_version: String,
     /// Paths relative to the folder, sorted, without the marker itself.
     files: BTreeSet<String>,
+    /// The BLAKE3 sum of each of them that is a file, in hexadecimal digits.
+    #[serde(default)]
+    blake3: BTreeMap<String, String>,
+}
+
+impl Marker {
+    /// The marker of a folder that has one.
+    fn read(dir: &Path) -> Option<Self> {
+        let text = fs_err::read_to_string(dir.join(MARKER)).ok()?;
+        let marker: Self = serde_json::from_str(&text).ok()?;
+        (1..=FORMAT).contains(&marker.format).then_some(marker)
+    }
+
+    /// The marker of a folder that has been filled.
+    fn of_folder(dir: &Path) -> Result<Self> {
+        let files = files_below(dir)?;
+        let is_file = |name: &&String| dir.join(name).is_file();
+        let sum = |name: &String| Ok((name.clone(), sums::of_file(&dir.join(name))?));
+        let blake3 = files.iter().filter(is_file).map(sum).collect::<Result<_>>()?;
+        let dylora_version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(Self { format: FORMAT, dylora_version, files, blake3 })
+    }
+}
+
+/// Checks a file of an output against the sum in its marker. A file without a sum, such as any that
+/// dylora did not write, is not checked.
+///
+/// # Errors
+/// A file with another sum.
+pub fn check_sum(file: &Path) -> Result<()> {
+    for dir in file.ancestors().skip(1).take(MARKER_DEPTH) {
+        let Some(marker) = Marker::read(dir) else { continue };
+        let name = file.strip_prefix(dir).expect("it is above the file").to_string_lossy();
+        return match marker.blake3.get(&*name) {
+            Some(sum) => {
+                let marker = dir.join(MARKER);
+                let hint = format!("if that was on purpose, delete `{}`", marker.display());
+                sums::check_file(file, sum, &hint)
+            }
+            None => Ok(()),
+        };
+    }
+    Ok(())
 }
 
 /// The output of a command.
@@ -104,9 +152,7 @@ impl Output {
         self.check_folder(is_unmarked)?;
         let fill = |dir: &Path| {
             fill(dir)?;
-            let dylora_version = env!("CARGO_PKG_VERSION").to_owned();
-            let marker = Marker { format: FORMAT, dylora_version, files: files_below(dir)? };
-            let text = serde_json::to_string_pretty(&marker)? + "\n";
+            let text = serde_json::to_string_pretty(&Marker::of_folder(dir)?)? + "\n";
             super::write(&dir.join(MARKER), text.as_bytes())
         };
         folder::write(&self.path, fill, |found| self.check_found(found, is_unmarked))
@@ -140,7 +186,7 @@ impl Output {
         let path = std::path::absolute(&self.path)?;
         let parent = path.parent().with_context(|| format!("`{}` is no file", path.display()))?;
         fs_err::create_dir_all(parent)?;
-        let temporary = tempfile::Builder::new().prefix(folder::WRITING).tempdir_in(parent)?;
+        let temporary = folder::Writing::new_in(parent)?;
         let file = temporary.path().join("file");
         fill(&file)?;
         if self.overwrite {
@@ -186,9 +232,7 @@ impl Output {
     fn check_ours(&self, found: &Path, is_unmarked: IsUnmarkedOutput) -> Result<()> {
         let name = self.path.display();
         let files = files_below(found)?;
-        let marker = fs_err::read_to_string(found.join(MARKER)).ok();
-        let marker = marker.and_then(|text| serde_json::from_str::<Marker>(&text).ok());
-        let Some(marker) = marker.filter(|marker| marker.format == FORMAT) else {
+        let Some(marker) = Marker::read(found) else {
             // an expert of an export looks like an adapter, but belongs to the export
             let parent = std::path::absolute(&self.path)?.parent().map(Path::to_owned);
             let is_part = parent.is_some_and(|parent| {
@@ -219,9 +263,7 @@ impl Output {
 /// A folder without a marker, a file that the marker lists and that is missing, and a link.
 pub fn written_files(dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let name = dir.display();
-    let marker = fs_err::read_to_string(dir.join(MARKER)).ok();
-    let marker = marker.and_then(|text| serde_json::from_str::<Marker>(&text).ok());
-    let Some(marker) = marker.filter(|marker| marker.format == FORMAT) else {
+    let Some(marker) = Marker::read(dir) else {
         bail!(
             "`{name}` has no `{MARKER}`, so that it is no output of dylora\nhint: `dylora \
              export-adapters` and `dylora merge` write such folders"

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use tch::{Device, Kind, Tensor};
 
@@ -26,6 +26,7 @@ use crate::model::decoder::Decoder;
 use crate::model::experts::delta::Delta;
 use crate::model::experts::spec::{ExpertSpec, RankAlpha};
 use crate::peft::adapter::Adapter;
+use crate::tensor_file::check_finite;
 
 /// What the experts are merged into.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,7 +85,7 @@ pub fn check(model: &RoutedModel, weights: &[f64], into: MergeInto) -> Result<()
 /// - `base`: the base as it was read, on the CPU
 ///
 /// # Errors
-/// Those of [`check`].
+/// Those of [`check`], and a merged weight that is not finite, by its tensor's name.
 pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result<Decoder> {
     check(model, weights, MergeInto::Base)?;
     let weights = of_parts(model, weights);
@@ -112,9 +113,16 @@ pub fn into_base(model: &RoutedModel, base: &Decoder, weights: &[f64]) -> Result
             }
             change_io += (updated_io - &weight_io) * g;
         }
-        linear.set_weight((weight_io + change_io).to_kind(Kind::Float));
+        let merged_io = (weight_io + change_io).to_kind(Kind::Float);
+        check_merged(&format!("{path}.weight"), &merged_io)?;
+        linear.set_weight(merged_io);
     }
     Ok(merged)
+}
+
+/// Checks that the weights of a merge have left a tensor finite.
+fn check_merged(name: &str, tensor: &Tensor) -> Result<()> {
+    check_finite(name, tensor).context("the merge cannot be written\nhint: use smaller `--weights`")
 }
 
 /// The model card of a base into which `model` was merged under `weights`, `[e]`.
@@ -145,7 +153,7 @@ pub fn adapter_card(
 /// with weight 0 are left out.
 ///
 /// # Errors
-/// Those of [`check`].
+/// Those of [`check`], and a merged weight that is not finite, by its tensor's name.
 pub fn into_adapter(model: &RoutedModel, weights: &[f64]) -> Result<Adapter> {
     check(model, weights, MergeInto::Adapter)?;
     let weights = of_parts(model, weights);
@@ -165,6 +173,7 @@ pub fn into_adapter(model: &RoutedModel, weights: &[f64]) -> Result<Adapter> {
             continue;
         }
         let (a, b) = (Tensor::cat(&down, 0), Tensor::cat(&up, 1));
+        check_merged(&format!("{path}.lora_b"), &b)?;
         let rank = a.size()[0];
         modules.insert(path, RankAlpha { rank, alpha: rank as f64 });
         tensors.insert((path, "lora_a"), a);

@@ -222,7 +222,7 @@ pub fn norm(x: &Tensor, y: Option<&Tensor>, norm: &Norm<'_>) -> Result<(Tensor, 
 /// `like` and heads of this size.
 pub fn attends_by_length(like: &Tensor, head_size: i64) -> bool {
     // SAFETY: `like` is alive during the call
-    unsafe { dylora_attends_by_length(like.as_ptr(), head_size) != 0 }
+    unsafe { dylora_attends_by_length(like.as_ptr(), head_size) == 1 }
 }
 
 /// Computes a transformer block from after its first LayerNorm. The block's output is the sum of

@@ -5,6 +5,7 @@
 pub mod cuda;
 pub mod fused;
 mod memory;
+pub mod signals;
 pub mod step;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -415,8 +416,8 @@ pub fn permute(
 /// replaces files by renaming, which does not affect a map.
 pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
     let file = fs_err::File::open(path)?;
-    // SAFETY: the map is read-only; a writer that shrinks the file could end the process, but not
-    // corrupt its memory
+    // SAFETY: the map is read-only; a writer that shrinks the file could end the process
+    // ([`signals`]), but not corrupt its memory
     let map = unsafe { memmap2::Mmap::map(file.file()) };
     map.map_err(|error| anyhow!("cannot map `{}`: {error}", path.display()))
 }

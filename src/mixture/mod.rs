@@ -27,6 +27,7 @@ use crate::base::BaseIdentity;
 use crate::config::{
     AdapterHub, AdapterSource, Config, Method, RouterInput, RouterScope, RoutingChoice,
 };
+use crate::durable::output;
 use crate::hub::AdapterFiles;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
@@ -350,6 +351,7 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest> {
         format: u32,
     }
     let path = dir.join(MANIFEST);
+    output::check_sum(&path)?;
     let text = fs_err::read_to_string(&path)?;
     let parse = || {
         let Version { format } = serde_json::from_str(&text)?;
@@ -368,6 +370,16 @@ fn check(manifest: &Manifest) -> Result<()> {
     let count = manifest.experts.len() as i64;
     if count == 0 {
         bail!("`experts` names none");
+    }
+    let file = manifest.router.iter().map(|router| ("router.file", &router.file));
+    let parts = manifest.experts.iter().map(|name| ("experts", name));
+    let shared = manifest.shared.iter().map(|name| ("shared", name));
+    for (key, name) in parts.chain(shared).chain(file) {
+        // as `Path` reads it, a name is one normal component, and `a/.` is another text
+        let is_name = Path::new(name).file_name().is_some_and(|last| last == name.as_str());
+        if !is_name || name.contains(char::is_control) {
+            bail!("`{key}` must name a file or folder beside it, got `{name}`");
+        }
     }
     match manifest.routing {
         RoutingChoice::None => bail!("`routing` is `none`, by which no expert is trained"),
@@ -394,6 +406,7 @@ fn check(manifest: &Manifest) -> Result<()> {
 
 /// Reads the routers' file of an export.
 fn router_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+    output::check_sum(file)?;
     let tensors = read_tensors(file).context("cannot read the router")?;
     for (name, tensor) in &tensors {
         check_numbers(name, tensor).with_context(|| format!("in `{}`", file.display()))?;

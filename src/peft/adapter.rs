@@ -23,6 +23,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{Family, LoraInit, ModulePath};
+use crate::durable::output;
 use crate::model::RoutedModel;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::delta::Delta;
@@ -83,6 +84,8 @@ const READ_KEYS: [&str; 13] = [
 /// support, and a tensor that is missing, extra or of another shape than the config and the base
 /// imply. Each is named.
 pub fn read(config: &Path, weights: &Path, base: &DecoderSpec) -> Result<Adapter> {
+    output::check_sum(config)?;
+    output::check_sum(weights)?;
     let parse = || {
         let text = fs_err::read_to_string(config)?;
         let json: Map<String, Value> =
@@ -130,7 +133,9 @@ fn spec_of(json: &Map<String, Value>, base: &DecoderSpec) -> Result<ExpertSpec> 
             };
             let rank = rank.filter(|&rank| rank >= 1);
             let rank = rank.with_context(|| format!("the rank of `{path}` must be at least 1"))?;
-            let alpha = alpha.with_context(|| format!("the alpha of `{path}` must be a number"))?;
+            let alpha = alpha.filter(|&alpha| alpha.is_finite() && alpha > 0.0);
+            let alpha =
+                alpha.with_context(|| format!("the alpha of `{path}` must be a number above 0"))?;
             modules.insert(path, RankAlpha { rank, alpha });
         }
     }

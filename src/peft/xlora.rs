@@ -20,6 +20,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
+use crate::durable::output;
 use crate::tensor_file::{check_numbers, read_tensors};
 
 /// The file of the settings.
@@ -107,6 +108,7 @@ pub fn read_classifier(dir: &Path) -> Result<Classifier> {
         format!("in `{}`: `softmax_temperature` must be above 0", dir.join(CONFIG).display())
     })?;
     let file = dir.join(CLASSIFIER);
+    output::check_sum(&file)?;
     let mut tensors = read_tensors(&file).context("cannot read the classifier")?;
     let in_file = || format!("in `{}`", file.display());
     for (name, tensor) in &tensors {
@@ -134,6 +136,7 @@ pub fn read_classifier(dir: &Path) -> Result<Classifier> {
 /// Reads the settings and refuses options that dylora's router does not support.
 fn read_config(dir: &Path) -> Result<Map<String, Value>> {
     let path = dir.join(CONFIG);
+    output::check_sum(&path)?;
     let parse = || {
         let text = fs_err::read_to_string(&path)?;
         let config: Map<String, Value> =

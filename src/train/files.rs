@@ -1,23 +1,24 @@
 //! The files of a run's metrics: `metrics.jsonl`, and events for TensorBoard.
 
-use std::io::{ErrorKind, Write};
-use std::path::Path;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
 
+pub use super::history::METRICS_FILE;
+use super::history::{self, LATER_FILE};
 use super::metrics::Metrics;
 use super::tensorboard::EventWriter;
-use crate::durable;
+use crate::{checkpoint, durable};
 
-/// The name of the metrics file in a run's folder.
-pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The name of the folder in a run's folder that holds the event files.
 pub const TENSORBOARD_DIR: &str = "tensorboard";
 
 /// Writes a run's metrics to its folder.
 #[derive(Debug)]
 pub struct MetricsWriter {
+    run_dir: PathBuf,
     file: fs_err::File,
     events: Option<EventWriter>,
 }
@@ -28,13 +29,14 @@ impl MetricsWriter {
     ///
     /// `resume_step` is the step of the checkpoint from which the run is resumed. The lines that a
     /// broken run wrote after this step are removed, so that the file becomes that of an unbroken
-    /// run. The shortened file is written beside the old one and renamed, so that a complete file
-    /// is there at any moment. With 0 the run starts anew: everything that an earlier run left is
-    /// removed, lines of step 0 included.
+    /// run; those of later checkpoints are kept aside (`history.rs`). The shortened file is written
+    /// beside the old one and renamed, so that a complete file is there at any moment. With 0 the
+    /// run starts anew: no line is kept in the file, lines of step 0 included.
     pub fn open(run_dir: &Path, tensorboard: bool, resume_step: u64) -> Result<Self> {
         fs_err::create_dir_all(run_dir).context("cannot create the folder of the run")?;
         let path = run_dir.join(METRICS_FILE);
-        cut_after(&path, resume_step)?;
+        let newest = checkpoint::steps(run_dir)?.last().copied().unwrap_or(0);
+        history::resume_at(run_dir, resume_step, newest.max(resume_step))?;
         let file = fs_err::OpenOptions::new()
             .create(true)
             .append(true)
@@ -44,71 +46,53 @@ impl MetricsWriter {
         let events = tensorboard
             .then(|| EventWriter::create(&run_dir.join(TENSORBOARD_DIR), first_step))
             .transpose()?;
-        Ok(Self { file, events })
+        durable::sync_folder(run_dir)?;
+        Ok(Self { run_dir: run_dir.to_owned(), file, events })
     }
 
     /// Writes one line, and its scalars for TensorBoard. Nothing is buffered.
     ///
-    /// Write a step's metrics before its checkpoint: a run that is resumed from the checkpoint does
-    /// not write them again.
+    /// Write a step's metrics before its checkpoint, and call [`Self::settle`] in between: a run
+    /// that is resumed from the checkpoint does not write them again.
+    ///
+    /// # Errors
+    /// If the file cannot be written, or if it is not at its path any more.
     pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
         let mut line = serde_json::to_vec(metrics).context("cannot put the metrics into JSON")?;
         line.push(b'\n');
         self.file.write_all(&line).context("cannot write the metrics")?;
+        self.check_path()?;
         match &mut self.events {
             Some(events) => events.write_scalars(metrics.step(), metrics.scalars()),
             None => Ok(()),
         }
     }
-}
 
-/// Removes the lines after `resume_step` from the file at `path`, if there is one.
-fn cut_after(path: &Path, resume_step: u64) -> Result<()> {
-    let bytes = match fs_err::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).context("cannot read the metrics so far"),
-    };
-    let kept = match resume_step {
-        0 => Vec::new(),
-        _ => kept_lines(&bytes, resume_step)
-            .with_context(|| format!("cannot add to the metrics in `{}`", path.display()))?,
-    };
-    if kept == bytes {
-        return Ok(());
-    }
-    durable::replace(path, &kept).context("cannot shorten the metrics")
-}
-
-/// The lines up to `resume_step`, unchanged. If the last line lacks its newline, as a broken run
-/// may leave it, the line is kept only if it is complete JSON.
-fn kept_lines(bytes: &[u8], resume_step: u64) -> Result<Vec<u8>> {
-    /// The only field that is read, so that lines of other versions are kept too.
-    #[derive(Deserialize)]
-    struct Line {
-        step: u64,
-    }
-
-    let mut kept = Vec::with_capacity(bytes.len() + 1);
-    for (index, line) in bytes.split_inclusive(|&byte| byte == b'\n').enumerate() {
-        let ended = line.ends_with(b"\n");
-        match serde_json::from_slice::<Line>(line) {
-            Ok(Line { step }) if step <= resume_step => {
-                kept.extend_from_slice(line);
-                if !ended {
-                    kept.push(b'\n');
-                }
-            }
-            Ok(_) => {}
-            Err(_) if !ended => {}
-            Err(error) => bail!(
-                "line {} is no JSON object with a `step`: {error}\n\
-                 hint: repair or delete the line, then resume again",
-                index + 1
-            ),
+    /// Waits until the metrics are on disk. The run is then about to write a checkpoint of `step`,
+    /// and what was kept of an earlier history up to this step is forgotten.
+    pub fn settle(&mut self, step: u64) -> Result<()> {
+        self.file.sync_all().context("cannot write the metrics")?;
+        match self.run_dir.join(LATER_FILE).exists() {
+            true => history::forget_until(&self.run_dir, step),
+            false => Ok(()),
         }
     }
-    Ok(kept)
+
+    /// Checks that the file that is written is still the one at its path.
+    fn check_path(&self) -> Result<()> {
+        let path = self.run_dir.join(METRICS_FILE);
+        let own = self.file.metadata()?;
+        let is_own =
+            |found: std::fs::Metadata| (found.dev(), found.ino()) == (own.dev(), own.ino());
+        if !fs_err::metadata(&path).is_ok_and(is_own) {
+            bail!(
+                "`{}` has vanished while the run wrote it\nhint: somebody has deleted, moved or \
+                 replaced it; `dylora train --resume` goes on from the last checkpoint",
+                path.display()
+            );
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ pub mod balance;
 pub mod files;
 pub mod gradients;
 pub mod graph;
+mod history;
 pub mod losses;
 pub mod machine;
 pub mod metrics;
@@ -21,6 +22,7 @@ mod outcome;
 mod output;
 pub mod plan;
 pub mod prepared;
+mod same_run;
 mod scalars;
 pub mod schedule;
 mod seeding;
@@ -38,8 +40,9 @@ use tch::{Device, Kind};
 use crate::base::Base;
 use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
-use crate::config::{Config, Method, OnCollapse};
+use crate::config::{Config, Method};
 use crate::data::Datasets;
+use crate::durable::lock::FolderLock;
 use crate::eval::{check_domains, check_records, domain_targets};
 use crate::growth::assign::assign_experts;
 use crate::growth::skills::SkillLibrary;
@@ -55,6 +58,7 @@ use machine::Machine;
 use metrics::{Metrics, StepMetrics, ValidationMetrics, WindowMetrics};
 use optim::Optimizer;
 use plan::BlockStream;
+use same_run::{check_data, check_same_run, take_experts};
 pub use seeding::ColumnStaysClosed;
 use step::Stepper;
 
@@ -133,6 +137,8 @@ pub struct Trainer {
     /// BLAKE3 of everything frozen before the run, as in [`Summary::frozen_hash`].
     frozen_hash: Option<String>,
     skills: Option<SkillLibrary>,
+    /// Whether this run has not begun yet.
+    is_new: bool,
 }
 
 /// The history of a mixture before a run.
@@ -213,6 +219,7 @@ impl Trainer {
             base_settings: Some(families::settings(&base.spec)),
             tokenizer_hash: base.tokenizer_hash(),
             data_fingerprint: data.train.fingerprint(),
+            validation_fingerprint: Some(data.validation.content_fingerprint()),
             learned_chats: Some(data.train.has_conversations()),
             domain_blocks: vec![0; data.train.domains.len()],
             column_opened_at: None,
@@ -220,7 +227,7 @@ impl Trainer {
             stages,
         };
         let mut trainer = Self::assemble(config, model, data, state)?;
-        trainer.skills = history.skills;
+        (trainer.skills, trainer.is_new) = (history.skills, true);
         Ok(trainer)
     }
 
@@ -241,13 +248,7 @@ impl Trainer {
         check_same_run(&config, &saved)?;
         take_experts(&mut config, &saved);
         let state = checkpoint::read_state(dir)?;
-        if state.data_fingerprint != data.train.fingerprint() {
-            bail!(
-                "the training data has changed since the checkpoint `{}`\nhint: a resumed run \
-                 needs the same files, tokenizer, chat template and `[data]`",
-                dir.display()
-            );
-        }
+        check_data(&data, &state, dir)?;
         let model = load_model(dir, &config, base, device)?;
         let mut trainer = Self::assemble(config, model, data, state)?;
         let saved = checkpoint::read_optimizer(dir)?;
@@ -303,6 +304,7 @@ impl Trainer {
             num_steps,
             frozen_hash,
             skills,
+            is_new: false,
         })
     }
 
@@ -329,8 +331,9 @@ impl Trainer {
     /// Trains to the end, or until `interrupt` is set. `observe` receives every event.
     ///
     /// # Errors
-    /// Fails if a loss or gradient is NaN or infinite ([`step::NotFinite`]), if a frozen tensor has
-    /// changed, or if a file cannot be written. The last checkpoint then stays whole and in place.
+    /// Fails if another process trains in the run's folder, if a loss or gradient is NaN or
+    /// infinite ([`step::NotFinite`]), if a frozen tensor has changed, or if a file cannot be
+    /// written. The last checkpoint then stays whole and in place.
     pub fn run(
         &mut self,
         interrupt: &AtomicBool,
@@ -338,6 +341,11 @@ impl Trainer {
     ) -> Result<Summary> {
         let run_dir = self.config.run.dir.clone();
         fs_err::create_dir_all(&run_dir)?;
+        let _lock = FolderLock::take(&run_dir)?;
+        if std::mem::take(&mut self.is_new) {
+            // another process may have begun a run since the first look
+            check_new_run(&run_dir)?;
+        }
         checkpoint::clean(&run_dir)?;
         let resolved = config::load::to_toml(&self.config);
         durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
@@ -365,6 +373,7 @@ impl Trainer {
             // after the evaluation, during which somebody may have asked as well
             let stop = interrupt.load(Ordering::Relaxed);
             if stop || collapsed || self.saves_now() {
+                writer.settle(self.state.step)?;
                 let path = self.save()?;
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
@@ -443,54 +452,4 @@ fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String>
         }
         _ => model.frozen_hash(),
     }
-}
-
-/// Gives the domains of `config` the experts that `saved`, an earlier state of the same run, gave
-/// them, unless `config` names some itself.
-fn take_experts(config: &mut Config, saved: &Config) {
-    if config.data.domains.iter().any(|domain| domain.expert.is_some()) {
-        return;
-    }
-    for (domain, saved) in config.data.domains.iter_mut().zip(&saved.data.domains) {
-        domain.expert.clone_from(&saved.expert);
-    }
-}
-
-/// Checks that `config` continues the run of `saved`. Settings may differ if they only decide when
-/// to stop, what to write, on which device and with which kernels to compute, or how a collapse of
-/// the routing is detected and handled.
-fn check_same_run(config: &Config, saved: &Config) -> Result<()> {
-    let comparable = |config: &Config| {
-        let mut config = config.clone();
-        config.run.dir = PathBuf::new();
-        config.run.device = config::DeviceChoice::Auto;
-        config.run.tensorboard = true;
-        config.train.duration = saved.train.duration;
-        take_experts(&mut config, saved);
-        config.train.eval_every_steps = None;
-        config.train.checkpoint_every_steps = None;
-        config.train.keep_last = 1;
-        config.train.kernels = config::Kernels::Auto;
-        config.train.early_stopping = None;
-        config.router.on_collapse = OnCollapse::Warn;
-        config.router.collapse_share = 1.0;
-        config.router.dead_share = 1.0;
-        config::load::to_toml(&config)
-    };
-    let (new, old) = (comparable(config), comparable(saved));
-    if new == old {
-        return Ok(());
-    }
-    let differing: Vec<String> = new
-        .lines()
-        .zip(old.lines())
-        .filter(|(new, old)| new != old)
-        .map(|(new, old)| format!("now `{new}`, was `{old}`"))
-        .collect();
-    bail!(
-        "the config differs from the run that is resumed: {}\nhint: a resumed run may change its \
-         duration, its device and kernels, how often it evaluates and saves and when it stops, \
-         nothing else",
-        differing.first().map_or("it has other keys", String::as_str)
-    );
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use dylora::config::AdapterSource;
-use dylora::durable::output::Output;
+use dylora::durable::output::{MARKER, Output};
 use dylora::export::peft::{Layout, export};
 use dylora::mixture::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, Mixture};
 use dylora::model::decoder::spec::DecoderSpec;
@@ -304,7 +304,7 @@ fn values_of_another_type_are_refused() -> Result<()> {
     });
     insta::assert_snapshot!(refusals_of(values)?, @"
     the rank of `h.0.attn.c_attn` must be at least 1
-    the alpha of `h.0.attn.c_attn` must be a number
+    the alpha of `h.0.attn.c_attn` must be a number above 0
     the rank of `h.0.attn.c_attn` must be at least 1
     `alpha_pattern` must be an object, got [8]
     `target_modules` must be a list or a regular expression, got 3
@@ -399,10 +399,13 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let out = dir.path().join("out");
     export(&Output::new(&out), &model, &provenance(), Layout::Dylora)?;
+    fs_err::remove_file(out.join(MARKER))?;
     let file = out.join(MANIFEST);
     let whole: Value = serde_json::from_str(&fs_err::read_to_string(&file)?)?;
     let changes = [
         ("/experts", json!([])),
+        ("/experts", json!(["expert_0", "../expert_1"])),
+        ("/router/file", json!("/router.file")),
         ("/routing", json!("none")),
         ("/routing", json!("expert:2")),
         ("/router/spec/temperature", json!(0.0)),
@@ -420,6 +423,8 @@ fn a_manifest_that_makes_no_sense_is_refused() -> Result<()> {
     }
     insta::assert_snapshot!(messages.join("\n"), @r"
     `DIR/out/dylora.json`: `experts` names none
+    `DIR/out/dylora.json`: `experts` must name a file or folder beside it, got `../expert_1`
+    `DIR/out/dylora.json`: `router.file` must name a file or folder beside it, got `/router.file`
     `DIR/out/dylora.json`: `routing` is `none`, by which no expert is trained
     `DIR/out/dylora.json`: `routing` is `expert:2`, but there are 2 experts from 0
     `DIR/out/dylora.json`: `router.spec.temperature` must be a number above 0, got 0

@@ -118,3 +118,13 @@ fn the_library_does_not_print_exit_or_read_the_environment() -> Result<()> {
     hold("only src/cli and src/main.rs print, exit or read the environment", &violations);
     Ok(())
 }
+
+#[test]
+fn the_command_line_prints_by_functions_whose_errors_reach_the_user() -> Result<()> {
+    let tree = Tree::read(root())?;
+    let cli = tree.modules().filter(|module| module.path.first().is_some_and(|name| name == "cli"));
+    let instead = "use `print_result`, or `tracing` for standard error";
+    let violations: Vec<_> = cli.flat_map(|module| rules::prints(module, instead)).collect();
+    hold("src/cli does not use the macros that print", &violations);
+    Ok(())
+}

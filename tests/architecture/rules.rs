@@ -124,15 +124,24 @@ pub fn unsafe_words(file: &str, tokens: &[Token]) -> Vec<String> {
     found
 }
 
-/// The places where a module prints, exits or reads the environment.
-pub fn effects(module: &Module) -> Vec<String> {
+/// The places where a module prints by a macro, which panics when standard output cannot be written.
+pub fn prints(module: &Module, instead: &str) -> Vec<String> {
+    let prints = print_macros(module);
+    prints.map(|(line, name)| format!("{}:{line}: {name}!; {instead}", module.file)).collect()
+}
+
+fn print_macros(module: &Module) -> impl Iterator<Item = (usize, &str)> {
     let prints = module.code.windows(2).filter(|pair| {
         let is_macro = PRINTING.contains(&pair[0].text.as_str());
         is_macro && pair[1].text == "!"
     });
-    let prints = prints.map(|pair| {
-        let instead = "return the text, or log it with `tracing`";
-        (pair[0].line, format!("{}!", pair[0].text), instead)
+    prints.map(|pair| (pair[0].line, pair[0].text.as_str()))
+}
+
+/// The places where a module prints, exits or reads the environment.
+pub fn effects(module: &Module) -> Vec<String> {
+    let prints = print_macros(module).map(|(line, name)| {
+        (line, format!("{name}!"), "return the text, or log it with `tracing`")
     });
     let calls = module.imports.iter().filter_map(|import| {
         let path: Vec<_> = import.path.iter().map(String::as_str).collect();

@@ -2,6 +2,8 @@
 //! dylora did not write, and runs that are interrupted, killed or lose their terminal. The tests
 //! run the binary.
 
+mod damage;
+mod history;
 mod overwrite;
 mod runs;
 

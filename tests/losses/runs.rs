@@ -13,7 +13,7 @@ use fs_err::File;
 use crate::{Scene, as_str, text};
 
 /// A device to which nothing can be written.
-fn full_device() -> Result<Stdio> {
+pub fn full_device() -> Result<Stdio> {
     Ok(File::create("/dev/full")?.into_parts().0.into())
 }
 

@@ -21,7 +21,7 @@ use dylora::train::{MixtureHistory, Summary, Trainer, schedule};
 use tch::{Device, Kind, Tensor};
 
 use crate::routing::{metrics, steps, windows};
-use crate::{World, alone, data, open_base, tensors, train};
+use crate::{World, alone, data, forget_sums, open_base, tensors, train};
 
 /// A record of the third domain, which uses only four of the words. A router that sees no more than
 /// the words can tell it from the others, but not for every word.
@@ -360,6 +360,7 @@ fn a_stage_whose_seeding_goes_on_resumes_to_the_bit() -> Result<()> {
     let closed = state.replace("\"column_opened_at\": 2,", "");
     assert_ne!(closed, state);
     fs_err::write(dir.join("state.json"), closed)?;
+    forget_sums(&dir)?;
     let (extended, unbroken) = resume(&world, &config, &dir, 2)?;
     assert_eq!(unbroken.state.column_opened_at, Some(4));
     let third: Vec<(u64, Vec<f64>)> = windows(&extended)?

@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use crate::growth::third_domain;
 use crate::recipe::NEW;
-use crate::{World, alone, train};
+use crate::{World, alone, forget_sums, train};
 
 /// A world with a finished run of two experts on two domains. Commands run in its folder, with
 /// relative paths.
@@ -403,6 +403,7 @@ fn with_another(
         tensor.get(2).copy_(&tensor.get(if copies_column { 0 } else { 2 }));
     }
     write_tensors(&dir.join("model.safetensors"), tensors.iter().map(|(n, t)| (n.as_str(), t)))?;
+    forget_sums(&dir)?;
     Ok(dir.to_str().context("UTF-8")?.to_owned())
 }
 

@@ -11,7 +11,7 @@ use super::canonical_name;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::names::PartNames;
 use crate::model::decoder::spec::DecoderSpec;
-use crate::tensor_file::{for_each_tensor, open, share};
+use crate::tensor_file::{check_finite, for_each_tensor, open, share};
 
 /// What to do if the tensors are not those of the spec.
 const CONFIG_HINT: &str = "hint: the shapes follow from `config.json`, in which an absent key has \
@@ -30,7 +30,8 @@ const CONFIG_HINT: &str = "hint: the shapes follow from `config.json`, in which 
 ///
 /// # Errors
 /// If a tensor is missing, extra, doubled or misshapen, has a dtype other than f32, f16, bf16 and
-/// f64, or is a tied head that differs from the token embedding; the message names it.
+/// f64, holds a NaN or an infinity, or is a tied head that differs from the token embedding; the
+/// message names it.
 pub fn read(
     spec: &DecoderSpec,
     files: &[PathBuf],
@@ -61,6 +62,7 @@ pub fn read(
             if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
                 bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
             }
+            check_finite(&name, &tensor)?;
             let tensor = tensor.to_kind(kind.unwrap_or(tensor.kind()));
             if tensors.insert(name.clone(), tensor).is_some() {
                 bail!("tensor `{name}` is there twice");
