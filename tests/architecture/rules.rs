@@ -124,7 +124,7 @@ pub fn unsafe_words(file: &str, tokens: &[Token]) -> Vec<String> {
     found
 }
 
-/// The places where a module prints by a macro, which panics when standard output cannot be written.
+/// The places where a module prints by a macro, which panics if standard output cannot be written.
 pub fn prints(module: &Module, instead: &str) -> Vec<String> {
     let prints = print_macros(module);
     prints.map(|(line, name)| format!("{}:{line}: {name}!; {instead}", module.file)).collect()
