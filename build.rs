@@ -1,7 +1,7 @@
 //! Compiles the C++ shim (`csrc/*.cpp`) against the libtorch that torch-sys was built with, and
 //! sets the run-time search path, so that the binary finds libtorch without `LD_LIBRARY_PATH`. What
-//! needs CUDA (`csrc/cuda.cpp`) becomes a shared object that the binary holds and loads where there
-//! is CUDA; of CUDA it needs headers alone.
+//! needs CUDA (`csrc/cuda.cpp` and `csrc/nccl.cpp`) becomes a shared object that the binary holds
+//! and loads where there is CUDA; of CUDA it needs headers alone.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ fn main() {
     let lib = env::var("DEP_TCH_LIBTORCH_LIB")
         .expect("torch-sys did not say where libtorch is; run `scripts/setup` first");
     let root = PathBuf::from(&lib).parent().expect("libtorch's lib folder has a parent").to_owned();
+    let sources = ["shim", "block", "step", "head_loss", "memory", "dist"];
     compiler(&root)
-        .files(
-            ["shim", "block", "step", "head_loss", "memory"].map(|name| format!("csrc/{name}.cpp")),
-        )
+        .include("csrc/gloo_headers")
+        .files(sources.map(|name| format!("csrc/{name}.cpp")))
         .compile("dylora_shim");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
@@ -60,6 +60,6 @@ fn compile_cuda(libtorch: &Path, library: &Path) {
         "-Wl,-z,lazy",
         "-s",
     ]);
-    let done = command.arg("-o").arg(library).arg("csrc/cuda.cpp").status();
-    assert!(done.is_ok_and(|status| status.success()), "`csrc/cuda.cpp` does not compile");
+    let done = command.arg("-o").arg(library).args(["csrc/cuda.cpp", "csrc/nccl.cpp"]).status();
+    assert!(done.is_ok_and(|status| status.success()), "the code for CUDA does not compile");
 }

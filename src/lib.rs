@@ -4,8 +4,8 @@
 //! The modules form layers, here lowest first. A module uses only modules that stand before it:
 //!
 //! ```text
-//! config, durable, ffi, tensor_file | hub | chat_template | data | model | peft | base | mixture
-//! | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study
+//! config, durable, ffi, dist, tensor_file | hub | chat_template | data | model | peft | base
+//! | mixture | eval | growth, generate | checkpoint | export | train | lifecycle | bench | study
 //! | report, serve | cli, main
 //! ```
 //!
@@ -51,6 +51,7 @@
 //! | labels | the targets, already shifted; -100 means no loss | `[b, t]` |
 //! | micro_batch_size, grad_accum_steps | sequences in a forward pass; forward passes in a step | |
 //! | step | one optimizer update | |
+//! | world, dist_rank | processes that compute together; a process's number among them ([`dist`]) | |
 //! | tokens_seen | number of target tokens trained on | |
 //! | skill | the mean of the base's last hidden states on a domain ([`growth::skills`]) | `[d]` |
 //! | stage | a run in a mixture's life; at its end each domain is scored ([`growth::stages`]) | |
@@ -65,6 +66,7 @@
 
 // in the order of the layers
 pub mod config;
+pub mod dist;
 pub mod durable;
 pub mod ffi;
 pub mod gguf;

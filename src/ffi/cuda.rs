@@ -57,7 +57,24 @@ fn write_all(file: &OwnedFd, mut bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn open() -> Result<Library> {
+static HANDLE: OnceLock<std::result::Result<Handle, String>> = OnceLock::new();
+
+/// A loaded shared object, which is never closed.
+#[derive(Debug, Clone, Copy)]
+struct Handle(*mut c_void);
+
+// SAFETY: `dlsym` may be called from any thread
+unsafe impl Send for Handle {}
+// SAFETY: as above
+unsafe impl Sync for Handle {}
+
+/// The loaded shared object.
+pub(super) fn handle() -> Result<*mut c_void> {
+    let handle = HANDLE.get_or_init(|| load().map(Handle).map_err(|error| format!("{error:#}")));
+    handle.as_ref().map(|handle| handle.0).map_err(|error| anyhow!("{error}"))
+}
+
+fn load() -> Result<*mut c_void> {
     if IMAGE.is_empty() {
         bail!("this binary was built without CUDA's headers");
     }
@@ -71,7 +88,11 @@ fn open() -> Result<Library> {
     };
     write_all(&file, IMAGE)?;
     let path = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    let handle = try_open(&path, libc::RTLD_LAZY | libc::RTLD_LOCAL)?;
+    try_open(&path, libc::RTLD_LAZY | libc::RTLD_LOCAL)
+}
+
+fn open() -> Result<Library> {
+    let handle = handle()?;
     // SAFETY: the shared object belongs to this build, so its functions have these types
     unsafe {
         Ok(Library {
@@ -99,7 +120,7 @@ fn open() -> Result<Library> {
 ///
 /// # Safety
 /// `F` must be the type of the function.
-unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
+pub(super) unsafe fn symbol<F: Copy>(handle: *mut c_void, name: &CStr) -> Result<F> {
     assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
     // SAFETY: a live handle and a C string
     let pointer = unsafe { libc::dlsym(handle, name.as_ptr()) };

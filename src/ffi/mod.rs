@@ -3,8 +3,10 @@
 //! `unsafe` code of the crate.
 
 pub mod cuda;
+pub mod dist;
 pub mod fused;
 mod memory;
+pub mod nccl;
 pub mod signals;
 pub mod step;
 

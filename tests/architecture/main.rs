@@ -18,10 +18,11 @@ use anyhow::{Context, Result};
 use crate::tree::{Module, Tree};
 
 /// The modules of `src`, lowest first. A module uses only modules that stand before it.
-const LAYERS: [&str; 25] = [
+const LAYERS: [&str; 26] = [
     "config",
     "durable",
     "ffi",
+    "dist",
     "tensor_file",
     "gguf",
     "hub",

@@ -1,0 +1,2 @@
+// See gloo_headers/README.md.
+#pragma once

@@ -1,0 +1,35 @@
+//! How long processes wait for each other.
+
+use std::time::Duration;
+
+/// How long processes wait for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// For all processes to meet at the start.
+    pub meeting: Duration,
+    /// For a process to come to an operation that the others have begun.
+    pub operation: Duration,
+    /// For a sign of life, which a process gives every second as long as it runs at all.
+    pub silence: Duration,
+}
+
+impl Limits {
+    /// Time between two signs of life.
+    pub(super) const BEAT: Duration = Duration::from_secs(1);
+    /// Silence after which a process counts as lost if its connection has broken too.
+    pub(super) const BROKEN_SILENCE: Duration = Duration::from_secs(4);
+    /// For a process whose world has failed to end by itself.
+    pub(super) const ENDING: Duration = Duration::from_secs(5);
+    /// Waiting of which the log speaks.
+    pub(super) const NOTABLE: Duration = Duration::from_secs(30);
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            meeting: Duration::from_secs(300),
+            operation: Duration::from_secs(600),
+            silence: Duration::from_secs(15),
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! Several processes that compute together, on the CPU by Gloo.
+
+mod operations;
+mod processes;
+
+use anyhow::{Result, bail};
+
+/// What a process does that a test has started: see [`processes`].
+#[test]
+fn worker() -> Result<()> {
+    let Some((job, dir)) = processes::own_job() else { return Ok(()) };
+    match job.split_once(' ').unwrap_or((&job, "")) {
+        ("operations", _) => operations::work(),
+        (job, _) => bail!("there is no job `{job}` in `{}`", dir.display()),
+    }
+}
