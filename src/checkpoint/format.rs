@@ -61,6 +61,10 @@ pub struct TrainState {
     pub tokens_seen: u64,
     /// The position in the data.
     pub position: Position,
+    /// Number of blocks in a step, if the run began in a world of several processes; otherwise
+    /// `micro_batch_size * grad_accum_steps`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blocks_per_step: Option<usize>,
     /// The evaluation with the lowest loss so far.
     pub best: Option<Best>,
     /// Number of latest evaluations in a row that were no improvement, for early stopping.
@@ -332,6 +336,11 @@ pub fn write(run_dir: &Path, checkpoint: &Checkpoint, keep_last: usize) -> Resul
     write().with_context(|| format!("cannot write checkpoint `{name}`"))?;
     prune(run_dir, &checkpoint.state, keep_last)?;
     Ok(target)
+}
+
+/// The folder of a run's checkpoint after a step.
+pub fn step_folder(run_dir: &Path, step: u64) -> PathBuf {
+    folder(run_dir).join(step_name(step))
 }
 
 fn step_name(step: u64) -> String {

@@ -129,6 +129,21 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// A batch of one row that is padding.
+    pub fn padding(seq_len: usize) -> Self {
+        Self {
+            num_rows: 1,
+            seq_len,
+            input_ids: vec![0; seq_len],
+            labels: vec![IGNORED_LABEL; seq_len],
+            position_ids: vec![0; seq_len],
+            document_ids: vec![PADDING_DOCUMENT; seq_len],
+            expert_ids: vec![BASE_EXPERT.into(); seq_len],
+            prompt: vec![false; seq_len],
+            domains: vec![0],
+        }
+    }
+
     /// Number of positions with loss.
     pub fn label_tokens(&self) -> u64 {
         self.labels.iter().filter(|label| **label != IGNORED_LABEL).count() as u64
@@ -257,6 +272,14 @@ impl TokenDataset {
     /// If there is no such block.
     pub fn label_tokens(&self, id: BlockId) -> u64 {
         self.pieces(id).iter().map(|piece| u64::from(piece.num_labels)).sum()
+    }
+
+    /// The numbers of positions of the pieces of documents in a block.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn lengths(&self, id: BlockId) -> impl Iterator<Item = u64> {
+        self.pieces(id).iter().map(|piece| u64::from(piece.len))
     }
 
     /// A batch with the given blocks as rows.

@@ -29,6 +29,7 @@ use tch::{Device, Tensor};
 
 use crate::ffi::dist::{Address, Gloo, Pending, Store};
 use crate::ffi::nccl::{self, Nccl, UniqueId};
+pub use exchange::Fact;
 use keys::Keys;
 pub use limits::Limits;
 pub use place::Place;

@@ -12,6 +12,7 @@ pub mod routing;
 mod supervision;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
@@ -19,6 +20,8 @@ use tch::{Kind, Tensor};
 
 use crate::config::{Config, EvalRule, RouterConfig, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
+use crate::dist::World;
+use crate::dist::shard::shares;
 use crate::model::batch::DomainTargets;
 use crate::model::loss::LossSettings;
 use crate::model::routing::router::Routing;
@@ -106,6 +109,8 @@ pub struct EvalSettings {
     pub dead_share: f64,
     /// The experts of the dataset's domains; `None` if they have none.
     pub domains: Option<DomainTargets>,
+    /// The processes that share the evaluation. Each of them gets the whole report.
+    pub world: Arc<World>,
 }
 
 impl EvalSettings {
@@ -118,6 +123,7 @@ impl EvalSettings {
             rule: model.router_spec().eval,
             dead_share: config.router.dead_share,
             domains: domain_targets(config, model, dataset),
+            ..Self::default()
         }
     }
 }
@@ -125,7 +131,14 @@ impl EvalSettings {
 impl Default for EvalSettings {
     fn default() -> Self {
         let dead_share = RouterConfig::default().dead_share;
-        Self { batch_size: 8, loss_chunk_tokens: 1024, rule: None, dead_share, domains: None }
+        Self {
+            batch_size: 8,
+            loss_chunk_tokens: 1024,
+            rule: None,
+            dead_share,
+            domains: None,
+            world: Arc::new(World::single()),
+        }
     }
 }
 
@@ -143,10 +156,14 @@ pub fn domain_targets(
 
 /// Evaluates `model` on every block of `dataset`, with routing weights from `source`.
 ///
+/// The processes of a world share the forward passes, which are those of a process that is alone.
+/// Their losses are added in the same order, so that the losses of the report are the same to the
+/// bit; the statistics of the routing are sums of sums.
+///
 /// - `progress`: receives the number of blocks done and the number of all blocks
 ///
 /// # Errors
-/// Fails if the data has no label token.
+/// Fails if the data has no label token, or if another process fails.
 pub fn evaluate(
     model: &RoutedModel,
     dataset: &TokenDataset,
@@ -162,28 +179,37 @@ pub fn evaluate(
     let mut sums = Sums::default();
     let mut totals: Vec<RoutingTotals> = vec![];
     let mut supervision = SupervisionTotals::default();
-    let (mut done, num_blocks) = (0, dataset.num_blocks() as u64);
+    let world = &settings.world;
     let order = dataset.eval_order();
-    for index in 0..dataset.domains.len() {
-        let of_domain = |block: &&BlockId| block.domain as usize == index;
-        let blocks: Vec<BlockId> = order.iter().filter(of_domain).copied().collect();
-        let (mut loss_sum, mut label_tokens) = (0.0, 0);
-        for chunk in blocks.chunks(settings.batch_size) {
-            let batch = dataset.batch(chunk);
-            let (by_record, experts) = (source.reads_records(), settings.domains.as_ref());
-            let inputs = Inputs::of_domains(&batch, by_record, experts, model.device());
-            let (loss, routing) = score(model, &inputs, source, &settings);
-            loss_sum += loss;
-            label_tokens += batch.label_tokens();
-            add_totals(&mut totals, &routing, inputs.label_rows(num_groups));
-            supervision.add(index, &routing, model.temperature(), &inputs);
-            done += chunk.len() as u64;
-            progress(done, num_blocks);
-        }
-        sums.losses.push((loss_sum, label_tokens));
+    let of_domains = order.chunk_by(|a, b| a.domain == b.domain);
+    let passes: Vec<&[BlockId]> =
+        of_domains.flat_map(|blocks| blocks.chunks(settings.batch_size)).collect();
+    let labels = |pass: &&[BlockId]| pass.iter().map(|&block| dataset.label_tokens(block)).sum();
+    let labels: Vec<u64> = passes.iter().map(labels).collect();
+    let costs: Vec<f64> = labels.iter().map(|&labels| labels as f64).collect();
+    let own = &shares(&costs, world.size())[world.dist_rank()];
+    let mut losses = vec![0.0; passes.len()];
+    for (done, &pass) in own.iter().enumerate() {
+        let domain = passes[pass][0].domain as usize;
+        let batch = dataset.batch(passes[pass]);
+        let (by_record, experts) = (source.reads_records(), settings.domains.as_ref());
+        let inputs = Inputs::of_domains(&batch, by_record, experts, model.device());
+        let (loss, routing) = score(model, &inputs, source, &settings);
+        losses[pass] = loss;
+        add_totals(&mut totals, &routing, inputs.label_rows(num_groups));
+        supervision.add(domain, &routing, model.temperature(), &inputs);
+        let num_blocks = order.len() as u64;
+        progress(num_blocks * (done as u64 + 1) / own.len() as u64, num_blocks);
     }
-    sums.routing = routing::fetch(SiteExperts::of(model), &totals)?;
-    sums.supervision = supervision.fetch()?;
+    world.sum(&mut losses)?;
+    sums.losses = vec![(0.0, 0); dataset.domains.len()];
+    for ((pass, loss), labels) in passes.iter().zip(losses).zip(labels) {
+        let (loss_sum, label_tokens) = &mut sums.losses[pass[0].domain as usize];
+        *loss_sum += loss;
+        *label_tokens += labels;
+    }
+    sums.routing = routing::fetch(SiteExperts::of(model), &totals, num_groups as usize, world)?;
+    sums.supervision = supervision.fetch(dataset.domains.len(), world)?;
     Ok(sums.report(dataset, settings.dead_share))
 }
 

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::config::RouterConfig;
+use crate::dist::World;
 use crate::model::routing::totals::RoutingTotals;
 use crate::model::{RoutedModel, Site};
 
@@ -41,14 +42,22 @@ pub struct SiteTotals {
     pub squared_lse: f64,
 }
 
-/// Fetches the totals of all sites in one transfer.
-pub fn fetch(sites: Vec<SiteExperts>, totals: &[RoutingTotals]) -> Result<Vec<SiteTotals>> {
-    if totals.is_empty() {
+/// Fetches the totals of all sites in one transfer, and adds up those of all processes of `world`.
+pub fn fetch(
+    sites: Vec<SiteExperts>,
+    totals: &[RoutingTotals],
+    num_groups: usize,
+    world: &World,
+) -> Result<Vec<SiteTotals>> {
+    let flat: Vec<Tensor> = totals.iter().map(RoutingTotals::flat).collect();
+    let mut numbers = match flat.is_empty() {
+        true => vec![],
+        false => Vec::<f64>::try_from(Tensor::cat(&flat, 0))?,
+    };
+    world.sum(&mut numbers)?;
+    if numbers.is_empty() {
         return Ok(vec![]);
     }
-    let flat: Vec<Tensor> = totals.iter().map(RoutingTotals::flat).collect();
-    let num_groups = totals[0].tokens.size()[0] as usize;
-    let numbers = Vec::<f64>::try_from(Tensor::cat(&flat, 0))?;
     Ok(of_numbers(sites, num_groups, &mut numbers.into_iter()))
 }
 

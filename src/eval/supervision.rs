@@ -11,6 +11,7 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::routing::SiteSupervision;
+use crate::dist::World;
 use crate::model::Inputs;
 use crate::model::routing::router::Routing;
 use crate::model::routing::supervision::SupervisionSums;
@@ -46,11 +47,18 @@ impl SupervisionTotals {
         self.domains.insert(domain, sum);
     }
 
-    /// The sums on the host.
-    pub fn fetch(self) -> Result<Supervision> {
-        let domains = self.domains.into_iter();
-        let domains = domains.map(|(domain, sums)| Ok((domain, Vec::try_from(sums)?)));
-        Ok(Supervision { domains: domains.collect::<Result<_>>()? })
+    /// The sums on the host, over all processes of `world`.
+    pub fn fetch(self, num_domains: usize, world: &World) -> Result<Supervision> {
+        let len = self.domains.values().next().map_or(0, Tensor::numel);
+        let mut numbers = vec![0.0; num_domains * len];
+        for (domain, sums) in self.domains {
+            let sums = Vec::<f64>::try_from(sums)?;
+            numbers[domain * len..(domain + 1) * len].copy_from_slice(&sums);
+        }
+        world.sum(&mut numbers)?;
+        let rows = numbers.chunks((numbers.len() / num_domains).max(1)).map(<[f64]>::to_vec);
+        let known = rows.enumerate().filter(|(_, sums)| sums[0] > 0.0);
+        Ok(Supervision { domains: known.collect() })
     }
 }
 

@@ -7,16 +7,18 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Result;
 
 use super::metrics::StepMetrics;
+use super::prepared::StepCounts;
 use super::step::{Prepared, StepResult};
 use super::{Trainer, schedule};
 use crate::checkpoint::Position;
 use crate::checkpoint::routing_state::StepRule;
-use crate::data::BlockId;
+use crate::data::{Batch, BlockId};
 use crate::eval::RoutingReport;
 use crate::eval::routing::{RouterLosses, SiteSupervision};
 use crate::ffi;
@@ -41,10 +43,12 @@ struct Launched {
 
 impl Trainer {
     /// Runs the next step, and prepares the data of the one after it while the device works.
-    pub(super) fn step(&mut self) -> Result<StepMetrics> {
+    ///
+    /// - `interrupt`: whether this process was asked to stop
+    pub(super) fn step(&mut self, interrupt: &AtomicBool) -> Result<StepMetrics> {
         let started = Instant::now();
         let step = self.state.step + 1;
-        let ready = match self.ready.take() {
+        let mut ready = match self.ready.take() {
             Some(ready) => ready,
             None => self.prepare(step),
         };
@@ -60,6 +64,7 @@ impl Trainer {
         let update = self.stepper.optimizer.scalars(&lr_factor);
         let learning_rates = self.stepper.optimizer.learning_rates(&update);
         let (model, trained) = (&self.model, &self.trained);
+        ready.data.stops = interrupt.load(Ordering::Relaxed);
         let pending = self.stepper.launch(model, trained, &self.config, &ready.data, &update)?;
         let idle = pending.busy_from.duration_since(self.idle_since.unwrap_or(started));
         let host_secs = idle.as_secs_f64();
@@ -68,6 +73,7 @@ impl Trainer {
             self.ready = Some(self.prepare(step + 1));
         }
         let result = self.stepper.wait(pending)?;
+        self.stops = result.stops;
         self.idle_since = Some(Instant::now());
         let state = &mut self.state;
         let expert_losses = result.expert_losses.as_deref();
@@ -84,17 +90,23 @@ impl Trainer {
         self.step_metrics(&ready, result, launched)
     }
 
-    /// Takes the next blocks of the stream as the data of step `step`.
+    /// Takes the next blocks of the stream as the data of step `step`, of which this process lays
+    /// out its share. A process without a block takes part with a row of padding.
     fn prepare(&mut self, step: u64) -> PreparedStep {
-        let train = &self.config.train;
+        let per_step = self.blocks_per_step();
         let dataset = &self.data.train;
-        let per_step = train.micro_batch_size * train.grad_accum_steps;
         let blocks = self.stream.take(dataset, per_step);
-        let batches = blocks.chunks(train.micro_batch_size).map(|chunk| dataset.batch(chunk));
-        let batches: Vec<_> = batches.collect();
+        let own = self.own_share(&blocks);
+        let chunks = own.chunks(self.config.train.micro_batch_size);
+        let mut batches: Vec<_> = chunks.map(|chunk| dataset.batch(chunk)).collect();
+        if batches.is_empty() {
+            batches.push(Batch::padding(dataset.seq_len));
+        }
         let seeding = self.seeding_phase(step);
         let num_domains = dataset.domains.len();
+        let counts = StepCounts::new(&self.config, dataset, &blocks);
         let data = self.stepper.prepare(&self.model, &self.config, &batches, seeding, num_domains);
+        let data = data.part_of(counts);
         PreparedStep { blocks, data, position: self.stream.position(), epoch: self.stream.epoch() }
     }
 

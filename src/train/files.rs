@@ -19,11 +19,17 @@ pub const TENSORBOARD_DIR: &str = "tensorboard";
 #[derive(Debug)]
 pub struct MetricsWriter {
     run_dir: PathBuf,
-    file: fs_err::File,
+    /// `None` in a process that writes nothing.
+    file: Option<fs_err::File>,
     events: Option<EventWriter>,
 }
 
 impl MetricsWriter {
+    /// A writer that writes nothing, for the processes of a world after the first.
+    pub fn absent() -> Self {
+        Self { run_dir: PathBuf::new(), file: None, events: None }
+    }
+
     /// Opens `metrics.jsonl` in `run_dir` to continue after `resume_step`, and with `tensorboard` a
     /// new event file in the folder `tensorboard`. The folders are created if necessary.
     ///
@@ -47,7 +53,7 @@ impl MetricsWriter {
             .then(|| EventWriter::create(&run_dir.join(TENSORBOARD_DIR), first_step))
             .transpose()?;
         durable::sync_folder(run_dir)?;
-        Ok(Self { run_dir: run_dir.to_owned(), file, events })
+        Ok(Self { run_dir: run_dir.to_owned(), file: Some(file), events })
     }
 
     /// Writes one line, and its scalars for TensorBoard. Nothing is buffered.
@@ -58,9 +64,10 @@ impl MetricsWriter {
     /// # Errors
     /// If the file cannot be written, or if it is not at its path any more.
     pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
+        let Some(file) = &mut self.file else { return Ok(()) };
         let mut line = serde_json::to_vec(metrics).context("cannot put the metrics into JSON")?;
         line.push(b'\n');
-        self.file.write_all(&line).context("cannot write the metrics")?;
+        file.write_all(&line).context("cannot write the metrics")?;
         self.check_path()?;
         match &mut self.events {
             Some(events) => events.write_scalars(metrics.step(), metrics.scalars()),
@@ -71,7 +78,8 @@ impl MetricsWriter {
     /// Waits until the metrics are on disk. The run is then about to write a checkpoint of `step`,
     /// and what was kept of an earlier history up to this step is forgotten.
     pub fn settle(&mut self, step: u64) -> Result<()> {
-        self.file.sync_all().context("cannot write the metrics")?;
+        let Some(file) = &self.file else { return Ok(()) };
+        file.sync_all().context("cannot write the metrics")?;
         match self.run_dir.join(LATER_FILE).exists() {
             true => history::forget_until(&self.run_dir, step),
             false => Ok(()),
@@ -80,8 +88,9 @@ impl MetricsWriter {
 
     /// Checks that the file that is written is still the one at its path.
     fn check_path(&self) -> Result<()> {
+        let Some(file) = &self.file else { return Ok(()) };
         let path = self.run_dir.join(METRICS_FILE);
-        let own = self.file.metadata()?;
+        let own = file.metadata()?;
         let is_own =
             |found: std::fs::Metadata| (found.dev(), found.ino()) == (own.dev(), own.ino());
         if !fs_err::metadata(&path).is_ok_and(is_own) {

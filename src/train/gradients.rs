@@ -6,6 +6,10 @@
 //! routers' totals over all of them are computed before the first micro-batch is differentiated,
 //! with the random numbers that the later passes draw again. Otherwise each forward pass gives the
 //! totals itself.
+//!
+//! In a world of several processes, each computes its part: the gradients and sums of its own
+//! micro-batches, which are then added up ([`super::exchange`]). The counts by which losses are
+//! divided are those of the whole step, and so are the routers' totals that losses depend on.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -43,6 +47,10 @@ pub struct StepGradients {
     /// The orthogonality loss without its factor, 0-dim; `None` without `lora.orthogonality` or if
     /// no module has two experts.
     pub orthogonality: Option<Tensor>,
+    /// Whether `routing` covers the whole step, and not only this process's part of it.
+    pub has_whole_routing: bool,
+    /// Number of processes that were asked to stop, 0-dim, f64.
+    pub stops: Tensor,
 }
 
 /// The gradients of a step's loss: the mean loss over the label tokens of all micro-batches, and
@@ -68,16 +76,36 @@ pub fn gradients_of(
     config: &Config,
     step: &StepTensors,
 ) -> Result<StepGradients> {
+    let ahead = match takes_totals_ahead(config, step.seeding, step.micro_batches.len()) {
+        true => Some(totals_ahead(model, config, step)?),
+        false => None,
+    };
+    part_of_gradients(model, trained, config, step, Part { ahead, is_first: true })
+}
+
+/// What a process must know in order to compute its part of a step.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// The routers' totals over the whole step, if the losses depend on them.
+    pub ahead: Option<Vec<RoutingTotals>>,
+    /// Whether this is the first process, with which the losses that depend on no token count.
+    pub is_first: bool,
+}
+
+/// The part of a step's gradients and sums that belongs to this process's micro-batches.
+pub(super) fn part_of_gradients(
+    model: &RoutedModel,
+    trained: &Trained,
+    config: &Config,
+    step: &StepTensors,
+    part: Part,
+) -> Result<StepGradients> {
     let StepTensors { micro_batches, per_token, seeding, num_domains, .. } = step;
     let num_groups = *num_domains as i64;
     let source = source(config, *seeding);
-    // while a new expert is seeded, the router decides for only some of the tokens
-    let counts = config.train.routing == RoutingChoice::Router && seeding.is_none();
-    let ahead = counts && takes_totals_ahead(config, micro_batches.len());
-    let mut routing = match ahead {
-        true => totals_ahead(model, config, micro_batches, &source, num_groups)?,
-        false => vec![],
-    };
+    let counts = counts_routers(config, *seeding);
+    let has_whole_routing = part.ahead.is_some();
+    let mut routing = part.ahead.unwrap_or_default();
     let mut grads = GradientSum::default();
     let mut domain_sums = Tensor::zeros([num_groups], (Kind::Double, model.device()));
     let finds_plateaus = matches!(config.router.hybrid, Some(Maturity::Plateau(_)));
@@ -85,6 +113,9 @@ pub fn gradients_of(
     let mut supervision: Option<Tensor> = None;
     let orthogonality = config.lora.orthogonality.and_then(|of| {
         let loss = model.orthogonality(of)?;
+        if !part.is_first {
+            return Some(loss.zeros_like().detach());
+        }
         // if all experts are frozen, the loss exists but has no gradient
         if loss.requires_grad() {
             grads.add(&(&loss * of.coef()), trained);
@@ -94,7 +125,7 @@ pub fn gradients_of(
     for inputs in micro_batches {
         let (output, of_batch) = forward(model, config, &source, inputs, per_token);
         let labelled = inputs.label_rows(num_groups);
-        if !ahead {
+        if !has_whole_routing {
             add_totals(&mut routing, &of_batch, labelled);
         }
         let mut loss = output.loss;
@@ -125,20 +156,39 @@ pub fn gradients_of(
             });
         }
     }
-    let grads = grads.of_parameters(trained);
-    Ok(StepGradients { grads, domain_sums, routing, expert_losses, supervision, orthogonality })
+    Ok(StepGradients {
+        grads: grads.of_parameters(trained),
+        domain_sums,
+        routing,
+        has_whole_routing,
+        expert_losses,
+        supervision,
+        orthogonality,
+        stops: step.stops.shallow_clone(),
+    })
+}
+
+/// Whether the routers' losses count. While a new expert is seeded, the router decides for only
+/// some of the tokens.
+fn counts_routers(config: &Config, seeding: Option<SeedingPhase>) -> bool {
+    config.train.routing == RoutingChoice::Router && seeding.is_none()
 }
 
 /// Whether the routers' totals are computed before any micro-batch is differentiated.
-fn takes_totals_ahead(config: &Config, num_micro_batches: usize) -> bool {
-    needs_totals(&config.router) && num_micro_batches > 1
+///
+/// - `num_micro_batches`: those of the whole step
+pub(super) fn takes_totals_ahead(
+    config: &Config,
+    seeding: Option<SeedingPhase>,
+    num_micro_batches: usize,
+) -> bool {
+    counts_routers(config, seeding) && needs_totals(&config.router) && num_micro_batches > 1
 }
 
 /// Whether a step sets the generators back in order to draw the same random numbers twice.
-pub(super) fn rewinds_generators(config: &Config) -> bool {
+pub(super) fn rewinds_generators(config: &Config, num_micro_batches: usize) -> bool {
     let drops = config.lora.dropout > 0.0;
-    let is_routed = config.train.routing == RoutingChoice::Router;
-    let ahead = is_routed && takes_totals_ahead(config, config.train.grad_accum_steps);
+    let ahead = takes_totals_ahead(config, None, num_micro_batches);
     ahead && totals_draw(config) || config.train.gradient_checkpointing && drops
 }
 
@@ -234,15 +284,16 @@ fn forward(
     model.loss(inputs, source, mode(config), settings)
 }
 
-/// The routers' totals over all micro-batches of a step, before any of them is differentiated. The
-/// generators are set back afterwards, so that the same noise and dropout masks are drawn again.
-fn totals_ahead(
+/// The routers' totals over this process's micro-batches of a step, before any of them is
+/// differentiated. The generators are set back afterwards, so that the same noise and dropout masks
+/// are drawn again.
+pub(super) fn totals_ahead(
     model: &RoutedModel,
     config: &Config,
-    micro_batches: &[Inputs],
-    source: &RoutingSource,
-    num_groups: i64,
+    step: &StepTensors,
 ) -> Result<Vec<RoutingTotals>> {
+    let StepTensors { micro_batches, seeding, num_domains, .. } = step;
+    let (source, num_groups) = (&source(config, *seeding), *num_domains as i64);
     let device = model.device();
     let generator = totals_draw(config).then(|| ffi::rng_state(device)).transpose()?;
     let mut totals = vec![];

@@ -16,6 +16,9 @@
 //! A replay draws new random numbers from the device's generator, as many as the step without a
 //! graph. The generator's state is correct whenever no step is in the queue, so a checkpoint can
 //! save it.
+//!
+//! In a world of several processes, a step has several parts, each with a graph of its own. What the
+//! processes add up between two parts is not captured, since their steps have different shapes.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -67,8 +70,36 @@ pub(super) struct Key {
     pub seeding: Option<SeedingPhase>,
 }
 
-/// Runs a step whose numbers are in the tensors of the micro-batches and in the tensor of scalars.
-type Run<'a> = dyn Fn(&[Tensor], &Tensor) -> Result<StepOutput> + 'a;
+/// Runs a part of a step whose numbers are in the tensors of the micro-batches and in the tensor of
+/// scalars. The last part gives the step's results.
+pub(super) type Run<'a> = dyn Fn(&[Tensor], &Tensor) -> Result<Option<StepOutput>> + 'a;
+
+/// The parts of a step.
+pub(super) struct Parts<'a> {
+    /// The parts in order.
+    pub runs: Vec<Box<Run<'a>>>,
+    /// What happens after a part, by its index; it is never captured.
+    pub after: Box<dyn Fn(usize) -> Result<()> + 'a>,
+}
+
+impl Parts<'_> {
+    /// Runs all parts without a graph.
+    pub fn run(&self, flats: &[Tensor], scalars: &Tensor) -> Result<StepOutput> {
+        self.each(|_, run| run(flats, scalars))
+    }
+
+    fn each(
+        &self,
+        mut part: impl FnMut(usize, &Run<'_>) -> Result<Option<StepOutput>>,
+    ) -> Result<StepOutput> {
+        let mut output = None;
+        for (index, run) in self.runs.iter().enumerate() {
+            output = part(index, &**run)?;
+            (self.after)(index)?;
+        }
+        Ok(output.expect("the last part gives the results"))
+    }
+}
 
 /// The graphs of a run.
 #[derive(Debug)]
@@ -94,15 +125,16 @@ struct Shape {
     flats: Vec<Tensor>,
     scalars: Tensor,
     num_steps: u32,
-    recorded: Option<Recorded>,
+    /// The parts that are captured.
+    recorded: Vec<Recorded>,
 }
 
-/// A captured step.
+/// A captured part of a step.
 #[derive(Debug)]
 enum Recorded {
     /// The index of the graph, and the results that a replay leaves in its memory.
-    Graph(usize, StepOutput),
-    /// The step runs anew each time.
+    Graph(usize, Option<StepOutput>),
+    /// The part runs anew each time.
     Rerun,
 }
 
@@ -122,11 +154,18 @@ impl Graphs {
 
     /// Whether steps can be captured under `model`'s present routing rule. If not, the reason is
     /// logged once.
-    pub fn can_capture(&mut self, model: &RoutedModel, config: &Config) -> bool {
+    ///
+    /// - `num_micro_batches`: those of a step
+    pub fn can_capture(
+        &mut self,
+        model: &RoutedModel,
+        config: &Config,
+        num_micro_batches: usize,
+    ) -> bool {
         if self.capture == Capture::Off {
             return false;
         }
-        let reason = why_not(model, config);
+        let reason = why_not(model, config, num_micro_batches);
         if let Some(reason) = reason {
             self.log_once(reason);
         }
@@ -146,14 +185,14 @@ impl Graphs {
         key: Key,
         flats: Vec<Tensor>,
         scalars: Tensor,
-        run: &Run<'_>,
+        parts: &Parts<'_>,
     ) -> Result<StepOutput> {
         let is_full = self.shapes.len() >= MAX_GRAPHS && !self.shapes.contains_key(&key);
         if is_full {
             self.log_once("there are graphs of too many shapes already");
         }
         if self.capture == Capture::Off || is_full {
-            return run(&flats, &scalars);
+            return parts.run(&flats, &scalars);
         }
         let mut shape = match self.shapes.remove(&key) {
             Some(mut shape) => {
@@ -162,7 +201,13 @@ impl Graphs {
             }
             None => Shape::new(&flats, &scalars),
         };
-        let output = self.run_shape(&mut shape, run);
+        shape.num_steps = shape.num_steps.saturating_add(1);
+        // once there is a graph, a step that runs without one needs as much memory again
+        let warms_up = shape.num_steps <= WARM_UP_STEPS && self.num_recorded == 0;
+        let output = parts.each(|part, run| match warms_up {
+            true => self.warm_up(&shape, run),
+            false => self.run_part(&mut shape, part, run),
+        });
         if self.capture == Capture::Off {
             self.shapes.clear();
         } else {
@@ -171,15 +216,19 @@ impl Graphs {
         output
     }
 
-    fn run_shape(&mut self, shape: &mut Shape, run: &Run<'_>) -> Result<StepOutput> {
-        shape.num_steps = shape.num_steps.saturating_add(1);
-        // once there is a graph, a step that runs without one needs as much memory again
-        if shape.num_steps <= WARM_UP_STEPS && self.num_recorded == 0 {
-            return self.warm_up(shape, run);
+    fn run_part(
+        &mut self,
+        shape: &mut Shape,
+        part: usize,
+        run: &Run<'_>,
+    ) -> Result<Option<StepOutput>> {
+        if self.capture == Capture::Off {
+            // an earlier part could not be captured
+            return run(&shape.flats, &shape.scalars);
         }
-        if shape.recorded.is_none() {
+        if shape.recorded.len() == part {
             match self.record(shape, run) {
-                Ok(recorded) => shape.recorded = Some(recorded),
+                Ok(recorded) => shape.recorded.push(recorded),
                 Err(error) => {
                     tracing::warn!(
                         "the step cannot be captured; steps run without a CUDA graph: {error:#}"
@@ -192,11 +241,11 @@ impl Graphs {
                 }
             }
         }
-        match shape.recorded.as_ref().expect("it was just recorded") {
+        match &shape.recorded[part] {
             Recorded::Graph(graph, output) => {
                 self.graphs[*graph].replay()?;
                 self.num_replays += 1;
-                Ok(output.shallow_clone())
+                Ok(output.as_ref().map(StepOutput::shallow_clone))
             }
             Recorded::Rerun => run(&shape.flats, &shape.scalars),
         }
@@ -207,7 +256,7 @@ impl Graphs {
         Graph::new(device)
     }
 
-    fn warm_up(&mut self, shape: &Shape, run: &Run<'_>) -> Result<StepOutput> {
+    fn warm_up(&mut self, shape: &Shape, run: &Run<'_>) -> Result<Option<StepOutput>> {
         let run = || run(&shape.flats, &shape.scalars);
         if self.capture == Capture::Rerun {
             return run();
@@ -251,7 +300,7 @@ impl Graphs {
 impl Shape {
     fn new(flats: &[Tensor], scalars: &Tensor) -> Self {
         let flats = flats.iter().map(Tensor::copy).collect();
-        Self { flats, scalars: scalars.copy(), num_steps: 0, recorded: None }
+        Self { flats, scalars: scalars.copy(), num_steps: 0, recorded: vec![] }
     }
 
     /// Copies a step's numbers to where the captured step reads them.
@@ -264,14 +313,14 @@ impl Shape {
 }
 
 /// Why steps cannot be captured; `None` if they can.
-fn why_not(model: &RoutedModel, config: &Config) -> Option<&'static str> {
+fn why_not(model: &RoutedModel, config: &Config, num_micro_batches: usize) -> Option<&'static str> {
     if config.train.kernels == Kernels::Reference {
         return Some("`train.kernels` is `reference`");
     }
     if config.method == Method::Full {
         return Some("the base itself is trained");
     }
-    if rewinds_generators(config) {
+    if rewinds_generators(config, num_micro_batches) {
         return Some("random numbers must come twice, for which the generator is set back");
     }
     if model.skips_experts() {

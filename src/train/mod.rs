@@ -10,6 +10,7 @@
 
 mod advance;
 pub mod balance;
+mod exchange;
 pub mod files;
 pub mod gradients;
 pub mod graph;
@@ -29,19 +30,23 @@ mod seeding;
 pub mod step;
 pub mod tensorboard;
 mod watch;
+mod world;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use crate::base::Base;
 use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
 use crate::config::{Config, Method};
 use crate::data::Datasets;
+use crate::dist::World;
 use crate::durable::lock::FolderLock;
 use crate::eval::{check_domains, check_records, domain_targets};
 use crate::growth::assign::assign_experts;
@@ -139,6 +144,11 @@ pub struct Trainer {
     skills: Option<SkillLibrary>,
     /// Whether this run has not begun yet.
     is_new: bool,
+    world: Arc<World>,
+    /// Whether a process of the world was asked to stop before the last step.
+    stops: bool,
+    /// The generator states of a run that is resumed, until it enters its world.
+    saved_generators: Option<BTreeMap<String, Tensor>>,
 }
 
 /// The history of a mixture before a run.
@@ -210,6 +220,7 @@ impl Trainer {
             step: 0,
             tokens_seen: history.tokens_seen,
             position: Position::default(),
+            blocks_per_step: None,
             best: None,
             evals_without_improvement: 0,
             base_hash: match config.method {
@@ -254,7 +265,8 @@ impl Trainer {
         let saved = checkpoint::read_optimizer(dir)?;
         let in_dir = || format!("cannot resume from `{}`", dir.display());
         trainer.stepper.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
-        optim::load_rng_states(&saved, device)?;
+        optim::load_rng_states(&saved, device, 0)?;
+        trainer.saved_generators = Some(saved);
         trainer.skills = checkpoint::read_skills(dir, base.spec.width)?;
         Ok(trainer)
     }
@@ -284,7 +296,8 @@ impl Trainer {
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(model.device()), model.device());
-        let num_steps = plan::num_steps(&config, &data.train);
+        let per_step = state.blocks_per_step.unwrap_or(plan::blocks_per_step(&config));
+        let num_steps = plan::num_steps_of(&config, &data.train, per_step);
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
             Method::RoutedLora => Some(frozen_hash(&model, state.base_hash.clone())?),
@@ -305,6 +318,9 @@ impl Trainer {
             frozen_hash,
             skills,
             is_new: false,
+            world: Arc::new(World::single()),
+            stops: false,
+            saved_generators: None,
         })
     }
 
@@ -339,22 +355,14 @@ impl Trainer {
         interrupt: &AtomicBool,
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<Summary> {
-        let run_dir = self.config.run.dir.clone();
-        fs_err::create_dir_all(&run_dir)?;
-        let _lock = FolderLock::take(&run_dir)?;
-        if std::mem::take(&mut self.is_new) {
-            // another process may have begun a run since the first look
-            check_new_run(&run_dir)?;
-        }
-        checkpoint::clean(&run_dir)?;
-        let resolved = config::load::to_toml(&self.config);
-        durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
-        Machine::present(self.model.device()).write(&run_dir)?;
-        let mut writer =
-            MetricsWriter::open(&run_dir, self.config.run.tensorboard, self.state.step)?;
+        let (_lock, mut writer) = match self.world.is_first() {
+            true => self.begin_files()?,
+            false => (None, MetricsWriter::absent()),
+        };
+        self.is_new = false;
         let mut saved = None;
         while self.state.step < self.num_steps && !self.stops_early() {
-            let metrics = self.step().with_context(|| {
+            let metrics = self.step(interrupt).with_context(|| {
                 format!(
                     "training stopped in step {}; the last checkpoint stays",
                     self.state.step + 1
@@ -370,8 +378,7 @@ impl Trainer {
                 self.validate(&mut writer, observe)?;
                 self.idle_since = None;
             }
-            // after the evaluation, during which somebody may have asked as well
-            let stop = interrupt.load(Ordering::Relaxed);
+            let stop = self.must_stop(interrupt)?;
             if stop || collapsed || self.saves_now() {
                 writer.settle(self.state.step)?;
                 let path = self.save()?;
@@ -390,6 +397,36 @@ impl Trainer {
         self.finish(ending, saved)
     }
 
+    /// Begins the files of the run, which the first process of a world writes.
+    fn begin_files(&self) -> Result<(Option<FolderLock>, MetricsWriter)> {
+        let run_dir = &self.config.run.dir;
+        fs_err::create_dir_all(run_dir)?;
+        let lock = FolderLock::take(run_dir)?;
+        if self.is_new {
+            // another process may have begun a run since the first look
+            check_new_run(run_dir)?;
+        }
+        checkpoint::clean(run_dir)?;
+        let resolved = config::load::to_toml(&self.config);
+        durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
+        Machine::present(self.model.device()).write(run_dir)?;
+        let tensorboard = self.config.run.tensorboard;
+        let writer = MetricsWriter::open(run_dir, tensorboard, self.state.step)?;
+        Ok((Some(lock), writer))
+    }
+
+    /// Whether to save and stop after the step just done, since somebody has asked for it. A process
+    /// that is alone also looks after the evaluation, during which somebody may have asked as well.
+    fn must_stop(&self, interrupt: &AtomicBool) -> Result<bool> {
+        match self.world.is_single() {
+            true => Ok(interrupt.load(Ordering::Relaxed)),
+            false if self.evaluates_now() => {
+                self.world.any(self.stops || interrupt.load(Ordering::Relaxed))
+            }
+            false => Ok(self.stops),
+        }
+    }
+
     fn finish(&self, ending: Ending, saved: Option<PathBuf>) -> Result<Summary> {
         if let Some(before) = &self.frozen_hash {
             let after = self.model.frozen_hash()?;
@@ -399,6 +436,9 @@ impl Trainer {
         }
         let checkpoint = match saved {
             Some(path) => path,
+            None if !self.world.is_first() => {
+                checkpoint::step_folder(&self.config.run.dir, self.state.step)
+            }
             None => checkpoint::find(&self.config.run.dir, checkpoint::Preferred::Last)?,
         };
         let frozen_hash = self.frozen_hash.clone();
@@ -427,12 +467,17 @@ impl Trainer {
         due || self.evaluates_now() || self.state.step == self.num_steps
     }
 
-    /// Writes a checkpoint and returns its folder.
+    /// Writes a checkpoint and returns its folder. In a world, all processes call this, and the
+    /// first one writes.
     pub fn save(&self) -> Result<PathBuf> {
+        let generators = self.all_generators()?;
+        if !self.world.is_first() {
+            return Ok(checkpoint::step_folder(&self.config.run.dir, self.state.step));
+        }
         let model = self.model.tensors();
         let experts = self.model.specs().to_vec();
         let mut optimizer = self.stepper.optimizer.state();
-        optimizer.extend(optim::rng_states(self.model.device())?);
+        optimizer.extend(generators);
         let (config, state) = (self.config.clone(), self.state.clone());
         let skills = self.skills.clone();
         let checkpoint = Checkpoint { config, state, experts, skills, model, optimizer };

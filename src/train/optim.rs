@@ -241,21 +241,35 @@ impl GradientSum {
     }
 }
 
-/// The generator states for a checkpoint: the CPU's, and the device's if it is not the CPU.
-pub fn rng_states(device: Device) -> Result<BTreeMap<String, Tensor>> {
-    let mut states = BTreeMap::from([("rng.cpu".to_owned(), ffi::rng_state(Device::Cpu)?)]);
+/// The generator states of a process for a checkpoint: the CPU's, and the device's if it is not the
+/// CPU. They are named `rng.cpu` and `rng.cuda`, and `rng.{dist_rank}.cpu` and so on after the first
+/// process of a world.
+pub fn rng_states(device: Device, dist_rank: usize) -> Result<BTreeMap<String, Tensor>> {
+    let name = |kind| rng_name(kind, dist_rank);
+    let mut states = BTreeMap::from([(name("cpu"), ffi::rng_state(Device::Cpu)?)]);
     if device != Device::Cpu {
-        states.insert("rng.cuda".to_owned(), ffi::rng_state(device)?);
+        states.insert(name("cuda"), ffi::rng_state(device)?);
     }
     Ok(states)
 }
 
-/// Restores what [`rng_states`] returned. If a run has moved from the CPU to a GPU, there is no
-/// state for the GPU's generator, which then keeps its own.
-pub fn load_rng_states(states: &BTreeMap<String, Tensor>, device: Device) -> Result<()> {
-    for (name, device) in [("rng.cpu", Device::Cpu), ("rng.cuda", device)] {
-        if let Some(state) = states.get(name)
-            && (name == "rng.cpu" || device != Device::Cpu)
+fn rng_name(kind: &str, dist_rank: usize) -> String {
+    match dist_rank {
+        0 => format!("rng.{kind}"),
+        _ => format!("rng.{dist_rank}.{kind}"),
+    }
+}
+
+/// Restores what [`rng_states`] returned. If a run has moved from the CPU to a GPU, or to a larger
+/// world, there is no state for some generators, which then keep their own.
+pub fn load_rng_states(
+    states: &BTreeMap<String, Tensor>,
+    device: Device,
+    dist_rank: usize,
+) -> Result<()> {
+    for (kind, device) in [("cpu", Device::Cpu), ("cuda", device)] {
+        if let Some(state) = states.get(&rng_name(kind, dist_rank))
+            && (kind == "cpu" || device != Device::Cpu)
         {
             ffi::set_rng_state(device, state)?;
         }

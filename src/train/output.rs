@@ -7,14 +7,14 @@ use crate::eval::routing::SiteExperts;
 /// The results of a step on the device.
 #[derive(Debug)]
 pub(super) struct StepOutput {
-    /// One f64 row: the gradient norm, the loss sum of each domain, then what `parts` lists.
+    /// One f64 row: the gradient norm, the requests to stop, the loss sum of each domain, then what `parts` lists.
     pub numbers: Tensor,
-    pub parts: Parts,
+    pub parts: Contents,
 }
 
 /// What follows the domains' loss sums in [`StepOutput::numbers`], in the order of the fields.
 #[derive(Debug, Clone)]
-pub(super) struct Parts {
+pub(super) struct Contents {
     /// Whether the orthogonality loss is included.
     pub has_orthogonality: bool,
     /// Number of experts whose losses are included; 0 if they were not measured.

@@ -210,9 +210,20 @@ impl BlockStream {
     }
 }
 
-/// The number of steps of a run.
+/// Number of blocks in a step of a process that is alone.
+pub fn blocks_per_step(config: &Config) -> usize {
+    config.train.micro_batch_size * config.train.grad_accum_steps
+}
+
+/// The number of steps of a run of a process that is alone.
 pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
-    let per_step = config.train.micro_batch_size * config.train.grad_accum_steps;
+    num_steps_of(config, dataset, blocks_per_step(config))
+}
+
+/// The number of steps of a run.
+///
+/// - `per_step`: number of blocks in a step
+pub fn num_steps_of(config: &Config, dataset: &TokenDataset, per_step: usize) -> u64 {
     let of_epochs = |epochs: u64| {
         let blocks: u64 = (0..epochs).map(|epoch| dataset.epoch_blocks(epoch)).sum();
         blocks.div_ceil(per_step as u64)

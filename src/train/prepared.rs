@@ -5,7 +5,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::config::Config;
-use crate::data::Batch;
+use crate::data::{Batch, BlockId, TokenDataset};
 use crate::ffi;
 use crate::model::batch::{DomainTargets, Extent, HostInputs, InputLayout};
 use crate::model::{Inputs, RoutedModel, RoutingSource, Rows};
@@ -33,7 +33,35 @@ pub struct Prepared {
     pub added: Option<SeedingPhase>,
     /// Whether the sizes of the micro-batches are rounded up, so that few different sizes occur.
     pub is_rounded: bool,
+    /// Whether this process was asked to stop before the step.
+    pub stops: bool,
     device: Device,
+}
+
+/// The counts by which a step's losses are divided.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepCounts {
+    /// Number of label tokens of each domain.
+    pub label_counts: Vec<u64>,
+    /// Number of tokens, padding excluded, whose domain has experts.
+    pub supervised_tokens: u64,
+}
+
+impl StepCounts {
+    /// The counts of some blocks of `dataset`.
+    pub fn new(config: &Config, dataset: &TokenDataset, blocks: &[BlockId]) -> Self {
+        let experts = domain_targets(config);
+        let mut label_counts = vec![0; dataset.domains.len()];
+        let mut supervised_tokens = 0;
+        for &block in blocks {
+            let domain = block.domain as usize;
+            label_counts[domain] += dataset.label_tokens(block);
+            if experts.as_ref().is_some_and(|experts| !experts.of(domain).is_empty()) {
+                supervised_tokens += dataset.lengths(block).sum::<u64>();
+            }
+        }
+        Self { label_counts, supervised_tokens }
+    }
 }
 
 impl Prepared {
@@ -49,11 +77,7 @@ impl Prepared {
         is_rounded: bool,
     ) -> Self {
         let device = model.device();
-        let names = config.data.domains.iter().map(|domain| domain.name.as_str());
-        let experts = match config.reads_domains() {
-            true => DomainTargets::of_config(config, names),
-            false => None,
-        };
+        let experts = domain_targets(config);
         let source = source(config, seeding);
         let named: Vec<Option<Vec<i64>>> =
             batches.iter().map(|batch| Some(named_experts(batch, seeding?))).collect();
@@ -64,14 +88,36 @@ impl Prepared {
         let rows: Vec<Rows<'_>> = rows.collect();
         let rounded = is_rounded.then(|| Extent::rounded(&rows));
         let micro_batches = rows.into_iter().zip(batches).map(|(rows, batch)| {
-            let extent = rounded.unwrap_or_else(|| Extent::of(&rows));
+            // rows of nothing but padding have one filler in place of labelled positions
+            let is_empty = batch.label_tokens() == 0;
+            let exact = || if is_empty { Extent::rounded(&[rows]) } else { Extent::of(&rows) };
+            let extent = rounded.unwrap_or_else(exact);
             HostInputs::new(rows, extent, &batch.domains, experts.as_ref(), device)
         });
         let micro_batches = micro_batches.collect();
         let label_counts = domain_tokens(batches, num_domains);
         let supervised_tokens = experts.map_or(0, |experts| supervised_tokens(batches, &experts));
-        let added = seeding.or_else(|| added(config));
-        Self { micro_batches, label_counts, supervised_tokens, seeding, added, is_rounded, device }
+        Self {
+            micro_batches,
+            label_counts,
+            supervised_tokens,
+            seeding,
+            added: seeding.or_else(|| added(config)),
+            is_rounded,
+            stops: false,
+            device,
+        }
+    }
+
+    /// The same micro-batches as a part of a step with these counts.
+    pub fn part_of(self, counts: StepCounts) -> Self {
+        let StepCounts { label_counts, supervised_tokens } = counts;
+        Self { label_counts, supervised_tokens, ..self }
+    }
+
+    /// Number of micro-batches of this process.
+    pub fn num_micro_batches(&self) -> usize {
+        self.micro_batches.len()
     }
 
     /// The shapes of the micro-batches.
@@ -91,7 +137,9 @@ impl Prepared {
         let all: u64 = self.label_counts.iter().sum();
         let new = self.added.map_or(0, |phase| self.label_counts[phase.domain as usize]);
         let per_supervised = 1.0 / self.supervised_tokens.max(1) as f64;
-        let mut numbers = vec![1.0 / all as f64, new as f64, (all - new) as f64, per_supervised];
+        let stops = f64::from(u8::from(self.stops));
+        let mut numbers =
+            vec![1.0 / all as f64, new as f64, (all - new) as f64, per_supervised, stops];
         numbers.extend_from_slice(update);
         let numbers = ffi::staged(Tensor::from_slice(&numbers), self.device);
         numbers.to_device_(self.device, Kind::Double, true, false)
@@ -105,7 +153,8 @@ impl Prepared {
             per_token: scalars.get(0),
             seeded_tokens: [scalars.get(1), scalars.get(2)],
             per_supervised_token: scalars.get(3),
-            update: scalars.narrow(0, 4, scalars.size()[0] - 4),
+            stops: scalars.get(4),
+            update: scalars.narrow(0, 5, scalars.size()[0] - 5),
             seeding: self.seeding,
             added: self.added,
             num_domains: self.label_counts.len(),
@@ -124,6 +173,8 @@ pub struct StepTensors {
     pub seeded_tokens: [Tensor; 2],
     /// 1 / tokens of the step whose domain has experts, 0-dim, f64.
     pub per_supervised_token: Tensor,
+    /// 1 if this process was asked to stop, and otherwise 0, 0-dim, f64.
+    pub stops: Tensor,
     /// The numbers of [`super::optim::Optimizer::scalars`], f64.
     pub update: Tensor,
     /// The seeding phase, if the step belongs to one.
@@ -139,6 +190,12 @@ fn added(config: &Config) -> Option<SeedingPhase> {
     let growth = config.growth.as_ref()?;
     let domain = config.data.domains.iter().position(|domain| domain.name == growth.domain)?;
     Some(SeedingPhase { expert: config.lora.num_experts - 1, domain: domain as u32 })
+}
+
+/// The experts of the domains, if something in training depends on them.
+fn domain_targets(config: &Config) -> Option<DomainTargets> {
+    let names = config.data.domains.iter().map(|domain| domain.name.as_str());
+    config.reads_domains().then(|| DomainTargets::of_config(config, names)).flatten()
 }
 
 /// What decides the routing weights of a step.

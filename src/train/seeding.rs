@@ -66,12 +66,18 @@ impl Trainer {
     pub(super) fn open_column(&mut self, step: u64) -> Result<()> {
         let growth = self.config.growth.as_ref().expect("the caller asked `opens_column_after`");
         open_column::open(&self.model, &self.data.train, self.new_domain())?;
+        // the same numbers by another machine's processor may differ by rounding
+        let parameters = self.trained.parameters.iter();
+        let of_routers = parameters.filter(|p| p.name.contains("router"));
+        let of_routers: Vec<_> = of_routers.map(|p| p.tensor.shallow_clone()).collect();
+        self.world.spread(&of_routers)?;
         let held_out = &self.data.validation;
         let of_name = |domain: &crate::data::Domain| domain.name == growth.domain;
         let share = match held_out.domains.iter().position(of_name) {
             Some(domain) => open_column::share(&self.model, held_out, domain),
             None => open_column::share(&self.model, &self.data.train, self.new_domain()),
         };
+        let share = self.world.first(share)?;
         if share >= OPEN_SHARE {
             tracing::info!(
                 "the new expert gets {share:.3} of the routing weight on held-out `{}`, after \

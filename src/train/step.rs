@@ -5,22 +5,27 @@
 //! never waits for the host: if a loss or gradient is not finite, the update is skipped on the
 //! device, and `wait` returns an error.
 
+use std::cell::RefCell;
 use std::fmt;
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::balance::balance_biases;
-use super::gradients::gradients_of;
+use super::exchange::Exchange;
+use super::gradients::{Part, gradients_of, part_of_gradients, takes_totals_ahead, totals_ahead};
 pub use super::gradients::{StepGradients, gradients};
-use super::graph::{Capture, Graphs, Key};
+use super::graph::{Capture, Graphs, Key, Parts, Run};
 use super::optim::Optimizer;
-use super::output::{Parts, StepOutput};
+use super::output::{Contents, StepOutput};
 use super::prepared::StepTensors;
 pub use super::prepared::{Prepared, SeedingPhase};
 use crate::config::Config;
 use crate::data::Batch;
+use crate::dist::World;
 use crate::eval::routing::{self, SiteExperts, SiteSupervision, SiteTotals};
 use crate::model::routing::totals::RoutingTotals;
 use crate::model::{RoutedModel, Trained};
@@ -45,6 +50,8 @@ pub struct StepResult {
     pub supervision: Vec<SiteSupervision>,
     /// As [`StepGradients::orthogonality`].
     pub orthogonality: Option<f64>,
+    /// Whether a process of the world was asked to stop before the step.
+    pub stops: bool,
 }
 
 /// Runs the steps of one model. It holds the optimizer and the graphs captured so far.
@@ -53,6 +60,8 @@ pub struct Stepper {
     /// The optimizer of the trained parameters.
     pub optimizer: Optimizer,
     graphs: Graphs,
+    world: Arc<World>,
+    exchange: RefCell<Exchange>,
 }
 
 /// A step in the device's queue.
@@ -67,9 +76,17 @@ pub struct StepInFlight {
 }
 
 impl Stepper {
-    /// A stepper on `device`.
+    /// A stepper on `device`, in a world of one process.
     pub fn new(optimizer: Optimizer, capture: Capture, device: Device) -> Self {
-        Self { optimizer, graphs: Graphs::new(capture, device) }
+        let world = Arc::new(World::single());
+        let exchange = RefCell::new(Exchange::new(Arc::clone(&world)));
+        Self { optimizer, graphs: Graphs::new(capture, device), world, exchange }
+    }
+
+    /// Makes all later steps those of a world, of which each process computes its part.
+    pub fn enter(&mut self, world: &Arc<World>) {
+        self.world = Arc::clone(world);
+        self.exchange = RefCell::new(Exchange::new(Arc::clone(world)));
     }
 
     /// Time that captures of CUDA graphs have taken so far.
@@ -86,8 +103,16 @@ impl Stepper {
         seeding: Option<SeedingPhase>,
         num_domains: usize,
     ) -> Prepared {
-        let is_rounded = self.graphs.can_capture(model, config);
+        let num_micro_batches = self.num_micro_batches(config, batches.len());
+        let is_rounded = self.graphs.can_capture(model, config, num_micro_batches);
         Prepared::new(model, config, batches, seeding, num_domains, is_rounded)
+    }
+
+    /// The number of micro-batches in a step, as far as it matters: 1 or more.
+    ///
+    /// - `own`: those of this process
+    fn num_micro_batches(&self, config: &Config, own: usize) -> usize {
+        own.max(config.train.grad_accum_steps) * self.world.size()
     }
 
     /// Puts a step in the device's queue.
@@ -103,20 +128,24 @@ impl Stepper {
     ) -> Result<StepInFlight> {
         let mut busy_from = Instant::now();
         let num_replays = self.graphs.num_replays;
-        let optimizer = &self.optimizer;
         let scalars = step.scalars(update);
-        let run = |flats: &[Tensor], scalars: &Tensor| {
-            on_device(model, trained, optimizer, config, &step.tensors(flats, scalars))
+        let num_micro_batches = self.num_micro_batches(config, step.num_micro_batches());
+        let Self { optimizer, graphs, world, exchange } = self;
+        let machine = StepMachine { model, trained, optimizer, config, step };
+        let parts = match world.is_single() {
+            true => machine.whole(),
+            false => machine.in_parts(world, exchange),
         };
         // if a hybrid rule has become sparse since the data was rounded, the step cannot be
         // captured
-        let output = if step.is_rounded && self.graphs.can_capture(model, config) {
+        let output = if step.is_rounded && graphs.can_capture(model, config, num_micro_batches) {
             let top_k = model.router_spec().top_k;
             let key = Key { layouts: step.layouts(), top_k, seeding: step.seeding };
-            self.graphs.run(key, step.flats(), scalars, &run)?
+            graphs.run(key, step.flats(), scalars, &parts)?
         } else {
-            run(&step.flats(), &scalars)?
+            parts.run(&step.flats(), &scalars)?
         };
+        drop(parts);
         if self.graphs.num_replays > num_replays {
             busy_from = Instant::now();
         }
@@ -128,13 +157,15 @@ impl Stepper {
     ///
     /// # Errors
     /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the
-    /// optimizer and the selection biases are then as before the step.
+    /// optimizer and the selection biases are then as before the step. Fails too if another process
+    /// of the world has failed.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
         let StepInFlight { output, label_counts, supervised_tokens, .. } = pending;
         let StepOutput { numbers, parts } = output;
         let mut numbers = Vec::<f64>::try_from(numbers)?.into_iter();
+        self.world.check()?;
         let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
-        let grad_norm = take(1)[0];
+        let (grad_norm, stops) = (take(1)[0], take(1)[0]);
         let domain_sums = take(label_counts.len());
         let label_tokens: u64 = label_counts.iter().sum();
         let loss = domain_sums.iter().sum::<f64>() / label_tokens as f64;
@@ -153,20 +184,91 @@ impl Stepper {
             expert_losses,
             supervision: SiteSupervision::of_sums(&supervision, supervised_tokens),
             orthogonality,
+            stops: stops > 0.0,
         })
     }
 }
 
-/// The whole step on the device. The host reads none of its numbers and waits for nothing.
-fn on_device(
+/// What a step is computed with.
+#[derive(Clone, Copy)]
+struct StepMachine<'a> {
+    model: &'a RoutedModel,
+    trained: &'a Trained,
+    optimizer: &'a Optimizer,
+    config: &'a Config,
+    step: &'a Prepared,
+}
+
+impl<'a> StepMachine<'a> {
+    /// The whole step in one part.
+    fn whole(self) -> Parts<'a> {
+        let run = move |flats: &[Tensor], scalars: &Tensor| {
+            let step = self.step.tensors(flats, scalars);
+            let gradients = gradients_of(self.model, self.trained, self.config, &step)?;
+            update(self.model, self.optimizer, self.config, &step, gradients).map(Some)
+        };
+        Parts { runs: vec![Box::new(run)], after: Box::new(|_| Ok(())) }
+    }
+
+    /// This process's part of the step: first the routers' totals, if losses depend on those of the
+    /// whole step, then the gradients, then the update. In between, the world adds up.
+    fn in_parts(self, world: &'a World, exchange: &'a RefCell<Exchange>) -> Parts<'a> {
+        let Self { model, trained, optimizer, config, step } = self;
+        let num_micro_batches = step.num_micro_batches().max(1) * world.size();
+        let is_ahead = takes_totals_ahead(config, step.seeding, num_micro_batches);
+        let totals = Rc::new(RefCell::new(None));
+        let whole = Rc::new(RefCell::new(None));
+        let mut runs: Vec<Box<Run<'a>>> = vec![];
+        if is_ahead {
+            let totals = Rc::clone(&totals);
+            runs.push(Box::new(move |flats, scalars| {
+                let own = totals_ahead(model, config, &step.tensors(flats, scalars))?;
+                *totals.borrow_mut() = Some(exchange.borrow_mut().put_totals(&own));
+                Ok(None)
+            }));
+        }
+        let gradients = Rc::clone(&whole);
+        let is_first = world.is_first();
+        runs.push(Box::new(move |flats, scalars| {
+            let part = Part { ahead: totals.borrow_mut().take(), is_first };
+            let tensors = step.tensors(flats, scalars);
+            let part = part_of_gradients(model, trained, config, &tensors, part)?;
+            *gradients.borrow_mut() = Some(exchange.borrow_mut().put(part));
+            Ok(None)
+        }));
+        runs.push(Box::new(move |flats, scalars| {
+            let whole = whole.borrow_mut().take().expect("the part before leaves them");
+            update(model, optimizer, config, &step.tensors(flats, scalars), whole).map(Some)
+        }));
+        let last = runs.len() - 1;
+        let after = move |part| match part {
+            part if part == last => Ok(()),
+            0 if is_ahead => exchange.borrow().add_totals(),
+            _ => exchange.borrow().add(),
+        };
+        Parts { runs, after: Box::new(after) }
+    }
+}
+
+/// Clips the gradients of a step and makes the update. The host reads none of its numbers and waits
+/// for nothing.
+fn update(
     model: &RoutedModel,
-    trained: &Trained,
     optimizer: &Optimizer,
     config: &Config,
     step: &StepTensors,
+    gradients: StepGradients,
 ) -> Result<StepOutput> {
-    let StepGradients { grads, domain_sums, routing, expert_losses, supervision, orthogonality } =
-        gradients_of(model, trained, config, step)?;
+    let StepGradients {
+        grads,
+        domain_sums,
+        routing,
+        expert_losses,
+        supervision,
+        orthogonality,
+        stops,
+        ..
+    } = gradients;
     let grad_norm = optimizer.clip(&grads)?;
     let is_finite = domain_sums.sum(Kind::Double).isfinite().logical_and(&grad_norm.isfinite());
     optimizer.update(&grads, &step.update, &is_finite)?;
@@ -175,13 +277,13 @@ fn on_device(
         let rate = config.router.balance_bias_rate;
         balance_biases(model, &routing, rate, old_rate, &is_finite);
     }
-    let parts = Parts {
+    let parts = Contents {
         has_orthogonality: orthogonality.is_some(),
         expert_losses: expert_losses.as_ref().map_or(0, |losses| losses.size()[0] as usize),
         supervised_sites: supervision.as_ref().map_or(0, |sums| sums.size()[0] as usize),
         sites: if routing.is_empty() { vec![] } else { SiteExperts::of(model) },
     };
-    let mut numbers = vec![grad_norm, domain_sums];
+    let mut numbers = vec![grad_norm, stops, domain_sums];
     numbers.extend(orthogonality);
     numbers.extend(expert_losses);
     numbers.extend(supervision);

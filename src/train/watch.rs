@@ -1,6 +1,7 @@
 //! How a run is observed: windows of steps, whose routing is checked, and evaluations.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
@@ -136,7 +137,10 @@ impl Trainer {
         dataset: &TokenDataset,
         progress: &dyn Fn(u64, u64),
     ) -> Result<EvalReport> {
-        let settings = EvalSettings::of_run(&self.config, &self.model, dataset);
+        let settings = EvalSettings {
+            world: Arc::clone(&self.world),
+            ..EvalSettings::of_run(&self.config, &self.model, dataset)
+        };
         let source = RoutingSource::from(self.config.train.routing);
         evaluate(&self.model, dataset, &source, settings, progress)
     }

@@ -9,6 +9,7 @@ use anyhow::Result;
 use dylora::config::{
     LoraConfig, RouterConfig, RouterInput, RouterScope, RoutingChoice, TargetModules,
 };
+use dylora::dist::World;
 use dylora::eval::routing::{RouterLosses, SiteExperts, SiteTotals, fetch};
 use dylora::model::batch::Labelled;
 use dylora::model::decoder::Decoder;
@@ -336,7 +337,9 @@ pub fn on_the_host(totals: &[RoutingTotals]) -> Vec<SiteTotals> {
         site: format!("place {index}"),
         experts: (0..totals.num_experts() as usize).collect(),
     };
-    fetch(totals.iter().enumerate().map(site).collect(), totals).expect("they are f64 on the CPU")
+    let num_groups = totals.first().map_or(0, |of| of.tokens.numel());
+    fetch(totals.iter().enumerate().map(site).collect(), totals, num_groups, &World::single())
+        .expect("they are f64 on the CPU")
 }
 
 /// The routers' losses over the tokens that `totals` counts.

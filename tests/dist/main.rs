@@ -1,7 +1,10 @@
 //! Several processes that compute together, on the CPU by Gloo.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod operations;
 mod processes;
+mod steps;
 
 use anyhow::{Result, bail};
 
@@ -11,6 +14,7 @@ fn worker() -> Result<()> {
     let Some((job, dir)) = processes::own_job() else { return Ok(()) };
     match job.split_once(' ').unwrap_or((&job, "")) {
         ("operations", _) => operations::work(),
+        ("steps", names) => steps::work(&dir, names),
         (job, _) => bail!("there is no job `{job}` in `{}`", dir.display()),
     }
 }

@@ -192,10 +192,10 @@ fn what_cannot_be_captured_is_run_step_by_step() -> Result<()> {
         let router = RouterConfig { input, ..plain_router() };
         let config = config(&router, &overrides)?;
         let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
-        let batches = cut(&dataset(16), &[1], false);
+        let batches = &cut(&dataset(16), &[1], false)[..config.train.grad_accum_steps];
         for (capture, expected) in [(Capture::Rerun, captured), (Capture::Off, false)] {
             let mut stepper = stepper(&model, &config.optimizer, capture);
-            let data = stepper.prepare(&model, &config, &batches, None, 1);
+            let data = stepper.prepare(&model, &config, batches, None, 1);
             assert_eq!(data.is_rounded, expected, "{input:?}, {overrides:?}, {capture:?}");
         }
     }

@@ -275,7 +275,7 @@ fn an_interrupted_run_goes_on_with_the_very_next_blocks() -> Result<()> {
         let (rest, resumed) = train(&config, Some(&first.checkpoint))?;
         assert_eq!(rest, losses[at as usize..]);
         assert_eq!(resumed.state, unbroken.state);
-        load_rng_states(&rng, Device::Cpu)?;
+        load_rng_states(&rng, Device::Cpu, 0)?;
         let second = trainer.run(&AtomicBool::new(false), &mut |event| {
             if let Event::Step(metrics) = event {
                 seen.push(metrics.loss);

@@ -124,6 +124,32 @@ impl RoutingTotals {
         Tensor::cat(&parts.collect::<Vec<_>>(), 0)
     }
 
+    /// Length of [`flat`](Self::flat).
+    pub fn flat_len(&self) -> i64 {
+        let parts = [&self.tokens, &self.probs, &self.weights, &self.assignments, &self.entropy];
+        parts.into_iter().chain([&self.squared_lse]).map(|x| x.numel() as i64).sum()
+    }
+
+    /// Totals of the same shape whose [`flat`](Self::flat) is `flat`, as views of it.
+    pub fn with_flat(&self, flat: &Tensor) -> Self {
+        let mut at = 0;
+        let mut view = |like: &Tensor| {
+            let part = flat.narrow(0, at, like.numel() as i64).view_(like.size());
+            at += like.numel() as i64;
+            part
+        };
+        Self {
+            tokens: view(&self.tokens),
+            probs: view(&self.probs),
+            weights: view(&self.weights),
+            assignments: view(&self.assignments),
+            entropy: view(&self.entropy),
+            squared_lse: view(&self.squared_lse),
+            assignments_per_token: self.assignments_per_token,
+            dense: self.dense,
+        }
+    }
+
     /// Number of experts `m`.
     pub fn num_experts(&self) -> i64 {
         self.probs.size()[0]
