@@ -13,7 +13,7 @@ use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::load_data;
 use super::train::{conclude, summary_text};
-use super::{Shared, device, print_result, table, usage};
+use super::{Shared, print_result, table, usage};
 use crate::checkpoint::{self, Preferred};
 use crate::config::{Config, DeviceChoice, DomainConfig, Validation};
 use crate::growth::skills::{Similarity, SkillComparison, SkillRule};
@@ -90,15 +90,15 @@ pub struct AddExpertArgs {
 }
 
 /// Runs the command.
-pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
-    check(&args).map_err(usage)?;
+pub fn run(args: &AddExpertArgs, shared: &Shared) -> Result<()> {
+    check(args).map_err(usage)?;
     let dir = checkpoint::find(&args.checkpoint, Preferred::Best)?;
-    let growth = growth_of(&args).map_err(usage)?;
+    let growth = growth_of(args).map_err(usage)?;
     let config = add::stage_config(&dir, &growth, &args.set).map_err(usage)?;
     check_new_run(&config.run.dir)?;
-    let device = device(args.device.unwrap_or(config.run.device))?;
+    let device = shared.device(args.device.unwrap_or(config.run.device))?;
     let base = open_base(&config.base, shared)?;
-    let data = load_data(&config, &base, shared)?;
+    let data = shared.in_turn(|| load_data(&config, &base, shared))?;
     let growing = GrowingMixture::new(&dir, config.clone(), base, data, device)?;
 
     let model = growing.model()?;
@@ -118,10 +118,14 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
     log_growth(&config, &domain, num_old, &similar, new_prob);
 
     let mut trainer = growing.stage(&grown, compared, before.as_ref())?;
+    trainer.enter(&shared.world)?;
     let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     let stages = trainer.state().stages.clone();
     drop(trainer);
+    if !shared.is_first() {
+        return conclude(&config, summary.ending, &interrupt);
+    }
     let text = if args.json {
         let json = json!({
             "domain": domain,

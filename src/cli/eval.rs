@@ -1,5 +1,7 @@
 //! `dylora eval`: measures the loss, perplexity and routing of a model on each domain.
 
+use std::sync::Arc;
+
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use serde_json::json;
@@ -63,20 +65,21 @@ pub struct EvalArgs {
 }
 
 /// Runs the command.
-pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
+pub fn run(args: &EvalArgs, shared: &Shared) -> Result<()> {
     if args.batch_size == 0 {
         return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
     }
     let samples = args.answers.check(&args.model)?;
     let open = args.model.open(shared)?;
     let routing = open.routing(args.routing)?;
-    let dataset = args.data.load(&open, shared)?;
+    let dataset = shared.in_turn(|| args.data.load(&open, shared))?;
     open.check_data(&dataset, routing)?;
     let dead_share = open.config.as_ref().map(|config| config.router.dead_share);
     let settings = EvalSettings {
         batch_size: args.batch_size,
         dead_share: dead_share.unwrap_or(EvalSettings::default().dead_share),
         domains: open.domains(&dataset),
+        world: Arc::clone(&shared.world),
         ..EvalSettings::default()
     };
     let source = RoutingSource::from(routing);
@@ -94,6 +97,9 @@ pub fn run(args: EvalArgs, shared: &Shared) -> Result<()> {
         None => (by_training, None),
         Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
     };
+    if !shared.is_first() {
+        return check_loss(&report);
+    }
     let batch_size = args.batch_size;
     let answers = args.answers.answers(&open, &dataset, routing, batch_size, samples, shared)?;
     let results = Results {
@@ -206,7 +212,10 @@ pub fn validate(
         return Ok(None);
     }
     let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-    let settings = EvalSettings::of_run(config, model, dataset);
+    let settings = EvalSettings {
+        world: Arc::clone(&shared.world),
+        ..EvalSettings::of_run(config, model, dataset)
+    };
     let source = RoutingSource::from(config.train.routing);
     let report = evaluate(model, dataset, &source, settings, &|done, _| bar.set(done))?;
     bar.finish();

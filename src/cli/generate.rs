@@ -83,8 +83,8 @@ struct Generated<'a> {
 }
 
 /// Runs the command.
-pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
-    let contents = args.contents()?;
+pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
+    let contents = args.contents(shared)?;
     let open = args.model.open(shared)?;
     let tokenizer = open.base.tokenizer()?;
     let is_message = args.answers_messages(&open);
@@ -99,7 +99,13 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
         true => GenerationDefaults::of_chats(&open.base)?,
         false => GenerationDefaults::of_base(&open.base)?,
     };
-    let requests = requests(&args, &open, &defaults, &prompts)?;
+    let requests = requests(args, &open, &defaults, &prompts)?;
+    let (num_prompts, world) = (prompts.len(), &shared.world);
+    // the processes of a world take prompts in turn; a text does not depend on which one does
+    let is_own = |index: &usize| index % world.size() == world.dist_rank();
+    let own = |(index, pair)| is_own(&index).then_some(pair);
+    let (prompts, requests): (Vec<Prompt>, Vec<Request>) =
+        prompts.into_iter().zip(requests).enumerate().filter_map(own).unzip();
     let context = open.base.spec.max_positions as usize;
     let mut engine = Engine::new(&open.model, EngineLimits { max_texts: args.batch_size, context })
         .map_err(usage)?;
@@ -120,8 +126,14 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
         .collect();
     let show_bar = shared.show_progress && prompts.len() > 1;
     let bar = CountBar::new(show_bar, "generating", prompts.len() as u64);
-    let mut printer =
-        Printer { json: args.json, prompts: &prompts, generated, printed: 0, written: 0 };
+    let mut printer = Printer {
+        json: args.json,
+        prints: world.is_single(),
+        prompts: &prompts,
+        generated,
+        printed: 0,
+        written: 0,
+    };
     while !engine.is_idle() {
         for event in engine.step() {
             if let Some(stopped) = printer.take(event)? {
@@ -134,7 +146,25 @@ pub fn run(args: GenerateArgs, shared: &Shared) -> Result<()> {
         bar.set(printer.printed as u64);
     }
     bar.finish();
-    Ok(())
+    match world.is_single() {
+        true => Ok(()),
+        false => print_all(&printer, num_prompts, shared),
+    }
+}
+
+/// Prints the texts of all processes in the order of their prompts, in the first process.
+fn print_all(printer: &Printer<'_>, num_prompts: usize, shared: &Shared) -> Result<()> {
+    let own: Vec<String> = (0..printer.prompts.len()).map(|index| printer.whole(index)).collect();
+    let all = shared.world.exchange(&serde_json::to_vec(&own)?)?;
+    if !shared.is_first() {
+        return Ok(());
+    }
+    let all: Vec<Vec<String>> =
+        all.iter().map(|texts| serde_json::from_slice(texts)).collect::<Result<_, _>>()?;
+    let text = |index: usize| all[index % all.len()][index / all.len()].as_str();
+    let texts: Vec<&str> = (0..num_prompts).map(text).collect();
+    let between = if printer.json { "\n" } else { "\n\n" };
+    write(&format!("{}\n", for_output(&texts.join(between)))).map(|_| ())
 }
 
 impl GenerateArgs {
@@ -171,7 +201,7 @@ impl GenerateArgs {
     }
 
     /// What is to be continued, and where each comes from.
-    fn contents(&self) -> Result<Vec<(Content, String)>> {
+    fn contents(&self, shared: &Shared) -> Result<Vec<(Content, String)>> {
         if self.batch_size == 0 {
             return Err(usage(anyhow!("`--batch-size` must be at least 1, got 0")));
         }
@@ -180,17 +210,20 @@ impl GenerateArgs {
                 let place = |text: &String| (Content::Text(text.clone()), "`--prompt`".to_owned());
                 return Ok(self.prompt.iter().map(place).collect());
             }
-            if std::io::stdin().is_terminal() {
+            if shared.is_first() && std::io::stdin().is_terminal() {
                 return Err(usage(anyhow!(
                     "there is no prompt\nhint: `--prompt TEXT`, `--prompts FILE.jsonl` or standard \
                      input"
                 )));
             }
-            return Ok(vec![(Content::Text(standard_input()?), "standard input".to_owned())]);
+            return Ok(vec![(Content::Text(standard_input(shared)?), "standard input".to_owned())]);
         };
         let is_stdin = file.as_os_str() == "-";
         let name = if is_stdin { "standard input".into() } else { format!("`{}`", file.display()) };
-        let text = if is_stdin { standard_input()? } else { fs_err::read_to_string(file)? };
+        let text = match is_stdin {
+            true => standard_input(shared)?,
+            false => fs_err::read_to_string(file)?,
+        };
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         let prompts = lines.map(|(index, line)| {
             let place = format!("line {} of {name}", index + 1);
@@ -219,10 +252,14 @@ fn content(line: &str) -> Result<Content> {
     }
 }
 
-fn standard_input() -> Result<String> {
+/// Standard input, which the first process reads for all.
+fn standard_input(shared: &Shared) -> Result<String> {
     let mut text = String::new();
-    std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
-    Ok(text)
+    if shared.is_first() {
+        std::io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
+    }
+    let of_first = shared.world.exchange(text.as_bytes())?.swap_remove(0);
+    Ok(String::from_utf8(of_first)?)
 }
 
 fn requests(
@@ -253,6 +290,8 @@ fn requests(
 /// when it is their turn.
 struct Printer<'a> {
     json: bool,
+    /// Whether texts are printed as they come. Otherwise they are only collected.
+    prints: bool,
     prompts: &'a [Prompt],
     generated: Vec<Generated<'a>>,
     /// Number of texts that were printed as a whole.
@@ -276,7 +315,11 @@ impl Printer<'_> {
     /// Prints what can be printed. Returns whether anybody still reads it.
     fn print(&mut self) -> Result<bool> {
         while let Some(generated) = self.generated.get(self.printed) {
-            if self.json {
+            if !self.prints {
+                if generated.finish.is_none() {
+                    return Ok(true);
+                }
+            } else if self.json {
                 let Some(finish) = generated.finish else { return Ok(true) };
                 if !write(&format!("{}\n", self.json_of(self.printed, finish)))? {
                     return Ok(false);
@@ -300,6 +343,15 @@ impl Printer<'_> {
             (self.printed, self.written) = (self.printed + 1, 0);
         }
         Ok(true)
+    }
+
+    /// The whole output for a prompt.
+    fn whole(&self, index: usize) -> String {
+        let generated = &self.generated[index];
+        match generated.finish {
+            Some(finish) if self.json => self.json_of(index, finish).to_string(),
+            _ => generated.ready.clone(),
+        }
     }
 
     fn json_of(&self, index: usize, finish: Finish) -> Value {

@@ -13,6 +13,7 @@ mod eval;
 mod eval_answers;
 mod export_adapters;
 mod generate;
+mod launch;
 mod merge;
 mod open;
 mod progress;
@@ -33,12 +34,14 @@ mod study_text;
 mod table;
 mod trace;
 mod train;
+mod world;
 
 use std::borrow::Cow;
 use std::env;
 use std::fmt;
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use clap::{ArgAction, Parser, Subcommand};
@@ -49,6 +52,7 @@ pub use stderr::Stderr;
 
 use crate::config::DeviceChoice;
 use crate::data::visible;
+use crate::dist::World;
 use crate::ffi;
 use crate::hub::{HubLimits, HubSettings};
 
@@ -77,6 +81,8 @@ pub struct Cli {
 enum Command {
     /// Train a mixture (or a whole base, with `method = "full"`) from a TOML config.
     Train(train::TrainArgs),
+    /// Start several processes on this machine that share a command, one for each GPU.
+    Launch(launch::LaunchArgs),
     /// Measure the loss, perplexity and routing of a model on each domain.
     Eval(eval::EvalArgs),
     /// Write each expert as a PEFT adapter, with the router beside them, or for llama.cpp.
@@ -124,13 +130,33 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
+/// A command that ends with the exit code of another process.
+#[derive(Debug)]
+struct Exit {
+    message: String,
+    code: u8,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Exit {}
+
 /// The message that is printed for an error, and the exit code of the process. Control characters,
 /// which may come from data, are shown by their pictures.
 pub fn report(error: &anyhow::Error) -> (String, u8) {
     if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
         return (visible(&interrupted.to_string()), interrupted.exit_code);
     }
-    (format!("error: {}", visible(&describe(error))), if error.is::<UsageError>() { 2 } else { 1 })
+    let code = match error.downcast_ref::<Exit>() {
+        Some(exit) => exit.code,
+        None if error.is::<UsageError>() => 2,
+        None => 1,
+    };
+    (format!("error: {}", visible(&describe(error))), code)
 }
 
 /// Prints a result to standard output. It is no error if the reader has closed the pipe, as `head`
@@ -189,9 +215,11 @@ pub fn describe(error: &anyhow::Error) -> String {
 }
 
 impl Cli {
-    /// How much is logged: 0 with `--quiet`, 1 by default, and 1 more for each `-v`.
+    /// How much is logged: 0 with `--quiet`, 1 by default, and 1 more for each `-v`. Of several
+    /// processes, the first one logs this much, and the others 1 less.
     pub fn verbosity(&self) -> u8 {
-        if self.quiet { 0 } else { 1 + self.verbose }
+        let of_first = if self.quiet { 0 } else { 1 + self.verbose };
+        if world::is_later() { of_first.saturating_sub(1) } else { of_first }
     }
 
     /// Runs the command.
@@ -203,25 +231,42 @@ impl Cli {
         if self.version {
             return print_result(&version(cuda));
         }
-        let shared = Shared { show_progress: !self.quiet };
-        match self.command {
-            Some(Command::Train(args)) => train::run(args, &shared),
-            Some(Command::Eval(args)) => eval::run(args, &shared),
-            Some(Command::ExportAdapters(args)) => export_adapters::run(args, &shared),
-            Some(Command::Merge(args)) => merge::run(args, &shared),
-            Some(Command::Push(args)) => push::run(&args, &shared),
-            Some(Command::AddExpert(args)) => add_expert::run(args, &shared),
-            Some(Command::RemoveExpert(args)) => remove_expert::remove(args, &shared),
-            Some(Command::MergeExperts(args)) => remove_expert::merge(args, &shared),
-            Some(Command::Generate(args)) => generate::run(args, &shared),
-            Some(Command::Chat(args)) => chat::run(args, &shared),
-            Some(Command::Serve(args)) => serve::run(args, &shared),
-            Some(Command::Trace(args)) => trace::run(args, &shared),
-            Some(Command::Report(args)) => report::run(args, &shared),
-            Some(Command::Study(args)) => study::run(args, &shared),
-            Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
-            Some(Command::Bench(args)) => bench::run(args, &shared),
-            None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
+        let none = || usage(anyhow!("no command given\nhint: `dylora --help` lists them"));
+        let command = self.command.ok_or_else(none)?;
+        let (place, shows) = (world::place()?, !self.quiet);
+        let in_world = |run: &mut dyn FnMut(&Shared) -> Result<()>| {
+            world::in_world(place.as_ref(), shows, run)
+        };
+        match command {
+            Command::Train(args) => in_world(&mut |shared| train::run(&args, shared)),
+            Command::Eval(args) => in_world(&mut |shared| eval::run(&args, shared)),
+            Command::AddExpert(args) => in_world(&mut |shared| add_expert::run(&args, shared)),
+            Command::Generate(args) => in_world(&mut |shared| generate::run(&args, shared)),
+            other => world::alone(place.as_ref(), shows, |shared| other.run_alone(shared)),
+        }
+    }
+}
+
+impl Command {
+    /// Runs a command that is one process's alone.
+    fn run_alone(self, shared: &Shared) -> Result<()> {
+        match self {
+            Self::Launch(args) => launch::run(&args),
+            Self::ExportAdapters(args) => export_adapters::run(args, shared),
+            Self::Merge(args) => merge::run(args, shared),
+            Self::Push(args) => push::run(&args, shared),
+            Self::RemoveExpert(args) => remove_expert::remove(args, shared),
+            Self::MergeExperts(args) => remove_expert::merge(args, shared),
+            Self::Chat(args) => chat::run(args, shared),
+            Self::Serve(args) => serve::run(args, shared),
+            Self::Trace(args) => trace::run(args, shared),
+            Self::Report(args) => report::run(args, shared),
+            Self::Study(args) => study::run(args, shared),
+            Self::StudyRun(args) => study_run::run(&args, shared),
+            Self::Bench(args) => bench::run(args, shared),
+            Self::Train(_) | Self::Eval(_) | Self::AddExpert(_) | Self::Generate(_) => {
+                unreachable!("processes can share this command")
+            }
         }
     }
 }
@@ -230,6 +275,44 @@ impl Cli {
 #[derive(Debug)]
 struct Shared {
     show_progress: bool,
+    /// The processes that share the command.
+    world: Arc<World>,
+    /// This process's number on its machine.
+    local_rank: usize,
+    /// How often the world was restarted.
+    attempt: u64,
+}
+
+impl Shared {
+    /// What the command of a single process receives.
+    fn alone(show_progress: bool) -> Self {
+        Self { show_progress, world: Arc::new(World::single()), local_rank: 0, attempt: 0 }
+    }
+
+    /// Whether this process is the first one, which alone writes files and prints results.
+    fn is_first(&self) -> bool {
+        self.world.is_first()
+    }
+
+    /// Runs `f` in one process of each machine first, so that the others find files in its caches.
+    fn in_turn<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.world.in_turn(self.local_rank == 0, f)
+    }
+
+    /// Resolves a choice of device for this process. With several processes on a machine, each gets
+    /// a GPU of its own, counted from the chosen one on, unless it sees a single one.
+    ///
+    /// # Errors
+    /// A CUDA device that does not exist.
+    fn device(&self, choice: DeviceChoice) -> Result<Device> {
+        let first = match (choice, ffi::load_cuda()) {
+            (DeviceChoice::Auto, Ok(())) => 0,
+            (DeviceChoice::Cuda(index), Ok(())) => index,
+            _ => return device(choice),
+        };
+        let own = if tch::Cuda::device_count() == 1 { 0 } else { self.local_rank };
+        device(DeviceChoice::Cuda(first + own))
+    }
 }
 
 fn version(cuda: Result<(), &'static str>) -> String {
@@ -248,7 +331,7 @@ fn version(cuda: Result<(), &'static str>) -> String {
 fn device(choice: DeviceChoice) -> Result<Device> {
     match (choice, ffi::load_cuda()) {
         (DeviceChoice::Cpu, _) | (DeviceChoice::Auto, Err(_)) => Ok(Device::Cpu),
-        (DeviceChoice::Auto, Ok(())) => Ok(Device::Cuda(0)),
+        (DeviceChoice::Auto, Ok(())) => device(DeviceChoice::Cuda(0)),
         (DeviceChoice::Cuda(_), Err(reason)) => {
             Err(usage(anyhow!("there is no CUDA device: {reason}\nhint: `--device cpu`")))
         }

@@ -8,7 +8,7 @@ use clap::Args;
 use tch::{Device, Kind};
 
 use super::progress::DownloadBar;
-use super::{Shared, device, hub_settings, usage};
+use super::{Shared, hub_settings, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, TrainState};
 use crate::config::{
@@ -105,7 +105,7 @@ impl ModelArgs {
             let dtype = self.dtype.unwrap_or_default();
             let (tokenizer, chat_template) = (self.tokenizer.clone(), self.chat_template.clone());
             let config = BaseConfig { source, tokenizer, chat_template, dtype };
-            let device = device(self.device.unwrap_or(DeviceChoice::Auto))?;
+            let device = shared.device(self.device.unwrap_or(DeviceChoice::Auto))?;
             let base = open_base(&config, shared)?;
             return self.open_on(base, device, kind_of(dtype), shared);
         };
@@ -121,7 +121,7 @@ impl ModelArgs {
             config.base.chat_template = Some(template.clone());
         }
         config.base.dtype = self.dtype.unwrap_or(config.base.dtype);
-        let device = device(self.device.unwrap_or(config.run.device))?;
+        let device = shared.device(self.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
         let model = checkpoint::load_model(&dir, &config, &base, device)?;
         let TrainState { base_hash, learned_chats, .. } = checkpoint::read_state(&dir)?;

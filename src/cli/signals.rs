@@ -55,7 +55,11 @@ impl Interrupt {
 
     /// The error of a command that has stopped. `hint` says how to go on.
     pub fn error_with(&self, hint: String) -> Interrupted {
-        let signal = self.signal.load(Ordering::Relaxed) as i32;
+        // in a world, the signal may have reached another process
+        let signal = match self.signal.load(Ordering::Relaxed) as i32 {
+            0 => SIGTERM,
+            signal => signal,
+        };
         Interrupted { exit_code: (SIGNAL_EXIT + signal) as u8, hint }
     }
 }

@@ -16,7 +16,8 @@ use crate::train::{ColumnStaysClosed, Ending, Event, Summary, Trainer};
 /// - `run_dir`: the run's folder
 ///
 /// # Errors
-/// As [`Trainer::run`], and if the stage was to add an expert and has failed.
+/// As [`Trainer::run`], and if the stage was to add an expert and has failed, which the first process
+/// of a world finds out.
 pub fn run_stage(
     trainer: &mut Trainer,
     run_dir: &Path,
@@ -26,6 +27,9 @@ pub fn run_stage(
     let bar = TrainBar::new(shared.show_progress, trainer.num_steps(), trainer.state().step);
     let result = trainer.run(interrupt, &mut |event| observe(&bar, &event));
     bar.finish();
+    if !shared.is_first() {
+        return result;
+    }
     let failure = match result {
         Ok(summary) => {
             let is_over = matches!(summary.ending, Ending::Completed | Ending::StoppedEarly);

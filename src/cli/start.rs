@@ -7,7 +7,7 @@ use tch::Device;
 
 use super::open::{open_base, open_mixture};
 use super::progress::LoadBar;
-use super::{Shared, device, token_cache, usage};
+use super::{Shared, token_cache, usage};
 use crate::base::Base;
 use crate::checkpoint;
 use crate::config::{Config, Method};
@@ -51,7 +51,7 @@ impl ReadyRun {
         shared: &Shared,
         load: impl FnOnce(&Config, &Base) -> Result<Datasets>,
     ) -> Result<Self> {
-        let device = device(config.run.device)?;
+        let device = shared.device(config.run.device)?;
         let base = open_base(&config.base, shared)?;
         check_base(&config, &base).map_err(usage)?;
         let mixture = match &resume_from {
@@ -59,7 +59,7 @@ impl ReadyRun {
             None => Some(open_mixture(&config, &base, shared)?),
             Some(_) => None,
         };
-        let data = load(&config, &base)?;
+        let data = shared.in_turn(|| load(&config, &base))?;
         let start = match (resume_from, mixture) {
             (None, Some(mut mixture)) => {
                 let specs = &mut mixture.specs;
@@ -76,12 +76,13 @@ impl ReadyRun {
     }
 
     /// The trainer of the run, and the base.
-    pub fn trainer(self) -> Result<(Trainer, Base)> {
+    pub fn trainer(self, shared: &Shared) -> Result<(Trainer, Base)> {
         let Self { config, device, base, data, start, .. } = self;
-        let trainer = match &start {
+        let mut trainer = match &start {
             Start::New(mixture) => Trainer::new(config, &base, mixture, data, device)?,
             Start::Resume(dir) => Trainer::resume(config, &base, data, device, dir)?,
         };
+        trainer.enter(&shared.world)?;
         Ok((trainer, base))
     }
 }

@@ -74,7 +74,7 @@ fn measure(spec: &RunSpec, shared: &Shared) -> Result<Measured> {
     let ready = ReadyRun::open(spec.config.clone(), resume_from(spec)?, shared, load)?;
     let (device, specs) = (ready.device, ready.specs.clone());
     let counts = ParameterCounts::new(&ready.config, &specs, &ready.base.spec);
-    let (mut trainer, base) = ready.trainer()?;
+    let (mut trainer, base) = ready.trainer(shared)?;
     let summary = trainer.run(interrupt.flag(), &mut |_| ())?;
     if summary.ending == Ending::Interrupted {
         return Err(interrupt.error_with("its study goes on with it".into()).into());

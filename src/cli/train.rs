@@ -22,7 +22,7 @@ use crate::export::card::{self, Form, Origin};
 use crate::export::training::Training;
 use crate::export::{self, hugging_face};
 use crate::model::experts::spec::{ExpertSpec, num_routed};
-use crate::train::plan::{ParameterCounts, num_steps};
+use crate::train::plan::{ParameterCounts, blocks_per_step, num_steps_of};
 use crate::train::schedule::warmup_steps;
 use crate::train::{Ending, Summary};
 
@@ -52,12 +52,12 @@ pub struct TrainArgs {
 }
 
 /// Runs the command.
-pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
-    let (mut config, resume_from) = configure(&args)?;
-    check_config_stays(&args, &config).map_err(usage)?;
+pub fn run(args: &TrainArgs, shared: &Shared) -> Result<()> {
+    let (mut config, resume_from) = configure_all(args, shared)?;
+    check_config_stays(args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
-    if !args.dry_run {
+    if !args.dry_run && shared.is_first() {
         lock::check_free(&config.run.dir)?;
     }
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
@@ -65,18 +65,26 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     })?;
     let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
-        return dry_run(config, specs, base, data, args.json);
+        return match shared.is_first() {
+            true => dry_run(config, specs, base, data, args.json),
+            false => Ok(()),
+        };
     }
-    if config.method == Method::Full {
+    if config.method == Method::Full && shared.is_first() {
         // checked before the run, because the model is written at its end
         model_output(config, base)?.check_folder(export::is_unmarked_output)?;
     }
-    log_start(config, specs, base, data, *device);
+    if shared.is_first() {
+        log_start(config, specs, base, data, *device, shared);
+    }
     let config = config.clone();
-    let (mut trainer, base) = ready.trainer()?;
+    let (mut trainer, base) = ready.trainer(shared)?;
     let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
+    if !shared.is_first() {
+        return conclude(&config, summary.ending, &interrupt);
+    }
     let model_dir = match (config.method, summary.ending) {
         (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
             Some(save_base(&config, &base)?)
@@ -122,9 +130,38 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
     }
 }
 
+/// As [`configure`], in all processes alike: the first one finds the checkpoint, and the others take
+/// the same.
+fn configure_all(args: &TrainArgs, shared: &Shared) -> Result<(Config, Option<PathBuf>)> {
+    let resumes = args.resume.is_some() || shared.attempt > 0;
+    if !resumes || shared.world.is_single() {
+        return configure(args, &|dir| checkpoint::find(dir, Preferred::Last), shared);
+    }
+    if shared.is_first() {
+        let found = configure(args, &|dir| checkpoint::find(dir, Preferred::Last), shared)?;
+        let name = found.1.as_deref().map(fs_err::canonicalize).transpose()?;
+        let name = name.as_deref().and_then(Path::file_name).unwrap_or_default();
+        shared.world.exchange(name.as_encoded_bytes())?;
+        return Ok(found);
+    }
+    let names = shared.world.exchange(b"")?;
+    let name = String::from_utf8(names[0].clone()).context("a checkpoint's name is UTF-8")?;
+    let same = |dir: &Path| match dir.join("state.json").is_file() {
+        true => Ok(dir.to_owned()),
+        false if name.is_empty() => bail!("rank 0 found no checkpoint"),
+        false => Ok(checkpoint::folder(dir).join(&name)),
+    };
+    configure(args, &same, shared)
+}
+
 /// The resolved config and, for a run that is resumed, the folder of its checkpoint.
-fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
-    let last = |dir: &Path| checkpoint::find(dir, Preferred::Last);
+///
+/// - `last`: finds the last checkpoint in a run's folder
+fn configure(
+    args: &TrainArgs,
+    last: &dyn Fn(&Path) -> Result<PathBuf>,
+    shared: &Shared,
+) -> Result<(Config, Option<PathBuf>)> {
     let sets_dir =
         args.set.iter().any(|set| set.split('=').next().map(str::trim) == Some("run.dir"));
     if let (Some(Some(dir)), true) = (&args.resume, sets_dir) {
@@ -138,6 +175,8 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     if let Some(file) = &args.config {
         let config = config::load::load(file, &args.set).map_err(usage)?;
         let resume_from = match (&args.resume, named) {
+            // after a failure, the run goes on, unless it had not got to its first checkpoint
+            (None, _) if shared.attempt > 0 => last(&config.run.dir).ok(),
             (None, _) => None,
             (Some(_), Some(dir)) => Some(dir),
             (Some(_), None) => Some(last(&config.run.dir)?),
@@ -156,7 +195,14 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
 }
 
 /// Logs what is about to be trained, and on which data.
-fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets, device: Device) {
+fn log_start(
+    config: &Config,
+    specs: &[ExpertSpec],
+    base: &Base,
+    data: &Datasets,
+    device: Device,
+    shared: &Shared,
+) {
     let counts = ParameterCounts::new(config, specs, &base.spec);
     tracing::info!(
         "base `{}`, {} parameters; {} trained ({:.2} %) on {}",
@@ -166,6 +212,9 @@ fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets
         100.0 * counts.trainable_share(),
         device_name(device),
     );
+    if !shared.world.is_single() {
+        tracing::info!("{} processes share each step", shared.world.size());
+    }
     let router = &config.router;
     if router.top_k == Some(1) && router.renormalize && num_routed(specs) > 1 {
         tracing::warn!(
@@ -173,7 +222,7 @@ fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets
              learns from its own losses only\nhint: `router.renormalize = false` is Switch's rule"
         );
     }
-    warn_of_few_steps(config, data);
+    warn_of_few_steps(config, data, shared.world.size());
     for (split, dataset) in [("training", &data.train), ("validation", &data.validation)] {
         for domain in &dataset.domains {
             let c = &domain.counts;
@@ -203,8 +252,9 @@ fn log_start(config: &Config, specs: &[ExpertSpec], base: &Base, data: &Datasets
 const FEW_STEPS: u64 = 50;
 
 /// Warns of a run that is over before its experts and routers can have learned much.
-fn warn_of_few_steps(config: &Config, data: &Datasets) {
-    let steps = num_steps(config, &data.train);
+fn warn_of_few_steps(config: &Config, data: &Datasets, world_size: usize) {
+    let per_step = blocks_per_step(config) * world_size;
+    let steps = num_steps_of(config, &data.train, per_step);
     if steps < FEW_STEPS {
         let blocks = data.train.num_blocks();
         tracing::warn!(
@@ -212,7 +262,7 @@ fn warn_of_few_steps(config: &Config, data: &Datasets) {
              tokens, {} in a step\nhint: set `train.duration = {{ steps = 300 }}` or a smaller \
              `train.micro_batch_size`",
             config.data.seq_len,
-            config.train.micro_batch_size * config.train.grad_accum_steps,
+            per_step,
         );
     }
     let warmup = warmup_steps(config.schedule, steps);

@@ -1,12 +1,9 @@
 //! Operations on numbers and short values of the host.
 
-use std::sync::atomic::Ordering;
-use std::time::Duration;
-
 use anyhow::{Result, bail};
 use tch::Tensor;
 
-use super::{LOOK, World};
+use super::World;
 
 /// What every process must have alike: its name in messages, and its value.
 pub type Fact = (&'static str, String);
@@ -18,7 +15,7 @@ impl World {
         if self.is_single() {
             return Ok(());
         }
-        // each length once: the others learn how long the list is from those that have one
+        // processes without numbers learn from the others how many there are
         let mut len = vec![0.0; self.size()];
         len[self.dist_rank()] = numbers.len() as f64;
         let lens = Tensor::from_slice(&len);
@@ -68,31 +65,32 @@ impl World {
         Ok(())
     }
 
-    /// The value of each process, by its number. The values go through the store, so they should be
-    /// short and seldom.
+    /// The value of each process, by its number. Its length may differ from process to process.
     pub fn exchange(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let Some(link) = &self.link else { return Ok(vec![own.to_vec()]) };
-        let number = link.num_exchanges.fetch_add(1, Ordering::Relaxed);
-        link.watch.check()?;
-        link.watch.begin();
-        link.store.set(&link.keys.value(number, self.dist_rank()), own)?;
-        // all processes have read the values before the last exchange but one
-        if number >= 2 {
-            link.store.delete(&link.keys.value(number - 2, self.dist_rank()))?;
+        if self.is_single() {
+            return Ok(vec![own.to_vec()]);
         }
-        let mut values = Vec::with_capacity(self.size());
-        for dist_rank in 0..self.size() {
-            let key = link.keys.value(number, dist_rank);
-            link.wait(&mut || {
-                let is_set = link.store.has(&key)?;
-                if !is_set {
-                    std::thread::sleep(LOOK.min(Duration::from_millis(5)));
-                }
-                Ok(is_set)
-            })?;
-            values.push(link.store.get(&key)?);
+        let mut lens = vec![0_i64; self.size()];
+        lens[self.dist_rank()] = own.len() as i64;
+        let lens = Tensor::from_slice(&lens);
+        self.all_reduce(std::slice::from_ref(&lens))?;
+        let lens = Vec::<i64>::try_from(lens)?;
+        // each process fills its place and leaves zeros in those of the others
+        let mut bytes = vec![0_u8; lens.iter().sum::<i64>() as usize];
+        let start = lens[..self.dist_rank()].iter().sum::<i64>() as usize;
+        bytes[start..start + own.len()].copy_from_slice(own);
+        if !bytes.is_empty() {
+            let all = Tensor::from_slice(&bytes);
+            self.all_reduce(std::slice::from_ref(&all))?;
+            bytes = Vec::<u8>::try_from(all)?;
         }
-        Ok(values)
+        let mut rest = bytes.as_slice();
+        let part = |len: &i64| {
+            let (part, after) = rest.split_at(*len as usize);
+            rest = after;
+            part.to_vec()
+        };
+        Ok(lens.iter().map(part).collect())
     }
 
     /// Checks that all processes have the same facts.

@@ -5,7 +5,6 @@
 //!                 /beat/{rank}       a count that grows every second, and the number of operations
 //!                 /done/{rank}       set when the process has ended well
 //!                 /failure           the first failure: the rank, and a message
-//!                 /value/{n}/{rank}  what the process tells the others in their n-th exchange
 //!                 /gloo              of c10d
 //! ```
 
@@ -34,10 +33,6 @@ impl Keys {
 
     pub fn failure(&self) -> String {
         format!("{}/failure", self.prefix)
-    }
-
-    pub fn value(&self, exchange: u64, dist_rank: usize) -> String {
-        format!("{}/value/{exchange}/{dist_rank}", self.prefix)
     }
 
     pub fn gloo(&self) -> String {

@@ -2,10 +2,9 @@
 //! A process that is alone is a world of size 1, in which every operation does nothing.
 //!
 //! ```text
-//! store    c10d's TCPStore: the processes meet over it, compare facts, exchange short values and
-//!          give signs of life
-//! Gloo     sums and copies of tensors on the CPU
-//! NCCL     the same on GPUs
+//! store    c10d's TCPStore: the processes meet over it, and give signs of life
+//! Gloo     sums and copies of tensors on the CPU, and short values of the host
+//! NCCL     sums and copies of tensors on GPUs
 //! ```
 //!
 //! An operation is one that all processes call, in the same order. It fails if a process has failed,
@@ -19,7 +18,7 @@ mod place;
 pub mod shard;
 mod watch;
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -45,6 +44,7 @@ pub struct World {
     dist_rank: usize,
     size: usize,
     link: Option<Link>,
+    has_left: AtomicBool,
 }
 
 /// The connections to the other processes.
@@ -57,13 +57,12 @@ struct Link {
     nccl: OnceLock<Arc<Nccl>>,
     watch: Watch,
     limits: Limits,
-    num_exchanges: AtomicU64,
 }
 
 impl World {
     /// The world of a process that is alone.
     pub fn single() -> Self {
-        Self { dist_rank: 0, size: 1, link: None }
+        Self { dist_rank: 0, size: 1, link: None, has_left: AtomicBool::new(false) }
     }
 
     /// Meets the other processes of `place`'s world.
@@ -111,9 +110,8 @@ impl World {
             nccl: OnceLock::new(),
             watch,
             limits,
-            num_exchanges: AtomicU64::new(0),
         };
-        Ok(Self { dist_rank, size, link: Some(link) })
+        Ok(Self { dist_rank, size, link: Some(link), has_left: AtomicBool::new(false) })
     }
 
     /// This process's number in the world, from 0.
@@ -137,17 +135,21 @@ impl World {
     }
 
     /// Prepares operations on a GPU. Does nothing for the CPU.
+    ///
+    /// # Errors
+    /// If some processes have a GPU and others do not, or if two share one.
     pub fn use_device(&self, device: Device) -> Result<()> {
-        let (Some(link), Device::Cuda(index)) = (&self.link, device) else { return Ok(()) };
+        let Some(link) = &self.link else { return Ok(()) };
+        let kind = if device.is_cuda() { "a GPU" } else { "the CPU" };
+        self.agree(&[("kind of device", kind.into())])?;
+        let Device::Cuda(index) = device else { return Ok(()) };
         if link.nccl.get().is_some() {
             return Ok(());
         }
         let own = if self.is_first() { nccl::unique_id()?.to_vec() } else { vec![] };
         let values = self.exchange(&own)?;
-        let id: UniqueId = match values[0].as_slice().try_into() {
-            Ok(id) => id,
-            Err(_) => bail!("rank 0 has no GPU, and this process has one"),
-        };
+        let id: UniqueId =
+            values[0].as_slice().try_into().context("rank 0 gave no identity of the group")?;
         tracing::debug!("NCCL {}, rank {} on cuda:{index}", nccl::version()?, self.dist_rank);
         let nccl = Nccl::new(index, &id, self.dist_rank, self.size).with_context(|| {
             format!(
@@ -192,9 +194,32 @@ impl World {
         let gloo = link.gloo.as_ref().expect("the world is not left");
         for tensor in tensors {
             let pending = on_cpu(gloo, tensor).map_err(|error| link.watch.blame(error))?;
-            link.wait(&mut || pending.wait(LOOK))?;
+            link.wait(&pending, Some(link.limits.operation))?;
         }
         Ok(())
+    }
+
+    /// Waits until all processes are here, however long that takes, as long as all are alive.
+    pub fn meet(&self) -> Result<()> {
+        let Some(link) = &self.link else { return Ok(()) };
+        link.watch.check()?;
+        link.watch.begin();
+        let barrier = Tensor::zeros([1], (tch::Kind::Float, Device::Cpu));
+        let gloo = link.gloo.as_ref().expect("the world is not left");
+        let pending = gloo.all_reduce(&barrier).map_err(|error| link.watch.blame(error))?;
+        link.wait(&pending, None)
+    }
+
+    /// Runs `f` in the early processes first, and then in the others, which find what the early ones
+    /// have left in files.
+    pub fn in_turn<T>(&self, is_early: bool, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        if !is_early {
+            self.meet()?;
+            return f();
+        }
+        let value = f()?;
+        self.meet()?;
+        Ok(value)
     }
 
     /// Fails if the world has failed. Numbers that come from a GPU are right only if this returns
@@ -212,49 +237,43 @@ impl World {
     /// tells them what is wrong.
     ///
     /// - `failure`: why the process has failed
-    pub fn leave(mut self, failure: Option<&str>) -> Result<()> {
-        let Some(mut link) = self.link.take() else { return Ok(()) };
-        let size = self.size;
+    pub fn leave(&self, failure: Option<&str>) -> Result<()> {
+        let Some(link) = &self.link else { return Ok(()) };
         if let Some(failure) = failure {
-            link.fail(self.dist_rank, size, failure);
+            link.fail(self.dist_rank, self.size, failure);
+            // a group whose processes have failed is not freed
             return Ok(());
         }
-        let barrier = Tensor::zeros([1], (tch::Kind::Float, Device::Cpu));
-        let gloo = link.gloo.take().expect("the world is not left yet");
-        let pending = gloo.all_reduce(&barrier).map_err(|error| link.watch.blame(error))?;
-        link.wait(&mut || pending.wait(LOOK))?;
+        self.meet()?;
         link.store.set(&link.keys.done(self.dist_rank), b"1")?;
-        link.watch.keep(None);
         if link.holds_store {
-            link.wait_for_others(size, Duration::from_secs(30));
+            link.wait_for_others(self.size, Duration::from_secs(30));
         }
-        link.watch.stop();
-        drop(pending);
-        gloo.close();
-        if let Some(nccl) = link.nccl.take().and_then(Arc::into_inner) {
-            nccl.close();
-        }
+        link.watch.end();
+        self.has_left.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
 
 impl Link {
-    /// Waits until `is_done`, which itself waits for some time, or until the world has failed.
-    fn wait(&self, is_done: &mut dyn FnMut() -> Result<bool>) -> Result<()> {
+    /// Waits for work, or until the world has failed.
+    ///
+    /// - `limit`: the longest that it may take; `None` for no limit
+    fn wait(&self, pending: &Pending, limit: Option<Duration>) -> Result<()> {
         let begun = Instant::now();
         let mut is_noted = false;
-        while !is_done().map_err(|error| self.watch.blame(error))? {
+        while !pending.wait(LOOK).map_err(|error| self.watch.blame(error))? {
             self.watch.check()?;
             let waited = begun.elapsed();
             if waited > Limits::NOTABLE && !std::mem::replace(&mut is_noted, true) {
                 tracing::warn!("waiting for {} since 30 s", self.watch.late());
             }
-            if waited > self.limits.operation {
+            if let Some(limit) = limit.filter(|&limit| waited > limit) {
                 bail!(
                     "{} did not come to an operation that the others began {} s ago, though it \
                      gives signs of life\nhint: `DYLORA_OPERATION_SECS` allows more time",
                     self.watch.late(),
-                    self.limits.operation.as_secs_f64().round()
+                    limit.as_secs_f64().round()
                 );
             }
         }
@@ -292,8 +311,18 @@ impl Link {
 
 impl Drop for World {
     fn drop(&mut self) {
-        if let Some(link) = &self.link {
+        let Some(mut link) = self.link.take() else { return };
+        if !*self.has_left.get_mut() {
             link.fail(self.dist_rank, self.size, "it ended before the others");
+            return;
+        }
+        link.watch.keep(None);
+        link.watch.stop();
+        if let Some(gloo) = link.gloo.take() {
+            gloo.close();
+        }
+        if let Some(nccl) = link.nccl.take().and_then(Arc::into_inner) {
+            nccl.close();
         }
     }
 }

@@ -7,6 +7,8 @@
 //! no check of a file's size could rule out that it shrinks a moment later.
 
 use std::ffi::{c_int, c_void};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Beginning of the message of the handler; the file's path follows.
 const BEFORE: &[u8] = b"error: `";
@@ -29,6 +31,17 @@ pub fn files_fail_with_errors() {
         action.sa_flags = libc::SA_SIGINFO | libc::SA_RESETHAND;
         libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
     }
+}
+
+/// Has a process asked to stop, by SIGTERM, once the thread that starts it ends.
+pub fn end_with_parent(command: &mut Command) {
+    // SAFETY: `prctl` may be called between fork and exec, and takes numbers alone
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+            Ok(())
+        })
+    };
 }
 
 extern "C" fn on_bus_error(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
