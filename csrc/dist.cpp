@@ -4,6 +4,7 @@
 // A function that fails returns -1 or nullptr and leaves a message for dylora_take_error.
 #define USE_C10D_GLOO 1
 #include <ATen/ATen.h>
+#include <c10/util/Logging.h>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -28,6 +29,9 @@ struct Pending {
 };
 
 extern "C" {
+// Keeps libtorch's own log to what ends the process. Its other messages come back as errors.
+void dylora_hide_warnings() { FLAGS_caffe2_log_level = 3; }
+
 // Connects to the store at `host`. With `is_server`, this process holds the store.
 Store *dylora_store_new(const char *host, int port, int is_server, int64_t timeout_ms) {
   TRY(nullptr, {

@@ -19,6 +19,7 @@ use super::signals::Interrupted;
 use super::{Shared, Stderr, describe, usage, variable};
 use crate::data::visible;
 use crate::dist::{Limits, Place, World};
+use crate::ffi;
 
 /// The place of this process; `None` if it is alone.
 ///
@@ -43,6 +44,9 @@ pub fn in_world(
     run: impl FnOnce(&Shared) -> Result<()>,
 ) -> Result<()> {
     let Some(place) = place else { return run(&Shared::alone(show_progress)) };
+    if variable("TORCH_CPP_LOG_LEVEL").is_none() {
+        ffi::dist::hide_warnings();
+    }
     let world = World::join(place, variable("GLOO_SOCKET_IFNAME"), limits()?, Box::new(end))?;
     let world = Arc::new(world);
     let shared = Shared {

@@ -285,6 +285,9 @@ impl Link {
         // if the others know of a failure already, that is the cause of this one
         let is_first = self.watch.check().is_ok();
         self.watch.end();
+        if self.watch.store_is_lost() {
+            return;
+        }
         let message = format!("rank {dist_rank} has failed: {failure}");
         let _ = self.store.set_once(&self.keys.failure(), message.as_bytes());
         let _ = self.store.set(&self.keys.done(dist_rank), b"1");
@@ -300,7 +303,7 @@ impl Link {
         let deadline = Instant::now() + limit;
         for other in 1..size {
             while !self.store.has(&self.keys.done(other)).unwrap_or(true) {
-                if Instant::now() > deadline {
+                if Instant::now() > deadline || self.watch.store_is_lost() {
                     return;
                 }
                 sleep(Duration::from_millis(20));
@@ -317,7 +320,6 @@ impl Drop for World {
             return;
         }
         link.watch.keep(None);
-        link.watch.stop();
         if let Some(gloo) = link.gloo.take() {
             gloo.close();
         }

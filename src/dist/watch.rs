@@ -1,12 +1,14 @@
 //! Signs of life. Each process gives one to the store every second, from a thread of its own, and
 //! looks for those of the others. A process that is killed or stopped gives none, and one that fails
-//! says so. Either way all processes learn which one it was, and end.
+//! says so. Either way all processes learn which one it was, and end. A second thread, which uses no
+//! connection, sees to it that the first one gets answers from the store, and that the process ends.
 //!
 //! Ages are measured by the clock of the process that looks, so clocks need not agree.
 
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{JoinHandle, sleep};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, bail};
@@ -22,11 +24,14 @@ use crate::ffi::nccl::Nccl;
 pub type OnLost = Box<dyn Fn(&str) + Send>;
 
 /// What the watching thread and the others share.
-#[derive(Default)]
 struct Shared {
     /// How the world failed.
     failure: Mutex<Option<String>>,
     has_failed: AtomicBool,
+    /// Whether the store does not answer.
+    store_is_lost: AtomicBool,
+    /// When the store last answered.
+    last_round: Mutex<Instant>,
     /// Whether a connection to another process has broken.
     is_broken: AtomicBool,
     ends: AtomicBool,
@@ -50,16 +55,22 @@ struct Other {
 /// Watches the processes of a world.
 pub(super) struct Watch {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread works with.
+/// The thread that talks with the store.
 struct Watcher {
     store: Store,
     keys: Keys,
     dist_rank: usize,
     limits: Limits,
     /// What to say if the store does not answer.
+    store_is_lost: String,
+    shared: Arc<Shared>,
+}
+
+/// The thread that talks with nobody.
+struct Guard {
+    limits: Limits,
     store_is_lost: String,
     shared: Arc<Shared>,
     on_lost: OnLost,
@@ -91,18 +102,28 @@ impl Watch {
             is_done: false,
         };
         let others = (0..size).filter(|other| *other != dist_rank).map(other).collect();
-        let shared = Arc::new(Shared { others: Mutex::new(others), ..Shared::default() });
-        let watcher = Watcher {
-            store,
-            keys,
-            dist_rank,
+        let shared = Arc::new(Shared {
+            failure: Mutex::new(None),
+            has_failed: AtomicBool::new(false),
+            store_is_lost: AtomicBool::new(false),
+            last_round: Mutex::new(Instant::now()),
+            is_broken: AtomicBool::new(false),
+            ends: AtomicBool::new(false),
+            num_operations: AtomicU64::new(0),
+            nccl: Mutex::new(None),
+            others: Mutex::new(others),
+        });
+        let guard = Guard {
             limits,
-            store_is_lost,
+            store_is_lost: store_is_lost.clone(),
             shared: Arc::clone(&shared),
             on_lost,
         };
-        let thread = std::thread::Builder::new().name("watch".into()).spawn(|| watcher.run())?;
-        Ok(Self { shared, thread: Some(thread) })
+        let watcher =
+            Watcher { store, keys, dist_rank, limits, store_is_lost, shared: Arc::clone(&shared) };
+        std::thread::Builder::new().name("watch".into()).spawn(|| watcher.run())?;
+        std::thread::Builder::new().name("guard".into()).spawn(|| guard.run())?;
+        Ok(Self { shared })
     }
 
     /// Counts an operation that this process begins with the others.
@@ -150,17 +171,14 @@ impl Watch {
         if late.is_empty() { "another rank".into() } else { ranks(&late) }
     }
 
-    /// Asks the thread to end.
+    /// Stops to watch.
     pub fn end(&self) {
         self.shared.ends.store(true, Ordering::Release);
     }
 
-    /// Stops to watch.
-    pub fn stop(&mut self) {
-        self.end();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+    /// Whether the store does not answer, so that a call to it might not return.
+    pub fn store_is_lost(&self) -> bool {
+        self.shared.store_is_lost.load(Ordering::Acquire)
     }
 }
 
@@ -168,30 +186,24 @@ impl Watcher {
     fn run(self) {
         let mut count = 0_u64;
         let mut last_round = Instant::now();
-        let mut failed_at: Option<Instant> = None;
-        while !self.shared.ends.load(Ordering::Acquire) {
+        while self.shared.goes_on() {
             count += 1;
             if last_round.elapsed() > self.limits.silence / 2 {
                 // this process did not run itself, so it has not heard the others
                 lock(&self.shared.others).iter_mut().for_each(|o| o.heard_at = Instant::now());
             }
             last_round = Instant::now();
-            match failed_at {
-                None => {
-                    if let Err(failure) = self.round(count) {
-                        self.fail(format!("{failure:#}"));
-                        failed_at = Some(Instant::now());
-                    }
+            if let Err(failure) = self.round(count) {
+                let message = format!("{failure:#}");
+                if !failure.is::<StoreIsLost>() {
+                    let _ = self.store.set_once(&self.keys.failure(), message.as_bytes());
                 }
-                Some(at) if at.elapsed() > Limits::ENDING => {
-                    let failure = lock(&self.shared.failure).clone().unwrap_or_default();
-                    (self.on_lost)(&failure);
-                    return;
-                }
-                Some(_) => {}
+                self.shared.fail(message);
+                return;
             }
+            *lock(&self.shared.last_round) = Instant::now();
             for _ in 0..20 {
-                if self.shared.ends.load(Ordering::Acquire) {
+                if !self.shared.goes_on() {
                     return;
                 }
                 sleep(Limits::BEAT / 20);
@@ -205,8 +217,10 @@ impl Watcher {
     /// If the world has failed.
     fn round(&self, count: u64) -> Result<()> {
         let lost = |error: anyhow::Error| {
+            self.shared.store_is_lost.store(true, Ordering::Release);
             let text = error.to_string();
-            anyhow!("{}: {}", self.store_is_lost, text.lines().next().unwrap_or_default())
+            let first = text.lines().next().unwrap_or_default();
+            StoreIsLost(format!("{}: {first}", self.store_is_lost))
         };
         let operations = self.shared.num_operations.load(Ordering::Relaxed);
         let beat = format!("{count} {operations}");
@@ -249,24 +263,67 @@ impl Watcher {
         }
         Ok(())
     }
+}
 
-    /// Notes a failure for this process and tells the others of it.
+impl Guard {
+    fn run(self) {
+        let mut last_look = Instant::now();
+        let mut failed_at: Option<Instant> = None;
+        while self.shared.goes_on() {
+            if last_look.elapsed() > self.limits.silence / 2 {
+                // this process did not run itself
+                *lock(&self.shared.last_round) = Instant::now();
+            }
+            last_look = Instant::now();
+            if self.shared.has_failed.load(Ordering::Acquire) {
+                let since = *failed_at.get_or_insert(last_look);
+                if since.elapsed() > Limits::ENDING {
+                    (self.on_lost)(&lock(&self.shared.failure).clone().unwrap_or_default());
+                    return;
+                }
+            } else if lock(&self.shared.last_round).elapsed() > self.limits.silence {
+                self.shared.store_is_lost.store(true, Ordering::Release);
+                let secs = self.limits.silence.as_secs();
+                self.shared.fail(format!("{}: no answer for {secs} s", self.store_is_lost));
+            }
+            sleep(Limits::BEAT / 10);
+        }
+    }
+}
+
+impl Shared {
+    fn goes_on(&self) -> bool {
+        !self.ends.load(Ordering::Acquire)
+    }
+
+    /// Notes a failure, unless there is one already.
     fn fail(&self, message: String) {
-        let _ = self.store.set_once(&self.keys.failure(), message.as_bytes());
-        *lock(&self.shared.failure) = Some(message);
-        self.shared.has_failed.store(true, Ordering::Release);
-        if let Some(nccl) = &*lock(&self.shared.nccl) {
+        lock(&self.failure).get_or_insert(message);
+        self.has_failed.store(true, Ordering::Release);
+        if let Some(nccl) = &*lock(&self.nccl) {
             nccl.abort();
         }
     }
 }
 
+/// The error of a store that does not answer.
+#[derive(Debug)]
+struct StoreIsLost(String);
+
+impl fmt::Display for StoreIsLost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for StoreIsLost {}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl std::fmt::Debug for Watch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Watch").finish_non_exhaustive()
     }
 }

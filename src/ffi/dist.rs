@@ -23,6 +23,7 @@ mod raw {
 }
 
 unsafe extern "C" {
+    fn dylora_hide_warnings();
     fn dylora_store_new(
         host: *const c_char,
         port: c_int,
@@ -59,6 +60,13 @@ unsafe extern "C" {
     fn dylora_pending_wait(pending: *mut raw::Pending, wait_ms: i64) -> c_int;
     fn dylora_pending_free(pending: *mut raw::Pending);
     fn dylora_gloo_free(group: *mut raw::Group);
+}
+
+/// Keeps libtorch from logging what it also returns as errors, with long traces. To be called before
+/// there are other threads.
+pub fn hide_warnings() {
+    // SAFETY: the call sets a number that libtorch reads when it logs
+    unsafe { dylora_hide_warnings() }
 }
 
 /// A key-value store that processes share, by one connection. Its calls may come from any thread

@@ -13,13 +13,14 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use tch::Tensor;
 
 use super::{Trainer, optim, plan};
-use crate::config::{self, Config, DeviceChoice};
+use crate::config::{self, AdapterSource, BaseSource, Config, DeviceChoice, Validation};
 use crate::data::{BlockId, TokenDataset};
 use crate::dist::shard::shares;
 use crate::dist::{Fact, World};
@@ -136,12 +137,26 @@ fn cost(dataset: &TokenDataset, block: BlockId, spec: &DecoderSpec) -> f64 {
     of_labels + squares as f64 * (spec.num_layers * spec.width) as f64
 }
 
-/// The config without what may differ between the processes of a run: where its folder is, and each
-/// process's device.
+/// The config without what may differ between the processes of a run: their devices, and where their
+/// files are, whose contents are compared instead.
 fn comparable(config: &Config) -> String {
     let mut config = config.clone();
-    config.run.dir = Default::default();
-    config.run.device = DeviceChoice::Auto;
+    (config.run.dir, config.run.device) = (PathBuf::new(), DeviceChoice::Auto);
+    if let BaseSource::Path(path) = &mut config.base.source {
+        *path = PathBuf::new();
+    }
+    (config.base.tokenizer, config.base.chat_template) = (None, None);
+    for domain in &mut config.data.domains {
+        domain.train = vec![];
+        if let Some(Validation::Files(files)) = &mut domain.validation {
+            *files = vec![];
+        }
+    }
+    for expert in &mut config.lora.experts {
+        if let Some(AdapterSource::Path(path)) = &mut expert.source {
+            *path = PathBuf::new();
+        }
+    }
     config::load::to_toml(&config)
 }
 

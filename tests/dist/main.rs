@@ -2,8 +2,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod faults;
+mod launch;
 mod operations;
 mod processes;
+mod scene;
 mod steps;
 
 use anyhow::{Result, bail};

@@ -1,0 +1,258 @@
+//! `dylora launch`: runs, their curves, interrupts, restarts, and evaluation and generation by
+//! several processes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::common::max_difference;
+use crate::scene::{Scene, as_str, ended, send, text, train};
+use dylora::tensor_file::read_tensors;
+
+/// The arguments that share `arguments` among processes.
+fn launched<'a>(processes: &'a str, arguments: &'a [String]) -> Vec<&'a str> {
+    let mut all = vec!["launch", "--processes", processes, "--"];
+    all.extend(arguments.iter().map(String::as_str));
+    all
+}
+
+/// Runs a command that must succeed.
+fn must(scene: &Scene, arguments: &[&str]) -> Result<String> {
+    let output = scene.run(arguments)?;
+    assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn number(line: &Value, key: &str) -> f64 {
+    line[key].as_f64().unwrap_or(f64::NAN)
+}
+
+/// Checks that two runs have the same losses and weights but for rounding.
+fn assert_same_run(scene: &Scene, run: &str, expected: &str, step: u64) -> Result<()> {
+    for (kind, key) in [("train", "loss"), ("validation", "loss"), ("train", "grad_norm")] {
+        let (a, b) = (scene.metrics(run, kind)?, scene.metrics(expected, kind)?);
+        assert_eq!(a.len(), b.len(), "{run}, {kind}");
+        for (a, b) in a.iter().zip(&b) {
+            let (a, b) = (number(a, key), number(b, key));
+            assert!((a - b).abs() <= 1e-6, "{run}: {key} {a} is not {b}");
+        }
+    }
+    let of = |run: &str| {
+        let dir = scene.path(run).join(format!("checkpoints/step-{step:08}"));
+        read_tensors(&dir.join("model.safetensors"))
+    };
+    for ((name, a), (other, b)) in of(run)?.into_iter().zip(of(expected)?) {
+        assert_eq!(name, other);
+        let difference = max_difference(&a, &b);
+        assert!(difference <= 1e-5, "`{name}` of {run}: {difference:e}");
+    }
+    Ok(())
+}
+
+/// 20 steps in f32: losses to 1e-6 and weights to 1e-5, with domains, padding, top-k, domain
+/// supervision, a last step with fewer blocks, and evaluations.
+#[test]
+fn processes_train_as_one_does_with_more_accumulation() -> Result<()> {
+    for (name, set) in [
+        ("dense", vec![]),
+        ("top", vec!["router.top_k=1", "router.renormalize=false"]),
+        ("full", vec!["method=full"]),
+    ] {
+        let scene = Scene::new()?;
+        let with = |run: &str, accumulation: usize| {
+            let accumulation = format!("train.grad_accum_steps={accumulation}");
+            let mut set = set.clone();
+            set.extend([accumulation.as_str(), "train.eval_every_steps=10", "lora.dropout=0.0"]);
+            train(run, 20, 10, &set)
+        };
+        for processes in [2, 3] {
+            let one = format!("one-{processes}");
+            must(&scene, &as_str(&with(&one, processes)))?;
+            let several = format!("{name}-{processes}");
+            must(&scene, &launched(&processes.to_string(), &with(&several, 1)))?;
+            assert_same_run(&scene, &several, &one, 20)?;
+        }
+    }
+    Ok(())
+}
+
+/// A run of two processes goes on with one, three and two.
+#[test]
+fn a_run_resumes_in_a_world_of_another_size() -> Result<()> {
+    let scene = Scene::new()?;
+    let set = ["train.grad_accum_steps=3", "lora.dropout=0.0"];
+    must(&scene, &as_str(&train("one", 12, 3, &["train.grad_accum_steps=6", "lora.dropout=0.0"])))?;
+    must(&scene, &launched("2", &train("run", 3, 3, &set)))?;
+    let resume = |steps: u64| -> Vec<String> {
+        let steps = format!("train.duration={{steps={steps}}}");
+        ["train", "--resume", "run", "--set", &steps].map(str::to_owned).into()
+    };
+    must(&scene, &as_str(&resume(6)))?;
+    must(&scene, &launched("3", &resume(9)))?;
+    must(&scene, &launched("2", &resume(12)))?;
+    let (a, b) = (scene.metrics("run", "train")?, scene.metrics("one", "train")?);
+    assert_eq!((a.len(), b.len()), (12, 12));
+    for (a, b) in a.iter().zip(&b) {
+        for key in ["tokens_seen", "label_tokens", "epoch"] {
+            assert_eq!(a[key], b[key], "{key}");
+        }
+        // the learning rates differ by the length of each part
+    }
+    let state = |run: &str| -> Result<Value> {
+        let path = scene.path(run).join("checkpoints/last/state.json");
+        Ok(serde_json::from_str(&fs_err::read_to_string(path)?)?)
+    };
+    let (a, b) = (state("run")?, state("one")?);
+    for key in ["step", "tokens_seen", "position", "domain_blocks"] {
+        assert_eq!(a[key], b[key], "{key}");
+    }
+    assert_eq!(a["blocks_per_step"], 6);
+    Ok(())
+}
+
+/// Each process draws masks of its own, which are saved and drawn again by a run that is resumed.
+#[test]
+fn dropout_differs_by_process_and_is_resumed() -> Result<()> {
+    let scene = Scene::new()?;
+    let set = ["lora.dropout=0.3", "schedule={kind='constant', warmup_steps=0, min_ratio=0.0}"];
+    must(&scene, &launched("2", &train("whole", 8, 4, &set)))?;
+    must(&scene, &launched("2", &train("parts", 4, 4, &set)))?;
+    let resume = ["train", "--resume", "parts", "--set", "train.duration={steps=8}"];
+    must(&scene, &launched("2", &resume.map(str::to_owned)))?;
+    let of = |run: &str, file: &str| {
+        let path = scene.path(run).join("checkpoints/step-00000008").join(file);
+        Ok::<_, anyhow::Error>(read_tensors(&path)?.into_iter().collect::<Vec<_>>())
+    };
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        for ((name, a), (_, b)) in of("whole", file)?.iter().zip(&of("parts", file)?) {
+            assert!(a.equal(b), "`{name}` of the resumed run differs");
+        }
+    }
+    let optimizer = of("whole", "optimizer.safetensors")?;
+    let state = |name: &str| optimizer.iter().find(|(other, _)| other == name).map(|(_, t)| t);
+    let (first, second) = (state("rng.cpu"), state("rng.1.cpu"));
+    let (first, second) = (first.context("rank 0's")?, second.context("rank 1's")?);
+    assert!(!first.equal(second), "the processes draw the same masks");
+    Ok(())
+}
+
+#[test]
+fn one_signal_makes_all_processes_save_the_same_step() -> Result<()> {
+    let scene = Scene::new()?;
+    let arguments = train("run", 1_000_000, 1_000_000, &[]);
+    let child = scene.command(&launched("3", &arguments)).spawn()?;
+    scene.wait_for_lines("run", 5)?;
+    send(&child, libc::SIGTERM);
+    let (output, _) = ended(child, Duration::from_secs(30))?;
+    assert_eq!(output.status.code(), Some(143), "{}", text(&output));
+    assert!(text(&output).contains("interrupted after step"), "{}", text(&output));
+    // a signal to one process alone is a request to all
+    let children = scene.start(2, &["train", "--resume", "run"])?;
+    let lines = fs_err::read_to_string(scene.path("run/metrics.jsonl"))?.lines().count();
+    scene.wait_for_lines("run", lines + 3)?;
+    send(&children[1], libc::SIGINT);
+    for (child, code) in children.into_iter().zip([143, 130]) {
+        let (output, _) = ended(child, Duration::from_secs(30))?;
+        assert_eq!(output.status.code(), Some(code), "{}", text(&output));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_killed_process_is_restarted_and_the_run_goes_on() -> Result<()> {
+    let scene = Scene::new()?;
+    let arguments = train("run", 60, 5, &[]);
+    let mut all = vec!["launch", "-n", "2", "--max-restarts", "2", "--"];
+    all.extend(as_str(&arguments));
+    let child = scene.command(&all).spawn()?;
+    scene.wait_for_lines("run", 12)?;
+    let own = child.id().to_string();
+    let listed = std::process::Command::new("pgrep").args(["-P", &own]).output()?;
+    let children = String::from_utf8(listed.stdout)?;
+    let victim: i32 = children.lines().last().context("it has children")?.parse()?;
+    let killed = Instant::now();
+    // SAFETY: `kill` takes two numbers and accesses no memory
+    assert_eq!(unsafe { libc::kill(victim, libc::SIGKILL) }, 0);
+    let (output, _) = ended(child, Duration::from_secs(90))?;
+    assert!(output.status.success(), "after {:?}: {}", killed.elapsed(), text(&output));
+    let message = text(&output);
+    assert!(message.contains("was ended by signal 9; restart 1 of 2"), "{message}");
+    assert!(message.contains("completed after step 60"), "{message}");
+    let steps: Vec<_> = scene.metrics("run", "train")?.iter().map(|m| m["step"].clone()).collect();
+    assert_eq!(steps, (1..=60).map(Value::from).collect::<Vec<_>>());
+    Ok(())
+}
+
+#[test]
+fn evaluation_and_generation_are_shared_and_exact() -> Result<()> {
+    let scene = Scene::new()?;
+    must(&scene, &as_str(&train("run", 3, 3, &[])))?;
+    let eval = ["eval", "--checkpoint", "run", "--device", "cpu", "--json"].map(str::to_owned);
+    let read = |text: String| -> Result<Value> { Ok(serde_json::from_str(&text)?) };
+    let alone = read(must(&scene, &as_str(&eval))?)?;
+    let mut prompts = String::new();
+    for n in 0..7 {
+        prompts += &format!("{{\"prompt\": \"{n} + {n} =\"}}\n");
+    }
+    fs_err::write(scene.path("prompts.jsonl"), prompts)?;
+    let generate = [
+        "generate",
+        "--checkpoint",
+        "run",
+        "--device",
+        "cpu",
+        "--prompts",
+        "prompts.jsonl",
+        "--json",
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "0.8",
+        "--seed",
+        "3",
+    ];
+    let generate = generate.map(str::to_owned);
+    let texts = must(&scene, &as_str(&generate))?;
+    assert_eq!(texts.lines().count(), 7);
+    let plain: Vec<String> =
+        generate.iter().filter(|argument| *argument != "--json").cloned().collect();
+    let plain_texts = must(&scene, &as_str(&plain))?;
+    for processes in ["2", "3"] {
+        let shared = read(must(&scene, &launched(processes, &eval))?)?;
+        for key in ["loss", "token_loss", "perplexity", "label_tokens", "domains"] {
+            let (shared, alone) = (&shared[key], &alone[key]);
+            if key == "domains" {
+                for (shared, alone) in shared
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .zip(alone.as_array().into_iter().flatten())
+                {
+                    assert_eq!(shared["loss"], alone["loss"]);
+                }
+            } else {
+                assert_eq!(shared, alone, "{key}");
+            }
+        }
+        let load = |report: &Value| report["routing"]["expert_load"][0].as_f64();
+        let (a, b) = (load(&shared).context("a load")?, load(&alone).context("a load")?);
+        assert!((a - b).abs() < 1e-12, "{a} is not {b}");
+        assert_eq!(must(&scene, &launched(processes, &generate))?, texts);
+        assert_eq!(must(&scene, &launched(processes, &plain))?, plain_texts);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_usage_error_is_not_restarted() -> Result<()> {
+    let scene = Scene::new()?;
+    let all = ["launch", "-n", "2", "--max-restarts", "5", "--", "train", "--config", "no.toml"];
+    let output = scene.run(&all)?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(!text(&output).contains("restart 1"), "{}", text(&output));
+    assert!(text(&output).contains("[0] error: "), "{}", text(&output));
+    let output = scene.run(&["launch", "-n", "0", "--", "train"])?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    Ok(())
+}
