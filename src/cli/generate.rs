@@ -95,10 +95,8 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
     let prompts = prompts.collect::<Result<Vec<_>>>()?;
     let talks = is_message
         || prompts.iter().any(|prompt| matches!(prompt.content, Content::Conversation(_)));
-    let defaults = match talks {
-        true => GenerationDefaults::of_chats(&open.base)?,
-        false => GenerationDefaults::of_base(&open.base)?,
-    };
+    let defaults = if talks { GenerationDefaults::of_chats } else { GenerationDefaults::of_base };
+    let defaults = defaults(&open.base)?;
     let requests = requests(args, &open, &defaults, &prompts)?;
     let (num_prompts, world) = (prompts.len(), &shared.world);
     // the processes of a world take prompts in turn; a text does not depend on which one does
@@ -115,15 +113,13 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
             if args.prompts.is_none() { usage(error) } else { error }
         })?;
     }
-    let generated: Vec<Generated<'_>> = prompts
-        .iter()
-        .map(|prompt| Generated {
-            stream: TextStream::new(tokenizer, &prompt.ids, &args.sampling.stop),
-            ready: String::new(),
-            events: vec![],
-            finish: None,
-        })
-        .collect();
+    let generated = |prompt: &Prompt| Generated {
+        stream: TextStream::new(tokenizer, &prompt.ids, &args.sampling.stop),
+        ready: String::new(),
+        events: vec![],
+        finish: None,
+    };
+    let generated: Vec<Generated<'_>> = prompts.iter().map(generated).collect();
     let show_bar = shared.show_progress && prompts.len() > 1;
     let bar = CountBar::new(show_bar, "generating", prompts.len() as u64);
     let mut printer = Printer {
@@ -146,14 +142,16 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
         bar.set(printer.printed as u64);
     }
     bar.finish();
-    match world.is_single() {
-        true => Ok(()),
-        false => print_all(&printer, num_prompts, shared),
-    }
+    print_all(&printer, num_prompts, shared)
 }
 
-/// Prints the texts of all processes in the order of their prompts, in the first process.
+/// Prints the texts of all processes in the order of their prompts, in the first process. One that is
+/// alone has printed them already.
 fn print_all(printer: &Printer<'_>, num_prompts: usize, shared: &Shared) -> Result<()> {
+    if shared.world.is_single() {
+        return Ok(());
+    }
+    shared.world.meet()?;
     let own: Vec<String> = (0..printer.prompts.len()).map(|index| printer.whole(index)).collect();
     let all = shared.world.exchange(&serde_json::to_vec(&own)?)?;
     if !shared.is_first() {

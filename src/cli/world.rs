@@ -102,6 +102,7 @@ fn limits() -> Result<Limits> {
 }
 
 /// Ends a process whose world has failed while it waits for something that will not come.
+#[expect(clippy::exit, reason = "the main thread may wait for a GPU that never answers")]
 fn end(message: &str) {
     let _ = writeln!(Stderr, "error: {}", visible(message));
     std::process::exit(1);

@@ -111,17 +111,7 @@ pub(super) fn part_of_gradients(
     let finds_plateaus = matches!(config.router.hybrid, Some(Maturity::Plateau(_)));
     let mut expert_losses: Option<Tensor> = None;
     let mut supervision: Option<Tensor> = None;
-    let orthogonality = config.lora.orthogonality.and_then(|of| {
-        let loss = model.orthogonality(of)?;
-        if !part.is_first {
-            return Some(loss.zeros_like().detach());
-        }
-        // if all experts are frozen, the loss exists but has no gradient
-        if loss.requires_grad() {
-            grads.add(&(&loss * of.coef()), trained);
-        }
-        Some(loss.detach())
-    });
+    let orthogonality = add_orthogonality(model, trained, config, part.is_first, &mut grads);
     for inputs in micro_batches {
         let (output, of_batch) = forward(model, config, &source, inputs, per_token);
         let labelled = inputs.label_rows(num_groups);
@@ -166,6 +156,27 @@ pub(super) fn part_of_gradients(
         orthogonality,
         stops: step.stops.shallow_clone(),
     })
+}
+
+/// The orthogonality loss, and its gradient. It depends on no token, and counts in the first process
+/// alone; the others have 0.
+fn add_orthogonality(
+    model: &RoutedModel,
+    trained: &Trained,
+    config: &Config,
+    is_first: bool,
+    grads: &mut GradientSum,
+) -> Option<Tensor> {
+    let of = config.lora.orthogonality?;
+    let loss = model.orthogonality(of)?;
+    if !is_first {
+        return Some(loss.zeros_like().detach());
+    }
+    // if all experts are frozen, the loss exists but has no gradient
+    if loss.requires_grad() {
+        grads.add(&(&loss * of.coef()), trained);
+    }
+    Some(loss.detach())
 }
 
 /// Whether the routers' losses count. While a new expert is seeded, the router decides for only

@@ -20,9 +20,14 @@ fn a_process_that_is_killed_or_stopped_ends_all_with_its_name() -> Result<()> {
         let scene = Scene::new()?;
         let mut children = scene.start(3, &as_str(&train("run", 1_000_000, 5, &[])))?;
         scene.wait_for_lines("run", 12)?;
-        let lost = children.remove(victim);
-        send(&lost, signal);
-        for child in children {
+        send(&children[victim], signal);
+        children.swap(victim, 2);
+        for (place, child) in children.into_iter().enumerate() {
+            if place == 2 {
+                send(&child, libc::SIGKILL);
+                ended(child, LIMIT)?;
+                continue;
+            }
             let (output, _) = ended(child, LIMIT)?;
             let message = text(&output);
             assert_eq!(output.status.code(), Some(1), "signal {signal}: {message}");
@@ -33,8 +38,6 @@ fn a_process_that_is_killed_or_stopped_ends_all_with_its_name() -> Result<()> {
             assert!(named, "signal {signal} to rank {victim}: {message}");
             assert!(!message.contains("frame #0"), "{message}");
         }
-        send(&lost, libc::SIGKILL);
-        ended(lost, LIMIT)?;
         // the last checkpoint is whole
         let output = scene.run(&["eval", "--checkpoint", "run", "--device", "cpu"])?;
         assert!(output.status.success(), "{}", text(&output));
@@ -80,7 +83,7 @@ fn data_and_weights_that_differ_are_found_at_the_start() -> Result<()> {
     let config = fs_err::read_to_string(scene.path("config.toml"))?;
     fs_err::create_dir(scene.path("other"))?;
     for name in ["base", "config.toml"] {
-        std::os::unix::fs::symlink(scene.path(name), scene.path("other").join(name))?;
+        fs_err::os::unix::fs::symlink(scene.path(name), scene.path("other").join(name))?;
     }
     // the same config, but other files where it leads
     let demo = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/data");
@@ -173,12 +176,17 @@ fn two_processes_of_one_rank_are_an_error() -> Result<()> {
         command.envs(place_of(1, 3, port)).env("DYLORA_MEETING_SECS", "8");
         children.push(command.spawn()?);
     }
-    let twice = children.pop().expect("there are three");
-    let once = children.pop().expect("there are three");
-    let both = [ended(once, LIMIT)?.0, ended(twice, LIMIT)?.0];
+    children.reverse();
+    let mut both = vec![];
+    for (place, child) in children.into_iter().enumerate() {
+        if place == 2 {
+            send(&child, libc::SIGKILL);
+            ended(child, LIMIT)?;
+        } else {
+            both.push(ended(child, LIMIT)?.0);
+        }
+    }
     let says = |output: &_| text(output).contains("another process has `RANK` 1 too");
     assert!(both.iter().any(says), "{}", both.iter().map(text).collect::<String>());
-    children[0].kill()?;
-    ended(children.remove(0), LIMIT)?;
     Ok(())
 }

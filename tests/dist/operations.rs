@@ -47,7 +47,7 @@ pub fn work() -> Result<()> {
     let facts = |own: i64| [("version", "1".to_owned()), ("config", format!("a = {own}"))];
     world.agree(&facts(3))?;
     if size > 1 {
-        let error = world.agree(&facts(i64::from(dist_rank == size - 1))).unwrap_err();
+        let error = world.agree(&facts(i64::from(dist_rank == size - 1))).expect_err("they differ");
         let expected = format!("rank {} differs from rank 0 in its config: `a = 1`", size - 1);
         assert!(error.to_string().starts_with(&expected), "{error}");
     }

@@ -67,9 +67,6 @@ pub fn own_job() -> Option<(String, std::path::PathBuf)> {
 /// The world of this process.
 pub fn own_world(limits: Limits) -> Result<Arc<World>> {
     let place = Place::read(&|name| std::env::var(name).ok())?.context("a test sets the place")?;
-    let on_lost = Box::new(|message: &str| {
-        eprintln!("lost: {message}");
-        std::process::exit(3);
-    });
+    let on_lost = Box::new(|_: &str| std::process::abort());
     Ok(Arc::new(World::join(&place, None, limits, on_lost)?))
 }
