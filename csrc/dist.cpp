@@ -1,5 +1,5 @@
-// Processes that compute together: c10d's TCPStore, over which they meet, and its Gloo backend, which
-// adds up their tensors on the CPU. Declared to Rust in src/ffi/dist.rs.
+// Processes that compute together: c10d's TCPStore, over which they meet, and its Gloo backend,
+// which adds up their tensors on the CPU. Declared to Rust in src/ffi/dist.rs.
 //
 // A function that fails returns -1 or nullptr and leaves a message for dylora_take_error.
 #define USE_C10D_GLOO 1
@@ -49,8 +49,8 @@ int dylora_store_set(Store *store, const char *key, const uint8_t *bytes, size_t
     return 0;
   })
 }
-// The bytes of a key, which the caller frees. Waits until the key is set, for the store's timeout at
-// most.
+// The bytes of a key, which the caller frees. Waits until the key is set, for the store's timeout
+// at most.
 uint8_t *dylora_store_get(Store *store, const char *key, size_t *n) {
   TRY(nullptr, {
     const auto value = store->c10d->get(key);
@@ -79,8 +79,8 @@ int dylora_store_delete(Store *store, const char *key) {
 }
 void dylora_store_free(Store *store) { delete store; }
 
-// A group of `size` processes that meet under `prefix` in the store. `address` is the address of this
-// machine, or the name of its network interface, over which the others reach it.
+// A group of `size` processes that meet under `prefix` in the store. `address` is the address of
+// this machine, or the name of its network interface, over which the others reach it.
 Group *dylora_gloo_new(Store *store, const char *prefix, int dist_rank, int size,
                        const char *address, int is_interface, int64_t timeout_ms) {
   TRY(nullptr, {

@@ -1,6 +1,6 @@
-// Processes that add up tensors on their GPUs by NCCL's C API, whose few declarations are repeated here.
-// The library is the one that libtorch's CUDA part was linked with, found at run time. Declared to Rust
-// in src/ffi/nccl.rs.
+// Processes that add up tensors on their GPUs by NCCL's C API, whose few declarations are repeated
+// here. The library is the one that libtorch's CUDA part was linked with, found at run time.
+// Declared to Rust in src/ffi/nccl.rs.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>

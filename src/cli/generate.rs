@@ -145,8 +145,8 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
     print_all(&printer, num_prompts, shared)
 }
 
-/// Prints the texts of all processes in the order of their prompts, in the first process. One that is
-/// alone has printed them already.
+/// Prints the texts of all processes in the order of their prompts, in the first process. One that
+/// is alone has printed them already.
 fn print_all(printer: &Printer<'_>, num_prompts: usize, shared: &Shared) -> Result<()> {
     if shared.world.is_single() {
         return Ok(());

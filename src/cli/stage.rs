@@ -16,8 +16,8 @@ use crate::train::{ColumnStaysClosed, Ending, Event, Summary, Trainer};
 /// - `run_dir`: the run's folder
 ///
 /// # Errors
-/// As [`Trainer::run`], and if the stage was to add an expert and has failed, which the first process
-/// of a world finds out.
+/// As [`Trainer::run`], and if the stage was to add an expert and has failed, which the first
+/// process of a world finds out.
 pub fn run_stage(
     trainer: &mut Trainer,
     run_dir: &Path,

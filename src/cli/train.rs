@@ -130,8 +130,8 @@ pub fn conclude(config: &Config, ending: Ending, interrupt: &Interrupt) -> Resul
     }
 }
 
-/// As [`configure`], in all processes alike: the first one finds the checkpoint, and the others take
-/// the same.
+/// As [`configure`], in all processes alike: the first one finds the checkpoint, and the others
+/// take the same.
 fn configure_all(args: &TrainArgs, shared: &Shared) -> Result<(Config, Option<PathBuf>)> {
     let resumes = args.resume.is_some() || shared.attempt > 0;
     if !resumes || shared.world.is_single() {

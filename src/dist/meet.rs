@@ -1,5 +1,5 @@
-//! How the processes of a world find each other: one of them, or torchrun's agent, holds a store at a
-//! known address, to which all connect.
+//! How the processes of a world find each other: one of them, or torchrun's agent, holds a store at
+//! a known address, to which all connect.
 
 use std::net::{IpAddr, TcpStream, ToSocketAddrs};
 use std::thread::sleep;
@@ -70,8 +70,8 @@ fn reach(host: &str, port: u16, deadline: Instant) -> Result<IpAddr> {
         };
         if Instant::now() + PAUSE >= deadline {
             bail!(
-                "nothing answers at `{host}:{port}` within {} s: {error:#}\nhint: `MASTER_ADDR` and \
-                 `MASTER_PORT` must lead to rank 0, which must run, and no firewall may be between",
+                "nothing answers at `{host}:{port}` within {} s: {error:#}\nhint: `MASTER_ADDR` \
+                 and `MASTER_PORT` must lead to rank 0, which must run, with no firewall between",
                 (deadline - begun).as_secs_f64().round()
             );
         }
@@ -123,8 +123,8 @@ pub(super) fn join(store: &Store, keys: &Keys, place: &Place, limits: Limits) ->
             if Instant::now() > deadline {
                 let absent = absent(store, keys, size)?;
                 bail!(
-                    "{absent} of {size} did not come within {} s\nhint: were all processes started, \
-                     with the same `MASTER_ADDR` and `MASTER_PORT`?",
+                    "{absent} of {size} did not come within {} s\nhint: were all processes \
+                     started, with the same `MASTER_ADDR` and `MASTER_PORT`?",
                     limits.meeting.as_secs_f64().round()
                 );
             }

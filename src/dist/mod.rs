@@ -1,5 +1,6 @@
-//! Processes that compute together: a [`World`] of them, in which each has a number, its `dist_rank`.
-//! A process that is alone is a world of size 1, in which every operation does nothing.
+//! Processes that compute together: a [`World`] of them, in which each has a number, its
+//! `dist_rank`. A process that is alone is a world of size 1, in which every operation does
+//! nothing.
 //!
 //! ```text
 //! store    c10d's TCPStore: the processes meet over it, and give signs of life
@@ -7,8 +8,8 @@
 //! NCCL     sums and copies of tensors on GPUs
 //! ```
 //!
-//! An operation is one that all processes call, in the same order. It fails if a process has failed,
-//! was killed, or does not come ([`Limits`]); the message names that process.
+//! An operation is one that all processes call, in the same order. It fails if a process has
+//! failed, was killed, or does not come ([`Limits`]); the message names that process.
 
 mod exchange;
 mod keys;
@@ -210,8 +211,8 @@ impl World {
         link.wait(&pending, None)
     }
 
-    /// Runs `f` in the early processes first, and then in the others, which find what the early ones
-    /// have left in files.
+    /// Runs `f` in the early processes first, and then in the others, which find what the early
+    /// ones have left in files.
     pub fn in_turn<T>(&self, is_early: bool, f: impl FnOnce() -> Result<T>) -> Result<T> {
         if !is_early {
             self.meet()?;

@@ -1,7 +1,8 @@
 //! Signs of life. Each process gives one to the store every second, from a thread of its own, and
-//! looks for those of the others. A process that is killed or stopped gives none, and one that fails
-//! says so. Either way all processes learn which one it was, and end. A second thread, which uses no
-//! connection, sees to it that the first one gets answers from the store, and that the process ends.
+//! looks for those of the others. A process that is killed or stopped gives none, and one that
+//! fails says so. Either way all processes learn which one it was, and end. A second thread, which
+//! uses no connection, sees to it that the first one gets answers from the store, and that the
+//! process ends.
 //!
 //! Ages are measured by the clock of the process that looks, so clocks need not agree.
 

@@ -62,8 +62,8 @@ unsafe extern "C" {
     fn dylora_gloo_free(group: *mut raw::Group);
 }
 
-/// Keeps libtorch from logging what it also returns as errors, with long traces. To be called before
-/// there are other threads.
+/// Keeps libtorch from logging what it also returns as errors, with long traces. To be called
+/// before there are other threads.
 pub fn hide_warnings() {
     // SAFETY: the call sets a number that libtorch reads when it logs
     unsafe { dylora_hide_warnings() }

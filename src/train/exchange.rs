@@ -6,8 +6,8 @@
 //! numbers     loss sums, statistics and requests to stop: one f64 row       sum
 //! ```
 //!
-//! Gradients and numbers are added up in one operation, on a GPU in one launch. Their buffers stay in
-//! the same memory from step to step, so that captured graphs may write and read them, and the
+//! Gradients and numbers are added up in one operation, on a GPU in one launch. Their buffers stay
+//! in the same memory from step to step, so that captured graphs may write and read them, and the
 //! operations run between the graphs.
 
 use std::sync::Arc;
@@ -116,8 +116,8 @@ fn split(flat: &Tensor, mut at: i64, like: &[RoutingTotals]) -> Vec<RoutingTotal
     like.iter().map(of).collect()
 }
 
-/// Puts tensors of one dimension into a buffer, one after another, and returns the buffer. The first
-/// call makes it.
+/// Puts tensors of one dimension into a buffer, one after another, and returns the buffer. The
+/// first call makes it.
 fn fill(buffer: &mut Option<Tensor>, parts: &[Tensor]) -> Tensor {
     let len: usize = parts.iter().map(Tensor::numel).sum();
     match buffer.as_ref().filter(|buffer| buffer.numel() == len) {

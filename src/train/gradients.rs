@@ -8,7 +8,7 @@
 //! totals itself.
 //!
 //! In a world of several processes, each computes its part: the gradients and sums of its own
-//! micro-batches, which are then added up ([`super::exchange`]). The counts by which losses are
+//! micro-batches, which are then added up (`exchange.rs`). The counts by which losses are
 //! divided are those of the whole step, and so are the routers' totals that losses depend on.
 
 use anyhow::Result;
@@ -158,8 +158,8 @@ pub(super) fn part_of_gradients(
     })
 }
 
-/// The orthogonality loss, and its gradient. It depends on no token, and counts in the first process
-/// alone; the others have 0.
+/// The orthogonality loss, and its gradient. It depends on no token, and counts in the first
+/// process alone; the others have 0.
 fn add_orthogonality(
     model: &RoutedModel,
     trained: &Trained,

@@ -17,8 +17,8 @@
 //! graph. The generator's state is correct whenever no step is in the queue, so a checkpoint can
 //! save it.
 //!
-//! In a world of several processes, a step has several parts, each with a graph of its own. What the
-//! processes add up between two parts is not captured, since their steps have different shapes.
+//! In a world of several processes, a step has several parts, each with a graph of its own. What
+//! the processes add up between two parts is not captured, since their steps have different shapes.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

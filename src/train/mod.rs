@@ -415,8 +415,9 @@ impl Trainer {
         Ok((Some(lock), writer))
     }
 
-    /// Whether to save and stop after the step just done, since somebody has asked for it. A process
-    /// that is alone also looks after the evaluation, during which somebody may have asked as well.
+    /// Whether to save and stop after the step just done, since somebody has asked for it. A
+    /// process that is alone also looks after the evaluation, during which somebody may have asked
+    /// as well.
     fn must_stop(&self, interrupt: &AtomicBool) -> Result<bool> {
         match self.world.is_single() {
             true => Ok(interrupt.load(Ordering::Relaxed)),

@@ -242,8 +242,8 @@ impl GradientSum {
 }
 
 /// The generator states of a process for a checkpoint: the CPU's, and the device's if it is not the
-/// CPU. They are named `rng.cpu` and `rng.cuda`, and `rng.{dist_rank}.cpu` and so on after the first
-/// process of a world.
+/// CPU. They are named `rng.cpu` and `rng.cuda`, and `rng.{dist_rank}.cpu` and so on after the
+/// first process of a world.
 pub fn rng_states(device: Device, dist_rank: usize) -> Result<BTreeMap<String, Tensor>> {
     let name = |kind| rng_name(kind, dist_rank);
     let mut states = BTreeMap::from([(name("cpu"), ffi::rng_state(Device::Cpu)?)]);

@@ -7,7 +7,8 @@ use crate::eval::routing::SiteExperts;
 /// The results of a step on the device.
 #[derive(Debug)]
 pub(super) struct StepOutput {
-    /// One f64 row: the gradient norm, the requests to stop, the loss sum of each domain, then what `parts` lists.
+    /// One f64 row: the gradient norm, the requests to stop, the loss sum of each domain, then what
+    /// `parts` lists.
     pub numbers: Tensor,
     pub parts: Contents,
 }

@@ -1,9 +1,9 @@
-//! A run in a world of several processes. Each process holds the whole model and optimizer, computes
-//! its share of every step's blocks, and makes the same update.
+//! A run in a world of several processes. Each process holds the whole model and optimizer,
+//! computes its share of every step's blocks, and makes the same update.
 //!
 //! The blocks of a step are those of one process with N times the accumulation: `micro_batch_size *
-//! grad_accum_steps * N` when the run begins, in the order that depends on the seed and epoch alone. A
-//! run that is resumed keeps the number, whatever the size of its world.
+//! grad_accum_steps * N` when the run begins, in the order that depends on the seed and epoch
+//! alone. A run that is resumed keeps the number, whatever the size of its world.
 //!
 //! The blocks are shared by what they cost beyond the positions that all have alike, in
 //! multiplications of the forward pass:
@@ -108,8 +108,8 @@ impl Trainer {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// The generator states of all processes, for a checkpoint. Checks on the way that their weights
-    /// have stayed the same.
+    /// The generator states of all processes, for a checkpoint. Checks on the way that their
+    /// weights have stayed the same.
     pub(super) fn all_generators(&self) -> Result<BTreeMap<String, Tensor>> {
         let own = optim::rng_states(self.model.device(), self.world.dist_rank())?;
         if self.world.is_single() {
@@ -137,8 +137,8 @@ fn cost(dataset: &TokenDataset, block: BlockId, spec: &DecoderSpec) -> f64 {
     of_labels + squares as f64 * (spec.num_layers * spec.width) as f64
 }
 
-/// The config without what may differ between the processes of a run: their devices, and where their
-/// files are, whose contents are compared instead.
+/// The config without what may differ between the processes of a run: their devices, and where
+/// their files are, whose contents are compared instead.
 fn comparable(config: &Config) -> String {
     let mut config = config.clone();
     (config.run.dir, config.run.device) = (PathBuf::new(), DeviceChoice::Auto);

@@ -50,8 +50,9 @@ fn assert_same_run(scene: &Scene, run: &str, expected: &str, tolerance: f64) -> 
     Ok(())
 }
 
-/// 20 steps in f32: losses to 1e-6 and weights to 1e-5, with domains, padding, domain supervision and
-/// evaluations. With top-1, AdamW enlarges the rounding errors of gradients that are almost zero.
+/// 20 steps in f32: losses to 1e-6 and weights to 1e-5, with domains, padding, domain supervision
+/// and evaluations. With top-1, AdamW enlarges the rounding errors of gradients that are almost
+/// zero.
 #[test]
 fn processes_train_as_one_does_with_more_accumulation() -> Result<()> {
     for (name, tolerance, set) in [
