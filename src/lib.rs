@@ -51,8 +51,7 @@
 //! | labels | the targets, already shifted; -100 means no loss | `[b, t]` |
 //! | micro_batch_size, grad_accum_steps | sequences in a forward pass; forward passes in a step | |
 //! | step | one optimizer update | |
-//! | world, dist_rank | processes that compute together; a process's number among them ([`dist`]) |
-//! |
+//! | world, dist_rank | processes that compute together; one's number in it ([`dist`]) | |
 //! | tokens_seen | number of target tokens trained on | |
 //! | skill | the mean of the base's last hidden states on a domain ([`growth::skills`]) | `[d]` |
 //! | stage | a run in a mixture's life; at its end each domain is scored ([`growth::stages`]) | |

@@ -35,7 +35,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -413,19 +413,6 @@ impl Trainer {
         let tensorboard = self.config.run.tensorboard;
         let writer = MetricsWriter::open(run_dir, tensorboard, self.state.step)?;
         Ok((Some(lock), writer))
-    }
-
-    /// Whether to save and stop after the step just done, since somebody has asked for it. A
-    /// process that is alone also looks after the evaluation, during which somebody may have asked
-    /// as well.
-    fn must_stop(&self, interrupt: &AtomicBool) -> Result<bool> {
-        match self.world.is_single() {
-            true => Ok(interrupt.load(Ordering::Relaxed)),
-            false if self.evaluates_now() => {
-                self.world.any(self.stops || interrupt.load(Ordering::Relaxed))
-            }
-            false => Ok(self.stops),
-        }
     }
 
     fn finish(&self, ending: Ending, saved: Option<PathBuf>) -> Result<Summary> {

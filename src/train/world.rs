@@ -15,6 +15,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use tch::Tensor;
@@ -77,6 +78,19 @@ impl Trainer {
         let costs: Vec<f64> = blocks.iter().map(cost).collect();
         let own = &shares(&costs, self.world.size())[self.world.dist_rank()];
         own.iter().map(|&index| blocks[index]).collect()
+    }
+
+    /// Whether to save and stop after the step just done, since somebody has asked for it. A
+    /// process that is alone also looks after the evaluation, during which somebody may have asked
+    /// as well.
+    pub(super) fn must_stop(&self, interrupt: &AtomicBool) -> Result<bool> {
+        match self.world.is_single() {
+            true => Ok(interrupt.load(Ordering::Relaxed)),
+            false if self.evaluates_now() => {
+                self.world.any(self.stops || interrupt.load(Ordering::Relaxed))
+            }
+            false => Ok(self.stops),
+        }
     }
 
     /// What all processes must have alike.

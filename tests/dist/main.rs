@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod faults;
+mod kills;
 mod launch;
 mod operations;
 mod processes;
