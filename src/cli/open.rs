@@ -289,7 +289,8 @@ fn with_files(dir: &Path) -> Vec<PathBuf> {
 
 /// The experts and router that a run starts from, with a progress bar for downloads.
 pub fn open_mixture(config: &Config, base: &Base, shared: &Shared) -> Result<Mixture> {
-    Mixture::of_config(config, &base.spec, &|source| find_adapter(source, shared))
+    let find = |source: &AdapterSource| find_adapter(source, shared);
+    shared.in_turn(|| Mixture::of_config(config, &base.spec, &find))
 }
 
 fn find_adapter(source: &AdapterSource, shared: &Shared) -> Result<AdapterFiles> {
@@ -309,7 +310,8 @@ fn adapter_source(text: &str) -> Result<AdapterSource> {
 
 /// Finds the base's files, with a progress bar for downloads.
 pub fn open_base(config: &BaseConfig, shared: &Shared) -> Result<Base> {
-    Base::open(config, &hub_settings(), &DownloadBar::new(shared.show_progress))
+    let bar = DownloadBar::new(shared.show_progress);
+    shared.in_turn(|| Base::open(config, &hub_settings(), &bar))
 }
 
 /// Parses the name of a base. It is a folder if one exists or if it cannot be a Hub id.

@@ -237,6 +237,50 @@ fn generation_is_shared_and_its_texts_are_the_same() -> Result<()> {
     Ok(())
 }
 
+/// Growth in two processes: the new expert is seeded, its router column is opened, and all experts are
+/// consolidated, as in one process with twice the accumulation.
+#[test]
+fn a_mixture_grows_as_in_one_process() -> Result<()> {
+    let scene = Scene::new()?;
+    must(&scene, &as_str(&train("run", 40, 40, &[])))?;
+    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/demo/data/data2text.train.jsonl");
+    let grow = |out: &str, accumulation: usize| -> Vec<String> {
+        let set = format!("train.grad_accum_steps={accumulation}");
+        let arguments = [
+            "add-expert",
+            "--checkpoint",
+            "run",
+            "--out",
+            out,
+            "--data",
+            data,
+            "--steps",
+            "20",
+            "--device",
+            "cpu",
+            "--force",
+            "--set",
+            &set,
+            "--set",
+            "lora.dropout=0.0",
+            "--set",
+            "train.micro_batch_size=4",
+        ];
+        arguments.map(str::to_owned).into()
+    };
+    must(&scene, &as_str(&grow("one", 2)))?;
+    must(&scene, &launched("2", &grow("two", 1)))?;
+    assert_same_run(&scene, "two", "one", 1e-4)?;
+    let opened = |run: &str| -> Result<Value> {
+        let path = scene.path(run).join("checkpoints/last/state.json");
+        let state = read(&fs_err::read_to_string(path)?)?;
+        Ok(state["column_opened_at"].clone())
+    };
+    assert!(opened("two")?.is_u64());
+    assert_eq!(opened("two")?, opened("one")?);
+    Ok(())
+}
+
 #[test]
 fn a_usage_error_is_not_restarted() -> Result<()> {
     let scene = Scene::new()?;
