@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <memory>
 
 #include "error.h"
 
@@ -164,12 +165,18 @@ int dylora_nccl_check(Nccl *nccl) {
 }
 // Ends all operations, those on the device too, so that a host that waits for them goes on. Any
 // thread may call it.
-void dylora_nccl_abort(Nccl *nccl) {
-  if (!nccl->is_aborted.exchange(true)) api.abort(nccl->comm);
+int dylora_nccl_abort(Nccl *nccl) {
+  TRY(-1, {
+    if (!nccl->is_aborted.exchange(true)) api.check(api.abort(nccl->comm), "ncclCommAbort");
+    return 0;
+  })
 }
-void dylora_nccl_free(Nccl *nccl) {
-  if (!nccl->is_aborted.exchange(true)) api.destroy(nccl->comm);
-  delete nccl;
+int dylora_nccl_free(Nccl *nccl) {
+  TRY(-1, {
+    std::unique_ptr<Nccl> owned(nccl);
+    if (!nccl->is_aborted.exchange(true)) api.check(api.destroy(nccl->comm), "ncclCommDestroy");
+    return 0;
+  })
 }
 }
 #pragma GCC visibility pop

@@ -302,7 +302,8 @@ impl Shared {
         lock(&self.failure).get_or_insert(message);
         self.has_failed.store(true, Ordering::Release);
         if let Some(nccl) = &*lock(&self.nccl) {
-            nccl.abort();
+            // the world has failed already, whatever becomes of its operations
+            let _ = nccl.abort();
         }
     }
 }

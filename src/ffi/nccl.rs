@@ -25,8 +25,8 @@ struct Library {
     all_reduce: OnTensors,
     broadcast: OnTensors,
     check: unsafe extern "C" fn(*mut c_void) -> c_int,
-    abort: unsafe extern "C" fn(*mut c_void),
-    free: unsafe extern "C" fn(*mut c_void),
+    abort: unsafe extern "C" fn(*mut c_void) -> c_int,
+    free: unsafe extern "C" fn(*mut c_void) -> c_int,
 }
 
 static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
@@ -135,14 +135,14 @@ impl Nccl {
     }
 
     /// Ends all operations, so that a host that waits for them goes on. Their results are lost.
-    pub fn abort(&self) {
+    pub fn abort(&self) -> Result<()> {
         // SAFETY: a live group, which any thread may abort
-        unsafe { (self.library.abort)(self.pointer) }
+        self.library.check(unsafe { (self.library.abort)(self.pointer) })
     }
 
     /// Frees the group. All its work must have ended well.
-    pub fn close(self) {
+    pub fn close(self) -> Result<()> {
         // SAFETY: `new` made it, and `self` is used up
-        unsafe { (self.library.free)(self.pointer) }
+        self.library.check(unsafe { (self.library.free)(self.pointer) })
     }
 }

@@ -237,8 +237,8 @@ fn generation_is_shared_and_its_texts_are_the_same() -> Result<()> {
     Ok(())
 }
 
-/// Growth in two processes: the new expert is seeded, its router column is opened, and all experts are
-/// consolidated, as in one process with twice the accumulation.
+/// Growth in two processes: the new expert is seeded, its router column is opened, and all experts
+/// are consolidated, as in one process with twice the accumulation.
 #[test]
 fn a_mixture_grows_as_in_one_process() -> Result<()> {
     let scene = Scene::new()?;
