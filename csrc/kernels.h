@@ -11,8 +11,25 @@
 struct RankColumns {
   at::Tensor expert_of;  // each column's expert, int32 [R']
   at::Tensor scaling;    // each column's scaling, f32 [R']; 0 for the columns that rounding adds
-  at::Tensor runs;       // each expert's columns: [first, second) and [third, fourth), int32 [e, 4]
+  at::Tensor runs;       // each expert's columns: n runs [first, second), int32 [e, 2n]
   at::Tensor rows;       // the scaling where a column belongs to the expert, otherwise 0, [e, R]
+};
+
+// The heads of attention, and what happens to queries and keys before it (csrc/rope.h).
+struct Heads {
+  int64_t q, k, width;
+  // RMSNorm of queries and keys; undefined if there is none
+  at::Tensor q_norm, k_norm;
+  double eps;
+  // cosines and sines of each token's angles, [M, h], in the dtype of activations; undefined
+  // without rotation. The halves of a row are equal.
+  at::Tensor cos, sin;
+  bool has_norms() const { return q_norm.defined(); }
+  bool rotates() const { return cos.defined(); }
+  bool is_plain() const { return !has_norms() && !rotates(); }
+  int64_t queries() const { return q * width; }
+  int64_t keys() const { return k * width; }
+  int64_t total() const { return queries() + 2 * keys(); }
 };
 
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
@@ -52,11 +69,13 @@ struct Kernels {
   int (*capability)();
   // Whether there are kernels for activations of this dtype and width.
   bool (*apply_to)(at::ScalarType kind, int64_t width);
-  // sum = x + y and a = LayerNorm(sum). If y is undefined, sum is x and is not written.
+  // sum = x + y and a = LayerNorm(sum), or RMSNorm(sum) if b is undefined; then there is no mean. If
+  // y is undefined, sum is x and is not written.
   bool (*add_norm)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &w,
                    const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a,
                    const at::Tensor &mean, const at::Tensor &rstd);
-  // dx = residual + the gradient of LayerNorm at x for the output's gradient da
+  // dx = residual + the gradient of the norm at x for the output's gradient da; without `mean`, the
+  // norm is RMSNorm
   bool (*norm_backward)(const at::Tensor &da, const at::Tensor &x, const at::Tensor &mean,
                         const at::Tensor &rstd, const at::Tensor &w, const at::Tensor &residual,
                         const at::Tensor &dx);
@@ -66,13 +85,22 @@ struct Kernels {
   bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g,
                          const RankColumns &rank_columns, const at::Tensor &du,
                          const at::Tensor &dg, bool adds);
-  // Writes the experts' parts of a packed weight [W A^T; B^T 0].
-  bool (*refresh)(const at::Tensor &a, const at::Tensor &b, const at::Tensor &packed);
+  // Writes the experts' parts of a packed weight [W A^T; B^T 0]: A^T to `packed_a`, [i, R'], and
+  // B^T to `packed_b`, [R', o].
+  bool (*refresh)(const at::Tensor &a, const at::Tensor &b, const at::Tensor &packed_a,
+                  const at::Tensor &packed_b);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
-  // out = [q | k | v], where q, k and v are [b, h, t, c]
-  bool (*pack_qkv)(const at::Tensor &q, const at::Tensor &k, const at::Tensor &v,
-                   const at::Tensor &out);
+  // out = silu(gate) * up for z = [gate | up]
+  bool (*swiglu)(const at::Tensor &z, const at::Tensor &out);
+  // dz = the gradient of z for the output's gradient; `again` = the output
+  bool (*swiglu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz,
+                          const at::Tensor &again);
+  // Norms and rotation of the queries and keys in qkv, which `out` may be.
+  bool (*rotate)(const Heads &heads, const at::Tensor &qkv, const at::Tensor &out);
+  // out = [q | k | v], the gradient of `raw`; dq, dk and dv are [b, n, t, h]
+  bool (*rotate_backward)(const Heads &heads, const at::Tensor &dq, const at::Tensor &dk,
+                          const at::Tensor &dv, const at::Tensor &raw, const at::Tensor &out);
   // If `scale` is defined, the logits are replaced by their gradient.
   bool (*cross_entropy)(const at::Tensor &logits, const at::Tensor &labels, int64_t vocabulary,
                         double smoothing, const at::Tensor &scale, const at::Tensor &losses,

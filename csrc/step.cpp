@@ -11,6 +11,7 @@
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
 #include "kernels.h"
+#include "mlp.h"
 #include "module.h"
 #include "product.h"
 
@@ -25,11 +26,13 @@ constexpr int64_t FEW_TEXTS = 4;
 struct Layer {
   Product product;
   Tensor g;
-  explicit Layer(const dylora_module &m) : product(product_of(m)), g(or_none(m.g)) {}
+  explicit Layer(const dylora_product &p) : product(product_of(p)) {
+    for (int64_t k = 0; k < p.num_members && !g.defined(); ++k) g = or_none(p.members[k].g);
+  }
 
   // The matrix with which the layer's input is multiplied.
   Tensor weight() const {
-    return product.has_experts() ? product.packed.narrow(0, 0, product.in()) : product.weight;
+    return product.has_experts() ? rows(product.packed, 0, product.in()) : product.weight();
   }
   Tensor empty_output(int64_t rows) const {
     return at::empty({rows, weight().size(1)}, weight().options());
@@ -64,10 +67,10 @@ struct Layer {
     return kernels()->step_finish(y, true, tanh_form, up) ? times(up) : Tensor();
   }
   Unfinished unfinished(const Tensor &product_of_input) const {
-    Unfinished y{product_of_input, product.bias, {}, {}, nullptr, product.out()};
+    const Tensor bias = product.is_packed() ? product.bias : product.members[0].bias;
+    Unfinished y{product_of_input, bias, {}, {}, nullptr, product.out()};
     if (product.has_experts()) {
-      const Tensor rows = product.packed.narrow(0, product.in(), product.row_padding());
-      y.b = columns(rows, 0, product.out());
+      y.b = product.packed_b();
       y.g = g, y.rank_columns = &product.rank_columns;
     }
     return y;
@@ -83,16 +86,17 @@ struct dylora_step_cache {
 };
 
 // Writes the experts' parts of a packed weight.
-int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed) {
-  TRY(-1, { return kernels() && kernels()->refresh(*a, *b, *packed) ? 0 : 1; })
+int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
+                     const Tensor *packed_b) {
+  TRY(-1, { return kernels() && kernels()->refresh(*a, *b, *packed_a, *packed_b) ? 0 : 1; })
 }
 
-// out = [x + y, LayerNorm(x + y)], where y is the output of `module`, of which `product` is known.
+// out = [x + y, LayerNorm(x + y)], where y is the output of `last`, of which `product` is known.
 // Both are null if there is no y.
-int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_module *module,
+int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_product *last,
                      const dylora_norm *norm, Tensor **out) {
   TRY(-1, {
-    const auto layer = module ? std::make_unique<Layer>(*module) : nullptr;
+    const auto layer = last ? std::make_unique<Layer>(*last) : nullptr;
     const Unfinished y = layer ? layer->unfinished(*product) : Unfinished{};
     const Tensor sum = at::empty(x->sizes(), x->options()), a = at::empty_like(sum);
     if (!kernels() ||
@@ -103,19 +107,19 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_module
   })
 }
 
-// A block of the residual stream x + y, where y is the output of `module`, of which `product` is
+// A block of the residual stream x + y, where y is the output of `last`, of which `product` is
 // known; both are null if there is no y. If `a` is not null, there is no y, and a is the block's
 // first LayerNorm. out = [x', product], where product is that of mlp.c_proj, whose output is to be
 // added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
-                      const dylora_module *module, const dylora_norm *norms,
-                      const dylora_module *modules, const dylora_step_cache *cache, int tanh_gelu,
+                      const dylora_product *last, const dylora_norm *norms,
+                      const dylora_product *products, const dylora_step_cache *cache, int activation,
                       Tensor **out) {
   TRY(-1, {
     if (!kernels()) return 1;
-    const auto before = module ? std::make_unique<Layer>(*module) : nullptr;
+    const auto before = last ? std::make_unique<Layer>(*last) : nullptr;
     const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
-    const Layer attn(modules[0]), attn_proj(modules[1]), fc(modules[2]), mlp_proj(modules[3]);
+    const Layer attn(products[0]), attn_proj(products[1]), fc(products[2]), mlp_proj(products[3]);
     const StepCache at{*cache->keys, *cache->values, *cache->places, *cache->positions,
                        cache->heads, cache->window, cache->scale};
     Tensor sum = *x, qkv = a ? attn.times(*a) : attn.times_norm(*x, y, norms[0], sum);
@@ -133,7 +137,7 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
     Tensor next;
     const Tensor up = fc.times_norm(sum, of_attention, norms[1], next);
     if (!up.defined()) return 1;
-    const Tensor down = mlp_proj.times_gelu(fc.unfinished(up), tanh_gelu != 0);
+    const Tensor down = mlp_proj.times_gelu(fc.unfinished(up), activation == (int)Activation::TanhGelu);
     if (!down.defined()) return 1;
     out[0] = new Tensor(next), out[1] = new Tensor(down);
     return 0;

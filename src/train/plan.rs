@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use crate::checkpoint::Position;
-use crate::config::{Config, Duration, Method, RouterScope, RoutingChoice};
+use crate::config::{Config, Duration, Kernels, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
+use crate::model::decoder::mlp::Activation;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::model::kind_of;
@@ -125,7 +126,8 @@ impl MemoryEstimate {
         let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
         // the average block's ranks twice: before and after the routing weights
         let (d, layers) = (base.width, base.num_layers);
-        let block = kept_by_block(base) + 2 * ranks.sum::<i64>() / layers;
+        let is_fused = !full && config.train.kernels == Kernels::Auto;
+        let block = kept_by_block(base, is_fused) + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
             false => layers * block,
@@ -146,19 +148,22 @@ impl MemoryEstimate {
 }
 
 /// The numbers that a block keeps for each token, without those of experts.
-fn kept_by_block(base: &DecoderSpec) -> i64 {
+fn kept_by_block(base: &DecoderSpec, is_fused: bool) -> i64 {
     let (d, inner) = (base.width, base.inner_width);
-    if base.has_fused_blocks() {
-        // two residual sums, two LayerNorms, q, k and v, attention's output; before and after the
-        // GELU
-        return 8 * d + 2 * inner;
-    }
-    // two residual sums, and of each RMSNorm the normalised input and the output; queries, keys and
-    // values before and after the rotation or the repetition, and attention's output; the gate
-    // before and after SiLU, the other layer, their product
     let (queries, keys) = (base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim);
-    let norms = if base.has_qk_norm { 2 * (queries + keys) } else { 0 };
-    6 * d + 5 * queries + 2 * keys + norms + 4 * inner
+    match (base.activation, is_fused) {
+        // two residual sums, two norms, q, k and v, attention's output; before and after the GELU
+        (Activation::GeluNew | Activation::Gelu, _) => 8 * d + 2 * inner,
+        // two residual sums; q, k and v, attention's output; the gate and the other layer
+        (Activation::Silu, true) => 2 * d + 2 * queries + 2 * keys + 2 * inner,
+        // two residual sums, and of each RMSNorm the normalised input and the output; queries, keys
+        // and values before and after the rotation or the repetition, and attention's output; the
+        // gate before and after SiLU, the other layer, their product
+        (Activation::Silu, false) => {
+            let norms = if base.has_qk_norm { 2 * (queries + keys) } else { 0 };
+            6 * d + 5 * queries + 2 * keys + norms + 4 * inner
+        }
+    }
 }
 
 /// The sequence of a run's training blocks, epoch after epoch, read from a position on.

@@ -178,6 +178,12 @@ impl Rotation {
         x * &self.cos + turned * &self.sin
     }
 
+    /// Cosines and sines of each token's angles, `[b t, h]`.
+    pub fn flat(&self) -> (Tensor, Tensor) {
+        let flat = |x: &Tensor| x.flatten(0, 2);
+        (flat(&self.cos), flat(&self.sin))
+    }
+
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
         Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
