@@ -144,6 +144,9 @@ struct BlockFunction : torch::autograd::Function<BlockFunction> {
       return fused::forward(c.products[product], experts(c, inputs, product), x, c.dropout,
                             kept->products[product]);
     };
+    std::vector<Refreshed> layers;
+    for (int k = 0; k < PRODUCTS; ++k) add_refreshed(c.products[k], experts(c, inputs, k), layers);
+    TORCH_CHECK(layers.empty() || kernels()->refresh(layers));
     const Tensor x = inputs[0];
     Tensor a = inputs[1].variable_data();
     Tensor qkv = of(Qkv, a);

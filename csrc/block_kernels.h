@@ -29,10 +29,12 @@ static bool weigh(const Tensor &u, const Tensor &g, const RankColumns &rank_colu
                   const Tensor &v) {
   auto module = any_module(u);
   if (!module) return false;
-  const int64_t total = u.numel();
+  const bool aligned = packs(u) && packs(v);
+  const int64_t total = u.numel() / (aligned ? 16 / u.element_size() : 1);
   run(module, Weigh, u, ceil_div(total, 256), 256, 0, u.data_ptr(), ld(u), at_or_null(g),
       (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(),
-      rank_columns.scaling.data_ptr(), v.data_ptr(), ld(v), (int)u.size(1), total);
+      rank_columns.scaling.data_ptr(), v.data_ptr(), ld(v), (int)u.size(1), total,
+      (int)aligned);
   return true;
 }
 static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g,
@@ -45,17 +47,42 @@ static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g,
       dv.data_ptr(), ld(dv), u.data_ptr(), ld(u), at_or_null(g), (int)rank_columns.runs.size(0),
       rank_columns.expert_of.data_ptr(), rank_columns.scaling.data_ptr(),
       rank_columns.runs.data_ptr(), (int)rank_columns.runs.size(1) / 2, du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
-      u.size(0));
+      u.size(0), (int)(packs(dv) && packs(u) && packs(du)));
   return true;
 }
-static bool refresh(const Tensor &a, const Tensor &b, const Tensor &packed_a,
-                    const Tensor &packed_b) {
-  auto module = any_module(packed_a);
-  if (!module || a.scalar_type() != at::kFloat || !a.is_contiguous() || !b.is_contiguous())
-    return false;
-  run(module, Refresh, packed_a, ceil_div(a.numel() + b.numel(), 256), 256, 0, a.data_ptr(),
-      b.data_ptr(), packed_a.data_ptr(), packed_b.data_ptr(), ld(packed_a), (int)a.size(1),
-      (int)b.size(1), (int)a.size(0));
+// As in csrc/kernels/experts.cuh.
+struct RefreshedArgs {
+  const void *a, *b;
+  void *of_a, *of_b;
+  int64_t ld;
+  int in, out, ranks, first_block;
+};
+constexpr size_t MOST_REFRESHED = 8;
+struct AllRefreshedArgs {
+  RefreshedArgs layers[MOST_REFRESHED];
+  int count;
+};
+static bool refresh(const std::vector<Refreshed> &layers) {
+  if (layers.empty()) return true;
+  auto module = any_module(layers[0].packed_a);
+  if (!module || layers.size() > MOST_REFRESHED) return false;
+  AllRefreshedArgs all{};
+  int64_t blocks = 0;
+  for (const auto &layer : layers) {
+    const Tensor &a = layer.a, &b = layer.b;
+    if (a.scalar_type() != at::kFloat || !a.is_contiguous() || !b.is_contiguous()) return false;
+    all.layers[all.count++] = {a.data_ptr(),
+                               b.data_ptr(),
+                               layer.packed_a.data_ptr(),
+                               layer.packed_b.data_ptr(),
+                               ld(layer.packed_a),
+                               (int)a.size(1),
+                               (int)b.size(1),
+                               (int)a.size(0),
+                               (int)blocks};
+    blocks += ceil_div(a.numel() + b.numel(), 256);
+  }
+  run(module, Refresh, layers[0].packed_a, blocks, 256, 0, all);
   return true;
 }
 static bool gelu(const Tensor &z, const Tensor &out) {
@@ -128,11 +155,15 @@ static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vo
                           const Tensor &smoothed) {
   auto module = any_module(logits);
   if (!module || !packs(logits)) return false;
-  const int64_t bytes = logits.size(1) * logits.element_size();
-  const bool keeps = bytes <= module->shared_memory;
-  run(module, CrossEntropy, logits, logits.size(0), 512, keeps ? (int)bytes : 0, logits.data_ptr(),
-      ld(logits), labels.data_ptr(), (int)vocabulary, (int)logits.size(1), (float)smoothing,
-      at_or_null(scale), losses.data_ptr(), smoothed.data_ptr(), (int)keeps);
+  // a row that is too long for the shared memory of one block may fit into that of a few
+  const int64_t bytes = logits.size(1) * logits.element_size(), most = module->shared_memory;
+  const int64_t blocks = ceil_div(ceil_div(bytes, 16), std::max<int64_t>(1, most / 16));
+  const int64_t split = scale.defined() && capability() >= 90 && blocks <= 4 ? blocks : 1;
+  const int64_t shared = ceil_div(ceil_div(bytes, 16), split) * 16;
+  const bool keeps = shared <= most;
+  run_cluster(module, CrossEntropy, logits, logits.size(0) * split, 512, keeps ? shared : 0, split,
+              logits.data_ptr(), ld(logits), labels.data_ptr(), (int)vocabulary,
+              (int)logits.size(1), (float)smoothing, at_or_null(scale), losses.data_ptr(),
+              smoothed.data_ptr(), (int)keeps, (int)split);
   return true;
 }
-

@@ -7,6 +7,8 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <vector>
+
 // How the routing weights of e experts become factors of the columns of a module's rank space.
 struct RankColumns {
   at::Tensor expert_of;  // each column's expert, int32 [R']
@@ -30,6 +32,12 @@ struct Heads {
   int64_t queries() const { return q * width; }
   int64_t keys() const { return k * width; }
   int64_t total() const { return queries() + 2 * keys(); }
+};
+
+// A linear layer whose experts, A [r, i] and B^T [r, o], are to be written to their places in a packed
+// weight [W A^T; B^T 0]: A^T to `packed_a`, [i, R'], and B^T to `packed_b`, [R', o].
+struct Refreshed {
+  at::Tensor a, b, packed_a, packed_b;
 };
 
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
@@ -85,10 +93,8 @@ struct Kernels {
   bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g,
                          const RankColumns &rank_columns, const at::Tensor &du,
                          const at::Tensor &dg, bool adds);
-  // Writes the experts' parts of a packed weight [W A^T; B^T 0]: A^T to `packed_a`, [i, R'], and
-  // B^T to `packed_b`, [R', o].
-  bool (*refresh)(const at::Tensor &a, const at::Tensor &b, const at::Tensor &packed_a,
-                  const at::Tensor &packed_b);
+  // Writes the experts' parts of the packed weights of up to 8 linear layers.
+  bool (*refresh)(const std::vector<Refreshed> &layers);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
   // out = silu(gate) * up for z = [gate | up]

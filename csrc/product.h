@@ -46,8 +46,14 @@ inline bool may_be_fast(const Tensor &x) {
   return kernels() && x.is_cuda() && x.scalar_type() == at::kBFloat16;
 }
 // out = a b, transposed where ta and tb say so; returns false if cuBLASLt does not apply.
-inline bool fast_product(const Tensor &out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
-  return may_be_fast(a) && kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
+inline bool fast_product(const Tensor &out, Tensor a, bool ta, Tensor b, bool tb) {
+  if (!may_be_fast(a)) return false;
+  // a weight may be a transposed view
+  for (auto [x, t] : {std::pair(&a, &ta), std::pair(&b, &tb)}) {
+    if (x->stride(1) != 1 && x->stride(0) == 1) *x = x->t(), *t = !*t;
+    if (x->stride(1) != 1) return false;
+  }
+  return kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
 }
 // The same, by libtorch where cuBLASLt does not apply; `out` has the dtype of a and b.
 inline void product_into(Tensor out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
@@ -70,7 +76,7 @@ inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb) {
 // x W + b; b may be undefined
 inline Tensor affine(const Tensor &x, const Tensor &w, const Tensor &b) {
   if (!b.defined()) return product(x, false, w, false);
-  if (may_be_fast(x)) {
+  if (may_be_fast(x) && x.stride(1) == 1 && w.stride(1) == 1) {
     Tensor out = at::empty({x.size(0), w.size(1)}, x.options());
     if (kernels()->gemm(out, x, false, w, false, Epilogue::Bias, b, {})) return out;
   }
@@ -202,24 +208,29 @@ inline void weigh(const Product &p, const AllExperts &e, const Tensor &u, const 
   }
 }
 
+// The experts of a packed product's members, and their places in the packed weight
+inline void add_refreshed(const Product &p, const AllExperts &e, std::vector<Refreshed> &layers) {
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    if (!p.is_packed() || !m.has_experts()) continue;
+    layers.push_back(
+        {e[k].a.detach(), e[k].b.detach(), columns(p.packed_a(), m.first_rank, m.num_ranks()),
+         columns(rows(p.packed_b(), m.first_rank, m.num_ranks()), m.first_out, m.out())});
+  }
+}
+
 // The operands of the one product of a packed product, [x | v] and [W; B^T], or of one without
 // experts, x and W.
 struct Operands {
   Tensor x, weight;
 };
-// `x` has the product's row padding behind it. With experts, what the backward pass needs is kept.
+// `x` has the product's row padding behind it, and the experts are in the packed weight. With
+// experts, what the backward pass needs is kept.
 inline Operands operands(const Product &p, const AllExperts &e, const Tensor &x, double dropout,
                          Kept &kept) {
   if (!p.has_experts()) return {x, p.weight()};
   const int64_t r = p.row_padding(), i = p.in(), o = p.out();
   kept.members.resize(p.members.size());
-  for (size_t k = 0; k < p.members.size(); ++k) {
-    const auto &m = p.members[k];
-    if (!m.has_experts()) continue;
-    TORCH_CHECK(kernels()->refresh(
-        e[k].a.detach(), e[k].b.detach(), columns(p.packed_a(), m.first_rank, m.num_ranks()),
-        columns(rows(p.packed_b(), m.first_rank, m.num_ranks()), m.first_out, m.out())));
-  }
   kept.x = x;
   if (dropout == 0) {
     kept.u = product(x, false, p.packed_a(), false);

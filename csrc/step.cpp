@@ -88,7 +88,7 @@ struct dylora_step_cache {
 // Writes the experts' parts of a packed weight.
 int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
                      const Tensor *packed_b) {
-  TRY(-1, { return kernels() && kernels()->refresh(*a, *b, *packed_a, *packed_b) ? 0 : 1; })
+  TRY(-1, { return kernels() && kernels()->refresh({{*a, *b, *packed_a, *packed_b}}) ? 0 : 1; })
 }
 
 // out = [x + y, LayerNorm(x + y)], where y is the output of `last`, of which `product` is known.

@@ -48,20 +48,11 @@ template <class... Args>
 static void run_early(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
                       int threads, int64_t shared, Args... args) {
   if (blocks == 0) return;
-  void *pointers[] = {(void *)&args...};
-  c10::cuda::CUDAGuard guard(like.device());
   CUlaunchAttribute early{};
   early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
   early.value.programmaticStreamSerializationAllowed = 1;
-  CUlaunchConfig config{};
-  config.gridDimX = (unsigned)blocks, config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = (unsigned)threads, config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = (unsigned)shared;
-  config.hStream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
-  config.attrs = &early, config.numAttrs = capability() >= 90 ? 1 : 0;
-  const auto f = module->functions[dtype_index(like.scalar_type())][name];
-  const auto status = compiler.launch_with(&config, f, pointers, nullptr);
-  TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+  launch_with(module, name, like, blocks, threads, shared, early, capability() >= 90 ? 1 : 0,
+              args...);
 }
 
 constexpr int64_t SHARED_MEMORY = 48 << 10;    // bytes that any kernel may have

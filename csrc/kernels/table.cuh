@@ -13,20 +13,24 @@
   }                                                                                                \
   extern "C" __global__ void weigh_##NAME(const T *u, i64 ldu, const float *g, int experts,        \
                                           const int *expert_of, const float *scaling, T *v,        \
-                                          i64 ldv, int columns, i64 total) {                       \
-    weigh<T>(u, ldu, g, experts, expert_of, scaling, v, ldv, columns, total);                      \
+                                          i64 ldv, int columns, i64 total, int aligned) {          \
+    if (aligned)                                                                                   \
+      weigh<T, Pack<T>::N>(u, ldu, g, experts, expert_of, scaling, v, ldv, columns, total);        \
+    else                                                                                           \
+      weigh<T, 1>(u, ldu, g, experts, expert_of, scaling, v, ldv, columns, total);                 \
   }                                                                                                \
   extern "C" __global__ void weigh_backward_##NAME(                                                \
       const T *dv, i64 lddv, const T *u, i64 ldu, const float *g, int experts,                     \
       const int *expert_of, const float *scaling, const int2 *runs, int num_runs, T *du, i64 lddu, \
-      float *dg, int adds, int columns, i64 rows) {                                                           \
-    weigh_backward<T>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs, num_runs, du, lddu,  \
-                      dg, adds, columns, rows);                                                              \
+      float *dg, int adds, int columns, i64 rows, int aligned) {                                   \
+    if (aligned)                                                                                   \
+      weigh_backward<T, Pack<T>::N>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs,        \
+                                    num_runs, du, lddu, dg, adds, columns, rows);                  \
+    else                                                                                           \
+      weigh_backward<T, 1>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs, num_runs, du,   \
+                           lddu, dg, adds, columns, rows);                                         \
   }                                                                                                \
-  extern "C" __global__ void refresh_##NAME(const float *a, const float *b, T *of_a, T *of_b,      \
-                                            i64 ld, int in, int out, int ranks) {                  \
-    refresh<T>(a, b, of_a, of_b, ld, in, out, ranks);                                              \
-  }                                                                                                \
+  extern "C" __global__ void refresh_##NAME(AllRefreshed all) { refresh<T>(all); }                 \
   extern "C" __global__ void gelu_##NAME(const T *z, i64 ldz, T *out, i64 ldo, int columns,        \
                                          i64 packs) {                                              \
     gelu<T>(z, ldz, out, ldo, columns, packs);                                                     \
@@ -59,9 +63,9 @@
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(512, 2) cross_entropy_##NAME(                       \
       T *logits, i64 ld, const i64 *labels, int vocabulary, int padded, float smoothing,           \
-      const float *scale, float *losses, float *smoothed, int keeps) {                             \
+      const float *scale, float *losses, float *smoothed, int keeps, int split) {                  \
     cross_entropy<T>(logits, ld, labels, vocabulary, padded, smoothing, scale, losses, smoothed,   \
-                     keeps);                                                                       \
+                     keeps, split);                                                                \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(1024) step_choice_##NAME(                           \
       const T *logits, i64 ld, int vocabulary, int packs, double *choice, i64 *ids, i64 *positions,\

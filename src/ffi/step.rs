@@ -122,9 +122,8 @@ fn outputs<const N: usize>(
 /// their product, `[i, R']` and `[R', o]`. Returns whether there is a kernel for it.
 pub fn pack([a, b]: [&Tensor; 2], [packed_a, packed_b]: [&Tensor; 2]) -> Result<bool> {
     // SAFETY: live tensors, of which the shim only reads the first two and fills the others
-    let status = unsafe {
-        dylora_step_pack(a.as_ptr(), b.as_ptr(), packed_a.as_ptr(), packed_b.as_ptr())
-    };
+    let status =
+        unsafe { dylora_step_pack(a.as_ptr(), b.as_ptr(), packed_a.as_ptr(), packed_b.as_ptr()) };
     check(status)?;
     Ok(status == 0)
 }

@@ -81,11 +81,12 @@ impl HostColumns {
 
     fn to_device(&self, device: tch::Device) -> RankColumns {
         let flat: Vec<i32> = self.runs.iter().flatten().flatten().copied().collect();
-        let width = flat.len().checked_div(self.runs.len()).unwrap_or(0);
+        let experts = self.runs.len();
+        let width = flat.len().checked_div(experts).unwrap_or(0);
         RankColumns {
             expert_of: Tensor::from_slice(&self.expert_of).to_device(device),
             scaling: Tensor::from_slice(&self.scaling).to_device(device),
-            runs: Tensor::from_slice(&flat).view([-1, width as i64]).to_device(device),
+            runs: Tensor::from_slice(&flat).view([experts as i64, width as i64]).to_device(device),
         }
     }
 }
@@ -176,9 +177,11 @@ impl FusedProduct {
         }
         let mut host = HostColumns::default();
         for experts in self.members.iter().filter_map(|module| experts.get(module)) {
-            let num_experts = self.experts.values().next().map_or(0, |module| {
-                module.columns.runs.size()[0] as usize
-            });
+            let num_experts = self
+                .experts
+                .values()
+                .next()
+                .map_or(0, |module| module.columns.runs.size()[0] as usize);
             host.append(&HostColumns::of(experts, num_experts));
         }
         let shapes: Vec<(i64, i64)> = self
