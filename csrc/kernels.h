@@ -53,21 +53,24 @@ struct Unfinished {
 };
 // What a thin product multiplies.
 struct ThinInput {
-  // x; LayerNorm(x + y), where the sum is written to `sum`; or gelu(y)
-  enum Kind { Plain, Normed, Gelu } kind;
-  at::Tensor x;  // [M, in]; undefined for gelu(y)
+  // x; norm(x + y), where the sum is written to `sum`; or the activation of y
+  enum Kind { Plain, Normed, Activated } kind;
+  at::Tensor x;  // [M, in]; undefined for an activation
   Unfinished y;
   at::Tensor norm_w, norm_b;
   double eps;
   at::Tensor sum;
-  bool tanh_form;
+  int activation;  // as in csrc/mlp.h
 };
 // The part of a layer's cache that a step uses, for M texts.
 struct StepCache {
-  at::Tensor keys, values;  // [M, heads, positions, head size]
+  at::Tensor keys, values;  // [M, key-value heads, positions, head size]
   at::Tensor places;        // where each text's new position goes in its row, int64 [M]
   at::Tensor positions;     // index of each text's new position in its text, int64 [M]
-  int64_t heads, window;    // window 0 means that there is none
+  Heads heads;              // without cosines and sines
+  at::Tensor frequencies;   // of rotation, f32 [head size / 2]; undefined if there is none
+  double rope_factor;       // of cosines and sines
+  int64_t window;           // 0 means that there is none
   double scale;
 };
 
@@ -114,11 +117,11 @@ struct Kernels {
   // out = a b, transposed where ta and tb say so; a and b are bf16, out is bf16 or f32
   bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb,
                Epilogue epilogue, const at::Tensor &bias, const at::Tensor &aux);
-  // The kernels of csrc/step.cu.
+  // The kernels of csrc/kernels/step.
   bool (*step_norm)(const at::Tensor &x, const Unfinished &y, const at::Tensor &w,
                     const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
-  // out = y, or gelu(y) in one of its forms
-  bool (*step_finish)(const Unfinished &y, bool is_gelu, bool tanh_form, const at::Tensor &out);
+  // out = y, or with an `activation` of csrc/mlp.h, which is not negative, that of y
+  bool (*step_finish)(const Unfinished &y, int activation, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
   // out = the input times w; applies to at most 4 rows, and to a y of few ranks
   bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &out);

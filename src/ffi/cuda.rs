@@ -142,7 +142,12 @@ impl KernelSet {
         match self {
             Self::Base => base.join("\n"),
             Self::Steps => {
-                let steps = [include_str!("../../csrc/step.cu")];
+                let steps = [
+                    source!("step/finish"),
+                    source!("step/attention"),
+                    source!("step/thin"),
+                    source!("step/table"),
+                ];
                 ["#define STEP\n", &base.join("\n"), &steps.join("\n")].concat()
             }
         }

@@ -244,7 +244,7 @@ pub struct Attention<'a> {
     pub window: Option<i64>,
 }
 
-fn or_null(tensor: Option<&Tensor>) -> TensorPtr {
+pub(super) fn or_null(tensor: Option<&Tensor>) -> TensorPtr {
     tensor.map_or(std::ptr::null(), Tensor::as_ptr)
 }
 

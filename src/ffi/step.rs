@@ -12,7 +12,8 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::fused::{
-    Activation, Norm, Product, RawMember, RawNorm, RawProduct, raw_members, raw_norm, raw_products,
+    Activation, Heads, Norm, Product, RawMember, RawNorm, RawProduct, or_null, raw_members,
+    raw_norm, raw_products,
 };
 use super::{TensorPtr, check};
 
@@ -22,9 +23,16 @@ struct RawCache {
     values: TensorPtr,
     places: TensorPtr,
     positions: TensorPtr,
-    heads: i64,
+    query_heads: i64,
+    key_heads: i64,
+    head_size: i64,
     window: i64,
     scale: f64,
+    q_norm: TensorPtr,
+    k_norm: TensorPtr,
+    norm_eps: f64,
+    frequencies: TensorPtr,
+    rope_factor: f64,
 }
 
 unsafe extern "C" {
@@ -98,8 +106,11 @@ pub struct CachedAttention<'a> {
     pub places: &'a Tensor,
     /// The index of each text's new position in its text, int64 `[M]`.
     pub positions: &'a Tensor,
-    /// Number of heads.
-    pub heads: i64,
+    /// The heads, without a rotation.
+    pub heads: Heads<'a>,
+    /// The frequencies of rotation, f32 `[h / 2]`, and a factor of cosines and sines; `None` without
+    /// rotation.
+    pub rotary: Option<(&'a Tensor, f64)>,
     /// Number of positions that a position attends to; `None` if there is no limit.
     pub window: Option<i64>,
     /// Factor of the scores.
@@ -178,14 +189,22 @@ pub fn block(
     let product = before.map_or(std::ptr::null(), |y| y.product.as_ptr());
     let layer = before.map(|y| RawLayer::new(y.layer));
     let layer = layer.as_ref().map_or(std::ptr::null(), |layer| layer.products.as_ptr());
+    let Heads { queries, keys, size, norms, .. } = attention.heads;
     let cache = RawCache {
         keys: attention.keys.as_ptr(),
         values: attention.values.as_ptr(),
         places: attention.places.as_ptr(),
         positions: attention.positions.as_ptr(),
-        heads: attention.heads,
+        query_heads: queries,
+        key_heads: keys,
+        head_size: size,
         window: attention.window.unwrap_or(0),
         scale: attention.scale,
+        q_norm: or_null(norms.map(|(q, ..)| q)),
+        k_norm: or_null(norms.map(|(_, k, _)| k)),
+        norm_eps: norms.map_or(0.0, |(.., eps)| eps),
+        frequencies: or_null(attention.rotary.map(|(frequencies, _)| frequencies)),
+        rope_factor: attention.rotary.map_or(1.0, |(_, factor)| factor),
     };
     // SAFETY: two norms and four products of live tensors, to which the shim keeps its own
     // references

@@ -150,17 +150,10 @@ impl RoutedBlock<'_> {
         let (flat, factors) = (g.flat(b * t), self.factors());
         let products: [_; 4] = std::array::from_fn(|at| self.product(at, &flat, &factors));
         let attends = &self.block.attention;
-        let norms = attends.qk_norms.as_ref();
-        let norms = norms.map(|(q, k)| (q.parameters().0, k.parameters().0, q.eps()));
         let rotation = context.rotation.as_ref().filter(|_| attends.rotates);
         let rotation = rotation.map(|rotation| rotation.flat());
-        let heads = Heads {
-            queries: attends.num_heads,
-            keys: attends.num_kv_heads,
-            size: attends.head_dim,
-            norms,
-            rotation: rotation.as_ref().map(|(cos, sin)| (cos, sin)),
-        };
+        let heads =
+            Heads { rotation: rotation.as_ref().map(|(cos, sin)| (cos, sin)), ..self.heads() };
         let by_length = self.attends_by_length(&stream.x);
         let window = attends.window.filter(|_| context.is_windowed(attends.window));
         let lengths = Lengths::new(&context.mask, window, stream.shape, &stream.x, by_length);
@@ -191,6 +184,19 @@ impl RoutedBlock<'_> {
         let (x, pending) = fused::block(&stream.x, normed, &products, &settings)
             .unwrap_or_else(|error| panic!("{error:#}"));
         Stream { x, pending: Some(pending), shape: stream.shape }
+    }
+
+    /// The heads as the fused operations take them, without a rotation.
+    pub(super) fn heads(&self) -> Heads<'_> {
+        let attends = &self.block.attention;
+        let norms = attends.qk_norms.as_ref();
+        Heads {
+            queries: attends.num_heads,
+            keys: attends.num_kv_heads,
+            size: attends.head_dim,
+            norms: norms.map(|(q, k)| (q.parameters().0, k.parameters().0, q.eps())),
+            rotation: None,
+        }
     }
 
     /// The activation as the fused operations number it.

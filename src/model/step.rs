@@ -13,12 +13,13 @@ use super::block::{Factors, MLP_OUT, RoutedBlock};
 use super::decoder::context::AttentionMask;
 use super::decoder::kv_cache::CachedStep;
 use super::decoder::norm::Norm;
+use super::decoder::rope::Rotary;
 use super::experts::stack::LoraExperts;
 use super::fused::pack::FusedProduct;
 use super::fused::stream::fused_norm;
 use super::routing::pass::RoutingPass;
 use super::routing::site::BlockWeights;
-use crate::config::{Family, Kernels, RouterInput};
+use crate::config::{Kernels, RouterInput};
 use crate::ffi;
 use crate::ffi::cuda::KernelSet;
 use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unfinished};
@@ -70,6 +71,7 @@ impl<'a> RoutedBlock<'a> {
         stream: &StepStream<'_>,
         normed: Option<&Tensor>,
         step: &CachedStep,
+        rotary: Option<&Rotary>,
         weights: BlockWeights,
     ) -> StepStream<'a> {
         let factors = self.parameters();
@@ -81,7 +83,8 @@ impl<'a> RoutedBlock<'a> {
             values,
             places: step.places(),
             positions: &step.positions().view([-1]),
-            heads: of_block.num_heads,
+            heads: self.heads(),
+            rotary: rotary.filter(|_| of_block.rotates).map(Rotary::parameters),
             window: of_block.window,
             scale: of_block.scale,
         };
@@ -124,7 +127,6 @@ impl RoutedModel {
         };
         self.has_kernels
             && self.uses_fused()
-            && spec.family == Family::Gpt2
             && [4, 8, 16, 32].map(|threads| threads * PACK_BYTES).contains(&bytes_of_head)
             && spec.width <= MAX_WIDTH
             && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(is_packed))
@@ -203,6 +205,7 @@ impl RoutedModel {
     ) -> ForwardOutput {
         let (b, _, d) = x.size3().expect("activations are [b, t, d]");
         let mut stream = StepStream { x: x.reshape([b, d]), pending: None };
+        let rotary = self.decoder.rotary();
         for (layer, block) in self.routed_blocks().enumerate() {
             // the first norm is a part of the block unless a router reads it
             let mut normed = None;
@@ -213,7 +216,7 @@ impl RoutedModel {
             }
             let layer_input = || normed.as_ref().expect("it was computed").view([b, 1, d]);
             let g = pass.block(layer, &layer_input).flat(b);
-            stream = block.step(&stream, normed.as_ref(), step, g);
+            stream = block.step(&stream, normed.as_ref(), step, rotary, g);
         }
         let [_, hidden] = stream.normed(&self.decoder.final_norm);
         let RoutingPass { used, routing, features, .. } = pass;
