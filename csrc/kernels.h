@@ -50,6 +50,8 @@ struct Unfinished {
   at::Tensor g;                       // routing weights [M, e]; undefined if all are 1
   const RankColumns *rank_columns;    // null without experts
   int64_t out;
+  // the first column and the first rank of each linear layer in the product, and then the ends
+  std::vector<int64_t> first_out, first_rank;
 };
 // What a thin product multiplies.
 struct ThinInput {

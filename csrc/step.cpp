@@ -52,6 +52,14 @@ struct Layer {
     sum = at::empty(x.sizes(), x.options());
     const ThinInput input{ThinInput::Normed, x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, 0};
     if (y.product.defined() && kernels()->thin_product(input, weight(), out)) return out;
+    if (y.rank_columns && x.size(0) <= FEW_TEXTS) {
+      // many ranks are added once, instead of in each block of the product
+      const Tensor finished = at::empty({x.size(0), y.out}, x.options());
+      ThinInput rest = input;
+      rest.y = {finished, {}, {}, {}, nullptr, y.out};
+      if (kernels()->step_finish(y, -1, finished) && kernels()->thin_product(rest, weight(), out))
+        return out;
+    }
     const Tensor normed = at::empty_like(sum);
     if (!kernels()->step_norm(x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, normed))
       return {};
@@ -72,6 +80,12 @@ struct Layer {
     if (product.has_experts()) {
       y.b = product.packed_b();
       y.g = g, y.rank_columns = &product.rank_columns;
+      int64_t first_rank = 0;
+      for (const auto &m : product.members) {
+        y.first_out.push_back(m.first_out), y.first_rank.push_back(first_rank);
+        if (m.has_experts()) first_rank += m.num_ranks();
+      }
+      y.first_out.push_back(product.out()), y.first_rank.push_back(first_rank);
     }
     return y;
   }

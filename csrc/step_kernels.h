@@ -9,6 +9,7 @@ struct UnfinishedArgs {
   int64_t ldb;
   const void *g, *expert_of, *scaling;
   int experts, ranks, out;
+  int members, first_out[4], first_rank[4];
 };
 struct StepCacheArgs {
   void *keys, *values;
@@ -31,6 +32,10 @@ static UnfinishedArgs args_of(const Unfinished &y) {
   args.expert_of = y.rank_columns->expert_of.data_ptr();
   args.scaling = y.rank_columns->scaling.data_ptr();
   args.experts = (int)y.rank_columns->runs.size(0), args.ranks = (int)y.b.size(0);
+  TORCH_CHECK(y.first_out.size() <= 4 && y.first_out.size() == y.first_rank.size());
+  args.members = (int)y.first_out.size() - 1;
+  for (int m = 0; m <= args.members; ++m)
+    args.first_out[m] = (int)y.first_out[m], args.first_rank[m] = (int)y.first_rank[m];
   return args;
 }
 struct ThinInputArgs {
@@ -86,11 +91,15 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
 static bool step_finish(const Unfinished &y, int activation, const Tensor &out) {
   auto module = any_module(out, latest_step);
   const auto args = args_of(y);
-  const int64_t n = per_pack(out), chunks = ceil_div(out.size(1) / n, 32);
+  const int64_t n = per_pack(out), all = out.size(1) / n;
+  // enough blocks for all multiprocessors, or at least 8 packs in each
+  const int64_t even = ceil_div(all * out.size(0), 2 * MULTIPROCESSORS);
+  const int64_t packs_of_block = std::min<int64_t>(32, std::max<int64_t>(8, even));
+  const int64_t chunks = ceil_div(all, packs_of_block);
   const int64_t shared = 4 * (256 * n + args.ranks);
   if (!module || !fits(y) || !packs(out) || shared > SHARED_MEMORY) return false;
   run_early(module, StepFinish, out, out.size(0) * chunks, 256, shared, args, out.data_ptr(),
-            activation);
+            activation, (int)packs_of_block);
   return true;
 }
 
@@ -157,8 +166,8 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
                            at_or_null(input.sum), input.activation};
-  // longer segments where enough blocks remain
-  const int64_t lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
+  // longer segments where enough blocks remain, which are more for a long column
+  const int64_t lanes = ceil_div(columns, 4 * n) >= (in < 2048 ? 64 : 256) ? 4 : 2;
   run_early(module, ThinProduct, out, ceil_div(columns, lanes * n), 512, shared, args,
             w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
             (int)lanes);

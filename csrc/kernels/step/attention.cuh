@@ -131,8 +131,7 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     return (int)width + ((part - 1) * cache.key_heads + key_head) * SIZE + of_part;
   };
   weights_of_row(y, row, v);
-  for (int t = threadIdx.x; t < packs * y.ranks; t += blockDim.x)
-    prefetch(y.b + t / packs * y.ldb + column(t % packs));
+  prefetch_rows(y, packs, column);
   wait_for_inputs();
   weigh_row(y, row, v);
   finish(y, row, packs, column, v, values);

@@ -14,8 +14,9 @@ static __device__ __forceinline__ void prefetch(const void *p) {
 
 // The output of a linear layer that is not finished: y = product + bias + v B^T. The product's
 // columns behind `out` are u = x A^T, and v is u times the scaling of its column and the routing
-// weight of the column's expert. `b` is B^T, [ranks, out]. The host fills the same struct in
-// csrc/step_kernels.h.
+// weight of the column's expert. `b` is B^T, [ranks, out], in which the rows [first_rank[m],
+// first_rank[m + 1]) are those of the layer whose columns are [first_out[m], first_out[m + 1]), and
+// are 0 elsewhere. The host fills the same struct in csrc/step_kernels.h.
 template <class T> struct Unfinished {
   const T *product;
   i64 ld;
@@ -26,6 +27,16 @@ template <class T> struct Unfinished {
   const int *expert_of;
   const float *scaling;
   int experts, ranks, out;
+  int members, first_out[4], first_rank[4];
+  // the rows of B^T that a column needs
+  __device__ __forceinline__ int2 ranks_of(int column) const {
+    int2 rows = make_int2(first_rank[0], first_rank[1]);
+#pragma unroll
+    for (int m = 1; m < 3; ++m)
+      if (m < members && column >= first_out[m])
+        rows = make_int2(first_rank[m], first_rank[m + 1]);
+    return rows;
+  }
 };
 
 // What v is a multiple of, [ranks], written to shared memory. The routing weights were computed
@@ -41,6 +52,18 @@ static __device__ __forceinline__ void weigh_row(const Unfinished<T> &y, i64 row
   for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
     v[r] *= wide(y.product[row * y.ld + y.out + r]);
   __syncthreads();
+}
+
+// Brings the rows of B^T that some packs need into the L2 cache.
+template <class T, class Column>
+static __device__ __forceinline__ void prefetch_rows(const Unfinished<T> &y, int packs,
+                                                     Column column) {
+  if (y.ranks == 0) return;
+  for (int t = threadIdx.x; t < packs * y.ranks; t += blockDim.x) {
+    const int c = column(t % packs);
+    const int2 rows = y.ranks_of(c);
+    if (rows.x + t / packs < rows.y) prefetch(y.b + (rows.x + t / packs) * y.ldb + c);
+  }
 }
 
 // The finished values of some packs of a row, in `values`, [packs * N]. `column` gives a pack's
@@ -61,8 +84,9 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += bias[i];
     }
+    const int2 rows = y.ranks_of(c);
 #pragma unroll 8
-    for (int r = group; r < y.ranks; r += groups) {
+    for (int r = rows.x + group; r < rows.y; r += groups) {
       float b[N];
       Pack<T>::load(y.b + r * y.ldb + c, b);
       const float factor = v[r];
@@ -174,22 +198,25 @@ static __device__ __forceinline__ float gelu_of(float z, int tanh_form) {
 // The activations, as in csrc/mlp.h.
 enum { TANH_GELU, GELU, SWIGLU };
 
-// out = y, or with an `activation` that of y. A block computes 32 packs of a row of `out`.
+// out = y, or with an `activation` that of y. A block computes some packs of a row of `out`.
 template <class T>
-static __device__ void step_finish(const Unfinished<T> &y, T *out, int activation) {
+static __device__ void step_finish(const Unfinished<T> &y, T *out, int activation,
+                                   int packs_of_block) {
   constexpr int N = Pack<T>::N;
   extern __shared__ float of_finish[];
   float *values = of_finish, *v = of_finish + blockDim.x * N;
   const bool is_gated = activation == SWIGLU;
-  const int all = y.out / N / (is_gated ? 2 : 1), chunks = (all + 31) / 32;
+  const int all = y.out / N / (is_gated ? 2 : 1), chunks = (all + packs_of_block - 1) / packs_of_block;
   const i64 row = blockIdx.x / chunks;
-  const int first = blockIdx.x % chunks * 32, packs = min(32, all - first);
-  weights_of_row(y, row, v);
-  wait_for_inputs();
-  weigh_row(y, row, v);
+  const int first = blockIdx.x % chunks * packs_of_block, packs = min(packs_of_block, all - first);
   // the gate's packs, and then those of the other layer
   auto column = [=](int pack) { return (first + (pack < packs ? pack : all + pack - packs)) * N; };
-  finish(y, row, is_gated ? 2 * packs : packs, column, v, values);
+  const int of_both = is_gated ? 2 * packs : packs;
+  weights_of_row(y, row, v);
+  prefetch_rows(y, of_both, column);
+  wait_for_inputs();
+  weigh_row(y, row, v);
+  finish(y, row, of_both, column, v, values);
   for (int i = threadIdx.x; i < packs * N; i += blockDim.x) {
     float x = values[i];
     if (is_gated)

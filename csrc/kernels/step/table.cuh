@@ -5,8 +5,9 @@
       const T *x, i64 ldx, Unfinished<T> y, const T *w, const T *b, float eps, T *sum, T *a) {     \
     step_norm<T>(x, ldx, y, w, b, eps, sum, a);                                                    \
   }                                                                                                \
-  extern "C" __global__ void step_finish_##NAME(Unfinished<T> y, T *out, int activation) {         \
-    step_finish<T>(y, out, activation);                                                            \
+  extern "C" __global__ void step_finish_##NAME(Unfinished<T> y, T *out, int activation,           \
+                                                int packs_of_block) {                              \
+    step_finish<T>(y, out, activation, packs_of_block);                                            \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(256, 2) step_attention_##NAME(                      \
       Unfinished<T> y, StepCache cache, int lanes, int splits, float *partial, int *arrived,       \

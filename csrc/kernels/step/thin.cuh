@@ -22,8 +22,10 @@ static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 r
   if (y.bias) Pack<T>::load(y.bias + c, bias);
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] += x[i] + bias[i];
+  if (y.ranks == 0) return;
+  const int2 rows = y.ranks_of(c);
 #pragma unroll 4
-  for (int r = 0; r < y.ranks; ++r) {
+  for (int r = rows.x; r < rows.y; ++r) {
     const float g = y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f;
     const float v = wide(y.product[row * y.ld + y.out + r]) * g * y.scaling[r];
     Pack<T>::load(y.b + r * y.ldb + c, x);
