@@ -284,7 +284,7 @@ impl Trainer {
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(model.device()), model.device());
-        let num_steps = plan::num_steps(&config, &data.train);
+        let num_steps = plan::num_steps(&config, &data.train)?;
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
             Method::RoutedLora => Some(frozen_hash(&model, state.base_hash.clone())?),

@@ -4,6 +4,7 @@
 
 mod damage;
 mod history;
+mod numbers;
 mod overwrite;
 mod runs;
 
