@@ -238,7 +238,8 @@ fn start_tokens(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {
 /// the same whether or not anything follows. The matches behind it never depend on what precedes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CutRule {
-    /// In front of a line end that follows a character other than white space, for GPT-2's pattern,
+    /// In front of a line end or a space that follows a character other than white space, for
+    /// GPT-2's pattern,
     /// `'s|..| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`. No alternative matches white
     /// space behind another character, and one that ends in another character looks no further.
     /// `Digits` changes nothing, since it looks at single characters.
@@ -247,15 +248,19 @@ enum CutRule {
     /// [`SPLIT_PATTERNS`]. In each alternative, only white space can follow a line end. White space
     /// in front of the cut is matched up to the cut by `\s*[\r\n]+`, before `\s+(?!\S)` could look
     /// at what follows. NFC changes nothing, since no composition contains a line end.
+    ///
+    /// Also in front of a space that follows a character other than white space: of these patterns,
+    /// too, no alternative matches a space behind another character, none that ends in another
+    /// character looks further, and NFC composes no character with a space.
     AfterLineEnd,
 }
 
 impl CutRule {
     fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
         let added = tokenizer.get_added_tokens_decoder();
-        let keeps_line_ends = added
-            .values()
-            .all(|token| !token.lstrip && !token.rstrip && !token.content.contains(['\n', '\r']));
+        let keeps_cuts = added.values().all(|token| {
+            !token.lstrip && !token.rstrip && !token.content.contains(['\n', '\r', ' '])
+        });
         let pre_tokenizers = match tokenizer.get_pre_tokenizer()? {
             PreTokenizerWrapper::Sequence(sequence) => sequence.as_ref(),
             single => std::slice::from_ref(single),
@@ -284,7 +289,7 @@ impl CutRule {
             Some(NormalizerWrapper::NFC(_)) => rule == Self::AfterLineEnd,
             Some(_) => false,
         };
-        (keeps_line_ends && is_safe_normalizer).then_some(rule)
+        (keeps_cuts && is_safe_normalizer).then_some(rule)
     }
 
     /// Whether `text` may be cut at `place`.
@@ -295,9 +300,12 @@ impl CutRule {
             return false;
         };
         let is_line_end = |character| matches!(character, '\n' | '\r');
+        let ends_word = !previous.is_whitespace();
         match self {
-            Self::BeforeLineEnd => is_line_end(next) && !previous.is_whitespace(),
-            Self::AfterLineEnd => is_line_end(previous) && !next.is_whitespace(),
+            Self::BeforeLineEnd => ends_word && (next == ' ' || is_line_end(next)),
+            Self::AfterLineEnd => {
+                (ends_word && next == ' ') || (is_line_end(previous) && !next.is_whitespace())
+            }
         }
     }
 }
