@@ -9,7 +9,6 @@ use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::runs::full_device;
 use crate::{Scene, as_str, demo, text};
 
 /// A scene with a run of two steps.
@@ -142,6 +141,34 @@ fn a_changed_export_is_refused_by_the_name_of_its_file() -> Result<()> {
     changed(&manifest, replace("\"router.safetensors\"", "\"../out/router.safetensors\""), || {
         refused(&scene, &eval, 1, &["dylora.json", "`router.file`"])
     })?;
+    Ok(())
+}
+
+#[test]
+fn a_changed_merged_model_is_refused_as_a_base() -> Result<()> {
+    let scene = trained()?;
+    let merge = ["merge", "--checkpoint", "run", "--weights", "uniform", "--out", "merged"];
+    let output = scene.run(&merge)?;
+    assert!(output.status.success(), "{}", text(&output));
+    let data = demo().join("data/code.validation.jsonl").display().to_string();
+    let eval = ["eval", "--base", "merged", "--data", &data];
+    let sum = "is not the file that was written: BLAKE3";
+    let space = |bytes: Vec<u8>| [&b" "[..], &bytes].concat();
+    for file in ["config.json", "tokenizer.json"] {
+        changed(&scene.path("merged").join(file), space, || {
+            refused(&scene, &eval, 1, &[&format!("merged/{file}`"), sum])
+        })?;
+    }
+    let weights = scene.path("merged/model.safetensors");
+    // the last bit of the last number
+    let change = |mut bytes: Vec<u8>| {
+        let at = bytes.len() - 4;
+        bytes[at] ^= 1;
+        bytes
+    };
+    changed(&weights, change, || refused(&scene, &eval, 1, &["merged/model.safetensors`", sum]))?;
+    let output = scene.run(&eval)?;
+    assert!(output.status.success(), "{}", text(&output));
     Ok(())
 }
 
@@ -286,25 +313,6 @@ fn a_record_without_end_is_refused() -> Result<()> {
         1,
         &["a.jsonl`", "line 1 is longer than 4 MiB"],
     )
-}
-
-#[test]
-fn a_full_standard_output_is_an_error_and_no_bug() -> Result<()> {
-    let scene = trained()?;
-    let data = demo().join("data/code.validation.jsonl").display().to_string();
-    for arguments in [
-        &["eval", "--checkpoint", "run"][..],
-        &["eval", "--base", "base", "--data", &data, "--json"],
-        &["trace", "--checkpoint", "run", "--text", "a b"],
-        &["export-adapters", "--checkpoint", "run", "--out", "out", "--overwrite"],
-        &["report", "--help"],
-    ] {
-        let output = scene.command(arguments).stdout(full_device()?).output()?;
-        let message = text(&output);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
-        assert!(!message.contains("bug"), "{arguments:?}: {message}");
-    }
-    Ok(())
 }
 
 /// The environment variable that tells the next test's child process which file to map.
