@@ -344,13 +344,15 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_are_cut_where_a_line_ends_in_a_word() {
+    fn long_texts_are_cut_where_a_line_ends_in_a_word_or_in_front_of_a_space() {
         let filler = "x".repeat(CUT_AFTER_BYTES);
-        let text = format!("{filler} \n\nab\r\n{filler}c\n");
+        let text = format!("{filler}\t\n\nab\r\n{filler}c\n");
         let stretches = tokenizer(false, "<s>").cut(text.clone());
         assert_eq!(stretches.concat(), text);
         assert_eq!(stretches[1], format!("\r\n{filler}c"));
         assert_eq!((stretches.len(), stretches[2].as_str()), (3, "\n"));
+        let words = tokenizer(false, "<s>").cut(format!("{filler}x ab  c"));
+        assert!(words == [format!("{filler}x"), " ab  c".to_owned()]);
     }
 
     #[test]
@@ -367,7 +369,8 @@ mod tests {
         let text = format!("{}\n", "x".repeat(2 * CUT_AFTER_BYTES));
         assert_eq!(tokenizer(false, "<s>").cut(text.clone()).len(), 2);
         assert_eq!(tokenizer(true, "<s>").cut(text.clone()).len(), 1);
-        assert_eq!(tokenizer(false, "<s>\n").cut(text).len(), 1);
+        assert_eq!(tokenizer(false, "<s>\n").cut(text.clone()).len(), 1);
+        assert_eq!(tokenizer(false, "a b").cut(text).len(), 1);
     }
 
     #[test]
