@@ -3,7 +3,10 @@
 //! loss that is no number.
 
 use super::faults::{Faults, number};
-use super::{Config, Duration, ExpertConfig, GroupConfig, Maturity, Mixing, Plateau, RouterNoise};
+use super::{
+    Config, Duration, ExpertConfig, GroupConfig, LoraConfig, Maturity, Mixing, Orthogonality,
+    Plateau, RouterNoise,
+};
 
 /// Most experts of a mixture.
 const MAX_EXPERTS: i64 = 4096;
@@ -134,7 +137,7 @@ fn limits(config: &Config) -> Vec<(String, f64, f64)> {
         ("router.domain_supervision", router.domain_supervision, MAX_FACTOR),
         ("router.balance_bias_rate", Some(router.balance_bias_rate), MAX_FACTOR),
         ("router.hybrid.plateau.min_delta", plateau, MAX_FACTOR),
-        ("lora.orthogonality", lora.orthogonality.map(|loss| loss.coef()), MAX_FACTOR),
+        ("lora.orthogonality", lora.orthogonality.map(Orthogonality::coef), MAX_FACTOR),
         (
             "train.early_stopping.min_delta",
             train.early_stopping.map(|stopping| stopping.min_delta),
@@ -233,6 +236,14 @@ fn counts(config: &Config) -> Vec<(String, i64, i64)> {
         let value = value?;
         Some((key.to_owned(), value, most))
     });
+    let warmups = groups(config).filter_map(|(name, group)| {
+        Some((format!("optimizer.{name}.warmup_steps"), group.warmup_steps? as i64, MAX_STEPS))
+    });
+    known.chain(duration).chain(warmups).chain(counts_of_experts(lora)).collect()
+}
+
+/// The counts of single experts and modules, as in [`counts`].
+fn counts_of_experts(lora: &LoraConfig) -> Vec<(String, i64, i64)> {
     let rank = |(i, expert): (usize, &ExpertConfig)| {
         Some((format!("lora.experts[{i}].rank"), expert.rank?, MAX_RANK))
     };
@@ -246,12 +257,9 @@ fn counts(config: &Config) -> Vec<(String, i64, i64)> {
             (format!("{at}.rank_pattern.\"{}\"", String::from(pattern)), rank, MAX_RANK)
         })
     });
-    let warmups = groups(config).filter_map(|(name, group)| {
-        Some((format!("optimizer.{name}.warmup_steps"), group.warmup_steps? as i64, MAX_STEPS))
-    });
     let tokens = lora.experts.iter().enumerate().filter_map(|(i, expert)| {
         let largest = *expert.alora_invocation_tokens.iter().max()?;
         Some((format!("lora.experts[{i}].alora_invocation_tokens"), largest, MAX_TOKEN_ID))
     });
-    known.chain(duration).chain(own).chain(patterns).chain(warmups).chain(tokens).collect()
+    own.chain(patterns).chain(tokens).collect()
 }

@@ -21,6 +21,9 @@ fn running(scene: &Scene, steps: u64, saves_every: u64) -> Result<Child> {
     Ok(child)
 }
 
+/// What somebody does to the files of a run.
+type Lose<'a> = &'a dyn Fn(&Scene) -> Result<()>;
+
 /// What a run says that loses something.
 fn after(saves_every: u64, lose: impl FnOnce(&Scene) -> Result<()>) -> Result<Output> {
     let scene = Scene::new()?;
@@ -39,7 +42,7 @@ fn a_runs_folder_lock_or_events_that_vanish_are_an_error() -> Result<()> {
         fs_err::copy(scene.path("run/metrics.jsonl"), scene.path("run/new"))?;
         Ok(fs_err::rename(scene.path("run/new"), scene.path("run/metrics.jsonl"))?)
     };
-    let cases: [(&str, &dyn Fn(&Scene) -> Result<()>); 4] = [
+    let cases: [(&str, Lose<'_>); 4] = [
         ("run/metrics.jsonl` has vanished", &folder),
         ("run/.lock` has vanished", &lock),
         ("run/tensorboard/events.out.tfevents.", &events),
