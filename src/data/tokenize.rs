@@ -158,10 +158,18 @@ impl Tokenizer {
     /// The ids of `text`, without start tokens, each with the bytes of the text that the token
     /// stands for. Tokens that stand for parts of one character have its bytes.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.encode(text, false);
-        let encoding = encoding.map_err(|error| anyhow!("cannot encode the text: {error}"))?;
-        let ranges = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
-        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
+        let (mut found, mut from) = (Vec::new(), 0);
+        loop {
+            let to = self.find_cut(&text[from..], 0).map_or(text.len(), |place| from + place);
+            let encoding = self.inner.encode(&text[from..to], false);
+            let encoding = encoding.map_err(|error| anyhow!("cannot encode the text: {error}"))?;
+            let ranges = encoding.get_offsets().iter().map(|(start, end)| from + start..from + end);
+            found.extend(encoding.get_ids().iter().copied().zip(ranges));
+            if to == text.len() {
+                return Ok(found);
+            }
+            from = to;
+        }
     }
 
     /// The text of `ids`, including special tokens.
@@ -391,6 +399,20 @@ mod tests {
         let mut lowercase = golden("llama3");
         lowercase["normalizer"] = json!({"type": "Lowercase"});
         assert_eq!(parse(&lowercase)?.cut_rule, None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_long_text_has_the_ids_and_offsets_of_its_parts() -> Result<()> {
+        let text = "Every word, é and 人, 12 of them.\n\n  It's\r\n<|im_end|>x ".repeat(5000);
+        for kind in ["qwen", "llama3", "smollm", "llama2"] {
+            let tokenizer = parse(&golden(kind))?;
+            let whole = tokenizer.inner.encode(text.as_str(), false).map_err(|e| anyhow!("{e}"))?;
+            let ranges = whole.get_offsets().iter().map(|(start, end)| *start..*end);
+            let expected: Vec<_> = whole.get_ids().iter().copied().zip(ranges).collect();
+            assert_eq!(tokenizer.cut(text.clone()).len() > 1, kind != "llama2");
+            assert!(tokenizer.encode_with_offsets(&text)? == expected, "{kind}");
+        }
         Ok(())
     }
 
