@@ -1,5 +1,5 @@
-//! Where a text may be cut so that the ids of the parts, joined, are those of the text. That depends
-//! on the pattern by which the tokenizer splits a text into pieces.
+//! Where a text may be cut so that the ids of the parts, joined, are those of the text. That
+//! depends on the pattern by which the tokenizer splits a text into pieces.
 
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::{NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
