@@ -204,7 +204,7 @@ const FEW_STEPS: u64 = 50;
 
 /// Warns of a run that is over before its experts and routers can have learned much.
 fn warn_of_few_steps(config: &Config, data: &Datasets) {
-    let steps = num_steps(config, &data.train);
+    let Ok(steps) = num_steps(config, &data.train) else { return };
     if steps < FEW_STEPS {
         let blocks = data.train.num_blocks();
         tracing::warn!(

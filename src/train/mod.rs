@@ -284,7 +284,7 @@ impl Trainer {
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(model.device()), model.device());
-        let num_steps = plan::num_steps(&config, &data.train);
+        let num_steps = plan::num_steps(&config, &data.train)?;
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
             Method::RoutedLora => Some(frozen_hash(&model, state.base_hash.clone())?),
@@ -341,7 +341,7 @@ impl Trainer {
     ) -> Result<Summary> {
         let run_dir = self.config.run.dir.clone();
         fs_err::create_dir_all(&run_dir)?;
-        let _lock = FolderLock::take(&run_dir)?;
+        let lock = FolderLock::take(&run_dir)?;
         if std::mem::take(&mut self.is_new) {
             // another process may have begun a run since the first look
             check_new_run(&run_dir)?;
@@ -352,7 +352,7 @@ impl Trainer {
         Machine::present(self.model.device()).write(&run_dir)?;
         let mut writer =
             MetricsWriter::open(&run_dir, self.config.run.tensorboard, self.state.step)?;
-        let mut saved = None;
+        let mut saved: Option<PathBuf> = None;
         while self.state.step < self.num_steps && !self.stops_early() {
             let metrics = self.step().with_context(|| {
                 format!(
@@ -362,6 +362,7 @@ impl Trainer {
             })?;
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;
+            lock.check()?;
             if self.opens_column_after(self.state.step) {
                 self.open_column(self.state.step)?;
             }
@@ -375,6 +376,7 @@ impl Trainer {
             if stop || collapsed || self.saves_now() {
                 writer.settle(self.state.step)?;
                 let path = self.save()?;
+                warn_of_lost(saved.as_deref());
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
                 self.idle_since = None;
@@ -438,6 +440,16 @@ impl Trainer {
         let checkpoint = Checkpoint { config, state, experts, skills, model, optimizer };
         let train = &self.config.train;
         checkpoint::write(&self.config.run.dir, &checkpoint, train.keep_last)
+    }
+}
+
+/// Warns if a checkpoint of this run, the latest one before the one just saved, has vanished.
+fn warn_of_lost(before: Option<&Path>) {
+    if let Some(lost) = before.filter(|path| !path.is_dir()) {
+        tracing::warn!(
+            "`{}` has vanished: somebody has deleted or moved it; a new checkpoint is saved",
+            lost.display()
+        );
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use anyhow::{Result, bail};
 use serde::Serialize;
 
 use crate::checkpoint::Position;
@@ -16,6 +17,8 @@ use crate::model::routing::router::RouterSpec;
 /// The passes over the training set and the smallest number of steps of [`Duration::Auto`].
 const AUTO_EPOCHS: u64 = 3;
 const AUTO_STEPS: u64 = 100;
+/// Most passes over the training set of [`Duration::Tokens`], whose steps are counted one by one.
+const MAX_TOKEN_EPOCHS: u64 = 10_000;
 
 /// Numbers of parameters of the model's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -200,7 +203,7 @@ impl BlockStream {
 
     /// Takes the next `n` blocks of `dataset`, or fewer at the end of the stream.
     pub fn take(&mut self, dataset: &TokenDataset, n: usize) -> Vec<BlockId> {
-        let mut blocks = Vec::with_capacity(n);
+        let mut blocks = Vec::with_capacity(n.min(self.order.len()));
         while blocks.len() < n && Some(self.position.epoch) != self.end_epoch {
             let rest = &self.order[self.position.offset as usize..];
             let count = rest.len().min(n - blocks.len());
@@ -216,17 +219,28 @@ impl BlockStream {
 }
 
 /// The number of steps of a run.
-pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
+///
+/// # Errors
+/// A duration in tokens that is absurdly long for the dataset.
+pub fn num_steps(config: &Config, dataset: &TokenDataset) -> Result<u64> {
     let per_step = config.train.micro_batch_size * config.train.grad_accum_steps;
     let of_epochs = |epochs: u64| {
         let blocks: u64 = (0..epochs).map(|epoch| dataset.epoch_blocks(epoch)).sum();
         blocks.div_ceil(per_step as u64)
     };
     match config.train.duration {
-        Duration::Steps(steps) => steps,
-        Duration::Epochs(epochs) => of_epochs(epochs),
-        Duration::Auto => of_epochs(AUTO_EPOCHS).max(AUTO_STEPS),
+        Duration::Steps(steps) => Ok(steps),
+        Duration::Epochs(epochs) => Ok(of_epochs(epochs)),
+        Duration::Auto => Ok(of_epochs(AUTO_EPOCHS).max(AUTO_STEPS)),
         Duration::Tokens(tokens) => {
+            let order = dataset.epoch_order(config.run.seed, 0);
+            let of_epoch: u64 = order.iter().map(|&block| dataset.label_tokens(block)).sum();
+            if tokens / of_epoch.max(1) > MAX_TOKEN_EPOCHS {
+                bail!(
+                    "`train.duration.tokens` must be at most {MAX_TOKEN_EPOCHS} passes over the \
+                     training set, which has {of_epoch} label tokens, got {tokens}"
+                );
+            }
             let mut stream = BlockStream::new(dataset, config, Position::default());
             let (mut seen, mut steps) = (0, 0);
             while seen < tokens {
@@ -234,7 +248,7 @@ pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
                 seen += blocks.iter().map(|&block| dataset.label_tokens(block)).sum::<u64>();
                 steps += 1;
             }
-            steps
+            Ok(steps)
         }
     }
 }
