@@ -65,7 +65,7 @@ struct Graph {
   at::Generator before;  // the generator's state when the capture began
 };
 
-// ---- dylora's own kernels: csrc/kernels.cu, compiled at run time.
+// ---- dylora's own kernels: csrc/kernels, compiled at run time.
 
 // The driver and NVRTC, from the library through which libtorch itself reaches them.
 struct Compiler {
@@ -110,16 +110,16 @@ struct Compiler {
 static Compiler compiler;
 
 enum Name {
-  AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, PackQkv, CrossEntropy,
-  StepChoice,
+  AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, SwiGlu, SwiGluBackward,
+  Rotate, RotateBackward, CrossEntropy, StepChoice,
   // of csrc/step.cu
   StepNorm, StepFinish, StepAttention, ThinProduct,
   NAMES
 };
 static const char *const names[NAMES] = {
-    "add_norm", "norm_backward", "weigh",    "weigh_backward", "refresh",
-    "gelu",     "gelu_backward", "pack_qkv", "cross_entropy", "step_choice",
-    "step_norm", "step_finish",  "step_attention", "thin_product"};
+    "add_norm", "norm_backward", "weigh",  "weigh_backward",  "refresh",       "gelu",
+    "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
+    "step_choice", "step_norm", "step_finish", "step_attention", "thin_product"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -156,6 +156,35 @@ static void run(const KernelModule *module, Name name, const Tensor &like, int64
       compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
 }
+// The same with a launch attribute, if `num_attributes` is 1.
+template <class... Args>
+static void launch_with(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
+                        int threads, int64_t shared, CUlaunchAttribute attribute,
+                        int num_attributes, Args... args) {
+  void *pointers[] = {(void *)&args...};
+  c10::cuda::CUDAGuard guard(like.device());
+  CUlaunchConfig config{};
+  config.gridDimX = (unsigned)blocks, config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = (unsigned)threads, config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = (unsigned)shared;
+  config.hStream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
+  config.attrs = &attribute, config.numAttrs = num_attributes;
+  const auto f = module->functions[dtype_index(like.scalar_type())][name];
+  const auto status = compiler.launch_with(&config, f, pointers, nullptr);
+  TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+}
+// The same in clusters of blocks, which may read each other's shared memory.
+template <class... Args>
+static void run_cluster(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
+                        int threads, int64_t shared, int64_t cluster, Args... args) {
+  if (cluster == 1) return run(module, name, like, blocks, threads, (int)shared, args...);
+  if (blocks == 0) return;
+  CUlaunchAttribute size{};
+  size.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  size.value.clusterDim.x = (unsigned)cluster;
+  size.value.clusterDim.y = size.value.clusterDim.z = 1;
+  launch_with(module, name, like, blocks, threads, shared, size, 1, args...);
+}
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static void *at_or_null(const Tensor &x) { return x.defined() ? x.data_ptr() : nullptr; }
 static int64_t ld(const Tensor &x) { return x.defined() ? x.stride(0) : 0; }
@@ -181,102 +210,13 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
   const int device = c10::cuda::current_device();
   return dtype_index(kind) >= 0 && modules.count({device, width});
 }
-static bool add_norm(const Tensor &x, const Tensor &y, const Tensor &w, const Tensor &b, double eps,
-                     const Tensor &sum, const Tensor &a, const Tensor &mean, const Tensor &rstd) {
-  auto module = module_of(x, x.size(1));
-  if (!module || !packs(x) || !packs(y) || !packs(a)) return false;
-  run(module, AddNorm, x, ceil_div(x.size(0), 8), 256, 0, x.data_ptr(), ld(x), at_or_null(y), ld(y),
-      w.data_ptr(), b.data_ptr(), (float)eps, y.defined() ? sum.data_ptr() : nullptr, a.data_ptr(),
-      ld(a), mean.data_ptr(), rstd.data_ptr(), x.size(0));
-  return true;
-}
-static bool norm_backward(const Tensor &da, const Tensor &x, const Tensor &mean, const Tensor &rstd,
-                          const Tensor &w, const Tensor &residual, const Tensor &dx) {
-  auto module = module_of(x, x.size(1));
-  if (!module || !packs(da) || !packs(residual) || !packs(dx) || !x.is_contiguous()) return false;
-  run(module, NormBackward, x, ceil_div(x.size(0), 8), 256, 0, da.data_ptr(), ld(da), x.data_ptr(),
-      mean.data_ptr(), rstd.data_ptr(), w.data_ptr(), at_or_null(residual), ld(residual),
-      dx.data_ptr(), ld(dx), x.size(0));
-  return true;
-}
-static bool weigh(const Tensor &u, const Tensor &g, const RankColumns &rank_columns,
-                  const Tensor &v) {
-  auto module = any_module(u);
-  if (!module) return false;
-  const int64_t total = u.numel();
-  run(module, Weigh, u, ceil_div(total, 256), 256, 0, u.data_ptr(), ld(u), at_or_null(g),
-      (int)rank_columns.runs.size(0), rank_columns.expert_of.data_ptr(),
-      rank_columns.scaling.data_ptr(), v.data_ptr(), ld(v), (int)u.size(1), total);
-  return true;
-}
-static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g,
-                           const RankColumns &rank_columns, const Tensor &du, const Tensor &dg,
-                           bool adds) {
-  auto module = any_module(u);
-  const int columns = (int)u.size(1), warps = columns <= 1024 ? 8 : 2;
-  if (!module || columns > 4096) return false;
-  run(module, WeighBackward, u, ceil_div(u.size(0), warps), 32 * warps, columns * warps * 4,
-      dv.data_ptr(), ld(dv), u.data_ptr(), ld(u), at_or_null(g), (int)rank_columns.runs.size(0),
-      rank_columns.expert_of.data_ptr(), rank_columns.scaling.data_ptr(),
-      rank_columns.runs.data_ptr(), du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
-      u.size(0));
-  return true;
-}
-static bool refresh(const Tensor &a, const Tensor &b, const Tensor &packed) {
-  auto module = any_module(packed);
-  if (!module || a.scalar_type() != at::kFloat || !a.is_contiguous() || !b.is_contiguous())
-    return false;
-  run(module, Refresh, packed, ceil_div(a.numel() + b.numel(), 256), 256, 0, a.data_ptr(),
-      b.data_ptr(), packed.data_ptr(), ld(packed), (int)a.size(1), (int)b.size(1), (int)a.size(0));
-  return true;
-}
-static bool gelu(const Tensor &z, const Tensor &out) {
-  auto module = any_module(z);
-  if (!module || !packs(z) || !packs(out)) return false;
-  const int64_t n = z.size(0) * (z.size(1) * z.element_size() / 16);
-  run(module, Gelu, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), out.data_ptr(), ld(out),
-      (int)z.size(1), n);
-  return true;
-}
-static bool gelu_backward(const Tensor &z, const Tensor &dout, const Tensor &dz) {
-  auto module = any_module(z);
-  if (!module || !packs(z) || !packs(dout) || !packs(dz)) return false;
-  const int64_t n = z.size(0) * (z.size(1) * z.element_size() / 16);
-  run(module, GeluBackward, z, ceil_div(n, 256), 256, 0, z.data_ptr(), ld(z), dout.data_ptr(),
-      ld(dout), dz.data_ptr(), ld(dz), (int)z.size(1), n);
-  return true;
-}
-static bool pack_qkv(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &out) {
-  auto module = any_module(out);
-  if (!module || !packs(out)) return false;
-  const int64_t width = out.size(1) / 3;
-  for (const Tensor *x : {&q, &k, &v})
-    if (!x->transpose(1, 2).is_contiguous() || (uint64_t)x->data_ptr() % 16) return false;
-  if (width * out.element_size() % 16) return false;
-  const int64_t n = out.size(0) * (width * out.element_size() / 16);
-  run(module, PackQkv, out, ceil_div(n, 256), 256, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(),
-      out.data_ptr(), ld(out), (int)width, n);
-  return true;
-}
-static bool cross_entropy(const Tensor &logits, const Tensor &labels, int64_t vocabulary,
-                          double smoothing, const Tensor &scale, const Tensor &losses,
-                          const Tensor &smoothed) {
-  auto module = any_module(logits);
-  if (!module || !packs(logits)) return false;
-  const int64_t bytes = logits.size(1) * logits.element_size();
-  const bool keeps = bytes <= module->shared_memory;
-  run(module, CrossEntropy, logits, logits.size(0), 512, keeps ? (int)bytes : 0, logits.data_ptr(),
-      ld(logits), labels.data_ptr(), (int)vocabulary, (int)logits.size(1), (float)smoothing,
-      at_or_null(scale), losses.data_ptr(), smoothed.data_ptr(), (int)keeps);
-  return true;
-}
-
+#include "block_kernels.h"
 #include "step_kernels.h"
 
 static const Kernels table{
-    capability, apply_to,      add_norm, norm_backward, weigh,     weigh_backward, refresh,
-    gelu,       gelu_backward, pack_qkv, cross_entropy, lt::gemm,  step_norm,      step_finish,
-    step_attention, thin_product, step_choice};
+    capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, gelu,
+    gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
+    step_norm, step_finish, step_attention, thin_product, step_choice};
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -323,7 +263,7 @@ char *dylora_cuda_compile(const char *source, const char *const *options, int n,
   })
 }
 void dylora_cuda_free(void *p) { free(p); }
-// Loads machine code for activations of `width` on `device`: that of csrc/kernels.cu or, after it,
+// Loads machine code for activations of `width` on `device`: that of csrc/kernels or, after it,
 // that of csrc/step.cu.
 int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of_steps) {
   TRY(-1, {

@@ -7,12 +7,37 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <vector>
+
 // How the routing weights of e experts become factors of the columns of a module's rank space.
 struct RankColumns {
   at::Tensor expert_of;  // each column's expert, int32 [R']
   at::Tensor scaling;    // each column's scaling, f32 [R']; 0 for the columns that rounding adds
-  at::Tensor runs;       // each expert's columns: [first, second) and [third, fourth), int32 [e, 4]
+  at::Tensor runs;       // each expert's columns: n runs [first, second), int32 [e, 2n]
   at::Tensor rows;       // the scaling where a column belongs to the expert, otherwise 0, [e, R]
+};
+
+// The heads of attention, and what happens to queries and keys before it (csrc/rope.h).
+struct Heads {
+  int64_t q, k, width;
+  // RMSNorm of queries and keys; undefined if there is none
+  at::Tensor q_norm, k_norm;
+  double eps;
+  // cosines and sines of each token's angles, [M, h], in the dtype of activations; undefined
+  // without rotation. The halves of a row are equal.
+  at::Tensor cos, sin;
+  bool has_norms() const { return q_norm.defined(); }
+  bool rotates() const { return cos.defined(); }
+  bool is_plain() const { return !has_norms() && !rotates(); }
+  int64_t queries() const { return q * width; }
+  int64_t keys() const { return k * width; }
+  int64_t total() const { return queries() + 2 * keys(); }
+};
+
+// A linear layer whose experts, A [r, i] and B^T [r, o], are to be written to their places in a packed
+// weight [W A^T; B^T 0]: A^T to `packed_a`, [i, R'], and B^T to `packed_b`, [R', o].
+struct Refreshed {
+  at::Tensor a, b, packed_a, packed_b;
 };
 
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
@@ -25,24 +50,29 @@ struct Unfinished {
   at::Tensor g;                       // routing weights [M, e]; undefined if all are 1
   const RankColumns *rank_columns;    // null without experts
   int64_t out;
+  // the first column and the first rank of each linear layer in the product, and then the ends
+  std::vector<int64_t> first_out, first_rank;
 };
 // What a thin product multiplies.
 struct ThinInput {
-  // x; LayerNorm(x + y), where the sum is written to `sum`; or gelu(y)
-  enum Kind { Plain, Normed, Gelu } kind;
-  at::Tensor x;  // [M, in]; undefined for gelu(y)
+  // x; norm(x + y), where the sum is written to `sum`; or the activation of y
+  enum Kind { Plain, Normed, Activated } kind;
+  at::Tensor x;  // [M, in]; undefined for an activation
   Unfinished y;
   at::Tensor norm_w, norm_b;
   double eps;
   at::Tensor sum;
-  bool tanh_form;
+  int activation;  // as in csrc/mlp.h
 };
 // The part of a layer's cache that a step uses, for M texts.
 struct StepCache {
-  at::Tensor keys, values;  // [M, heads, positions, head size]
+  at::Tensor keys, values;  // [M, key-value heads, positions, head size]
   at::Tensor places;        // where each text's new position goes in its row, int64 [M]
   at::Tensor positions;     // index of each text's new position in its text, int64 [M]
-  int64_t heads, window;    // window 0 means that there is none
+  Heads heads;              // without cosines and sines
+  at::Tensor frequencies;   // of rotation, f32 [head size / 2]; undefined if there is none
+  double rope_factor;       // of cosines and sines
+  int64_t window;           // 0 means that there is none
   double scale;
 };
 
@@ -52,11 +82,13 @@ struct Kernels {
   int (*capability)();
   // Whether there are kernels for activations of this dtype and width.
   bool (*apply_to)(at::ScalarType kind, int64_t width);
-  // sum = x + y and a = LayerNorm(sum). If y is undefined, sum is x and is not written.
+  // sum = x + y and a = LayerNorm(sum), or RMSNorm(sum) if b is undefined; then there is no mean. If
+  // y is undefined, sum is x and is not written.
   bool (*add_norm)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &w,
                    const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a,
                    const at::Tensor &mean, const at::Tensor &rstd);
-  // dx = residual + the gradient of LayerNorm at x for the output's gradient da
+  // dx = residual + the gradient of the norm at x for the output's gradient da; without `mean`, the
+  // norm is RMSNorm
   bool (*norm_backward)(const at::Tensor &da, const at::Tensor &x, const at::Tensor &mean,
                         const at::Tensor &rstd, const at::Tensor &w, const at::Tensor &residual,
                         const at::Tensor &dx);
@@ -66,13 +98,20 @@ struct Kernels {
   bool (*weigh_backward)(const at::Tensor &dv, const at::Tensor &u, const at::Tensor &g,
                          const RankColumns &rank_columns, const at::Tensor &du,
                          const at::Tensor &dg, bool adds);
-  // Writes the experts' parts of a packed weight [W A^T; B^T 0].
-  bool (*refresh)(const at::Tensor &a, const at::Tensor &b, const at::Tensor &packed);
+  // Writes the experts' parts of the packed weights of up to 8 linear layers.
+  bool (*refresh)(const std::vector<Refreshed> &layers);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
-  // out = [q | k | v], where q, k and v are [b, h, t, c]
-  bool (*pack_qkv)(const at::Tensor &q, const at::Tensor &k, const at::Tensor &v,
-                   const at::Tensor &out);
+  // out = silu(gate) * up for z = [gate | up]
+  bool (*swiglu)(const at::Tensor &z, const at::Tensor &out);
+  // dz = the gradient of z for the output's gradient; `again` = the output
+  bool (*swiglu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz,
+                          const at::Tensor &again);
+  // Norms and rotation of the queries and keys in qkv, which `out` may be.
+  bool (*rotate)(const Heads &heads, const at::Tensor &qkv, const at::Tensor &out);
+  // out = [q | k | v], the gradient of `raw`; dq, dk and dv are [b, n, t, h]
+  bool (*rotate_backward)(const Heads &heads, const at::Tensor &dq, const at::Tensor &dk,
+                          const at::Tensor &dv, const at::Tensor &raw, const at::Tensor &out);
   // If `scale` is defined, the logits are replaced by their gradient.
   bool (*cross_entropy)(const at::Tensor &logits, const at::Tensor &labels, int64_t vocabulary,
                         double smoothing, const at::Tensor &scale, const at::Tensor &losses,
@@ -80,11 +119,11 @@ struct Kernels {
   // out = a b, transposed where ta and tb say so; a and b are bf16, out is bf16 or f32
   bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb,
                Epilogue epilogue, const at::Tensor &bias, const at::Tensor &aux);
-  // The kernels of csrc/step.cu.
+  // The kernels of csrc/kernels/step.
   bool (*step_norm)(const at::Tensor &x, const Unfinished &y, const at::Tensor &w,
                     const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
-  // out = y, or gelu(y) in one of its forms
-  bool (*step_finish)(const Unfinished &y, bool is_gelu, bool tanh_form, const at::Tensor &out);
+  // out = y, or with an `activation` of csrc/mlp.h, which is not negative, that of y
+  bool (*step_finish)(const Unfinished &y, int activation, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
   // out = the input times w; applies to at most 4 rows, and to a y of few ranks
   bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &out);

@@ -3,12 +3,19 @@
 #include "product.h"
 
 extern "C" {
-// A linear layer with or without experts. A pointer may be null where kernels.h or Product says
-// "undefined".
-struct dylora_module {
-  const at::Tensor *weight, *bias, *packed, *expert_of, *scaling, *runs, *rows;
+// A linear layer with or without experts. A pointer may be null where Member says "undefined".
+struct dylora_member {
+  const at::Tensor *weight, *bias, *expert_of, *scaling, *runs, *rows;
   const at::Tensor *a, *b, *g;
   double single_scaling;
+  int64_t first_rank;
+};
+// The linear layers that read the same input. With a packed weight, the other pointers belong to all
+// of them; they are null without experts.
+struct dylora_product {
+  const dylora_member *members;
+  int64_t num_members;
+  const at::Tensor *packed, *bias, *expert_of, *scaling, *runs;
 };
 struct dylora_norm {
   const at::Tensor *weight, *bias;
@@ -19,10 +26,20 @@ struct dylora_norm {
 
 inline at::Tensor or_none(const at::Tensor *t) { return t ? *t : at::Tensor(); }
 
-inline fused::Product product_of(const dylora_module &m) {
-  return {*m.weight,
-          *m.bias,
-          or_none(m.packed),
-          {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs), or_none(m.rows)},
-          m.single_scaling};
+inline fused::Product product_of(const dylora_product &p) {
+  fused::Product product{{}, or_none(p.bias), or_none(p.packed),
+                         {or_none(p.expert_of), or_none(p.scaling), or_none(p.runs), {}}};
+  int64_t first_out = 0;
+  for (int64_t k = 0; k < p.num_members; ++k) {
+    const auto &m = p.members[k];
+    product.members.push_back(
+        {*m.weight,
+         or_none(m.bias),
+         {or_none(m.expert_of), or_none(m.scaling), or_none(m.runs), or_none(m.rows)},
+         m.single_scaling,
+         first_out,
+         m.first_rank});
+    first_out += m.weight->size(1);
+  }
+  return product;
 }

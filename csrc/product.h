@@ -1,15 +1,20 @@
-// A linear layer of the frozen base with its experts, and its backward pass.
+// A product: one or more linear layers of the frozen base that read the same input, with their
+// experts, and its backward pass. The linear layers are its members, such as q_proj, k_proj and
+// v_proj. Their outputs stand beside each other in the columns of y.
 //
-// y = x W + b + v B^T with v = (x A^T) * f and f = g[expert of the column] * scaling. With CUDA
-// kernels, a module with experts has a packed weight [W A^T; B^T 0] of (i + R') x (o + R'). Once v
-// is written behind x, the forward pass is one product, [x | v] [W; B^T]. Once du is written behind
-// dy, so is the backward pass, dx = [dy | du] [W | A^T]^T. So whatever computes x or dy leaves R'
-// extra columns behind each row: the row padding.
+// y = x W + b + v B^T with v = (x A^T) * f and f = g[expert of the column] * scaling. The experts of
+// a member add to its columns only. With CUDA kernels, a product has a packed weight
+// [W A^T; B^T 0] of (i + R') x (o + R'), where the rows of B^T are 0 outside of their member's
+// columns. Once v is written behind x, the forward pass is one product, [x | v] [W; B^T]. Once du is
+// written behind dy, so is the backward pass, dx = [dy | du] [W | A^T]^T. So whatever computes x or
+// dy leaves R' extra columns behind each row: the row padding.
 //
-// Letters of shapes: M = b t tokens, i in, o out, e expert, R columns of a module's rank space, R'
-// the same rounded up (src/model/fused/pack.rs).
+// Letters of shapes: M = b t tokens, i in, o out, e expert, R columns of a member's rank space, R'
+// the same rounded up, or the sum of these over the members (src/model/fused/pack.rs).
 #pragma once
 #include <ATen/ATen.h>
+
+#include <vector>
 
 #include "kernels.h"
 
@@ -17,6 +22,7 @@ namespace fused {
 using at::Tensor;
 
 inline Tensor columns(const Tensor &x, int64_t from, int64_t n) { return x.narrow(1, from, n); }
+inline Tensor rows(const Tensor &x, int64_t from, int64_t n) { return x.narrow(0, from, n); }
 
 // The matrix of which `x` is a view: the rows of `x` with the `row_padding` columns behind them.
 inline Tensor with_padding(const Tensor &x, int64_t row_padding) {
@@ -40,8 +46,14 @@ inline bool may_be_fast(const Tensor &x) {
   return kernels() && x.is_cuda() && x.scalar_type() == at::kBFloat16;
 }
 // out = a b, transposed where ta and tb say so; returns false if cuBLASLt does not apply.
-inline bool fast_product(const Tensor &out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
-  return may_be_fast(a) && kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
+inline bool fast_product(const Tensor &out, Tensor a, bool ta, Tensor b, bool tb) {
+  if (!may_be_fast(a)) return false;
+  // a weight may be a transposed view
+  for (auto [x, t] : {std::pair(&a, &ta), std::pair(&b, &tb)}) {
+    if (x->stride(1) != 1 && x->stride(0) == 1) *x = x->t(), *t = !*t;
+    if (x->stride(1) != 1) return false;
+  }
+  return kernels()->gemm(out, a, ta, b, tb, Epilogue::None, {}, {});
 }
 // The same, by libtorch where cuBLASLt does not apply; `out` has the dtype of a and b.
 inline void product_into(Tensor out, const Tensor &a, bool ta, const Tensor &b, bool tb) {
@@ -61,58 +73,92 @@ inline Tensor product(const Tensor &a, bool ta, const Tensor &b, bool tb) {
   return product(a, ta, b, tb, a.scalar_type());
 }
 
-// x W + b
+// x W + b; b may be undefined
 inline Tensor affine(const Tensor &x, const Tensor &w, const Tensor &b) {
-  if (may_be_fast(x)) {
+  if (!b.defined()) return product(x, false, w, false);
+  if (may_be_fast(x) && x.stride(1) == 1 && w.stride(1) == 1) {
     Tensor out = at::empty({x.size(0), w.size(1)}, x.options());
     if (kernels()->gemm(out, x, false, w, false, Epilogue::Bias, b, {})) return out;
   }
   return at::addmm(b, x, w);
 }
 
-// One of a block's four linear layers.
-struct Product {
-  Tensor weight, bias;       // [i, o], [o]
-  Tensor packed;             // [i + R', o + R']; undefined without kernels
+// A linear layer of the base.
+struct Member {
+  Tensor weight, bias;       // [i, o], [o]; the bias may be undefined
   RankColumns rank_columns;  // undefined without experts
   double scaling;            // of a single expert
+  int64_t first_out;         // first of its columns in the product's output
+  int64_t first_rank;        // first of its columns in the product's rank space
   bool has_experts() const { return rank_columns.rows.defined(); }
-  bool is_packed() const { return packed.defined(); }
-  // Whether the forward pass is one product of `operands`.
-  bool is_one_product() const { return !has_experts() || is_packed(); }
-  int64_t row_padding() const { return is_packed() ? rank_columns.expert_of.size(0) : 0; }
-  int64_t in() const { return weight.size(0); }
+  int64_t num_ranks() const { return rank_columns.expert_of.size(0); }  // R'
   int64_t out() const { return weight.size(1); }
 };
-// The differentiable inputs of a module: A and B^T in f32 (or f64), and the routing weights [M, e],
+struct Product {
+  std::vector<Member> members;
+  Tensor bias;    // [o], of all members; undefined if they have none or there is no packed weight
+  Tensor packed;  // [i + R', o + R']; undefined without kernels
+  // the columns of all members with experts, without `rows`; undefined unless packed
+  RankColumns rank_columns;
+  bool has_experts() const {
+    for (const auto &m : members)
+      if (m.has_experts()) return true;
+    return false;
+  }
+  bool is_packed() const { return packed.defined(); }
+  // Whether the forward pass is one product of `operands`.
+  bool is_one_product() const { return is_packed() || (members.size() == 1 && !has_experts()); }
+  int64_t row_padding() const {
+    return is_packed() && has_experts() ? rank_columns.expert_of.size(0) : 0;
+  }
+  int64_t in() const { return members[0].weight.size(0); }
+  int64_t out() const { return members.back().first_out + members.back().out(); }
+  // W, [i, o]
+  Tensor weight() const {
+    return is_packed() ? columns(rows(packed, 0, in()), 0, out()) : members[0].weight;
+  }
+  // A^T and B^T in the packed weight, [i, R'] and [R', o]
+  Tensor packed_a() const { return columns(rows(packed, 0, in()), out(), row_padding()); }
+  Tensor packed_b() const { return columns(rows(packed, in(), row_padding()), 0, out()); }
+};
+// The differentiable inputs of a member: A and B^T in f32 (or f64), and the routing weights [M, e],
 // which are undefined if all are 1.
 struct Experts {
   Tensor a, b, g;
   Tensor weights() const { return g.defined() ? g.detach() : g; }
 };
-// What the backward pass of a module needs.
-struct Kept {
-  Tensor x;     // [M, i], with v behind it if packed
-  Tensor u, v;  // u = x A^T and v = u * f, [M, R]; if packed, u is [M, R'] and v lies behind x
+// The experts of each member of a product.
+typedef std::vector<Experts> AllExperts;
+
+// What the backward pass of a member needs.
+struct KeptMember {
+  Tensor u, v;  // u = x A^T and v = u * f, [M, R]; undefined if packed
   Tensor mask;  // of dropout, [M, i]
 };
+// What the backward pass of a product needs.
+struct Kept {
+  Tensor x;  // [M, i], with v behind it if packed; undefined if it is computed again
+  Tensor u;  // of all members, [M, R'], if packed
+  std::vector<KeptMember> members;
+};
+// The gradients of A, B^T and g.
 struct Grads {
   Tensor a, b;
 };
 
-// The factors f of a module that is not packed, [M, R], or [1, R] without routing weights
-inline Tensor factors(const Product &m, const Experts &e, at::ScalarType kind) {
+// The factors f of a member that is not packed, [M, R], or [1, R] without routing weights
+inline Tensor factors(const Member &m, const Experts &e, at::ScalarType kind) {
   const auto f =
       e.g.defined() ? e.weights().matmul(m.rank_columns.rows) : m.rank_columns.rows.sum(0, true);
   return f.to(kind);
 }
 // Whether there is one expert at weight 1, which is plain LoRA in PEFT's order of operations.
-inline bool is_plain(const Product &m, const Experts &e) {
+inline bool is_plain(const Member &m, const Experts &e) {
   return !e.g.defined() && m.rank_columns.rows.size(0) == 1;
 }
 
-// x after dropout, as the experts read it. Keeps the mask.
-inline Tensor dropped(const Tensor &x, double dropout, Kept &kept) {
+// x after dropout, as the experts of a member read it. Keeps the mask.
+inline Tensor dropped(const Tensor &x, double dropout, KeptMember &kept) {
   if (dropout == 0) return x;
   Tensor out;
   if (x.is_cuda()) {
@@ -123,98 +169,247 @@ inline Tensor dropped(const Tensor &x, double dropout, Kept &kept) {
   kept.mask = at::empty_like(x).bernoulli_(1 - dropout).div_(1 - dropout);
   return x * kept.mask;
 }
+inline Tensor dropped_again(const Tensor &x, const KeptMember &kept, double dropout) {
+  if (!kept.mask.defined()) return x;
+  return x.is_cuda() ? at::native_dropout_backward(x, kept.mask, 1 / (1 - dropout))
+                     : x * kept.mask;
+}
 
-// The operands of the one product of a packed module, [x | v] and [W; B^T], or of a module without
+// Whether the members with experts have the same routing weights.
+inline bool share_weights(const Product &p, const AllExperts &e) {
+  const Tensor *first = nullptr;
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    if (!p.members[k].has_experts()) continue;
+    if (!first) first = &e[k].g;
+    if (!e[k].g.is_same(*first) &&
+        (!first->defined() || !e[k].g.defined() || e[k].g.data_ptr() != first->data_ptr()))
+      return false;
+  }
+  return true;
+}
+// Routing weights that the members with experts share.
+inline const Experts &any_experts(const Product &p, const AllExperts &e) {
+  for (size_t k = 0; k < p.members.size(); ++k)
+    if (p.members[k].has_experts()) return e[k];
+  return e[0];
+}
+
+// v = u * f for a packed product, [M, R']
+inline void weigh(const Product &p, const AllExperts &e, const Tensor &u, const Tensor &v) {
+  if (share_weights(p, e)) {
+    TORCH_CHECK(kernels()->weigh(u, any_experts(p, e).weights(), p.rank_columns, v));
+    return;
+  }
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    if (!m.has_experts()) continue;
+    TORCH_CHECK(kernels()->weigh(columns(u, m.first_rank, m.num_ranks()), e[k].weights(),
+                                 m.rank_columns, columns(v, m.first_rank, m.num_ranks())));
+  }
+}
+
+// The experts of a packed product's members, and their places in the packed weight
+inline void add_refreshed(const Product &p, const AllExperts &e, std::vector<Refreshed> &layers) {
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    if (!p.is_packed() || !m.has_experts()) continue;
+    layers.push_back(
+        {e[k].a.detach(), e[k].b.detach(), columns(p.packed_a(), m.first_rank, m.num_ranks()),
+         columns(rows(p.packed_b(), m.first_rank, m.num_ranks()), m.first_out, m.out())});
+  }
+}
+
+// The operands of the one product of a packed product, [x | v] and [W; B^T], or of one without
 // experts, x and W.
 struct Operands {
   Tensor x, weight;
 };
-// `x` has the module's row padding behind it. For a module with experts, what the backward pass
-// needs is kept.
-inline Operands operands(const Product &m, const Experts &e, const Tensor &x, double dropout,
+// `x` has the product's row padding behind it, and the experts are in the packed weight. With
+// experts, what the backward pass needs is kept.
+inline Operands operands(const Product &p, const AllExperts &e, const Tensor &x, double dropout,
                          Kept &kept) {
-  if (!m.has_experts()) return {x, m.weight};
-  const int64_t r = m.row_padding(), i = m.in(), o = m.out();
-  TORCH_CHECK(kernels()->refresh(e.a.detach(), e.b.detach(), m.packed));
+  if (!p.has_experts()) return {x, p.weight()};
+  const int64_t r = p.row_padding(), i = p.in(), o = p.out();
+  kept.members.resize(p.members.size());
   kept.x = x;
-  kept.u =
-      product(dropped(x, dropout, kept), false, columns(m.packed.narrow(0, 0, i), o, r), false);
+  if (dropout == 0) {
+    kept.u = product(x, false, p.packed_a(), false);
+  } else {
+    kept.u = at::empty({x.size(0), r}, x.options());
+    for (size_t k = 0; k < p.members.size(); ++k) {
+      const auto &m = p.members[k];
+      if (!m.has_experts()) continue;
+      product_into(columns(kept.u, m.first_rank, m.num_ranks()),
+                   dropped(x, dropout, kept.members[k]), false,
+                   columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
+    }
+  }
   const Tensor full = with_padding(x, r);
-  TORCH_CHECK(kernels()->weigh(kept.u, e.weights(), m.rank_columns, columns(full, i, r)));
-  return {full, columns(m.packed, 0, o)};
+  weigh(p, e, kept.u, columns(full, i, r));
+  return {full, columns(p.packed, 0, o)};
 }
 
-// The forward pass of a module. The same holds for `x` and `kept` as in `operands`.
-inline Tensor forward(const Product &m, const Experts &e, const Tensor &x, double dropout,
-                      Kept &kept) {
-  if (m.is_one_product()) {
-    const auto of = operands(m, e, x, dropout, kept);
-    return affine(of.x, of.weight, m.bias);
-  }
+// The forward pass of a member that is not packed, of which `base` is x W + b.
+inline Tensor add_experts(const Member &m, const Experts &e, const Tensor &x, Tensor base,
+                          double dropout, KeptMember &kept) {
   const auto kind = x.scalar_type();
   const Tensor a = e.a.detach().to(kind), b = e.b.detach().to(kind);
-  kept.x = x;
   kept.u = dropped(x, dropout, kept).mm(a.t());
   if (is_plain(m, e)) {
     kept.v = kept.u;
-    return affine(x, m.weight, m.bias).add_(kept.u.mm(b).mul_(m.scaling));
+    return base.add_(kept.u.mm(b).mul_(m.scaling));
   }
   kept.v = kept.u * factors(m, e, kind);
-  return affine(x, m.weight, m.bias).addmm_(kept.v, b);
+  return base.addmm_(kept.v, b);
 }
 
-inline Tensor dropped_again(const Kept &kept, double dropout) {
-  if (!kept.mask.defined()) return kept.x;
-  return kept.x.is_cuda() ? at::native_dropout_backward(kept.x, kept.mask, 1 / (1 - dropout))
-                          : kept.x * kept.mask;
+// The forward pass of a product. The same holds for `x` and `kept` as in `operands`.
+inline Tensor forward(const Product &p, const AllExperts &e, const Tensor &x, double dropout,
+                      Kept &kept) {
+  if (p.is_one_product()) {
+    const auto of = operands(p, e, x, dropout, kept);
+    return affine(of.x, of.weight, p.is_packed() ? p.bias : p.members[0].bias);
+  }
+  kept.members.resize(p.members.size());
+  if (p.has_experts()) kept.x = x;
+  std::vector<Tensor> outputs;
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    const Tensor base = affine(x, m.weight, m.bias);
+    outputs.push_back(m.has_experts() ? add_experts(m, e[k], x, base, dropout, kept.members[k])
+                                      : base);
+  }
+  return outputs.size() == 1 ? outputs[0] : at::cat(outputs, 1);
 }
 
-// The gradients of A and B^T and, added to `dg`, of the routing weights. Returns du, which lies
-// behind dy if packed.
-inline Tensor experts_backward(const Product &m, const Experts &e, const Kept &kept,
-                               const Tensor &dy, double dropout, Grads &grads, Tensor &dg) {
-  const auto kind = dy.scalar_type(), wide = e.a.scalar_type();
-  const bool wants_g = e.g.defined() && e.g.requires_grad();
-  const Tensor x = dropped_again(kept, dropout);
-  if (m.is_packed()) {
-    const int64_t r = m.row_padding(), i = m.in(), o = m.out(), ranks = e.a.size(0);
-    const Tensor dv = product(dy, false, columns(m.packed.narrow(0, i, r), 0, o), true);
-    const Tensor du = columns(with_padding(dy, r), o, r),
-                 v = columns(with_padding(kept.x, r), i, r);
-    const bool adds = dg.defined();
-    if (wants_g && !adds) dg = at::empty_like(e.weights());
-    TORCH_CHECK(kernels()->weigh_backward(dv, kept.u, e.weights(), m.rank_columns, du,
-                                          wants_g ? dg : Tensor(), adds));
-    grads.b = product(v, true, dy, false, wide).narrow(0, 0, ranks);
-    grads.a = product(du, true, x, false, wide).narrow(0, 0, ranks);
-    return du;
+// du = dv * f and the gradients of the routing weights, which are added to those in `dg`: for each
+// member, the place where its gradient belongs. Returns du of all members, [M, R'], which lies behind
+// dy, if packed; otherwise each member's du replaces its entry in `dus`.
+inline Tensor through_experts(const Product &p, const AllExperts &e, const Kept &kept,
+                              const Tensor &dy, const std::vector<Tensor *> &dg,
+                              std::vector<Tensor> &dus) {
+  auto wants_g = [&](size_t k) { return e[k].g.defined() && e[k].g.requires_grad(); };
+  dus.resize(p.members.size());
+  if (!p.is_packed()) {
+    for (size_t k = 0; k < p.members.size(); ++k) {
+      const auto &m = p.members[k];
+      if (!m.has_experts()) continue;
+      const Tensor own = columns(dy, m.first_out, m.out());
+      Tensor dv = own.mm(e[k].b.detach().to(dy.scalar_type()).t());
+      if (wants_g(k)) {
+        const auto wide = e[k].a.scalar_type();
+        const Tensor new_dg = (dv * kept.members[k].u).to(wide).mm(m.rank_columns.rows.t());
+        *dg[k] = dg[k]->defined() ? *dg[k] + new_dg : new_dg;
+      }
+      dus[k] = dv.mul_(factors(m, e[k], dy.scalar_type()));
+    }
+    return {};
   }
-  const Tensor b = e.b.detach().to(kind);
-  Tensor dv = dy.mm(b.t());
-  if (wants_g) {
-    const Tensor new_dg = (dv * kept.u).to(wide).mm(m.rank_columns.rows.t());
-    dg = dg.defined() ? dg + new_dg : new_dg;
+  const int64_t r = p.row_padding();
+  const Tensor dv = at::empty({dy.size(0), r}, dy.options());
+  for (const auto &m : p.members) {
+    if (!m.has_experts()) continue;
+    product_into(columns(dv, m.first_rank, m.num_ranks()), columns(dy, m.first_out, m.out()), false,
+                 columns(rows(p.packed_b(), m.first_rank, m.num_ranks()), m.first_out, m.out()),
+                 true);
   }
-  grads.b = product(kept.v, true, dy, false, wide);
-  if (is_plain(m, e)) grads.b.mul_(m.scaling);
-  const Tensor du = dv.mul_(factors(m, e, kind));
-  grads.a = product(du, true, x, false, wide);
+  const Tensor du = columns(with_padding(dy, r), p.out(), r);
+  auto weigh_back = [&](const RankColumns &rank_columns, size_t k, auto &&part) {
+    const bool adds = dg[k] && dg[k]->defined();
+    if (wants_g(k) && !adds) *dg[k] = at::empty_like(e[k].weights());
+    TORCH_CHECK(kernels()->weigh_backward(part(dv), part(kept.u), e[k].weights(), rank_columns,
+                                          part(du), wants_g(k) ? *dg[k] : Tensor(), adds));
+  };
+  if (share_weights(p, e)) {
+    const size_t k = &any_experts(p, e) - e.data();
+    weigh_back(p.rank_columns, k, [](const Tensor &x) { return x; });
+  } else {
+    for (size_t k = 0; k < p.members.size(); ++k) {
+      const auto &m = p.members[k];
+      if (m.has_experts())
+        weigh_back(m.rank_columns, k,
+                   [&](const Tensor &x) { return columns(x, m.first_rank, m.num_ranks()); });
+    }
+  }
   return du;
 }
 
-// dx = dy W^T + du A, the latter through dropout's mask. `dy` has du behind it if packed.
-inline Tensor input_backward(const Product &m, const Experts &e, const Kept &kept, const Tensor &dy,
-                             const Tensor &du, double dropout) {
-  if (!m.has_experts()) return product(dy, false, m.weight, true);
-  const int64_t r = m.row_padding(), i = m.in(), o = m.out();
-  if (m.is_packed() && !kept.mask.defined())
-    return product(with_padding(dy, r), false, m.packed.narrow(0, 0, i), true);
-  Tensor dx = product(dy, false, m.weight, true);
-  if (!kept.mask.defined()) return dx.addmm_(du, e.a.detach().to(dy.scalar_type()));
-  const Tensor through = m.is_packed()
-                             ? product(du, false, columns(m.packed.narrow(0, 0, i), o, r), true)
-                             : du.mm(e.a.detach().to(dy.scalar_type()));
-  return dx.is_cuda() ? dx.add_(at::native_dropout_backward(through, kept.mask, 1 / (1 - dropout)))
-                      : dx.addcmul_(through, kept.mask);
+// The gradients of each member's A and B^T. `x` is the product's input; `du` and `dus` are what
+// through_experts returned.
+inline void experts_backward(const Product &p, const AllExperts &e, const Kept &kept,
+                             const Tensor &x, const Tensor &dy, const Tensor &du,
+                             const std::vector<Tensor> &dus, double dropout,
+                             std::vector<Grads> &grads) {
+  grads.resize(p.members.size());
+  if (!p.has_experts()) return;
+  const bool drops = dropout != 0;
+  Tensor v, da;
+  if (p.is_packed()) {
+    const int64_t r = p.row_padding();
+    if (kept.x.defined()) {
+      v = columns(with_padding(kept.x, r), p.in(), r);
+    } else {
+      v = at::empty_like(kept.u);
+      weigh(p, e, kept.u, v);
+    }
+    if (!drops) da = product(du, true, x, false, any_experts(p, e).a.scalar_type());
+  }
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    if (!m.has_experts()) continue;
+    const auto wide = e[k].a.scalar_type();
+    const Tensor own = columns(dy, m.first_out, m.out());
+    auto part = [&](const Tensor &x) { return columns(x, m.first_rank, m.num_ranks()); };
+    const Tensor read = drops ? dropped_again(x, kept.members[k], dropout) : Tensor();
+    if (p.is_packed()) {
+      const int64_t ranks = e[k].a.size(0);
+      grads[k].b = rows(product(part(v), true, own, false, wide), 0, ranks);
+      grads[k].a = drops ? rows(product(part(du), true, read, false, wide), 0, ranks)
+                         : rows(da, m.first_rank, ranks);
+    } else {
+      grads[k].b = product(kept.members[k].v, true, own, false, wide);
+      if (is_plain(m, e[k])) grads[k].b.mul_(m.scaling);
+      grads[k].a = product(dus[k], true, drops ? read : x, false, wide);
+    }
+  }
+}
+
+// dx = dy W^T + du A, the latter through dropout's masks. `dy` has du behind it if packed.
+inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &kept,
+                             const Tensor &dy, const Tensor &du, const std::vector<Tensor> &dus,
+                             double dropout) {
+  if (p.is_packed() && (dropout == 0 || !p.has_experts())) {
+    const int64_t r = p.row_padding();
+    return product(with_padding(dy, r), false, columns(rows(p.packed, 0, p.in()), 0, p.out() + r),
+                   true);
+  }
+  Tensor dx;
+  if (p.is_packed()) {
+    dx = product(dy, false, p.weight(), true);
+  } else {
+    for (const auto &m : p.members) {
+      const Tensor own = columns(dy, m.first_out, m.out());
+      dx = dx.defined() ? dx.addmm_(own, m.weight.t()) : product(own, false, m.weight, true);
+    }
+  }
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    if (!m.has_experts()) continue;
+    const Tensor a = p.is_packed() ? Tensor() : e[k].a.detach().to(dy.scalar_type());
+    const Tensor &mask = kept.members[k].mask;
+    if (!mask.defined()) {
+      dx.addmm_(dus[k], a);
+      continue;
+    }
+    const Tensor through =
+        p.is_packed() ? product(columns(du, m.first_rank, m.num_ranks()), false,
+                                columns(p.packed_a(), m.first_rank, m.num_ranks()), true)
+                      : dus[k].mm(a);
+    if (dx.is_cuda())
+      dx.add_(at::native_dropout_backward(through, mask, 1 / (1 - dropout)));
+    else
+      dx.addcmul_(through, mask);
+  }
+  return dx;
 }
 }  // namespace fused

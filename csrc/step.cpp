@@ -1,12 +1,12 @@
-// A step of generation in a frozen GPT-2 with experts, in which each text gets one new position. It
+// A step of generation in a frozen base with experts, in which each text gets one new position. It
 // is defined by Block::forward with a cache (src/model/decoder/block.rs), and only CUDA kernels
 // compute it here: a function returns 1 where they do not apply. Declared to Rust in
 // src/ffi/step.rs.
 //
 // With few rows every operation is short, so what counts is that there are few operations. A linear
 // layer is one product with [W A^T]; whatever reads its output adds the bias and v B^T to it
-// (struct Unfinished). With very few rows, a product also computes its input, the LayerNorm or GELU
-// of such an output.
+// (struct Unfinished). With very few rows, a product also computes its input, the norm or the
+// activation of such an output.
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
@@ -25,11 +25,13 @@ constexpr int64_t FEW_TEXTS = 4;
 struct Layer {
   Product product;
   Tensor g;
-  explicit Layer(const dylora_module &m) : product(product_of(m)), g(or_none(m.g)) {}
+  explicit Layer(const dylora_product &p) : product(product_of(p)) {
+    for (int64_t k = 0; k < p.num_members && !g.defined(); ++k) g = or_none(p.members[k].g);
+  }
 
   // The matrix with which the layer's input is multiplied.
   Tensor weight() const {
-    return product.has_experts() ? product.packed.narrow(0, 0, product.in()) : product.weight;
+    return product.has_experts() ? rows(product.packed, 0, product.in()) : product.weight();
   }
   Tensor empty_output(int64_t rows) const {
     return at::empty({rows, weight().size(1)}, weight().options());
@@ -43,32 +45,47 @@ struct Layer {
       product_into(out, x, false, weight(), false);
     return out;
   }
-  // LayerNorm(x + y) [W A^T], and x + y in `sum`; undefined if no kernel applies
+  // norm(x + y) [W A^T], and x + y in `sum`; undefined if no kernel applies
   Tensor times_norm(const Tensor &x, const Unfinished &y, const dylora_norm &norm,
                     Tensor &sum) const {
     const Tensor out = empty_output(x.size(0));
     sum = at::empty(x.sizes(), x.options());
-    const ThinInput input{ThinInput::Normed, x, y, *norm.weight, *norm.bias, norm.eps, sum, false};
+    const ThinInput input{ThinInput::Normed, x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, 0};
     if (y.product.defined() && kernels()->thin_product(input, weight(), out)) return out;
+    if (y.rank_columns && x.size(0) <= FEW_TEXTS) {
+      // many ranks are added once, instead of in each block of the product
+      const Tensor finished = at::empty({x.size(0), y.out}, x.options());
+      ThinInput rest = input;
+      rest.y = {finished, {}, {}, {}, nullptr, y.out};
+      if (kernels()->step_finish(y, -1, finished) && kernels()->thin_product(rest, weight(), out))
+        return out;
+    }
     const Tensor normed = at::empty_like(sum);
-    if (!kernels()->step_norm(x, y, *norm.weight, *norm.bias, norm.eps, sum, normed)) return {};
+    if (!kernels()->step_norm(x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, normed))
+      return {};
     return times(normed);
   }
-  // gelu(y) [W A^T]; undefined if no kernel applies
-  Tensor times_gelu(const Unfinished &y, bool tanh_form) const {
-    const int64_t rows = y.product.size(0);
-    const Tensor out = empty_output(rows);
-    const ThinInput input{ThinInput::Gelu, {}, y, {}, {}, 0, {}, tanh_form};
+  // the activation of y, times [W A^T]; undefined if no kernel applies
+  Tensor times_activated(const Unfinished &y, int activation) const {
+    const int64_t num_rows = y.product.size(0);
+    const Tensor out = empty_output(num_rows);
+    const ThinInput input{ThinInput::Activated, {}, y, {}, {}, 0, {}, activation};
     if (kernels()->thin_product(input, weight(), out)) return out;
-    const Tensor up = at::empty({rows, y.out}, y.product.options());
-    return kernels()->step_finish(y, true, tanh_form, up) ? times(up) : Tensor();
+    const Tensor up = at::empty({num_rows, product.in()}, y.product.options());
+    return kernels()->step_finish(y, activation, up) ? times(up) : Tensor();
   }
   Unfinished unfinished(const Tensor &product_of_input) const {
-    Unfinished y{product_of_input, product.bias, {}, {}, nullptr, product.out()};
+    const Tensor bias = product.is_packed() ? product.bias : product.members[0].bias;
+    Unfinished y{product_of_input, bias, {}, {}, nullptr, product.out()};
     if (product.has_experts()) {
-      const Tensor rows = product.packed.narrow(0, product.in(), product.row_padding());
-      y.b = columns(rows, 0, product.out());
+      y.b = product.packed_b();
       y.g = g, y.rank_columns = &product.rank_columns;
+      int64_t first_rank = 0;
+      for (const auto &m : product.members) {
+        y.first_out.push_back(m.first_out), y.first_rank.push_back(first_rank);
+        if (m.has_experts()) first_rank += m.num_ranks();
+      }
+      y.first_out.push_back(product.out()), y.first_rank.push_back(first_rank);
     }
     return y;
   }
@@ -78,62 +95,78 @@ struct Layer {
 extern "C" {
 struct dylora_step_cache {
   const Tensor *keys, *values, *places, *positions;
-  int64_t heads, window;
+  int64_t query_heads, key_heads, head_size, window;
   double scale;
+  const Tensor *q_norm, *k_norm;
+  double norm_eps;
+  const Tensor *frequencies;
+  double rope_factor;
 };
 
 // Writes the experts' parts of a packed weight.
-int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed) {
-  TRY(-1, { return kernels() && kernels()->refresh(*a, *b, *packed) ? 0 : 1; })
+int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
+                     const Tensor *packed_b) {
+  TRY(-1, { return kernels() && kernels()->refresh({{*a, *b, *packed_a, *packed_b}}) ? 0 : 1; })
 }
 
-// out = [x + y, LayerNorm(x + y)], where y is the output of `module`, of which `product` is known.
+// out = [x + y, norm(x + y)], where y is the output of `last`, of which `product` is known.
 // Both are null if there is no y.
-int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_module *module,
+int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_product *last,
                      const dylora_norm *norm, Tensor **out) {
   TRY(-1, {
-    const auto layer = module ? std::make_unique<Layer>(*module) : nullptr;
+    const auto layer = last ? std::make_unique<Layer>(*last) : nullptr;
     const Unfinished y = layer ? layer->unfinished(*product) : Unfinished{};
     const Tensor sum = at::empty(x->sizes(), x->options()), a = at::empty_like(sum);
     if (!kernels() ||
-        !kernels()->step_norm(*x, y, *norm->weight, *norm->bias, norm->eps, sum, a))
+        !kernels()->step_norm(*x, y, *norm->weight, or_none(norm->bias), norm->eps, sum, a))
       return 1;
     out[0] = new Tensor(sum), out[1] = new Tensor(a);
     return 0;
   })
 }
 
-// A block of the residual stream x + y, where y is the output of `module`, of which `product` is
+// A block of the residual stream x + y, where y is the output of `last`, of which `product` is
 // known; both are null if there is no y. If `a` is not null, there is no y, and a is the block's
-// first LayerNorm. out = [x', product], where product is that of mlp.c_proj, whose output is to be
-// added to x'.
+// first norm. out = [x', product], where product is that of the last linear layer, whose output is to
+// be added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
-                      const dylora_module *module, const dylora_norm *norms,
-                      const dylora_module *modules, const dylora_step_cache *cache, int tanh_gelu,
+                      const dylora_product *last, const dylora_norm *norms,
+                      const dylora_product *products, const dylora_step_cache *cache, int activation,
                       Tensor **out) {
   TRY(-1, {
     if (!kernels()) return 1;
-    const auto before = module ? std::make_unique<Layer>(*module) : nullptr;
+    const auto before = last ? std::make_unique<Layer>(*last) : nullptr;
     const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
-    const Layer attn(modules[0]), attn_proj(modules[1]), fc(modules[2]), mlp_proj(modules[3]);
-    const StepCache at{*cache->keys, *cache->values, *cache->places, *cache->positions,
-                       cache->heads, cache->window, cache->scale};
-    Tensor sum = *x, qkv = a ? attn.times(*a) : attn.times_norm(*x, y, norms[0], sum);
+    const Layer qkv_layer(products[0]), out_layer(products[1]), mlp_in(products[2]), mlp_out(products[3]);
+    Heads heads{cache->query_heads,     cache->key_heads,
+                cache->head_size,       or_none(cache->q_norm),
+                or_none(cache->k_norm), cache->norm_eps,
+                Tensor(),               Tensor()};
+    const StepCache at{*cache->keys,
+                       *cache->values,
+                       *cache->places,
+                       *cache->positions,
+                       heads,
+                       or_none(cache->frequencies),
+                       cache->rope_factor,
+                       cache->window,
+                       cache->scale};
+    Tensor sum = *x, qkv = a ? qkv_layer.times(*a) : qkv_layer.times_norm(*x, y, norms[0], sum);
     if (!qkv.defined()) return 1;
-    Unfinished of_qkv = attn.unfinished(qkv);
+    Unfinished of_qkv = qkv_layer.unfinished(qkv);
     if (of_qkv.rank_columns && x->size(0) > FEW_TEXTS) {
       // once for all, instead of in each of many blocks
       const Tensor finished = at::empty({x->size(0), of_qkv.out}, x->options());
-      if (!kernels()->step_finish(of_qkv, false, false, finished)) return 1;
+      if (!kernels()->step_finish(of_qkv, -1, finished)) return 1;
       of_qkv = {finished, {}, {}, {}, nullptr, of_qkv.out};
     }
-    const Tensor attended = at::empty(x->sizes(), x->options());
+    const Tensor attended = at::empty({x->size(0), heads.queries()}, x->options());
     if (!kernels()->step_attention(of_qkv, at, attended)) return 1;
-    const Unfinished of_attention = attn_proj.unfinished(attn_proj.times(attended));
+    const Unfinished of_attention = out_layer.unfinished(out_layer.times(attended));
     Tensor next;
-    const Tensor up = fc.times_norm(sum, of_attention, norms[1], next);
+    const Tensor up = mlp_in.times_norm(sum, of_attention, norms[1], next);
     if (!up.defined()) return 1;
-    const Tensor down = mlp_proj.times_gelu(fc.unfinished(up), tanh_gelu != 0);
+    const Tensor down = mlp_out.times_activated(mlp_in.unfinished(up), activation);
     if (!down.defined()) return 1;
     out[0] = new Tensor(next), out[1] = new Tensor(down);
     return 0;

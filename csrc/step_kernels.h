@@ -1,7 +1,7 @@
-// Launches the kernels of csrc/step.cu. Included by csrc/cuda.cpp.
+// Launches the kernels of csrc/kernels/step. Included by csrc/cuda.cpp.
 #pragma once
 
-// The same structs in csrc/step.cu.
+// The same structs as in csrc/kernels/step.
 struct UnfinishedArgs {
   const void *product;
   int64_t ld;
@@ -9,13 +9,18 @@ struct UnfinishedArgs {
   int64_t ldb;
   const void *g, *expert_of, *scaling;
   int experts, ranks, out;
+  int members, first_out[4], first_rank[4];
 };
 struct StepCacheArgs {
   void *keys, *values;
   int64_t row_stride, head_stride;
   const void *places, *positions;
-  int heads, window;
+  int heads, key_heads, window;
   float scale;
+  const void *q_norm, *k_norm;
+  float eps;
+  const void *frequencies;
+  float rope_factor;
 };
 static UnfinishedArgs args_of(const Unfinished &y) {
   UnfinishedArgs args{};
@@ -27,6 +32,10 @@ static UnfinishedArgs args_of(const Unfinished &y) {
   args.expert_of = y.rank_columns->expert_of.data_ptr();
   args.scaling = y.rank_columns->scaling.data_ptr();
   args.experts = (int)y.rank_columns->runs.size(0), args.ranks = (int)y.b.size(0);
+  TORCH_CHECK(y.first_out.size() <= 4 && y.first_out.size() == y.first_rank.size());
+  args.members = (int)y.first_out.size() - 1;
+  for (int m = 0; m <= args.members; ++m)
+    args.first_out[m] = (int)y.first_out[m], args.first_rank[m] = (int)y.first_rank[m];
   return args;
 }
 struct ThinInputArgs {
@@ -37,7 +46,7 @@ struct ThinInputArgs {
   const void *norm_w, *norm_b;
   float eps;
   void *sum;
-  int tanh_form;
+  int activation;
 };
 static bool fits(const Unfinished &y) {
   return !y.product.defined() || (packs(y.product) && packs(y.b));
@@ -48,25 +57,16 @@ template <class... Args>
 static void run_early(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
                       int threads, int64_t shared, Args... args) {
   if (blocks == 0) return;
-  void *pointers[] = {(void *)&args...};
-  c10::cuda::CUDAGuard guard(like.device());
   CUlaunchAttribute early{};
   early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
   early.value.programmaticStreamSerializationAllowed = 1;
-  CUlaunchConfig config{};
-  config.gridDimX = (unsigned)blocks, config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = (unsigned)threads, config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = (unsigned)shared;
-  config.hStream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
-  config.attrs = &early, config.numAttrs = capability() >= 90 ? 1 : 0;
-  const auto f = module->functions[dtype_index(like.scalar_type())][name];
-  const auto status = compiler.launch_with(&config, f, pointers, nullptr);
-  TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+  launch_with(module, name, like, blocks, threads, shared, early, capability() >= 90 ? 1 : 0,
+              args...);
 }
 
 constexpr int64_t SHARED_MEMORY = 48 << 10;    // bytes that any kernel may have
 constexpr int64_t OF_THIN_PRODUCT = 8 << 10;   // of these, what thin_product itself declares
-constexpr int64_t MAX_SPLITS = 16;             // as in csrc/step.cu
+constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
 constexpr int64_t COUNTERS = 1 << 14;
 static bool has(const KernelModule *module, Name name) {
@@ -84,18 +84,22 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + args.ranks);
   if (!has(module, StepNorm) || !fits(y) || shared > SHARED_MEMORY) return false;
   run_early(module, StepNorm, x, x.size(0), threads, shared, x.data_ptr(), ld(x), args,
-            w.data_ptr(), b.data_ptr(), (float)eps, sum.data_ptr(), a.data_ptr());
+            w.data_ptr(), at_or_null(b), (float)eps, sum.data_ptr(), a.data_ptr());
   return true;
 }
 
-static bool step_finish(const Unfinished &y, bool is_gelu, bool tanh_form, const Tensor &out) {
+static bool step_finish(const Unfinished &y, int activation, const Tensor &out) {
   auto module = any_module(out, latest_step);
   const auto args = args_of(y);
-  const int64_t n = per_pack(out), chunks = ceil_div(y.out / n, 32);
+  const int64_t n = per_pack(out), all = out.size(1) / n;
+  // enough blocks for all multiprocessors, or at least 8 packs in each
+  const int64_t even = ceil_div(all * out.size(0), 2 * MULTIPROCESSORS);
+  const int64_t packs_of_block = std::min<int64_t>(32, std::max<int64_t>(8, even));
+  const int64_t chunks = ceil_div(all, packs_of_block);
   const int64_t shared = 4 * (256 * n + args.ranks);
   if (!module || !fits(y) || !packs(out) || shared > SHARED_MEMORY) return false;
   run_early(module, StepFinish, out, out.size(0) * chunks, 256, shared, args, out.data_ptr(),
-            (int)is_gelu, (int)tanh_form);
+            activation, (int)packs_of_block);
   return true;
 }
 
@@ -118,7 +122,7 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(3) == 1 &&
                         cache.keys.strides() == cache.values.strides() && out.is_contiguous();
   if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
-  const int64_t pairs = out.size(0) * cache.heads;
+  const int64_t pairs = out.size(0) * cache.heads.q;
   // enough blocks for all multiprocessors, each of which has some positions
   const int64_t wanted = ceil_div(MULTIPROCESSORS, pairs), room = ceil_div(cache.keys.size(2), 128);
   const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), MAX_SPLITS));
@@ -127,11 +131,21 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
     partial = at::empty({pairs * splits * (size + 2)}, out.options().dtype(at::kFloat));
     arrived = counters(out);
   }
-  const StepCacheArgs at{cache.keys.data_ptr(),      cache.values.data_ptr(),
-                         cache.keys.stride(0),       cache.keys.stride(1),
-                         cache.places.data_ptr(),    cache.positions.data_ptr(),
-                         (int)cache.heads,           (int)cache.window,
-                         (float)cache.scale};
+  const StepCacheArgs at{cache.keys.data_ptr(),
+                         cache.values.data_ptr(),
+                         cache.keys.stride(0),
+                         cache.keys.stride(1),
+                         cache.places.data_ptr(),
+                         cache.positions.data_ptr(),
+                         (int)cache.heads.q,
+                         (int)cache.heads.k,
+                         (int)cache.window,
+                         (float)cache.scale,
+                         at_or_null(cache.heads.q_norm),
+                         at_or_null(cache.heads.k_norm),
+                         (float)cache.heads.eps,
+                         at_or_null(cache.frequencies),
+                         (float)cache.rope_factor};
   run_early(module, StepAttention, out, pairs * splits, threads, shared, args, at, (int)lanes,
             (int)splits, (float *)at_or_null(partial), (int *)at_or_null(arrived), out.data_ptr());
   return true;
@@ -144,15 +158,16 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const bool is_plain = input.kind == ThinInput::Plain;
   const int64_t shared = is_plain ? 0 : rows * in * out.element_size();
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
-  const bool knows_y = is_plain || (y.product && fits(input.y) && y.out == in && y.ranks <= 32);
+  const bool knows_y = is_plain || (y.product && fits(input.y) && y.ranks <= 32 &&
+                                     (input.kind == ThinInput::Activated || y.out == in));
   if (!has(module, ThinProduct) || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) ||
       !knows_y || shared > SHARED_MEMORY - OF_THIN_PRODUCT)
     return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
-                           at_or_null(input.sum), (int)input.tanh_form};
-  // longer segments where enough blocks remain
-  const int64_t lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
+                           at_or_null(input.sum), input.activation};
+  // longer segments where enough blocks remain, which are more for a long column
+  const int64_t lanes = ceil_div(columns, 4 * n) >= (in < 2048 ? 64 : 256) ? 4 : 2;
   run_early(module, ThinProduct, out, ceil_div(columns, lanes * n), 512, shared, args,
             w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
             (int)lanes);

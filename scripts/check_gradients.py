@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from clients import BASE, DEVICE, dylora, randomise
 from compare_peft import PRESETS
 from peft import LoraConfig, get_peft_model
-from peft_opponent import WEIGHTS, Opponent, load_base
+from peft_bases import MODULES, load_base
+from peft_opponent import WEIGHTS, Opponent
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -85,15 +86,15 @@ class Mixture(Opponent):
     """The opponent with a router that reads the embeddings of tokens and positions, as they are."""
 
     def weights(self, x):
-        x = x + self.gpt2.transformer.wpe(torch.arange(x.shape[1], device=x.device))
+        x = x + self.body.wpe(torch.arange(x.shape[1], device=x.device))
         return (self.router(x.to(self.router.weight.dtype)) / TEMPERATURE).softmax(-1)
 
     def loss(self, ids):
         if self.router.weight.dtype != torch.float64:
             return self(ids, ids, {"use_cache": False})
         # transformers' own loss would round the logits to f32
-        WEIGHTS.now = self.weights(self.gpt2.transformer.wte(ids))
-        logits = self.gpt2(ids, use_cache=False).logits
+        WEIGHTS.now = self.weights(self.embed(ids))
+        logits = self.base(ids, use_cache=False).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
@@ -199,6 +200,7 @@ def main():
     args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
     setting = PRESETS[args.preset]
+    setting = setting | {"modules": MODULES["gpt2"][setting["modules"]]}
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     ids = blocks(tokenizer, args)
     write_model(args, setting, tokenizer.eos_token_id)

@@ -35,7 +35,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
-from peft_opponent import SHAPES, WEIGHTS, routed_forward
+from peft_bases import SHAPES
+from peft_opponent import WEIGHTS, routed_forward
 
 warnings.filterwarnings("ignore")
 transformers.utils.logging.set_verbosity_error()

@@ -5,7 +5,7 @@
                          [--strongest] ..
 
 dylora is measured by `dylora bench`, and its opponents by scripts/peft_opponent.py. Both run whole
-steps on random tokens, on random weights of one of GPT-2's shapes or on `--base`. On a GPU, each
+steps on random tokens, on a base of `--size` with random weights or on `--base`. On a GPU, each
 opponent measures all rows in one process. dylora does so twice, before and after its opponents, so
 that a drift of the machine becomes visible. On the CPU, each row is measured in processes of its
 own, which alternate `--pairs` times: dylora, PEFT, dylora, .. A ratio is that of the medians of
@@ -15,9 +15,9 @@ the steps themselves.
 `--strongest` measures PEFT compiled in its fastest forms: without a mask tensor, with cuDNN's
 attention only, with a padded vocabulary, and with steps that do not wait for their loss. If
 liger_kernel is installed, its fused loss is measured too. Other forms are named by their switches
-(see scripts/peft_opponent.py), as in `--strongest no_mask+cudnn,strongest`. The first loss and
-gradient norm of a compiled row must be those of eager PEFT: to 1e-5 and 1e-4 in f32, and to 2e-3
-and 2e-2 in bf16. Otherwise the exit code is 1.
+(see scripts/peft_opponent.py), as in `--strongest no_mask+cudnn,strongest+rank_weights`. Forms with
+`liger_blocks` are not compiled. The first loss and gradient norm of a form must be those of eager
+PEFT: to 1e-5 and 1e-4 in f32, and to 2e-3 and 2e-2 in bf16. Otherwise the exit code is 1.
 
 Memory is the peak of the allocator on a GPU. On the CPU, it is the peak of the resident set minus
 the resident set after the base was loaded. `--start` also measures the time from the start of a
@@ -38,12 +38,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PRESETS = {
-    "s1": {"experts": 4, "rank": 8, "alpha": 16, "modules": ["attn.c_attn"]},
-    "s2": {"experts": 8, "rank": 16, "alpha": 32, "modules": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]},
+    "s1": {"experts": 4, "rank": 8, "alpha": 16, "modules": "qkv"},
+    "s2": {"experts": 8, "rank": 16, "alpha": 32, "modules": "all"},
 }
+SIZES = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "smollm2-135m", "qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b"]
 ROWS = ["one_pass", "single_lora", "two_passes", "n_passes", "eval"]
 COMPILED = ["one_pass", "single_lora", "eval"]  # the rows that --compile and --strongest measure
-SWITCHES = ["no_mask", "cudnn", "padded_vocab", "padded_loss", "liger", "no_wait"]
+SWITCHES = ["no_mask", "cudnn", "padded_vocab", "padded_loss", "liger", "no_wait", "repeat_kv", "liger_blocks",
+            "checkpointing", "rank_weights", "stacked"]
 FORMS = {"strongest": ["no_mask", "cudnn", "padded_vocab", "no_wait"]}
 FORMS["strongest_liger"] = [*FORMS["strongest"], "liger"]
 # the largest differences of a compiled row from eager PEFT: of the first loss in nats, and of the
@@ -60,7 +62,11 @@ def arguments():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--preset", choices=PRESETS, default="s1")
     parser.add_argument("--base", metavar="DIR", help="weights of both sides, instead of random ones of --size")
-    parser.add_argument("--size", choices=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"], default="gpt2")
+    parser.add_argument("--size", choices=SIZES, default="gpt2")
+    parser.add_argument("--experts", type=int, metavar="N", help="as the next three: default: the preset's")
+    parser.add_argument("--rank", type=int, metavar="N")
+    parser.add_argument("--alpha", type=float, metavar="NUMBER")
+    parser.add_argument("--modules", metavar="NAME,..|all")
     parser.add_argument("--dtype", choices=["f32", "bf16"], help="default: bf16 on a GPU, f32 on the CPU")
     parser.add_argument("--batches", type=numbers, default=[8], metavar="N,..")
     parser.add_argument("--seq-len", type=int, default=1024, metavar="N")
@@ -99,13 +105,25 @@ def arguments():
         can_liger = not on_cpu and importlib.util.find_spec("liger_kernel")
         args.strongest = ["strongest", "strongest_liger"] if can_liger else ["strongest"]
     args.strongest = args.strongest or []
-    if unknown := {s for form in args.strongest for s in FORMS.get(form, form.split("+"))} - set(SWITCHES):
+    if unknown := {switch for form in args.strongest for switch in switches(form)} - set(SWITCHES):
         parser.error(f"no forms or switches: {', '.join(sorted(unknown))}")
     if args.strongest and args.documents:
         parser.error("--strongest and --documents: without a mask documents see each other")
     if args.strongest and args.warmup < 1:
         parser.error("--strongest needs a step to warm up")
     return args
+
+
+def switches(form):
+    return [switch for part in form.split("+") for switch in FORMS.get(part, [part])]
+
+
+def mixture(args):
+    """The mixture of the preset, with what other arguments change in it."""
+    changes = {key: value for key in ["experts", "rank", "alpha"] if (value := getattr(args, key)) is not None}
+    if args.modules:
+        changes["modules"] = "all" if args.modules == "all" else args.modules.split(",")
+    return PRESETS[args.preset] | changes
 
 
 class Results:
@@ -174,6 +192,7 @@ def run_dylora(args, rows, batches, base=None, steps=None, warmup=None):
     command += ["--base", base] if base else ["--size", args.size]
     numbers = lambda values: ",".join(map(str, values))
     for flag, value in {
+        "--experts": args.experts, "--rank": args.rank, "--alpha": args.alpha, "--modules": args.modules,
         "--dtype": args.dtype, "--seq-len": args.seq_len, "--dropout": args.dropout, "--accumulate": args.accumulate,
         "--batch": numbers(batches), "--rows": numbers(rows), "--documents": args.documents,
         "--steps": args.steps if steps is None else steps, "--warmup": args.warmup if warmup is None else warmup,
@@ -185,7 +204,7 @@ def run_dylora(args, rows, batches, base=None, steps=None, warmup=None):
 
 
 def run_peft(args, rows, batches, compiled=None, form=[], base=None, steps=None, warmup=None):
-    setting = PRESETS[args.preset] | {
+    setting = mixture(args) | {
         "rows": rows, "batches": batches, "compile": compiled, "form": form, "base": base or args.base,
         "device": args.device, "size": args.size, "dtype": args.dtype, "seq_len": args.seq_len,
         "dropout": args.dropout, "accumulate": args.accumulate, "documents": args.documents, "seed": 0,
@@ -203,7 +222,9 @@ def opponents(args):
     if args.compile:
         found["peft_compiled"] = (compiled, batches, {"compiled": args.compile, "form": padded})
     for form in args.strongest:
-        how = {"compiled": args.compile or "default", "form": FORMS.get(form) or form.split("+")}
+        how = {"compiled": args.compile or "default", "form": switches(form)}
+        if "liger_blocks" in how["form"]:
+            how["compiled"] = None
         found[f"peft_{form}"] = (compiled, batches, how)
     return found
 
@@ -227,16 +248,16 @@ def measure(args, results):
 def measure_start(args, results):
     """Seconds from a process's start to the end of its first step, for dylora and PEFT in turn."""
     import torch
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     sys.path.insert(0, str(OPPONENT.parent))
-    from peft_opponent import shape
+    from peft_bases import shape
 
     secs = {"dylora": [], "peft": []}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         if not args.base:
-            GPT2LMHeadModel(shape({"size": args.size})).save_pretrained(folder)
+            AutoModelForCausalLM.from_config(shape({"size": args.size})).save_pretrained(folder)
         for pair in range(args.pairs):
             for who, run in [("dylora", run_dylora), ("peft", run_peft)]:
                 start = time.time()
@@ -316,7 +337,7 @@ def quantile(ordered, q):
 def losses_table(args, results):
     """Prints the first loss and gradient norm of PEFT's rows.
 
-    It is a fault if those of a compiled row differ from those of eager PEFT.
+    It is a fault if those of a compiled row or of a form differ from those of eager PEFT.
     """
     rows = []
     for (who, row, batch), lines in results.rows.items():
@@ -393,13 +414,13 @@ def main():
     words = {key: value for key, value in vars(args).items() if key not in ["out", "dylora"]}
     forms = {who: how["form"] for who, (_, _, how) in opponents(args).items()}
     results = Results(args.out)
-    header = {"kind": "setting", **words, **PRESETS[args.preset], "forms": forms}
+    header = {"kind": "setting", **words, **mixture(args), "forms": forms}
     results.write({**header, "cpus": os.cpu_count(), "packages": packages})
     measure(args, results)
     starts = measure_start(args, results) if args.start else None
     documents = f"packed documents of median {args.documents:g}" if args.documents else "one document a block"
     print(
-        f"{args.preset} {PRESETS[args.preset]}\n{args.base or args.size} in {args.dtype} on {args.device}, "
+        f"{args.preset} {mixture(args)}\n{args.base or args.size} in {args.dtype} on {args.device}, "
         f"{args.seq_len} tokens a block, {documents}, {args.accumulate} forward(s) a step, dropout {args.dropout}, "
         f"{args.steps} steps after {args.warmup}; {packages}"
     )

@@ -1,6 +1,9 @@
 """The opponents of scripts/compare_peft, built from the public API of PEFT and transformers.
 
-This script measures rows in its own process:
+    python3 scripts/peft_opponent.py SETTING
+
+SETTING is a JSON object such as `run_peft` of scripts/compare_peft.py makes. The bases are GPT-2 and
+Llama-like models (see scripts/peft_bases.py). This script measures rows in its own process:
 
     one_pass      all adapters in one pass: the forward of PEFT's layer is replaced by a routed loop
                   over adapters
@@ -30,10 +33,21 @@ A form is a list of switches that make a step faster or reduce its memory:
                   padding (as padded_loss does)
     no_wait       the host does not wait for a step's loss, and CUDA events time the steps; no
                   effect on the CPU
+    repeat_kv     keys and values are repeated for their queries; otherwise, without a mask tensor,
+                  SDPA gets them as they are (`enable_gqa`). No effect on GPT-2
+    liger_blocks  RMSNorm, RoPE and SwiGLU by Liger's kernels, meant for eager steps; no effect on
+                  GPT-2
+    checkpointing  each block is computed again in the backward pass, from its input; not in n_passes
+    rank_weights  a token's routing weight multiplies the r features between A and B, not the
+                  outputs of B
+    stacked       as rank_weights, but one product applies A of all adapters, and one B of all; their
+                  inputs share one dropout mask
 
-A row under torch.compile also has `eager_loss` and `eager_grad_norm`, the loss and the gradient
-norm of the first step by unchanged eager PEFT over `loss_vocab_size` logits. They are computed
-sequence by sequence, so that they need little memory.
+The last two are equal to the plain loop up to rounding, and have no effect on single_lora.
+
+A row under torch.compile or with a form also has `eager_loss` and `eager_grad_norm`, the loss and
+the gradient norm of the first step by unchanged eager PEFT over `loss_vocab_size` logits. They are
+computed sequence by sequence and with checkpointing, so that they need little memory.
 """
 
 import ctypes
@@ -59,18 +73,16 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
+from peft_bases import blocks_of, is_gpt2, load_base, target_modules
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.models.gpt2 import modeling_gpt2
+from transformers.integrations import sdpa_attention
 
 warnings.filterwarnings("ignore")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 LENGTH_SIGMA = 0.6  # standard deviation of the logarithm of document lengths, as in dylora
-VOCAB_MULTIPLE = 64
 # Liger's chunks of logits may take this many times its default memory, so that they are fewer
 LIGER_CHUNK = 8
 AS_IT_COMES = peft_layer.Linear.forward
@@ -98,6 +110,29 @@ def routed_forward(layer, x, *_args, **_kwargs):
     return result
 
 
+def rank_weighted_forward(layer, x, *_args, **_kwargs):
+    result = layer.base_layer(x)
+    for i, name in enumerate(layer.active_adapters):
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        h = F.linear(layer.lora_dropout[name](x), a.to(x.dtype)) * layer.scaling[name]
+        if WEIGHTS.now is not None:
+            h = h * WEIGHTS.now[..., i : i + 1].to(h.dtype)
+        result = result + F.linear(h, b.to(x.dtype))
+    return result
+
+
+def stacked_forward(layer, x, *_args, **_kwargs):
+    result, names = layer.base_layer(x), layer.active_adapters
+    if not names:
+        return result
+    a = torch.cat([layer.lora_A[name].weight for name in names])
+    b = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
+    h = F.linear(layer.lora_dropout[names[0]](x), a.to(x.dtype)) * layer.scaling[names[0]]
+    if WEIGHTS.now is not None:
+        h = h * WEIGHTS.now.repeat_interleave(layer.r[names[0]], -1).to(h.dtype)
+    return result + F.linear(h, b.to(x.dtype))
+
+
 @torch.compiler.disable  # it reads a count from the device, which would end a graph inside of it
 def liger_loss(hidden, weight, labels):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
@@ -114,28 +149,41 @@ class Opponent(nn.Module):
         super().__init__()
         self.row, self.experts = row, 1 if row == "single_lora" else setting["experts"]
         peft_layer.Linear.forward = AS_IT_COMES if row == "single_lora" else routed_forward
+        modules = target_modules(base, setting["modules"])
         config = lambda: LoraConfig(
-            task_type="CAUSAL_LM", fan_in_fan_out=True, r=setting["rank"], lora_alpha=setting["alpha"],
-            lora_dropout=setting["dropout"], target_modules=setting["modules"],
+            task_type="CAUSAL_LM", fan_in_fan_out=is_gpt2(base), r=setting["rank"], lora_alpha=setting["alpha"],
+            lora_dropout=setting["dropout"], target_modules=modules,
         )
         self.names = [f"expert_{e}" for e in range(self.experts)]
         self.peft = get_peft_model(base, config(), adapter_name=self.names[0])
         for name in self.names[1:]:
             self.peft.add_adapter(name, config())
         self.layers = [m for m in self.peft.modules() if isinstance(m, peft_layer.Linear)]
-        assert len(self.layers) == base.config.n_layer * len(setting["modules"])
-        self.router = nn.Linear(base.config.n_embd, self.experts, device=base.device)
+        assert len(self.layers) == base.config.num_hidden_layers * len(modules)
+        self.router = nn.Linear(base.config.hidden_size, self.experts, device=base.device)
         self.activate(self.names)
         for name, parameter in self.named_parameters():
             trained = "lora_" in name or "router" in name and self.experts > 1
             parameter.requires_grad_(trained)
             if trained:
                 parameter.data = parameter.data.float()
-        self.gpt2 = self.peft.base_model.model
+        self.base, self.body, self.embed = base, base.base_model, base.get_input_embeddings()
+        self.keeps_rng = setting["dropout"] > 0
         self.form = setting.get("form", [])
+        self.set_checkpointing("checkpointing" in self.form)
         self.own_head = bool(self.form)
         padding_counts = {"padded_loss", "liger"} & set(self.form)
         self.loss_vocab_size = len(base.lm_head.weight) if padding_counts else base.config.vocab_size
+
+    def set_checkpointing(self, on):
+        self.checkpointing = on
+        if on:
+            assert self.row != "n_passes", "the backward pass would not know which adapter was active"
+            how = {"use_reentrant": False, "preserve_rng_state": self.keeps_rng}
+            self.base.gradient_checkpointing_enable(how)
+            self.base.disable_input_require_grads()  # only reentrant checkpointing needs these
+        else:
+            self.base.gradient_checkpointing_disable()
 
     def activate(self, names):
         for layer in self.layers:
@@ -151,28 +199,28 @@ class Opponent(nn.Module):
             # like PEFT's own X-LoRA: the hidden states of the base alone, without gradients
             self.activate([])
             with torch.no_grad():
-                states = self.gpt2.transformer(input_ids=ids, **more).last_hidden_state
+                states = self.body(input_ids=ids, **more).last_hidden_state
             self.activate(self.names)
             WEIGHTS.now = self.weights(states)
         elif self.row != "single_lora":
-            WEIGHTS.now = self.weights(self.gpt2.transformer.wte(ids))
+            WEIGHTS.now = self.weights(self.embed(ids))
 
     def forward(self, ids, labels, more):
         if self.row == "n_passes":
             return self.n_passes(ids, labels, more)
         self.route(ids, more)
-        if not self.own_head:
+        if self.own_head:
+            loss = self.head_loss(self.body(input_ids=ids, **more).last_hidden_state, labels)
+        else:
             loss = self.peft(input_ids=ids, labels=labels, **more).loss
+        if not self.checkpointing:  # which needs them in the backward pass
             WEIGHTS.now = None
-            return loss
-        hidden = self.gpt2.transformer(input_ids=ids, **more).last_hidden_state
-        WEIGHTS.now = None
-        return self.head_loss(hidden, labels)
+        return loss
 
     def head_loss(self, hidden, labels):
         if "liger" in self.form:
-            return liger_loss(hidden, self.gpt2.lm_head.weight, labels)
-        return self.loss_of(self.gpt2.lm_head(hidden), labels)
+            return liger_loss(hidden, self.base.lm_head.weight, labels)
+        return self.loss_of(self.base.lm_head(hidden), labels)
 
     def loss_of(self, logits, labels):
         rows = logits.shape[-1]
@@ -180,28 +228,28 @@ class Opponent(nn.Module):
             # not a slice, since an odd number of columns would be read one by one
             padding = torch.arange(rows, device=logits.device) >= self.loss_vocab_size
             logits = logits.masked_fill(padding, float("-inf"))
-        return self.gpt2.loss_function(logits, labels, vocab_size=rows)
+        return self.base.loss_function(logits, labels, vocab_size=rows)
 
     def eager_loss(self, ids, labels, more):
         """The loss as PEFT and transformers compute it, whatever the form."""
         self.route(ids, more)
         logits = self.peft(input_ids=ids, **more).logits[..., : self.loss_vocab_size]
-        WEIGHTS.now = None
-        return self.gpt2.loss_function(logits, labels, vocab_size=self.loss_vocab_size)
+        return self.base.loss_function(logits, labels, vocab_size=self.loss_vocab_size)
 
     def compile_blocks(self):
         """Compiles the blocks, which share their code, and the head with the loss.
 
-        This takes a fraction of the time that compiling the whole model takes.
+        This takes a fraction of the time that compiling the whole model takes. A final RMSNorm is
+        compiled as well, because it takes several kernels.
         """
-        for block in self.gpt2.transformer.h:
-            block.compile(dynamic=False)
+        for part in [*blocks_of(self.base), *([] if is_gpt2(self.base) else [self.body.norm])]:
+            part.compile(dynamic=False)
         self.own_head = True
         self.head_loss = torch.compile(self.head_loss, dynamic=False)
 
     def n_passes(self, ids, labels, more):
         WEIGHTS.now = None
-        weights = self.weights(self.gpt2.transformer.wte(ids))
+        weights = self.weights(self.embed(ids))
         blended = None
         for e, name in enumerate(self.names):
             self.activate([name])
@@ -212,50 +260,34 @@ class Opponent(nn.Module):
 
 
 @contextmanager
-def attention_of(form, setting):
-    """Within this context, attention runs as the form says."""
+def form_of(opponent, setting):
+    """Within this context, the opponent runs as its form says."""
+    form, base = opponent.form, opponent.base
+    code = sys.modules[type(base).__module__]
     with ExitStack() as stack:
+        patch = lambda where, name, new: stack.enter_context(mock.patch.object(where, name, new))
         if "no_mask" in form:
-            stack.enter_context(mock.patch.object(modeling_gpt2, "create_causal_mask", lambda *_, **__: None))
+            patch(code, "create_causal_mask", lambda *_, **__: None)
         if "cudnn" in form and has_cudnn_attention(setting):
             stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION]))
+        if "repeat_kv" in form:
+            patch(sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)
+        if "liger_blocks" in form and not is_gpt2(base):
+            from liger_kernel.transformers import functional as liger
+
+            patch(code, "apply_rotary_pos_emb", liger.liger_rope)
+            rms_norm = lambda norm, x: liger.liger_rms_norm(x, norm.weight, norm.variance_epsilon)
+            patch(type(opponent.body.norm), "forward", rms_norm)
+            swiglu = lambda mlp, x: mlp.down_proj(liger.liger_swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
+            patch(type(blocks_of(base)[0].mlp), "forward", swiglu)
+        for name, forward in {"rank_weights": rank_weighted_forward, "stacked": stacked_forward}.items():
+            if name in form and opponent.row != "single_lora":
+                patch(peft_layer.Linear, "forward", forward)
         yield
 
 
 def has_cudnn_attention(setting):
     return setting["device"] != "cpu" and setting["dtype"] == "bf16"
-
-
-def load_base(setting, device):
-    dtype = torch.bfloat16 if setting["dtype"] == "bf16" else torch.float32
-    if setting["base"]:
-        model = GPT2LMHeadModel.from_pretrained(setting["base"], dtype=dtype, attn_implementation="sdpa")
-    else:
-        torch.manual_seed(setting["seed"])
-        with torch.device(device):
-            model = GPT2LMHeadModel._from_config(shape(setting), attn_implementation="sdpa")
-    for dropout in [m for m in model.modules() if isinstance(m, nn.Dropout)]:
-        dropout.p = 0.0
-    for block in model.transformer.h:
-        block.attn.attn_dropout.p = 0.0
-    model.loss_type = "ForCausalLM"
-    if "padded_vocab" in setting.get("form", []):
-        pad_vocabulary(model)
-    return model.to(device=device, dtype=dtype)
-
-
-def pad_vocabulary(model):
-    """Adds zero rows to the embedding and the head. The config keeps the true size."""
-    wte = model.transformer.wte
-    wte.weight = nn.Parameter(F.pad(wte.weight.data, (0, 0, 0, -len(wte.weight) % VOCAB_MULTIPLE)))
-    wte.num_embeddings = model.lm_head.out_features = len(wte.weight)
-    model.lm_head.weight = wte.weight
-
-
-def shape(setting):
-    n_layer, n_head, n_embd = SHAPES[setting["size"]]
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, use_cache=False, **dropout)
 
 
 def batches(setting, batch, vocab_size, device):
@@ -323,10 +355,11 @@ def measure(setting, row, batch, device):
             parameter.data.normal_(std=0.02)
     precision = autocast(row, setting)
     eager = {}
-    if setting["compile"] and not setting["dropout"] and not setting["documents"] and row != "n_passes":
+    checked = setting["compile"] or opponent.form
+    if checked and not setting["dropout"] and not setting["documents"] and row != "n_passes":
         eager = eager_figures(opponent, row, data[:accumulate], precision)
         reset_peak(device)
-    with attention_of(opponent.form, setting):
+    with form_of(opponent, setting):
         step, first = step_of(opponent, row, compiled(opponent, setting), iter(data), accumulate, precision)
         figures = run_steps(step, setting, wait=device == "cpu" or "no_wait" not in opponent.form)
     peak = memory("VmHWM", device)
@@ -342,7 +375,7 @@ def measure(setting, row, batch, device):
         "loss_vocab_size": opponent.loss_vocab_size,
         "attention": "cudnn" if "cudnn" in opponent.form and has_cudnn_attention(setting) else "default",
         "graph_breaks": graph_breaks() if setting["compile"] else None,
-        "liger": version("liger-kernel") if "liger" in opponent.form else None,
+        "liger": version("liger-kernel") if {"liger", "liger_blocks"} & set(opponent.form) else None,
     }
 
 
@@ -441,6 +474,7 @@ def eager_figures(opponent, row, micro_batches, precision):
 
     All sequences have the same number of labels.
     """
+    opponent.set_checkpointing(True)
     total, trained = 0.0, trained_by(opponent)
     num_sequences = sum(len(ids) for ids, _, _ in micro_batches)
     for ids, labels, more in micro_batches:
@@ -450,6 +484,8 @@ def eager_figures(opponent, row, micro_batches, precision):
             if row != "eval":
                 loss.backward()
             total += loss.item()
+    WEIGHTS.now = None
+    opponent.set_checkpointing("checkpointing" in opponent.form)
     if row == "eval":
         return {"eager_loss": total, "eager_grad_norm": None}
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained]).item()

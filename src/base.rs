@@ -10,6 +10,7 @@ use tch::Kind;
 use crate::chat_template::{self, ChatTemplate};
 use crate::config::{BaseConfig, BaseSource, LossOnTurns};
 use crate::data::{ChatOptions, Tokenizer};
+use crate::durable::output;
 use crate::hub::{self, BaseFiles, DownloadProgress, HubSettings, SideFile};
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
@@ -56,7 +57,8 @@ impl Base {
     /// Finds the base's files and reads its shape and tokenizer.
     ///
     /// # Errors
-    /// Those of [`hub::find_base`] and [`families::read_spec`], a random base without a tokenizer,
+    /// Those of [`hub::find_base`] and [`families::read_spec`], a file that is not the one that
+    /// dylora wrote, a random base without a tokenizer,
     /// and a tokenizer with more tokens than the base has embeddings.
     pub fn open(
         config: &BaseConfig,
@@ -69,6 +71,9 @@ impl Base {
         };
         let own = files.as_ref().and_then(|files| files.tokenizer.clone());
         let tokenizer_file = config.tokenizer.clone().or(own);
+        let beside = files.iter().flat_map(|files| files.beside.iter().map(|file| &file.path));
+        let shape_file = files.iter().map(|files| &files.config);
+        check_sums(shape_file.chain(&tokenizer_file).chain(beside))?;
         let tokenizer = tokenizer_file.as_deref().map(Tokenizer::load).transpose()?;
         let (chat_template, beside) = chat_template(config, files.as_ref())?;
         let shape = match (&config.source, &files) {
@@ -123,7 +128,8 @@ impl Base {
     pub fn weights(&self) -> Result<Decoder> {
         match &self.files {
             None => Ok(Decoder::random(self.spec.clone())),
-            Some(files) => load::read(&self.spec, &files.weights, None)
+            Some(files) => check_sums(&files.weights)
+                .and_then(|()| load::read(&self.spec, &files.weights, None))
                 .with_context(|| format!("cannot load the base `{}`", self.label)),
         }
     }
@@ -246,6 +252,11 @@ impl Base {
         }
         Ok(())
     }
+}
+
+/// Checks the files of a base that dylora wrote, such as a merged model, against their sums.
+fn check_sums<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
+    files.into_iter().try_for_each(|file| output::check_sum(file))
 }
 
 /// A base's chat templates, and the small files that go with the base.

@@ -107,7 +107,7 @@ fn faults_of_single_experts_name_them() {
     `lora.experts[0].rank` must be at least 1, got 0
     `lora.experts[0].alpha_pattern."h.1.attn.c_attn"` must be a number above 0, got -1
     `lora.experts[1].rank` is the adapter's own with a `source`
-    `lora.experts[2].alora_invocation_tokens` must be token ids of at least 0
+    `lora.experts[2].alora_invocation_tokens` must be token ids of at least 0, got -1
     `router.load_balancing_coef` must be 0 where the router does not decide, by `expert:1`
     `train.routing` must reach an expert that is trainable, got `expert:1`
     "#);

@@ -859,7 +859,7 @@ proptest! {
         let mut unbroken = BlockStream::new(&dataset, &config, Position::default());
         let all = unbroken.take(&dataset, 10_000);
         prop_assert_eq!(all.len() as u64, total);
-        prop_assert_eq!(num_steps(&config, &dataset), total.div_ceil(8));
+        prop_assert_eq!(num_steps(&config, &dataset).unwrap(), total.div_ceil(8));
         let mut stream = BlockStream::new(&dataset, &config, Position::default());
         let mut done = 0;
         for count in takes {

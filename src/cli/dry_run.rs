@@ -22,7 +22,7 @@ pub fn dry_run(
 ) -> Result<()> {
     let counts = ParameterCounts::new(config, specs, &base.spec);
     let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
-    let steps = num_steps(config, &data.train);
+    let steps = num_steps(config, &data.train)?;
     let targets = match config.method {
         Method::RoutedLora => {
             let mut found = targets::matches(&config.lora, &base.spec);

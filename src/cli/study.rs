@@ -20,6 +20,7 @@ use crate::base::Base;
 use crate::config::{self, DeviceChoice};
 use crate::data::HalvedDatasets;
 use crate::durable;
+use crate::durable::lock::FolderLock;
 use crate::study::arms::{self, Arm, check_arms, on_one_domain};
 use crate::study::plan::{DomainFacts, Facts, Plan, Results, Settings, secs_left};
 use crate::study::report::{Failure, StudyReport};
@@ -30,13 +31,14 @@ use crate::train::plan::num_steps;
 const REPORT: &str = "study.json";
 /// The file to which the result of each run is appended.
 const RUNS: &str = "runs.jsonl";
-/// The file that a running study holds.
-const LOCK: &str = ".lock";
 /// Time between two looks at the processes.
 const POLL: Duration = Duration::from_millis(100);
 
 /// The factors of the learning rate that are tried by default.
 const RATES: [f64; 3] = [0.5, 1.0, 2.0];
+
+/// The smallest and the largest factor.
+const RATE_RANGE: [f64; 2] = [1e-6, 1e6];
 
 /// Arguments of `dylora study`.
 #[derive(Debug, Args)]
@@ -99,10 +101,7 @@ pub fn run(args: StudyArgs, shared: &Shared) -> Result<()> {
     }
     drop((base, halves));
     fs_err::create_dir_all(&plan.settings.dir)?;
-    let lock = fs_err::File::create(plan.settings.dir.join(LOCK))?;
-    if lock.file().try_lock().is_err() {
-        bail!("another study is running in `{}`", plan.settings.dir.display());
-    }
+    let _lock = FolderLock::take(&plan.settings.dir)?;
     let size = plan.size();
     tracing::info!(
         "{} run(s) with {} steps in all, {jobs} at a time",
@@ -141,8 +140,9 @@ fn settings(args: StudyArgs) -> Result<Settings> {
     if num_seeds == 0 {
         bail!("`--seeds` must be at least 1, got 0");
     }
-    if let Some(rate) = rates.iter().find(|rate| !(rate.is_finite() && **rate > 0.0)) {
-        bail!("`--rates` must be numbers above 0, got {rate}");
+    let [least, most] = RATE_RANGE;
+    if let Some(rate) = rates.iter().find(|rate| !(least..=most).contains(*rate)) {
+        bail!("`--rates` must be numbers from {least} to {most}, got {rate:?}");
     }
     rates.sort_unstable_by(f64::total_cmp);
     rates.dedup();
@@ -158,7 +158,7 @@ fn facts(
     shared: &Shared,
 ) -> Result<Facts> {
     let config = &settings.config;
-    let steps = num_steps(config, &halves.train);
+    let steps = num_steps(config, &halves.train)?;
     let splits = settings.arms.iter().find(|arm| arm.splits_domains());
     let of_domain = |(domain, share): (usize, f64)| -> Result<DomainFacts> {
         let alone = |arm: &Arm| -> Result<String> {

@@ -254,7 +254,7 @@ const FEW_STEPS: u64 = 50;
 /// Warns of a run that is over before its experts and routers can have learned much.
 fn warn_of_few_steps(config: &Config, data: &Datasets, world_size: usize) {
     let per_step = blocks_per_step(config) * world_size;
-    let steps = num_steps_of(config, &data.train, per_step);
+    let Ok(steps) = num_steps_of(config, &data.train, per_step) else { return };
     if steps < FEW_STEPS {
         let blocks = data.train.num_blocks();
         tracing::warn!(

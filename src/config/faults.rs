@@ -33,11 +33,17 @@ impl Faults {
 
     pub fn in_range(&mut self, key: &str, value: f64, ok: bool, what: &str) {
         if !ok {
-            self.add(key, format!("must be {what}, got {value}"));
+            self.add(key, format!("must be {what}, got {}", number(value)));
         }
     }
 
     pub fn into_result(self) -> Result<()> {
         if self.0.is_empty() { Ok(()) } else { Err(anyhow!(self.0.join("\n"))) }
     }
+}
+
+/// A number with few digits: `1e308` and `0.5`.
+pub(super) fn number(value: f64) -> String {
+    let is_short = value == 0.0 || !value.is_finite() || (1e-4..1e9).contains(&value.abs());
+    if is_short { value.to_string() } else { format!("{value:e}") }
 }

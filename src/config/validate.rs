@@ -52,17 +52,20 @@ fn check_random(shape: &RandomBase, faults: &mut Faults) {
         ("n_positions", shape.n_positions),
     ];
     let set = optional.iter().filter_map(|(field, value)| Some((*field, (*value)?)));
-    for (field, value) in needed.into_iter().chain(set) {
-        if !(1..=MAX_SIZE).contains(&value) {
-            faults.add(&key(field), format!("must be from 1 to {MAX_SIZE}, got {value}"));
-        }
+    let is_size = |value: i64| (1..=MAX_SIZE).contains(&value);
+    let sizes: Vec<(&str, i64)> = needed.into_iter().chain(set).collect();
+    for (field, value) in sizes.iter().filter(|(_, value)| !is_size(*value)) {
+        faults.add(&key(field), format!("must be from 1 to {MAX_SIZE}, got {value}"));
     }
     for (field, value) in &optional[..2] {
         if shape.family == Family::Gpt2 && value.is_some() {
             faults.add(&key(field), "is no setting of the family `gpt2`".into());
         }
     }
-    let multiple = |n: i64, of: i64| of < 1 || n.rem_euclid(of) == 0;
+    if sizes.iter().any(|(_, value)| !is_size(*value)) {
+        return;
+    }
+    let multiple = |n: i64, of: i64| n.rem_euclid(of) == 0;
     if shape.head_dim.is_none() && !multiple(shape.n_embd, shape.n_head) {
         let fault =
             format!("must be a multiple of `n_head` {}, got {}", shape.n_head, shape.n_embd);
@@ -71,7 +74,7 @@ fn check_random(shape: &RandomBase, faults: &mut Faults) {
     if let Some(kv) = shape.n_kv_head.filter(|kv| !multiple(shape.n_head, *kv)) {
         faults.add(&key("n_kv_head"), format!("must divide `n_head` {}, got {kv}", shape.n_head));
     }
-    let head_dim = shape.head_dim.unwrap_or(shape.n_embd / shape.n_head.max(1));
+    let head_dim = shape.head_dim.unwrap_or(shape.n_embd / shape.n_head);
     if shape.family != Family::Gpt2 && head_dim % 2 != 0 {
         faults.add(&key("head_dim"), format!("must be even, because of RoPE, got {head_dim}"));
     }
@@ -113,8 +116,9 @@ fn check_data(config: &Config, faults: &mut Faults) {
         }
         match &domain.validation {
             Some(Validation::Fraction(fraction)) => {
-                let ok = *fraction > 0.0 && *fraction < 1.0;
-                faults.in_range(&key("validation.fraction"), *fraction, ok, "between 0 and 1");
+                let ok = *fraction >= 1e-9 && *fraction < 1.0;
+                let what = "at least 1e-9 and below 1";
+                faults.in_range(&key("validation.fraction"), *fraction, ok, what);
             }
             Some(Validation::Files(files)) if files.is_empty() => {
                 faults.add(&key("validation.files"), "must name at least one file".into());
@@ -380,7 +384,8 @@ fn check_train(config: &Config, faults: &mut Faults) {
 /// Checks that there is something to train with `train.routing`.
 fn check_routing(config: &Config, faults: &mut Faults) {
     let (routing, num_experts) = (config.train.routing, config.lora.num_experts);
-    if config.method == Method::Full {
+    // without experts there is a fault already
+    if config.method == Method::Full || num_experts < 1 {
         return;
     }
     let trainable = |expert: i64| {

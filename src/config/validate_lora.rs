@@ -34,16 +34,16 @@ pub(super) fn check_lora(config: &Config, faults: &mut Faults) {
     };
     check_shape("lora", &shape, &all_targets, faults);
     let (found, count) = (lora.experts.len(), lora.num_experts);
-    if found as i64 > count {
+    if found as i64 > count.max(0) {
         let fault = format!("must have at most `lora.num_experts` {count} entries, got {found}");
         faults.add("lora.experts", fault);
     }
     for (i, expert) in lora.experts.iter().enumerate() {
         let key = format!("lora.experts[{i}]");
-        if expert.alora_invocation_tokens.iter().any(|&token| token < 0) {
+        if let Some(token) = expert.alora_invocation_tokens.iter().find(|token| **token < 0) {
             faults.add(
                 &format!("{key}.alora_invocation_tokens"),
-                "must be token ids of at least 0".into(),
+                format!("must be token ids of at least 0, got {token}"),
             );
         }
         if expert.source.is_none() {

@@ -2,8 +2,9 @@
 //!
 //! A cache file is named by a BLAKE3 hash of everything that determines its content: the bytes of
 //! the source file, its format and compression, the tokenizer, the end token, the chat template,
-//! the learned turns of conversations and [`VERSION`]. It is written under a temporary name and
-//! then renamed, so that processes that start together do not disturb each other.
+//! the learned turns of conversations and [`VERSION`]. It is written in a folder of its own and
+//! then renamed, so that processes that start together do not disturb each other. A run keeps the
+//! files that it has opened, so that it does not matter if they are deleted meanwhile.
 //!
 //! The file consists of, all little-endian:
 //!
@@ -18,7 +19,6 @@
 //! A file that does not match its checksum is made again.
 
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -27,6 +27,7 @@ use fs_err::File;
 use super::documents::Reading;
 use super::source::{Format, SourceFile};
 use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, Span, TOKEN_BYTES, TokenFile, Tokens};
+use crate::durable::folder::{self, Writing};
 use crate::ffi;
 
 const MAGIC: [u8; 8] = *b"dylotok\x03";
@@ -47,7 +48,10 @@ impl Cache {
     /// `None`.
     pub fn open(dir: &Path) -> Option<Self> {
         match fs_err::create_dir_all(dir) {
-            Ok(()) => Some(Self { dir: dir.to_owned() }),
+            Ok(()) => {
+                folder::clean_dead(dir);
+                Some(Self { dir: dir.to_owned() })
+            }
             Err(error) => {
                 tracing::warn!("tokens are not cached: {error}");
                 None
@@ -89,14 +93,10 @@ impl Cache {
     }
 
     fn write(&self, key: &blake3::Hash, file: &TokenFile, tokens: &[u32]) -> Result<Tokens> {
-        // other users may read the file, as far as the umask allows
-        let permissions = std::fs::Permissions::from_mode(0o666);
-        let mut temporary = tempfile::Builder::new()
-            .prefix(".writing-")
-            .permissions(permissions)
-            .tempfile_in(&self.dir)?;
+        let temporary = Writing::new_in(&self.dir)?;
+        let written = temporary.path().join("tokens");
         let mut writer = HashingWriter {
-            inner: BufWriter::with_capacity(1 << 16, temporary.as_file_mut()),
+            inner: BufWriter::with_capacity(1 << 16, File::create(&written)?),
             hasher: blake3::Hasher::new(),
         };
         writer.inner.write_all(&MAGIC)?;
@@ -114,7 +114,7 @@ impl Cache {
         writer.inner.flush()?;
         drop(writer);
         let path = self.path(key);
-        temporary.persist(&path)?;
+        fs_err::rename(written, &path)?;
         Ok(read(&path, key)?.tokens)
     }
 }

@@ -32,6 +32,10 @@ use super::tokenize::{Place, Tokenizer};
 /// Number of bytes that are read and encoded at once, for each thread.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
 
+/// Most text of a file without a place to cut, of which some tokenizers know none. Encoding such a
+/// text takes about 150 times its size.
+const MAX_UNCUT_BYTES: usize = 16 << 20;
+
 /// How a file is turned into tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Reading<'a> {
@@ -235,6 +239,16 @@ impl Steps<'_> {
         }
         let tokenizer = self.reading.tokenizer;
         if more && tokenizer.find_cut(&self.text, from).is_none() {
+            if self.text.len() > MAX_UNCUT_BYTES {
+                bail!(
+                    "`{}` has {} MiB of text up to line {} that the tokenizer can only encode as a \
+                     whole, which would take very much memory\nhint: split it into several files, \
+                     or write records into a `.jsonl` file",
+                    self.source.path.display(),
+                    MAX_UNCUT_BYTES >> 20,
+                    self.lines.number
+                );
+            }
             return Ok(true);
         }
         let mut parts = tokenizer.cut(std::mem::take(&mut self.text));

@@ -25,6 +25,7 @@
 mod answers;
 mod cache;
 mod chat;
+mod cut;
 mod dataset;
 mod documents;
 mod order;
@@ -45,13 +46,14 @@ use anyhow::{Context, Result, bail};
 
 pub use self::answers::Answered;
 pub use self::chat::ChatOptions;
+pub use self::cut::SPLIT_PATTERNS;
 pub use self::dataset::{
     Batch, Domain, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT, RecordExperts,
     TokenDataset,
 };
 pub use self::order::BlockId;
 pub use self::read::LoadProgress;
-pub use self::tokenize::{SPLIT_PATTERNS, Tokenizer};
+pub use self::tokenize::Tokenizer;
 pub use self::visible::visible;
 
 use self::dataset::Selection;

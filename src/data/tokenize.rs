@@ -16,11 +16,9 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use tokenizers::pre_tokenizers::split::SplitPattern;
-use tokenizers::{
-    Encoding, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, SplitDelimiterBehavior,
-    Token,
-};
+use tokenizers::{Encoding, PostProcessorWrapper, Token};
+
+use super::cut::CutRule;
 
 /// A text is cut at the first safe place after this many bytes.
 const CUT_AFTER_BYTES: usize = 1 << 16;
@@ -28,19 +26,6 @@ const CUT_AFTER_BYTES: usize = 1 << 16;
 /// A continuation is encoded behind one of these texts, so that it gets no prefix. A word begins a
 /// new token behind the first text, and white space begins one behind the second.
 const GUARDS: [&str; 2] = ["x\n", "x"];
-
-/// The patterns by which Qwen2 and Qwen3, and Llama 3 and SmolLM3, split a text into pieces. No
-/// token crosses the border of a piece.
-pub const SPLIT_PATTERNS: [&str; 2] = [
-    concat!(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-    concat!(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-];
 
 /// Where a text stands in its document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,10 +143,18 @@ impl Tokenizer {
     /// The ids of `text`, without start tokens, each with the bytes of the text that the token
     /// stands for. Tokens that stand for parts of one character have its bytes.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.encode(text, false);
-        let encoding = encoding.map_err(|error| anyhow!("cannot encode the text: {error}"))?;
-        let ranges = encoding.get_offsets().iter().map(|(start, end)| *start..*end);
-        Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
+        let (mut found, mut from) = (Vec::new(), 0);
+        loop {
+            let to = self.find_cut(&text[from..], 0).map_or(text.len(), |place| from + place);
+            let encoding = self.inner.encode(&text[from..to], false);
+            let encoding = encoding.map_err(|error| anyhow!("cannot encode the text: {error}"))?;
+            let ranges = encoding.get_offsets().iter().map(|(start, end)| from + start..from + end);
+            found.extend(encoding.get_ids().iter().copied().zip(ranges));
+            if to == text.len() {
+                return Ok(found);
+            }
+            from = to;
+        }
     }
 
     /// The text of `ids`, including special tokens.
@@ -232,81 +225,13 @@ fn start_tokens(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {
     bail!("the post-processor must keep a text once, but keeps it {found} times: `{processor}`");
 }
 
-/// Where a text may be cut without a change to its tokens.
-///
-/// A rule holds if no match of the pattern crosses the cut, and if the matches in front of it are
-/// the same whether or not anything follows. The matches behind it never depend on what precedes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum CutRule {
-    /// In front of a line end that follows a character other than white space, for GPT-2's pattern,
-    /// `'s|..| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`. No alternative matches white
-    /// space behind another character, and one that ends in another character looks no further.
-    /// `Digits` changes nothing, since it looks at single characters.
-    BeforeLineEnd,
-    /// Behind a line end that precedes a character other than white space, for
-    /// [`SPLIT_PATTERNS`]. In each alternative, only white space can follow a line end. White space
-    /// in front of the cut is matched up to the cut by `\s*[\r\n]+`, before `\s+(?!\S)` could look
-    /// at what follows. NFC changes nothing, since no composition contains a line end.
-    AfterLineEnd,
-}
-
-impl CutRule {
-    fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
-        let added = tokenizer.get_added_tokens_decoder();
-        let keeps_line_ends = added
-            .values()
-            .all(|token| !token.lstrip && !token.rstrip && !token.content.contains(['\n', '\r']));
-        let pre_tokenizers = match tokenizer.get_pre_tokenizer()? {
-            PreTokenizerWrapper::Sequence(sequence) => sequence.as_ref(),
-            single => std::slice::from_ref(single),
-        };
-        let rule = match pre_tokenizers {
-            [PreTokenizerWrapper::ByteLevel(level)]
-            | [PreTokenizerWrapper::Digits(_), PreTokenizerWrapper::ByteLevel(level)]
-                if level.use_regex && !level.add_prefix_space =>
-            {
-                Self::BeforeLineEnd
-            }
-            [PreTokenizerWrapper::Split(split), PreTokenizerWrapper::ByteLevel(level)]
-                if matches!(&split.pattern, SplitPattern::Regex(pattern)
-                    if SPLIT_PATTERNS.contains(&pattern.as_str()))
-                    && split.behavior == SplitDelimiterBehavior::Isolated
-                    && !split.invert
-                    && !level.use_regex
-                    && !level.add_prefix_space =>
-            {
-                Self::AfterLineEnd
-            }
-            _ => return None,
-        };
-        let is_safe_normalizer = match tokenizer.get_normalizer() {
-            None => true,
-            Some(NormalizerWrapper::NFC(_)) => rule == Self::AfterLineEnd,
-            Some(_) => false,
-        };
-        (keeps_line_ends && is_safe_normalizer).then_some(rule)
-    }
-
-    /// Whether `text` may be cut at `place`.
-    fn allows(self, text: &str, place: usize) -> bool {
-        let (before, after) = text.split_at(place);
-        let (Some(previous), Some(next)) = (before.chars().next_back(), after.chars().next())
-        else {
-            return false;
-        };
-        let is_line_end = |character| matches!(character, '\n' | '\r');
-        match self {
-            Self::BeforeLineEnd => is_line_end(next) && !previous.is_whitespace(),
-            Self::AfterLineEnd => is_line_end(previous) && !next.is_whitespace(),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
     use tokenizers::{OffsetReferential, OffsetType, PreTokenizer};
+
+    use crate::data::cut::SPLIT_PATTERNS;
 
     use super::*;
 
@@ -336,13 +261,15 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_are_cut_where_a_line_ends_in_a_word() {
+    fn long_texts_are_cut_where_a_line_ends_in_a_word_or_in_front_of_a_space() {
         let filler = "x".repeat(CUT_AFTER_BYTES);
-        let text = format!("{filler} \n\nab\r\n{filler}c\n");
+        let text = format!("{filler}\t\n\nab\r\n{filler}c\n");
         let stretches = tokenizer(false, "<s>").cut(text.clone());
         assert_eq!(stretches.concat(), text);
         assert_eq!(stretches[1], format!("\r\n{filler}c"));
         assert_eq!((stretches.len(), stretches[2].as_str()), (3, "\n"));
+        let words = tokenizer(false, "<s>").cut(format!("{filler}x ab  c"));
+        assert!(words == [format!("{filler}x"), " ab  c".to_owned()]);
     }
 
     #[test]
@@ -359,7 +286,8 @@ mod tests {
         let text = format!("{}\n", "x".repeat(2 * CUT_AFTER_BYTES));
         assert_eq!(tokenizer(false, "<s>").cut(text.clone()).len(), 2);
         assert_eq!(tokenizer(true, "<s>").cut(text.clone()).len(), 1);
-        assert_eq!(tokenizer(false, "<s>\n").cut(text).len(), 1);
+        assert_eq!(tokenizer(false, "<s>\n").cut(text.clone()).len(), 1);
+        assert_eq!(tokenizer(false, "a b").cut(text).len(), 1);
     }
 
     #[test]
@@ -380,6 +308,20 @@ mod tests {
         let mut lowercase = golden("llama3");
         lowercase["normalizer"] = json!({"type": "Lowercase"});
         assert_eq!(parse(&lowercase)?.cut_rule, None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_long_text_has_the_ids_and_offsets_of_its_parts() -> Result<()> {
+        let text = "Every word, é and 人, 12 of them.\n\n  It's\r\n<|im_end|>x ".repeat(5000);
+        for kind in ["qwen", "llama3", "smollm", "llama2"] {
+            let tokenizer = parse(&golden(kind))?;
+            let whole = tokenizer.inner.encode(text.as_str(), false).map_err(|e| anyhow!("{e}"))?;
+            let ranges = whole.get_offsets().iter().map(|(start, end)| *start..*end);
+            let expected: Vec<_> = whole.get_ids().iter().copied().zip(ranges).collect();
+            assert_eq!(tokenizer.cut(text.clone()).len() > 1, kind != "llama2");
+            assert!(tokenizer.encode_with_offsets(&text)? == expected, "{kind}");
+        }
         Ok(())
     }
 

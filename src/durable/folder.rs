@@ -13,6 +13,7 @@ use std::ffi::OsString;
 use std::fs::TryLockError;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -25,11 +26,15 @@ pub const WRITING: &str = ".writing-";
 /// Beginning of a folder's name between the two renames; its own name follows.
 pub const REPLACED: &str = ".dylora-replaced-";
 
+/// A file without a lock belongs to a dead process after this time.
+const OLD: Duration = Duration::from_secs(24 * 3600);
+
 /// Beginning of a folder's name while it is deleted; its own name follows.
 pub const REMOVED: &str = ".removed-";
 
 /// A folder that is being filled, and is deleted unless it is kept.
-pub(super) struct Writing {
+#[derive(Debug)]
+pub struct Writing {
     dir: tempfile::TempDir,
     /// Held by this process.
     _lock: fs_err::File,
@@ -49,6 +54,7 @@ impl Writing {
         }
     }
 
+    /// The folder's path.
     pub fn path(&self) -> &Path {
         self.dir.path()
     }
@@ -64,14 +70,26 @@ fn lock(dir: &Path) -> Result<fs_err::File> {
 }
 
 /// Deletes the folders in `parent` that dead processes were filling.
-fn clean_dead(parent: &Path) {
+pub fn clean_dead(parent: &Path) {
     for entry in fs_err::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
         let name = entry.file_name();
         let random = name.to_str().and_then(|name| name.strip_prefix(WRITING));
         let is_ours = random.is_some_and(|random| {
             random.len() == 6 && random.chars().all(|c| c.is_ascii_alphanumeric())
         });
-        if !is_ours || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+        if !is_ours {
+            continue;
+        }
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
+            // earlier versions wrote such files, without a lock
+            let changed = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+            let age = changed.and_then(|changed| changed.elapsed().ok());
+            if age.is_some_and(|age| age > OLD) {
+                let _ = fs_err::remove_file(entry.path());
+            }
+            continue;
+        }
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             continue;
         }
         let Ok(file) = fs_err::File::open(entry.path()) else { continue };
@@ -205,7 +223,6 @@ pub fn restore(dir: &Path) -> Result<()> {
 mod tests {
     use std::process::Command;
     use std::thread;
-    use std::time::Duration;
 
     use super::*;
 

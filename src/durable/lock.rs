@@ -4,9 +4,11 @@
 
 use std::fs::TryLockError;
 use std::io::{Read, Seek, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+
+use super::check_place;
 
 /// The file that is locked.
 const LOCK: &str = ".lock";
@@ -15,6 +17,7 @@ const LOCK: &str = ".lock";
 #[derive(Debug)]
 pub struct FolderLock {
     file: fs_err::File,
+    dir: PathBuf,
 }
 
 impl FolderLock {
@@ -28,6 +31,12 @@ impl FolderLock {
         this.file.rewind()?;
         this.file.write_all(std::process::id().to_string().as_bytes())?;
         Ok(this)
+    }
+
+    /// Checks that the folder still has the file that is locked, so that it is the same folder and
+    /// no other process can have locked it meanwhile.
+    pub fn check(&self) -> Result<()> {
+        check_place(&self.file, &self.dir.join(LOCK))
     }
 
     fn try_take(dir: &Path) -> Result<Self> {
@@ -56,7 +65,7 @@ impl FolderLock {
                 );
             }
         }
-        Ok(Self { file })
+        Ok(Self { file, dir: dir.to_owned() })
     }
 }
 

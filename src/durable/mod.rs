@@ -8,9 +8,10 @@ pub mod output;
 pub mod sums;
 
 use std::io::{BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 /// Writes a file and waits until its bytes are on disk.
 pub fn write(file: &Path, bytes: &[u8]) -> Result<()> {
@@ -32,6 +33,20 @@ pub fn replace(file: &Path, bytes: &[u8]) -> Result<()> {
     temporary.push(".new");
     write(Path::new(&temporary), bytes)?;
     Ok(fs_err::rename(&temporary, file)?)
+}
+
+/// Checks that a file that a run writes is still the one at its path.
+pub fn check_place(file: &fs_err::File, path: &Path) -> Result<()> {
+    let own = file.metadata()?;
+    let is_own = |found: std::fs::Metadata| (found.dev(), found.ino()) == (own.dev(), own.ino());
+    if !fs_err::metadata(path).is_ok_and(is_own) {
+        bail!(
+            "`{}` has vanished while the run wrote it\nhint: somebody has deleted, moved or \
+             replaced it; `dylora train --resume` goes on from the last checkpoint",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// Waits until the names in a folder are on disk.

@@ -140,16 +140,37 @@ pub enum KernelSet {
     Steps,
 }
 
+/// A file of kernels. They are joined in the order of their names here.
+macro_rules! source {
+    ($name:literal) => {
+        include_str!(concat!("../../csrc/kernels/", $name, ".cuh"))
+    };
+}
+
 impl KernelSet {
     /// The source of the kernels.
-    fn source(self) -> &'static str {
+    fn source(self) -> String {
+        let base = [
+            source!("pack"),
+            source!("norm"),
+            source!("experts"),
+            source!("mlp"),
+            source!("heads"),
+            source!("loss"),
+            source!("choice"),
+            source!("table"),
+        ];
         match self {
-            Self::Base => include_str!("../../csrc/kernels.cu"),
-            Self::Steps => concat!(
-                "#define STEP\n",
-                include_str!("../../csrc/kernels.cu"),
-                include_str!("../../csrc/step.cu")
-            ),
+            Self::Base => base.join("\n"),
+            Self::Steps => {
+                let steps = [
+                    source!("step/finish"),
+                    source!("step/attention"),
+                    source!("step/thin"),
+                    source!("step/table"),
+                ];
+                ["#define STEP\n", &base.join("\n"), &steps.join("\n")].concat()
+            }
         }
     }
 }

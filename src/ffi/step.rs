@@ -11,7 +11,10 @@ use anyhow::Result;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::fused::{Norm, Product, RawNorm, RawProduct, raw_norm, raw_product};
+use super::fused::{
+    Activation, Heads, Norm, Product, RawMember, RawNorm, RawProduct, or_null, raw_members,
+    raw_norm, raw_products,
+};
 use super::{TensorPtr, check};
 
 #[repr(C)]
@@ -20,17 +23,29 @@ struct RawCache {
     values: TensorPtr,
     places: TensorPtr,
     positions: TensorPtr,
-    heads: i64,
+    query_heads: i64,
+    key_heads: i64,
+    head_size: i64,
     window: i64,
     scale: f64,
+    q_norm: TensorPtr,
+    k_norm: TensorPtr,
+    norm_eps: f64,
+    frequencies: TensorPtr,
+    rope_factor: f64,
 }
 
 unsafe extern "C" {
-    fn dylora_step_pack(a: TensorPtr, b: TensorPtr, packed: TensorPtr) -> c_int;
+    fn dylora_step_pack(
+        a: TensorPtr,
+        b: TensorPtr,
+        packed_a: TensorPtr,
+        packed_b: TensorPtr,
+    ) -> c_int;
     fn dylora_step_norm(
         x: TensorPtr,
         product: TensorPtr,
-        module: *const RawProduct,
+        layer: *const RawProduct,
         norm: *const RawNorm,
         out: *mut *mut C_tensor,
     ) -> c_int;
@@ -38,11 +53,11 @@ unsafe extern "C" {
         x: TensorPtr,
         a: TensorPtr,
         product: TensorPtr,
-        module: *const RawProduct,
+        layer: *const RawProduct,
         norms: *const RawNorm,
-        modules: *const RawProduct,
+        products: *const RawProduct,
         cache: *const RawCache,
-        tanh_gelu: c_int,
+        activation: c_int,
         out: *mut *mut C_tensor,
     ) -> c_int;
     fn dylora_step_choice(
@@ -61,7 +76,23 @@ pub struct Unfinished<'a> {
     /// The layer's input times `[W A^T]`, `[M, o + R']`, or times `W` without experts, `[M, o]`.
     pub product: &'a Tensor,
     /// The layer.
-    pub module: &'a Product<'a>,
+    pub layer: &'a Product<'a>,
+}
+
+/// A layer as the shim takes it, and what this points to.
+struct RawLayer {
+    /// What `products` points to.
+    _members: Vec<Vec<RawMember>>,
+    products: Vec<RawProduct>,
+}
+
+impl RawLayer {
+    fn new(layer: &Product<'_>) -> Self {
+        let layers = std::slice::from_ref(layer);
+        let members = raw_members(layers);
+        let products = raw_products(layers, &members);
+        Self { _members: members, products }
+    }
 }
 
 /// The attention of a block to a cache.
@@ -75,8 +106,11 @@ pub struct CachedAttention<'a> {
     pub places: &'a Tensor,
     /// The index of each text's new position in its text, int64 `[M]`.
     pub positions: &'a Tensor,
-    /// Number of heads.
-    pub heads: i64,
+    /// The heads, without a rotation.
+    pub heads: Heads<'a>,
+    /// The frequencies of rotation, f32 `[h / 2]`, and a factor of cosines and sines; `None` without
+    /// rotation.
+    pub rotary: Option<(&'a Tensor, f64)>,
     /// Number of positions that a position attends to; `None` if there is no limit.
     pub window: Option<i64>,
     /// Factor of the scores.
@@ -95,16 +129,17 @@ fn outputs<const N: usize>(
     Ok((status == 0).then(|| out.map(|pointer| unsafe { Tensor::from_ptr(pointer) })))
 }
 
-/// Writes experts, `A` `[R, i]` and `B^T` `[R, o]` in f32, into the packed weight of their module.
-/// Returns whether there is a kernel for it.
-pub fn pack(a: &Tensor, b: &Tensor, packed: &Tensor) -> Result<bool> {
-    // SAFETY: live tensors, which the shim only reads, and one that it fills
-    let status = unsafe { dylora_step_pack(a.as_ptr(), b.as_ptr(), packed.as_ptr()) };
+/// Writes experts, `A` `[R, i]` and `B^T` `[R, o]` in f32, to their places in the packed weight of
+/// their product, `[i, R']` and `[R', o]`. Returns whether there is a kernel for it.
+pub fn pack([a, b]: [&Tensor; 2], [packed_a, packed_b]: [&Tensor; 2]) -> Result<bool> {
+    // SAFETY: live tensors, of which the shim only reads the first two and fills the others
+    let status =
+        unsafe { dylora_step_pack(a.as_ptr(), b.as_ptr(), packed_a.as_ptr(), packed_b.as_ptr()) };
     check(status)?;
     Ok(status == 0)
 }
 
-/// The sum `x + y`, or `x` without `y`, and its LayerNorm, `[M, d]` each.
+/// The sum `x + y`, or `x` without `y`, and its norm, `[M, d]` each.
 ///
 /// - `x`: `[M, d]`
 pub fn norm(
@@ -113,68 +148,76 @@ pub fn norm(
     norm: &Norm<'_>,
 ) -> Result<Option<[Tensor; 2]>> {
     let raw = raw_norm(norm);
-    let module = y.map(|y| raw_product(y.module));
+    let layer = y.map(|y| RawLayer::new(y.layer));
     let product = y.map_or(std::ptr::null(), |y| y.product.as_ptr());
-    let module = module.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let layer = layer.as_ref().map_or(std::ptr::null(), |layer| layer.products.as_ptr());
     // SAFETY: live tensors, to which the shim keeps its own references
-    outputs(|out| unsafe { dylora_step_norm(x.as_ptr(), product, module, &raw, out) })
+    outputs(|out| unsafe { dylora_step_norm(x.as_ptr(), product, layer, &raw, out) })
 }
 
 /// What a block reads besides the residual stream `x`.
 #[derive(Debug)]
 pub enum BlockInput<'a> {
-    /// The first LayerNorm of `x`, `[M, d]`.
+    /// The first norm of `x`, `[M, d]`.
     Normed(&'a Tensor),
     /// What is to be added to `x` first, if anything is.
     Unfinished(Option<&'a Unfinished<'a>>),
 }
 
 /// Computes a transformer block, and adds the new keys and values to the cache. Returns the
-/// residual stream, `[M, d]`, and the product of `mlp.c_proj`, whose output is still to be added to
-/// it ([`Unfinished`]).
+/// residual stream, `[M, d]`, and the product of the block's last linear layer, whose output is still
+/// to be added to it ([`Unfinished`]).
 ///
 /// - `x`: the residual stream, `[M, d]`
-/// - `modules`: `attn.c_attn`, `attn.c_proj`, `mlp.c_fc`, `mlp.c_proj`
-/// - `norms`: the LayerNorms before attention and before the feed-forward network
-/// - `tanh_gelu`: whether GELU has its tanh form or its exact one
+/// - `products`: as in [`super::fused::block`]
+/// - `norms`: those before attention and before the feed-forward network
 pub fn block(
     x: &Tensor,
     input: &BlockInput<'_>,
-    modules: &[Product<'_>; 4],
+    products: &[Product<'_>; 4],
     norms: &[Norm<'_>; 2],
     attention: &CachedAttention<'_>,
-    tanh_gelu: bool,
+    activation: Activation,
 ) -> Result<Option<[Tensor; 2]>> {
-    let raw_modules = modules.each_ref().map(raw_product);
+    let members = raw_members(products);
+    let raw_products = raw_products(products, &members);
     let raw_norms = norms.each_ref().map(raw_norm);
     let (normed, before) = match input {
         BlockInput::Normed(normed) => (normed.as_ptr(), None),
         BlockInput::Unfinished(before) => (std::ptr::null(), *before),
     };
     let product = before.map_or(std::ptr::null(), |y| y.product.as_ptr());
-    let module = before.map(|y| raw_product(y.module));
-    let module = module.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let layer = before.map(|y| RawLayer::new(y.layer));
+    let layer = layer.as_ref().map_or(std::ptr::null(), |layer| layer.products.as_ptr());
+    let Heads { queries, keys, size, norms, .. } = attention.heads;
     let cache = RawCache {
         keys: attention.keys.as_ptr(),
         values: attention.values.as_ptr(),
         places: attention.places.as_ptr(),
         positions: attention.positions.as_ptr(),
-        heads: attention.heads,
+        query_heads: queries,
+        key_heads: keys,
+        head_size: size,
         window: attention.window.unwrap_or(0),
         scale: attention.scale,
+        q_norm: or_null(norms.map(|(q, ..)| q)),
+        k_norm: or_null(norms.map(|(_, k, _)| k)),
+        norm_eps: norms.map_or(0.0, |(.., eps)| eps),
+        frequencies: or_null(attention.rotary.map(|(frequencies, _)| frequencies)),
+        rope_factor: attention.rotary.map_or(1.0, |(_, factor)| factor),
     };
-    // SAFETY: two norms and four modules of live tensors, to which the shim keeps its own
+    // SAFETY: two norms and four products of live tensors, to which the shim keeps its own
     // references
     outputs(|out| unsafe {
         dylora_step_block(
             x.as_ptr(),
             normed,
             product,
-            module,
+            layer,
             raw_norms.as_ptr(),
-            raw_modules.as_ptr(),
+            raw_products.as_ptr(),
             &cache,
-            c_int::from(tanh_gelu),
+            activation as c_int,
             out,
         )
     })

@@ -31,6 +31,7 @@ use super::client::{Client, Fault, MAX_REDIRECTS};
 use super::http::{redirect, with_least_speed};
 use super::names::RepoSource;
 use super::settings::DownloadProgress;
+use crate::durable::folder::Writing;
 
 /// Number of failed attempts in a row after which a file is given up. An attempt that brings at
 /// least [`window_bytes`](super::settings::HubLimits::window_bytes) new bytes starts the count
@@ -405,7 +406,7 @@ fn link(pointer: &Path, blob: &Path) -> Result<()> {
     let repo = blob.parent().and_then(Path::parent).context("a blob lies in `blobs`")?;
     let depth = folder.strip_prefix(repo)?.components().count();
     let target = Path::new(&"../".repeat(depth)).join(blob.strip_prefix(repo)?);
-    let temporary = tempfile::Builder::new().prefix(".link-").tempdir_in(folder)?;
+    let temporary = Writing::new_in(folder)?;
     let made = temporary.path().join("link");
     fs_err::os::unix::fs::symlink(target, &made)?;
     Ok(fs_err::rename(made, pointer)?)

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::RoutedModel;
 use super::batch::prompt_means::RunningMeans;
 use super::batch::{GenerationCache, Inputs};
-use super::block::RoutedBlock;
+use super::block::{MLP_OUT, RoutedBlock};
 use super::decoder::context::{AttentionContext, AttentionMask};
 use super::decoder::kv_cache::KvCache;
 use super::decoder::precision::wide;
@@ -20,7 +20,7 @@ use super::routing::pass::{RoutedParts, RoutingPass};
 use super::routing::router::{RouterSpec, Routing, RoutingRule};
 use super::routing::site::{BlockWeights, Site};
 use super::routing::source::RoutingSource;
-use crate::config::{EvalRule, ModulePath, RouterInput, RouterNoise, RoutingLevel, TargetModule};
+use crate::config::{EvalRule, ModulePath, RouterInput, RouterNoise, RoutingLevel};
 use crate::ffi;
 use crate::ffi::fused::HeadLoss;
 
@@ -107,7 +107,7 @@ impl RoutedModel {
     fn context(&self, inputs: &Inputs) -> AttentionContext {
         // built before the mask is cloned, so that all passes over the batch share it
         if let AttentionMask::Documents(documents) = &inputs.mask
-            && !self.fuses_blocks()
+            && !self.uses_fused()
         {
             documents.mask();
         }
@@ -206,7 +206,7 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let fuses = self.fuses_blocks() && recorder.is_none() && !pass.reads_modules();
+        let fuses = self.uses_fused() && recorder.is_none() && !pass.reads_modules();
         let is_cached = matches!(inputs.mask, AttentionMask::Cached(_));
         if let Some(step) = self.step_of(inputs)
             && fuses
@@ -265,7 +265,7 @@ impl RoutedModel {
     }
 
     /// Runs the blocks by the fused operations where these apply. What such a block adds to the
-    /// residual stream is added by the next LayerNorm.
+    /// residual stream is added by the next norm.
     fn run_fused(
         &self,
         x: &Tensor,
@@ -279,7 +279,7 @@ impl RoutedModel {
         for (layer, block) in self.routed_blocks().enumerate() {
             let (sum, normed) = if block.may_fuse(mode.dropout) {
                 let (forward, backward) = block.row_paddings(before);
-                let (sum, normed) = stream.normed(block.block.norm_1.layer(), forward, backward);
+                let (sum, normed) = stream.normed(&block.block.norm_1, forward, backward);
                 (sum, Some(normed))
             } else {
                 (Stream::new(&stream.whole()), None)
@@ -300,8 +300,8 @@ impl RoutedModel {
                 }
             };
         }
-        let backward = before.map_or(0, |block| block.row_padding(TargetModule::MlpCProj));
-        let (_, hidden) = stream.normed(self.decoder.final_norm.layer(), 0, backward);
+        let backward = before.map_or(0, |block| block.row_padding(MLP_OUT));
+        let (_, hidden) = stream.normed(&self.decoder.final_norm, 0, backward);
         let hidden = stream.shaped(&hidden);
         let RoutingPass { used, routing, features, .. } = pass;
         ForwardOutput { hidden, weights: used, routing, features }
@@ -329,11 +329,9 @@ impl RoutedModel {
         if !block.experts.modules.is_empty() {
             activations.extend(g.tensors());
         }
-        // built before the mask is cloned, so that all blocks share it
-        if let AttentionMask::Documents(documents) = &context.mask
-            && !(block.may_fuse(dropout) && block.attends_by_length(x))
-        {
-            documents.mask();
+        if !(block.may_fuse(dropout) && block.attends_by_length(x)) {
+            // built before the context is cloned, so that all blocks share it
+            context.mask(block.block.attention.window);
         }
         let (base, experts) = (block.block.shallow_clone(), block.experts.shallow_clone());
         let (context, g) = (context.shallow_clone(), g.shallow_clone());

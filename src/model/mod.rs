@@ -44,7 +44,7 @@ use experts::orthogonality::orthogonality;
 use experts::spec::{ExpertSpec, num_routed};
 use experts::stack::LoraExperts;
 pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
-use fused::pack::{COLUMNS, FusedModule, padded_head};
+use fused::pack::{COLUMNS, FusedProduct, padded_head};
 pub use parameters::{ParameterGroup, Trained, TrainedParameter};
 use routing::router::{Router, RouterSpec};
 use routing::routers::Routers;
@@ -331,11 +331,6 @@ impl RoutedModel {
         !self.trains_base && self.kernels == Kernels::Auto
     }
 
-    /// Whether the fused operations compute blocks. They know those of GPT-2.
-    fn fuses_blocks(&self) -> bool {
-        self.uses_fused() && self.decoder.spec.has_fused_blocks()
-    }
-
     /// Prepares the model for the fused operations, if it uses them.
     fn prepare_fused(&mut self) {
         if !self.uses_fused() {
@@ -343,9 +338,7 @@ impl RoutedModel {
         }
         let has_kernels = self.prepare_kernels();
         self.has_kernels = has_kernels;
-        if self.fuses_blocks() {
-            self.prepare_fused_blocks(has_kernels);
-        }
+        self.prepare_fused_blocks(has_kernels);
         if has_kernels && let Some((padded, place)) = padded_head(self.decoder.head()) {
             self.decoder.set_head(place);
             self.padded_head = Some(padded);
@@ -357,18 +350,17 @@ impl RoutedModel {
         if self.routed_blocks().any(RoutedBlock::has_dora) {
             tracing::info!("blocks with DoRA experts take libtorch's operations one by one");
         }
-        let num_experts = self.specs.len();
+        let (num_experts, products) = (self.specs.len(), self.decoder.spec.products());
         for (block, experts) in self.decoder.blocks.iter_mut().zip(&mut self.experts) {
-            let mut modules = BTreeMap::new();
-            for (&module, experts) in &experts.modules {
-                let mut fused = FusedModule::new(experts, num_experts, self.kind);
-                if has_kernels && fused.fits() && experts.dora.is_none() {
-                    let linear = block.linears.get_mut(&module).expect("a block has them all");
-                    linear.set_weight(fused.pack(&linear.weight()));
+            let fused = products.map(|members| {
+                let modules = &experts.modules;
+                let mut product = FusedProduct::new(members, modules, num_experts, self.kind);
+                if has_kernels {
+                    product.pack(block, modules);
                 }
-                modules.insert(module, fused);
-            }
-            experts.fused = Some(modules);
+                product
+            });
+            experts.fused = Some(fused);
         }
     }
 

@@ -5,25 +5,23 @@
 //!
 //! Letters of shapes: `b` texts, `d` width, `v` vocabulary.
 
-use std::collections::BTreeMap;
-
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
 use super::RoutedModel;
-use super::block::{FUSED_MODULES, Factors, RoutedBlock};
+use super::block::{Factors, MLP_OUT, RoutedBlock};
 use super::decoder::context::AttentionMask;
 use super::decoder::kv_cache::CachedStep;
-use super::decoder::mlp::Activation;
-use super::decoder::norm::LayerNorm;
+use super::decoder::norm::Norm;
+use super::decoder::rope::Rotary;
 use super::experts::stack::LoraExperts;
-use super::fused::pack::FusedModule;
+use super::fused::pack::FusedProduct;
+use super::fused::stream::fused_norm;
 use super::routing::pass::RoutingPass;
 use super::routing::site::BlockWeights;
-use crate::config::{Kernels, RouterInput, TargetModule};
+use crate::config::{Kernels, RouterInput};
 use crate::ffi;
 use crate::ffi::cuda::KernelSet;
-use crate::ffi::fused::Norm;
 use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unfinished};
 use crate::model::{ForwardOutput, Inputs};
 
@@ -55,28 +53,29 @@ impl StepStream<'_> {
     fn with_unfinished<T>(&self, run: impl FnOnce(Option<&Unfinished<'_>>) -> T) -> T {
         let Some(Pending { product, block, weights }) = &self.pending else { return run(None) };
         let factors = block.parameters();
-        let module = block.product(TargetModule::MlpCProj, weights, &factors);
-        run(Some(&Unfinished { product, module: &module }))
+        let layer = block.product(MLP_OUT, weights, &factors);
+        run(Some(&Unfinished { product, layer: &layer }))
     }
 
-    /// Adds the pending part, and returns the stream and its LayerNorm, `[b, d]` each.
-    fn normed(&self, norm: &LayerNorm) -> [Tensor; 2] {
-        self.with_unfinished(|y| taken(ffi::step::norm(&self.x, y, &plain_norm(norm))))
+    /// Adds the pending part, and returns the stream and its norm, `[b, d]` each.
+    fn normed(&self, norm: &Norm) -> [Tensor; 2] {
+        self.with_unfinished(|y| taken(ffi::step::norm(&self.x, y, &fused_norm(norm, 0, 0))))
     }
 }
 
 impl<'a> RoutedBlock<'a> {
-    /// Applies the block to `stream`. If `normed` is given, it is the block's first LayerNorm, and
+    /// Applies the block to `stream`. If `normed` is given, it is the block's first norm, and
     /// the stream has no pending part.
     fn step(
         self,
         stream: &StepStream<'_>,
         normed: Option<&Tensor>,
         step: &CachedStep,
+        rotary: Option<&Rotary>,
         weights: BlockWeights,
     ) -> StepStream<'a> {
         let factors = self.parameters();
-        let modules = FUSED_MODULES.map(|at| self.product(at, &weights, &factors));
+        let products: [_; 4] = std::array::from_fn(|at| self.product(at, &weights, &factors));
         let of_block = &self.block.attention;
         let [keys, values] = step.rows(of_block.layer);
         let attention = CachedAttention {
@@ -84,14 +83,15 @@ impl<'a> RoutedBlock<'a> {
             values,
             places: step.places(),
             positions: &step.positions().view([-1]),
-            heads: of_block.num_heads,
+            heads: self.heads(),
+            rotary: rotary.filter(|_| of_block.rotates).map(Rotary::parameters),
             window: of_block.window,
             scale: of_block.scale,
         };
-        let norms = [&self.block.norm_1, &self.block.norm_2].map(|norm| plain_norm(norm.layer()));
-        let tanh = self.block.activation == Activation::GeluNew;
+        let norms = [&self.block.norm_1, &self.block.norm_2].map(|norm| fused_norm(norm, 0, 0));
+        let activation = self.activation();
         let run = |input: &BlockInput<'_>| {
-            taken(ffi::step::block(&stream.x, input, &modules, &norms, &attention, tanh))
+            taken(ffi::step::block(&stream.x, input, &products, &norms, &attention, activation))
         };
         let [x, product] = match normed {
             Some(normed) => run(&BlockInput::Normed(normed)),
@@ -121,12 +121,12 @@ impl RoutedModel {
     fn fits_step_kernels(&self) -> bool {
         let spec = &self.decoder.spec;
         let bytes_of_head = spec.head_dim * self.kind.elt_size_in_bytes() as i64;
-        let is_packed = |modules: &BTreeMap<TargetModule, FusedModule>| {
-            let is_one = |module: &FusedModule| module.packed.is_some();
-            modules.values().all(|module| is_one(module) && module.row_padding() <= MAX_RANKS)
+        let is_packed = |products: &[FusedProduct; 4]| {
+            let fits = |product: &FusedProduct| product.row_padding() <= MAX_RANKS;
+            products.iter().all(|product| product.is_one_product() && fits(product))
         };
         self.has_kernels
-            && self.fuses_blocks()
+            && self.uses_fused()
             && [4, 8, 16, 32].map(|threads| threads * PACK_BYTES).contains(&bytes_of_head)
             && spec.width <= MAX_WIDTH
             && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(is_packed))
@@ -172,14 +172,15 @@ impl RoutedModel {
         }
         let _no_grad = tch::no_grad_guard();
         for block in self.routed_blocks() {
-            let fused = block.experts.fused.as_ref().expect("the model steps by kernels");
-            for (module, (a, b)) in block.factors() {
-                let packed = fused[&module].packed.as_ref().expect("the model steps by kernels");
-                let packs = ffi::step::pack(&a.contiguous(), &b.contiguous(), packed);
-                assert!(
-                    packs.unwrap_or_else(|error| panic!("{error:#}")),
-                    "f32 experts are packed"
-                );
+            let products = block.experts.fused.as_ref().expect("the model steps by kernels");
+            let factors = block.factors();
+            for product in products {
+                for (module, [down, up]) in product.places() {
+                    let (a, b) = &factors[&module];
+                    let packs = ffi::step::pack([&a.contiguous(), &b.contiguous()], [&down, &up]);
+                    let packs = packs.unwrap_or_else(|error| panic!("{error:#}"));
+                    assert!(packs, "f32 experts are packed");
+                }
             }
         }
     }
@@ -204,19 +205,20 @@ impl RoutedModel {
     ) -> ForwardOutput {
         let (b, _, d) = x.size3().expect("activations are [b, t, d]");
         let mut stream = StepStream { x: x.reshape([b, d]), pending: None };
+        let rotary = self.decoder.rotary();
         for (layer, block) in self.routed_blocks().enumerate() {
             // the first norm is a part of the block unless a router reads it
             let mut normed = None;
             if pass.reads_layers() {
-                let [sum, of_sum] = stream.normed(block.block.norm_1.layer());
+                let [sum, of_sum] = stream.normed(&block.block.norm_1);
                 stream = StepStream { x: sum, pending: None };
                 normed = Some(of_sum);
             }
             let layer_input = || normed.as_ref().expect("it was computed").view([b, 1, d]);
             let g = pass.block(layer, &layer_input).flat(b);
-            stream = block.step(&stream, normed.as_ref(), step, g);
+            stream = block.step(&stream, normed.as_ref(), step, rotary, g);
         }
-        let [_, hidden] = stream.normed(self.decoder.final_norm.layer());
+        let [_, hidden] = stream.normed(&self.decoder.final_norm);
         let RoutingPass { used, routing, features, .. } = pass;
         ForwardOutput { hidden: hidden.view([b, 1, d]), weights: used, routing, features }
     }
@@ -255,11 +257,6 @@ fn counters(inputs: &Inputs) -> Option<Counters<'_>> {
         }),
         _ => None,
     }
-}
-
-/// A LayerNorm whose output has no padding.
-fn plain_norm(LayerNorm { weight, bias, eps }: &LayerNorm) -> Norm<'_> {
-    Norm { weight, bias, eps: *eps, row_padding_forward: 0, row_padding_backward: 0 }
 }
 
 /// What kernels computed for a model that [`RoutedModel::steps_by_kernels`].

@@ -1,10 +1,9 @@
 //! The files of a run's metrics: `metrics.jsonl`, and events for TensorBoard.
 
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 pub use super::history::METRICS_FILE;
 use super::history::{self, LATER_FILE};
@@ -62,13 +61,13 @@ impl MetricsWriter {
     /// that is resumed from the checkpoint does not write them again.
     ///
     /// # Errors
-    /// If the file cannot be written, or if it is not at its path any more.
+    /// If a file cannot be written, or if it is not at its path any more.
     pub fn write(&mut self, metrics: &Metrics) -> Result<()> {
         let Some(file) = &mut self.file else { return Ok(()) };
         let mut line = serde_json::to_vec(metrics).context("cannot put the metrics into JSON")?;
         line.push(b'\n');
         file.write_all(&line).context("cannot write the metrics")?;
-        self.check_path()?;
+        durable::check_place(file, &self.run_dir.join(METRICS_FILE))?;
         match &mut self.events {
             Some(events) => events.write_scalars(metrics.step(), metrics.scalars()),
             None => Ok(()),
@@ -84,23 +83,6 @@ impl MetricsWriter {
             true => history::forget_until(&self.run_dir, step),
             false => Ok(()),
         }
-    }
-
-    /// Checks that the file that is written is still the one at its path.
-    fn check_path(&self) -> Result<()> {
-        let Some(file) = &self.file else { return Ok(()) };
-        let path = self.run_dir.join(METRICS_FILE);
-        let own = file.metadata()?;
-        let is_own =
-            |found: std::fs::Metadata| (found.dev(), found.ino()) == (own.dev(), own.ino());
-        if !fs_err::metadata(&path).is_ok_and(is_own) {
-            bail!(
-                "`{}` has vanished while the run wrote it\nhint: somebody has deleted, moved or \
-                 replaced it; `dylora train --resume` goes on from the last checkpoint",
-                path.display()
-            );
-        }
-        Ok(())
     }
 }
 

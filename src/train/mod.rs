@@ -297,7 +297,7 @@ impl Trainer {
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(model.device()), model.device());
         let per_step = state.blocks_per_step.unwrap_or(plan::blocks_per_step(&config));
-        let num_steps = plan::num_steps_of(&config, &data.train, per_step);
+        let num_steps = plan::num_steps_of(&config, &data.train, per_step)?;
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
             Method::RoutedLora => Some(frozen_hash(&model, state.base_hash.clone())?),
@@ -355,12 +355,12 @@ impl Trainer {
         interrupt: &AtomicBool,
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<Summary> {
-        let (_lock, mut writer) = match self.world.is_first() {
+        let (lock, mut writer) = match self.world.is_first() {
             true => self.begin_files()?,
             false => (None, MetricsWriter::absent()),
         };
         self.is_new = false;
-        let mut saved = None;
+        let mut saved: Option<PathBuf> = None;
         while self.state.step < self.num_steps && !self.stops_early() {
             let metrics = self.step(interrupt).with_context(|| {
                 format!(
@@ -370,6 +370,7 @@ impl Trainer {
             })?;
             observe(Event::Step(&metrics));
             writer.write(&Metrics::Train(metrics))?;
+            lock.as_ref().map_or(Ok(()), FolderLock::check)?;
             if self.opens_column_after(self.state.step) {
                 self.open_column(self.state.step)?;
             }
@@ -382,6 +383,7 @@ impl Trainer {
             if stop || collapsed || self.saves_now() {
                 writer.settle(self.state.step)?;
                 let path = self.save()?;
+                warn_of_lost(saved.as_deref().filter(|_| self.world.is_first()));
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
                 self.idle_since = None;
@@ -471,6 +473,16 @@ impl Trainer {
         let checkpoint = Checkpoint { config, state, experts, skills, model, optimizer };
         let train = &self.config.train;
         checkpoint::write(&self.config.run.dir, &checkpoint, train.keep_last)
+    }
+}
+
+/// Warns if a checkpoint of this run, the latest one before the one just saved, has vanished.
+fn warn_of_lost(before: Option<&Path>) {
+    if let Some(lost) = before.filter(|path| !path.is_dir()) {
+        tracing::warn!(
+            "`{}` has vanished: somebody has deleted or moved it; a new checkpoint is saved",
+            lost.display()
+        );
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 
+use anyhow::{Result, bail};
 use serde::Serialize;
 
 use crate::checkpoint::Position;
-use crate::config::{Config, Duration, Method, RouterScope, RoutingChoice};
+use crate::config::{Config, Duration, Kernels, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
+use crate::model::decoder::mlp::Activation;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::{ExpertSpec, num_routed};
 use crate::model::kind_of;
@@ -15,6 +17,8 @@ use crate::model::routing::router::RouterSpec;
 /// The passes over the training set and the smallest number of steps of [`Duration::Auto`].
 const AUTO_EPOCHS: u64 = 3;
 const AUTO_STEPS: u64 = 100;
+/// Most passes over the training set of [`Duration::Tokens`], whose steps are counted one by one.
+const MAX_TOKEN_EPOCHS: u64 = 10_000;
 
 /// Numbers of parameters of the model's parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -125,7 +129,8 @@ impl MemoryEstimate {
         let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
         // the average block's ranks twice: before and after the routing weights
         let (d, layers) = (base.width, base.num_layers);
-        let block = kept_by_block(base) + 2 * ranks.sum::<i64>() / layers;
+        let is_fused = !full && config.train.kernels == Kernels::Auto;
+        let block = kept_by_block(base, is_fused) + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
             false => layers * block,
@@ -146,19 +151,22 @@ impl MemoryEstimate {
 }
 
 /// The numbers that a block keeps for each token, without those of experts.
-fn kept_by_block(base: &DecoderSpec) -> i64 {
+fn kept_by_block(base: &DecoderSpec, is_fused: bool) -> i64 {
     let (d, inner) = (base.width, base.inner_width);
-    if base.has_fused_blocks() {
-        // two residual sums, two LayerNorms, q, k and v, attention's output; before and after the
-        // GELU
-        return 8 * d + 2 * inner;
-    }
-    // two residual sums, and of each RMSNorm the normalised input and the output; queries, keys and
-    // values before and after the rotation or the repetition, and attention's output; the gate
-    // before and after SiLU, the other layer, their product
     let (queries, keys) = (base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim);
-    let norms = if base.has_qk_norm { 2 * (queries + keys) } else { 0 };
-    6 * d + 5 * queries + 2 * keys + norms + 4 * inner
+    match (base.activation, is_fused) {
+        // two residual sums, two norms, q, k and v, attention's output; before and after the GELU
+        (Activation::GeluNew | Activation::Gelu, _) => 8 * d + 2 * inner,
+        // two residual sums; q, k and v, attention's output; the gate and the other layer
+        (Activation::Silu, true) => 2 * d + 2 * queries + 2 * keys + 2 * inner,
+        // two residual sums, and of each RMSNorm the normalised input and the output; queries, keys
+        // and values before and after the rotation or the repetition, and attention's output; the
+        // gate before and after SiLU, the other layer, their product
+        (Activation::Silu, false) => {
+            let norms = if base.has_qk_norm { 2 * (queries + keys) } else { 0 };
+            6 * d + 5 * queries + 2 * keys + norms + 4 * inner
+        }
+    }
 }
 
 /// The sequence of a run's training blocks, epoch after epoch, read from a position on.
@@ -195,7 +203,7 @@ impl BlockStream {
 
     /// Takes the next `n` blocks of `dataset`, or fewer at the end of the stream.
     pub fn take(&mut self, dataset: &TokenDataset, n: usize) -> Vec<BlockId> {
-        let mut blocks = Vec::with_capacity(n);
+        let mut blocks = Vec::with_capacity(n.min(self.order.len()));
         while blocks.len() < n && Some(self.position.epoch) != self.end_epoch {
             let rest = &self.order[self.position.offset as usize..];
             let count = rest.len().min(n - blocks.len());
@@ -216,23 +224,37 @@ pub fn blocks_per_step(config: &Config) -> usize {
 }
 
 /// The number of steps of a run of a process that is alone.
-pub fn num_steps(config: &Config, dataset: &TokenDataset) -> u64 {
+///
+/// # Errors
+/// A duration in tokens that is absurdly long for the dataset.
+pub fn num_steps(config: &Config, dataset: &TokenDataset) -> Result<u64> {
     num_steps_of(config, dataset, blocks_per_step(config))
 }
 
 /// The number of steps of a run.
 ///
 /// - `per_step`: number of blocks in a step
-pub fn num_steps_of(config: &Config, dataset: &TokenDataset, per_step: usize) -> u64 {
+///
+/// # Errors
+/// As for [`num_steps`].
+pub fn num_steps_of(config: &Config, dataset: &TokenDataset, per_step: usize) -> Result<u64> {
     let of_epochs = |epochs: u64| {
         let blocks: u64 = (0..epochs).map(|epoch| dataset.epoch_blocks(epoch)).sum();
         blocks.div_ceil(per_step as u64)
     };
     match config.train.duration {
-        Duration::Steps(steps) => steps,
-        Duration::Epochs(epochs) => of_epochs(epochs),
-        Duration::Auto => of_epochs(AUTO_EPOCHS).max(AUTO_STEPS),
+        Duration::Steps(steps) => Ok(steps),
+        Duration::Epochs(epochs) => Ok(of_epochs(epochs)),
+        Duration::Auto => Ok(of_epochs(AUTO_EPOCHS).max(AUTO_STEPS)),
         Duration::Tokens(tokens) => {
+            let order = dataset.epoch_order(config.run.seed, 0);
+            let of_epoch: u64 = order.iter().map(|&block| dataset.label_tokens(block)).sum();
+            if tokens / of_epoch.max(1) > MAX_TOKEN_EPOCHS {
+                bail!(
+                    "`train.duration.tokens` must be at most {MAX_TOKEN_EPOCHS} passes over the \
+                     training set, which has {of_epoch} label tokens, got {tokens}"
+                );
+            }
             let mut stream = BlockStream::new(dataset, config, Position::default());
             let (mut seen, mut steps) = (0, 0);
             while seen < tokens {
@@ -240,7 +262,7 @@ pub fn num_steps_of(config: &Config, dataset: &TokenDataset, per_step: usize) ->
                 seen += blocks.iter().map(|&block| dataset.label_tokens(block)).sum::<u64>();
                 steps += 1;
             }
-            steps
+            Ok(steps)
         }
     }
 }

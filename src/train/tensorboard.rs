@@ -20,11 +20,13 @@
 //! written again.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use prost::Message;
+
+use crate::durable;
 
 /// The start of an event file's name; the seconds since 1970 follow.
 const FILE_PREFIX: &str = "events.out.tfevents.";
@@ -37,6 +39,7 @@ const SESSION_START: i32 = 1;
 #[derive(Debug)]
 pub struct EventWriter {
     file: fs_err::File,
+    path: PathBuf,
 }
 
 impl EventWriter {
@@ -51,19 +54,24 @@ impl EventWriter {
         let after_last = last_file_secs(dir)?.map_or(0, |secs| secs + 1);
         let secs = since_1970().as_secs().max(after_last);
         let name = format!("{FILE_PREFIX}{secs:010}.dylora.{}.0", std::process::id());
-        let file = fs_err::File::create_new(dir.join(name))
+        let path = dir.join(name);
+        let file = fs_err::File::create_new(&path)
             .context("cannot create a file of TensorBoard events")?;
-        let mut writer = Self { file };
+        let mut writer = Self { file, path };
         writer.write(0, What::FileVersion(FILE_VERSION.into()))?;
         writer.write(first_step, What::SessionLog(SessionLog { status: SESSION_START }))?;
         Ok(writer)
     }
 
     /// Writes the scalars of a step as one event. Each scalar is a tag and a value.
+    ///
+    /// # Errors
+    /// If the file cannot be written, or if it is not at its path any more.
     pub fn write_scalars(&mut self, step: u64, scalars: Vec<(String, f32)>) -> Result<()> {
         let value = |(tag, value)| Value { tag, simple_value: Some(value) };
         let summary = Summary { value: scalars.into_iter().map(value).collect() };
-        self.write(step, What::Summary(summary))
+        self.write(step, What::Summary(summary))?;
+        durable::check_place(&self.file, &self.path)
     }
 
     fn write(&mut self, step: u64, what: What) -> Result<()> {

@@ -44,7 +44,8 @@ impl Trainer {
             let of_one = plan::blocks_per_step(&self.config);
             self.state.blocks_per_step = Some(of_one * world.size());
         }
-        self.num_steps = plan::num_steps_of(&self.config, &self.data.train, self.blocks_per_step());
+        self.num_steps =
+            plan::num_steps_of(&self.config, &self.data.train, self.blocks_per_step())?;
         world.agree(&self.facts()?)?;
         if !world.is_first() {
             let (seed, step) = (self.config.run.seed, self.state.step);

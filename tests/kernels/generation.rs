@@ -83,11 +83,33 @@ fn mixtures() -> Vec<Mixture> {
     let router = RouterConfig { top_k: Some(2), ..plain_router() };
     mixtures.push(new("top 2", plain(), lora(6, 4, all), router));
     let llama = family_specs().into_iter().filter(|(name, _)| *name != "gpt2");
-    mixtures.extend(llama.map(|(name, base)| {
-        let lora = LoraConfig { num_experts: 2, rank: 4, ..LoraConfig::default() };
-        let base = DecoderSpec { max_positions: 200, ..base };
-        new(name, base, lora, plain_router())
-    }));
+    for (name, base) in llama {
+        let of_ranks = |num_experts, rank| LoraConfig {
+            num_experts,
+            rank,
+            shared_rank: if rank == 20 { 6 } else { 0 },
+            ..LoraConfig::default()
+        };
+        let small = DecoderSpec { max_positions: 200, ..base };
+        mixtures.push(new(name, small.clone(), of_ranks(2, 4), plain_router()));
+        // shapes that kernels know
+        let fitting = |head_dim, num_heads, num_kv_heads| DecoderSpec {
+            head_dim,
+            num_heads,
+            num_kv_heads,
+            width: 48,
+            inner_width: 80,
+            ..small.clone()
+        };
+        let layers = RouterConfig {
+            scope: RouterScope::Layer,
+            input: RouterInput::LayerInput,
+            ..plain_router()
+        };
+        let named = |what: &str| format!("{name}, {what}");
+        mixtures.push(new(&named("head 32"), fitting(32, 4, 2), of_ranks(2, 4), plain_router()));
+        mixtures.push(new(&named("head 64"), fitting(64, 3, 1), of_ranks(3, 20), layers));
+    }
     mixtures
 }
 
@@ -203,7 +225,12 @@ fn steps_by_kernels_equal_the_reference() -> Result<()> {
             let what = format!("{}, {source:?}", mixture.name);
             let exact = logits(Kind::Double, Kernels::Reference, Device::Cpu)?;
             let found = distance(&logits(Kind::Float, Kernels::Auto, device)?, &exact);
-            assert!(found < 2e-5, "{what}: {found:e} in f32");
+            if found >= 2e-5 {
+                // some random bases amplify rounding errors
+                let reference = logits(Kind::Float, Kernels::Reference, Device::Cpu)?;
+                let reference = distance(&reference, &exact);
+                assert!(found < 1.5 * reference, "{what}: {found:e} in f32, not {reference:e}");
+            }
             let kernels = distance(&logits(Kind::BFloat16, Kernels::Auto, device)?, &exact);
             let reference = distance(&logits(Kind::BFloat16, Kernels::Reference, device)?, &exact);
             assert!(kernels < 1.5 * reference + 1e-3, "{what}: {kernels:e}, not {reference:e}");

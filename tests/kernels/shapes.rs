@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 
 use anyhow::Result;
-use dylora::config::TargetModule::{AttnCAttn, AttnCProj, MlpCFc, MlpCProj};
+use dylora::config::TargetModule::{
+    AttnCAttn, AttnCProj, DownProj, GateProj, KProj, MlpCFc, MlpCProj, OProj, QProj, UpProj, VProj,
+};
 use dylora::config::{
-    DropoutMasks, ExpertConfig, Family, Kernels, LoraConfig, LoraInit, RouterConfig, RouterInput,
-    RouterScope, TargetModule, TargetModules,
+    DropoutMasks, ExpertConfig, Family, Kernels, LoraConfig, LoraInit, ModulePath, RouterConfig,
+    RouterInput, RouterScope, TargetModule, TargetModules,
 };
 use dylora::ffi;
 use dylora::model::decoder::Decoder;
@@ -77,6 +79,14 @@ fn cases(on_gpu: bool) -> Vec<Case> {
     cases.extend(of_routers());
     cases.extend(of_both());
     cases.extend(of_shared_parts());
+    // the same on Llama-like bases, one family after the other
+    let others: Vec<_> = family_specs().into_iter().filter(|(name, _)| *name != "gpt2").collect();
+    let translated = (0..).zip(&cases).map(|(at, case): (usize, _)| {
+        let (family, spec) = &others[at % others.len()];
+        case.on(family, spec)
+    });
+    let translated: Vec<_> = translated.collect();
+    cases.extend(translated);
     cases.extend(of_families());
     cases
 }
@@ -124,7 +134,7 @@ fn of_shapes(on_gpu: bool) -> Vec<Case> {
             ..case(&format!("head size {head_size}"))
         });
     }
-    for vocab_size in [53, 1000, 50257] {
+    for vocab_size in [53, 1000, 50257, 151_936] {
         cases.push(Case { base: shape(2, 16, vocab_size, 64), ..case(&format!("v {vocab_size}")) });
     }
     cases.push(Case { base: shape(3, 5, 53, 64), ..case("a width that is no multiple of 8") });
@@ -209,7 +219,20 @@ fn of_shared_parts() -> Vec<Case> {
     cases
 }
 
-/// Each family, on which only the head, the loss and the steps are fused, except for GPT-2.
+/// The linear layers of a Llama-like base in place of those of GPT-2.
+fn translated(targets: &TargetModules) -> TargetModules {
+    let like = |module: TargetModule| match module {
+        AttnCAttn => &[QProj, KProj, VProj][..],
+        AttnCProj => &[OProj],
+        MlpCFc => &[GateProj, UpProj],
+        _ => &[DownProj],
+    };
+    let modules = Family::Gpt2.modules().iter().copied();
+    let targeted = modules.filter(|&module| targets.contain(ModulePath { layer: 0, module }));
+    targeted.flat_map(like).copied().collect::<Vec<_>>().as_slice().into()
+}
+
+/// Each family, with the settings that its linear layers, documents and windows make special.
 fn of_families() -> Vec<Case> {
     let mut cases = vec![];
     for (family, spec) in family_specs() {
@@ -219,6 +242,15 @@ fn of_families() -> Vec<Case> {
             lora: lora.clone(),
             ..case(&format!("{family}, {what}"))
         };
+        let some = match family {
+            "gpt2" => &[AttnCProj, MlpCFc][..],
+            _ => &[KProj, UpProj],
+        };
+        let lora_of_some = LoraConfig { target_modules: some.into(), ..lora.clone() };
+        let own = RouterConfig { scope: RouterScope::Module, ..plain_router() };
+        let of_some =
+            Case { lora: lora_of_some, dropout: 0.2, ..named("a router for each of some") };
+        cases.push(Case { router: own, ..of_some });
         let router = RouterConfig {
             scope: RouterScope::Layer,
             input: RouterInput::LayerInput,
@@ -235,6 +267,50 @@ fn of_families() -> Vec<Case> {
 }
 
 impl Case {
+    /// The same on a base of another family, with the number and the width of heads, the vocabulary
+    /// and the head of this case's base, and the other parts of `spec`.
+    fn on(&self, family: &str, spec: &DecoderSpec) -> Self {
+        let DecoderSpec { num_heads, head_dim, width, vocab_size, tied_head, .. } = self.base;
+        // heads that are rotated have an even width
+        let head_dim = head_dim + head_dim % 2;
+        let base = DecoderSpec {
+            num_heads,
+            num_kv_heads: if num_heads % 2 == 0 { num_heads / 2 } else { 1 },
+            head_dim,
+            width,
+            inner_width: 3 * width / 2,
+            max_positions: self.base.max_positions,
+            vocab_size,
+            tied_head,
+            ..spec.clone()
+        };
+        let experts = self.lora.experts.iter().map(|expert| ExpertConfig {
+            target_modules: expert.target_modules.as_ref().map(translated),
+            ..expert.clone()
+        });
+        let lora = LoraConfig {
+            target_modules: translated(&self.lora.target_modules),
+            experts: experts.collect(),
+            ..self.lora.clone()
+        };
+        let source = match &self.source {
+            RoutingSource::Given(given) => RoutingSource::Given(given.shallow_clone()),
+            RoutingSource::Expert(expert) => RoutingSource::Expert(*expert),
+            RoutingSource::All => RoutingSource::All,
+            RoutingSource::Uniform => RoutingSource::Uniform,
+            _ => RoutingSource::Router,
+        };
+        Self {
+            name: format!("{family}, {}", self.name),
+            base,
+            lora,
+            router: self.router.clone(),
+            documents: self.documents.clone(),
+            source,
+            ..*self
+        }
+    }
+
     fn rank(&self) -> i64 {
         self.lora.rank
     }

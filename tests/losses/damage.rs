@@ -1,6 +1,7 @@
 //! Files that were damaged or changed, and numbers that nobody means: each is refused, and the
 //! message names it.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,6 @@ use dylora::tensor_file::{read_tensors, write_tensors};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
-use crate::runs::full_device;
 use crate::{Scene, as_str, demo, text};
 
 /// A scene with a run of two steps.
@@ -142,6 +142,34 @@ fn a_changed_export_is_refused_by_the_name_of_its_file() -> Result<()> {
     changed(&manifest, replace("\"router.safetensors\"", "\"../out/router.safetensors\""), || {
         refused(&scene, &eval, 1, &["dylora.json", "`router.file`"])
     })?;
+    Ok(())
+}
+
+#[test]
+fn a_changed_merged_model_is_refused_as_a_base() -> Result<()> {
+    let scene = trained()?;
+    let merge = ["merge", "--checkpoint", "run", "--weights", "uniform", "--out", "merged"];
+    let output = scene.run(&merge)?;
+    assert!(output.status.success(), "{}", text(&output));
+    let data = demo().join("data/code.validation.jsonl").display().to_string();
+    let eval = ["eval", "--base", "merged", "--data", &data];
+    let sum = "is not the file that was written: BLAKE3";
+    let space = |bytes: Vec<u8>| [&b" "[..], &bytes].concat();
+    for file in ["config.json", "tokenizer.json"] {
+        changed(&scene.path("merged").join(file), space, || {
+            refused(&scene, &eval, 1, &[&format!("merged/{file}`"), sum])
+        })?;
+    }
+    let weights = scene.path("merged/model.safetensors");
+    // the last bit of the last number
+    let change = |mut bytes: Vec<u8>| {
+        let at = bytes.len() - 4;
+        bytes[at] ^= 1;
+        bytes
+    };
+    changed(&weights, change, || refused(&scene, &eval, 1, &["merged/model.safetensors`", sum]))?;
+    let output = scene.run(&eval)?;
+    assert!(output.status.success(), "{}", text(&output));
     Ok(())
 }
 
@@ -288,21 +316,53 @@ fn a_record_without_end_is_refused() -> Result<()> {
     )
 }
 
+/// Reads a file in a dry run, and returns the most memory that this took, in MiB.
+fn peak_mib(scene: &Scene, file: &str) -> Result<i64> {
+    let mut arguments = scene.train(1, 1)?;
+    let domains = format!("data.domains=[{{name='a',train=['{file}']}}]");
+    arguments.extend(["--dry-run", "--set", &domains].map(String::from));
+    let mut command = scene.command(&as_str(&arguments));
+    let log = fs_err::File::create(scene.path("log.txt"))?.into_parts().0;
+    let child = command.stdout(log.try_clone()?).stderr(log).spawn()?;
+    // SAFETY: an `rusage` of zeros is valid, and both pointers are to values that live
+    let (status, usage) = unsafe {
+        let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
+        let ended = libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage);
+        assert!(ended > 0);
+        (status, usage)
+    };
+    assert_eq!(status, 0, "{}", fs_err::read_to_string(scene.path("log.txt"))?);
+    Ok(usage.ru_maxrss / 1024)
+}
+
 #[test]
-fn a_full_standard_output_is_an_error_and_no_bug() -> Result<()> {
-    let scene = trained()?;
-    let data = demo().join("data/code.validation.jsonl").display().to_string();
-    for arguments in [
-        &["eval", "--checkpoint", "run"][..],
-        &["eval", "--base", "base", "--data", &data, "--json"],
-        &["trace", "--checkpoint", "run", "--text", "a b"],
-        &["export-adapters", "--checkpoint", "run", "--out", "out", "--overwrite"],
-        &["report", "--help"],
-    ] {
-        let output = scene.command(arguments).stdout(full_device()?).output()?;
-        let message = text(&output);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {message}");
-        assert!(!message.contains("bug"), "{arguments:?}: {message}");
+fn a_long_record_takes_little_memory() -> Result<()> {
+    let scene = Scene::new()?;
+    let record = |text: &str| format!("{{\"text\": \"{text}\"}}\n");
+    fs_err::write(scene.path("short.jsonl"), record("two words").repeat(40))?;
+    let words = "word and some other words, 12 of them. ".repeat(95_000);
+    fs_err::write(scene.path("long.jsonl"), record(&words))?;
+    let (short, long) = (peak_mib(&scene, "short.jsonl")?, peak_mib(&scene, "long.jsonl")?);
+    // 20 times the record; all of it at once took 140 times
+    assert!(long - short < 75, "{short} MiB for a short record, {long} MiB for one of 3.6 MB");
+    Ok(())
+}
+
+#[test]
+fn a_bomb_and_a_text_without_a_cut_are_refused() -> Result<()> {
+    let scene = Scene::new()?;
+    // 200 MB of spaces in some kB
+    let file = fs_err::File::create(scene.path("a.jsonl.gz"))?;
+    let mut gzip = flate2::write::GzEncoder::new(file, flate2::Compression::fast());
+    for _ in 0..200 {
+        gzip.write_all(&vec![b' '; 1_000_000])?;
+    }
+    gzip.finish()?;
+    fs_err::write(scene.path("a.txt"), "\t\n".repeat(9 << 20))?;
+    for (file, part) in
+        [("a.jsonl.gz", "line 1 is longer than 4 MiB"), ("a.txt", "16 MiB of text up to line")]
+    {
+        refused(&scene, &["eval", "--base", "base", "--data", file], 1, &[file, part])?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use dylora::checkpoint::{self, Checkpoint};
 use crate::{Scene, as_str, text};
 
 /// The steps of a run's lines of `kind`, in the order of the file.
-fn steps(scene: &Scene, kind: &str) -> Result<Vec<u64>> {
+pub fn steps(scene: &Scene, kind: &str) -> Result<Vec<u64>> {
     let metrics = fs_err::read_to_string(scene.path("run/metrics.jsonl"))?;
     let mut found = vec![];
     for line in metrics.lines() {
@@ -27,7 +27,7 @@ fn steps(scene: &Scene, kind: &str) -> Result<Vec<u64>> {
 }
 
 /// Waits until `is_done` holds, while the process runs.
-fn wait_until(child: &mut Child, is_done: impl Fn() -> bool) -> Result<()> {
+pub fn wait_until(child: &mut Child, is_done: impl Fn() -> bool) -> Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(90) {
         if is_done() {
@@ -42,7 +42,7 @@ fn wait_until(child: &mut Child, is_done: impl Fn() -> bool) -> Result<()> {
 }
 
 /// Starts a command whose output is kept.
-fn start(scene: &Scene, arguments: &[&str]) -> Result<Child> {
+pub fn start(scene: &Scene, arguments: &[&str]) -> Result<Child> {
     let mut command = scene.command(arguments);
     Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
 }

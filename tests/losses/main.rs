@@ -3,9 +3,13 @@
 //! run the binary.
 
 mod damage;
+mod full;
 mod history;
+mod kills;
+mod numbers;
 mod overwrite;
 mod runs;
+mod vanish;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

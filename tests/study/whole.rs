@@ -219,7 +219,7 @@ fn an_interrupted_study_goes_on_where_it_was() -> Result<()> {
 fn faults_are_found_before_anything_is_trained() -> Result<()> {
     let world = World::new()?;
     for (arguments, code, said) in [
-        (&["--rates=0"][..], 2, "`--rates` must be numbers above 0, got 0"),
+        (&["--rates=0"][..], 2, "`--rates` must be numbers from 0.000001 to 1000000, got 0"),
         (&["--seeds=0"], 2, "`--seeds` must be at least 1, got 0"),
         (&["--jobs=0"], 2, "`--jobs` must be at least 1, got 0"),
         (&["--arms=best"], 2, "invalid value 'best' for '--arms <ARM,..>'"),

@@ -164,7 +164,7 @@ fn an_automatic_duration_is_three_epochs_or_a_hundred_steps() -> Result<()> {
             let data = data(&config, &base)?;
             Trainer::new(config.clone(), &base, &mixture(&config, &base)?, data, Device::Cpu)?
         };
-        assert_eq!(trainer.num_steps(), num_steps(&config, &train));
+        assert_eq!(trainer.num_steps(), num_steps(&config, &train)?);
         Ok((trainer.num_steps(), blocks))
     };
     // three epochs of so few blocks are fewer steps

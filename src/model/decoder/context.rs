@@ -6,7 +6,7 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::kv_cache::CachedStep;
 use super::rope::Rotation;
@@ -84,8 +84,11 @@ pub struct AttentionContext {
     pub mask: AttentionMask,
     /// How queries and keys are rotated; `None` without RoPE.
     pub rotation: Option<Rotation>,
-    /// For each size of a window, true where a position may attend to another, `[b or 1, 1, t, t]`.
-    windows: BTreeMap<i64, Tensor>,
+    /// For each size of a window that matters, true where a position may attend to another, `[b or
+    /// 1, 1, t, t]`. Each mask is built when it is first needed.
+    windows: BTreeMap<i64, OnceCell<Tensor>>,
+    /// Number of positions in a row, and the device.
+    rows: (i64, Device),
 }
 
 impl AttentionContext {
@@ -99,36 +102,43 @@ impl AttentionContext {
         like: &Tensor,
         windows: impl IntoIterator<Item = i64>,
     ) -> Self {
-        let t = like.size()[1];
+        let rows = (like.size()[1], like.device());
         let mask = mask.shallow_clone();
-        let mut masks = BTreeMap::new();
         let windows = windows.into_iter();
-        if let AttentionMask::Cached(step) = &mask
-            && !step.is_first()
-        {
-            let near = windows.filter_map(|window| Some((window, step.window_mask(window)?)));
-            let windows = near.collect();
-            return Self { mask, rotation, windows };
+        let windows = match &mask {
+            AttentionMask::Cached(step) if !step.is_first() => {
+                let near = windows.filter_map(|window| Some((window, step.window_mask(window)?)));
+                near.map(|(window, mask)| (window, OnceCell::from(mask))).collect()
+            }
+            _ => {
+                let near = windows.filter(|window| *window < rows.0);
+                near.map(|window| (window, OnceCell::new())).collect()
+            }
+        };
+        Self { mask, rotation, windows, rows }
+    }
+
+    /// Whether a layer with this window attends to fewer positions than one without.
+    pub fn is_windowed(&self, window: Option<i64>) -> bool {
+        window.is_some_and(|window| self.windows.contains_key(&window))
+    }
+
+    fn window_mask(&self, window: i64) -> Tensor {
+        let (t, device) = self.rows;
+        let near = Tensor::ones([1, 1, t, t], (Kind::Bool, device)).tril(0).triu(1 - window);
+        match &self.mask {
+            AttentionMask::Causal | AttentionMask::Cached(_) => near,
+            AttentionMask::Documents(documents) => near.logical_and(documents.mask()),
         }
-        for window in windows.filter(|window| *window < t) {
-            masks.entry(window).or_insert_with(|| {
-                let options = (Kind::Bool, like.device());
-                let near = Tensor::ones([1, 1, t, t], options).tril(0).triu(1 - window);
-                match &mask {
-                    AttentionMask::Causal | AttentionMask::Cached(_) => near,
-                    AttentionMask::Documents(documents) => near.logical_and(documents.mask()),
-                }
-            });
-        }
-        Self { mask, rotation, windows: masks }
     }
 
     /// True where a position may attend to another in a layer with this window, `[b or 1, 1, t,
     /// t]`. `None` means all earlier positions of the row. In a later step of generation, the mask
     /// is over the positions of the cache, `[b, 1, t, l]`, and `None` means all of them.
     pub fn mask(&self, window: Option<i64>) -> Option<&Tensor> {
-        match (window.and_then(|window| self.windows.get(&window)), &self.mask) {
-            (Some(near), _) => Some(near),
+        let near = window.and_then(|window| Some((window, self.windows.get(&window)?)));
+        match (near, &self.mask) {
+            (Some((window, mask)), _) => Some(mask.get_or_init(|| self.window_mask(window))),
             (None, AttentionMask::Documents(documents)) => Some(documents.mask()),
             (None, AttentionMask::Cached(step)) => step.mask(),
             (None, AttentionMask::Causal) => None,
@@ -137,11 +147,15 @@ impl AttentionContext {
 
     /// Another handle to the same tensors.
     pub fn shallow_clone(&self) -> Self {
-        let windows = self.windows.iter().map(|(&size, mask)| (size, mask.shallow_clone()));
+        let cloned = |mask: &OnceCell<Tensor>| {
+            mask.get().map_or_else(OnceCell::new, |mask| mask.shallow_clone().into())
+        };
+        let windows = self.windows.iter().map(|(&size, mask)| (size, cloned(mask)));
         Self {
             mask: self.mask.shallow_clone(),
             rotation: self.rotation.as_ref().map(Rotation::shallow_clone),
             windows: windows.collect(),
+            rows: self.rows,
         }
     }
 }

@@ -47,11 +47,11 @@ impl Linear {
         }
     }
 
-    /// Makes `weight`, `[i, o]`, the weight.
+    /// Makes `weight`, `[i, o]`, the weight. It holds the same numbers elsewhere in memory.
     pub fn set_weight(&mut self, weight: Tensor) {
         self.stored = match self.layout {
             Layout::InOut => weight,
-            Layout::OutIn => weight.tr().contiguous(),
+            Layout::OutIn => weight.tr(),
         };
     }
 

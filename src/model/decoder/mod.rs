@@ -154,6 +154,11 @@ impl Decoder {
         AttentionContext::new(mask, rotation, position_ids, windows)
     }
 
+    /// The frequencies of rotation, if the base rotates queries and keys.
+    pub fn rotary(&self) -> Option<&Rotary> {
+        self.rotary.as_ref()
+    }
+
     /// The head, `[v, d]`, which turns hidden states into logits. It is the token embedding if the
     /// head is tied.
     pub fn head(&self) -> &Tensor {

@@ -37,14 +37,11 @@ impl Norm {
         }
     }
 
-    /// The LayerNorm of a GPT-2.
-    ///
-    /// # Panics
-    /// If it is an RMSNorm. Only the fused blocks of GPT-2 call this.
-    pub fn layer(&self) -> &LayerNorm {
+    /// What is added to the variance or the mean square.
+    pub fn eps(&self) -> f64 {
         match self {
-            Self::Layer(norm) => norm,
-            Self::Rms(_) => panic!("fused blocks have LayerNorms"),
+            Self::Layer(norm) => norm.eps,
+            Self::Rms(norm) => norm.eps,
         }
     }
 

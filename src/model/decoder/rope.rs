@@ -138,6 +138,8 @@ impl RopeSpec {
 pub struct Rotary {
     /// `f_k`, `[h / 2]`, in f64.
     frequencies: Tensor,
+    /// The same in f32.
+    frequencies_f32: Tensor,
     attention_factor: f64,
 }
 
@@ -145,7 +147,13 @@ impl Rotary {
     /// The frequencies of heads of width `head_dim` on `device`.
     pub fn new(rope: &RopeSpec, head_dim: i64, device: Device) -> Self {
         let frequencies = Tensor::from_slice(&rope.frequencies(head_dim)).to_device(device);
-        Self { frequencies, attention_factor: rope.attention_factor() }
+        let frequencies_f32 = frequencies.to_kind(Kind::Float);
+        Self { frequencies, frequencies_f32, attention_factor: rope.attention_factor() }
+    }
+
+    /// The frequencies in f32, `[h / 2]`, and the factor of cosines and sines.
+    pub fn parameters(&self) -> (&Tensor, f64) {
+        (&self.frequencies_f32, self.attention_factor)
     }
 
     /// The rotations at `position_ids`, `[b, t]`, for a model that computes in `kind`. Angles,
@@ -176,6 +184,12 @@ impl Rotation {
         let half = x.size()[3] / 2;
         let turned = Tensor::cat(&[x.narrow(3, half, half).neg(), x.narrow(3, 0, half)], 3);
         x * &self.cos + turned * &self.sin
+    }
+
+    /// Cosines and sines of each token's angles, `[b t, h]`.
+    pub fn flat(&self) -> (Tensor, Tensor) {
+        let flat = |x: &Tensor| x.flatten(0, 2);
+        (flat(&self.cos), flat(&self.sin))
     }
 
     /// Another handle to the same tensors.

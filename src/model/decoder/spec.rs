@@ -91,9 +91,20 @@ impl DecoderSpec {
         self.eos_token_ids.first().copied()
     }
 
-    /// Whether the fused operations know the blocks of this family.
-    pub fn has_fused_blocks(&self) -> bool {
-        self.family == Family::Gpt2
+    /// The linear layers of a block by the input that they read: those that compute queries, keys and
+    /// values, the output projection of attention, and the layers of the feed-forward network
+    /// before and after its activation.
+    pub fn products(&self) -> [&'static [TargetModule]; 4] {
+        use TargetModule as M;
+        match self.modules().contains(&M::AttnCAttn) {
+            true => [&[M::AttnCAttn], &[M::AttnCProj], &[M::MlpCFc], &[M::MlpCProj]],
+            false => [
+                &[M::QProj, M::KProj, M::VProj],
+                &[M::OProj],
+                &[M::GateProj, M::UpProj],
+                &[M::DownProj],
+            ],
+        }
     }
 
     /// Factor of the attention scores of block `layer`, counted from 0.

@@ -1,12 +1,19 @@
-//! What the fused operations need of a target module, and how the base's weights are packed for
+//! What the fused operations need of a block's products, and how the base's weights are packed for
 //! them.
 //!
-//! Letters of shapes: `d` width, `i` in, `o` out, `e` expert, `R` sum of ranks (with those of the
-//! initial components), `R'` the same rounded up to a multiple of [`COLUMNS`], `v` vocabulary.
+//! A product consists of the linear layers that read the same input, its members.
+//!
+//! Letters of shapes: `d` width, `i` in, `o` out, `e` expert, `R` sum of a module's ranks (with
+//! those of the initial components), `R'` the same rounded up to a multiple of [`COLUMNS`], or the
+//! sum of these over a product, `v` vocabulary.
+
+use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
-use crate::ffi::fused::RankColumns;
+use crate::config::TargetModule;
+use crate::ffi::fused::{Packed, RankColumns};
+use crate::model::decoder::block::Block;
 use crate::model::decoder::precision::wide;
 use crate::model::experts::slots::RankRows;
 use crate::model::experts::stack::LoraExperts;
@@ -14,88 +21,238 @@ use crate::model::experts::stack::LoraExperts;
 /// The number of columns of a rank space is rounded up to a multiple of this, so that its rows take
 /// a multiple of 16 bytes in any dtype.
 pub const COLUMNS: i64 = 8;
-/// The most columns of a rank space that the kernels accept. They keep a row of it in shared
-/// memory.
+/// The most columns of a product's rank space that the kernels accept. They keep a row of it in
+/// shared memory.
 const MAX_COLUMNS: i64 = 4096;
 /// The number of rows of a padded head is a multiple of this.
 const HEAD_ROWS: i64 = 64;
 
-/// What the fused operations need of a target module.
+/// What the fused operations need of a module with experts.
 #[derive(Debug)]
 pub struct FusedModule {
     /// The module's rank space as the kernels see it.
     pub columns: RankColumns,
-    /// `[W A^T; B^T 0]`, `[i + R', o + R']`; `None` without kernels.
-    pub packed: Option<Tensor>,
+    /// The scaling where a column belongs to the expert, and otherwise 0; `[e, R]`.
+    pub rows: Tensor,
+    /// The scaling of the expert if there is only one.
+    pub single_scaling: f64,
+    /// The first of the module's columns in the product's rank space.
+    pub first_rank: i64,
 }
 
-impl FusedModule {
-    /// Describes the experts of a module, not yet packed; `kind` is the dtype in which the model
-    /// computes.
-    pub fn new(experts: &LoraExperts, num_experts: usize, kind: Kind) -> Self {
-        let device = experts.lora_a.device();
+/// The columns of a rank space on the host.
+#[derive(Debug, Default)]
+struct HostColumns {
+    expert_of: Vec<i32>,
+    scaling: Vec<f32>,
+    /// Runs `[first, second)` of each expert.
+    runs: Vec<Vec<[i32; 2]>>,
+}
+
+impl HostColumns {
+    fn of(experts: &LoraExperts, num_experts: usize) -> Self {
         let rank_rows = RankRows(&experts.slots);
         let filled = rounded_up(rank_rows.num_rows(), COLUMNS) as usize;
-        let (mut expert_of, mut scaling) = (vec![0i32; filled], vec![0f32; filled]);
-        let mut runs = vec![[0i32; 4]; num_experts];
+        let (expert_of, scaling) = (vec![0; filled], vec![0.0; filled]);
+        let mut columns = Self { expert_of, scaling, runs: vec![vec![[0; 2]; 2]; num_experts] };
         for slot in &experts.slots {
             let (first, second) = rank_rows.of(slot);
-            let second = second.unwrap_or(0..0);
-            runs[slot.expert] =
-                [first.start, first.end, second.start, second.end].map(|at| at as i32);
-            for column in first.chain(second) {
-                expert_of[column as usize] = slot.expert as i32;
-                scaling[column as usize] = slot.scaling as f32;
+            for (run, at) in [Some(first), second].into_iter().flatten().enumerate() {
+                columns.runs[slot.expert][run] = [at.start as i32, at.end as i32];
+                for column in at {
+                    columns.expert_of[column as usize] = slot.expert as i32;
+                    columns.scaling[column as usize] = slot.scaling as f32;
+                }
             }
         }
-        let columns = RankColumns {
-            expert_of: Tensor::from_slice(&expert_of).to_device(device),
-            scaling: Tensor::from_slice(&scaling).to_device(device),
-            runs: Tensor::from_slice(runs.as_flattened()).view([-1, 4]).to_device(device),
-            rows: rank_rows.scalings(num_experts, (wide(kind), device)),
-            single_scaling: experts.slots[0].scaling,
-        };
-        Self { columns, packed: None }
+        columns
     }
 
-    /// Another handle to the same tensors.
-    pub fn shallow_clone(&self) -> Self {
-        let RankColumns { expert_of, scaling, runs, rows, single_scaling } = &self.columns;
-        let columns = RankColumns {
-            expert_of: expert_of.shallow_clone(),
-            scaling: scaling.shallow_clone(),
-            runs: runs.shallow_clone(),
-            rows: rows.shallow_clone(),
-            single_scaling: *single_scaling,
-        };
-        Self { columns, packed: self.packed.as_ref().map(Tensor::shallow_clone) }
+    /// Puts the columns of another module behind these.
+    fn append(&mut self, other: &Self) {
+        let first = self.expert_of.len() as i32;
+        self.expert_of.extend(&other.expert_of);
+        self.scaling.extend(&other.scaling);
+        self.runs.resize(other.runs.len(), vec![]);
+        for (runs, others) in self.runs.iter_mut().zip(&other.runs) {
+            runs.extend(others.iter().map(|run| run.map(|column| column + first)));
+        }
+    }
+
+    fn to_device(&self, device: tch::Device) -> RankColumns {
+        let flat: Vec<i32> = self.runs.iter().flatten().flatten().copied().collect();
+        let experts = self.runs.len();
+        let width = flat.len().checked_div(experts).unwrap_or(0);
+        RankColumns {
+            expert_of: Tensor::from_slice(&self.expert_of).to_device(device),
+            scaling: Tensor::from_slice(&self.scaling).to_device(device),
+            runs: Tensor::from_slice(&flat).view([experts as i64, width as i64]).to_device(device),
+        }
+    }
+}
+
+/// A product's weights and experts in one matrix.
+#[derive(Debug)]
+struct PackedProduct {
+    /// `[W A^T; B^T 0]`, `[i + R', o + R']`.
+    matrix: Tensor,
+    /// The biases of all members, `[o]`.
+    bias: Option<Tensor>,
+    /// The columns of all members' experts.
+    columns: RankColumns,
+}
+
+/// What the fused operations need of a product.
+#[derive(Debug)]
+pub struct FusedProduct {
+    /// Its members, in order.
+    pub members: &'static [TargetModule],
+    /// The members with experts.
+    pub experts: BTreeMap<TargetModule, FusedModule>,
+    /// The widths `o` of the members; empty unless the product is packed.
+    widths: Vec<i64>,
+    packed: Option<PackedProduct>,
+}
+
+impl FusedProduct {
+    /// Describes the experts of a product's members, not yet packed.
+    ///
+    /// - `kind`: the dtype in which the model computes
+    pub fn new(
+        members: &'static [TargetModule],
+        experts: &BTreeMap<TargetModule, LoraExperts>,
+        num_experts: usize,
+        kind: Kind,
+    ) -> Self {
+        let mut first_rank = 0;
+        let mut modules = BTreeMap::new();
+        for &module in members {
+            let Some(experts) = experts.get(&module) else { continue };
+            let device = experts.lora_a.device();
+            let host = HostColumns::of(experts, num_experts);
+            let fused = FusedModule {
+                columns: host.to_device(device),
+                rows: RankRows(&experts.slots).scalings(num_experts, (wide(kind), device)),
+                single_scaling: experts.slots[0].scaling,
+                first_rank,
+            };
+            first_rank += host.expert_of.len() as i64;
+            modules.insert(module, fused);
+        }
+        Self { members, experts: modules, widths: vec![], packed: None }
     }
 
     /// Number of columns of the rank space, `R'`.
     fn num_columns(&self) -> i64 {
-        self.columns.expert_of.size()[0]
+        self.experts.values().map(|module| module.columns.expert_of.size()[0]).sum()
     }
 
-    /// The module's row padding: extra columns behind each row of its input and of its output's
+    /// The product's row padding: extra columns behind each row of its input and of its output's
     /// gradient.
     pub fn row_padding(&self) -> i64 {
         self.packed.as_ref().map_or(0, |_| self.num_columns())
     }
 
-    /// Whether the kernels accept a rank space of this size.
-    pub fn fits(&self) -> bool {
-        self.num_columns() <= MAX_COLUMNS
+    /// What the kernels need, if the product is packed.
+    pub fn packed(&self) -> Option<Packed<'_>> {
+        let PackedProduct { matrix, bias, columns } = self.packed.as_ref()?;
+        Some(Packed { matrix, bias: bias.as_ref(), columns })
     }
 
-    /// Copies the base's weight, `[i, o]`, into a packed matrix and returns the view of it there.
-    pub fn pack(&mut self, weight: &Tensor) -> Tensor {
-        let (i, o) = weight.size2().expect("a weight is [i, o]");
+    /// Whether the product is one matrix multiplication as it is.
+    pub fn is_one_product(&self) -> bool {
+        self.packed.is_some() || (self.members.len() == 1 && self.experts.is_empty())
+    }
+
+    /// Copies the weights of the members into a packed matrix, and makes them views of it. Does
+    /// nothing if there is no need, for an expert that the kernels do not know, or for more columns
+    /// than they accept.
+    pub fn pack(&mut self, block: &mut Block, experts: &BTreeMap<TargetModule, LoraExperts>) {
+        let is_known = |module: &TargetModule| {
+            experts.get(module).is_none_or(|experts| experts.dora.is_none())
+        };
         let padding = self.num_columns();
-        let packed = Tensor::zeros([i + padding, o + padding], (weight.kind(), weight.device()));
-        let mut place = packed.narrow(0, 0, i).narrow(1, 0, o);
-        place.copy_(weight);
-        self.packed = Some(packed);
-        place
+        if self.is_one_product() || padding > MAX_COLUMNS || !self.members.iter().all(is_known) {
+            return;
+        }
+        let mut host = HostColumns::default();
+        for experts in self.members.iter().filter_map(|module| experts.get(module)) {
+            let num_experts = self
+                .experts
+                .values()
+                .next()
+                .map_or(0, |module| module.columns.runs.size()[0] as usize);
+            host.append(&HostColumns::of(experts, num_experts));
+        }
+        let shapes: Vec<(i64, i64)> = self
+            .members
+            .iter()
+            .map(|module| block.linears[module].weight().size2().expect("a weight is [i, o]"))
+            .collect();
+        let (i, o) = (shapes[0].0, shapes.iter().map(|(_, o)| o).sum::<i64>());
+        let like = block.linears[&self.members[0]].weight();
+        let options = (like.kind(), like.device());
+        drop(like);
+        let matrix = Tensor::zeros([i + padding, o + padding], options);
+        let mut first = 0;
+        for (module, (_, width)) in self.members.iter().zip(&shapes) {
+            let linear = block.linears.get_mut(module).expect("a block has them all");
+            let mut place = matrix.narrow(0, 0, i).narrow(1, first, *width);
+            place.copy_(&linear.weight());
+            linear.set_weight(place);
+            first += width;
+        }
+        let biases = self.members.iter().map(|module| block.linears[module].bias.as_ref());
+        let bias = biases.collect::<Option<Vec<_>>>().map(|biases| match biases[..] {
+            [bias] => bias.shallow_clone(),
+            _ => Tensor::cat(&biases, 0),
+        });
+        let columns = host.to_device(options.1);
+        self.widths = shapes.into_iter().map(|(_, width)| width).collect();
+        self.packed = Some(PackedProduct { matrix, bias, columns });
+    }
+
+    /// Where the experts of each member lie in the packed matrix: `A^T`, `[i, R']`, and `B^T`,
+    /// `[R', o]`. Empty without a packed matrix.
+    pub fn places(&self) -> Vec<(TargetModule, [Tensor; 2])> {
+        let Some(PackedProduct { matrix, .. }) = &self.packed else { return vec![] };
+        let (rows, columns) = matrix.size2().expect("a packed matrix has two dimensions");
+        let padding = self.num_columns();
+        let of_member = |(at, module): (i64, TargetModule), width: i64| {
+            let fused = self.experts.get(&module)?;
+            let ranks = fused.columns.expert_of.size()[0];
+            let down = matrix.narrow(0, 0, rows - padding);
+            let down = down.narrow(1, columns - padding + fused.first_rank, ranks);
+            let up = matrix.narrow(0, rows - padding + fused.first_rank, ranks);
+            Some((module, [down, up.narrow(1, at, width)]))
+        };
+        let mut first = 0;
+        let places = self.members.iter().zip(&self.widths).filter_map(|(&module, &width)| {
+            let place = of_member((first, module), width);
+            first += width;
+            place
+        });
+        places.collect()
+    }
+
+    /// Another handle to the same tensors.
+    pub fn shallow_clone(&self) -> Self {
+        let columns = |columns: &RankColumns| RankColumns {
+            expert_of: columns.expert_of.shallow_clone(),
+            scaling: columns.scaling.shallow_clone(),
+            runs: columns.runs.shallow_clone(),
+        };
+        let experts = self.experts.iter().map(|(&module, fused)| {
+            let rows = fused.rows.shallow_clone();
+            (module, FusedModule { columns: columns(&fused.columns), rows, ..*fused })
+        });
+        let packed = self.packed.as_ref().map(|packed| PackedProduct {
+            matrix: packed.matrix.shallow_clone(),
+            bias: packed.bias.as_ref().map(Tensor::shallow_clone),
+            columns: columns(&packed.columns),
+        });
+        let widths = self.widths.clone();
+        Self { members: self.members, experts: experts.collect(), widths, packed }
     }
 }
 

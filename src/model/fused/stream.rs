@@ -5,8 +5,17 @@
 use tch::Tensor;
 
 use crate::ffi;
-use crate::ffi::fused::Norm;
-use crate::model::decoder::norm::LayerNorm;
+use crate::model::decoder::norm::Norm;
+
+/// A norm as the fused operations take it.
+pub fn fused_norm(
+    norm: &Norm,
+    row_padding_forward: i64,
+    row_padding_backward: i64,
+) -> ffi::fused::Norm<'_> {
+    let (weight, bias) = norm.parameters();
+    ffi::fused::Norm { weight, bias, eps: norm.eps(), row_padding_forward, row_padding_backward }
+}
 
 /// The residual stream between blocks.
 #[derive(Debug)]
@@ -34,18 +43,17 @@ impl Stream {
         }
     }
 
-    /// Adds the pending part, and returns the stream and its LayerNorm, `[M, d]`.
+    /// Adds the pending part, and returns the stream and its norm, `[M, d]`.
     ///
-    /// - `row_padding_forward`: extra columns behind each row of the LayerNorm
+    /// - `row_padding_forward`: extra columns behind each row of the norm
     /// - `row_padding_backward`: extra columns behind each row of the pending part's gradient
     pub fn normed(
         &self,
-        norm: &LayerNorm,
+        norm: &Norm,
         row_padding_forward: i64,
         row_padding_backward: i64,
     ) -> (Self, Tensor) {
-        let LayerNorm { weight, bias, eps } = norm;
-        let norm = Norm { weight, bias, eps: *eps, row_padding_forward, row_padding_backward };
+        let norm = fused_norm(norm, row_padding_forward, row_padding_backward);
         let (x, normed) = ffi::fused::norm(&self.x, self.pending.as_ref(), &norm)
             .unwrap_or_else(|error| panic!("{error:#}"));
         (Self { x, pending: None, shape: self.shape }, normed)

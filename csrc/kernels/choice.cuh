@@ -1,0 +1,53 @@
+// The most probable token of rows of logits.
+
+// Waits for the kernel in front of this one, if this one was launched before its end.
+static __device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// For each row of logits: the first of the largest ones, and the logarithm of its probability.
+// `choice` is [2, rows]. One block computes a row. If `ids` is not null, the choice becomes the
+// row's next token, and its position and place are raised by 1.
+template <class T>
+static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int packs,
+                                   double *choice, i64 *ids, i64 *positions, i64 *places) {
+  constexpr int N = Pack<T>::N;
+  __shared__ float scratch[32];
+  __shared__ int of_block[32];
+  wait_for_inputs();
+  const i64 row = blockIdx.x;
+  const T *z = logits + row * ld;
+  float top = -INFINITY, sum = 0;
+  int best = vocabulary;
+#pragma unroll 4
+  for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+    float x[N];
+    Pack<T>::load(z + p * N, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (p * N + i >= vocabulary) continue;
+      if (x[i] > top) {
+        sum *= power_of_2((top - x[i]) * LOG2_E);
+        top = x[i], best = p * N + i;
+      }
+      sum += power_of_2((x[i] - top) * LOG2_E);
+    }
+  }
+  const float of_all = block_reduce(top, scratch, true);
+  const float total = block_reduce(
+      top == -INFINITY ? 0.f : sum * power_of_2((top - of_all) * LOG2_E), scratch, false);
+  if (top != of_all) best = vocabulary;
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) best = min(best, __shfl_xor_sync(~0u, best, o));
+  if (threadIdx.x % 32 == 0) of_block[threadIdx.x / 32] = best;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int i = 0; i < blockDim.x / 32; ++i) best = min(best, of_block[i]);
+  if (best >= vocabulary) best = 0;  // no logit is a number
+  choice[row] = best;
+  choice[gridDim.x + row] = -logf(total);
+  if (ids) ids[row] = best, positions[row] += 1, places[row] += 1;
+}

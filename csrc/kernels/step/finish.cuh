@@ -1,0 +1,228 @@
+// The kernels of a step of generation, in which each text gets one new position. They are compiled
+// behind csrc/kernels, whose conventions hold here too, with STEP defined. csrc/step.cpp says
+// how they make a block.
+//
+// A kernel starts while the one before it still runs (programmatic dependent launch). Before it
+// waits for that one, it may read what was written before that one started: weights, earlier keys
+// and values, positions, and routing weights. Whatever the kernel directly in front writes must be
+// read behind the wait.
+
+// Brings what lies at an address into the L2 cache.
+static __device__ __forceinline__ void prefetch(const void *p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+// The output of a linear layer that is not finished: y = product + bias + v B^T. The product's
+// columns behind `out` are u = x A^T, and v is u times the scaling of its column and the routing
+// weight of the column's expert. `b` is B^T, [ranks, out], in which the rows [first_rank[m],
+// first_rank[m + 1]) are those of the layer whose columns are [first_out[m], first_out[m + 1]), and
+// are 0 elsewhere. The host fills the same struct in csrc/step_kernels.h.
+template <class T> struct Unfinished {
+  const T *product;
+  i64 ld;
+  const T *bias;
+  const T *b;
+  i64 ldb;
+  const float *g;
+  const int *expert_of;
+  const float *scaling;
+  int experts, ranks, out;
+  int members, first_out[4], first_rank[4];
+  // the rows of B^T that a column needs
+  __device__ __forceinline__ int2 ranks_of(int column) const {
+    int2 rows = make_int2(first_rank[0], first_rank[1]);
+#pragma unroll
+    for (int m = 1; m < 3; ++m)
+      if (m < members && column >= first_out[m])
+        rows = make_int2(first_rank[m], first_rank[m + 1]);
+    return rows;
+  }
+};
+
+// What v is a multiple of, [ranks], written to shared memory. The routing weights were computed
+// before the kernel in front of this one, so a kernel need not have waited for that one.
+template <class T>
+static __device__ __forceinline__ void weights_of_row(const Unfinished<T> &y, i64 row, float *v) {
+  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
+    v[r] = y.scaling[r] * (y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f);
+}
+// Makes v of these.
+template <class T>
+static __device__ __forceinline__ void weigh_row(const Unfinished<T> &y, i64 row, float *v) {
+  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
+    v[r] *= wide(y.product[row * y.ld + y.out + r]);
+  __syncthreads();
+}
+
+// Brings the rows of B^T that some packs need into the L2 cache.
+template <class T, class Column>
+static __device__ __forceinline__ void prefetch_rows(const Unfinished<T> &y, int packs,
+                                                     Column column) {
+  if (y.ranks == 0) return;
+  for (int t = threadIdx.x; t < packs * y.ranks; t += blockDim.x) {
+    const int c = column(t % packs);
+    const int2 rows = y.ranks_of(c);
+    if (rows.x + t / packs < rows.y) prefetch(y.b + (rows.x + t / packs) * y.ldb + c);
+  }
+}
+
+// The finished values of some packs of a row, in `values`, [packs * N]. `column` gives a pack's
+// first column. All threads take part; `values` has room for max(blockDim.x, packs) packs.
+template <class T, class Column>
+static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, int packs,
+                                              Column column, const float *v, float *values) {
+  constexpr int N = Pack<T>::N;
+  // each group of threads sums a part of the ranks
+  const int groups = y.ranks ? max(1, min((int)blockDim.x / packs, y.ranks)) : 1;
+  for (int t = threadIdx.x; t < packs * groups; t += blockDim.x) {
+    const int pack = t % packs, group = t / packs, c = column(pack);
+    float sum[N] = {};
+    if (group == 0) {
+      float bias[N] = {};
+      Pack<T>::load(y.product + row * y.ld + c, sum);
+      if (y.bias) Pack<T>::load(y.bias + c, bias);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] += bias[i];
+    }
+    const int2 rows = y.ranks_of(c);
+#pragma unroll 8
+    for (int r = rows.x + group; r < rows.y; r += groups) {
+      float b[N];
+      Pack<T>::load(y.b + r * y.ldb + c, b);
+      const float factor = v[r];
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] = fmaf(factor, b[i], sum[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[t * N + i] = sum[i];
+  }
+  __syncthreads();
+  if (groups > 1) {
+    for (int i = threadIdx.x; i < packs * N; i += blockDim.x) {
+      float sum = values[i];
+      for (int group = 1; group < groups; ++group) sum += values[group * packs * N + i];
+      values[i] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// LayerNorm over the WIDTH values that `threads` threads of a row hold in packs, with weight w and
+// bias b, or RMSNorm if b is null; `reduce` adds a number over these threads. The results replace the values.
+template <class T, int PACKS, class Reduce>
+static __device__ __forceinline__ void normalise(float (&x)[PACKS][Pack<T>::N], int thread,
+                                                 int threads, const T *w, const T *b, float eps,
+                                                 Reduce reduce) {
+  constexpr int N = Pack<T>::N;
+  float total = 0, squares = 0;
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k)
+#pragma unroll
+    for (int i = 0; i < N; ++i) total += x[k][i];
+  const float mu = b ? reduce(total) / WIDTH : 0.f;
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    if ((k * threads + thread) * N >= WIDTH) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares += (x[k][i] - mu) * (x[k][i] - mu);
+  }
+  const float rs = rsqrtf(reduce(squares) / WIDTH + eps);
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int c = (k * threads + thread) * N;
+    if (c >= WIDTH) continue;
+    float scale[N], shift[N] = {};
+    Pack<T>::load(w + c, scale);
+    if (b) Pack<T>::load(b + c, shift);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[k][i] = (x[k][i] - mu) * rs * scale[i] + shift[i];
+  }
+}
+
+// x + y, rounded as in the residual stream
+template <class T> static __device__ __forceinline__ float rounded_sum(float x, float y) {
+  T kept;
+  put(&kept, x + y);
+  return wide(kept);
+}
+
+// sum = x + y, where y may have no product and is then 0, and a = norm(sum) with weight w and bias
+// b, which is null for RMSNorm. One block computes a row; its first 128 threads hold the row.
+template <class T>
+static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w,
+                                 const T *b, float eps, T *sum, T *a) {
+  constexpr int N = Pack<T>::N, THREADS = 128, PACKS = (WIDTH / N + THREADS - 1) / THREADS;
+  extern __shared__ float of_norm[];
+  __shared__ float scratch[32];
+  float *values = of_norm, *v = of_norm + max((int)blockDim.x * N, WIDTH);
+  const i64 row = blockIdx.x;
+  weights_of_row(y, row, v);
+  wait_for_inputs();
+  if (y.ranks) {
+    weigh_row(y, row, v);
+    finish(y, row, WIDTH / N, [](int pack) { return pack * N; }, v, values);
+  }
+  float total[PACKS][N] = {};
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int c = (k * THREADS + threadIdx.x) * N;
+    if (threadIdx.x >= THREADS || c >= WIDTH) continue;
+    float added[N] = {}, bias[N] = {};
+    Pack<T>::load(x + row * ldx + c, total[k]);
+    if (y.ranks) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) added[i] = values[c + i];
+    } else if (y.product) {
+      Pack<T>::load(y.product + row * y.ld + c, added);
+      if (y.bias) Pack<T>::load(y.bias + c, bias);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) total[k][i] = rounded_sum<T>(total[k][i], added[i] + bias[i]);
+    Pack<T>::store(sum + row * WIDTH + c, total[k]);
+  }
+  normalise<T, PACKS>(total, threadIdx.x < THREADS ? threadIdx.x : WIDTH, THREADS, w, b, eps,
+                      [&](float of_thread) { return block_reduce(of_thread, scratch, false); });
+#pragma unroll
+  for (int k = 0; k < PACKS; ++k) {
+    const int c = (k * THREADS + threadIdx.x) * N;
+    if (threadIdx.x < THREADS && c < WIDTH) Pack<T>::store(a + row * WIDTH + c, total[k]);
+  }
+}
+
+static __device__ __forceinline__ float gelu_of(float z, int tanh_form) {
+  const float h = tanh_form ? tanh_of(ROOT_2_OVER_PI * (z + 0.044715f * z * z * z))
+                            : erff(0.7071067811865476f * z);
+  return 0.5f * z * (1.f + h);
+}
+
+// The activations, as in csrc/mlp.h.
+enum { TANH_GELU, GELU, SWIGLU };
+
+// out = y, or with an `activation` that of y. A block computes some packs of a row of `out`.
+template <class T>
+static __device__ void step_finish(const Unfinished<T> &y, T *out, int activation,
+                                   int packs_of_block) {
+  constexpr int N = Pack<T>::N;
+  extern __shared__ float of_finish[];
+  float *values = of_finish, *v = of_finish + blockDim.x * N;
+  const bool is_gated = activation == SWIGLU;
+  const int all = y.out / N / (is_gated ? 2 : 1), chunks = (all + packs_of_block - 1) / packs_of_block;
+  const i64 row = blockIdx.x / chunks;
+  const int first = blockIdx.x % chunks * packs_of_block, packs = min(packs_of_block, all - first);
+  // the gate's packs, and then those of the other layer
+  auto column = [=](int pack) { return (first + (pack < packs ? pack : all + pack - packs)) * N; };
+  const int of_both = is_gated ? 2 * packs : packs;
+  weights_of_row(y, row, v);
+  prefetch_rows(y, of_both, column);
+  wait_for_inputs();
+  weigh_row(y, row, v);
+  finish(y, row, of_both, column, v, values);
+  for (int i = threadIdx.x; i < packs * N; i += blockDim.x) {
+    float x = values[i];
+    if (is_gated)
+      x = x / (1.f + __expf(-x)) * values[packs * N + i];
+    else if (activation >= 0)
+      x = gelu_of(x, activation == TANH_GELU);
+    put(out + row * all * N + first * N + i, x);
+  }
+}

@@ -1,0 +1,26 @@
+// The kernels of a step of generation by name, in both dtypes.
+
+#define STEP_KERNELS(T, NAME)                                                                      \
+  extern "C" __global__ void __launch_bounds__(1024) step_norm_##NAME(                             \
+      const T *x, i64 ldx, Unfinished<T> y, const T *w, const T *b, float eps, T *sum, T *a) {     \
+    step_norm<T>(x, ldx, y, w, b, eps, sum, a);                                                    \
+  }                                                                                                \
+  extern "C" __global__ void step_finish_##NAME(Unfinished<T> y, T *out, int activation,           \
+                                                int packs_of_block) {                              \
+    step_finish<T>(y, out, activation, packs_of_block);                                            \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(256, 2) step_attention_##NAME(                      \
+      Unfinished<T> y, StepCache cache, int lanes, int splits, float *partial, int *arrived,       \
+      T *out) {                                                                                    \
+    if (lanes == 4) step_attention<T, 4>(y, cache, splits, partial, arrived, out);                 \
+    if (lanes == 8) step_attention<T, 8>(y, cache, splits, partial, arrived, out);                 \
+    if (lanes == 16) step_attention<T, 16>(y, cache, splits, partial, arrived, out);               \
+    if (lanes == 32) step_attention<T, 32>(y, cache, splits, partial, arrived, out);               \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
+      ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
+      int lanes) {                                                                                 \
+    thin_products<T>(input, w, ldw, out, ldo, rows, in, columns, lanes);                           \
+  }
+STEP_KERNELS(bf16, bf16)
+STEP_KERNELS(float, f32)

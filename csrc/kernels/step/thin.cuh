@@ -1,0 +1,194 @@
+// Products with few rows.
+
+// What a thin product multiplies.
+template <class T> struct ThinInput {
+  int kind;  // 0: x; 1: norm(x + y), where x + y is written to `sum`; 2: the activation of y
+  const T *x;
+  i64 ldx;
+  Unfinished<T> y;
+  const T *norm_w, *norm_b;
+  float eps;
+  T *sum;
+  int activation;
+};
+
+// A pack of y's finished values, added to `out`.
+template <class T>
+static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 row, int c,
+                                                   float *out) {
+  constexpr int N = Pack<T>::N;
+  float x[N], bias[N] = {};
+  Pack<T>::load(y.product + row * y.ld + c, x);
+  if (y.bias) Pack<T>::load(y.bias + c, bias);
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] += x[i] + bias[i];
+  if (y.ranks == 0) return;
+  const int2 rows = y.ranks_of(c);
+#pragma unroll 4
+  for (int r = rows.x; r < rows.y; ++r) {
+    const float g = y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f;
+    const float v = wide(y.product[row * y.ld + y.out + r]) * g * y.scaling[r];
+    Pack<T>::load(y.b + r * y.ldb + c, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = fmaf(v, x[i], out[i]);
+  }
+}
+
+// Writes the input of a thin product, [rows, in], to shared memory. Every block does so, since that
+// takes less time than another kernel.
+template <class T>
+static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int rows, int in,
+                                                  T *out) {
+  // a row that is wide is normed by more warps
+  constexpr int N = Pack<T>::N, WARPS = WIDTH > 1024 ? 4 : 1, THREADS = 32 * WARPS;
+  constexpr int PACKS = (WIDTH / N + THREADS - 1) / THREADS;
+  __shared__ float of_warps[16];
+  if (input.kind == 2) {
+    const int per_row = in / N;
+    for (int t = threadIdx.x; t < rows * per_row; t += blockDim.x) {
+      const int m = t / per_row, c = t % per_row * N;
+      float z[N] = {}, up[N] = {};
+      finish_pack(input.y, m, c, z);
+      if (input.activation == SWIGLU) finish_pack(input.y, m, in + c, up);
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        z[i] = input.activation == SWIGLU ? z[i] / (1.f + __expf(-z[i])) * up[i]
+                                          : gelu_of(z[i], input.activation == TANH_GELU);
+      Pack<T>::store(out + m * in + c, z);
+    }
+  } else {
+    const int m = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
+    const bool is_own = m < rows;
+    float x[PACKS][N] = {};
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+      const int c = (k * THREADS + thread) * N;
+      if (!is_own || c >= WIDTH) continue;
+      float added[N] = {};
+      finish_pack(input.y, m, c, added);
+      Pack<T>::load(input.x + m * input.ldx + c, x[k]);
+#pragma unroll
+      for (int i = 0; i < N; ++i) x[k][i] = rounded_sum<T>(x[k][i], added[i]);
+      if (blockIdx.x == 0) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
+    }
+    normalise<T, PACKS>(x, is_own ? thread : WIDTH, THREADS, input.norm_w, input.norm_b, input.eps,
+                        [&](float of_thread) {
+                          of_thread = warp_sum(of_thread);
+                          if (WARPS == 1) return of_thread;
+                          __syncthreads();
+                          if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_thread;
+                          __syncthreads();
+                          float sum = 0;
+                          for (int k = 0; k < WARPS; ++k)
+                            sum += of_warps[threadIdx.x / THREADS * WARPS + k];
+                          return sum;
+                        });
+#pragma unroll
+    for (int k = 0; k < PACKS; ++k) {
+      const int c = (k * THREADS + thread) * N;
+      if (is_own && c < WIDTH) Pack<T>::store(out + m * in + c, x[k]);
+    }
+  }
+  __syncthreads();
+}
+
+#define THIN_UNROLL 4
+#define THIN_WARPS 16
+
+// A thread's packs of a matrix w, [in, columns], of which `lanes` threads read a segment of a row.
+template <class T> struct ThinWeight {
+  const T *w;
+  i64 ld;
+  int in, columns, lanes;
+  uint4 next[THIN_UNROLL];
+  __device__ __forceinline__ int groups() const { return blockDim.x / lanes; }
+  __device__ __forceinline__ int row(int from, int i) const {
+    return from + threadIdx.x / lanes + i * groups();
+  }
+  __device__ __forceinline__ int column() const {
+    return (blockIdx.x * lanes + threadIdx.x % lanes) * Pack<T>::N;
+  }
+  __device__ __forceinline__ void load(int from) {
+    const int c = column();
+#pragma unroll
+    for (int i = 0; i < THIN_UNROLL; ++i) {
+      const int k = row(from, i);
+      next[i] = make_uint4(0, 0, 0, 0);
+      if (c < columns && k < in) next[i] = __ldg((const uint4 *)(w + k * ld + c));
+    }
+  }
+};
+
+// out = x w for at most ROWS rows of x; the first packs of w have been asked for.
+template <class T, int ROWS>
+static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int rows,
+                                                    ThinWeight<T> &weight, T *out, i64 ldo,
+                                                    float *parts) {
+  constexpr int N = Pack<T>::N;
+  const int lanes = weight.lanes, lane = threadIdx.x % lanes, in = weight.in;
+  const int first = blockIdx.x * lanes * N, at_once = weight.groups() * THIN_UNROLL;
+  float sum[ROWS][N] = {};
+  for (int from = 0; from < in; from += at_once) {
+    uint4 now[THIN_UNROLL];
+#pragma unroll
+    for (int i = 0; i < THIN_UNROLL; ++i) now[i] = weight.next[i];
+    if (from + at_once < in) weight.load(from + at_once);
+#pragma unroll
+    for (int i = 0; i < THIN_UNROLL; ++i) {
+      const int k = weight.row(from, i);
+      float of_weight[N];
+      Pack<T>::load((const T *)&now[i], of_weight);
+#pragma unroll
+      for (int m = 0; m < ROWS; ++m) {
+        const float factor = m < rows && k < in ? wide(x[m * ldx + k]) : 0.f;
+#pragma unroll
+        for (int n = 0; n < N; ++n) sum[m][n] = fmaf(factor, of_weight[n], sum[m][n]);
+      }
+    }
+  }
+  for (int o = 16; o >= lanes; o >>= 1)
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n) sum[m][n] += __shfl_xor_sync(~0u, sum[m][n], o);
+  const int width = lanes * N, of_warp = ROWS * width;
+  if (threadIdx.x % 32 < lanes)
+#pragma unroll
+    for (int m = 0; m < ROWS; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+        parts[threadIdx.x / 32 * of_warp + m * width + lane * N + n] = sum[m][n];
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+    const int m = i / width, column = first + i % width;
+    if (column >= weight.columns) continue;
+    float total = 0;
+#pragma unroll
+    for (int warp = 0; warp < THIN_WARPS; ++warp)
+      total += parts[warp * of_warp + m * width + i % width];
+    put(out + m * ldo + column, total);
+  }
+}
+
+template <class T>
+static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, const T *w, i64 ldw,
+                                                     T *out, i64 ldo, int rows, int in, int columns,
+                                                     int lanes) {
+  extern __shared__ uint4 of_product[];
+  __shared__ float parts[THIN_WARPS * 4 * 4 * Pack<T>::N];
+  ThinWeight<T> weight{w, ldw, in, columns, lanes};
+  weight.load(0);
+  wait_for_inputs();
+  const T *x = input.x;
+  i64 ldx = input.ldx;
+  if (input.kind) {
+    make_input(input, rows, in, (T *)of_product);
+    x = (const T *)of_product, ldx = in;
+  }
+  if (rows == 1)
+    thin_product<T, 1>(x, ldx, rows, weight, out, ldo, parts);
+  else if (rows == 2)
+    thin_product<T, 2>(x, ldx, rows, weight, out, ldo, parts);
+  else
+    thin_product<T, 4>(x, ldx, rows, weight, out, ldo, parts);
+}
