@@ -283,19 +283,17 @@ impl Link {
 
     /// Tells the other processes that this one has failed.
     fn fail(&self, dist_rank: usize, size: usize, failure: &str) {
-        // if the others know of a failure already, that is the cause of this one
-        let is_first = self.watch.check().is_ok();
         self.watch.end();
         if self.watch.store_is_lost() {
             return;
         }
+        // if the others know of a failure already, that is the cause of this one, and stays
         let message = format!("rank {dist_rank} has failed: {failure}");
         let _ = self.store.set_once(&self.keys.failure(), message.as_bytes());
         let _ = self.store.set(&self.keys.done(dist_rank), b"1");
-        if self.holds_store && is_first {
-            // the store ends with this process, and the others are still to read it
-            sleep(2 * Limits::BEAT);
-            self.wait_for_others(size, 3 * Limits::BEAT);
+        if self.holds_store {
+            // the store ends with this process, and the others are still to read the failure
+            self.wait_for_others(size, 4 * Limits::BEAT);
         }
     }
 

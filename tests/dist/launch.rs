@@ -44,7 +44,16 @@ fn assert_same_run(scene: &Scene, run: &str, expected: &str, tolerance: f64) -> 
     };
     for ((name, a), (other, b)) in of(run)?.into_iter().zip(of(expected)?) {
         assert_eq!(name, other);
-        let difference = max_difference(&a, &b);
+        let difference = match name.ends_with("attn.c_attn.bias") {
+            false => max_difference(&a, &b),
+            // the bias of the keys changes no attention, so that its gradient is rounding alone, of
+            // which AdamW makes whole steps
+            true => {
+                let third = a.size()[0] / 3;
+                let of = |at: i64| max_difference(&a.narrow(0, at, third), &b.narrow(0, at, third));
+                of(0).max(of(2 * third))
+            }
+        };
         assert!(difference <= tolerance, "`{name}` of {run}: {difference:e}");
     }
     Ok(())
