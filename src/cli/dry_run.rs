@@ -10,19 +10,22 @@ use crate::config::{self, Config, DomainExperts, Method};
 use crate::data::{Datasets, TokenDataset};
 use crate::model::experts::spec::{ExpertSpec, part_name};
 use crate::model::experts::targets::{self, TargetMatch};
-use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
+use crate::train::plan::{MemoryEstimate, ParameterCounts, blocks_per_step, num_steps_of};
 
 /// Prints what a run would do.
+///
+/// - `world_size`: number of processes that share it
 pub fn dry_run(
     config: &Config,
     specs: &[ExpertSpec],
     base: &Base,
     data: &Datasets,
+    world_size: usize,
     json: bool,
 ) -> Result<()> {
     let counts = ParameterCounts::new(config, specs, &base.spec);
     let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
-    let steps = num_steps(config, &data.train)?;
+    let steps = num_steps_of(config, &data.train, blocks_per_step(config) * world_size)?;
     let targets = match config.method {
         Method::RoutedLora => {
             let mut found = targets::matches(&config.lora, &base.spec);

@@ -241,14 +241,14 @@ impl World {
     pub fn leave(&self, failure: Option<&str>) -> Result<()> {
         let Some(link) = &self.link else { return Ok(()) };
         if let Some(failure) = failure {
-            link.fail(self.dist_rank, self.size, failure);
+            link.fail(self.dist_rank, failure);
             // a group whose processes have failed is not freed
             return Ok(());
         }
         self.meet()?;
         link.store.set(&link.keys.done(self.dist_rank), b"1")?;
         if link.holds_store {
-            link.wait_for_others(self.size, Duration::from_secs(30));
+            link.wait_for(&(1..self.size).collect::<Vec<_>>(), Duration::from_secs(30));
         }
         link.watch.end();
         self.has_left.store(true, Ordering::Relaxed);
@@ -282,7 +282,8 @@ impl Link {
     }
 
     /// Tells the other processes that this one has failed.
-    fn fail(&self, dist_rank: usize, size: usize, failure: &str) {
+    fn fail(&self, dist_rank: usize, failure: &str) {
+        let heard = self.watch.heard();
         self.watch.end();
         if self.watch.store_is_lost() {
             return;
@@ -293,15 +294,15 @@ impl Link {
         let _ = self.store.set(&self.keys.done(dist_rank), b"1");
         if self.holds_store {
             // the store ends with this process, and the others are still to read the failure
-            self.wait_for_others(size, 4 * Limits::BEAT);
+            self.wait_for(&heard, 4 * Limits::BEAT);
         }
     }
 
-    /// Waits until the other processes are done, for some time at most.
-    fn wait_for_others(&self, size: usize, limit: Duration) {
+    /// Waits until some processes are done, for some time at most.
+    fn wait_for(&self, others: &[usize], limit: Duration) {
         let deadline = Instant::now() + limit;
-        for other in 1..size {
-            while !self.store.has(&self.keys.done(other)).unwrap_or(true) {
+        for other in others {
+            while !self.store.has(&self.keys.done(*other)).unwrap_or(true) {
                 if Instant::now() > deadline || self.watch.store_is_lost() {
                     return;
                 }
@@ -315,7 +316,7 @@ impl Drop for World {
     fn drop(&mut self) {
         let Some(mut link) = self.link.take() else { return };
         if !*self.has_left.get_mut() {
-            link.fail(self.dist_rank, self.size, "it ended before the others");
+            link.fail(self.dist_rank, "it ended before the others");
             return;
         }
         link.watch.keep(None);

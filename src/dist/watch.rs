@@ -172,6 +172,13 @@ impl Watch {
         if late.is_empty() { "another rank".into() } else { ranks(&late) }
     }
 
+    /// The processes that have given a sign of life of late, so that they can still read the store.
+    pub fn heard(&self) -> Vec<usize> {
+        let others = lock(&self.shared.others);
+        let of_late = |other: &&Other| other.heard_at.elapsed() < Limits::BROKEN_SILENCE;
+        others.iter().filter(of_late).map(|other| other.dist_rank).collect()
+    }
+
     /// Stops to watch.
     pub fn end(&self) {
         self.shared.ends.store(true, Ordering::Release);
