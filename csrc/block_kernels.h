@@ -50,6 +50,16 @@ static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g,
       u.size(0), (int)(packs(dv) && packs(u) && packs(du)));
   return true;
 }
+static bool add_masked(const Tensor &x, const Tensor &y, const Tensor &mask, double scale) {
+  auto module = any_module(x);
+  if (!module || !packs(x) || !packs(y) || !mask.is_contiguous() ||
+      (uint64_t)mask.data_ptr() % 16 || mask.scalar_type() != at::kBool)
+    return false;
+  const int64_t n = x.size(0) * (x.size(1) * x.element_size() / 16);
+  run(module, AddMasked, x, ceil_div(n, 256), 256, 0, x.data_ptr(), ld(x), y.data_ptr(), ld(y),
+      mask.data_ptr(), (float)scale, (int)x.size(1), n);
+  return true;
+}
 // As in csrc/kernels/experts.cuh.
 struct RefreshedArgs {
   const void *a, *b;

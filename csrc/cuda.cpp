@@ -110,14 +110,14 @@ struct Compiler {
 static Compiler compiler;
 
 enum Name {
-  AddNorm, NormBackward, Weigh, WeighBackward, Refresh, Gelu, GeluBackward, SwiGlu, SwiGluBackward,
+  AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu, SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice,
   // of csrc/step.cu
   StepNorm, StepFinish, StepAttention, ThinProduct,
   NAMES
 };
 static const char *const names[NAMES] = {
-    "add_norm", "norm_backward", "weigh",  "weigh_backward",  "refresh",       "gelu",
+    "add_norm", "norm_backward", "weigh",  "weigh_backward",  "add_masked", "refresh",       "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "step_norm", "step_finish", "step_attention", "thin_product"};
 // The kernels for one width on one device, in bf16 and f32.
@@ -214,7 +214,7 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
 #include "step_kernels.h"
 
 static const Kernels table{
-    capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, gelu,
+    capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked, gelu,
     gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
     step_norm, step_finish, step_attention, thin_product, step_choice};
 

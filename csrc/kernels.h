@@ -100,6 +100,9 @@ struct Kernels {
                          const at::Tensor &dg, bool adds);
   // Writes the experts' parts of the packed weights of up to 8 linear layers.
   bool (*refresh)(const std::vector<Refreshed> &layers);
+  // x += y where `mask` is set, times `scale`
+  bool (*add_masked)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &mask,
+                     double scale);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
   // out = silu(gate) * up for z = [gate | up]

@@ -236,11 +236,12 @@ inline Operands operands(const Product &p, const AllExperts &e, const Tensor &x,
     kept.u = product(x, false, p.packed_a(), false);
   } else {
     kept.u = at::empty({x.size(0), r}, x.options());
+    const Tensor read = x.contiguous();
     for (size_t k = 0; k < p.members.size(); ++k) {
       const auto &m = p.members[k];
       if (!m.has_experts()) continue;
       product_into(columns(kept.u, m.first_rank, m.num_ranks()),
-                   dropped(x, dropout, kept.members[k]), false,
+                   dropped(read, dropout, kept.members[k]), false,
                    columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
     }
   }
@@ -405,10 +406,11 @@ inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &
         p.is_packed() ? product(columns(du, m.first_rank, m.num_ranks()), false,
                                 columns(p.packed_a(), m.first_rank, m.num_ranks()), true)
                       : dus[k].mm(a);
-    if (dx.is_cuda())
-      dx.add_(at::native_dropout_backward(through, mask, 1 / (1 - dropout)));
-    else
+    const double scale = 1 / (1 - dropout);
+    if (!dx.is_cuda())
       dx.addcmul_(through, mask);
+    else if (!kernels() || !kernels()->add_masked(dx, through, mask, scale))
+      dx.add_(at::native_dropout_backward(through, mask, scale));
   }
   return dx;
 }

@@ -341,7 +341,7 @@ fn faults_of_the_arguments_are_faults_of_usage() {
         (
             &["--size=gpt3"],
             "[possible values: gpt2, gpt2-medium, gpt2-large, gpt2-xl, smollm2-135m, qwen3-0.6b, \
-             llama-3.2-1b]",
+             llama-3.2-1b, llama-3.1-8b]",
         ),
         (
             &["--dtype=f64"],

@@ -79,6 +79,27 @@ static __device__ void weigh_backward(const T *dv, i64 lddv, const T *u, i64 ldu
   }
 }
 
+// x += y times `scale` where `mask` is set. `columns` is a multiple of the elements of a pack.
+template <class T>
+static __device__ void add_masked(T *x, i64 ldx, const T *y, i64 ldy, const unsigned char *mask,
+                                  float scale, int columns, i64 packs) {
+  constexpr int N = Pack<T>::N;
+  const Place<T> at(columns, packs);
+  if (!at.is_inside) return;
+  T *to = x + at.row * ldx + at.column;
+  const unsigned char *from = mask + at.row * columns + at.column;
+  float sum[N], added[N];
+  Pack<T>::load(to, sum);
+  Pack<T>::load(y + at.row * ldy + at.column, added);
+  u32 bits[N / 4];
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) bits[i] = *(const u32 *)(from + 4 * i);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (bits[i / 4] >> (i % 4 * 8) & 1) sum[i] = fmaf(added[i], scale, sum[i]);
+  Pack<T>::store(to, sum);
+}
+
 // The experts of a linear layer, A [r, i] and B^T [r, o] in f32, and their places in a packed weight
 // [W A^T; B^T 0], whose rows have `ld` elements. As in csrc/block_kernels.h.
 struct Refreshed {

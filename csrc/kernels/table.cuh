@@ -30,6 +30,11 @@
       weigh_backward<T, 1>(dv, lddv, u, ldu, g, experts, expert_of, scaling, runs, num_runs, du,   \
                            lddu, dg, adds, columns, rows);                                         \
   }                                                                                                \
+  extern "C" __global__ void add_masked_##NAME(T *x, i64 ldx, const T *y, i64 ldy,                 \
+                                               const unsigned char *mask, float scale,             \
+                                               int columns, i64 packs) {                           \
+    add_masked<T>(x, ldx, y, ldy, mask, scale, columns, packs);                                    \
+  }                                                                                                \
   extern "C" __global__ void refresh_##NAME(AllRefreshed all) { refresh<T>(all); }                 \
   extern "C" __global__ void gelu_##NAME(const T *z, i64 ldz, T *out, i64 ldo, int columns,        \
                                          i64 packs) {                                              \

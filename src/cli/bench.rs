@@ -3,7 +3,7 @@
 
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::bench_report::{as_text, header, name, print_line};
 use super::bench_shapes::{Preset, Size, modules};
@@ -22,6 +22,7 @@ use crate::ffi;
 use crate::model::decoder::Decoder;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::experts::spec::ExpertSpec;
+use crate::model::kind_of;
 
 /// Config keys that `--set` cannot change, each with the flag that does.
 const KEYS_OF_FLAGS: [(&str, &str); 5] = [
@@ -128,7 +129,8 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     let settings = args.settings(device, &device_model, base.spec.family)?;
     // checked before the weights are read, which may take long
     ExpertSpec::all(&settings.config.lora, &base.spec).map_err(usage)?;
-    let weights = base.weights(args.seed)?;
+    let kind = kind_of(args.base_config(device)?.dtype);
+    let weights = base.weights(args.seed, device, kind)?;
     let header = header(&settings, base.label, &weights.spec, device, device_model);
     let bench = Bench::new(settings, &weights, device);
     drop(weights);
@@ -324,12 +326,13 @@ struct BenchBase {
 }
 
 impl BenchBase {
-    /// The weights, on the CPU.
-    fn weights(&self, seed: u64) -> Result<Decoder> {
+    /// The weights, on the CPU. Random ones are drawn on `device`, in dtype `kind` if it is a GPU.
+    fn weights(&self, seed: u64, device: Device, kind: Kind) -> Result<Decoder> {
         if let Some(base) = &self.files {
             return base.weights();
         }
         tch::manual_seed(seed as i64);
-        Ok(Decoder::random(self.spec.clone()))
+        let kind = if device.is_cuda() { kind } else { Kind::Float };
+        Ok(Decoder::random_from(self.spec.clone(), device, kind))
     }
 }

@@ -28,6 +28,9 @@ pub(super) enum Size {
     /// 16 layers of width 2048: 1.2 billion parameters.
     #[value(name = "llama-3.2-1b")]
     Llama3,
+    /// 32 layers of width 4096: 8 billion parameters.
+    #[value(name = "llama-3.1-8b")]
+    Llama8,
 }
 
 impl Size {
@@ -62,6 +65,16 @@ impl Size {
                 "rope_theta": 500_000.0, "tie_word_embeddings": true,
                 "rope_scaling": {
                     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                },
+            }),
+            Self::Llama8 => json!({
+                "model_type": "llama", "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "hidden_size": 4096, "intermediate_size": 14336,
+                "vocab_size": 128_256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+                "rope_theta": 500_000.0, "tie_word_embeddings": false,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
                 },
             }),

@@ -78,7 +78,13 @@ impl Decoder {
     /// and standard deviation 0.02; in GPT-2, that of the residual projections is divided by
     /// `sqrt(2 num_layers)`.
     pub fn random(spec: DecoderSpec) -> Self {
-        let options = (Kind::Float, Device::Cpu);
+        Self::random_from(spec, Device::Cpu, Kind::Float)
+    }
+
+    /// The same in dtype `kind`, from the generator of `device`, which draws one parameter after the
+    /// other. They are on the CPU, too.
+    pub fn random_from(spec: DecoderSpec, device: Device, kind: Kind) -> Self {
+        let options = (kind, device);
         let residual = 0.02 / (2.0 * spec.num_layers as f64).sqrt();
         let is_gpt2 = spec.family == Family::Gpt2;
         let tensors = spec.parameter_shapes().into_iter().map(|(name, shape)| {
@@ -91,7 +97,7 @@ impl Decoder {
                 let is_residual = is_gpt2 && name.ends_with("c_proj.weight");
                 Tensor::randn(&shape, options) * if is_residual { residual } else { 0.02 }
             };
-            (name, tensor)
+            (name, tensor.to_device(Device::Cpu))
         });
         let tensors = tensors.collect();
         Self::new(spec, tensors)

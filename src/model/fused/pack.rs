@@ -165,14 +165,16 @@ impl FusedProduct {
     }
 
     /// Copies the weights of the members into a packed matrix, and makes them views of it. Does
-    /// nothing if there is no need, for an expert that the kernels do not know, or for more columns
-    /// than they accept.
+    /// nothing for a single weight `[i, o]` without experts, for an expert that the kernels do not
+    /// know, or for more columns than they accept.
     pub fn pack(&mut self, block: &mut Block, experts: &BTreeMap<TargetModule, LoraExperts>) {
         let is_known = |module: &TargetModule| {
             experts.get(module).is_none_or(|experts| experts.dora.is_none())
         };
         let padding = self.num_columns();
-        if self.is_one_product() || padding > MAX_COLUMNS || !self.members.iter().all(is_known) {
+        let is_plain = self.is_one_product()
+            && block.linears[&self.members[0]].weight().stride().last() == Some(&1);
+        if is_plain || padding > MAX_COLUMNS || !self.members.iter().all(is_known) {
             return;
         }
         let mut host = HostColumns::default();
