@@ -7,7 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{JoinHandle, available_parallelism, sleep, spawn};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
@@ -86,8 +86,7 @@ fn start(args: &LaunchArgs, attempt: u64) -> Result<Vec<Process>> {
     let program = std::env::current_exe().context("cannot find the own binary")?;
     let port = match args.port {
         Some(port) => port,
-        // nobody else gets the port within the next moment
-        None => TcpListener::bind("127.0.0.1:0")?.local_addr()?.port(),
+        None => free_port()?,
     };
     let cores = available_parallelism().map_or(1, usize::from);
     let threads = (cores / args.processes).max(1).to_string();
@@ -125,6 +124,16 @@ fn start(args: &LaunchArgs, attempt: u64) -> Result<Vec<Process>> {
         }
     }
     Ok(processes)
+}
+
+/// A port that nothing uses. It is below those that Linux gives to outgoing connections, one of
+/// which could take it before rank 0 does.
+fn free_port() -> Result<u16> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.subsec_nanos());
+    let first = now.wrapping_add(std::process::id().wrapping_mul(7919));
+    let candidates = (0..100).map(|i| 10_000 + (first.wrapping_add(i * 127) % 20_000) as u16);
+    let is_free = |port: &u16| TcpListener::bind(("0.0.0.0", *port)).is_ok();
+    candidates.into_iter().find(is_free).context("no port is free\nhint: `--port` names one")
 }
 
 /// Passes on the messages of a process, each line with its rank in front.

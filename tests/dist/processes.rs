@@ -4,6 +4,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use anyhow::{Context, Result, bail};
 use dylora::dist::{Limits, Place, World};
@@ -13,9 +14,17 @@ const JOB: &str = "DYLORA_TEST_JOB";
 /// The variable that names the folder of a job.
 const DIR: &str = "DYLORA_TEST_DIR";
 
-/// A port that nothing uses.
+/// A port that nothing uses, below those that Linux gives to outgoing connections.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = (std::process::id() % 1000) as u16;
+    for _ in 0..1000 {
+        let port = 10_000 + (first * 20 + NEXT.fetch_add(1, Ordering::Relaxed)) % 20_000;
+        if TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    bail!("no port is free")
 }
 
 /// The variables of a process's place.
