@@ -156,11 +156,11 @@ static void run(const KernelModule *module, Name name, const Tensor &like, int64
       compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
 }
-// The same with a launch attribute, if `num_attributes` is 1.
+// The same with launch attributes.
 template <class... Args>
 static void launch_with(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
-                        int threads, int64_t shared, CUlaunchAttribute attribute,
-                        int num_attributes, Args... args) {
+                        int threads, int64_t shared,
+                        CUlaunchAttribute *attributes, int num_attributes, Args... args) {
   void *pointers[] = {(void *)&args...};
   c10::cuda::CUDAGuard guard(like.device());
   CUlaunchConfig config{};
@@ -168,10 +168,17 @@ static void launch_with(const KernelModule *module, Name name, const Tensor &lik
   config.blockDimX = (unsigned)threads, config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = (unsigned)shared;
   config.hStream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
-  config.attrs = &attribute, config.numAttrs = num_attributes;
+  config.attrs = attributes, config.numAttrs = num_attributes;
   const auto f = module->functions[dtype_index(like.scalar_type())][name];
   const auto status = compiler.launch_with(&config, f, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+}
+static CUlaunchAttribute in_clusters(int64_t cluster) {
+  CUlaunchAttribute size{};
+  size.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  size.value.clusterDim.x = (unsigned)cluster;
+  size.value.clusterDim.y = size.value.clusterDim.z = 1;
+  return size;
 }
 // The same in clusters of blocks, which may read each other's shared memory.
 template <class... Args>
@@ -179,11 +186,8 @@ static void run_cluster(const KernelModule *module, Name name, const Tensor &lik
                         int threads, int64_t shared, int64_t cluster, Args... args) {
   if (cluster == 1) return run(module, name, like, blocks, threads, (int)shared, args...);
   if (blocks == 0) return;
-  CUlaunchAttribute size{};
-  size.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-  size.value.clusterDim.x = (unsigned)cluster;
-  size.value.clusterDim.y = size.value.clusterDim.z = 1;
-  launch_with(module, name, like, blocks, threads, shared, size, 1, args...);
+  CUlaunchAttribute size = in_clusters(cluster);
+  launch_with(module, name, like, blocks, threads, shared, &size, 1, args...);
 }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static void *at_or_null(const Tensor &x) { return x.defined() ? x.data_ptr() : nullptr; }

@@ -95,18 +95,19 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
 #define THIN_UNROLL 4
 #define THIN_WARPS 16
 
-// A thread's packs of a matrix w, [in, columns], of which `lanes` threads read a segment of a row.
+// A thread's packs of the rows [begin, end) of a matrix w with `columns` columns. `lanes` threads read
+// a segment of a row, and `segment` says which.
 template <class T> struct ThinWeight {
   const T *w;
   i64 ld;
-  int in, columns, lanes;
+  int begin, end, columns, lanes, segment;
   uint4 next[THIN_UNROLL];
   __device__ __forceinline__ int groups() const { return blockDim.x / lanes; }
   __device__ __forceinline__ int row(int from, int i) const {
-    return from + threadIdx.x / lanes + i * groups();
+    return begin + from + threadIdx.x / lanes + i * groups();
   }
   __device__ __forceinline__ int column() const {
-    return (blockIdx.x * lanes + threadIdx.x % lanes) * Pack<T>::N;
+    return (segment * lanes + threadIdx.x % lanes) * Pack<T>::N;
   }
   __device__ __forceinline__ void load(int from) {
     const int c = column();
@@ -114,69 +115,119 @@ template <class T> struct ThinWeight {
     for (int i = 0; i < THIN_UNROLL; ++i) {
       const int k = row(from, i);
       next[i] = make_uint4(0, 0, 0, 0);
-      if (c < columns && k < in) next[i] = __ldg((const uint4 *)(w + k * ld + c));
+      if (c < columns && k < end) next[i] = __ldg((const uint4 *)(w + k * ld + c));
     }
   }
 };
 
-// out = x w for at most ROWS rows of x; the first packs of w have been asked for.
+// The sum of `own` over the blocks of a cluster, which hold it at the same place of shared memory.
+static __device__ __forceinline__ float cluster_sum(const float *own, int split) {
+  float sum = 0;
+#if __CUDA_ARCH__ >= 900
+  const u32 place = (u32)__cvta_generic_to_shared(own);
+  for (int k = 0; k < split; ++k) {
+    u32 there;
+    float other;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(k));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(other) : "r"(there));
+    sum += other;
+  }
+#endif
+  return sum;
+}
+static __device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
+// out = x w for at most ROWS rows of x, in the columns of some segments; the first packs of w have
+// been asked for. The `split` blocks of a cluster have a part of the rows of w each.
 template <class T, int ROWS>
 static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int rows,
                                                     ThinWeight<T> &weight, T *out, i64 ldo,
-                                                    float *parts) {
+                                                    float *parts, int segments, int stride,
+                                                    int split) {
   constexpr int N = Pack<T>::N;
-  const int lanes = weight.lanes, lane = threadIdx.x % lanes, in = weight.in;
-  const int first = blockIdx.x * lanes * N, at_once = weight.groups() * THIN_UNROLL;
-  float sum[ROWS][N] = {};
-  for (int from = 0; from < in; from += at_once) {
-    uint4 now[THIN_UNROLL];
+  const int lanes = weight.lanes, lane = threadIdx.x % lanes;
+  const int length = weight.end - weight.begin, at_once = weight.groups() * THIN_UNROLL;
+  const int width = lanes * N, of_warp = ROWS * width;
+  float *const sums = parts + THIN_WARPS * of_warp;  // of this block, [rows, width]
+  while (weight.segment < segments) {
+    const int first = weight.segment * width;
+    float sum[ROWS][N] = {};
+    for (int from = 0; from < length; from += at_once) {
+      uint4 now[THIN_UNROLL];
 #pragma unroll
-    for (int i = 0; i < THIN_UNROLL; ++i) now[i] = weight.next[i];
-    if (from + at_once < in) weight.load(from + at_once);
+      for (int i = 0; i < THIN_UNROLL; ++i) now[i] = weight.next[i];
+      if (from + at_once < length) {
+        weight.load(from + at_once);
+      } else {
+        weight.segment += stride;
+        if (weight.segment < segments) weight.load(0);
+      }
 #pragma unroll
-    for (int i = 0; i < THIN_UNROLL; ++i) {
-      const int k = weight.row(from, i);
-      float of_weight[N];
-      Pack<T>::load((const T *)&now[i], of_weight);
+      for (int i = 0; i < THIN_UNROLL; ++i) {
+        const int k = weight.row(from, i);
+        float of_weight[N];
+        Pack<T>::load((const T *)&now[i], of_weight);
 #pragma unroll
-      for (int m = 0; m < ROWS; ++m) {
-        const float factor = m < rows && k < in ? wide(x[m * ldx + k]) : 0.f;
+        for (int m = 0; m < ROWS; ++m) {
+          const float factor = m < rows && k < weight.end ? wide(x[m * ldx + k]) : 0.f;
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum[m][n] = fmaf(factor, of_weight[n], sum[m][n]);
+          for (int n = 0; n < N; ++n) sum[m][n] = fmaf(factor, of_weight[n], sum[m][n]);
+        }
       }
     }
-  }
-  for (int o = 16; o >= lanes; o >>= 1)
+    for (int o = 16; o >= lanes; o >>= 1)
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m)
+      for (int m = 0; m < ROWS; ++m)
 #pragma unroll
-      for (int n = 0; n < N; ++n) sum[m][n] += __shfl_xor_sync(~0u, sum[m][n], o);
-  const int width = lanes * N, of_warp = ROWS * width;
-  if (threadIdx.x % 32 < lanes)
+        for (int n = 0; n < N; ++n) sum[m][n] += __shfl_xor_sync(~0u, sum[m][n], o);
+    if (threadIdx.x % 32 < lanes)
 #pragma unroll
-    for (int m = 0; m < ROWS; ++m)
+      for (int m = 0; m < ROWS; ++m)
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-        parts[threadIdx.x / 32 * of_warp + m * width + lane * N + n] = sum[m][n];
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
-    const int m = i / width, column = first + i % width;
-    if (column >= weight.columns) continue;
-    float total = 0;
+        for (int n = 0; n < N; ++n)
+          parts[threadIdx.x / 32 * of_warp + m * width + lane * N + n] = sum[m][n];
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+      float total = 0;
 #pragma unroll
-    for (int warp = 0; warp < THIN_WARPS; ++warp)
-      total += parts[warp * of_warp + m * width + i % width];
-    put(out + m * ldo + column, total);
+      for (int warp = 0; warp < THIN_WARPS; ++warp) total += parts[warp * of_warp + i];
+      const int m = i / width, column = first + i % width;
+      if (split > 1)
+        sums[i] = total;
+      else if (column < weight.columns)
+        put(out + m * ldo + column, total);
+    }
+    if (split > 1) {
+      cluster_wait();
+      if (blockIdx.x % split == 0)
+        for (int i = threadIdx.x; i < rows * width; i += blockDim.x) {
+          const int m = i / width, column = first + i % width;
+          const float total = cluster_sum(sums + i, split);
+          if (column < weight.columns) put(out + m * ldo + column, total);
+        }
+      // no block ends or writes again before all have been read
+      cluster_wait();
+    } else {
+      __syncthreads();
+    }
   }
 }
 
 template <class T>
 static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, const T *w, i64 ldw,
                                                      T *out, i64 ldo, int rows, int in, int columns,
-                                                     int lanes) {
+                                                     int lanes, int split) {
   extern __shared__ uint4 of_product[];
-  __shared__ float parts[THIN_WARPS * 4 * 4 * Pack<T>::N];
-  ThinWeight<T> weight{w, ldw, in, columns, lanes};
+  __shared__ float parts[(THIN_WARPS + 1) * 4 * 4 * Pack<T>::N];
+  const int per_block = (in + split - 1) / split, begin = blockIdx.x % split * per_block;
+  const int segments = (columns + lanes * Pack<T>::N - 1) / (lanes * Pack<T>::N);
+  const int stride = gridDim.x / split;
+  ThinWeight<T> weight{w, ldw, begin, min(in, begin + per_block), columns, lanes,
+                       (int)blockIdx.x / split};
   weight.load(0);
   wait_for_inputs();
   const T *x = input.x;
@@ -186,9 +237,9 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     x = (const T *)of_product, ldx = in;
   }
   if (rows == 1)
-    thin_product<T, 1>(x, ldx, rows, weight, out, ldo, parts);
+    thin_product<T, 1>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
   else if (rows == 2)
-    thin_product<T, 2>(x, ldx, rows, weight, out, ldo, parts);
+    thin_product<T, 2>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
   else
-    thin_product<T, 4>(x, ldx, rows, weight, out, ldo, parts);
+    thin_product<T, 4>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
 }
