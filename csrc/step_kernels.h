@@ -181,7 +181,7 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const int64_t segments = ceil_div(columns, lanes * n);
   const int64_t split = is_large && segments <= MULTIPROCESSORS / 2 ? 2 : 1;
   const int64_t blocks = is_large ? std::min(segments, MULTIPROCESSORS) : segments;
-  run_early_cluster(module, ThinProduct, out, blocks * split, 512, shared, split, args,
+  run_early_cluster(module, is_large ? LargeThinProduct : ThinProduct, out, blocks * split, 512, shared, split, args,
                     w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
                     (int)lanes, (int)split);
   return true;

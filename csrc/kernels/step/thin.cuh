@@ -34,6 +34,40 @@ static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 r
   }
 }
 
+// Writes a pack of the activation of y to `out`, [rows, in].
+template <class T>
+static __device__ __forceinline__ void activate_pack(const ThinInput<T> &input, int m, int c, int in,
+                                                     T *out) {
+  constexpr int N = Pack<T>::N;
+  float z[N] = {};
+  finish_pack(input.y, m, c, z);
+  if (input.activation == SWIGLU) {
+    float up[N] = {};
+    finish_pack(input.y, m, in + c, up);
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = z[i] / (1.f + __expf(-z[i])) * up[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) z[i] = gelu_of(z[i], input.activation == TANH_GELU);
+  }
+  Pack<T>::store(out + m * in + c, z);
+}
+
+// The sum over neighbouring warps. With more than one, all threads of the block take part.
+template <int WARPS> static __device__ __forceinline__ float sum_of_warps(float x) {
+  x = warp_sum(x);
+  if constexpr (WARPS > 1) {
+    __shared__ float of_warps[16];
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) x += of_warps[threadIdx.x / 32 / WARPS * WARPS + k];
+  }
+  return x;
+}
+
 // Writes the input of a thin product, [rows, in], to shared memory. Every block does so, since that
 // takes less time than another kernel.
 template <class T>
@@ -42,28 +76,17 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
   // a row that is wide is normed by more warps
   constexpr int N = Pack<T>::N, WARPS = WIDTH > 1024 ? 4 : 1, THREADS = 32 * WARPS;
   constexpr int PACKS = (WIDTH / N + THREADS - 1) / THREADS;
-  __shared__ float of_warps[16];
+  const int m = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
   if (input.kind == 2) {
     const int per_row = in / N;
-    for (int t = threadIdx.x; t < rows * per_row; t += blockDim.x) {
-      const int m = t / per_row, c = t % per_row * N;
-      float z[N] = {}, up[N] = {};
-      finish_pack(input.y, m, c, z);
-      if (input.activation == SWIGLU) finish_pack(input.y, m, in + c, up);
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        z[i] = input.activation == SWIGLU ? z[i] / (1.f + __expf(-z[i])) * up[i]
-                                          : gelu_of(z[i], input.activation == TANH_GELU);
-      Pack<T>::store(out + m * in + c, z);
-    }
-  } else {
-    const int m = threadIdx.x / THREADS, thread = threadIdx.x % THREADS;
-    const bool is_own = m < rows;
+    for (int t = threadIdx.x; t < rows * per_row; t += blockDim.x)
+      activate_pack(input, t / per_row, t % per_row * N, in, out);
+  } else if (WARPS > 1 || m < rows) {
     float x[PACKS][N] = {};
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
       const int c = (k * THREADS + thread) * N;
-      if (!is_own || c >= WIDTH) continue;
+      if (m >= rows || c >= WIDTH) continue;
       float added[N] = {};
       finish_pack(input.y, m, c, added);
       Pack<T>::load(input.x + m * input.ldx + c, x[k]);
@@ -71,22 +94,12 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
       for (int i = 0; i < N; ++i) x[k][i] = rounded_sum<T>(x[k][i], added[i]);
       if (blockIdx.x == 0) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
     }
-    normalise<T, PACKS>(x, is_own ? thread : WIDTH, THREADS, input.norm_w, input.norm_b, input.eps,
-                        [&](float of_thread) {
-                          of_thread = warp_sum(of_thread);
-                          if (WARPS == 1) return of_thread;
-                          __syncthreads();
-                          if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_thread;
-                          __syncthreads();
-                          float sum = 0;
-                          for (int k = 0; k < WARPS; ++k)
-                            sum += of_warps[threadIdx.x / THREADS * WARPS + k];
-                          return sum;
-                        });
+    normalise<T, PACKS>(x, m < rows ? thread : WIDTH, THREADS, input.norm_w, input.norm_b,
+                        input.eps, [](float of_thread) { return sum_of_warps<WARPS>(of_thread); });
 #pragma unroll
     for (int k = 0; k < PACKS; ++k) {
       const int c = (k * THREADS + thread) * N;
-      if (is_own && c < WIDTH) Pack<T>::store(out + m * in + c, x[k]);
+      if (m < rows && c < WIDTH) Pack<T>::store(out + m * in + c, x[k]);
     }
   }
   __syncthreads();
@@ -141,9 +154,10 @@ static __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// out = x w for at most ROWS rows of x, in the columns of some segments; the first packs of w have
-// been asked for. The `split` blocks of a cluster have a part of the rows of w each.
-template <class T, int ROWS>
+// out = x w for at most ROWS rows of x; the first packs of w have been asked for. A block has one
+// segment of columns or, if LARGE, further ones, and the `split` blocks of a cluster have a part of
+// the rows of w each.
+template <class T, int ROWS, bool LARGE>
 static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int rows,
                                                     ThinWeight<T> &weight, T *out, i64 ldo,
                                                     float *parts, int segments, int stride,
@@ -162,7 +176,7 @@ static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int row
       for (int i = 0; i < THIN_UNROLL; ++i) now[i] = weight.next[i];
       if (from + at_once < length) {
         weight.load(from + at_once);
-      } else {
+      } else if (LARGE) {
         weight.segment += stride;
         if (weight.segment < segments) weight.load(0);
       }
@@ -196,11 +210,12 @@ static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int row
 #pragma unroll
       for (int warp = 0; warp < THIN_WARPS; ++warp) total += parts[warp * of_warp + i];
       const int m = i / width, column = first + i % width;
-      if (split > 1)
+      if (LARGE && split > 1)
         sums[i] = total;
       else if (column < weight.columns)
         put(out + m * ldo + column, total);
     }
+    if (!LARGE) return;
     if (split > 1) {
       cluster_wait();
       if (blockIdx.x % split == 0)
@@ -217,12 +232,13 @@ static __device__ __forceinline__ void thin_product(const T *x, i64 ldx, int row
   }
 }
 
-template <class T>
+template <class T, bool LARGE>
 static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, const T *w, i64 ldw,
                                                      T *out, i64 ldo, int rows, int in, int columns,
                                                      int lanes, int split) {
   extern __shared__ uint4 of_product[];
   __shared__ float parts[(THIN_WARPS + 1) * 4 * 4 * Pack<T>::N];
+  if (!LARGE) split = 1;
   const int per_block = (in + split - 1) / split, begin = blockIdx.x % split * per_block;
   const int segments = (columns + lanes * Pack<T>::N - 1) / (lanes * Pack<T>::N);
   const int stride = gridDim.x / split;
@@ -237,9 +253,9 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     x = (const T *)of_product, ldx = in;
   }
   if (rows == 1)
-    thin_product<T, 1>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
+    thin_product<T, 1, LARGE>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
   else if (rows == 2)
-    thin_product<T, 2>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
+    thin_product<T, 2, LARGE>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
   else
-    thin_product<T, 4>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
+    thin_product<T, 4, LARGE>(x, ldx, rows, weight, out, ldo, parts, segments, stride, split);
 }

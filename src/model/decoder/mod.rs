@@ -133,6 +133,11 @@ impl Decoder {
         Self::new(self.spec.clone(), tensors.collect())
     }
 
+    /// Another handle to the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        Self::new(self.spec.clone(), self.named_parameters().into_iter().collect())
+    }
+
     /// The embeddings, `[b, t, d]`, in dtype `kind`, of `input_ids` and, if positions are embedded,
     /// `position_ids`, both `[b, t]`.
     pub fn embed(&self, input_ids: &Tensor, position_ids: &Tensor, kind: Kind) -> Tensor {
