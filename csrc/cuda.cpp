@@ -110,7 +110,8 @@ struct Compiler {
 static Compiler compiler;
 
 enum Name {
-  AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu, SwiGluBackward,
+  AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu,
+  SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice,
   // of csrc/step.cu
   StepNorm, StepFinish, StepAttention, ThinProduct, LargeThinProduct,

@@ -52,8 +52,8 @@ static bool fits(const Unfinished &y) {
   return !y.product.defined() || (packs(y.product) && packs(y.b));
 }
 
-// A launch that may begin before the kernel in front of it ends; the kernel itself waits for it. Its
-// blocks are in clusters.
+// A launch that may begin before the kernel in front of it ends; the kernel itself waits for it.
+// Its blocks are in clusters.
 template <class... Args>
 static void run_early_cluster(const KernelModule *module, Name name, const Tensor &like,
                               int64_t blocks, int threads, int64_t shared, int64_t cluster,
@@ -181,7 +181,8 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const int64_t segments = ceil_div(columns, lanes * n);
   const int64_t split = is_large && segments <= MULTIPROCESSORS / 2 ? 2 : 1;
   const int64_t blocks = is_large ? std::min(segments, MULTIPROCESSORS) : segments;
-  run_early_cluster(module, is_large ? LargeThinProduct : ThinProduct, out, blocks * split, 512, shared, split, args,
+  run_early_cluster(module, is_large ? LargeThinProduct : ThinProduct, out, blocks * split,
+                    512, shared, split, args,
                     w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
                     (int)lanes, (int)split);
   return true;

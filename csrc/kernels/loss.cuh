@@ -16,8 +16,8 @@ static __device__ __forceinline__ float power_of_2(float x) {
 }
 #define LOG2_E 1.4426950408889634f
 
-// The sum or the largest of a number over the blocks of a cluster, which all hold it in all of their
-// threads. `slot` is in shared memory.
+// The sum or the largest of a number over the blocks of a cluster, which all hold it in all of
+// their threads. `slot` is in shared memory.
 static __device__ __forceinline__ float cluster_reduce(float x, float *slot, bool is_max,
                                                        int split) {
 #if __CUDA_ARCH__ >= 900
@@ -41,7 +41,8 @@ static __device__ __forceinline__ float cluster_reduce(float x, float *slot, boo
   return x;
 }
 
-// One block, or a cluster of `split` blocks with a part of the vocabulary each, computes a position:
+// One block, or a cluster of `split` blocks with a part of the vocabulary each, computes a
+// position:
 //   losses = logsumexp(z) - z_label
 //   smoothed = logsumexp(z) - (1 - s) z_label - s mean(z)
 // Both are 0 where the label is negative. With `scale`, logits become the gradient of scale *

@@ -87,8 +87,8 @@ static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const 
   }
 }
 
-// dx = the gradient of LayerNorm at x, or of RMSNorm if `mean` is null, for the output's gradient da,
-// plus `residual` if it is not null.
+// dx = the gradient of LayerNorm at x, or of RMSNorm if `mean` is null, for the output's gradient
+// da, plus `residual` if it is not null.
 template <class T>
 static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const float *mean,
                                      const float *rstd, const T *w, const T *residual, i64 ldr,

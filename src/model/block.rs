@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 use super::decoder::block::Block;
 use super::decoder::context::{AttentionContext, AttentionMask};
 use super::decoder::mlp::Activation;
+use super::decoder::rope::Rotation;
 use super::experts::dropout::LoraDropout;
 use super::experts::stack::LoraExperts;
 use super::experts::weights::RoutingWeights;
@@ -151,7 +152,7 @@ impl RoutedBlock<'_> {
         let products: [_; 4] = std::array::from_fn(|at| self.product(at, &flat, &factors));
         let attends = &self.block.attention;
         let rotation = context.rotation.as_ref().filter(|_| attends.rotates);
-        let rotation = rotation.map(|rotation| rotation.flat());
+        let rotation = rotation.map(Rotation::flat);
         let heads =
             Heads { rotation: rotation.as_ref().map(|(cos, sin)| (cos, sin)), ..self.heads() };
         let by_length = self.attends_by_length(&stream.x);

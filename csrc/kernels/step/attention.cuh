@@ -60,8 +60,8 @@ static __device__ __forceinline__ void angles_at(const StepCache &cache, i64 pos
   turns[size / 2 + threadIdx.x] = rounded_sum<T>(sine * cache.rope_factor, 0.f);
 }
 
-// Norms a head, whose values are `head`, [LANES * N] in shared memory, and rotates it by `turns`. Each
-// thread gets its part. All threads of the warp take part.
+// Norms a head, whose values are `head`, [LANES * N] in shared memory, and rotates it by `turns`.
+// Each thread gets its part. All threads of the warp take part.
 template <class T, int LANES>
 static __device__ __forceinline__ void prepare_head(const StepCache &cache, const float *head,
                                                     const T *norm, const float *turns, int lane,
@@ -77,19 +77,20 @@ static __device__ __forceinline__ void prepare_head(const StepCache &cache, cons
     rs = rsqrtf(squares / SIZE + cache.eps);
   }
   auto normed = [&](int c) { return norm ? head[c] * rs * wide(norm[c]) : head[c]; };
+  const bool turns_it = cache.frequencies != nullptr;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const int c = lane * N + i, k = c % HALF;
-    out[i] = normed(c);
-    if (!cache.frequencies) continue;
-    const float other = normed(c < HALF ? c + HALF : c - HALF);
-    out[i] = out[i] * turns[k] + (c < HALF ? -other : other) * turns[HALF + k];
+    const float own = normed(c), other = normed(c < HALF ? c + HALF : c - HALF);
+    const float cosine = turns_it ? turns[k] : 1.f, sine = turns_it ? turns[HALF + k] : 0.f;
+    out[i] = own * cosine + (c < HALF ? -other : other) * sine;
   }
 }
 
 // Attention of each row's new position to itself and to the positions of the cache, to which its
-// key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part of a row's and head's
-// positions; the last of them to end combines the parts. LANES threads hold a head's vector.
+// key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part
+// of a row's and head's positions; the last of them to end combines the parts. LANES threads hold a
+// head's vector.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
                                       float *partial, int *arrived, T *out) {

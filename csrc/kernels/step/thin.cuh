@@ -17,11 +17,13 @@ template <class T>
 static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 row, int c,
                                                    float *out) {
   constexpr int N = Pack<T>::N;
-  float x[N], bias[N] = {};
-  Pack<T>::load(y.product + row * y.ld + c, x);
-  if (y.bias) Pack<T>::load(y.bias + c, bias);
+  // no branch, so that the loads of several packs are under way at once
+  const T *product = y.product + row * y.ld + c;
+  float x[N], bias[N];
+  Pack<T>::load(product, x);
+  Pack<T>::load(y.bias ? y.bias + c : product, bias);
 #pragma unroll
-  for (int i = 0; i < N; ++i) out[i] += x[i] + bias[i];
+  for (int i = 0; i < N; ++i) out[i] += x[i] + (y.bias ? bias[i] : 0.f);
   if (y.ranks == 0) return;
   const int2 rows = y.ranks_of(c);
 #pragma unroll 4
@@ -36,8 +38,8 @@ static __device__ __forceinline__ void finish_pack(const Unfinished<T> &y, i64 r
 
 // Writes a pack of the activation of y to `out`, [rows, in].
 template <class T>
-static __device__ __forceinline__ void activate_pack(const ThinInput<T> &input, int m, int c, int in,
-                                                     T *out) {
+static __device__ __forceinline__ void activate_pack(const ThinInput<T> &input, int m, int c,
+                                                     int in, T *out) {
   constexpr int N = Pack<T>::N;
   float z[N] = {};
   finish_pack(input.y, m, c, z);
@@ -92,7 +94,13 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
       Pack<T>::load(input.x + m * input.ldx + c, x[k]);
 #pragma unroll
       for (int i = 0; i < N; ++i) x[k][i] = rounded_sum<T>(x[k][i], added[i]);
-      if (blockIdx.x == 0) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
+    }
+    if (blockIdx.x == 0) {
+#pragma unroll
+      for (int k = 0; k < PACKS; ++k) {
+        const int c = (k * THREADS + thread) * N;
+        if (m < rows && c < WIDTH) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
+      }
     }
     normalise<T, PACKS>(x, m < rows ? thread : WIDTH, THREADS, input.norm_w, input.norm_b,
                         input.eps, [](float of_thread) { return sum_of_warps<WARPS>(of_thread); });
@@ -108,8 +116,8 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
 #define THIN_UNROLL 4
 #define THIN_WARPS 16
 
-// A thread's packs of the rows [begin, end) of a matrix w with `columns` columns. `lanes` threads read
-// a segment of a row, and `segment` says which.
+// A thread's packs of the rows [begin, end) of a matrix w with `columns` columns. `lanes` threads
+// read a segment of a row, and `segment` says which.
 template <class T> struct ThinWeight {
   const T *w;
   i64 ld;

@@ -81,8 +81,8 @@ impl Decoder {
         Self::random_from(spec, Device::Cpu, Kind::Float)
     }
 
-    /// The same in dtype `kind`, from the generator of `device`, which draws one parameter after the
-    /// other. They are on the CPU, too.
+    /// The same in dtype `kind`, from the generator of `device`, which draws one parameter after
+    /// the other. They are on the CPU, too.
     pub fn random_from(spec: DecoderSpec, device: Device, kind: Kind) -> Self {
         let options = (kind, device);
         let residual = 0.02 / (2.0 * spec.num_layers as f64).sqrt();

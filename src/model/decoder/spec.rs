@@ -91,8 +91,8 @@ impl DecoderSpec {
         self.eos_token_ids.first().copied()
     }
 
-    /// The linear layers of a block by the input that they read: those that compute queries, keys and
-    /// values, the output projection of attention, and the layers of the feed-forward network
+    /// The linear layers of a block by the input that they read: those that compute queries, keys
+    /// and values, the output projection of attention, and the layers of the feed-forward network
     /// before and after its activation.
     pub fn products(&self) -> [&'static [TargetModule]; 4] {
         use TargetModule as M;
