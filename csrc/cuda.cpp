@@ -113,7 +113,7 @@ enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu,
   SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice,
-  // of csrc/step.cu
+  // of csrc/kernels/step
   StepNorm, StepFinish, StepAttention, ThinProduct, LargeThinProduct,
   NAMES
 };
@@ -129,7 +129,7 @@ struct KernelModule {
 };
 static std::map<std::pair<int, int64_t>, KernelModule> modules;
 static std::map<int, KernelModule> latest;  // for kernels that do not depend on the width
-static std::map<int, KernelModule> latest_step;  // the same for those of csrc/step.cu
+static std::map<int, KernelModule> latest_step;  // the same for those of csrc/kernels/step
 
 static int dtype_index(at::ScalarType kind) {
   return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1;
@@ -270,7 +270,7 @@ char *dylora_cuda_compile(const char *source, const char *const *options, int n,
 }
 void dylora_cuda_free(void *p) { free(p); }
 // Loads machine code for activations of `width` on `device`: that of csrc/kernels or, after it,
-// that of csrc/step.cu.
+// that of csrc/kernels/step.
 int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of_steps) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);
