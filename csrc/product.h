@@ -299,7 +299,9 @@ inline Tensor through_experts(const Product &p, const AllExperts &e, const Kept 
       Tensor dv = own.mm(e[k].b.detach().to(dy.scalar_type()).t());
       if (wants_g(k)) {
         const auto wide = e[k].a.scalar_type();
-        const Tensor new_dg = (dv * kept.members[k].u).to(wide).mm(m.rank_columns.rows.t());
+        // not rounded before they are summed
+        const Tensor terms = dv.to(wide) * kept.members[k].u.to(wide);
+        const Tensor new_dg = terms.mm(m.rank_columns.rows.t());
         *dg[k] = dg[k]->defined() ? *dg[k] + new_dg : new_dg;
       }
       dus[k] = dv.mul_(factors(m, e[k], dy.scalar_type()));
