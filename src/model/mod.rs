@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Config, Dtype, Kernels, ModulePath, Orthogonality};
+use crate::config::{Config, Dtype, Family, Kernels, ModulePath, Orthogonality};
 use crate::ffi;
 use crate::ffi::cuda::KernelSet;
 use crate::tensor_file;
@@ -331,6 +331,12 @@ impl RoutedModel {
         !self.trains_base && self.kernels == Kernels::Auto
     }
 
+    /// Whether the fused operations compute blocks. Those of Llama-like bases they compute on a GPU.
+    fn fuses_blocks(&self) -> bool {
+        let is_known = self.decoder.spec.family == Family::Gpt2 || self.device().is_cuda();
+        self.uses_fused() && is_known
+    }
+
     /// Prepares the model for the fused operations, if it uses them.
     fn prepare_fused(&mut self) {
         if !self.uses_fused() {
@@ -338,7 +344,9 @@ impl RoutedModel {
         }
         let has_kernels = self.prepare_kernels();
         self.has_kernels = has_kernels;
-        self.prepare_fused_blocks(has_kernels);
+        if self.fuses_blocks() {
+            self.prepare_fused_blocks(has_kernels);
+        }
         if has_kernels && let Some((padded, place)) = padded_head(self.decoder.head()) {
             self.decoder.set_head(place);
             self.padded_head = Some(padded);
