@@ -331,7 +331,7 @@ impl RoutedModel {
         !self.trains_base && self.kernels == Kernels::Auto
     }
 
-    /// Whether the fused operations compute blocks. Those of Llama-like bases they compute on a GPU.
+    /// Whether the fused operations compute blocks; those of Llama-like bases on a GPU only.
     fn fuses_blocks(&self) -> bool {
         let is_known = self.decoder.spec.family == Family::Gpt2 || self.device().is_cuda();
         self.uses_fused() && is_known
