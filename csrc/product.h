@@ -141,7 +141,7 @@ struct Kept {
   Tensor u;  // of all members, [M, R'], if packed
   std::vector<KeptMember> members;
 };
-// The gradients of A, B^T and g.
+// The gradients of A and B^T.
 struct Grads {
   Tensor a, b;
 };

@@ -35,8 +35,9 @@ pub(super) type Factors = BTreeMap<TargetModule, (Tensor, Tensor)>;
 pub struct BlockExperts {
     /// The experts of each module that at least one expert targets.
     pub modules: BTreeMap<TargetModule, LoraExperts>,
-    /// What the fused operations need of the block's products; `None` if the base is trained or the
-    /// config asks for the reference (`train.kernels`).
+    /// What the fused operations need of the block's products; `None` where they do not compute it,
+    /// because the base is trained, the config asks for the reference (`train.kernels`) or the base
+    /// is like Llama and on the CPU.
     pub fused: Option<[FusedProduct; 4]>,
 }
 
