@@ -12,9 +12,9 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{family_specs, plain_router, randomize, seed, tiny_base};
 
-/// `[x | v] [W; B^T]`, where `v` is `x A^T` times the scaling and the routing weight of each column,
-/// is the output of each member with its experts, beside those of the others. The ranks are no
-/// multiples of what columns are rounded up to.
+/// `[x | v] [W; B^T]`, where `v` is `x A^T` times each column's scaling and routing weight, is the
+/// output of each member with its experts, beside those of the others. The ranks are no multiples
+/// of what columns are rounded up to.
 #[test]
 fn one_product_with_a_packed_matrix_is_its_members_with_their_experts() -> Result<()> {
     let _generator = seed(920);

@@ -143,23 +143,10 @@ template <class T> struct ThinWeight {
 
 // The sum of `own` over the blocks of a cluster, which hold it at the same place of shared memory.
 static __device__ __forceinline__ float cluster_sum(const float *own, int split) {
-  float sum = 0;
-#if __CUDA_ARCH__ >= 900
   const u32 place = (u32)__cvta_generic_to_shared(own);
-  for (int k = 0; k < split; ++k) {
-    u32 there;
-    float other;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(place), "r"(k));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(other) : "r"(there));
-    sum += other;
-  }
-#endif
+  float sum = 0;
+  for (int k = 0; k < split; ++k) sum += of_block(place, k);
   return sum;
-}
-static __device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
 }
 
 // out = x w for at most ROWS rows of x; the first packs of w have been asked for. A block has one
