@@ -4,8 +4,8 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::start::ReadyRun;
 use super::{print_result, table};
-use crate::base::Base;
 use crate::config::{self, Config, DomainExperts, Method};
 use crate::data::{Datasets, TokenDataset};
 use crate::model::experts::spec::{ExpertSpec, part_name};
@@ -13,15 +13,10 @@ use crate::model::experts::targets::{self, TargetMatch};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
 
 /// Prints what a run would do.
-pub fn dry_run(
-    config: &Config,
-    specs: &[ExpertSpec],
-    base: &Base,
-    data: &Datasets,
-    json: bool,
-) -> Result<()> {
+pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
+    let ReadyRun { config, device, base, data, specs, .. } = run;
     let counts = ParameterCounts::new(config, specs, &base.spec);
-    let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
+    let memory = MemoryEstimate::new(config, specs, &base.spec, &counts, *device);
     let steps = num_steps(config, &data.train)?;
     let targets = match config.method {
         Method::RoutedLora => {

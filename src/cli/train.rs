@@ -65,7 +65,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     })?;
     let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
-        return dry_run(config, specs, base, data, args.json);
+        return dry_run(&ready, args.json);
     }
     if config.method == Method::Full {
         // checked before the run, because the model is written at its end

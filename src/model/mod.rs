@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{Config, Dtype, Family, Kernels, ModulePath, Orthogonality};
+use crate::config::{Config, Dtype, Kernels, ModulePath, Orthogonality};
 use crate::ffi;
 use crate::ffi::cuda::KernelSet;
 use crate::tensor_file;
@@ -331,10 +331,9 @@ impl RoutedModel {
         !self.trains_base && self.kernels == Kernels::Auto
     }
 
-    /// Whether the fused operations compute blocks; those of Llama-like bases on a GPU only.
+    /// Whether the fused operations compute blocks.
     fn fuses_blocks(&self) -> bool {
-        let is_known = self.decoder.spec.family == Family::Gpt2 || self.device().is_cuda();
-        self.uses_fused() && is_known
+        self.uses_fused() && self.decoder.spec.has_fused_blocks(self.device())
     }
 
     /// Prepares the model for the fused operations, if it uses them.

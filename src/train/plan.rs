@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
+use tch::Device;
 
 use crate::checkpoint::Position;
 use crate::config::{Config, Duration, Kernels, Method, RouterScope, RoutingChoice};
@@ -116,12 +117,13 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// The estimate for one micro-batch of a config on a base.
+    /// The estimate for one micro-batch of a config on a base, on `device`.
     pub fn new(
         config: &Config,
         specs: &[ExpertSpec],
         base: &DecoderSpec,
         counts: &ParameterCounts,
+        device: Device,
     ) -> Self {
         let element = kind_of(config.base.dtype).elt_size_in_bytes() as i64;
         let full = config.method == Method::Full;
@@ -129,7 +131,8 @@ impl MemoryEstimate {
         let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
         // the average block's ranks twice: before and after the routing weights
         let (d, layers) = (base.width, base.num_layers);
-        let is_fused = !full && config.train.kernels == Kernels::Auto;
+        let is_fused =
+            !full && config.train.kernels == Kernels::Auto && base.has_fused_blocks(device);
         let block = kept_by_block(base, is_fused) + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
