@@ -1,7 +1,7 @@
 // The fused transformer block: operations over a frozen base, with backward passes written by hand.
 // Each is defined by libtorch operations, here or in product.h, norm.h, rope.h, attention.h and
-// mlp.h, for any device and dtype. Where csrc/cuda.cpp offers a kernel, the kernel computes the same. Declared to
-// Rust in src/ffi/fused.rs.
+// mlp.h, for any device and dtype. Where csrc/cuda.cpp offers a kernel, the kernel computes the
+// same. Declared to Rust in src/ffi/fused.rs.
 //
 // Letters of shapes: M = b t tokens, d width, e expert.
 #include <ATen/ATen.h>
@@ -45,10 +45,8 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
         c10::static_intrusive_pointer_cast<NormConfig>(ctx->saved_data["config"].toCapsule());
     auto saved = ctx->get_saved_variables();
     const bool has_y = ctx->saved_data["has_y"].toBool();
-    const Tensor dx = grads[1].defined() ? norm_backward(*config, grads[1],
-                                                         {saved[0], config->is_rms() ? Tensor() : saved[1],
-                                                          saved[2]},
-                                                         grads[0])
+    const NormKept kept{saved[0], config->is_rms() ? Tensor() : saved[1], saved[2]};
+    const Tensor dx = grads[1].defined() ? norm_backward(*config, grads[1], kept, grads[0])
                                          : grads[0];
     return {Tensor(), dx, has_y ? dx : Tensor()};
   }
@@ -103,7 +101,8 @@ Tensor up_and_activate(const BlockConfig &c, const AllExperts &e, const Tensor &
 }
 
 // The gradient of the activation's input, with mlp_in's row padding behind it, from the gradient
-// `dy` of the block's output, which has du behind it if packed. SwiGLU's output is computed `again`.
+// `dy` of the block's output, which has du behind it if packed. SwiGLU's output is computed
+// `again`.
 Tensor activate_and_down_backward(const BlockConfig &c, const AllExperts &e, const Kept &kept,
                                   const Tensor &up, const Tensor &dy, const Tensor &du,
                                   const std::vector<Tensor> &dus, Tensor &again) {

@@ -46,7 +46,8 @@ static bool weigh_backward(const Tensor &dv, const Tensor &u, const Tensor &g,
   run(module, WeighBackward, u, ceil_div(u.size(0), warps), 32 * warps, columns * warps * 4,
       dv.data_ptr(), ld(dv), u.data_ptr(), ld(u), at_or_null(g), (int)rank_columns.runs.size(0),
       rank_columns.expert_of.data_ptr(), rank_columns.scaling.data_ptr(),
-      rank_columns.runs.data_ptr(), (int)rank_columns.runs.size(1) / 2, du.data_ptr(), ld(du), at_or_null(dg), (int)adds, columns,
+      rank_columns.runs.data_ptr(), (int)rank_columns.runs.size(1) / 2, du.data_ptr(), ld(du),
+      at_or_null(dg), (int)adds, columns,
       u.size(0), (int)(packs(dv) && packs(u) && packs(du)));
   return true;
 }

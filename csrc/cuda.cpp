@@ -110,16 +110,18 @@ struct Compiler {
 static Compiler compiler;
 
 enum Name {
-  AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu, SwiGluBackward,
+  AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu,
+  SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice,
-  // of csrc/step.cu
-  StepNorm, StepFinish, StepAttention, ThinProduct,
+  // of csrc/kernels/step
+  StepNorm, StepFinish, StepAttention, ThinProduct, LargeThinProduct,
   NAMES
 };
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh",  "weigh_backward",  "add_masked", "refresh",       "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
-    "step_choice", "step_norm", "step_finish", "step_attention", "thin_product"};
+    "step_choice", "step_norm", "step_finish", "step_attention", "thin_product",
+    "large_thin_product"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -127,7 +129,7 @@ struct KernelModule {
 };
 static std::map<std::pair<int, int64_t>, KernelModule> modules;
 static std::map<int, KernelModule> latest;  // for kernels that do not depend on the width
-static std::map<int, KernelModule> latest_step;  // the same for those of csrc/step.cu
+static std::map<int, KernelModule> latest_step;  // the same for those of csrc/kernels/step
 
 static int dtype_index(at::ScalarType kind) {
   return kind == at::kBFloat16 ? 0 : kind == at::kFloat ? 1 : -1;
@@ -156,11 +158,11 @@ static void run(const KernelModule *module, Name name, const Tensor &like, int64
       compiler.launch(f, (unsigned)blocks, 1, 1, threads, 1, 1, shared, stream, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
 }
-// The same with a launch attribute, if `num_attributes` is 1.
+// The same with launch attributes.
 template <class... Args>
 static void launch_with(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
-                        int threads, int64_t shared, CUlaunchAttribute attribute,
-                        int num_attributes, Args... args) {
+                        int threads, int64_t shared,
+                        CUlaunchAttribute *attributes, int num_attributes, Args... args) {
   void *pointers[] = {(void *)&args...};
   c10::cuda::CUDAGuard guard(like.device());
   CUlaunchConfig config{};
@@ -168,10 +170,17 @@ static void launch_with(const KernelModule *module, Name name, const Tensor &lik
   config.blockDimX = (unsigned)threads, config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = (unsigned)shared;
   config.hStream = c10::cuda::getCurrentCUDAStream(like.device().index()).stream();
-  config.attrs = &attribute, config.numAttrs = num_attributes;
+  config.attrs = attributes, config.numAttrs = num_attributes;
   const auto f = module->functions[dtype_index(like.scalar_type())][name];
   const auto status = compiler.launch_with(&config, f, pointers, nullptr);
   TORCH_CHECK(status == 0, "kernel `", names[name], "` failed with CUDA error ", (int)status);
+}
+static CUlaunchAttribute in_clusters(int64_t cluster) {
+  CUlaunchAttribute size{};
+  size.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  size.value.clusterDim.x = (unsigned)cluster;
+  size.value.clusterDim.y = size.value.clusterDim.z = 1;
+  return size;
 }
 // The same in clusters of blocks, which may read each other's shared memory.
 template <class... Args>
@@ -179,11 +188,8 @@ static void run_cluster(const KernelModule *module, Name name, const Tensor &lik
                         int threads, int64_t shared, int64_t cluster, Args... args) {
   if (cluster == 1) return run(module, name, like, blocks, threads, (int)shared, args...);
   if (blocks == 0) return;
-  CUlaunchAttribute size{};
-  size.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-  size.value.clusterDim.x = (unsigned)cluster;
-  size.value.clusterDim.y = size.value.clusterDim.z = 1;
-  launch_with(module, name, like, blocks, threads, shared, size, 1, args...);
+  CUlaunchAttribute size = in_clusters(cluster);
+  launch_with(module, name, like, blocks, threads, shared, &size, 1, args...);
 }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static void *at_or_null(const Tensor &x) { return x.defined() ? x.data_ptr() : nullptr; }
@@ -264,7 +270,7 @@ char *dylora_cuda_compile(const char *source, const char *const *options, int n,
 }
 void dylora_cuda_free(void *p) { free(p); }
 // Loads machine code for activations of `width` on `device`: that of csrc/kernels or, after it,
-// that of csrc/step.cu.
+// that of csrc/kernels/step.
 int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of_steps) {
   TRY(-1, {
     c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);

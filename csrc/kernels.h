@@ -34,8 +34,8 @@ struct Heads {
   int64_t total() const { return queries() + 2 * keys(); }
 };
 
-// A linear layer whose experts, A [r, i] and B^T [r, o], are to be written to their places in a packed
-// weight [W A^T; B^T 0]: A^T to `packed_a`, [i, R'], and B^T to `packed_b`, [R', o].
+// A linear layer whose experts, A [r, i] and B^T [r, o], are to be written to their places in a
+// packed weight [W A^T; B^T 0]: A^T to `packed_a`, [i, R'], and B^T to `packed_b`, [R', o].
 struct Refreshed {
   at::Tensor a, b, packed_a, packed_b;
 };
@@ -82,8 +82,8 @@ struct Kernels {
   int (*capability)();
   // Whether there are kernels for activations of this dtype and width.
   bool (*apply_to)(at::ScalarType kind, int64_t width);
-  // sum = x + y and a = LayerNorm(sum), or RMSNorm(sum) if b is undefined; then there is no mean. If
-  // y is undefined, sum is x and is not written.
+  // sum = x + y and a = LayerNorm(sum), or RMSNorm(sum) if b is undefined; then there is no mean.
+  // If y is undefined, sum is x and is not written.
   bool (*add_norm)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &w,
                    const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a,
                    const at::Tensor &mean, const at::Tensor &rstd);

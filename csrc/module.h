@@ -10,8 +10,8 @@ struct dylora_member {
   double single_scaling;
   int64_t first_rank;
 };
-// The linear layers that read the same input. With a packed weight, the other pointers belong to all
-// of them; they are null without experts.
+// The linear layers that read the same input. With a packed weight, the other pointers belong to
+// all of them; they are null without experts.
 struct dylora_product {
   const dylora_member *members;
   int64_t num_members;

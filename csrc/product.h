@@ -2,12 +2,12 @@
 // experts, and its backward pass. The linear layers are its members, such as q_proj, k_proj and
 // v_proj. Their outputs stand beside each other in the columns of y.
 //
-// y = x W + b + v B^T with v = (x A^T) * f and f = g[expert of the column] * scaling. The experts of
-// a member add to its columns only. With CUDA kernels, a product has a packed weight
+// y = x W + b + v B^T with v = (x A^T) * f and f = g[expert of the column] * scaling. The experts
+// of a member add to its columns only. With CUDA kernels, a product has a packed weight
 // [W A^T; B^T 0] of (i + R') x (o + R'), where the rows of B^T are 0 outside of their member's
-// columns. Once v is written behind x, the forward pass is one product, [x | v] [W; B^T]. Once du is
-// written behind dy, so is the backward pass, dx = [dy | du] [W | A^T]^T. So whatever computes x or
-// dy leaves R' extra columns behind each row: the row padding.
+// columns. Once v is written behind x, the forward pass is one product, [x | v] [W; B^T]. Once du
+// is written behind dy, so is the backward pass, dx = [dy | du] [W | A^T]^T. So whatever computes x
+// or dy leaves R' extra columns behind each row: the row padding.
 //
 // Letters of shapes: M = b t tokens, i in, o out, e expert, R columns of a member's rank space, R'
 // the same rounded up, or the sum of these over the members (src/model/fused/pack.rs).
@@ -141,7 +141,7 @@ struct Kept {
   Tensor u;  // of all members, [M, R'], if packed
   std::vector<KeptMember> members;
 };
-// The gradients of A, B^T and g.
+// The gradients of A and B^T.
 struct Grads {
   Tensor a, b;
 };
@@ -284,8 +284,8 @@ inline Tensor forward(const Product &p, const AllExperts &e, const Tensor &x, do
 }
 
 // du = dv * f and the gradients of the routing weights, which are added to those in `dg`: for each
-// member, the place where its gradient belongs. Returns du of all members, [M, R'], which lies behind
-// dy, if packed; otherwise each member's du replaces its entry in `dus`.
+// member, the place where its gradient belongs. Returns du of all members, [M, R'], which lies
+// behind dy, if packed; otherwise each member's du replaces its entry in `dus`.
 inline Tensor through_experts(const Product &p, const AllExperts &e, const Kept &kept,
                               const Tensor &dy, const std::vector<Tensor *> &dg,
                               std::vector<Tensor> &dus) {
@@ -299,7 +299,9 @@ inline Tensor through_experts(const Product &p, const AllExperts &e, const Kept 
       Tensor dv = own.mm(e[k].b.detach().to(dy.scalar_type()).t());
       if (wants_g(k)) {
         const auto wide = e[k].a.scalar_type();
-        const Tensor new_dg = (dv * kept.members[k].u).to(wide).mm(m.rank_columns.rows.t());
+        // not rounded before they are summed
+        const Tensor terms = dv.to(wide) * kept.members[k].u.to(wide);
+        const Tensor new_dg = terms.mm(m.rank_columns.rows.t());
         *dg[k] = dg[k]->defined() ? *dg[k] + new_dg : new_dg;
       }
       dus[k] = dv.mul_(factors(m, e[k], dy.scalar_type()));

@@ -194,6 +194,15 @@ int dylora_memory_stats(int device, int64_t *out) {
     return 0;
   })
 }
+// The free and the total bytes of a device, whoever uses them.
+int dylora_device_memory(int device, int64_t *out) {
+  TRY(-1, {
+    auto [free, total] = at::accelerator::getMemoryInfo(device);
+    out[0] = free;
+    out[1] = total;
+    return 0;
+  })
+}
 // Gives back what the allocator holds unused, then restarts the peak at what is allocated now.
 int dylora_reset_peak_memory(int device) {
   TRY(-1, {

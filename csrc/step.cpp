@@ -50,7 +50,8 @@ struct Layer {
                     Tensor &sum) const {
     const Tensor out = empty_output(x.size(0));
     sum = at::empty(x.sizes(), x.options());
-    const ThinInput input{ThinInput::Normed, x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, 0};
+    const ThinInput input{ThinInput::Normed,   x,        y,   *norm.weight,
+                          or_none(norm.bias), norm.eps, sum, 0};
     if (y.product.defined() && kernels()->thin_product(input, weight(), out)) return out;
     if (y.rank_columns && x.size(0) <= FEW_TEXTS) {
       // many ranks are added once, instead of in each block of the product
@@ -127,17 +128,19 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_produc
 
 // A block of the residual stream x + y, where y is the output of `last`, of which `product` is
 // known; both are null if there is no y. If `a` is not null, there is no y, and a is the block's
-// first norm. out = [x', product], where product is that of the last linear layer, whose output is to
-// be added to x'.
+// first norm. out = [x', product], where product is that of the last linear layer, whose output is
+// to be added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
                       const dylora_product *last, const dylora_norm *norms,
-                      const dylora_product *products, const dylora_step_cache *cache, int activation,
+                      const dylora_product *products, const dylora_step_cache *cache,
+                      int activation,
                       Tensor **out) {
   TRY(-1, {
     if (!kernels()) return 1;
     const auto before = last ? std::make_unique<Layer>(*last) : nullptr;
     const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
-    const Layer qkv_layer(products[0]), out_layer(products[1]), mlp_in(products[2]), mlp_out(products[3]);
+    const Layer qkv_layer(products[0]), out_layer(products[1]), mlp_in(products[2]),
+        mlp_out(products[3]);
     Heads heads{cache->query_heads,     cache->key_heads,
                 cache->head_size,       or_none(cache->q_norm),
                 or_none(cache->k_norm), cache->norm_eps,

@@ -53,19 +53,27 @@ static bool fits(const Unfinished &y) {
 }
 
 // A launch that may begin before the kernel in front of it ends; the kernel itself waits for it.
+// Its blocks are in clusters.
+template <class... Args>
+static void run_early_cluster(const KernelModule *module, Name name, const Tensor &like,
+                              int64_t blocks, int threads, int64_t shared, int64_t cluster,
+                              Args... args) {
+  if (blocks == 0) return;
+  CUlaunchAttribute attributes[2]{};
+  attributes[0].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attributes[0].value.programmaticStreamSerializationAllowed = 1;
+  attributes[1] = in_clusters(cluster);
+  const int count = capability() < 90 ? 0 : cluster > 1 ? 2 : 1;
+  launch_with(module, name, like, blocks, threads, shared, attributes, count, args...);
+}
 template <class... Args>
 static void run_early(const KernelModule *module, Name name, const Tensor &like, int64_t blocks,
                       int threads, int64_t shared, Args... args) {
-  if (blocks == 0) return;
-  CUlaunchAttribute early{};
-  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  early.value.programmaticStreamSerializationAllowed = 1;
-  launch_with(module, name, like, blocks, threads, shared, early, capability() >= 90 ? 1 : 0,
-              args...);
+  run_early_cluster(module, name, like, blocks, threads, shared, 1, args...);
 }
 
 constexpr int64_t SHARED_MEMORY = 48 << 10;    // bytes that any kernel may have
-constexpr int64_t OF_THIN_PRODUCT = 8 << 10;   // of these, what thin_product itself declares
+constexpr int64_t OF_THIN_PRODUCT = 9 << 10;   // of these, what thin_product itself declares
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
 constexpr int64_t COUNTERS = 1 << 14;
@@ -166,11 +174,17 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
                            at_or_null(input.sum), input.activation};
-  // longer segments where enough blocks remain, which are more for a long column
-  const int64_t lanes = ceil_div(columns, 4 * n) >= (in < 2048 ? 64 : 256) ? 4 : 2;
-  run_early(module, ThinProduct, out, ceil_div(columns, lanes * n), 512, shared, args,
-            w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
-            (int)lanes);
+  // longer segments where enough blocks remain; the columns of a large matrix are divided among the
+  // blocks of a cluster instead
+  const bool is_large = in >= 2048 && capability() >= 90;
+  const int64_t lanes = is_large || ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
+  const int64_t segments = ceil_div(columns, lanes * n);
+  const int64_t split = is_large && segments <= MULTIPROCESSORS / 2 ? 2 : 1;
+  const int64_t blocks = is_large ? std::min(segments, MULTIPROCESSORS) : segments;
+  run_early_cluster(module, is_large ? LargeThinProduct : ThinProduct, out, blocks * split,
+                    512, shared, split, args,
+                    w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
+                    (int)lanes, (int)split);
   return true;
 }
 

@@ -52,8 +52,8 @@ micro_batch_size = {batch}
 kernels = "{kernels}"
 [optimizer]
 betas = [{beta1}, 0.999]
-adapters = {{ learning_rate = 1e-30 }}
-router = {{ learning_rate = 1e-30 }}
+adapters = {{ learning_rate = 1e-20 }}
+router = {{ learning_rate = 1e-20 }}
 [router]
 input = "embeddings"
 scope = "shared"

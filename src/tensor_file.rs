@@ -183,7 +183,8 @@ pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
     tensors: impl IntoIterator<Item = &'a (N, Tensor)>,
 ) -> Result<()> {
     for (name, tensor) in tensors {
-        let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+        // a view is laid out on its own device, which may be much faster at it
+        let tensor = tensor.detach().contiguous().to_device(Device::Cpu);
         let (name, kind, size) = (name.as_ref(), tensor.kind(), tensor.size());
         hasher.update(format!("{name} {kind:?} {size:?}\n").as_bytes());
         ffi::with_bytes(&tensor, |bytes| hasher.update_rayon(bytes));

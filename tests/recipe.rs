@@ -600,7 +600,7 @@ fn an_even_mixture_is_and_learns_as_one_lora_of_all_ranks_with_the_scaling_of_lo
     ] {
         let count_set = format!("lora.num_experts={count}");
         // the routers of distinct experts learn, which is to leave the weights even here
-        let rest = [count_set.as_str(), "optimizer.router={learning_rate=1e-30}"];
+        let rest = [count_set.as_str(), "optimizer.router={learning_rate=1e-20}"];
         let config = new(&[&common[..], mixing, &rest].concat())?;
         let (rank, alpha) =
             (format!("lora.rank={}", 3 * count), format!("lora.alpha={}", 6 * count));

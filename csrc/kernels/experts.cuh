@@ -100,7 +100,8 @@ static __device__ void add_masked(T *x, i64 ldx, const T *y, i64 ldy, const unsi
   Pack<T>::store(to, sum);
 }
 
-// The experts of a linear layer, A [r, i] and B^T [r, o] in f32, and their places in a packed weight
+// The experts of a linear layer, A [r, i] and B^T [r, o] in f32, and their places in a packed
+// weight
 // [W A^T; B^T 0], whose rows have `ld` elements. As in csrc/block_kernels.h.
 struct Refreshed {
   const float *a, *b;

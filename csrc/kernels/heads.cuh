@@ -26,8 +26,8 @@ static __device__ __forceinline__ float head_sum(float x, int lanes) {
 }
 
 // What attention reads, from `in`: queries and keys with RMSNorm of each head (if q_norm is not
-// null) and rotated by each token's angles (if `cosines` is not null), values as they are. `out` may
-// be `in`.
+// null) and rotated by each token's angles (if `cosines` is not null), values as they are. `out`
+// may be `in`.
 template <class T>
 static __device__ void rotate(const T *in, i64 ldi, T *out, i64 ldo, const T *q_norm,
                               const T *k_norm, float eps, const T *cosines, const T *sines,
@@ -128,7 +128,10 @@ static __device__ void rotate_backward(const T *dq, const T *dk, const T *dv, co
     along = head_sum(along, lanes) / (2 * half);
     if (changes) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = (x[i] - a[i] * along) * rs, y[i] = (y[i] - b[i] * along) * rs;
+      for (int i = 0; i < N; ++i) {
+        x[i] = (x[i] - a[i] * along) * rs;
+        y[i] = (y[i] - b[i] * along) * rs;
+      }
     }
   }
   if (!at.is_inside) return;

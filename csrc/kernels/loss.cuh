@@ -16,32 +16,25 @@ static __device__ __forceinline__ float power_of_2(float x) {
 }
 #define LOG2_E 1.4426950408889634f
 
-// The sum or the largest of a number over the blocks of a cluster, which all hold it in all of their
-// threads. `slot` is in shared memory.
+// The sum or the largest of a number over the blocks of a cluster, which all hold it in all of
+// their threads. `slot` is in shared memory.
 static __device__ __forceinline__ float cluster_reduce(float x, float *slot, bool is_max,
                                                        int split) {
-#if __CUDA_ARCH__ >= 900
   if (split == 1) return x;
   if (threadIdx.x == 0) *slot = x;
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  cluster_wait();
   const u32 own = (u32)__cvta_generic_to_shared(slot);
   for (int k = 0; k < split; ++k) {
-    u32 place;
-    float other;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(own), "r"(k));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(other) : "r"(place));
-    if (k == 0)
-      x = other;
-    else
-      x = is_max ? fmaxf(x, other) : x + other;
+    const float other = of_block(own, k);
+    x = k == 0 ? other : is_max ? fmaxf(x, other) : x + other;
   }
   // no block ends or writes again before all have read
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
+  cluster_wait();
   return x;
 }
 
-// One block, or a cluster of `split` blocks with a part of the vocabulary each, computes a position:
+// One block, or a cluster of `split` blocks with a part of the vocabulary each, computes a
+// position:
 //   losses = logsumexp(z) - z_label
 //   smoothed = logsumexp(z) - (1 - s) z_label - s mean(z)
 // Both are 0 where the label is negative. With `scale`, logits become the gradient of scale *

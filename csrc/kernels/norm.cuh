@@ -6,11 +6,22 @@ template <class T>
 constexpr int PER_THREAD = (WIDTH / Pack<T>::N + 32 * WARPS_OF_ROW - 1) / (32 * WARPS_OF_ROW);
 
 // The row of this thread, and its place among the threads of the row.
-static __device__ __forceinline__ i64 own_row(int &place) {
-  const int warp = threadIdx.x / 32;
-  place = warp % WARPS_OF_ROW * 32 + threadIdx.x % 32;
-  return (i64)blockIdx.x * (blockDim.x / 32 / WARPS_OF_ROW) + warp / WARPS_OF_ROW;
-}
+template <class T> struct RowPlace {
+  i64 row;
+  int place;
+  bool is_inside;
+  __device__ __forceinline__ explicit RowPlace(i64 rows) {
+    const int warp = threadIdx.x / 32;
+    place = warp % WARPS_OF_ROW * 32 + threadIdx.x % 32;
+    row = (i64)blockIdx.x * (blockDim.x / 32 / WARPS_OF_ROW) + warp / WARPS_OF_ROW;
+    is_inside = row < rows;
+  }
+  // The first column of this thread's k-th pack, or WIDTH if it has none.
+  __device__ __forceinline__ int column(int k) const {
+    const int c = (k * 32 * WARPS_OF_ROW + place) * Pack<T>::N;
+    return is_inside && c < WIDTH ? c : WIDTH;
+  }
+};
 // The sum over the threads of a row. All threads of the block take part.
 static __device__ __forceinline__ float row_sum(float x) {
   x = warp_sum(x);
@@ -33,18 +44,13 @@ static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const 
                                 float eps, T *sum, T *a, i64 lda, float *mean, float *rstd,
                                 i64 rows) {
   constexpr int N = Pack<T>::N, OWN = PER_THREAD<T>;
-  int place;
-  const i64 row = own_row(place);
-  // the first column of this thread's k-th pack, or WIDTH if it has none
-  auto column = [&](int k) {
-    const int c = (k * 32 * WARPS_OF_ROW + place) * N;
-    return row < rows && c < WIDTH ? c : WIDTH;
-  };
+  const RowPlace<T> at(rows);
+  const i64 row = at.row;
   float v[OWN][N];
   float total = 0;
 #pragma unroll
   for (int k = 0; k < OWN; ++k) {
-    const int c = column(k);
+    const int c = at.column(k);
     if (c >= WIDTH) continue;
     Pack<T>::load(x + row * ldx + c, v[k]);
     if (y) {
@@ -65,14 +71,14 @@ static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const 
   float squares = 0;
 #pragma unroll
   for (int k = 0; k < OWN; ++k) {
-    if (column(k) >= WIDTH) continue;
+    if (at.column(k) >= WIDTH) continue;
 #pragma unroll
     for (int i = 0; i < N; ++i) squares += (v[k][i] - mu) * (v[k][i] - mu);
   }
   const float rs = rsqrtf(row_sum(squares) / WIDTH + eps);
 #pragma unroll
   for (int k = 0; k < OWN; ++k) {
-    const int c = column(k);
+    const int c = at.column(k);
     if (c >= WIDTH) continue;
     float ws[N], bs[N] = {};
     Pack<T>::load(w + c, ws);
@@ -81,32 +87,27 @@ static __device__ void add_norm(const T *x, i64 ldx, const T *y, i64 ldy, const 
     for (int i = 0; i < N; ++i) v[k][i] = (v[k][i] - mu) * rs * ws[i] + bs[i];
     Pack<T>::store(a + row * lda + c, v[k]);
   }
-  if (place == 0 && row < rows) {
+  if (at.place == 0 && at.is_inside) {
     if (b) mean[row] = mu;
     rstd[row] = rs;
   }
 }
 
-// dx = the gradient of LayerNorm at x, or of RMSNorm if `mean` is null, for the output's gradient da,
-// plus `residual` if it is not null.
+// dx = the gradient of LayerNorm at x, or of RMSNorm if `mean` is null, for the output's gradient
+// da, plus `residual` if it is not null.
 template <class T>
 static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const float *mean,
                                      const float *rstd, const T *w, const T *residual, i64 ldr,
                                      T *dx, i64 lddx, i64 rows) {
   constexpr int N = Pack<T>::N, OWN = PER_THREAD<T>;
-  int place;
-  const i64 row = own_row(place);
-  // the first column of this thread's k-th pack, or WIDTH if it has none
-  auto column = [&](int k) {
-    const int c = (k * 32 * WARPS_OF_ROW + place) * N;
-    return row < rows && c < WIDTH ? c : WIDTH;
-  };
-  const float mu = mean && row < rows ? mean[row] : 0.f, rs = row < rows ? rstd[row] : 0.f;
+  const RowPlace<T> at(rows);
+  const i64 row = at.row;
+  const float mu = mean && at.is_inside ? mean[row] : 0.f, rs = at.is_inside ? rstd[row] : 0.f;
   float g[OWN][N], h[OWN][N];
   float sum_g = 0, sum_gh = 0;
 #pragma unroll
   for (int k = 0; k < OWN; ++k) {
-    const int c = column(k);
+    const int c = at.column(k);
     if (c >= WIDTH) continue;
     float ws[N];
     Pack<T>::load(da + row * ldda + c, g[k]);
@@ -123,7 +124,7 @@ static __device__ void norm_backward(const T *da, i64 ldda, const T *x, const fl
   const float c1 = mean ? row_sum(sum_g) / WIDTH : 0.f, c2 = row_sum(sum_gh) / WIDTH;
 #pragma unroll
   for (int k = 0; k < OWN; ++k) {
-    const int c = column(k);
+    const int c = at.column(k);
     if (c >= WIDTH) continue;
     float r[N];
 #pragma unroll

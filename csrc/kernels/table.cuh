@@ -1,4 +1,4 @@
-// The kernels by name, in both dtypes. With STEP, csrc/step.cu lists kernels of its own instead.
+// The kernels by name, in both dtypes. With STEP, csrc/kernels/step lists its own instead.
 
 #define KERNELS(T, NAME)                                                                           \
   extern "C" __global__ void add_norm_##NAME(const T *x, i64 ldx, const T *y, i64 ldy, const T *w, \

@@ -41,6 +41,19 @@ impl Size {
                 "model_type": "gpt2", "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd,
             })
         };
+        // Llama 3.1 and 3.2, which have the same heads of attention and vocabulary
+        let llama3 = |layers, width, inner, is_tied, factor| {
+            json!({
+                "model_type": "llama", "num_hidden_layers": layers, "num_attention_heads": 32,
+                "num_key_value_heads": 8, "hidden_size": width, "intermediate_size": inner,
+                "vocab_size": 128_256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
+                "rope_theta": 500_000.0, "tie_word_embeddings": is_tied,
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                },
+            })
+        };
         let json = match self {
             Self::Gpt2 => gpt2(12, 12, 768),
             Self::Gpt2Medium => gpt2(24, 16, 1024),
@@ -58,26 +71,8 @@ impl Size {
                 "intermediate_size": 3072, "vocab_size": 151_936,
                 "max_position_embeddings": 40960, "rope_theta": 1e6, "tie_word_embeddings": true,
             }),
-            Self::Llama3 => json!({
-                "model_type": "llama", "num_hidden_layers": 16, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "hidden_size": 2048, "intermediate_size": 8192,
-                "vocab_size": 128_256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-                "rope_theta": 500_000.0, "tie_word_embeddings": true,
-                "rope_scaling": {
-                    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-                },
-            }),
-            Self::Llama8 => json!({
-                "model_type": "llama", "num_hidden_layers": 32, "num_attention_heads": 32,
-                "num_key_value_heads": 8, "hidden_size": 4096, "intermediate_size": 14336,
-                "vocab_size": 128_256, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5,
-                "rope_theta": 500_000.0, "tie_word_embeddings": false,
-                "rope_scaling": {
-                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-                },
-            }),
+            Self::Llama3 => llama3(16, 2048, 8192, true, 32.0),
+            Self::Llama8 => llama3(32, 4096, 14336, false, 8.0),
         };
         families::from_json(&json).expect("the shapes are sound")
     }

@@ -4,8 +4,8 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::start::ReadyRun;
 use super::{print_result, table};
-use crate::base::Base;
 use crate::config::{self, Config, DomainExperts, Method};
 use crate::data::{Datasets, TokenDataset};
 use crate::model::experts::spec::{ExpertSpec, part_name};
@@ -15,16 +15,10 @@ use crate::train::plan::{MemoryEstimate, ParameterCounts, blocks_per_step, num_s
 /// Prints what a run would do.
 ///
 /// - `world_size`: number of processes that share it
-pub fn dry_run(
-    config: &Config,
-    specs: &[ExpertSpec],
-    base: &Base,
-    data: &Datasets,
-    world_size: usize,
-    json: bool,
-) -> Result<()> {
+pub fn dry_run(run: &ReadyRun, world_size: usize, json: bool) -> Result<()> {
+    let ReadyRun { config, device, base, data, specs, .. } = run;
     let counts = ParameterCounts::new(config, specs, &base.spec);
-    let memory = MemoryEstimate::new(config, specs, &base.spec, &counts);
+    let memory = MemoryEstimate::new(config, specs, &base.spec, &counts, *device);
     let steps = num_steps_of(config, &data.train, blocks_per_step(config) * world_size)?;
     let targets = match config.method {
         Method::RoutedLora => {

@@ -12,6 +12,7 @@ mod dry_run;
 mod eval;
 mod eval_answers;
 mod export_adapters;
+mod fit;
 mod generate;
 mod launch;
 mod merge;

@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use tch::{Device, Kind};
 
+use super::fit::{base_kind, check_base_fits};
 use super::progress::DownloadBar;
 use super::{Shared, hub_settings, usage};
 use crate::base::Base;
@@ -123,6 +124,7 @@ impl ModelArgs {
         config.base.dtype = self.dtype.unwrap_or(config.base.dtype);
         let device = shared.device(self.device.unwrap_or(config.run.device))?;
         let base = open_base(&config.base, shared)?;
+        check_base_fits(&base, base_kind(&config), device)?;
         let model = checkpoint::load_model(&dir, &config, &base, device)?;
         let TrainState { base_hash, learned_chats, .. } = checkpoint::read_state(&dir)?;
         let (routing, checkpoint) = (config.train.routing, Some(dir));
@@ -163,6 +165,7 @@ impl ModelArgs {
             }),
         };
         let identity = mixture.as_ref().map(|mixture| mixture.base.clone()).unwrap_or_default();
+        check_base_fits(&base, kind, device)?;
         let weights = base.weights_of(&identity, "the adapters belong to")?;
         let base_hash = identity.hash;
         let routing = mixture.as_ref().map_or(RoutingChoice::Router, |mixture| mixture.routing);

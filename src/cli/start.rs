@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use tch::Device;
 
+use super::fit::check_run_fits;
 use super::open::{open_base, open_mixture};
 use super::progress::LoadBar;
 use super::{Shared, token_cache, usage};
@@ -40,6 +41,16 @@ enum Start {
     Resume(PathBuf),
 }
 
+impl Start {
+    /// The experts' settings.
+    fn specs(&self) -> Result<Vec<ExpertSpec>> {
+        match self {
+            Self::New(mixture) => Ok(mixture.specs.clone()),
+            Self::Resume(dir) => checkpoint::read_experts(dir),
+        }
+    }
+}
+
 impl ReadyRun {
     /// Opens what a run of `config` needs.
     ///
@@ -54,24 +65,17 @@ impl ReadyRun {
         let device = shared.device(config.run.device)?;
         let base = open_base(&config.base, shared)?;
         check_base(&config, &base).map_err(usage)?;
-        let mixture = match &resume_from {
-            // adapters are found before the data is read, which may take long
-            None => Some(open_mixture(&config, &base, shared)?),
-            Some(_) => None,
+        // adapters are found before the data is read, which may take long
+        let mut start = match resume_from {
+            Some(dir) => Start::Resume(dir),
+            None => Start::New(Box::new(open_mixture(&config, &base, shared)?)),
         };
+        check_run_fits(&config, &start.specs()?, &base, device)?;
         let data = shared.in_turn(|| load(&config, &base))?;
-        let start = match (resume_from, mixture) {
-            (None, Some(mut mixture)) => {
-                let specs = &mut mixture.specs;
-                settle_experts(&mut config, specs, &data.train, &base, device)?;
-                Start::New(Box::new(mixture))
-            }
-            (dir, _) => Start::Resume(dir.expect("a run that is not new has a checkpoint")),
-        };
-        let specs = match &start {
-            Start::New(mixture) => mixture.specs.clone(),
-            Start::Resume(dir) => checkpoint::read_experts(dir)?,
-        };
+        if let Start::New(mixture) = &mut start {
+            settle_experts(&mut config, &mut mixture.specs, &data.train, &base, device)?;
+        }
+        let specs = start.specs()?;
         Ok(Self { config, device, base, data, specs, start })
     }
 

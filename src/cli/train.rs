@@ -66,7 +66,7 @@ pub fn run(args: &TrainArgs, shared: &Shared) -> Result<()> {
     let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
         return match shared.is_first() {
-            true => dry_run(config, specs, base, data, shared.world.size(), args.json),
+            true => dry_run(&ready, shared.world.size(), args.json),
             false => Ok(()),
         };
     }

@@ -35,7 +35,7 @@ pub fn replace(file: &Path, bytes: &[u8]) -> Result<()> {
     Ok(fs_err::rename(&temporary, file)?)
 }
 
-/// Checks that a file that a run writes is still the one at its path.
+/// Checks that `path` still leads to `file`, which a run keeps open and writes.
 pub fn check_place(file: &fs_err::File, path: &Path) -> Result<()> {
     let own = file.metadata()?;
     let is_own = |found: std::fs::Metadata| (found.dev(), found.ino()) == (own.dev(), own.ino());

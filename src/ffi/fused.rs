@@ -203,8 +203,8 @@ pub struct Heads<'a> {
     pub keys: i64,
     /// Width `h` of a head.
     pub size: i64,
-    /// The weights of the RMSNorms of each query head and each key head, `[h]`, and what is added to
-    /// the mean square.
+    /// The weights of the RMSNorms of each query head and each key head, `[h]`, and what is added
+    /// to the mean square.
     pub norms: Option<(&'a Tensor, &'a Tensor, f64)>,
     /// Cosines and sines of each token's angles, `[M, h]`, in the dtype of activations.
     pub rotation: Option<(&'a Tensor, &'a Tensor)>,
@@ -232,8 +232,9 @@ pub struct Attention<'a> {
     pub heads: Heads<'a>,
     /// Factor of the attention scores.
     pub scale: f64,
-    /// True where attention is allowed, `[b or 1, 1, t, t]`. With `None`, attention is causal, within
-    /// the documents of `cu_seqlens` if [`attends_by_length`] holds and otherwise over whole rows.
+    /// True where attention is allowed, `[b or 1, 1, t, t]`. With `None`, attention is causal,
+    /// within the documents of `cu_seqlens` if [`attends_by_length`] holds and otherwise over whole
+    /// rows.
     pub mask: Option<&'a Tensor>,
     /// The start of each document in the flattened tokens, followed by `M`; int32. These are the
     /// same documents as in `mask`.

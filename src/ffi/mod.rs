@@ -45,6 +45,7 @@ unsafe extern "C" {
     fn dylora_clip_grad_norm(grads: *const TensorPtr, n: usize, max_norm: f64) -> *mut C_tensor;
     fn dylora_rng_state(device: c_int) -> *mut C_tensor;
     fn dylora_set_rng_state(device: c_int, state: TensorPtr) -> c_int;
+    fn dylora_device_memory(device: c_int, out: *mut i64) -> c_int;
     fn dylora_memory_stats(device: c_int, out: *mut i64) -> c_int;
     fn dylora_reset_peak_memory(device: c_int) -> c_int;
     fn dylora_cuda_name(device: c_int, out: *mut c_char, capacity: c_int) -> c_int;
@@ -240,6 +241,23 @@ pub fn memory_bytes(device: Device) -> Result<u64> {
         Device::Cuda(index) => Ok(cuda_memory(index)?[0] as u64),
         _ => process_memory("VmRSS:"),
     }
+}
+
+/// The memory of a GPU as a whole, whoever uses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// The memory that no process holds, in bytes.
+    pub free_bytes: u64,
+    /// All memory, in bytes.
+    pub total_bytes: u64,
+}
+
+/// The memory of the CUDA device with this index.
+pub fn device_memory(index: usize) -> Result<DeviceMemory> {
+    let mut sizes = [0i64; 2];
+    // SAFETY: the shim writes two numbers into `sizes`
+    check(unsafe { dylora_device_memory(index as c_int, sizes.as_mut_ptr()) })?;
+    Ok(DeviceMemory { free_bytes: sizes[0] as u64, total_bytes: sizes[1] as u64 })
 }
 
 /// Frees memory that is held but not used, and restarts [`peak_memory_bytes`] from the present use.

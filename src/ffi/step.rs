@@ -108,8 +108,8 @@ pub struct CachedAttention<'a> {
     pub positions: &'a Tensor,
     /// The heads, without a rotation.
     pub heads: Heads<'a>,
-    /// The frequencies of rotation, f32 `[h / 2]`, and a factor of cosines and sines; `None` without
-    /// rotation.
+    /// The frequencies of rotation, f32 `[h / 2]`, and a factor of cosines and sines; `None`
+    /// without rotation.
     pub rotary: Option<(&'a Tensor, f64)>,
     /// Number of positions that a position attends to; `None` if there is no limit.
     pub window: Option<i64>,
@@ -165,8 +165,8 @@ pub enum BlockInput<'a> {
 }
 
 /// Computes a transformer block, and adds the new keys and values to the cache. Returns the
-/// residual stream, `[M, d]`, and the product of the block's last linear layer, whose output is still
-/// to be added to it ([`Unfinished`]).
+/// residual stream, `[M, d]`, and the product of the block's last linear layer, whose output is
+/// still to be added to it ([`Unfinished`]).
 ///
 /// - `x`: the residual stream, `[M, d]`
 /// - `products`: as in [`super::fused::block`]

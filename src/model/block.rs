@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 use super::decoder::block::Block;
 use super::decoder::context::{AttentionContext, AttentionMask};
 use super::decoder::mlp::Activation;
+use super::decoder::rope::Rotation;
 use super::experts::dropout::LoraDropout;
 use super::experts::stack::LoraExperts;
 use super::experts::weights::RoutingWeights;
@@ -34,8 +35,9 @@ pub(super) type Factors = BTreeMap<TargetModule, (Tensor, Tensor)>;
 pub struct BlockExperts {
     /// The experts of each module that at least one expert targets.
     pub modules: BTreeMap<TargetModule, LoraExperts>,
-    /// What the fused operations need of the block's products; `None` if the base is trained or the
-    /// config asks for the reference (`train.kernels`).
+    /// What the fused operations need of the block's products; `None` where they do not compute it,
+    /// because the base is trained, the config asks for the reference (`train.kernels`) or the base
+    /// is like Llama and on the CPU.
     pub fused: Option<[FusedProduct; 4]>,
 }
 
@@ -151,7 +153,7 @@ impl RoutedBlock<'_> {
         let products: [_; 4] = std::array::from_fn(|at| self.product(at, &flat, &factors));
         let attends = &self.block.attention;
         let rotation = context.rotation.as_ref().filter(|_| attends.rotates);
-        let rotation = rotation.map(|rotation| rotation.flat());
+        let rotation = rotation.map(Rotation::flat);
         let heads =
             Heads { rotation: rotation.as_ref().map(|(cos, sin)| (cos, sin)), ..self.heads() };
         let by_length = self.attends_by_length(&stream.x);

@@ -107,7 +107,7 @@ impl RoutedModel {
     fn context(&self, inputs: &Inputs) -> AttentionContext {
         // built before the mask is cloned, so that all passes over the batch share it
         if let AttentionMask::Documents(documents) = &inputs.mask
-            && !self.uses_fused()
+            && !self.fuses_blocks()
         {
             documents.mask();
         }
@@ -206,7 +206,7 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
-        let fuses = self.uses_fused() && recorder.is_none() && !pass.reads_modules();
+        let fuses = self.fuses_blocks() && recorder.is_none() && !pass.reads_modules();
         let is_cached = matches!(inputs.mask, AttentionMask::Cached(_));
         if let Some(step) = self.step_of(inputs)
             && fuses

@@ -331,6 +331,11 @@ impl RoutedModel {
         !self.trains_base && self.kernels == Kernels::Auto
     }
 
+    /// Whether the fused operations compute blocks.
+    fn fuses_blocks(&self) -> bool {
+        self.uses_fused() && self.decoder.spec.has_fused_blocks(self.device())
+    }
+
     /// Prepares the model for the fused operations, if it uses them.
     fn prepare_fused(&mut self) {
         if !self.uses_fused() {
@@ -338,7 +343,9 @@ impl RoutedModel {
         }
         let has_kernels = self.prepare_kernels();
         self.has_kernels = has_kernels;
-        self.prepare_fused_blocks(has_kernels);
+        if self.fuses_blocks() {
+            self.prepare_fused_blocks(has_kernels);
+        }
         if has_kernels && let Some((padded, place)) = padded_head(self.decoder.head()) {
             self.decoder.set_head(place);
             self.padded_head = Some(padded);

@@ -126,7 +126,7 @@ impl RoutedModel {
             products.iter().all(|product| product.is_one_product() && fits(product))
         };
         self.has_kernels
-            && self.uses_fused()
+            && self.fuses_blocks()
             && [4, 8, 16, 32].map(|threads| threads * PACK_BYTES).contains(&bytes_of_head)
             && spec.width <= MAX_WIDTH
             && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(is_packed))

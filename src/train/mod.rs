@@ -12,6 +12,7 @@ mod advance;
 pub mod balance;
 mod exchange;
 pub mod files;
+mod frozen;
 pub mod gradients;
 pub mod graph;
 mod history;
@@ -39,7 +40,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
 use crate::base::Base;
 use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
@@ -55,9 +56,10 @@ use crate::growth::stages::Stage;
 use crate::mixture::Mixture;
 use crate::model::families;
 use crate::model::parameters::OldParts;
-use crate::model::{RoutedModel, Trained};
+use crate::model::{RoutedModel, Trained, kind_of};
 use crate::{config, durable};
 use files::MetricsWriter;
+use frozen::{BaseHashes, frozen_hash};
 use graph::Capture;
 use machine::Machine;
 use metrics::{Metrics, StepMetrics, ValidationMetrics, WindowMetrics};
@@ -208,7 +210,10 @@ impl Trainer {
         assign_experts(&mut config, &data.train, base, device)?;
         tch::manual_seed(config.run.seed as i64);
         let weights = base.weights()?;
+        let is_routed = config.method == Method::RoutedLora;
+        let hashes = is_routed.then(|| BaseHashes::start(&weights, kind_of(config.base.dtype)));
         let model = build_model(&config, &weights, mixture, device)?;
+        let (base_hash, known) = hashes.map(BaseHashes::wait).transpose()?.unzip();
         let mut routing = RoutingState::new(&config.router, model.num_experts());
         for (expert, before) in routing.experts.iter_mut().zip(history.maturity) {
             *expert = before;
@@ -223,10 +228,7 @@ impl Trainer {
             blocks_per_step: None,
             best: None,
             evals_without_improvement: 0,
-            base_hash: match config.method {
-                Method::RoutedLora => Some(weights.hash_in(Kind::Float)?),
-                Method::Full => None,
-            },
+            base_hash,
             base_settings: Some(families::settings(&base.spec)),
             tokenizer_hash: base.tokenizer_hash(),
             data_fingerprint: data.train.fingerprint(),
@@ -237,7 +239,7 @@ impl Trainer {
             routing,
             stages,
         };
-        let mut trainer = Self::assemble(config, model, data, state)?;
+        let mut trainer = Self::assemble(config, model, data, state, known)?;
         (trainer.skills, trainer.is_new) = (history.skills, true);
         Ok(trainer)
     }
@@ -261,7 +263,7 @@ impl Trainer {
         let state = checkpoint::read_state(dir)?;
         check_data(&data, &state, dir)?;
         let model = load_model(dir, &config, base, device)?;
-        let mut trainer = Self::assemble(config, model, data, state)?;
+        let mut trainer = Self::assemble(config, model, data, state, None)?;
         let saved = checkpoint::read_optimizer(dir)?;
         let in_dir = || format!("cannot resume from `{}`", dir.display());
         trainer.stepper.optimizer.load_state(&saved, trainer.state.step).with_context(in_dir)?;
@@ -271,11 +273,14 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// A trainer at `state`. `known_hash` is the hash of the base in the dtype that the model
+    /// computes in, if it is known.
     fn assemble(
         config: Config,
         model: RoutedModel,
         data: Datasets,
         state: TrainState,
+        known_hash: Option<String>,
     ) -> Result<Self> {
         if data.train.num_blocks() == 0 {
             bail!("there is nothing to train on: the training files hold no label token");
@@ -300,7 +305,10 @@ impl Trainer {
         let num_steps = plan::num_steps_of(&config, &data.train, per_step)?;
         let stream = BlockStream::new(&data.train, &config, state.position);
         let frozen_hash = match config.method {
-            Method::RoutedLora => Some(frozen_hash(&model, state.base_hash.clone())?),
+            Method::RoutedLora => Some(match known_hash {
+                Some(hash) => model.frozen_hash_beside(hash)?,
+                None => frozen_hash(&model, state.base_hash.clone())?,
+            }),
             Method::Full => None,
         };
         let skills = None;
@@ -483,18 +491,5 @@ fn warn_of_lost(before: Option<&Path>) {
             "`{}` has vanished: somebody has deleted or moved it; a new checkpoint is saved",
             lost.display()
         );
-    }
-}
-
-/// BLAKE3 of everything frozen. `base_hash` is the hash of the base as it was read, in f32 on the
-/// CPU, if that is known.
-fn frozen_hash(model: &RoutedModel, base_hash: Option<String>) -> Result<String> {
-    let embedding = &model.base().embedding;
-    match base_hash {
-        // the model computes with exactly the numbers that were read
-        Some(hash) if (embedding.device(), embedding.kind()) == (Device::Cpu, Kind::Float) => {
-            model.frozen_hash_beside(hash)
-        }
-        _ => model.frozen_hash(),
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, bail};
 use serde::Serialize;
+use tch::Device;
 
 use crate::checkpoint::Position;
 use crate::config::{Config, Duration, Kernels, Method, RouterScope, RoutingChoice};
@@ -93,6 +94,12 @@ impl ParameterCounts {
         counts
     }
 
+    /// The memory of the trained parameters other than the base's, and of the gradients and two
+    /// moments of all trained parameters, in bytes of f32.
+    pub fn training_bytes(&self, method: Method) -> i64 {
+        self.trained * if method == Method::Full { 12 } else { 16 }
+    }
+
     /// The trained parameters as a share of all parameters.
     pub fn trainable_share(&self) -> f64 {
         let adapters = self.lora_a + self.lora_b + self.magnitude;
@@ -116,12 +123,13 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// The estimate for one micro-batch of a config on a base.
+    /// The estimate for one micro-batch of a config on a base, on `device`.
     pub fn new(
         config: &Config,
         specs: &[ExpertSpec],
         base: &DecoderSpec,
         counts: &ParameterCounts,
+        device: Device,
     ) -> Self {
         let element = kind_of(config.base.dtype).elt_size_in_bytes() as i64;
         let full = config.method == Method::Full;
@@ -129,7 +137,8 @@ impl MemoryEstimate {
         let ranks = specs.iter().flat_map(|spec| spec.modules.values()).map(|size| size.rank);
         // the average block's ranks twice: before and after the routing weights
         let (d, layers) = (base.width, base.num_layers);
-        let is_fused = !full && config.train.kernels == Kernels::Auto;
+        let is_fused =
+            !full && config.train.kernels == Kernels::Auto && base.has_fused_blocks(device);
         let block = kept_by_block(base, is_fused) + 2 * ranks.sum::<i64>() / layers;
         let kept = match config.train.gradient_checkpointing {
             true => layers * d + block,
@@ -138,7 +147,7 @@ impl MemoryEstimate {
         let chunk = config.train.loss_chunk_tokens.min(tokens);
         Self {
             base: counts.base * if full { 4 } else { element },
-            training: counts.trained * if full { 12 } else { 16 },
+            training: counts.training_bytes(config.method),
             activations: tokens * kept * element,
             logits: chunk * base.vocab_size * (8 + element),
         }

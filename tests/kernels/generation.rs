@@ -82,6 +82,13 @@ fn mixtures() -> Vec<Mixture> {
     }
     let router = RouterConfig { top_k: Some(2), ..plain_router() };
     mixtures.push(new("top 2", plain(), lora(6, 4, all), router));
+    mixtures.extend(on_llama_like_bases());
+    mixtures
+}
+
+/// Mixtures on each Llama-like family, of which the last two shapes are such as kernels know.
+fn on_llama_like_bases() -> Vec<Mixture> {
+    let mut mixtures = vec![];
     let llama = family_specs().into_iter().filter(|(name, _)| *name != "gpt2");
     for (name, base) in llama {
         let of_ranks = |num_experts, rank| LoraConfig {

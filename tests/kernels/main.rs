@@ -6,4 +6,5 @@
 mod common;
 mod curve;
 mod generation;
+mod packing;
 mod shapes;

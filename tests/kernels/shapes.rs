@@ -134,7 +134,9 @@ fn of_shapes(on_gpu: bool) -> Vec<Case> {
             ..case(&format!("head size {head_size}"))
         });
     }
-    for vocab_size in [53, 1000, 50257, 151_936] {
+    // on a GPU, the longest row does not fit into the shared memory of one block
+    let longest = on_gpu.then_some(151_936);
+    for vocab_size in [53, 1000, 50257].into_iter().chain(longest) {
         cases.push(Case { base: shape(2, 16, vocab_size, 64), ..case(&format!("v {vocab_size}")) });
     }
     cases.push(Case { base: shape(3, 5, 53, 64), ..case("a width that is no multiple of 8") });

@@ -67,7 +67,7 @@ fn checkpoints_that_vanish_are_named_and_the_run_goes_on() -> Result<()> {
     Ok(())
 }
 
-/// The run has opened the files of its tokens, and needs no names.
+/// A run keeps the files of its tokens open, so that it goes on after somebody has deleted them.
 #[test]
 fn a_cache_of_tokens_that_vanishes_changes_nothing() -> Result<()> {
     let trained = |lose: bool| -> Result<Vec<u8>> {

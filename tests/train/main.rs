@@ -374,7 +374,12 @@ fn training_lowers_every_domain_and_leaves_the_base_alone() -> Result<()> {
 fn a_nan_stops_the_run_and_leaves_the_last_checkpoint() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
-    let blow_up = ["optimizer.adapters.learning_rate=1e38", "train.checkpoint_every_steps=1"];
+    // each step multiplies the weights by nearly minus a million
+    let blow_up = [
+        "optimizer.adapters.learning_rate=1000",
+        "optimizer.adapters.weight_decay=1000",
+        "train.checkpoint_every_steps=1",
+    ];
     let config = world.config("run", &blow_up)?;
     let error = format!("{:#}", train(&config, None).unwrap_err());
     assert!(error.contains("the last checkpoint stays: the loss is"), "{error}");
@@ -450,6 +455,9 @@ fn resuming_refuses_another_config_another_base_and_other_data() -> Result<()> {
     let file = world.path("base/config.json");
     let text = fs_err::read_to_string(&file)?;
     fs_err::write(&file, text.replace("0.00001", "0.001"))?;
+    assert!(refused(&config).contains("is not the file that was written"));
+    // a base that dylora has not written has no marker with sums
+    fs_err::remove_file(world.path("base/.dylora-output.json"))?;
     let error = refused(&config);
     assert!(error.contains("`config.json` has `layer_norm_epsilon` 0.001, not 0.00001"), "{error}");
     fs_err::write(&file, text)?;

@@ -49,18 +49,22 @@ struct StepCache {
 
 #define MAX_SPLITS 16
 
-// The cosine and the sine of an angle. It is long, so that it is compiled once.
-static __device__ __noinline__ float2 turn_of(float angle) {
-  float2 turn;
-  sincosf(angle, &turn.y, &turn.x);
-  return turn;
+// Cosines and sines of the angles at a position, [size / 2] each, rounded as in a forward pass.
+template <class T>
+static __device__ __forceinline__ void angles_at(const StepCache &cache, i64 position, int size,
+                                                 float *turns) {
+  if (!cache.frequencies || threadIdx.x >= size / 2) return;
+  float sine, cosine;
+  sincosf((float)position * cache.frequencies[threadIdx.x], &sine, &cosine);
+  turns[threadIdx.x] = rounded_sum<T>(cosine * cache.rope_factor, 0.f);
+  turns[size / 2 + threadIdx.x] = rounded_sum<T>(sine * cache.rope_factor, 0.f);
 }
 
-// Norms and rotates a head, whose values are `head`, [LANES * N] in shared memory, at `position`.
+// Norms a head, whose values are `head`, [LANES * N] in shared memory, and rotates it by `turns`.
 // Each thread gets its part. All threads of the warp take part.
 template <class T, int LANES>
 static __device__ __forceinline__ void prepare_head(const StepCache &cache, const float *head,
-                                                    const T *norm, i64 position, int lane,
+                                                    const T *norm, const float *turns, int lane,
                                                     float *out) {
   constexpr int N = Pack<T>::N, SIZE = LANES * N, HALF = SIZE / 2;
   float rs = 1.f;
@@ -78,18 +82,15 @@ static __device__ __forceinline__ void prepare_head(const StepCache &cache, cons
     const int c = lane * N + i, k = c % HALF;
     out[i] = normed(c);
     if (!cache.frequencies) continue;
-    const float2 turn = turn_of((float)position * cache.frequencies[k]);
-    // rounded as in a forward pass
-    const float cosine = rounded_sum<T>(turn.x * cache.rope_factor, 0.f);
-    const float sine = rounded_sum<T>(turn.y * cache.rope_factor, 0.f);
     const float other = normed(c < HALF ? c + HALF : c - HALF);
-    out[i] = out[i] * cosine + (c < HALF ? -other : other) * sine;
+    out[i] = out[i] * turns[k] + (c < HALF ? -other : other) * turns[HALF + k];
   }
 }
 
 // Attention of each row's new position to itself and to the positions of the cache, to which its
-// key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part of a row's and head's
-// positions; the last of them to end combines the parts. LANES threads hold a head's vector.
+// key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part
+// of a row's and head's positions; the last of them to end combines the parts. LANES threads hold a
+// head's vector.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
                                       float *partial, int *arrived, T *out) {
@@ -97,6 +98,7 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
   extern __shared__ float of_attention[];
   __shared__ float tops[MAX_SPLITS], sums[MAX_SPLITS];
   __shared__ bool is_last;
+  __shared__ float turns[SIZE];
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   float *values = of_attention, *v = values + 256 * N;
   const int split = blockIdx.x % splits, head = blockIdx.x / splits % cache.heads;
@@ -131,13 +133,15 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     return (int)width + ((part - 1) * cache.key_heads + key_head) * SIZE + of_part;
   };
   weights_of_row(y, row, v);
+  angles_at<T>(cache, past, SIZE, turns);
   prefetch_rows(y, packs, column);
   wait_for_inputs();
   weigh_row(y, row, v);
   finish(y, row, packs, column, v, values);
   float q[N], new_key[N] = {}, new_value[N] = {};
-  prepare_head<T, LANES>(cache, values, (const T *)cache.q_norm, past, lane, q);
-  if (owns) prepare_head<T, LANES>(cache, values + SIZE, (const T *)cache.k_norm, past, lane, new_key);
+  prepare_head<T, LANES>(cache, values, (const T *)cache.q_norm, turns, lane, q);
+  if (owns)
+    prepare_head<T, LANES>(cache, values + SIZE, (const T *)cache.k_norm, turns, lane, new_key);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     q[i] *= cache.scale * LOG2_E;

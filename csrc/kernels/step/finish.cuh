@@ -108,7 +108,8 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
 }
 
 // LayerNorm over the WIDTH values that `threads` threads of a row hold in packs, with weight w and
-// bias b, or RMSNorm if b is null; `reduce` adds a number over these threads. The results replace the values.
+// bias b, or RMSNorm if b is null; `reduce` adds a number over these threads. The results replace
+// the values.
 template <class T, int PACKS, class Reduce>
 static __device__ __forceinline__ void normalise(float (&x)[PACKS][Pack<T>::N], int thread,
                                                  int threads, const T *w, const T *b, float eps,
@@ -131,11 +132,12 @@ static __device__ __forceinline__ void normalise(float (&x)[PACKS][Pack<T>::N], 
   for (int k = 0; k < PACKS; ++k) {
     const int c = (k * threads + thread) * N;
     if (c >= WIDTH) continue;
-    float scale[N], shift[N] = {};
+    // no branch, so that the loads of all packs are under way at once
+    float scale[N], shift[N];
     Pack<T>::load(w + c, scale);
-    if (b) Pack<T>::load(b + c, shift);
+    Pack<T>::load((b ? b : w) + c, shift);
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[k][i] = (x[k][i] - mu) * rs * scale[i] + shift[i];
+    for (int i = 0; i < N; ++i) x[k][i] = (x[k][i] - mu) * rs * scale[i] + (b ? shift[i] : 0.f);
   }
 }
 
@@ -206,7 +208,8 @@ static __device__ void step_finish(const Unfinished<T> &y, T *out, int activatio
   extern __shared__ float of_finish[];
   float *values = of_finish, *v = of_finish + blockDim.x * N;
   const bool is_gated = activation == SWIGLU;
-  const int all = y.out / N / (is_gated ? 2 : 1), chunks = (all + packs_of_block - 1) / packs_of_block;
+  const int all = y.out / N / (is_gated ? 2 : 1);
+  const int chunks = (all + packs_of_block - 1) / packs_of_block;
   const i64 row = blockIdx.x / chunks;
   const int first = blockIdx.x % chunks * packs_of_block, packs = min(packs_of_block, all - first);
   // the gate's packs, and then those of the other layer

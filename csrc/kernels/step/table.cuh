@@ -19,8 +19,13 @@
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
       ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
-      int lanes) {                                                                                 \
-    thin_products<T>(input, w, ldw, out, ldo, rows, in, columns, lanes);                           \
+      int lanes, int split) {                                                                      \
+    thin_products<T, false>(input, w, ldw, out, ldo, rows, in, columns, lanes, split);             \
+  }                                                                                                \
+  extern "C" __global__ void __launch_bounds__(512) large_thin_product_##NAME(                     \
+      ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
+      int lanes, int split) {                                                                      \
+    thin_products<T, true>(input, w, ldw, out, ldo, rows, in, columns, lanes, split);              \
   }
 STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)

@@ -81,8 +81,8 @@ impl Decoder {
         Self::random_from(spec, Device::Cpu, Kind::Float)
     }
 
-    /// The same in dtype `kind`, from the generator of `device`, which draws one parameter after the
-    /// other. They are on the CPU, too.
+    /// The same in dtype `kind`, from the generator of `device`, which draws one parameter after
+    /// the other. They are on the CPU, too.
     pub fn random_from(spec: DecoderSpec, device: Device, kind: Kind) -> Self {
         let options = (kind, device);
         let residual = 0.02 / (2.0 * spec.num_layers as f64).sqrt();
@@ -131,6 +131,11 @@ impl Decoder {
         let tensors = self.named_parameters().into_iter();
         let tensors = tensors.map(|(name, t)| (name, t.detach().to_device(device).to_kind(kind)));
         Self::new(self.spec.clone(), tensors.collect())
+    }
+
+    /// Another handle to the same parameters.
+    pub fn shallow_clone(&self) -> Self {
+        Self::new(self.spec.clone(), self.named_parameters().into_iter().collect())
     }
 
     /// The embeddings, `[b, t, d]`, in dtype `kind`, of `input_ids` and, if positions are embedded,

@@ -1,5 +1,7 @@
 //! The shape of a base: its sizes, its choice of parts, and the name and shape of each parameter.
 
+use tch::Device;
+
 use super::linear::Layout;
 use super::mlp::Activation;
 use super::names::PartNames;
@@ -91,8 +93,8 @@ impl DecoderSpec {
         self.eos_token_ids.first().copied()
     }
 
-    /// The linear layers of a block by the input that they read: those that compute queries, keys and
-    /// values, the output projection of attention, and the layers of the feed-forward network
+    /// The linear layers of a block by the input that they read: those that compute queries, keys
+    /// and values, the output projection of attention, and the layers of the feed-forward network
     /// before and after its activation.
     pub fn products(&self) -> [&'static [TargetModule]; 4] {
         use TargetModule as M;
@@ -105,6 +107,12 @@ impl DecoderSpec {
                 &[M::DownProj],
             ],
         }
+    }
+
+    /// Whether the fused operations compute the blocks of this family: those of Llama-like bases on
+    /// a GPU only.
+    pub fn has_fused_blocks(&self, device: Device) -> bool {
+        self.family == Family::Gpt2 || device.is_cuda()
     }
 
     /// Factor of the attention scores of block `layer`, counted from 0.

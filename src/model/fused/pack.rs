@@ -41,7 +41,7 @@ pub struct FusedModule {
 }
 
 /// The columns of a rank space on the host.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct HostColumns {
     expert_of: Vec<i32>,
     scaling: Vec<f32>,
@@ -66,6 +66,11 @@ impl HostColumns {
             }
         }
         columns
+    }
+
+    /// Number of columns, `R'`.
+    fn len(&self) -> i64 {
+        self.expert_of.len() as i64
     }
 
     /// Puts the columns of another module behind these.
@@ -96,6 +101,8 @@ impl HostColumns {
 struct PackedProduct {
     /// `[W A^T; B^T 0]`, `[i + R', o + R']`.
     matrix: Tensor,
+    /// The widths `o` of the members.
+    widths: Vec<i64>,
     /// The biases of all members, `[o]`.
     bias: Option<Tensor>,
     /// The columns of all members' experts.
@@ -109,8 +116,8 @@ pub struct FusedProduct {
     pub members: &'static [TargetModule],
     /// The members with experts.
     pub experts: BTreeMap<TargetModule, FusedModule>,
-    /// The widths `o` of the members; empty unless the product is packed.
-    widths: Vec<i64>,
+    /// The columns of all members' experts.
+    columns: HostColumns,
     packed: Option<PackedProduct>,
 }
 
@@ -124,38 +131,33 @@ impl FusedProduct {
         num_experts: usize,
         kind: Kind,
     ) -> Self {
-        let mut first_rank = 0;
+        let mut columns = HostColumns::default();
         let mut modules = BTreeMap::new();
         for &module in members {
             let Some(experts) = experts.get(&module) else { continue };
             let device = experts.lora_a.device();
-            let host = HostColumns::of(experts, num_experts);
+            let own = HostColumns::of(experts, num_experts);
             let fused = FusedModule {
-                columns: host.to_device(device),
+                columns: own.to_device(device),
                 rows: RankRows(&experts.slots).scalings(num_experts, (wide(kind), device)),
                 single_scaling: experts.slots[0].scaling,
-                first_rank,
+                first_rank: columns.len(),
             };
-            first_rank += host.expert_of.len() as i64;
+            columns.append(&own);
             modules.insert(module, fused);
         }
-        Self { members, experts: modules, widths: vec![], packed: None }
-    }
-
-    /// Number of columns of the rank space, `R'`.
-    fn num_columns(&self) -> i64 {
-        self.experts.values().map(|module| module.columns.expert_of.size()[0]).sum()
+        Self { members, experts: modules, columns, packed: None }
     }
 
     /// The product's row padding: extra columns behind each row of its input and of its output's
     /// gradient.
     pub fn row_padding(&self) -> i64 {
-        self.packed.as_ref().map_or(0, |_| self.num_columns())
+        self.packed.as_ref().map_or(0, |_| self.columns.len())
     }
 
     /// What the kernels need, if the product is packed.
     pub fn packed(&self) -> Option<Packed<'_>> {
-        let PackedProduct { matrix, bias, columns } = self.packed.as_ref()?;
+        let PackedProduct { matrix, bias, columns, .. } = self.packed.as_ref()?;
         Some(Packed { matrix, bias: bias.as_ref(), columns })
     }
 
@@ -171,33 +173,21 @@ impl FusedProduct {
         let is_known = |module: &TargetModule| {
             experts.get(module).is_none_or(|experts| experts.dora.is_none())
         };
-        let padding = self.num_columns();
+        let padding = self.columns.len();
         let is_plain = self.is_one_product()
             && block.linears[&self.members[0]].weight().stride().last() == Some(&1);
         if is_plain || padding > MAX_COLUMNS || !self.members.iter().all(is_known) {
             return;
         }
-        let mut host = HostColumns::default();
-        for experts in self.members.iter().filter_map(|module| experts.get(module)) {
-            let num_experts = self
-                .experts
-                .values()
-                .next()
-                .map_or(0, |module| module.columns.runs.size()[0] as usize);
-            host.append(&HostColumns::of(experts, num_experts));
-        }
-        let shapes: Vec<(i64, i64)> = self
-            .members
-            .iter()
-            .map(|module| block.linears[module].weight().size2().expect("a weight is [i, o]"))
-            .collect();
-        let (i, o) = (shapes[0].0, shapes.iter().map(|(_, o)| o).sum::<i64>());
-        let like = block.linears[&self.members[0]].weight();
-        let options = (like.kind(), like.device());
-        drop(like);
+        let stored = block.linears[&self.members[0]].stored();
+        let options = (stored.kind(), stored.device());
+        let size = |module| block.linears[module].weight().size2().expect("a weight is [i, o]");
+        let (i, _) = size(&self.members[0]);
+        let widths: Vec<i64> = self.members.iter().map(|module| size(module).1).collect();
+        let o = widths.iter().sum::<i64>();
         let matrix = Tensor::zeros([i + padding, o + padding], options);
         let mut first = 0;
-        for (module, (_, width)) in self.members.iter().zip(&shapes) {
+        for (module, width) in self.members.iter().zip(&widths) {
             let linear = block.linears.get_mut(module).expect("a block has them all");
             let mut place = matrix.narrow(0, 0, i).narrow(1, first, *width);
             place.copy_(&linear.weight());
@@ -209,17 +199,16 @@ impl FusedProduct {
             [bias] => bias.shallow_clone(),
             _ => Tensor::cat(&biases, 0),
         });
-        let columns = host.to_device(options.1);
-        self.widths = shapes.into_iter().map(|(_, width)| width).collect();
-        self.packed = Some(PackedProduct { matrix, bias, columns });
+        let columns = self.columns.to_device(options.1);
+        self.packed = Some(PackedProduct { matrix, widths, bias, columns });
     }
 
     /// Where the experts of each member lie in the packed matrix: `A^T`, `[i, R']`, and `B^T`,
     /// `[R', o]`. Empty without a packed matrix.
     pub fn places(&self) -> Vec<(TargetModule, [Tensor; 2])> {
-        let Some(PackedProduct { matrix, .. }) = &self.packed else { return vec![] };
+        let Some(PackedProduct { matrix, widths, .. }) = &self.packed else { return vec![] };
         let (rows, columns) = matrix.size2().expect("a packed matrix has two dimensions");
-        let padding = self.num_columns();
+        let padding = self.columns.len();
         let of_member = |(at, module): (i64, TargetModule), width: i64| {
             let fused = self.experts.get(&module)?;
             let ranks = fused.columns.expert_of.size()[0];
@@ -229,7 +218,7 @@ impl FusedProduct {
             Some((module, [down, up.narrow(1, at, width)]))
         };
         let mut first = 0;
-        let places = self.members.iter().zip(&self.widths).filter_map(|(&module, &width)| {
+        let places = self.members.iter().zip(widths).filter_map(|(&module, &width)| {
             let place = of_member((first, module), width);
             first += width;
             place
@@ -250,11 +239,12 @@ impl FusedProduct {
         });
         let packed = self.packed.as_ref().map(|packed| PackedProduct {
             matrix: packed.matrix.shallow_clone(),
+            widths: packed.widths.clone(),
             bias: packed.bias.as_ref().map(Tensor::shallow_clone),
             columns: columns(&packed.columns),
         });
-        let widths = self.widths.clone();
-        Self { members: self.members, experts: experts.collect(), widths, packed }
+        let (members, columns) = (self.members, self.columns.clone());
+        Self { members, experts: experts.collect(), columns, packed }
     }
 }
 
