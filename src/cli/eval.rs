@@ -97,11 +97,11 @@ pub fn run(args: &EvalArgs, shared: &Shared) -> Result<()> {
         None => (by_training, None),
         Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
     };
+    let batch_size = args.batch_size;
+    let answers = args.answers.answers(&open, &dataset, routing, batch_size, samples, shared)?;
     if !shared.is_first() {
         return check_loss(&report);
     }
-    let batch_size = args.batch_size;
-    let answers = args.answers.answers(&open, &dataset, routing, batch_size, samples, shared)?;
     let results = Results {
         answers,
         report,

@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
+use tch::Device;
 
 use super::open::open_base;
 use super::progress::StudyBar;
 use super::signals::Interrupt;
 use super::start::{check_base, load_halved_data};
-use super::study_pool::{Ended, Pool};
+use super::study_pool::{Ended, Pool, VISIBLE_GPUS, gpu_names};
 use super::study_text;
-use super::{Shared, device, print_result, table, usage};
+use super::{Shared, device, print_result, table, usage, variable};
 use crate::base::Base;
 use crate::config::{self, DeviceChoice};
 use crate::data::HalvedDatasets;
@@ -56,7 +57,7 @@ pub struct StudyArgs {
     /// `optimizer.base.learning_rate`) that each arm tries with the first seed.
     #[arg(long, value_name = "FACTOR,..", value_delimiter = ',', default_values_t = RATES)]
     rates: Vec<f64>,
-    /// Number of runs at a time.
+    /// Number of runs at a time. With the device `auto`, they share the GPUs of this machine evenly.
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
     /// The study's folder. A study that is there goes on: finished runs are not made again
@@ -113,6 +114,17 @@ pub fn run(args: StudyArgs, shared: &Shared) -> Result<()> {
     durable::replace(&plan.settings.dir.join(REPORT), text.as_bytes())?;
     let printed = if json { text.trim_end().to_owned() } else { study_text::report(&report) };
     conclude(&report).and(print_result(&printed))
+}
+
+/// The GPUs that the runs share: all of this machine, unless one device is chosen.
+fn gpus(choice: DeviceChoice) -> Result<Vec<String>> {
+    match (choice, device(choice)?) {
+        (DeviceChoice::Auto, Device::Cuda(_)) => {
+            let count = usize::try_from(tch::Cuda::device_count())?;
+            Ok(gpu_names(variable(VISIBLE_GPUS).as_deref(), count))
+        }
+        _ => Ok(vec![]),
+    }
 }
 
 /// The error of a study with runs that failed.
@@ -197,7 +209,7 @@ impl<'a> Progress<'a> {
         Ok(Self {
             plan,
             jobs,
-            pool: Pool::new(jobs)?,
+            pool: Pool::new(jobs, gpus(plan.settings.config.run.device)?)?,
             bar: StudyBar::new(shared.show_progress, plan.size().steps),
             results: Results::new(),
             failed: BTreeMap::new(),

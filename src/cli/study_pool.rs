@@ -16,6 +16,8 @@ use crate::train::files::METRICS_FILE;
 
 /// The file of a run's messages.
 const LOG: &str = "log.txt";
+/// The variable by which CUDA shows a process only some GPUs.
+pub const VISIBLE_GPUS: &str = "CUDA_VISIBLE_DEVICES";
 /// The part at the end of a file of metrics that certainly holds the last step.
 const TAIL_BYTES: u64 = 1 << 16;
 
@@ -24,6 +26,9 @@ pub struct Pool {
     program: PathBuf,
     jobs: usize,
     threads: Option<usize>,
+    /// The GPUs that the runs share, by their names in `CUDA_VISIBLE_DEVICES`; empty if each run
+    /// finds its device by itself.
+    gpus: Vec<String>,
     running: Vec<Running>,
 }
 
@@ -34,6 +39,8 @@ struct Running {
     started: Instant,
     /// The step from which an interrupted run goes on, or 0.
     first_step: u64,
+    /// The index of its GPU among those that the runs share.
+    gpu: Option<usize>,
 }
 
 /// A run whose process has ended.
@@ -50,12 +57,14 @@ pub struct Ended {
 
 impl Pool {
     /// A pool of at most `jobs` processes. Unless `OMP_NUM_THREADS` is set, they share the cores.
-    pub fn new(jobs: usize) -> Result<Self> {
+    ///
+    /// - `gpus`: the GPUs that they share, by their names in `CUDA_VISIBLE_DEVICES`
+    pub fn new(jobs: usize, gpus: Vec<String>) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find the own binary")?;
         let shares = jobs > 1 && variable("OMP_NUM_THREADS").is_none();
         let cores = available_parallelism().map_or(1, usize::from);
         let threads = shares.then(|| (cores / jobs).max(1));
-        Ok(Self { program, jobs, threads, running: vec![] })
+        Ok(Self { program, jobs, threads, gpus, running: vec![] })
     }
 
     /// Whether another process may be started.
@@ -81,8 +90,12 @@ impl Pool {
         if let Some(threads) = self.threads {
             command.env("OMP_NUM_THREADS", threads.to_string());
         }
+        let gpu = least_used(self.gpus.len(), self.running.iter().filter_map(|run| run.gpu));
+        if let Some(gpu) = gpu {
+            command.env(VISIBLE_GPUS, &self.gpus[gpu]);
+        }
         let child = command.spawn().context("cannot start the process of a run")?;
-        self.running.push(Running { spec, child, started: Instant::now(), first_step });
+        self.running.push(Running { spec, child, started: Instant::now(), first_step, gpu });
         Ok(())
     }
 
@@ -118,6 +131,31 @@ impl Pool {
     }
 }
 
+/// The GPU with the fewest runs, the first of several.
+///
+/// - `used`: the GPU of each run that is being made
+fn least_used(num_gpus: usize, used: impl Iterator<Item = usize>) -> Option<usize> {
+    let mut counts = vec![0; num_gpus];
+    for gpu in used {
+        counts[gpu] += 1;
+    }
+    (0..num_gpus).min_by_key(|&gpu| counts[gpu])
+}
+
+/// The GPUs of this machine by their names in `CUDA_VISIBLE_DEVICES`, if there are several.
+///
+/// - `visible`: the present value of that variable
+/// - `count`: number of devices
+pub fn gpu_names(visible: Option<&str>, count: usize) -> Vec<String> {
+    if count < 2 {
+        return vec![];
+    }
+    match visible {
+        Some(names) => names.split(',').take(count).map(|name| name.trim().to_owned()).collect(),
+        None => (0..count).map(|index| index.to_string()).collect(),
+    }
+}
+
 /// The error at the end of a run's messages.
 fn error_of(run_dir: &Path, status: ExitStatus) -> String {
     let text = fs_err::read_to_string(run_dir.join(LOG)).unwrap_or_default();
@@ -147,6 +185,17 @@ fn step_in(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_share_the_gpus_evenly() {
+        assert_eq!(least_used(0, [].into_iter()), None);
+        assert_eq!(least_used(3, [].into_iter()), Some(0));
+        assert_eq!(least_used(3, [0, 2].into_iter()), Some(1));
+        assert_eq!(least_used(2, [0, 1, 0].into_iter()), Some(1));
+        assert_eq!(gpu_names(None, 2), ["0", "1"]);
+        assert_eq!(gpu_names(Some("3, 5"), 2), ["3", "5"]);
+        assert!(gpu_names(Some("3"), 1).is_empty() && gpu_names(None, 0).is_empty());
+    }
 
     #[test]
     fn the_last_step_is_found_even_if_its_line_is_cut_off() {

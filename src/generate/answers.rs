@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
 use fancy_regex::Regex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::engine::{Engine, EngineLimits};
 use super::request::{Finish, Request, Route};
@@ -28,7 +28,7 @@ pub struct AnswerSettings<'a> {
 }
 
 /// A document's answer beside its reference.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
     /// The domain.
     pub domain: String,
@@ -39,7 +39,7 @@ pub struct Sample {
     /// What the model says.
     pub text: String,
     /// `stop`, or `length` if the answer is not complete.
-    pub finish_reason: &'static str,
+    pub finish_reason: String,
     /// Whether both texts are equal, white space at their ends aside.
     pub exact: bool,
     /// Whether both have the same final answer; `None` if the reference has none.
@@ -87,7 +87,7 @@ pub struct Question {
     pub route: Route,
 }
 
-/// Answers documents greedily.
+/// Answers documents greedily. The answer of a document whose prompt fills the context is `None`.
 ///
 /// - `progress`: is told the number of answers so far
 ///
@@ -99,12 +99,12 @@ pub fn answer(
     questions: Vec<Question>,
     settings: &AnswerSettings<'_>,
     progress: &dyn Fn(u64),
-) -> Result<Vec<Sample>> {
+) -> Result<Vec<Option<Sample>>> {
     let context = model.base().spec.max_positions as usize;
     let mut engine = Engine::new(model, EngineLimits { max_texts: settings.batch_size, context })?;
     let mut waiting = BTreeMap::new();
-    for Question { domain, document, route } in questions {
-        // a prompt that fills the context has no answer
+    let mut samples: Vec<Option<Sample>> = questions.iter().map(|_| None).collect();
+    for (index, Question { domain, document, route }) in questions.into_iter().enumerate() {
         if document.prompt.len() >= context {
             continue;
         }
@@ -119,22 +119,23 @@ pub fn answer(
             wants_weights: false,
         })?;
         let stream = TextStream::new(tokenizer, &document.prompt, &[]);
-        waiting.insert(number, (domain, document, stream));
+        waiting.insert(number, (index, domain, document, stream));
     }
-    let mut samples = BTreeMap::new();
+    let mut num_done = 0;
     while !engine.is_idle() {
         for event in engine.step() {
-            let (domain, document, stream) =
+            let (index, domain, document, stream) =
                 waiting.get_mut(&event.text).ok_or_else(|| anyhow!("an unknown text"))?;
             if let (_, Some(finish)) = stream.take(&event)? {
                 let text = stream.text();
                 let sample = Sample::new(domain, document, text, finish, tokenizer, settings)?;
-                samples.insert(event.text, sample);
+                samples[*index] = Some(sample);
+                num_done += 1;
             }
         }
-        progress(samples.len() as u64);
+        progress(num_done);
     }
-    Ok(samples.into_values().collect())
+    Ok(samples)
 }
 
 impl Sample {
@@ -162,7 +163,7 @@ impl Sample {
             correct: right.map(|right| found == Some(right)),
             reference,
             text: text.to_owned(),
-            finish_reason: finish.name(),
+            finish_reason: finish.name().to_owned(),
         })
     }
 }

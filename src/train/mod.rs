@@ -40,7 +40,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::base::Base;
 use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};

@@ -219,6 +219,29 @@ fn evaluation_is_shared_and_its_losses_are_exact() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn answers_are_shared_and_are_those_of_one_process() -> Result<()> {
+    let scene = Scene::new()?;
+    must(&scene, &as_str(&train("run", 3, 3, &[])))?;
+    let eval = |samples: &str| {
+        let text = format!(
+            "eval --checkpoint run --device cpu --json --generate 4 --max-new-tokens 6 --samples \
+             {samples}"
+        );
+        text.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let alone = read(&must(&scene, &as_str(&eval("alone.jsonl")))?)?;
+    let samples = fs_err::read_to_string(scene.path("alone.jsonl"))?;
+    assert_eq!((alone["answers"].as_array().map(Vec::len), samples.lines().count()), (Some(2), 8));
+    for processes in ["2", "3"] {
+        let name = format!("{processes}.jsonl");
+        let shared = read(&must(&scene, &launched(processes, &eval(&name)))?)?;
+        assert_eq!(shared["answers"], alone["answers"]);
+        assert_eq!(fs_err::read_to_string(scene.path(&name))?, samples);
+    }
+    Ok(())
+}
+
 /// The logarithms of probabilities differ by rounding, since the batches differ.
 #[test]
 fn generation_is_shared_and_its_texts_are_the_same() -> Result<()> {
