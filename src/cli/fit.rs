@@ -70,10 +70,9 @@ fn judge(label: &str, need: Need, memory: DeviceMemory, name: &str) -> Result<()
     }
     let training = match need.training {
         0 => String::new(),
-        bytes => format!(
-            " and {} for trained parameters, gradients and moments",
-            table::bytes(bytes)
-        ),
+        bytes => {
+            format!(" and {} for trained parameters, gradients and moments", table::bytes(bytes))
+        }
     };
     let mut hints = vec![];
     if matches!(need.kind, Kind::Float | Kind::Double) && !need.trains_base {
