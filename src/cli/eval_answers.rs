@@ -121,8 +121,8 @@ impl AnswerArgs {
     }
 }
 
-/// Answers questions, which the processes of a world take in turn. All processes get all answers, in
-/// the order of the questions.
+/// Answers questions, which the processes of a world take in turn. All processes get all answers,
+/// in the order of the questions.
 fn share(
     world: &World,
     questions: Vec<Question>,

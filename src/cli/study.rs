@@ -57,7 +57,7 @@ pub struct StudyArgs {
     /// `optimizer.base.learning_rate`) that each arm tries with the first seed.
     #[arg(long, value_name = "FACTOR,..", value_delimiter = ',', default_values_t = RATES)]
     rates: Vec<f64>,
-    /// Number of runs at a time. With the device `auto`, they share the GPUs of this machine evenly.
+    /// Number of runs at a time. With the device `auto`, they share the GPUs of the machine evenly.
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
     /// The study's folder. A study that is there goes on: finished runs are not made again

@@ -33,7 +33,7 @@ fn shares_are_over_the_answers_that_count() {
         prompt: String::new(),
         reference: String::new(),
         text: String::new(),
-        finish_reason: "stop",
+        finish_reason: "stop".into(),
         exact,
         correct,
     };
