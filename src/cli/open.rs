@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use tch::{Device, Kind};
 
-use super::fit::{base_kind, check_base_fits};
+use super::memory::{base_kind, check_base_fits};
 use super::progress::DownloadBar;
 use super::{Shared, hub_settings, usage};
 use crate::base::Base;

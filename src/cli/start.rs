@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use tch::Device;
 
-use super::fit::check_run_fits;
+use super::memory::check_run_fits;
 use super::open::{open_base, open_mixture};
 use super::progress::LoadBar;
 use super::{Shared, token_cache, usage};
