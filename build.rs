@@ -2,17 +2,27 @@
 //! sets the run-time search path, so that the binary finds libtorch without `LD_LIBRARY_PATH`. What
 //! needs CUDA (`csrc/cuda.cpp` and `csrc/nccl.cpp`) becomes a shared object that the binary holds
 //! and loads where there is CUDA; of CUDA it needs headers alone.
+//!
+//! With the feature `doc-only` nothing is compiled, so that the library's docs need no libtorch.
 
-use std::env;
 use std::path::{Path, PathBuf};
+use std::{env, process};
+
+/// The libtorch that tch 0.24 and the shim are written for; a patch release has the same interface.
+const LIBTORCH: &str = "2.11";
 
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-changed=build.rs");
-    // torch-sys declares `links = "tch"`; its metadata reaches direct dependents only
-    let lib = env::var("DEP_TCH_LIBTORCH_LIB")
-        .expect("torch-sys did not say where libtorch is; run `scripts/setup` first");
-    let root = PathBuf::from(&lib).parent().expect("libtorch's lib folder has a parent").to_owned();
+    let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
+    let library = out.join("dylora_cuda.so");
+    println!("cargo:rustc-env=DYLORA_CUDA_LIBRARY={}", library.display());
+    if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
+        fs_err::write(library, []).expect("cargo's folder can be written");
+        return;
+    }
+    let lib = libtorch();
+    let root = lib.parent().expect("libtorch's lib folder has a parent").to_owned();
     let sources = ["shim", "block", "step", "head_loss", "memory", "dist"];
     compiler(&root)
         .include("csrc/gloo_headers")
@@ -20,11 +30,56 @@ fn main() {
         .compile("dylora_shim");
     println!("cargo:rustc-link-lib=torch_cpu");
     println!("cargo:rustc-link-lib=c10");
-    println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
-    let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
-    let library = out.join("dylora_cuda.so");
+    // the path as it was given, which may be a link that changes, and where it leads now, which
+    // stays when the source tree is deleted
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
+    match fs_err::canonicalize(&lib) {
+        Ok(target) if target != lib => {
+            println!("cargo:rustc-link-arg=-Wl,-rpath,{}", target.display());
+        }
+        _ => {}
+    }
     compile_cuda(&root, &library);
-    println!("cargo:rustc-env=DYLORA_CUDA_LIBRARY={}", library.display());
+}
+
+/// Says why this cannot be built, and ends the build.
+fn refuse(why: &str) -> ! {
+    println!("cargo::error={why}");
+    println!(
+        "cargo::error=hint: in the source tree, run `scripts/setup`; elsewhere, set LIBTORCH to the \
+         folder of a libtorch {LIBTORCH}, or set LIBTORCH_USE_PYTORCH=1 to use the PyTorch \
+         {LIBTORCH} of `python3`"
+    );
+    process::exit(1);
+}
+
+/// The `lib` folder of the libtorch that torch-sys was compiled against.
+fn libtorch() -> PathBuf {
+    if env::var("TARGET").is_ok_and(|target| target != "x86_64-unknown-linux-gnu") {
+        println!("cargo:warning=dylora is built and tested on x86_64-unknown-linux-gnu only");
+    }
+    // torch-sys declares `links = "tch"`; its metadata reaches direct dependents only
+    let Some(lib) = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else {
+        refuse("torch-sys did not say where libtorch is");
+    };
+    let cpu = lib.join("libtorch_cpu.so");
+    if !cpu.exists() {
+        refuse(&format!("libtorch is not there: `{}` is absent", cpu.display()));
+    }
+    let header = lib.with_file_name("include/torch/headeronly/version.h");
+    let Ok(text) = fs_err::read_to_string(&header) else {
+        refuse(&format!("libtorch has no headers: `{}` cannot be read", header.display()));
+    };
+    let number = |part: &str| {
+        let name = format!("#define TORCH_VERSION_{part} ");
+        let number = text.lines().find_map(|line| line.strip_prefix(&name));
+        number.unwrap_or("?").trim().to_owned()
+    };
+    let found = format!("{}.{}", number("MAJOR"), number("MINOR"));
+    if found != LIBTORCH {
+        refuse(&format!("`{}` is libtorch {found}, not {LIBTORCH}", lib.display()));
+    }
+    lib
 }
 
 fn compiler(libtorch: &Path) -> cc::Build {
@@ -39,9 +94,16 @@ fn compiler(libtorch: &Path) -> cc::Build {
 
 /// Makes `library`, which is empty if CUDA's headers are not there.
 fn compile_cuda(libtorch: &Path, library: &Path) {
-    let places = [libtorch.join("cuda/include"), PathBuf::from("/usr/local/cuda/include")];
+    let places = [
+        // where `scripts/setup` puts them
+        libtorch.join("cuda/include"),
+        // NVIDIA's packages for Python, beside a PyTorch that pip installed
+        libtorch.with_file_name("nvidia/cu13/include"),
+        PathBuf::from("/usr/local/cuda/include"),
+    ];
     let is_whole = |place: &&PathBuf| {
-        ["cuda.h", "cuda_runtime_api.h"].iter().all(|header| place.join(header).exists())
+        let needed = ["cuda.h", "cuda_runtime_api.h", "crt/host_config.h"];
+        needed.iter().all(|header| place.join(header).exists())
     };
     let Some(headers) = places.iter().find(is_whole) else {
         println!(

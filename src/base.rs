@@ -32,6 +32,26 @@ pub struct BaseIdentity {
 }
 
 /// A base whose files and shape are known. Its weights are read on demand.
+///
+/// ```
+/// use dylora::base::Base;
+/// use dylora::config::{BaseConfig, BaseSource};
+/// use dylora::hub::HubSettings;
+///
+/// # fn main() -> anyhow::Result<()> {
+/// let config = BaseConfig {
+///     source: BaseSource::Path("demo/base".into()),
+///     tokenizer: None,
+///     chat_template: None,
+///     dtype: Default::default(),
+/// };
+/// let base = Base::open(&config, &HubSettings::offline("cache"), &())?;
+/// assert_eq!(base.spec.width, 128);
+/// let weights = base.weights()?;
+/// assert_eq!(weights.spec.vocab_size, base.spec.vocab_size);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Base {
     /// The base's name in messages and exports: a folder, `repo@revision` or `random`.

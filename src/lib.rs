@@ -19,6 +19,34 @@
 //! `g = softmax(router_logits / temperature)`, `[b, t, e]`. One forward pass computes all experts.
 //! The loss is backpropagated into the adapters and, through the routing weights, into the router.
 //!
+//! # Use
+//!
+//! The folder `examples` trains a mixture, generates text and routes by a rule of one's own. In short,
+//! a run needs a config, a base, data and a mixture:
+//!
+//! ```no_run
+//! use dylora::{base::Base, config::load, data, hub, mixture::Mixture, train::Trainer};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let config = load::load("mine.toml".as_ref(), &["train.duration.steps=100".to_owned()])?;
+//! let hub = hub::HubSettings::new(hub::HubSettings::DEFAULT_ENDPOINT, "cache");
+//! let base = Base::open(&config.base, &hub, &())?;
+//! let eos = base.spec.eos_token_id();
+//! let options = data::DataOptions::new(&config.data, config.run.seed, eos, None);
+//! let data = data::load_datasets(&config.data.domains, &options, base.tokenizer()?, &|_| ())?;
+//! let find = |source: &_| hub::find_adapter(source, &hub, &());
+//! let mixture = Mixture::of_config(&config, &base.spec, &find)?;
+//! let mut trainer = Trainer::new(config, &base, &mixture, data, tch::Device::Cpu)?;
+//! let summary = trainer.run(&Default::default(), &mut |event| println!("{event:?}"))?;
+//! println!("{}", summary.checkpoint.display());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The library does not print, exit, or read the environment. [`tracing`] receives its logs. What
+//! fails because of a user is an [`anyhow::Error`] whose text is meant for the user. libtorch's
+//! operations panic when they fail, as when memory runs out.
+//!
 //! # Glossary
 //!
 //! | term | meaning | shape |

@@ -27,6 +27,25 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
 
 /// Does the same as [`load`] with the text of a config file.
 ///
+/// ```
+/// use dylora::config::load;
+///
+/// let text = r#"
+///     run.dir = "runs/mine"
+///     base.source = { path = "demo/base" }
+///     data.domains = [{ name = "code", train = ["demo/data/code.train.jsonl"] }]
+///     data.seq_len = 128
+///     train.duration = { epochs = 1 }
+///     lora.num_experts = 4
+/// "#;
+/// let config = load::resolve(text, &["lora.rank=16".to_owned()])?;
+/// assert_eq!((config.lora.num_experts, config.lora.rank), (4, 16));
+///
+/// let error = load::resolve(text, &["lora.rang=16".to_owned()]).unwrap_err();
+/// assert!(format!("{error:#}").contains("unknown field `rang`"));
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+///
 /// # Errors
 /// As for [`load`].
 pub fn resolve(text: &str, overrides: &[String]) -> Result<Config> {

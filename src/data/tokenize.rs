@@ -40,6 +40,17 @@ pub(super) enum Place {
 ///
 /// Nothing is truncated or padded, whatever the file says. Text that spells an added token
 /// (`<|endoftext|>`) becomes that token, as in `transformers`.
+///
+/// ```
+/// use dylora::data::Tokenizer;
+///
+/// # fn main() -> anyhow::Result<()> {
+/// let tokenizer = Tokenizer::load("demo/base/tokenizer.json".as_ref())?;
+/// let ids = tokenizer.encode("A dog is not a cat.")?;
+/// assert_eq!(tokenizer.decode(&ids)?, "A dog is not a cat.");
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,

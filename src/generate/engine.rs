@@ -30,6 +30,31 @@ pub struct EngineLimits {
 }
 
 /// Generates texts.
+///
+/// ```no_run
+/// use dylora::generate::{Engine, EngineLimits, Request, Route, Sampling};
+/// # use dylora::model::RoutedModel;
+///
+/// # fn generate(model: &RoutedModel) -> anyhow::Result<()> {
+/// let mut engine = Engine::new(model, EngineLimits { max_texts: 8, context: 512 })?;
+/// engine.add(Request {
+///     key: 0,
+///     prompt: vec![4, 1, 7],
+///     max_new_tokens: 16,
+///     sampling: Sampling::GREEDY,
+///     route: Route::Router,
+///     end_tokens: vec![0].into(),
+///     num_alternatives: 0,
+///     wants_weights: false,
+/// })?;
+/// while !engine.is_idle() {
+///     for event in engine.step() {
+///         println!("text {}: token {}", event.text, event.token.id);
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Engine<'a> {
     model: &'a RoutedModel,

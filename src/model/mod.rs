@@ -51,6 +51,42 @@ use routing::routers::Routers;
 pub use routing::{RoutingSource, RowSources, Site};
 
 /// A base with its experts and routers.
+///
+/// ```
+/// use dylora::config::{LoraConfig, RouterConfig};
+/// use dylora::model::decoder::Decoder;
+/// use dylora::model::experts::spec::ExpertSpec;
+/// use dylora::model::families;
+/// use dylora::model::routing::router::RouterSpec;
+/// use dylora::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
+/// use tch::{Device, Kind};
+///
+/// # fn main() -> anyhow::Result<()> {
+/// let base = Decoder::random(families::from_json(&serde_json::json!({
+///     "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 20,
+/// }))?);
+/// let lora = LoraConfig { num_experts: 3, rank: 2, ..LoraConfig::default() };
+/// let specs = ExpertSpec::all(&lora, &base.spec)?;
+/// let router = RouterSpec::from(&RouterConfig::default());
+/// let model = RoutedModel::with_experts(&base, &specs, &router, Device::Cpu, Kind::Float);
+///
+/// // one row with one document of three tokens
+/// let rows = Rows {
+///     num_rows: 1,
+///     seq_len: 3,
+///     input_ids: &[4, 1, 7],
+///     labels: &[1, 7, -100],
+///     position_ids: &[0, 1, 2],
+///     document_ids: &[0, 0, 0],
+///     expert_ids: None,
+///     prompt: None,
+/// };
+/// let inputs = Inputs::new(rows, Device::Cpu);
+/// let output = model.forward(&inputs, &RoutingSource::Router, ForwardMode::EVAL, None);
+/// assert_eq!(model.logits(&output.hidden).size(), [1, 3, 20]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct RoutedModel {
     decoder: Decoder,

@@ -124,7 +124,7 @@ pub struct Summary {
     pub frozen_hash: Option<String>,
 }
 
-/// A training run.
+/// A training run. The [crate's own page](crate#use) shows how one is made.
 #[derive(Debug)]
 pub struct Trainer {
     config: Config,

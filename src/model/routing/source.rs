@@ -24,6 +24,19 @@ use crate::model::experts::spec::ExpertSpec;
 use crate::model::experts::weights::RoutingWeights;
 
 /// What decides the routing weights of a forward pass.
+///
+/// A rule of one's own computes weights and passes them as [`RoutingSource::Given`]:
+///
+/// ```
+/// use dylora::model::RoutingSource;
+/// use tch::Tensor;
+///
+/// // two experts; `is_code` is 1 for the tokens of code, `[b, t]`
+/// let is_code = Tensor::from_slice2(&[[0.0_f32, 1.0, 1.0]]);
+/// let weights = Tensor::stack(&[&is_code, &(1.0 - &is_code)], -1);
+/// assert_eq!(weights.size(), [1, 3, 2]);
+/// let source = RoutingSource::Given(weights);
+/// ```
 #[derive(Debug)]
 pub enum RoutingSource {
     /// The learned router. A model with one expert has no router and gives it weight 1.
