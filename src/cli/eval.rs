@@ -5,7 +5,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::eval_answers::{self, AnswerArgs, Answers};
-use super::open::{ModelArgs, OpenModel, device_name};
+use super::open::{ModelArgs, OpenModel, device_name, with_fetched};
 use super::progress::{CountBar, LoadBar};
 use super::record_args::RecordArgs;
 use super::{Shared, print_result, table, token_cache, usage};
@@ -253,7 +253,8 @@ impl DataArgs {
                     "there is no run whose data to take: name `--data [DOMAIN=]FILE`"
                 )));
             };
-            let datasets = load_datasets(&config.domains, &options, tokenizer, &progress)?;
+            let domains = with_fetched(&config.domains, shared)?;
+            let datasets = load_datasets(&domains, &options, tokenizer, &progress)?;
             if datasets.validation.num_blocks() == 0 {
                 let hint = "hint: name some with `--data [DOMAIN=]FILE`";
                 return Err(usage(anyhow!("the run's config has no validation data\n{hint}")));
