@@ -8,6 +8,9 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod doctor;
+mod doctor_checks;
+mod doctor_facts;
 mod dry_run;
 mod eval;
 mod eval_answers;
@@ -110,6 +113,9 @@ enum Command {
     StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
+    /// Look at this machine: libtorch, CUDA, threads, memory, disk, caches and the Hub's login, and
+    /// say what to do about what is missing.
+    Doctor(doctor::DoctorArgs),
 }
 
 /// An error in how dylora was called or configured. The process exits with code 2.
@@ -221,6 +227,7 @@ impl Cli {
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
             Some(Command::Bench(args)) => bench::run(args, &shared),
+            Some(Command::Doctor(args)) => doctor::run(&args),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }
     }
@@ -285,12 +292,16 @@ fn token_cache() -> PathBuf {
     own_cache().join("tokens")
 }
 
+/// The folder of huggingface_hub: `HF_HOME`, or `huggingface` in the user's cache.
+fn hf_home() -> PathBuf {
+    variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from)
+}
+
 /// How to reach the Hub, by the environment variables of huggingface_hub: `HF_HOME`,
 /// `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`. Without `HF_TOKEN`, the token
 /// that `hf auth login` saved is used.
 fn hub_settings() -> HubSettings {
-    let hf_home =
-        variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from);
+    let hf_home = hf_home();
     let saved_token = || fs_err::read_to_string(hf_home.join("token")).ok();
     let token = variable("HF_TOKEN").or_else(saved_token).map(|token| token.trim().to_owned());
     let offline = variable("HF_HUB_OFFLINE")

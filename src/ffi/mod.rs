@@ -3,6 +3,7 @@
 //! `unsafe` code of the crate.
 
 pub mod cuda;
+pub mod driver;
 pub mod fused;
 mod memory;
 pub mod signals;

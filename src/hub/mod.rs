@@ -27,6 +27,7 @@ mod fetch;
 mod files;
 mod http;
 mod lfs;
+mod login;
 mod names;
 mod place;
 pub mod push;
@@ -39,6 +40,7 @@ use anyhow::{Result, bail};
 
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
 pub use files::{AdapterFiles, BaseFiles, SideFile};
+pub use login::{Login, login};
 use names::RepoSource;
 pub use names::is_repo;
 use place::Place;

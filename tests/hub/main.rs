@@ -4,6 +4,7 @@ mod adapter;
 mod download;
 mod folder;
 mod hostile;
+mod login;
 mod mock;
 mod push;
 mod uploads;
