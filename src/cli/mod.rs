@@ -16,6 +16,7 @@ mod eval;
 mod eval_answers;
 mod export_adapters;
 mod generate;
+mod inputs;
 mod merge;
 mod open;
 mod progress;

@@ -8,6 +8,7 @@ use serde_json::json;
 use tch::Device;
 
 use super::dry_run::dry_run;
+use super::inputs::check_inputs;
 use super::open::device_name;
 use super::signals::Interrupt;
 use super::stage::run_stage;
@@ -137,6 +138,7 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
     let named = args.resume.as_ref().and_then(Option::as_ref).map(|dir| last(dir)).transpose()?;
     if let Some(file) = &args.config {
         let config = config::load::load(file, &args.set).map_err(usage)?;
+        check_inputs(&config, Some(file)).map_err(usage)?;
         let resume_from = match (&args.resume, named) {
             (None, _) => None,
             (Some(_), Some(dir)) => Some(dir),
@@ -148,6 +150,7 @@ fn configure(args: &TrainArgs) -> Result<(Config, Option<PathBuf>)> {
         return Err(usage(anyhow!("`--resume` needs a run's folder or `--config FILE`")));
     };
     let mut config = config::load::load(&dir.join("config.toml"), &args.set).map_err(usage)?;
+    check_inputs(&config, None).map_err(usage)?;
     // the run's folder may have moved since its config was written
     let real = fs_err::canonicalize(&dir)?;
     let run_dir = real.parent().and_then(Path::parent);
