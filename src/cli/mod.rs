@@ -8,6 +8,9 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod demo;
+mod demo_files;
+mod demo_results;
 mod doctor;
 mod doctor_checks;
 mod doctor_facts;
@@ -114,6 +117,9 @@ enum Command {
     StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
+    /// Show what a mixture does: train one and a single LoRA on a tiny base and four domains that
+    /// come with dylora, offline, and compare them.
+    Demo(demo::DemoArgs),
     /// Look at this machine: libtorch, CUDA, threads, memory, disk, caches and the Hub's login, and
     /// say what to do about what is missing.
     Doctor(doctor::DoctorArgs),
@@ -228,6 +234,7 @@ impl Cli {
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
             Some(Command::Bench(args)) => bench::run(args, &shared),
+            Some(Command::Demo(args)) => demo::run(&args, &shared),
             Some(Command::Doctor(args)) => doctor::run(&args),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }

@@ -64,10 +64,29 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
         load_data(config, base, shared)
     })?;
-    let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
         return dry_run(&ready, args.json);
     }
+    let interrupt = Interrupt::listen()?;
+    let Trained { config, summary, model_dir } = train(ready, &interrupt, shared)?;
+    let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
+    // how the run ended matters more than whether somebody could be told of it
+    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+}
+
+/// A run that has ended.
+pub struct Trained {
+    /// The run's config.
+    pub config: Config,
+    /// How it ended.
+    pub summary: Summary,
+    /// Where the model of a full training lies.
+    model_dir: Option<PathBuf>,
+}
+
+/// Trains a run that is ready.
+pub fn train(ready: ReadyRun, interrupt: &Interrupt, shared: &Shared) -> Result<Trained> {
+    let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if config.method == Method::Full {
         // checked before the run, because the model is written at its end
         model_output(config, base)?.check_folder(export::is_unmarked_output)?;
@@ -75,7 +94,6 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     log_start(config, specs, base, data, *device);
     let config = config.clone();
     let (mut trainer, base) = ready.trainer()?;
-    let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
     let model_dir = match (config.method, summary.ending) {
@@ -84,9 +102,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         }
         _ => None,
     };
-    let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
-    // how the run ended matters more than whether somebody could be told of it
-    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+    Ok(Trained { config, summary, model_dir })
 }
 
 /// Checks that the run does not write its resolved config over the config that the user wrote.
