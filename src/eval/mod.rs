@@ -8,6 +8,7 @@
 //! counts prompts too.
 
 pub mod experts;
+mod histogram;
 pub mod routing;
 mod supervision;
 
@@ -24,6 +25,8 @@ use crate::model::loss::LossSettings;
 use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, add_totals};
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
+use histogram::HistogramTotals;
+pub use histogram::{NUM_BUCKETS, WeightHistogram};
 pub use routing::{RoutingReport, SiteReport};
 use routing::{SiteExperts, SiteSupervision, SiteTotals};
 use supervision::{Supervision, SupervisionTotals};
@@ -55,6 +58,10 @@ pub struct EvalReport {
     pub domain_accuracy: Option<f64>,
     /// Routing over all domains; `None` without a router.
     pub routing: Option<RoutingReport>,
+    /// How the routing weights of each expert are distributed; empty without a router, or if
+    /// [`EvalSettings::weight_histograms`] is off.
+    #[serde(skip)]
+    pub weight_histograms: Vec<Option<WeightHistogram>>,
 }
 
 /// The results of one domain.
@@ -86,6 +93,16 @@ impl EvalReport {
         self.domains.iter().map(|domain| (domain.name.clone(), domain.loss)).collect()
     }
 
+    /// Each expert's mean routing weight on each domain, by the domain's name; empty without a
+    /// router.
+    pub fn domain_routing_weights(&self) -> BTreeMap<String, Vec<f64>> {
+        let weights = |domain: &DomainReport| {
+            let routing = domain.routing.as_ref()?;
+            Some((domain.name.clone(), routing.mean_routing_weights.clone()))
+        };
+        self.domains.iter().filter_map(weights).collect()
+    }
+
     /// Each domain's accuracy, by its name, where it is known.
     pub fn domain_accuracies(&self) -> BTreeMap<String, f64> {
         let known = |domain: &DomainReport| Some((domain.name.clone(), domain.domain_accuracy?));
@@ -106,6 +123,8 @@ pub struct EvalSettings {
     pub dead_share: f64,
     /// The experts of the dataset's domains; `None` if they have none.
     pub domains: Option<DomainTargets>,
+    /// Whether the report has histograms of the routing weights.
+    pub weight_histograms: bool,
 }
 
 impl EvalSettings {
@@ -118,6 +137,7 @@ impl EvalSettings {
             rule: model.router_spec().eval,
             dead_share: config.router.dead_share,
             domains: domain_targets(config, model, dataset),
+            weight_histograms: false,
         }
     }
 }
@@ -125,7 +145,14 @@ impl EvalSettings {
 impl Default for EvalSettings {
     fn default() -> Self {
         let dead_share = RouterConfig::default().dead_share;
-        Self { batch_size: 8, loss_chunk_tokens: 1024, rule: None, dead_share, domains: None }
+        Self {
+            batch_size: 8,
+            loss_chunk_tokens: 1024,
+            rule: None,
+            dead_share,
+            domains: None,
+            weight_histograms: false,
+        }
     }
 }
 
@@ -161,6 +188,7 @@ pub fn evaluate(
     let num_groups = dataset.domains.len() as i64;
     let mut sums = Sums::default();
     let mut totals: Vec<RoutingTotals> = vec![];
+    let mut histograms: Option<HistogramTotals> = None;
     let mut supervision = SupervisionTotals::default();
     let (mut done, num_blocks) = (0, dataset.num_blocks() as u64);
     let order = dataset.eval_order();
@@ -176,6 +204,9 @@ pub fn evaluate(
             loss_sum += loss;
             label_tokens += batch.label_tokens();
             add_totals(&mut totals, &routing, inputs.label_rows(num_groups));
+            if settings.weight_histograms {
+                HistogramTotals::add(&mut histograms, &routing, inputs.label_rows(num_groups));
+            }
             supervision.add(index, &routing, model.temperature(), &inputs);
             done += chunk.len() as u64;
             progress(done, num_blocks);
@@ -184,7 +215,8 @@ pub fn evaluate(
     }
     sums.routing = routing::fetch(SiteExperts::of(model), &totals)?;
     sums.supervision = supervision.fetch()?;
-    Ok(sums.report(dataset, settings.dead_share))
+    let histograms = histograms.map(|totals| totals.fetch()).transpose()?.unwrap_or_default();
+    Ok(EvalReport { weight_histograms: histograms, ..sums.report(dataset, settings.dead_share) })
 }
 
 /// The loss of one domain of `dataset`, nats, with routing weights from `source`; `None` if it has
@@ -262,6 +294,7 @@ impl Sums {
             domain_supervision: supervision.map(|mean| mean.loss),
             domain_accuracy: supervision.map(|mean| mean.accuracy),
             routing,
+            weight_histograms: vec![],
         }
     }
 }

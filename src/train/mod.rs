@@ -14,6 +14,7 @@ pub mod files;
 mod frozen;
 pub mod gradients;
 pub mod graph;
+mod heat_image;
 mod history;
 pub mod losses;
 pub mod machine;
@@ -28,6 +29,7 @@ mod scalars;
 pub mod schedule;
 mod seeding;
 pub mod step;
+mod summaries;
 pub mod tensorboard;
 mod watch;
 
@@ -360,6 +362,7 @@ impl Trainer {
         Machine::present(self.model.device()).write(&run_dir)?;
         let mut writer =
             MetricsWriter::open(&run_dir, self.config.run.tensorboard, self.state.step)?;
+        writer.write_config(&self.config)?;
         let mut saved: Option<PathBuf> = None;
         while self.state.step < self.num_steps && !self.stops_early() {
             let metrics = self.step().with_context(|| {

@@ -116,7 +116,7 @@ impl Trainer {
             stage.losses.clone_from(&metrics.domain_losses);
         }
         observe(Event::Validation(&metrics));
-        writer.write(&Metrics::Validation(metrics))?;
+        writer.write_evaluation(metrics, &report)?;
         // like transformers' EarlyStoppingCallback: a fall of at most `min_delta` is a new best,
         // but no improvement
         let min_delta = self.config.train.early_stopping.map_or(0.0, |s| s.min_delta);
@@ -136,7 +136,10 @@ impl Trainer {
         dataset: &TokenDataset,
         progress: &dyn Fn(u64, u64),
     ) -> Result<EvalReport> {
-        let settings = EvalSettings::of_run(&self.config, &self.model, dataset);
+        let settings = EvalSettings {
+            weight_histograms: self.config.run.tensorboard,
+            ..EvalSettings::of_run(&self.config, &self.model, dataset)
+        };
         let source = RoutingSource::from(self.config.train.routing);
         evaluate(&self.model, dataset, &source, settings, progress)
     }
@@ -157,6 +160,7 @@ impl Trainer {
             domain_supervision: report.domain_supervision,
             domain_accuracy: self.accuracy_by_router(&accuracies),
             accuracy_by_domain: report.domain_accuracies(),
+            domain_routing_weights: report.domain_routing_weights(),
             eval_secs,
         }
     }
