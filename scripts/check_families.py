@@ -251,7 +251,7 @@ def check_full(folder):
     """Trains all parameters of a random Llama, and checks the result in transformers."""
     run = folder / "full"
     config = folder / "full.toml"
-    config.write_text('method = "full"\n' + TRAIN.format(dir=run, base=BASE))
+    config.write_text('method = "full"\n' + TRAIN.format(dir=run, base=Path(BASE).resolve()))
     dylora("train", "--config", config, *(part for setting in FULL for part in ("--set", setting)))
     base = run / "model"
     check_base("full", base)

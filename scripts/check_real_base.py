@@ -307,7 +307,7 @@ def check_training(base, folder, model, tokenizer):
 
 @torch.no_grad()
 def main():
-    base, folder = sys.argv[1], Path(sys.argv[2]).resolve()
+    base, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     torch.manual_seed(0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     check_tokenizer(base, tokenizer)

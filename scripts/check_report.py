@@ -240,7 +240,7 @@ def small(folder):
     config = folder / "small.toml"
     config.write_text(f"""
 [base]
-source = {{ path = "demo/base" }}
+source = {{ path = "{Path("demo/base").resolve()}" }}
 [run]
 device = "cpu"
 [data]

@@ -56,11 +56,11 @@ source = {{ path = "{base}" }}
 seq_len = 64
 [[data.domains]]
 name = "arithmetic"
-train = ["demo/data/arithmetic.validation.jsonl"]
+train = ["{DEMO}/data/arithmetic.validation.jsonl"]
 validation = {{ fraction = 0.1 }}
 [[data.domains]]
 name = "verse"
-train = ["demo/data/verse.validation.jsonl"]
+train = ["{DEMO}/data/verse.validation.jsonl"]
 validation = {{ fraction = 0.1 }}
 [train]
 duration = {{ steps = 12 }}
@@ -72,7 +72,7 @@ router = {{ learning_rate = 1e-2 }}
 [lora]
 rank = 4
 alpha = 6
-"""
+""".replace("{DEMO}", str(Path("demo").resolve()))
 DYLORA = os.environ.get("DYLORA", "target/debug/dylora")
 DEVICE = os.environ.get("DEVICE", "cpu")
 checks = []  # the difference of each check, 0 for checks without numbers
@@ -267,7 +267,7 @@ def train(folder, name, settings, base=BASE, options=()):
     """
     run, export = folder / name, folder / f"{name}.export"
     config = folder / f"{name}.toml"
-    config.write_text(TRAIN.format(dir=run, base=base) + settings)
+    config.write_text(TRAIN.format(dir=run, base=Path(base).resolve()) + settings)
     dylora("train", "--config", config, *options)
     dylora("export-adapters", "--checkpoint", run, "--out", export)
     return run, export

@@ -22,14 +22,14 @@ PYTHON
 cat >"$folder/run.toml" <<TOML
 [base]
 source = { path = "$folder/gpt2" }
-tokenizer = "demo/base/tokenizer.json"
+tokenizer = "$PWD/demo/base/tokenizer.json"
 dtype = "bf16"
 [data]
 seq_len = $seq_len
 loss_on = "all"
 [[data.domains]]
 name = "text"
-train = ["demo/data/*.train.jsonl"]
+train = ["$PWD/demo/data/*.train.jsonl"]
 [train]
 duration = { steps = $steps }
 micro_batch_size = $batch

@@ -5,7 +5,7 @@
 #
 #     PYTHON=python3 scripts/memory_peak.sh DYLORA TEXT TOKENIZER     (PYTHON needs transformers)
 set -euo pipefail
-dylora=$1 text=$2 tokenizer=$3
+dylora=$1 text=$(realpath "$2") tokenizer=$(realpath "$3")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "${PYTHON:-python3}" - "$folder/gpt2" <<'PYTHON'

@@ -7,14 +7,15 @@
 #     [PYTHON=python3] scripts/real_input.sh DYLORA [SEED..]
 #
 # Needs data/NAME.{train,validation}.jsonl, where NAME is math, code_alpaca, data2text, shakespeare,
-# wiki and instruct_small, and GPT-2's data/tokenizer.json in the working folder. Writes
-# runs/real-input/*.
+# wiki and instruct_small, and GPT-2's data/tokenizer.json in the repository's root. Writes
+# runs/real-input/* there.
 set -euo pipefail
-dylora=$1
+dylora=$(realpath "$1")
 shift
 seeds=("${@:-0}")
-here=$(dirname "$0")
-configs=$here/../benchmarks/real-input
+cd "$(dirname "$0")/.."
+here=scripts
+configs=benchmarks/real-input
 out=runs/real-input
 data=()
 for domain in math code_alpaca data2text shakespeare; do

@@ -11,12 +11,12 @@
 # PYTHON needs transformers. With BASE=FOLDER, an existing base is used. With UNALIGNED=1, the
 # numbers in the base's file are shifted by a byte, so that they cannot be used in place.
 set -euo pipefail
-text=$1 tokenizer=$2
+text=$(realpath "$1") tokenizer=$(realpath "$2")
 shift 2
 runs=${RUNS:-5}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-base=${BASE:-$folder/gpt2}
+base=$(realpath "${BASE:-$folder/gpt2}")
 [ -e "$base" ] || "${PYTHON:-python3}" - "$base" <<'PYTHON'
 import sys
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -323,3 +323,27 @@ fn push_says_what_it_would_upload() -> Result<()> {
     let dtype = ["export-adapters", "--base", "demo/base", "--out", "x", "--save-dtype", "f16"];
     says("`--save-dtype` is for `--format gguf`", 2, &dtype)
 }
+
+#[test]
+fn the_doctor_exits_with_1_if_the_device_that_is_asked_for_is_missing_and_hides_the_token()
+-> Result<()> {
+    let cache = tempfile::tempdir()?;
+    let doctor = |device: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+        command.args(["doctor", "--json", "--device", device]).env("DYLORA_CACHE", cache.path());
+        command.env("HF_HOME", cache.path()).env("HF_TOKEN", "hf_secret").output()
+    };
+    let output = doctor("cpu")?;
+    let found = json(&output)?;
+    assert_eq!(
+        (output.status.code(), &found["schema"], &found["ok"]),
+        (Some(0), &1.into(), &true.into())
+    );
+    assert_eq!(found["facts"]["libtorch"]["loaded"], "2.11.0");
+    assert_eq!(found["facts"]["hub"]["token_from"], "`HF_TOKEN`");
+    assert!(!String::from_utf8(output.stdout)?.contains("hf_secret"));
+    let output = doctor("cuda:99")?;
+    assert_eq!((output.status.code(), &json(&output)?["ok"]), (Some(1), &false.into()));
+    assert!(stderr(&output).contains("error: broken: device"), "{}", stderr(&output));
+    Ok(())
+}

@@ -27,9 +27,15 @@ run saves its own in that form as `config.toml`.
 
 `--set KEY=VALUE` overrides one key on the command line, with the key as it is written here, for \
 example
-`--set lora.rank=16` or `--set 'train.duration={steps=500}'`. Relative paths begin at the folder \
-that
-the command runs in.
+`--set lora.rank=16` or `--set 'train.duration={steps=500}'`. The entries of a list have their \
+index from
+0, as in `--set data.domains.0.weight=2`.
+
+Relative paths of files that a run reads begin at the folder of the config, wherever the command \
+runs. Only
+`run.dir`, which is written, begins in the working folder, and so do all paths in `--set`. A \
+config that a
+run saves has absolute paths.
 
 A *choice* links to the values that the key can have. A default of *none* means that the key may \
 be left

@@ -22,6 +22,9 @@ use crate::eval::{EvalReport, EvalSettings, evaluate};
 use crate::growth::stages::{Stage, forgetting};
 use crate::model::{RoutedModel, RoutingSource};
 
+/// Sequences in one forward pass, unless `--batch-size` says another number.
+pub const BATCH_SIZE: usize = 8;
+
 /// The arguments that name the data.
 #[derive(Debug, Default, Args)]
 pub struct DataArgs {
@@ -54,7 +57,7 @@ pub struct EvalArgs {
     #[command(flatten)]
     data: DataArgs,
     /// Number of sequences in one forward pass.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = BATCH_SIZE)]
     batch_size: usize,
     /// What decides the routing weights: `router`, `uniform`, `all`, `expert:N`, `record` (each
     /// record's `expert` field), `domain` (the expert of each domain by the run's config) or `none`
@@ -78,29 +81,8 @@ pub fn run(args: &EvalArgs, shared: &Shared) -> Result<()> {
     let routing = open.routing(args.routing)?;
     let dataset = shared.in_turn(|| args.data.load(&open, shared))?;
     open.check_data(&dataset, routing)?;
-    let dead_share = open.config.as_ref().map(|config| config.router.dead_share);
-    let settings = EvalSettings {
-        batch_size: args.batch_size,
-        dead_share: dead_share.unwrap_or(EvalSettings::default().dead_share),
-        domains: open.domains(&dataset),
-        world: Arc::clone(&shared.world),
-        ..EvalSettings::default()
-    };
-    let source = RoutingSource::from(routing);
-    let evaluate = |rule| {
-        let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
-        let settings = EvalSettings { rule, ..settings.clone() };
-        let report = evaluate(&open.model, &dataset, &source, settings, &|done, _| bar.set(done));
-        bar.finish();
-        report
-    };
+    let (report, by_training) = losses(&open, &dataset, routing, args.batch_size, shared)?;
     let spec = open.model.router_spec();
-    let other_rule = spec.eval.filter(|_| routing == RoutingChoice::Router);
-    let by_training = evaluate(None)?;
-    let (report, by_training) = match other_rule {
-        None => (by_training, None),
-        Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
-    };
     let batch_size = args.batch_size;
     let answers = args.answers.answers(&open, &dataset, routing, batch_size, samples, shared)?;
     if !shared.is_first() {
@@ -124,8 +106,44 @@ pub fn run(args: &EvalArgs, shared: &Shared) -> Result<()> {
     check_loss(&results.report)
 }
 
+/// The losses and the routing of a model: by the rule of evaluation if it is another than that of
+/// training, with the rule and the results of training beside it.
+///
+/// - `routing`: what decides the routing weights
+pub fn losses(
+    open: &OpenModel,
+    dataset: &TokenDataset,
+    routing: RoutingChoice,
+    batch_size: usize,
+    shared: &Shared,
+) -> Result<(EvalReport, Option<(EvalRule, EvalReport)>)> {
+    let dead_share = open.config.as_ref().map(|config| config.router.dead_share);
+    let settings = EvalSettings {
+        batch_size,
+        dead_share: dead_share.unwrap_or(EvalSettings::default().dead_share),
+        domains: open.domains(dataset),
+        world: Arc::clone(&shared.world),
+        ..EvalSettings::default()
+    };
+    let source = RoutingSource::from(routing);
+    let evaluate = |rule| {
+        let bar = CountBar::new(shared.show_progress, "evaluating", dataset.num_blocks() as u64);
+        let settings = EvalSettings { rule, ..settings.clone() };
+        let report = evaluate(&open.model, dataset, &source, settings, &|done, _| bar.set(done));
+        bar.finish();
+        report
+    };
+    let eval_rule = open.model.router_spec().eval;
+    let other_rule = eval_rule.filter(|_| routing == RoutingChoice::Router);
+    let by_training = evaluate(None)?;
+    Ok(match other_rule {
+        None => (by_training, None),
+        Some(rule) => (evaluate(Some(rule))?, Some((rule, by_training))),
+    })
+}
+
 /// Checks that the results are numbers, after they were printed.
-fn check_loss(report: &EvalReport) -> Result<()> {
+pub fn check_loss(report: &EvalReport) -> Result<()> {
     match report.loss.is_finite() {
         true => Ok(()),
         false => bail!(
@@ -227,6 +245,11 @@ pub fn validate(
 }
 
 impl DataArgs {
+    /// The arguments `--data` for each of `data`, and `--seq-len`.
+    pub fn of_files(data: Vec<String>, seq_len: usize) -> Self {
+        Self { data, seq_len: Some(seq_len), ..Self::default() }
+    }
+
     /// Whether no data is named.
     pub fn is_empty(&self) -> bool {
         self.data.is_empty()

@@ -8,11 +8,18 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod demo;
+mod demo_files;
+mod demo_results;
+mod doctor;
+mod doctor_checks;
+mod doctor_facts;
 mod dry_run;
 mod eval;
 mod eval_answers;
 mod export_adapters;
 mod generate;
+mod inputs;
 mod launch;
 mod memory;
 mod merge;
@@ -118,6 +125,12 @@ enum Command {
     StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
+    /// Show what a mixture does: train one and a single LoRA on a tiny base and four domains that
+    /// come with dylora, offline, and compare them.
+    Demo(demo::DemoArgs),
+    /// Look at this machine: libtorch, CUDA, threads, memory, disk, caches and the Hub's login, and
+    /// say what to do about what is missing.
+    Doctor(doctor::DoctorArgs),
 }
 
 /// An error in how dylora was called or configured. The process exits with code 2.
@@ -266,6 +279,8 @@ impl Command {
             Self::Study(args) => study::run(args, shared),
             Self::StudyRun(args) => study_run::run(&args, shared),
             Self::Bench(args) => bench::run(args, shared),
+            Self::Demo(args) => demo::run(&args, shared),
+            Self::Doctor(args) => doctor::run(&args),
             Self::Train(_) | Self::Eval(_) | Self::AddExpert(_) | Self::Generate(_) => {
                 unreachable!("processes can share this command")
             }
@@ -370,12 +385,16 @@ fn token_cache() -> PathBuf {
     own_cache().join("tokens")
 }
 
+/// The folder of huggingface_hub: `HF_HOME`, or `huggingface` in the user's cache.
+fn hf_home() -> PathBuf {
+    variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from)
+}
+
 /// How to reach the Hub, by the environment variables of huggingface_hub: `HF_HOME`,
 /// `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`. Without `HF_TOKEN`, the token
 /// that `hf auth login` saved is used.
 fn hub_settings() -> HubSettings {
-    let hf_home =
-        variable("HF_HOME").map_or_else(|| user_cache().join("huggingface"), PathBuf::from);
+    let hf_home = hf_home();
     let saved_token = || fs_err::read_to_string(hf_home.join("token")).ok();
     let token = variable("HF_TOKEN").or_else(saved_token).map(|token| token.trim().to_owned());
     let offline = variable("HF_HUB_OFFLINE")

@@ -27,7 +27,7 @@ use crate::model::batch::DomainTargets;
 use crate::model::{RoutedModel, kind_of};
 
 /// The arguments that name a model: a checkpoint, adapters on a base, or a bare base.
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 pub struct ModelArgs {
     /// A checkpoint's folder (`RUN/checkpoints/step-*`) or a run's folder. For a run, the best
     /// checkpoint is used, or the last one if there is no best. Instead of a checkpoint,

@@ -55,6 +55,12 @@ pub struct ReportArgs {
 
 /// Runs the command.
 pub fn run(args: ReportArgs, shared: &Shared) -> Result<()> {
+    write(&args, shared)?;
+    print_result(&format!("wrote `{}`", args.out.display()))
+}
+
+/// Writes the page.
+pub fn write(args: &ReportArgs, shared: &Shared) -> Result<()> {
     let early = Output {
         path: args.out.clone(),
         overwrite: args.overwrite,
@@ -80,10 +86,7 @@ pub fn run(args: ReportArgs, shared: &Shared) -> Result<()> {
     }
     let html = page(&reported);
     let write = |file: &Path| Ok(fs_err::write(file, &html)?);
-    output
-        .write_file(write)
-        .with_context(|| format!("cannot write `{}`", output.path.display()))?;
-    print_result(&format!("wrote `{}`", output.path.display()))
+    output.write_file(write).with_context(|| format!("cannot write `{}`", output.path.display()))
 }
 
 /// The files that a report reads, which it never replaces.
@@ -101,6 +104,12 @@ fn moved(open: &OpenModel) -> Result<Vec<Moved>> {
 }
 
 impl ReportArgs {
+    /// The arguments for a page at `out` about `runs`, which `device` answers for.
+    pub fn of_runs(runs: Vec<PathBuf>, out: PathBuf, device: DeviceChoice) -> Self {
+        let device = Some(device);
+        Self { runs, out, overwrite: false, samples: None, base: None, device }
+    }
+
     fn num_samples(&self) -> usize {
         self.samples.unwrap_or(NUM_SAMPLES)
     }
@@ -124,12 +133,9 @@ impl ReportArgs {
         }
         let model = ModelArgs {
             checkpoint: Some(dir),
-            adapters: None,
             base: self.base.clone(),
-            tokenizer: None,
-            chat_template: None,
-            dtype: None,
             device: self.device,
+            ..ModelArgs::default()
         };
         model.open(shared)
     }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use tch::Device;
 
+use super::inputs::check_inputs;
 use super::open::open_base;
 use super::progress::StudyBar;
 use super::signals::Interrupt;
@@ -144,6 +145,7 @@ fn conclude(report: &StudyReport) -> Result<()> {
 fn settings(args: StudyArgs) -> Result<Settings> {
     let StudyArgs { mut arms, seeds: num_seeds, mut rates, keep, .. } = args;
     let mut config = config::load::load(&args.config, &args.set)?;
+    check_inputs(&config, Some(&args.config))?;
     config.run.device = args.device.unwrap_or(config.run.device);
     arms::check(&config)?;
     arms.sort_unstable();

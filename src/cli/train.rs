@@ -8,6 +8,7 @@ use serde_json::json;
 use tch::Device;
 
 use super::dry_run::dry_run;
+use super::inputs::check_inputs;
 use super::open::device_name;
 use super::signals::Interrupt;
 use super::stage::run_stage;
@@ -63,13 +64,35 @@ pub fn run(args: &TrainArgs, shared: &Shared) -> Result<()> {
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
         load_data(config, base, shared)
     })?;
-    let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if args.dry_run {
         return match shared.is_first() {
             true => dry_run(&ready, shared.world.size(), args.json),
             false => Ok(()),
         };
     }
+    let interrupt = Interrupt::listen()?;
+    let Trained { config, summary, model_dir } = train(ready, &interrupt, shared)?;
+    if !shared.is_first() {
+        return conclude(&config, summary.ending, &interrupt);
+    }
+    let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
+    // how the run ended matters more than whether somebody could be told of it
+    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+}
+
+/// A run that has ended.
+pub struct Trained {
+    /// The run's config.
+    pub config: Config,
+    /// How it ended.
+    pub summary: Summary,
+    /// Where the model of a full training lies.
+    model_dir: Option<PathBuf>,
+}
+
+/// Trains a run that is ready.
+pub fn train(ready: ReadyRun, interrupt: &Interrupt, shared: &Shared) -> Result<Trained> {
+    let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if config.method == Method::Full && shared.is_first() {
         // checked before the run, because the model is written at its end
         model_output(config, base)?.check_folder(export::is_unmarked_output)?;
@@ -79,21 +102,15 @@ pub fn run(args: &TrainArgs, shared: &Shared) -> Result<()> {
     }
     let config = config.clone();
     let (mut trainer, base) = ready.trainer(shared)?;
-    let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
-    if !shared.is_first() {
-        return conclude(&config, summary.ending, &interrupt);
-    }
     let model_dir = match (config.method, summary.ending) {
-        (Method::Full, Ending::Completed | Ending::StoppedEarly) => {
+        (Method::Full, Ending::Completed | Ending::StoppedEarly) if shared.is_first() => {
             Some(save_base(&config, &base)?)
         }
         _ => None,
     };
-    let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
-    // how the run ended matters more than whether somebody could be told of it
-    conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+    Ok(Trained { config, summary, model_dir })
 }
 
 /// Checks that the run does not write its resolved config over the config that the user wrote.
@@ -174,6 +191,7 @@ fn configure(
     let named = args.resume.as_ref().and_then(Option::as_ref).map(|dir| last(dir)).transpose()?;
     if let Some(file) = &args.config {
         let config = config::load::load(file, &args.set).map_err(usage)?;
+        check_inputs(&config, Some(file)).map_err(usage)?;
         let resume_from = match (&args.resume, named) {
             // after a failure, the run goes on, unless it had not got to its first checkpoint
             (None, _) if shared.attempt > 0 => last(&config.run.dir).ok(),
@@ -187,6 +205,7 @@ fn configure(
         return Err(usage(anyhow!("`--resume` needs a run's folder or `--config FILE`")));
     };
     let mut config = config::load::load(&dir.join("config.toml"), &args.set).map_err(usage)?;
+    check_inputs(&config, None).map_err(usage)?;
     // the run's folder may have moved since its config was written
     let real = fs_err::canonicalize(&dir)?;
     let run_dir = real.parent().and_then(Path::parent);

@@ -2,17 +2,20 @@
 //!
 //! Each section of the file is a struct and each choice is an enum. Every struct denies unknown
 //! keys, so the error for a typo shows its line and the valid keys. [`load`] reads the file,
-//! applies `--set key=value` and checks what types cannot.
+//! applies `--set key=value` and checks what types cannot. [`inputs`] says in which folder the
+//! paths of a config begin.
 
 mod bounds;
 mod data;
 mod domains;
 mod faults;
 mod growth;
+pub mod inputs;
 pub mod load;
 mod lora;
 mod modules;
 mod names;
+mod overrides;
 mod paths;
 mod recipe;
 mod routing;
@@ -100,7 +103,8 @@ pub enum Method {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
-    /// Folder for the resolved config, metrics, TensorBoard events and checkpoints.
+    /// Folder for the resolved config, metrics, TensorBoard events and checkpoints. A relative path
+    /// begins in the working folder, unlike those of files that the run reads.
     pub dir: PathBuf,
     /// Seeds the initial weights, the dropout masks, the data's order and its validation split.
     pub seed: u64,

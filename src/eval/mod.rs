@@ -8,6 +8,7 @@
 //! counts prompts too.
 
 pub mod experts;
+mod histogram;
 pub mod routing;
 mod supervision;
 
@@ -27,6 +28,8 @@ use crate::model::loss::LossSettings;
 use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, add_totals};
 use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource};
+use histogram::HistogramTotals;
+pub use histogram::{NUM_BUCKETS, WeightHistogram};
 pub use routing::{RoutingReport, SiteReport};
 use routing::{SiteExperts, SiteSupervision, SiteTotals};
 use supervision::{Supervision, SupervisionTotals};
@@ -58,6 +61,10 @@ pub struct EvalReport {
     pub domain_accuracy: Option<f64>,
     /// Routing over all domains; `None` without a router.
     pub routing: Option<RoutingReport>,
+    /// How the routing weights of each expert are distributed; empty without a router, or if
+    /// [`EvalSettings::weight_histograms`] is off.
+    #[serde(skip)]
+    pub weight_histograms: Vec<Option<WeightHistogram>>,
 }
 
 /// The results of one domain.
@@ -89,6 +96,16 @@ impl EvalReport {
         self.domains.iter().map(|domain| (domain.name.clone(), domain.loss)).collect()
     }
 
+    /// Each expert's mean routing weight on each domain, by the domain's name; empty without a
+    /// router.
+    pub fn domain_routing_weights(&self) -> BTreeMap<String, Vec<f64>> {
+        let weights = |domain: &DomainReport| {
+            let routing = domain.routing.as_ref()?;
+            Some((domain.name.clone(), routing.mean_routing_weights.clone()))
+        };
+        self.domains.iter().filter_map(weights).collect()
+    }
+
     /// Each domain's accuracy, by its name, where it is known.
     pub fn domain_accuracies(&self) -> BTreeMap<String, f64> {
         let known = |domain: &DomainReport| Some((domain.name.clone(), domain.domain_accuracy?));
@@ -111,6 +128,8 @@ pub struct EvalSettings {
     pub domains: Option<DomainTargets>,
     /// The processes that share the evaluation. Each of them gets the whole report.
     pub world: Arc<World>,
+    /// Whether the report has histograms of the routing weights.
+    pub weight_histograms: bool,
 }
 
 impl EvalSettings {
@@ -138,6 +157,7 @@ impl Default for EvalSettings {
             dead_share,
             domains: None,
             world: Arc::new(World::single()),
+            weight_histograms: false,
         }
     }
 }
@@ -178,6 +198,7 @@ pub fn evaluate(
     let num_groups = dataset.domains.len() as i64;
     let mut sums = Sums::default();
     let mut totals: Vec<RoutingTotals> = vec![];
+    let mut histograms: Option<HistogramTotals> = None;
     let mut supervision = SupervisionTotals::default();
     let world = &settings.world;
     let order = dataset.eval_order();
@@ -197,6 +218,9 @@ pub fn evaluate(
         let (loss, routing) = score(model, &inputs, source, &settings);
         losses[pass] = loss;
         add_totals(&mut totals, &routing, inputs.label_rows(num_groups));
+        if settings.weight_histograms {
+            HistogramTotals::add(&mut histograms, &routing, inputs.label_rows(num_groups));
+        }
         supervision.add(domain, &routing, model.temperature(), &inputs);
         let num_blocks = order.len() as u64;
         progress(num_blocks * (done as u64 + 1) / own.len() as u64, num_blocks);
@@ -210,7 +234,11 @@ pub fn evaluate(
     }
     sums.routing = routing::fetch(SiteExperts::of(model), &totals, num_groups as usize, world)?;
     sums.supervision = supervision.fetch(dataset.domains.len(), world)?;
-    Ok(sums.report(dataset, settings.dead_share))
+    let weight_histograms = match settings.weight_histograms {
+        true => HistogramTotals::fetch(histograms.as_ref(), world)?,
+        false => vec![],
+    };
+    Ok(EvalReport { weight_histograms, ..sums.report(dataset, settings.dead_share) })
 }
 
 /// The loss of one domain of `dataset`, nats, with routing weights from `source`; `None` if it has
@@ -288,6 +316,7 @@ impl Sums {
             domain_supervision: supervision.map(|mean| mean.loss),
             domain_accuracy: supervision.map(|mean| mean.accuracy),
             routing,
+            weight_histograms: vec![],
         }
     }
 }

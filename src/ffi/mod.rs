@@ -4,6 +4,7 @@
 
 pub mod cuda;
 pub mod dist;
+pub mod driver;
 pub mod fused;
 mod memory;
 pub mod nccl;

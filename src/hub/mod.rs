@@ -29,6 +29,7 @@ mod fetch;
 mod files;
 mod http;
 mod lfs;
+mod login;
 mod names;
 mod place;
 pub mod push;
@@ -41,6 +42,7 @@ use anyhow::{Result, bail};
 
 use crate::config::{AdapterHub, AdapterSource, BaseSource, HubDataset, HubSource};
 pub use files::{AdapterFiles, BaseFiles, DatasetFiles, SideFile};
+pub use login::{Login, login};
 pub use names::is_repo;
 use names::{Holds, RepoSource};
 use place::Place;

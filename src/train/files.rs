@@ -7,8 +7,11 @@ use anyhow::{Context, Result};
 
 pub use super::history::METRICS_FILE;
 use super::history::{self, LATER_FILE};
-use super::metrics::Metrics;
-use super::tensorboard::EventWriter;
+use super::metrics::{Metrics, ValidationMetrics};
+use super::summaries;
+use super::tensorboard::{EventWriter, Value};
+use crate::config::Config;
+use crate::eval::EvalReport;
 use crate::{checkpoint, durable};
 
 /// The name of the folder in a run's folder that holds the event files.
@@ -21,12 +24,13 @@ pub struct MetricsWriter {
     /// `None` in a process that writes nothing.
     file: Option<fs_err::File>,
     events: Option<EventWriter>,
+    first_step: u64,
 }
 
 impl MetricsWriter {
     /// A writer that writes nothing, for the processes of a world after the first.
     pub fn absent() -> Self {
-        Self { run_dir: PathBuf::new(), file: None, events: None }
+        Self { run_dir: PathBuf::new(), file: None, events: None, first_step: 0 }
     }
 
     /// Opens `metrics.jsonl` in `run_dir` to continue after `resume_step`, and with `tensorboard` a
@@ -52,7 +56,37 @@ impl MetricsWriter {
             .then(|| EventWriter::create(&run_dir.join(TENSORBOARD_DIR), first_step))
             .transpose()?;
         durable::sync_folder(run_dir)?;
-        Ok(Self { run_dir: run_dir.to_owned(), file: Some(file), events })
+        Ok(Self { run_dir: run_dir.to_owned(), file: Some(file), events, first_step })
+    }
+
+    /// Writes the config as a text for TensorBoard. Its step is the first one that this process
+    /// makes.
+    ///
+    /// # Errors
+    /// As for [`Self::write`].
+    pub fn write_config(&mut self, config: &Config) -> Result<()> {
+        match &mut self.events {
+            Some(events) => events.write_values(self.first_step, vec![summaries::config(config)]),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes the metrics of an evaluation as [`Self::write`] does, and its heat maps and
+    /// histograms for TensorBoard.
+    ///
+    /// # Errors
+    /// As for [`Self::write`].
+    pub fn write_evaluation(
+        &mut self,
+        metrics: ValidationMetrics,
+        report: &EvalReport,
+    ) -> Result<()> {
+        let step = metrics.step;
+        self.write(&Metrics::Validation(metrics))?;
+        match &mut self.events {
+            Some(events) => events.write_values(step, summaries::evaluation(report)?),
+            None => Ok(()),
+        }
     }
 
     /// Writes one line, and its scalars for TensorBoard. Nothing is buffered.
@@ -69,7 +103,11 @@ impl MetricsWriter {
         file.write_all(&line).context("cannot write the metrics")?;
         durable::check_place(file, &self.run_dir.join(METRICS_FILE))?;
         match &mut self.events {
-            Some(events) => events.write_scalars(metrics.step(), metrics.scalars()),
+            Some(events) => {
+                let scalars = metrics.scalars().into_iter();
+                let values = scalars.map(|(tag, value)| Value::scalar(tag, value));
+                events.write_values(metrics.step(), values.collect())
+            }
             None => Ok(()),
         }
     }

@@ -171,6 +171,10 @@ pub struct ValidationMetrics {
     /// The same by the domain's name, as a mean over the sites; empty likewise.
     #[serde(default, deserialize_with = "numbers", skip_serializing_if = "BTreeMap::is_empty")]
     pub accuracy_by_domain: BTreeMap<String, f64>,
+    /// Mean routing weight of each expert on each domain's label tokens, as a mean over the sites,
+    /// by the domain's name; empty without a router.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub domain_routing_weights: BTreeMap<String, Vec<f64>>,
     /// Wall-clock time of the pass.
     #[serde(deserialize_with = "number")]
     pub eval_secs: f64,
@@ -295,6 +299,7 @@ pub(super) mod samples {
             domain_supervision: None,
             domain_accuracy: BTreeMap::new(),
             accuracy_by_domain: BTreeMap::new(),
+            domain_routing_weights: BTreeMap::new(),
             eval_secs: 1.5,
         })
     }

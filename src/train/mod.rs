@@ -15,6 +15,7 @@ pub mod files;
 mod frozen;
 pub mod gradients;
 pub mod graph;
+mod heat_image;
 mod history;
 pub mod losses;
 pub mod machine;
@@ -29,6 +30,7 @@ mod scalars;
 pub mod schedule;
 mod seeding;
 pub mod step;
+mod summaries;
 pub mod tensorboard;
 mod watch;
 mod world;
@@ -421,7 +423,8 @@ impl Trainer {
         durable::replace(&run_dir.join("config.toml"), resolved.as_bytes())?;
         Machine::present(self.model.device()).write(run_dir)?;
         let tensorboard = self.config.run.tensorboard;
-        let writer = MetricsWriter::open(run_dir, tensorboard, self.state.step)?;
+        let mut writer = MetricsWriter::open(run_dir, tensorboard, self.state.step)?;
+        writer.write_config(&self.config)?;
         Ok((Some(lock), writer))
     }
 

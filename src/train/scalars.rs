@@ -32,6 +32,7 @@
 //! | `validation/router/..` | as the tag `router/..` of a step, on the validation sets |
 //! | `validation/router/mutual_information` | `mutual_information` on the validation sets |
 //! | `validation/router/domain_accuracy/<domain>` | `accuracy_by_domain` |
+//! | `validation/router_by_domain/all/<domain>/expert_<e>` | `domain_routing_weights` |
 
 use std::collections::BTreeMap;
 
@@ -85,7 +86,7 @@ impl WindowMetrics {
             scalar("router/window/dead_share", routing.dead_share),
             scalar("router/window/mutual_information", routing.mutual_information.unwrap_or(0.0)),
         ]);
-        scalars.extend(by_domain("all", 0.., &self.domain_routing_weights));
+        scalars.extend(by_domain("router_by_domain/all", 0.., &self.domain_routing_weights));
         for site in &routing.sites {
             let name = in_tags(&site.site);
             let values = [
@@ -102,7 +103,8 @@ impl WindowMetrics {
                 scalars.extend([scalar(&tag("mean_weight"), weight), scalar(&tag("load"), load)]);
             }
             if let Some(weights) = self.site_routing_weights.get(&site.site) {
-                scalars.extend(by_domain(&name, site.experts.iter().copied(), weights));
+                let prefix = format!("router_by_domain/{name}");
+                scalars.extend(by_domain(&prefix, site.experts.iter().copied(), weights));
             }
         }
         scalars
@@ -125,6 +127,8 @@ impl ValidationMetrics {
         scalars.extend(others.into_iter().filter_map(|(tag, v)| Some(scalar(tag, v?))));
         scalars.extend(accuracies("validation/router", &self.domain_accuracy));
         scalars.extend(named("validation/router/domain_accuracy", &self.accuracy_by_domain));
+        let weights = &self.domain_routing_weights;
+        scalars.extend(by_domain("validation/router_by_domain/all", 0.., weights));
         scalars
     }
 }
@@ -162,12 +166,12 @@ fn accuracies(prefix: &str, by_router: &BTreeMap<String, f64>) -> Vec<(String, f
 
 /// The mean weight of each of `experts` on each domain.
 fn by_domain(
-    site: &str,
+    prefix: &str,
     experts: impl Iterator<Item = usize> + Clone,
     weights: &BTreeMap<String, Vec<f64>>,
 ) -> Vec<(String, f32)> {
     let of_domain = |(domain, weights): (&String, &Vec<f64>)| -> Vec<(String, f32)> {
-        let tag = |expert| format!("router_by_domain/{site}/{domain}/expert_{expert}");
+        let tag = |expert| format!("{prefix}/{domain}/expert_{expert}");
         experts.clone().zip(weights).map(|(e, &weight)| scalar(&tag(e), weight)).collect()
     };
     weights.iter().flat_map(of_domain).collect()
@@ -175,7 +179,7 @@ fn by_domain(
 
 /// A site's name as a part of tags: `h.3.attn.c_attn` is `h.03.attn.c_attn`, and `all layers` is
 /// `all_layers`.
-fn in_tags(site: &str) -> String {
+pub(super) fn in_tags(site: &str) -> String {
     let part = |part: &str| match part.parse::<u32>() {
         Ok(layer) => format!("{layer:02}"),
         Err(_) => part.replace(' ', "_"),

@@ -1,4 +1,5 @@
-//! TensorBoard event files: scalars over steps, in the format of TensorFlow's summaries.
+//! TensorBoard event files: scalars, texts, images and histograms over steps, in the format of
+//! TensorFlow's summaries.
 //!
 //! A file is a series of TFRecords (`tensorflow/core/lib/io/record_writer.cc`), little-endian:
 //!
@@ -9,7 +10,8 @@
 //!
 //! Each record is an `Event` (`tensorflow/core/util/event.proto`, and `summary.proto` of
 //! `tensorflow/core/framework`). The structs below have the names and field numbers of these
-//! messages, but only the fields that scalars need.
+//! messages, but only the fields that are needed here. A text is a tensor of strings that the plugin
+//! `text` shows as Markdown.
 //!
 //! The first event of a file names the format's version. The second starts a session at a step:
 //! TensorBoard then drops the events of earlier files at this step and later
@@ -34,6 +36,10 @@ const FILE_PREFIX: &str = "events.out.tfevents.";
 const FILE_VERSION: &str = "brain.Event:2";
 /// `SessionLog.SessionStatus.START`.
 const SESSION_START: i32 = 1;
+/// `DataType.DT_STRING` of `types.proto`.
+const DT_STRING: i32 = 7;
+/// `Summary.Image.colorspace`.
+const RGB: i32 = 3;
 
 /// The event file of one process. Events are not buffered.
 #[derive(Debug)]
@@ -63,14 +69,12 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Writes the scalars of a step as one event. Each scalar is a tag and a value.
+    /// Writes the values of a step as one event.
     ///
     /// # Errors
     /// If the file cannot be written, or if it is not at its path any more.
-    pub fn write_scalars(&mut self, step: u64, scalars: Vec<(String, f32)>) -> Result<()> {
-        let value = |(tag, value)| Value { tag, simple_value: Some(value) };
-        let summary = Summary { value: scalars.into_iter().map(value).collect() };
-        self.write(step, What::Summary(summary))?;
+    pub fn write_values(&mut self, step: u64, value: Vec<Value>) -> Result<()> {
+        self.write(step, What::Summary(Summary { value }))?;
         durable::check_place(&self.file, &self.path)
     }
 
@@ -140,14 +144,111 @@ struct Summary {
     value: Vec<Value>,
 }
 
+/// A value of a tag.
 #[derive(Clone, PartialEq, Message)]
-struct Value {
+pub struct Value {
     #[prost(string, tag = "1")]
     tag: String,
     /// Optional because the field is part of a `oneof` in the original, so that a zero is written
     /// too.
     #[prost(float, optional, tag = "2")]
     simple_value: Option<f32>,
+    #[prost(message, optional, tag = "4")]
+    image: Option<Image>,
+    #[prost(message, optional, tag = "5")]
+    histo: Option<HistogramProto>,
+    #[prost(message, optional, tag = "8")]
+    tensor: Option<TensorProto>,
+    #[prost(message, optional, tag = "9")]
+    metadata: Option<SummaryMetadata>,
+}
+
+impl Value {
+    /// A number.
+    pub fn scalar(tag: String, value: f32) -> Self {
+        Self { tag, simple_value: Some(value), ..Self::default() }
+    }
+
+    /// A text in Markdown.
+    pub fn text(tag: &str, markdown: String) -> Self {
+        let tensor = TensorProto { dtype: DT_STRING, string_val: vec![markdown.into_bytes()] };
+        let plugin_data = Some(PluginData { plugin_name: "text".into() });
+        let metadata = Some(SummaryMetadata { plugin_data });
+        Self { tag: tag.into(), tensor: Some(tensor), metadata, ..Self::default() }
+    }
+
+    /// An image in RGB, as a PNG file.
+    pub fn image(tag: String, [width, height]: [u32; 2], png: Vec<u8>) -> Self {
+        let (width, height) = (width as i32, height as i32);
+        let image = Image { height, width, colorspace: RGB, encoded_image_string: png };
+        Self { tag, image: Some(image), ..Self::default() }
+    }
+
+    /// A histogram.
+    pub fn histogram(tag: String, histogram: HistogramProto) -> Self {
+        Self { tag, histo: Some(histogram), ..Self::default() }
+    }
+}
+
+/// The distribution of some numbers. `bucket[i]` of them lie between `bucket_limit[i - 1]` and
+/// `bucket_limit[i]`. TensorBoard takes `min` for the first bucket's lower end and `max` for the
+/// last one's upper end, so neither of these buckets may be empty.
+#[derive(Clone, PartialEq, Message)]
+pub struct HistogramProto {
+    /// The smallest number.
+    #[prost(double, tag = "1")]
+    pub min: f64,
+    /// The largest number.
+    #[prost(double, tag = "2")]
+    pub max: f64,
+    /// How many there are.
+    #[prost(double, tag = "3")]
+    pub num: f64,
+    /// Their sum.
+    #[prost(double, tag = "4")]
+    pub sum: f64,
+    /// The sum of their squares.
+    #[prost(double, tag = "5")]
+    pub sum_squares: f64,
+    /// The upper ends of the buckets.
+    #[prost(double, repeated, tag = "6")]
+    pub bucket_limit: Vec<f64>,
+    /// How many numbers each bucket has.
+    #[prost(double, repeated, tag = "7")]
+    pub bucket: Vec<f64>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Image {
+    #[prost(int32, tag = "1")]
+    height: i32,
+    #[prost(int32, tag = "2")]
+    width: i32,
+    #[prost(int32, tag = "3")]
+    colorspace: i32,
+    #[prost(bytes = "vec", tag = "4")]
+    encoded_image_string: Vec<u8>,
+}
+
+/// A tensor without a shape has one element.
+#[derive(Clone, PartialEq, Message)]
+struct TensorProto {
+    #[prost(int32, tag = "1")]
+    dtype: i32,
+    #[prost(bytes = "vec", repeated, tag = "8")]
+    string_val: Vec<Vec<u8>>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SummaryMetadata {
+    #[prost(message, optional, tag = "1")]
+    plugin_data: Option<PluginData>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PluginData {
+    #[prost(string, tag = "1")]
+    plugin_name: String,
 }
 
 #[derive(Clone, Copy, PartialEq, Message)]
@@ -195,7 +296,7 @@ mod tests {
     /// must be written too.
     #[test]
     fn records_equal_those_of_tensorboard_to_the_byte() {
-        let value = Value { tag: "train/loss".into(), simple_value: Some(0.0) };
+        let value = Value::scalar("train/loss".into(), 0.0);
         let cases = [
             (
                 0,
@@ -223,20 +324,55 @@ mod tests {
         }
     }
 
+    /// Reference: TensorBoard 2.21.0's `summary_pb2`, in an event of step 7 at 1.5 s.
+    #[test]
+    fn texts_images_and_histograms_equal_those_of_tensorboard_to_the_byte() {
+        let histogram = HistogramProto {
+            min: 0.5,
+            max: 1.0,
+            num: 2.0,
+            sum: 1.5,
+            sum_squares: 1.25,
+            bucket_limit: vec![0.75, 1.0],
+            bucket: vec![1.0, 1.0],
+        };
+        for (value, expected) in [
+            (
+                Value::text("config", "# a".into()),
+                "2a1d0a1b0a06636f6e6669674207080742032320614a080a060a0474657874",
+            ),
+            (
+                Value::image("map".into(), [3, 2], b"png".to_vec()),
+                "2a140a120a036d6170220b0802100318032203706e67",
+            ),
+            (
+                Value::histogram("w".into(), histogram),
+                "2a580a560a01772a5109000000000000e03f11000000000000f03f190000000000000040\
+                 21000000000000f83f29000000000000f43f3210000000000000e83f000000000000f03f\
+                 3a10000000000000f03f000000000000f03f",
+            ),
+        ] {
+            let what = Some(What::Summary(Summary { value: vec![value] }));
+            let bytes = Event { wall_time: 1.5, step: 7, what }.encode_to_vec();
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex, format!("09000000000000f83f1007{expected}"));
+        }
+    }
+
     #[test]
     fn a_file_holds_its_version_the_sessions_start_and_the_scalars() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let mut writer = EventWriter::create(dir.path(), 5)?;
-        writer.write_scalars(5, vec![("a".into(), 0.0), ("b".into(), -2.5)])?;
+        let values = || vec![Value::scalar("a".into(), 0.0), Value::scalar("b".into(), -2.5)];
+        writer.write_values(5, values())?;
 
         let events = read_events(dir.path())?;
         assert_eq!(events.iter().map(|event| event.step).collect::<Vec<_>>(), [0, 5, 5]);
         let what: Vec<_> = events.into_iter().filter_map(|event| event.what).collect();
-        let value = |tag: &str, value| Value { tag: tag.into(), simple_value: Some(value) };
         let expected = [
             What::FileVersion(FILE_VERSION.into()),
             What::SessionLog(SessionLog { status: SESSION_START }),
-            What::Summary(Summary { value: vec![value("a", 0.0), value("b", -2.5)] }),
+            What::Summary(Summary { value: values() }),
         ];
         assert_eq!(what, expected);
         Ok(())

@@ -117,7 +117,7 @@ impl Trainer {
             stage.losses.clone_from(&metrics.domain_losses);
         }
         observe(Event::Validation(&metrics));
-        writer.write(&Metrics::Validation(metrics))?;
+        writer.write_evaluation(metrics, &report)?;
         // like transformers' EarlyStoppingCallback: a fall of at most `min_delta` is a new best,
         // but no improvement
         let min_delta = self.config.train.early_stopping.map_or(0.0, |s| s.min_delta);
@@ -139,6 +139,7 @@ impl Trainer {
     ) -> Result<EvalReport> {
         let settings = EvalSettings {
             world: Arc::clone(&self.world),
+            weight_histograms: self.config.run.tensorboard,
             ..EvalSettings::of_run(&self.config, &self.model, dataset)
         };
         let source = RoutingSource::from(self.config.train.routing);
@@ -161,6 +162,7 @@ impl Trainer {
             domain_supervision: report.domain_supervision,
             domain_accuracy: self.accuracy_by_router(&accuracies),
             accuracy_by_domain: report.domain_accuracies(),
+            domain_routing_weights: report.domain_routing_weights(),
             eval_secs,
         }
     }

@@ -5,6 +5,7 @@ mod dataset;
 mod download;
 mod folder;
 mod hostile;
+mod login;
 mod mock;
 mod push;
 mod uploads;

@@ -51,8 +51,8 @@ impl Scene {
     /// The arguments that train two experts on two domains into `run` for `steps` steps.
     fn train(&self, steps: u64, saves_every: u64) -> Result<Vec<String>> {
         let config = include_str!("../../configs/lifecycle.toml");
-        let config = config.replace("demo/base", "base");
-        let config = config.replace("demo/data", &demo().join("data").display().to_string());
+        let config = config.replace("../demo/base", "base");
+        let config = config.replace("../demo/data", &demo().join("data").display().to_string());
         fs_err::write(self.path("config.toml"), config)?;
         let sets = [
             "run.dir=run".to_owned(),

@@ -1,0 +1,109 @@
+//! `--set KEY=VALUE`: changes one key of a config before it is parsed.
+//!
+//! The key is a dotted path as in TOML, in which the entries of a list have their index from 0:
+//! `data.domains.0.weight=2`.
+
+use anyhow::{Result, anyhow, bail};
+use toml::{Table, Value};
+
+/// The most parts that the dotted path of a key has, with some to spare.
+const MAX_KEY_PARTS: usize = 16;
+
+/// Sets one `dotted.key=value` in `table`. A value that is not valid TOML is a string.
+///
+/// # Errors
+/// A text without `=`, and a path that leads through a value that is neither a section nor a list,
+/// or through an entry that a list does not have.
+pub(super) fn set(table: &mut Table, item: &str) -> Result<()> {
+    let Some((key, value)) = item.split_once('=') else {
+        bail!("`--set {item}` has no `=`; write `--set lora.rank=16`");
+    };
+    let value = match format!("value = {value}").parse::<Table>() {
+        Ok(mut parsed) => parsed.remove("value").expect("the key was just written"),
+        Err(_) => Value::String(value.trim().to_owned()),
+    };
+    let parts = parts(key)?;
+    let mut root = Value::Table(std::mem::take(table));
+    let result = insert(&mut root, &parts, 0, value);
+    if let Value::Table(changed) = root {
+        *table = changed;
+    }
+    result.map_err(|error| anyhow!("in `--set {item}`: {error}"))
+}
+
+/// The parts of a dotted key.
+fn parts(key: &str) -> Result<Vec<&str>> {
+    let parts: Vec<&str> = key.trim().split('.').collect();
+    if parts.len() > MAX_KEY_PARTS {
+        let (count, start) = (parts.len(), parts[..3].join("."));
+        bail!("`--set` names a key of {count} parts, `{start}..`; no key has over {MAX_KEY_PARTS}");
+    }
+    Ok(parts)
+}
+
+/// Sets the value at `parts[depth..]` below `at`, which is at `parts[..depth]`. Sections that do not
+/// exist are made.
+fn insert(at: &mut Value, parts: &[&str], depth: usize, value: Value) -> Result<()> {
+    let (part, is_last) = (parts[depth], depth + 1 == parts.len());
+    let path = parts[..depth].join(".");
+    let kind = at.type_str();
+    let inner = match at {
+        Value::Table(table) if is_last => {
+            table.insert(part.to_owned(), value);
+            return Ok(());
+        }
+        Value::Table(table) => {
+            table.entry(part.to_owned()).or_insert_with(|| Value::Table(Table::new()))
+        }
+        Value::Array(items) => {
+            let count = items.len();
+            let entry = part.parse::<usize>().ok().and_then(|index| items.get_mut(index));
+            entry.ok_or_else(|| match count {
+                0 => anyhow!("`{path}` is an empty list"),
+                1 => anyhow!("`{path}` is a list whose only entry is `{path}.0`, got `{part}`"),
+                _ => {
+                    let last = count - 1;
+                    anyhow!(
+                        "the entries of `{path}` are `{path}.0` to `{path}.{last}`, got `{part}`"
+                    )
+                }
+            })?
+        }
+        _ => bail!("`{path}` is a TOML {kind}, not a section"),
+    };
+    if is_last {
+        *inner = value;
+        return Ok(());
+    }
+    insert(inner, parts, depth + 1, value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn changed(item: &str) -> Result<String> {
+        let mut table: Table = "a = 1\nlist = [{ weight = 1 }, { weight = 1 }]".parse()?;
+        set(&mut table, item)?;
+        Ok(toml::to_string(&table)?)
+    }
+
+    #[test]
+    fn an_index_names_an_entry_of_a_list() {
+        let text = changed("list.1.weight=2.5").expect("the entry exists");
+        assert_eq!(text, "a = 1\n\n[[list]]\nweight = 1\n\n[[list]]\nweight = 2.5\n");
+        let text = changed("list.0={weight = 3}").expect("the entry exists");
+        assert!(text.contains("weight = 3\n\n[[list]]\nweight = 1\n"), "{text}");
+    }
+
+    #[test]
+    fn a_path_that_leads_nowhere_is_refused() {
+        let fault = |item: &str| changed(item).expect_err("it is refused").to_string();
+        assert_eq!(
+            fault("list.2.weight=1"),
+            "in `--set list.2.weight=1`: the entries of `list` are `list.0` to `list.1`, got `2`"
+        );
+        assert!(fault("list.law.weight=1").ends_with("`list.1`, got `law`"));
+        assert_eq!(fault("a.b=1"), "in `--set a.b=1`: `a` is a TOML integer, not a section");
+    }
+}
