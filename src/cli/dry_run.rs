@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::start::ReadyRun;
 use super::{print_result, table};
 use crate::config::{self, Config, DomainExperts, Method};
-use crate::data::{Datasets, TokenDataset};
+use crate::data::{Datasets, Domain, TokenDataset};
 use crate::model::experts::spec::{ExpertSpec, part_name};
 use crate::model::experts::targets::{self, TargetMatch};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
@@ -30,7 +30,8 @@ pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
     };
     let domains = |dataset: &TokenDataset| -> Vec<_> {
         let domains = dataset.domains.iter();
-        domains.map(|d| json!({ "name": d.name, "weight": d.weight, "counts": d.counts })).collect()
+        let json = |d: &Domain| json!({ "name": d.name, "weight": d.weight, "counts": d.counts, "kinds": d.kinds });
+        domains.map(json).collect()
     };
     if json {
         let json = json!({

@@ -8,6 +8,7 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod data;
 mod dry_run;
 mod eval;
 mod eval_answers;
@@ -78,6 +79,8 @@ pub struct Cli {
 enum Command {
     /// Train a mixture (or a whole base, with `method = "full"`) from a TOML config.
     Train(train::TrainArgs),
+    /// Look at data before they are trained on.
+    Data(data::DataCommand),
     /// Measure the loss, perplexity and routing of a model on each domain.
     Eval(eval::EvalArgs),
     /// Write each expert as a PEFT adapter, with the router beside them, or for llama.cpp.
@@ -207,6 +210,7 @@ impl Cli {
         let shared = Shared { show_progress: !self.quiet };
         match self.command {
             Some(Command::Train(args)) => train::run(args, &shared),
+            Some(Command::Data(args)) => data::run(args, &shared),
             Some(Command::Eval(args)) => eval::run(args, &shared),
             Some(Command::ExportAdapters(args)) => export_adapters::run(args, &shared),
             Some(Command::Merge(args)) => merge::run(args, &shared),
