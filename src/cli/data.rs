@@ -59,7 +59,8 @@ pub struct PreviewArgs {
     /// are held out.
     #[arg(long, value_name = "[DOMAIN=]FILE", requires = "base")]
     validation: Vec<String>,
-    /// The length of a block, in tokens [default: the base's number of positions, but at most 1024].
+    /// The length of a block, in tokens [default: the base's number of positions, but at most
+    /// 1024].
     #[arg(long, value_name = "N", requires = "base")]
     seq_len: Option<usize>,
     #[command(flatten)]

@@ -30,7 +30,10 @@ pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
     };
     let domains = |dataset: &TokenDataset| -> Vec<_> {
         let domains = dataset.domains.iter();
-        let json = |d: &Domain| json!({ "name": d.name, "weight": d.weight, "counts": d.counts, "kinds": d.kinds });
+        let json = |domain: &Domain| {
+            let Domain { name, weight, counts, kinds, .. } = domain;
+            json!({ "name": name, "weight": weight, "counts": counts, "kinds": kinds })
+        };
         domains.map(json).collect()
     };
     if json {

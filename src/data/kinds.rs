@@ -6,7 +6,6 @@ use serde::Serialize;
 
 use super::keys::Keys;
 use super::source::SourceFile;
-use super::token_file::TokenFile;
 use super::visible::count;
 use crate::config::{FileFormat, RecordShape};
 
@@ -37,14 +36,21 @@ impl fmt::Display for RecordKind {
 }
 
 /// The kinds of records in a file.
-pub(super) fn of_file(source: &SourceFile, file: &TokenFile) -> Vec<RecordKind> {
+///
+/// - `shapes`: the number of records of each shape, in the order of [`RecordShape::ALL`]
+/// - `num_texts`: the number of documents, if they are plain texts
+pub(super) fn of_file(
+    source: &SourceFile,
+    shapes: [u64; RecordShape::ALL.len()],
+    num_texts: usize,
+) -> Vec<RecordKind> {
     let format = source.format;
     if format == FileFormat::Text {
-        let num_records = file.documents.len() as u64;
+        let num_records = num_texts as u64;
         return vec![RecordKind { format, shape: None, keys: String::new(), num_records }];
     }
     let keys = Keys::new(&source.records);
-    let counts = RecordShape::ALL.into_iter().zip(file.shapes).filter(|(_, count)| *count > 0);
+    let counts = RecordShape::ALL.into_iter().zip(shapes).filter(|(_, count)| *count > 0);
     let kind = |(shape, num_records)| RecordKind {
         format,
         shape: Some(shape),

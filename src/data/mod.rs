@@ -1,8 +1,8 @@
 //! From text files to batches: source -> tokens -> documents of a domain -> blocks -> batches.
 //!
-//! 1. `source`, `format`: patterns are expanded into files, whose names and first bytes say what they
-//!    hold. `records` reads records of any format, by `json`, `table` and `parquet`. `keys` and
-//!    `record` turn their values, of any shape, into a text, a prompt and a completion, or a
+//! 1. `source`, `format`: patterns are expanded into files, whose names and first bytes say what
+//!    they hold. `records` reads records of any format, by `json`, `table` and `parquet`. `keys`
+//!    and `record` turn their values, of any shape, into a text, a prompt and a completion, or a
 //!    conversation, which may name its domain and its expert. `detect` and `kinds` say what was
 //!    found.
 //! 2. `tokenize`, `chat`, `documents`, `read`: records become documents. A document is a list of
@@ -190,8 +190,9 @@ pub struct DomainFiles {
 /// - `progress`: called on this thread while files are read
 ///
 /// # Errors
-/// If a pattern matches no file; if a file does not hold what its name says; if a record is malformed (the error names its file and line); if a
-/// domain has nothing to train or validate on; or if a `validation.fraction` leaves one side empty.
+/// If a pattern matches no file; if a file does not hold what its name says; if a record is
+/// malformed (the error names its file and line); if a domain has nothing to train or validate on;
+/// or if a `validation.fraction` leaves one side empty.
 pub fn load_datasets(
     domains: &[DomainConfig],
     options: &DataOptions,

@@ -161,7 +161,7 @@ impl Reader<'_> {
                 }
             }
         };
-        file.kinds = kinds::of_file(&self.files[index], &file);
+        file.kinds = kinds::of_file(&self.files[index], file.shapes, file.documents.len());
         self.files_done.fetch_add(1, Ordering::Relaxed);
         Ok(file)
     }

@@ -130,10 +130,9 @@ fn the_command_shows_a_data_set_of_the_hub() -> Result<()> {
         command.args(["data", "preview", "--config"]).arg(files.path("a.toml")).args(options);
         command.env("HF_HUB_CACHE", files.path("hub")).env("HF_HUB_OFFLINE", "1");
         command.env("DYLORA_CACHE", files.path("cache"));
-        command.output().map(|output| {
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            output
-        })
+        let output = command.output()?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        anyhow::Ok(output)
     };
     let json = preview(&["--json", "--examples", "1"])?;
     let json: Value = serde_json::from_slice(&json.stdout)?;
