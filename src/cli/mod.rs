@@ -8,6 +8,7 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod data;
 mod demo;
 mod demo_files;
 mod demo_results;
@@ -92,6 +93,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Start several processes on this machine that share a command, one for each GPU.
     Launch(launch::LaunchArgs),
+    /// Look at data before they are trained on.
+    Data(data::DataCommand),
     /// Measure the loss, perplexity and routing of a model on each domain.
     Eval(eval::EvalArgs),
     /// Write each expert as a PEFT adapter, with the router beside them, or for llama.cpp.
@@ -267,6 +270,7 @@ impl Command {
     fn run_alone(self, shared: &Shared) -> Result<()> {
         match self {
             Self::Launch(args) => launch::run(&args),
+            Self::Data(args) => data::run(args, shared),
             Self::ExportAdapters(args) => export_adapters::run(args, shared),
             Self::Merge(args) => merge::run(args, shared),
             Self::Push(args) => push::run(&args, shared),

@@ -321,6 +321,21 @@ pub struct DataConfig {
     pub domains: Vec<DomainConfig>,
 }
 
+impl Default for DataConfig {
+    /// No domains, and blocks of 1024 tokens. A file must name both.
+    fn default() -> Self {
+        Self {
+            seq_len: 1024,
+            loss_on: LossOn::default(),
+            loss_on_turns: LossOnTurns::default(),
+            on_bad_record: OnBadRecord::default(),
+            mixing: Mixing::default(),
+            on_exhausted: OnExhausted::default(),
+            domains: vec![],
+        }
+    }
+}
+
 /// What share of the training blocks each domain gets. At any point of an epoch, the number of
 /// blocks that a domain has had differs from its share by at most the number of domains minus 1.
 /// With `on_exhausted = "end"`, this holds until the first domain is used up.
