@@ -21,6 +21,9 @@ use dylora::model::loss::LossSettings;
 use dylora::model::{ForwardMode, Inputs, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
+/// What makes the source of a batch.
+type Source<'a> = dyn Fn(&Inputs) -> RoutingSource + 'a;
+
 /// A rule of routing between two experts.
 struct FirstTokenRouter {
     /// The first token of a document of code.
@@ -56,7 +59,7 @@ fn main() -> Result<()> {
     let data = load_datasets(&config.data.domains, &options, tokenizer, &|_| ())?.validation;
 
     let rule = FirstTokenRouter::new(tokenizer)?;
-    let sources: [(&str, &dyn Fn(&Inputs) -> RoutingSource); 3] = [
+    let sources: [(&str, &Source<'_>); 3] = [
         ("router", &|_| RoutingSource::Router),
         ("uniform", &|_| RoutingSource::Uniform),
         ("first token", &|inputs| RoutingSource::Given(rule.weights(inputs))),

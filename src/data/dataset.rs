@@ -334,7 +334,7 @@ impl TokenDataset {
 
     /// A fingerprint of what is evaluated on: as [`Self::fingerprint`], but without the weights and
     /// the mixing, which only order the blocks of training.
-    pub fn content_fingerprint(&self) -> String {
+    pub(crate) fn content_fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.encoding.as_bytes());
         hasher.update(&(self.seq_len as u64).to_le_bytes());

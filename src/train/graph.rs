@@ -122,7 +122,7 @@ impl Graphs {
 
     /// Whether steps can be captured under `model`'s present routing rule. If not, the reason is
     /// logged once.
-    pub fn can_capture(&mut self, model: &RoutedModel, config: &Config) -> bool {
+    pub(crate) fn can_capture(&mut self, model: &RoutedModel, config: &Config) -> bool {
         if self.capture == Capture::Off {
             return false;
         }

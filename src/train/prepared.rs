@@ -75,7 +75,7 @@ impl Prepared {
     }
 
     /// The shapes of the micro-batches.
-    pub fn layouts(&self) -> Vec<InputLayout> {
+    pub(crate) fn layouts(&self) -> Vec<InputLayout> {
         self.micro_batches.iter().map(|batch| batch.layout.clone()).collect()
     }
 
