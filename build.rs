@@ -5,13 +5,15 @@
 //!
 //! With the feature `doc-only` nothing is compiled, so that the library's docs need no libtorch.
 
+use std::env;
 use std::path::{Path, PathBuf};
-use std::{env, process};
+use std::process::ExitCode;
 
-/// The libtorch that tch 0.24 and the shim are written for; a patch release has the same interface.
+/// The version of libtorch that tch 0.24 and the shim are written for; a patch release has the same
+/// interface.
 const LIBTORCH: &str = "2.11";
 
-fn main() {
+fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=csrc");
     println!("cargo:rerun-if-changed=build.rs");
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets it"));
@@ -19,12 +21,55 @@ fn main() {
     println!("cargo:rustc-env=DYLORA_CUDA_LIBRARY={}", library.display());
     if env::var_os("CARGO_FEATURE_DOC_ONLY").is_some() {
         fs_err::write(library, []).expect("cargo's folder can be written");
-        return;
+        return ExitCode::SUCCESS;
     }
-    let lib = libtorch();
-    let root = lib.parent().expect("libtorch's lib folder has a parent").to_owned();
+    match libtorch() {
+        Ok(lib) => build(&lib, &library),
+        Err(why) => {
+            println!("cargo::error={why}");
+            println!(
+                "cargo::error=hint: in the source tree, run `scripts/setup`; elsewhere, set \
+                 LIBTORCH to the folder of a libtorch {LIBTORCH}, or set LIBTORCH_USE_PYTORCH=1 to \
+                 use the PyTorch {LIBTORCH} of `python3`"
+            );
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// The `lib` folder of the libtorch that torch-sys was compiled against. The error says what is
+/// wrong with it.
+fn libtorch() -> Result<PathBuf, String> {
+    // torch-sys declares `links = "tch"`; its metadata reaches direct dependents only
+    let lib = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from);
+    let lib = lib.ok_or("torch-sys did not say where libtorch is")?;
+    let cpu = lib.join("libtorch_cpu.so");
+    if !cpu.exists() {
+        return Err(format!("libtorch is not there: `{}` is absent", cpu.display()));
+    }
+    let header = lib.with_file_name("include/torch/headeronly/version.h");
+    let text = fs_err::read_to_string(header)
+        .map_err(|error| format!("libtorch has no headers: {error}"))?;
+    let number = |part: &str| {
+        let name = format!("#define TORCH_VERSION_{part} ");
+        let number = text.lines().find_map(|line| line.strip_prefix(&name));
+        number.unwrap_or("?").trim().to_owned()
+    };
+    let found = format!("{}.{}", number("MAJOR"), number("MINOR"));
+    if found != LIBTORCH {
+        return Err(format!("`{}` is libtorch {found}, not {LIBTORCH}", lib.display()));
+    }
+    Ok(lib)
+}
+
+/// Compiles the C++ code and links the libtorch in the folder `lib`.
+///
+/// - `library`: where the part that needs CUDA goes
+fn build(lib: &Path, library: &Path) {
+    let root = lib.parent().expect("libtorch's lib folder has a parent");
     let sources = ["shim", "block", "step", "head_loss", "memory", "dist"];
-    compiler(&root)
+    compiler(root)
         .include("csrc/gloo_headers")
         .files(sources.map(|name| format!("csrc/{name}.cpp")))
         .compile("dylora_shim");
@@ -33,53 +78,13 @@ fn main() {
     // the path as it was given, which may be a link that changes, and where it leads now, which
     // stays when the source tree is deleted
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
-    match fs_err::canonicalize(&lib) {
+    match fs_err::canonicalize(lib) {
         Ok(target) if target != lib => {
             println!("cargo:rustc-link-arg=-Wl,-rpath,{}", target.display());
         }
         _ => {}
     }
-    compile_cuda(&root, &library);
-}
-
-/// Says why this cannot be built, and ends the build.
-fn refuse(why: &str) -> ! {
-    println!("cargo::error={why}");
-    println!(
-        "cargo::error=hint: in the source tree, run `scripts/setup`; elsewhere, set LIBTORCH to the \
-         folder of a libtorch {LIBTORCH}, or set LIBTORCH_USE_PYTORCH=1 to use the PyTorch \
-         {LIBTORCH} of `python3`"
-    );
-    process::exit(1);
-}
-
-/// The `lib` folder of the libtorch that torch-sys was compiled against.
-fn libtorch() -> PathBuf {
-    if env::var("TARGET").is_ok_and(|target| target != "x86_64-unknown-linux-gnu") {
-        println!("cargo:warning=dylora is built and tested on x86_64-unknown-linux-gnu only");
-    }
-    // torch-sys declares `links = "tch"`; its metadata reaches direct dependents only
-    let Some(lib) = env::var_os("DEP_TCH_LIBTORCH_LIB").map(PathBuf::from) else {
-        refuse("torch-sys did not say where libtorch is");
-    };
-    let cpu = lib.join("libtorch_cpu.so");
-    if !cpu.exists() {
-        refuse(&format!("libtorch is not there: `{}` is absent", cpu.display()));
-    }
-    let header = lib.with_file_name("include/torch/headeronly/version.h");
-    let Ok(text) = fs_err::read_to_string(&header) else {
-        refuse(&format!("libtorch has no headers: `{}` cannot be read", header.display()));
-    };
-    let number = |part: &str| {
-        let name = format!("#define TORCH_VERSION_{part} ");
-        let number = text.lines().find_map(|line| line.strip_prefix(&name));
-        number.unwrap_or("?").trim().to_owned()
-    };
-    let found = format!("{}.{}", number("MAJOR"), number("MINOR"));
-    if found != LIBTORCH {
-        refuse(&format!("`{}` is libtorch {found}, not {LIBTORCH}", lib.display()));
-    }
-    lib
+    compile_cuda(root, library);
 }
 
 fn compiler(libtorch: &Path) -> cc::Build {

@@ -7,8 +7,8 @@
 //!
 //! The rule reads the first token of each document: one that begins with `--`, which is a comment of
 //! the code, gets the expert of code, and another the expert of arithmetic. A rule can be anything
-//! that gives weights `[b, t, e]` for token ids `[b, t]`, such as a classifier or a table of customers.
-//! To be of use in generation, the weights of a token must not depend on later tokens.
+//! that gives weights `[b, t, e]` for token ids `[b, t]`, such as a classifier or a table of
+//! customers. To be of use in generation, the weights of a token must not depend on later tokens.
 //!
 //! Letters of shapes: `b` batch, `t` position, `e` expert.
 
@@ -20,6 +20,9 @@ use dylora::hub::HubSettings;
 use dylora::model::loss::LossSettings;
 use dylora::model::{ForwardMode, Inputs, RoutingSource};
 use tch::{Device, Kind, Tensor};
+
+/// What makes the source of a batch.
+type Source<'a> = dyn Fn(&Inputs) -> RoutingSource + 'a;
 
 /// A rule of routing between two experts.
 struct FirstTokenRouter {
@@ -56,7 +59,7 @@ fn main() -> Result<()> {
     let data = load_datasets(&config.data.domains, &options, tokenizer, &|_| ())?.validation;
 
     let rule = FirstTokenRouter::new(tokenizer)?;
-    let sources: [(&str, &dyn Fn(&Inputs) -> RoutingSource); 3] = [
+    let sources: [(&str, &Source<'_>); 3] = [
         ("router", &|_| RoutingSource::Router),
         ("uniform", &|_| RoutingSource::Uniform),
         ("first token", &|inputs| RoutingSource::Given(rule.weights(inputs))),

@@ -134,7 +134,7 @@ impl Base {
     }
 
     /// BLAKE3 of the files that hold the shape and the weights. A random base has none.
-    pub fn files_hash(&self) -> Result<String> {
+    pub(crate) fn files_hash(&self) -> Result<String> {
         let mut hasher = blake3::Hasher::new();
         for file in self.files.iter().flat_map(|files| files.weights.iter().chain([&files.config]))
         {

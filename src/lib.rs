@@ -43,6 +43,10 @@
 //! # }
 //! ```
 //!
+//! The documentation shows what a program may rely on. The modules `durable`, `ffi`, `gguf`,
+//! `tensor_file`, `bench`, `study`, `report`, `serve` and `cli` serve the binary and the tests; they
+//! are public and hidden, and any version may change them.
+//!
 //! The library does not print, exit, or read the environment. [`tracing`] receives its logs. What
 //! fails because of a user is an [`anyhow::Error`] whose text is meant for the user. libtorch's
 //! operations panic when they fail, as when memory runs out.
@@ -92,12 +96,18 @@
 //! | active rank | the rank that a token uses: k r with top-k, r e^H with dense routing | scalar |
 //! | checkpoint, export | all that resuming needs; what other programs load (PEFT) | |
 
-// in the order of the layers
+// In the order of the layers. The hidden modules serve the binary and the tests, and versions make no
+// promise about them (CONTRIBUTING.md).
 pub mod config;
+#[doc(hidden)]
 pub mod dist;
+#[doc(hidden)]
 pub mod durable;
+#[doc(hidden)]
 pub mod ffi;
+#[doc(hidden)]
 pub mod gguf;
+#[doc(hidden)]
 pub mod tensor_file;
 
 pub mod hub;
@@ -121,10 +131,15 @@ pub mod train;
 
 pub mod lifecycle;
 
+#[doc(hidden)]
 pub mod bench;
+#[doc(hidden)]
 pub mod study;
 
+#[doc(hidden)]
 pub mod report;
+#[doc(hidden)]
 pub mod serve;
 
+#[doc(hidden)]
 pub mod cli;

@@ -30,7 +30,7 @@ pub fn open(file: &Path) -> Result<FileBytes> {
 }
 
 /// Passes each tensor of a safetensors file to `take`, in the order of names.
-pub fn for_each_tensor(
+pub(crate) fn for_each_tensor(
     bytes: &[u8],
     file: &Path,
     mut take: impl FnMut(&str, &TensorView<'_>) -> Result<()>,
@@ -57,7 +57,7 @@ pub fn read_tensors(file: &Path) -> Result<BTreeMap<String, Tensor>> {
 }
 
 /// Checks that a tensor is floating-point and that all its numbers are finite.
-pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
+pub(crate) fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
     if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16 | Kind::Double) {
         bail!("tensor `{name}` has dtype `{:?}`; use f32, f16 or bf16", tensor.kind());
     }
@@ -68,7 +68,7 @@ pub fn check_numbers(name: &str, tensor: &Tensor) -> Result<()> {
 ///
 /// # Errors
 /// A NaN or an infinity, by the tensor's name.
-pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
+pub(crate) fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
     if tensor.numel() == 0 || !tensor.is_floating_point() {
         return Ok(());
     }
@@ -81,12 +81,12 @@ pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
 }
 
 /// Checks that the numbers of all tensors are finite.
-pub fn check_all_finite(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(crate) fn check_all_finite(tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     tensors.iter().try_for_each(|(name, tensor)| check_finite(name, tensor))
 }
 
 /// Does the same as [`read_tensors`], and checks that all numbers are finite.
-pub fn read_numbers(file: &Path) -> Result<BTreeMap<String, Tensor>> {
+pub(crate) fn read_numbers(file: &Path) -> Result<BTreeMap<String, Tensor>> {
     let tensors = read_tensors(file)?;
     check_all_finite(&tensors).with_context(|| format!("in `{}`", file.display()))?;
     Ok(tensors)
@@ -178,7 +178,7 @@ fn store(tensor: &Tensor) -> Result<Stored> {
 }
 
 /// Adds the name, dtype, shape and bytes of each tensor to a hash, on all cores.
-pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
+pub(crate) fn hash_tensors<'a, N: AsRef<str> + 'a>(
     hasher: &mut blake3::Hasher,
     tensors: impl IntoIterator<Item = &'a (N, Tensor)>,
 ) -> Result<()> {
@@ -193,7 +193,7 @@ pub fn hash_tensors<'a, N: AsRef<str> + 'a>(
 }
 
 /// The bytes of a contiguous CPU tensor.
-pub fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+pub(crate) fn tensor_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
     tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
     Ok(bytes)

@@ -129,7 +129,7 @@ impl ChatTemplate {
     }
 
     /// Whether a file beside a base's weights is a chat template.
-    pub fn is_template(name: &str) -> bool {
+    pub(crate) fn is_template(name: &str) -> bool {
         name == FILE || name.starts_with(MORE_TEMPLATES)
     }
 

@@ -251,7 +251,7 @@ pub fn folder(run_dir: &Path) -> PathBuf {
 }
 
 /// The folder of a run's checkpoints whose stage has failed.
-pub fn rejected_folder(run_dir: &Path) -> PathBuf {
+pub(crate) fn rejected_folder(run_dir: &Path) -> PathBuf {
     run_dir.join("rejected")
 }
 
@@ -297,7 +297,7 @@ pub fn read_skills(dir: &Path, d: i64) -> Result<Option<SkillLibrary>> {
 }
 
 /// Whether a checkpoint's mixture has a skill of this name; `None` if its skills are not known.
-pub fn has_skill(dir: &Path, name: &str) -> Result<Option<bool>> {
+pub(crate) fn has_skill(dir: &Path, name: &str) -> Result<Option<bool>> {
     let has = || {
         let library = SkillLibrary::read_any(&checked(dir, SKILLS)?)?;
         anyhow::Ok(library.skills.iter().any(|skill| skill.name == name))

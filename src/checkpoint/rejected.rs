@@ -9,7 +9,7 @@ use super::format::{folder, rejected_folder};
 
 /// Moves the checkpoints of a run to the folder of rejected ones, in place of any that are there
 /// from an earlier attempt, and returns that folder; `None` if the run has no checkpoints.
-pub fn reject(run_dir: &Path) -> Result<Option<PathBuf>> {
+pub(crate) fn reject(run_dir: &Path) -> Result<Option<PathBuf>> {
     let (from, to) = (folder(run_dir), rejected_folder(run_dir));
     if !from.exists() {
         return Ok(None);

@@ -114,7 +114,7 @@ impl RoutingState {
     }
 
     /// Takes the number of steps and the totals of the window, and begins the next window.
-    pub fn take_window(&mut self) -> (u64, Vec<SiteTotals>) {
+    pub(crate) fn take_window(&mut self) -> (u64, Vec<SiteTotals>) {
         (std::mem::take(&mut self.window_steps), std::mem::take(&mut self.window))
     }
 }

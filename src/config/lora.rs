@@ -94,6 +94,7 @@ impl Default for LoraConfig {
 impl LoraConfig {
     /// The settings of one expert: its own where it has any, and otherwise those of `[lora]`. The
     /// fields `num_experts` and `experts` do not change.
+    #[must_use]
     pub fn of_expert(&self, expert: usize) -> Self {
         let mut lora = self.clone();
         let Some(own) = self.experts.get(expert) else { return lora };

@@ -17,7 +17,7 @@ pub struct Answered {
 
 impl TokenDataset {
     /// Whether some document is a conversation.
-    pub fn has_conversations(&self) -> bool {
+    pub(crate) fn has_conversations(&self) -> bool {
         self.domains.iter().any(|domain| {
             let blocks = (0..domain.blocks.num_blocks()).map(|block| domain.blocks.get(block));
             blocks.flatten().any(|piece| {

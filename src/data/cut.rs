@@ -79,7 +79,7 @@ impl CutRule {
     }
 
     /// Whether `text` may be cut at `place`.
-    pub fn allows(self, text: &str, place: usize) -> bool {
+    pub(crate) fn allows(self, text: &str, place: usize) -> bool {
         let (before, after) = text.split_at(place);
         let (Some(previous), Some(next)) = (before.chars().next_back(), after.chars().next())
         else {

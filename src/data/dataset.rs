@@ -285,7 +285,7 @@ impl TokenDataset {
     ///
     /// # Panics
     /// If there is no such block.
-    pub fn lengths(&self, id: BlockId) -> impl Iterator<Item = u64> {
+    pub fn block_lengths(&self, id: BlockId) -> impl Iterator<Item = u64> {
         self.pieces(id).iter().map(|piece| u64::from(piece.len))
     }
 
@@ -364,7 +364,7 @@ impl TokenDataset {
 
     /// A fingerprint of what is evaluated on: as [`Self::fingerprint`], but without the weights and
     /// the mixing, which only order the blocks of training.
-    pub fn content_fingerprint(&self) -> String {
+    pub(crate) fn content_fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.encoding.as_bytes());
         hasher.update(&(self.seq_len as u64).to_le_bytes());

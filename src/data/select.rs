@@ -104,7 +104,12 @@ impl Selector<'_> {
     ///
     /// # Errors
     /// If no document is held out, or all documents are.
-    pub fn hold_out(&self, train: &mut Selection, fraction: f64, seed: u64) -> Result<Selection> {
+    pub(crate) fn hold_out(
+        &self,
+        train: &mut Selection,
+        fraction: f64,
+        seed: u64,
+    ) -> Result<Selection> {
         let num_documents = train.documents.len();
         let held_out = train
             .documents
@@ -131,7 +136,7 @@ impl Selector<'_> {
     ///
     /// # Errors
     /// If one of them is empty.
-    pub fn halve(&self, whole: Selection) -> Result<[Selection; 2]> {
+    pub(crate) fn halve(&self, whole: Selection) -> Result<[Selection; 2]> {
         let Selection { name, weight, documents, .. } = whole;
         let num_documents = documents.len();
         let (first, second): (Vec<_>, Vec<_>) =
@@ -151,7 +156,7 @@ impl Selector<'_> {
     }
 
     /// Removes the documents that are also in `validation` from `train`.
-    pub fn leave_out(&self, train: &mut [Selection], validation: &[Selection]) {
+    pub(crate) fn leave_out(&self, train: &mut [Selection], validation: &[Selection]) {
         let held_out: HashSet<[u8; 16]> = validation
             .iter()
             .flat_map(|selection| &selection.documents)

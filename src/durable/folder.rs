@@ -22,19 +22,19 @@ use rustix::io::Errno;
 use super::sync_folder;
 
 /// Beginning of a folder's name while it is written; random characters follow.
-pub const WRITING: &str = ".writing-";
+pub(crate) const WRITING: &str = ".writing-";
 /// Beginning of a folder's name between the two renames; its own name follows.
-pub const REPLACED: &str = ".dylora-replaced-";
+pub(crate) const REPLACED: &str = ".dylora-replaced-";
 
 /// A file without a lock belongs to a dead process after this time.
 const OLD: Duration = Duration::from_secs(24 * 3600);
 
 /// Beginning of a folder's name while it is deleted; its own name follows.
-pub const REMOVED: &str = ".removed-";
+pub(crate) const REMOVED: &str = ".removed-";
 
 /// A folder that is being filled, and is deleted unless it is kept.
 #[derive(Debug)]
-pub struct Writing {
+pub(crate) struct Writing {
     dir: tempfile::TempDir,
     /// Held by this process.
     _lock: fs_err::File,
@@ -42,7 +42,7 @@ pub struct Writing {
 
 impl Writing {
     /// Makes an empty folder in `parent`, and deletes those of dead processes there.
-    pub fn new_in(parent: &Path) -> Result<Self> {
+    pub(crate) fn new_in(parent: &Path) -> Result<Self> {
         clean_dead(parent);
         loop {
             let dir = tempfile::Builder::new().prefix(WRITING).tempdir_in(parent)?;
@@ -70,7 +70,7 @@ fn lock(dir: &Path) -> Result<fs_err::File> {
 }
 
 /// Deletes the folders in `parent` that dead processes were filling.
-pub fn clean_dead(parent: &Path) {
+pub(crate) fn clean_dead(parent: &Path) {
     for entry in fs_err::read_dir(parent).into_iter().flatten().filter_map(Result::ok) {
         let name = entry.file_name();
         let random = name.to_str().and_then(|name| name.strip_prefix(WRITING));

@@ -15,6 +15,7 @@ const LOCK: &str = ".lock";
 
 /// The lock on a folder. It ends when this is dropped.
 #[derive(Debug)]
+#[must_use = "the lock ends when this is dropped"]
 pub struct FolderLock {
     file: fs_err::File,
     dir: PathBuf,
@@ -73,7 +74,7 @@ impl FolderLock {
 ///
 /// # Errors
 /// As for [`FolderLock::take`].
-pub fn check_free(dir: &Path) -> Result<()> {
+pub(crate) fn check_free(dir: &Path) -> Result<()> {
     match dir.join(LOCK).exists() {
         true => FolderLock::try_take(dir).map(|_| ()),
         false => Ok(()),

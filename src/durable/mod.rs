@@ -36,7 +36,7 @@ pub fn replace(file: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Checks that `path` still leads to `file`, which a run keeps open and writes.
-pub fn check_place(file: &fs_err::File, path: &Path) -> Result<()> {
+pub(crate) fn check_place(file: &fs_err::File, path: &Path) -> Result<()> {
     let own = file.metadata()?;
     let is_own = |found: std::fs::Metadata| (found.dev(), found.ino()) == (own.dev(), own.ino());
     if !fs_err::metadata(path).is_ok_and(is_own) {
@@ -50,6 +50,6 @@ pub fn check_place(file: &fs_err::File, path: &Path) -> Result<()> {
 }
 
 /// Waits until the names in a folder are on disk.
-pub fn sync_folder(dir: &Path) -> Result<()> {
+pub(crate) fn sync_folder(dir: &Path) -> Result<()> {
     Ok(fs_err::File::open(dir)?.sync_all()?)
 }

@@ -66,7 +66,7 @@ impl Marker {
 ///
 /// # Errors
 /// A file with another sum.
-pub fn check_sum(file: &Path) -> Result<()> {
+pub(crate) fn check_sum(file: &Path) -> Result<()> {
     for dir in file.ancestors().skip(1).take(MARKER_DEPTH) {
         let Some(marker) = Marker::read(dir) else { continue };
         let name = file.strip_prefix(dir).expect("it is above the file").to_string_lossy();
@@ -96,7 +96,7 @@ pub struct Output {
 }
 
 /// Whether dylora wrote the folder, which has no marker and contains the given files.
-pub type IsUnmarkedOutput = fn(&Path, &BTreeSet<String>) -> bool;
+pub(crate) type IsUnmarkedOutput = fn(&Path, &BTreeSet<String>) -> bool;
 
 impl Output {
     /// An output to a new file or folder.
@@ -108,7 +108,7 @@ impl Output {
     ///
     /// # Errors
     /// If there is something at the path that may not be replaced; the message names it.
-    pub fn check_folder(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
+    pub(crate) fn check_folder(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
         folder::restore(&self.path)?;
         let name = self.path.display();
         let Ok(metadata) = self.path.symlink_metadata() else { return Ok(()) };
@@ -162,7 +162,7 @@ impl Output {
     ///
     /// # Errors
     /// If there is something at the path that may not be replaced; the message names it.
-    pub fn check_file(&self) -> Result<()> {
+    pub(crate) fn check_file(&self) -> Result<()> {
         let name = self.path.display();
         let Ok(metadata) = self.path.symlink_metadata() else { return Ok(()) };
         if !metadata.is_file() {
@@ -181,7 +181,7 @@ impl Output {
     ///
     /// # Errors
     /// As for [`Self::check_file`], and if `fill` fails. What was at the path is then unchanged.
-    pub fn write_file(&self, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    pub(crate) fn write_file(&self, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.check_file()?;
         let path = std::path::absolute(&self.path)?;
         let parent = path.parent().with_context(|| format!("`{}` is no file", path.display()))?;
@@ -261,7 +261,7 @@ impl Output {
 ///
 /// # Errors
 /// A folder without a marker, a file that the marker lists and that is missing, and a link.
-pub fn written_files(dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
+pub(crate) fn written_files(dir: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let name = dir.display();
     let Some(marker) = Marker::read(dir) else {
         bail!(

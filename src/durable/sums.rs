@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 /// The file in a folder that lists the sums of the others.
-pub const SUMS: &str = "checksums.json";
+pub(crate) const SUMS: &str = "checksums.json";
 /// The version of its format.
 const FORMAT: u32 = 1;
 /// How much is read at a time, which is enough to keep all cores busy.
@@ -26,7 +26,7 @@ struct Listed {
 }
 
 /// The BLAKE3 sum of a file, in hexadecimal digits. All cores hash it.
-pub fn of_file(path: &Path) -> Result<String> {
+pub(crate) fn of_file(path: &Path) -> Result<String> {
     let mut file = fs_err::File::open(path)?;
     let mut hasher = blake3::Hasher::new();
     let mut chunk = Vec::new();
@@ -74,7 +74,7 @@ pub fn check(dir: &Path, name: &str) -> Result<()> {
 }
 
 /// Checks a file against its sum. `hint` says what can be done if it has another.
-pub fn check_file(path: &Path, expected: &str, hint: &str) -> Result<()> {
+pub(crate) fn check_file(path: &Path, expected: &str, hint: &str) -> Result<()> {
     let found = of_file(path)?;
     if found != *expected {
         bail!(

@@ -36,6 +36,7 @@ use supervision::{Supervision, SupervisionTotals};
 
 /// The results of an evaluation.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct EvalReport {
     /// Length of the longest window, in tokens.
     pub seq_len: usize,
@@ -69,6 +70,7 @@ pub struct EvalReport {
 
 /// The results of one domain.
 #[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
 pub struct DomainReport {
     /// Its name.
     pub name: String,

@@ -62,7 +62,7 @@ pub fn fetch(
 }
 
 /// The totals of `sites`, from the numbers of each site's [`RoutingTotals::flat`] in order.
-pub fn of_numbers(
+pub(crate) fn of_numbers(
     sites: Vec<SiteExperts>,
     groups: usize,
     numbers: &mut dyn Iterator<Item = f64>,
@@ -129,7 +129,7 @@ pub struct SiteSupervision {
 
 impl SiteSupervision {
     /// The means of sites whose sums over `num_tokens` tokens are `sums`, `[sites * 2]`.
-    pub fn of_sums(sums: &[f64], num_tokens: u64) -> Vec<Self> {
+    pub(crate) fn of_sums(sums: &[f64], num_tokens: u64) -> Vec<Self> {
         let tokens = num_tokens as f64;
         let of = |sums: &[f64]| Self { loss: sums[0] / tokens, accuracy: sums[1] / tokens };
         sums.chunks(2).map(of).collect()

@@ -126,7 +126,7 @@ fn check_merged(name: &str, tensor: &Tensor) -> Result<()> {
 }
 
 /// The model card of a base into which `model` was merged under `weights`, `[e]`.
-pub fn base_card(
+pub(crate) fn base_card(
     model: &RoutedModel,
     provenance: &Provenance,
     weights: &[f64],

@@ -18,7 +18,7 @@ use std::path::Path;
 
 /// Whether a folder with these files is an output of a version of dylora that wrote no marker: an
 /// export with `dylora.json`, a base or a merged adapter, with no other files beside it.
-pub fn is_unmarked_output(dir: &Path, files: &BTreeSet<String>) -> bool {
+pub(crate) fn is_unmarked_output(dir: &Path, files: &BTreeSet<String>) -> bool {
     peft::is_unmarked_export(dir, files)
         || peft::is_unmarked_adapter(dir, files)
         || hugging_face::is_unmarked_base(dir, files)

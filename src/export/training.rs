@@ -58,7 +58,7 @@ impl Training {
     ///
     /// # Errors
     /// A `metrics.jsonl` that cannot be read. There may be none.
-    pub fn of_checkpoint(config: &Config, state: &TrainState, dir: &Path) -> Result<Self> {
+    pub(crate) fn of_checkpoint(config: &Config, state: &TrainState, dir: &Path) -> Result<Self> {
         let run = dir.parent().and_then(Path::parent);
         let metrics = run.map(|run| run.join("metrics.jsonl")).filter(|file| file.is_file());
         let text = metrics.map(fs_err::read_to_string).transpose()?.unwrap_or_default();

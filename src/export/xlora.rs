@@ -14,7 +14,7 @@ use crate::peft::xlora::{ADAPTERS, XloraConfig, classifier_tensors};
 ///
 /// # Errors
 /// A mixture that X-LoRA cannot express. The error says why.
-pub fn settings_and_classifier(
+pub(crate) fn settings_and_classifier(
     model: &RoutedModel,
     base_name: &str,
     experts: &[String],

@@ -180,7 +180,7 @@ static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
 /// Sets the folder in which compiled kernels are cached. Without it, every process compiles them,
 /// which takes 1 to 2 s, and some seconds more for those of steps. Only the first call has an
 /// effect.
-pub fn keep_code_in(dir: &Path) {
+pub(crate) fn keep_code_in(dir: &Path) {
     let _ = CODE_CACHE.set(dir.to_owned());
 }
 
@@ -192,7 +192,7 @@ static PREPARED: Mutex<(Vec<Prepared>, Duration)> = Mutex::new((vec![], Duration
 
 /// The time that this process has spent so far on compiling kernels or reading them from the cache,
 /// and on loading them.
-pub fn kernels_took() -> Duration {
+pub(crate) fn kernels_took() -> Duration {
     PREPARED.lock().expect("nothing panics while it is held").1
 }
 
@@ -277,7 +277,7 @@ impl Graph {
 
     /// Runs `f` on the graph's stream without capturing. This creates the handles and workspaces
     /// that must not be created during a capture.
-    pub fn warm_up<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn warm_up<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
         // SAFETY: `self.pointer` is a live graph
         self.check(unsafe { (self.library.graph_enter)(self.pointer) })?;
         let result = catch_unwind(AssertUnwindSafe(f));
@@ -327,7 +327,7 @@ impl Drop for Graph {
 /// Numbers on their way from a CUDA device to the host. Work that is queued after them need not end
 /// before they arrive.
 #[derive(Debug)]
-pub struct Fetch {
+pub(crate) struct Fetch {
     library: &'static Library,
     pointer: *mut c_void,
 }

@@ -400,7 +400,7 @@ pub fn block(
 
 /// The settings of [`head_loss`].
 #[derive(Debug, Clone, Copy)]
-pub struct HeadLoss {
+pub(crate) struct HeadLoss {
     /// Number of the head's rows that are tokens; they are the first ones.
     pub vocabulary: i64,
     /// Share of the target's probability that is spread evenly over the vocabulary.
@@ -417,7 +417,7 @@ pub struct HeadLoss {
 /// - `head`: the frozen head, `[v', d]`, where `v'` is the vocabulary and padding
 /// - `labels`: `[n]`, int64
 /// - `scale`: 0-dim
-pub fn head_loss(
+pub(crate) fn head_loss(
     hidden: &Tensor,
     head: &Tensor,
     labels: &Tensor,

@@ -135,7 +135,7 @@ pub struct AdamW {
 /// The values that change from update to update. They are 0-dim tensors, so that the host need not
 /// know them.
 #[derive(Debug)]
-pub struct AdamWUpdate {
+pub(crate) struct AdamWUpdate {
     /// The number of the update, from 1; f32.
     pub number: Tensor,
     /// The learning rate; f64 on the CPU, f32 on CUDA.
@@ -149,7 +149,7 @@ pub struct AdamWUpdate {
 /// - `exp_avgs`, `exp_avg_sqs`: the moments, with the shapes, dtypes and layouts of `params` and
 ///   `grads`
 /// - `update`: the values for this update, on the same device as the parameters
-pub fn adamw(
+pub(crate) fn adamw(
     params: &[Tensor],
     grads: &[Tensor],
     exp_avgs: &[Tensor],
@@ -180,7 +180,7 @@ pub fn adamw(
 
 /// The 2-norm of all `grads` together, as a 0-dim tensor, without waiting for the device. If it is
 /// larger than `max_norm`, the gradients are scaled down to `max_norm` in place.
-pub fn clip_grad_norm(grads: &[Tensor], max_norm: Option<f64>) -> Result<Tensor> {
+pub(crate) fn clip_grad_norm(grads: &[Tensor], max_norm: Option<f64>) -> Result<Tensor> {
     // SAFETY: the array holds live tensors, and the shim keeps none of them
     owned(unsafe {
         dylora_clip_grad_norm(pointers(grads).as_ptr(), grads.len(), max_norm.unwrap_or(0.0))
@@ -188,7 +188,7 @@ pub fn clip_grad_norm(grads: &[Tensor], max_norm: Option<f64>) -> Result<Tensor>
 }
 
 /// The message of a panic, without libtorch's stack trace. tch's operations panic when they fail.
-pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic
         .downcast_ref::<String>()
         .map(String::as_str)
@@ -199,14 +199,14 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
 
 /// Runs `f` and turns a panic into an error. tch's operations panic when they fail, as when memory
 /// runs out.
-pub fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn caught<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(f))
         .unwrap_or_else(|panic| Err(anyhow!("{}", panic_message(panic.as_ref()).trim())))
 }
 
 /// Whether the process ignores a signal, as it does under `nohup` and in background jobs of
 /// scripts.
-pub fn ignores_signal(signal: i32) -> bool {
+pub(crate) fn ignores_signal(signal: i32) -> bool {
     // SAFETY: a `sigaction` of zeros is valid, and the call only writes to it
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -222,7 +222,7 @@ pub fn rng_state(device: Device) -> Result<Tensor> {
 }
 
 /// Restores a state that [`rng_state`] returned.
-pub fn set_rng_state(device: Device, state: &Tensor) -> Result<()> {
+pub(crate) fn set_rng_state(device: Device, state: &Tensor) -> Result<()> {
     // SAFETY: `state` is alive during the call
     check(unsafe { dylora_set_rng_state(index(device), state.as_ptr()) })
 }
@@ -237,7 +237,7 @@ pub fn peak_memory_bytes(device: Device) -> Result<u64> {
 }
 
 /// The present memory use in bytes, measured as in [`peak_memory_bytes`].
-pub fn memory_bytes(device: Device) -> Result<u64> {
+pub(crate) fn memory_bytes(device: Device) -> Result<u64> {
     match device {
         Device::Cuda(index) => Ok(cuda_memory(index)?[0] as u64),
         _ => process_memory("VmRSS:"),
@@ -265,7 +265,7 @@ pub fn device_memory(index: usize) -> Result<DeviceMemory> {
 ///
 /// # Errors
 /// On the CPU, if the kernel does not let the process write to `/proc/self/clear_refs`.
-pub fn reset_peak_memory(device: Device) -> Result<()> {
+pub(crate) fn reset_peak_memory(device: Device) -> Result<()> {
     if let Device::Cuda(index) = device {
         // SAFETY: the call takes no pointers
         return check(unsafe { dylora_reset_peak_memory(index as c_int) });
@@ -312,7 +312,7 @@ pub fn device_model(device: Device) -> Option<String> {
 
 /// Makes a CUDA device the current one, on which this thread creates streams, kernels and graphs.
 /// Does nothing for the CPU.
-pub fn use_device(device: Device) -> Result<()> {
+pub(crate) fn use_device(device: Device) -> Result<()> {
     match device {
         // SAFETY: the call takes no pointers
         Device::Cuda(index) => check(unsafe { dylora_use_device(index as c_int) }),
@@ -322,7 +322,7 @@ pub fn use_device(device: Device) -> Result<()> {
 
 /// Copies a tensor into pinned memory if `device` is a GPU, which can then fetch it without the
 /// host waiting. For the CPU, or if there is no pinned memory, returns the tensor itself.
-pub fn staged(tensor: Tensor, device: Device) -> Tensor {
+pub(crate) fn staged(tensor: Tensor, device: Device) -> Tensor {
     if !device.is_cuda() {
         return tensor;
     }
@@ -340,7 +340,7 @@ pub fn synchronize(device: Device) -> Result<()> {
 }
 
 /// Returns memory that a CUDA device's allocator caches to the device. Does nothing for the CPU.
-pub fn empty_cache(device: Device) -> Result<()> {
+pub(crate) fn empty_cache(device: Device) -> Result<()> {
     match device {
         // SAFETY: the call takes no pointers
         Device::Cuda(_) => check(unsafe { dylora_empty_cache() }),
@@ -409,7 +409,7 @@ extern "C" fn drop_segment(data: *mut c_void) {
 
 /// The direction of [`permute`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Permutation {
+pub(crate) enum Permutation {
     /// Each assignment gets the row of its token: `[n, d]` to `[n k, d]`.
     Dispatch,
     /// Each token gets the sum of the rows of its assignments: `[n k, d]` to `[n, d]`.
@@ -422,7 +422,7 @@ pub enum Permutation {
 ///
 /// - `tokens`: the token of each assignment, `[n k]`, int64
 /// - `inverse`: the rows of each token's assignments, `[n, k]`, int64
-pub fn permute(
+pub(crate) fn permute(
     rows: &Tensor,
     tokens: &Tensor,
     inverse: &Tensor,
@@ -435,7 +435,7 @@ pub fn permute(
 
 /// Maps a file into memory, read-only. The file must not be modified while it is mapped. dylora
 /// replaces files by renaming, which does not affect a map.
-pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
+pub(crate) fn map_file(path: &Path) -> Result<memmap2::Mmap> {
     let file = fs_err::File::open(path)?;
     // SAFETY: the map is read-only; a writer that shrinks the file could end the process
     // ([`signals`]), but not corrupt its memory

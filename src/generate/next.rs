@@ -38,7 +38,7 @@ impl StepOutput {
 
     /// Runs a step in which each text has one new position. If the most probable tokens are
     /// computed, `inputs` become those of the next step, which appends them.
-    pub fn repeatable(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> Self {
+    pub(crate) fn repeatable(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> Self {
         Self::of_step(model, inputs, source, None, true)
     }
 

@@ -7,6 +7,7 @@ use crate::model::batch::StepRow;
 
 /// What decides the routing weights of a text.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub enum Route {
     /// The router.
     Router,
@@ -38,6 +39,7 @@ pub struct Request {
 
 /// Why a text has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Finish {
     /// The model wrote an end token, or the text contains a string that stops it.
     Stop,
@@ -57,6 +59,7 @@ impl Finish {
 
 /// A token that was generated.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct NewToken {
     /// The token's id.
     pub id: i64,
@@ -72,6 +75,7 @@ pub struct NewToken {
 
 /// What a step brought to a text.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Event {
     /// The text, as [`super::Engine::add`] numbered it.
     pub text: u64,
@@ -111,18 +115,18 @@ impl Text {
     }
 
     /// Number of positions that the text may have in the end.
-    pub fn most_positions(request: &Request, context: usize) -> usize {
+    pub(crate) fn most_positions(request: &Request, context: usize) -> usize {
         // the last token is not computed again
         (request.prompt.len() + request.max_new_tokens - 1).min(context)
     }
 
     /// Whether the text goes on after `num_more` tokens, unless one of them ends it.
-    pub fn has_room_after(&self, num_more: usize, context: usize) -> bool {
+    pub(crate) fn has_room_after(&self, num_more: usize, context: usize) -> bool {
         let len = self.tokens.len() + num_more;
         len - self.prompt_len() < self.request.max_new_tokens && len <= context
     }
 
-    pub fn finish_after(&self, token: i64, context: usize) -> Option<Finish> {
+    pub(crate) fn finish_after(&self, token: i64, context: usize) -> Option<Finish> {
         if self.request.end_tokens.contains(&token) {
             Some(Finish::Stop)
         } else {

@@ -10,6 +10,7 @@ use crate::config::{Config, DomainConfig, DomainExperts, RoutingChoice};
 
 /// What decides the routing weights of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RouteChoice {
     /// The router.
     Router,

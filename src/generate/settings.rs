@@ -53,6 +53,7 @@ impl GenerationDefaults {
     }
 
     /// The settings with the token by which a chat template ends a turn, if it has one.
+    #[must_use]
     pub fn with_end_of_turn(mut self, template: &ChatTemplate, tokenizer: &Tokenizer) -> Self {
         let end = end_of_turn(template, tokenizer);
         self.end_tokens.extend(end.filter(|end| !self.end_tokens.contains(end)));

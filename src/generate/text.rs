@@ -8,7 +8,7 @@ use super::request::{Event, Finish};
 use crate::data::Tokenizer;
 
 /// What stands for bytes that are no complete character.
-pub const INCOMPLETE: char = '\u{FFFD}';
+pub(crate) const INCOMPLETE: char = '\u{FFFD}';
 
 /// Number of the prompt's tokens that are decoded in front of the text.
 const CONTEXT: usize = 4;

@@ -68,8 +68,7 @@ impl From<&str> for Value {
 
 /// A tensor that is to be written. It is made when its turn comes, so that one at a time is in
 /// memory.
-#[expect(missing_debug_implementations, reason = "it holds a function")]
-pub struct TensorSource<'a> {
+pub(crate) struct TensorSource<'a> {
     /// The name, such as `blk.0.attn_q.weight`.
     pub name: String,
     /// The shape in libtorch's order, such as `[out, in]`.
@@ -81,9 +80,8 @@ pub struct TensorSource<'a> {
 }
 
 /// A file that is to be written.
-#[expect(missing_debug_implementations, reason = "its tensors hold functions")]
 #[derive(Default)]
-pub struct GgufFile<'a> {
+pub(crate) struct GgufFile<'a> {
     /// The metadata, in the order of the file.
     pub metadata: Vec<(String, Value)>,
     /// The tensors, in the order of the file.

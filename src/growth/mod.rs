@@ -149,7 +149,7 @@ fn new_router(mixture: &Mixture, base: &Decoder) -> BTreeMap<String, Tensor> {
 ///
 /// # Errors
 /// Fails if there is no such expert, and says how many there are.
-pub fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
+pub(crate) fn check_expert(mixture: &Mixture, expert: usize) -> Result<()> {
     let count = mixture.num_experts();
     if expert >= count {
         bail!("there is no expert {expert}, the mixture has {count} from 0");

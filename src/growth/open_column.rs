@@ -24,7 +24,7 @@ const BATCH_SIZE: usize = 4;
 
 /// The smallest mean routing weight on held-out tokens of the new domain with which the column of a
 /// new expert counts as open.
-pub const OPEN_SHARE: f64 = 0.5;
+pub(crate) const OPEN_SHARE: f64 = 0.5;
 
 /// The tokens of a router's sites by which its new column is fitted.
 #[derive(Debug, Default)]

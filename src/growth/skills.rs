@@ -264,7 +264,7 @@ impl SkillLibrary {
     }
 
     /// Reads a library for a base of any width.
-    pub fn read_any(file: &Path) -> Result<Self> {
+    pub(crate) fn read_any(file: &Path) -> Result<Self> {
         let parse = || anyhow::Ok(serde_json::from_str(&fs_err::read_to_string(file)?)?);
         parse().with_context(|| format!("cannot read the skills of `{}`", file.display()))
     }

@@ -111,7 +111,7 @@ pub fn divide_replay(config: &mut Config, cosine: &dyn Fn(&str) -> f64) {
 }
 
 /// Sets which experts are trained in a stage of `config`, by [`is_trainable`].
-pub fn set_trainable(specs: &mut [ExpertSpec], config: &Config) {
+pub(crate) fn set_trainable(specs: &mut [ExpertSpec], config: &Config) {
     for (expert, spec) in specs.iter_mut().enumerate() {
         spec.trainable = is_trainable(config, expert);
     }
@@ -202,7 +202,7 @@ fn left(experts: &[i64], gone: usize, merged_into: Option<usize>, count: i64) ->
 ///
 /// # Errors
 /// Fails if the base was trained in full, or if layers have different experts.
-pub fn check_can_change(config: &Config) -> Result<()> {
+pub(crate) fn check_can_change(config: &Config) -> Result<()> {
     if config.method == Method::Full {
         bail!("a base that was trained in full has no experts");
     }

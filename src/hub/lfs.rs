@@ -59,7 +59,7 @@ struct Action {
 
 impl Uploader<'_> {
     /// Uploads the contents of large files that the Hub lacks.
-    pub fn send_large(&self, files: &[&Upload<'_>]) -> Result<()> {
+    pub(crate) fn send_large(&self, files: &[&Upload<'_>]) -> Result<()> {
         let (owner, name) = self.repo.split_once('/').expect("the name was checked");
         let git = format!("{name}.git");
         let url = self.http.url([owner, &git, "info", "lfs", "objects", "batch"]);

@@ -115,7 +115,7 @@ pub fn push(
 ///
 /// # Errors
 /// A name that no repository can have.
-pub fn check_name(repo: &str) -> Result<()> {
+pub(crate) fn check_name(repo: &str) -> Result<()> {
     if !is_repo(repo) {
         bail!("`{repo}` is not the name of a repository\nhint: it is like `OWNER/NAME`");
     }

@@ -42,7 +42,7 @@ impl HubSettings {
 
 impl HubSettings {
     /// The Hub's address as messages show it, without credentials.
-    pub fn shown_endpoint(&self) -> String {
+    pub(crate) fn shown_endpoint(&self) -> String {
         without_credentials(self.endpoint.trim()).trim_end_matches('/').to_owned()
     }
 }

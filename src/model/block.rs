@@ -32,7 +32,7 @@ pub(super) type Factors = BTreeMap<TargetModule, (Tensor, Tensor)>;
 
 /// The experts of a block.
 #[derive(Debug, Default)]
-pub struct BlockExperts {
+pub(crate) struct BlockExperts {
     /// The experts of each module that at least one expert targets.
     pub modules: BTreeMap<TargetModule, LoraExperts>,
     /// What the fused operations need of the block's products; `None` where they do not compute it,
@@ -53,7 +53,7 @@ impl BlockExperts {
 
 /// A block of the base and its experts.
 #[derive(Debug, Clone, Copy)]
-pub struct RoutedBlock<'a> {
+pub(crate) struct RoutedBlock<'a> {
     /// The block of the base.
     pub block: &'a Block,
     /// Its experts.
@@ -61,10 +61,10 @@ pub struct RoutedBlock<'a> {
 }
 
 /// Gives the routing weights of a module with experts, by the module's input, `[b, t, i]`.
-pub type WeightsOf<'a> = dyn FnMut(TargetModule, &Tensor) -> RoutingWeights + 'a;
+pub(crate) type WeightsOf<'a> = dyn FnMut(TargetModule, &Tensor) -> RoutingWeights + 'a;
 
 /// Receives a module and its output, first without and then with its experts.
-pub type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
+pub(crate) type Note<'a> = dyn FnMut(TargetModule, &Tensor, &Tensor) + 'a;
 
 impl RoutedBlock<'_> {
     /// Applies the block to `x`, `[b, t, d]`, and returns the same shape. `note` is called for each
@@ -99,7 +99,7 @@ impl RoutedBlock<'_> {
     /// Whether the fused operations compute this block with these routing weights. They do not if a
     /// module skips the experts that a token did not choose, or if only some members of a product
     /// have their experts switched on.
-    pub fn fuses(self, x_btd: &Tensor, g: &BlockWeights, dropout: LoraDropout) -> bool {
+    pub(crate) fn fuses(self, x_btd: &Tensor, g: &BlockWeights, dropout: LoraDropout) -> bool {
         let skips = self.experts.modules.iter().any(|(&module, experts)| match g.of(module) {
             RoutingWeights::Chosen(_, assignments) => experts.skips(x_btd, assignments),
             _ => false,
@@ -117,18 +117,18 @@ impl RoutedBlock<'_> {
     }
 
     /// Whether the fused operations may compute this block, whatever its routing weights are.
-    pub fn may_fuse(self, dropout: LoraDropout) -> bool {
+    pub(crate) fn may_fuse(self, dropout: LoraDropout) -> bool {
         self.experts.fused.is_some() && dropout.masks == DropoutMasks::Shared && !self.has_dora()
     }
 
     /// Whether some expert of the block is a DoRA expert.
-    pub fn has_dora(self) -> bool {
+    pub(crate) fn has_dora(self) -> bool {
         self.experts.modules.values().any(|experts| experts.dora.is_some())
     }
 
     /// Whether attention within packed documents needs only their lengths, without a mask, for
     /// activations like `x`, `[.., d]`.
-    pub fn attends_by_length(self, x: &Tensor) -> bool {
+    pub(crate) fn attends_by_length(self, x: &Tensor) -> bool {
         fused::attends_by_length(x, self.block.attention.head_dim)
     }
 
@@ -254,14 +254,14 @@ impl RoutedBlock<'_> {
 
     /// The row padding of this block's first norm, and that of the gradient of what the block
     /// `before` adds to the stream.
-    pub fn row_paddings(self, before: Option<Self>) -> (i64, i64) {
+    pub(crate) fn row_paddings(self, before: Option<Self>) -> (i64, i64) {
         let behind = before.map_or(0, |block| block.row_padding(MLP_OUT));
         (self.row_padding(QKV), behind)
     }
 
     /// Applies the whole block, with its first norm and both additions to the residual stream,
     /// to `x`, `[b, t, d]`, and returns the same shape.
-    pub fn fused_alone(
+    pub(crate) fn fused_alone(
         self,
         x: &Tensor,
         context: &AttentionContext,

@@ -56,6 +56,7 @@ impl ForwardMode {
 
 /// The result of a forward pass.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct ForwardOutput {
     /// The last hidden states after the final normalisation, `[b, t, d]`.
     pub hidden: Tensor,

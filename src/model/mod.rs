@@ -238,7 +238,7 @@ impl RoutedModel {
 
     /// The same as [`RoutedModel::frozen_hash`], given the hash of the base as it lies on the
     /// device.
-    pub fn frozen_hash_beside(&self, base_hash: String) -> Result<String> {
+    pub(crate) fn frozen_hash_beside(&self, base_hash: String) -> Result<String> {
         let experts = self.frozen_tensors();
         if experts.is_empty() {
             return Ok(base_hash);
@@ -298,7 +298,7 @@ impl RoutedModel {
     }
 
     /// The experts that a site routes over, `[m]`; `None` for all.
-    pub fn present_at(&self, site: Site) -> Option<&Tensor> {
+    pub(crate) fn present_at(&self, site: Site) -> Option<&Tensor> {
         self.routers.present_at(site)
     }
 

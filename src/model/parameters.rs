@@ -185,7 +185,7 @@ impl RoutedModel {
     }
 
     /// The tensors of the frozen experts, and those of routers that are not trainable, by name.
-    pub fn frozen_tensors(&self) -> Vec<(String, Tensor)> {
+    pub(crate) fn frozen_tensors(&self) -> Vec<(String, Tensor)> {
         let frozen = |name: &String| {
             let is_of = |e: usize| name.contains(&format!(".{}.", part_name(&self.specs, e)));
             self.specs.iter().enumerate().any(|(e, spec)| !spec.trainable && is_of(e))

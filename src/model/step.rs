@@ -113,7 +113,7 @@ impl<'a> RoutedBlock<'a> {
 impl RoutedModel {
     /// Whether kernels compute steps that give each text one new position. They do so after
     /// [`RoutedModel::prepare_steps`].
-    pub fn steps_by_kernels(&self) -> bool {
+    pub(crate) fn steps_by_kernels(&self) -> bool {
         self.has_step_kernels.get() == Some(&true)
     }
 
@@ -148,7 +148,7 @@ impl RoutedModel {
 
     /// Whether later steps are the same operations on other numbers, so that a graph can replay
     /// them.
-    pub fn steps_alike(&self) -> bool {
+    pub(crate) fn steps_alike(&self) -> bool {
         self.kernels == Kernels::Auto && (self.steps_by_kernels() || !self.skips_experts())
     }
 
@@ -156,7 +156,7 @@ impl RoutedModel {
     /// `longest`. It is rounded up, so that few layouts occur.
     ///
     /// - `capacity`: number of positions for which there is room
-    pub fn step_length(&self, longest: usize, capacity: usize) -> usize {
+    pub(crate) fn step_length(&self, longest: usize, capacity: usize) -> usize {
         let reads_modules = self.routers.spec().input == RouterInput::ModuleInput;
         match self.steps_by_kernels() && !reads_modules {
             // the kernels know how long each text is

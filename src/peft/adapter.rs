@@ -346,7 +346,7 @@ fn named(
 impl Adapter {
     /// An expert of a model as an adapter on the CPU. An expert with PiSSA or OLoRA becomes plain
     /// LoRA of twice the rank.
-    pub fn of_model(model: &RoutedModel, expert: usize) -> Self {
+    pub(crate) fn of_model(model: &RoutedModel, expert: usize) -> Self {
         let spec = model.specs()[expert].clone();
         let (mut tensors, mut initial) = (BTreeMap::new(), BTreeMap::new());
         for (path, experts) in model.modules() {

@@ -54,7 +54,7 @@ fn idle_options() -> [(&'static str, Value); 3] {
 
 /// The options of `xlora_config.json` that differ between mixtures.
 #[derive(Debug, Clone, PartialEq)]
-pub struct XloraConfig {
+pub(crate) struct XloraConfig {
     /// Width `d` of the hidden states that the classifier reads.
     pub hidden_size: i64,
     /// The name by which `from_pretrained` finds the base.
@@ -67,7 +67,7 @@ pub struct XloraConfig {
 
 /// A classifier of depth 1.
 #[derive(Debug)]
-pub struct Classifier {
+pub(crate) struct Classifier {
     /// The temperature that divides the scores.
     pub softmax_temperature: f64,
     /// `last.weight`, `[e, d]`.
@@ -81,7 +81,7 @@ pub struct Classifier {
 ///
 /// # Errors
 /// An option that is not supported, by name; a width other than `hidden_size`; no adapters.
-pub fn read_adapters(dir: &Path, hidden_size: i64) -> Result<Vec<(String, String)>> {
+pub(crate) fn read_adapters(dir: &Path, hidden_size: i64) -> Result<Vec<(String, String)>> {
     let config = read_config(dir)?;
     let place = || format!("in `{}`", dir.join(CONFIG).display());
     if config.get("hidden_size").and_then(Value::as_i64) != Some(hidden_size) {
@@ -100,7 +100,7 @@ pub fn read_adapters(dir: &Path, hidden_size: i64) -> Result<Vec<(String, String
 ///
 /// # Errors
 /// An option that is not supported, and a tensor that is missing or extra, each by name.
-pub fn read_classifier(dir: &Path) -> Result<Classifier> {
+pub(crate) fn read_classifier(dir: &Path) -> Result<Classifier> {
     let config = read_config(dir)?;
     let temperature = config.get("softmax_temperature").map_or(Some(1.0), Value::as_f64);
     let temperature = temperature.filter(|t| t.is_finite() && *t > 0.0);
@@ -186,7 +186,7 @@ impl XloraConfig {
 }
 
 /// The tensors of `xlora_classifier.safetensors`.
-pub fn classifier_tensors(weight: &Tensor, bias: &Tensor) -> BTreeMap<String, Tensor> {
+pub(crate) fn classifier_tensors(weight: &Tensor, bias: &Tensor) -> BTreeMap<String, Tensor> {
     let tensors = [("last.weight", weight), ("last.bias", bias)];
     tensors.map(|(name, tensor)| (name.to_owned(), tensor.detach())).into()
 }

@@ -15,7 +15,7 @@
 
 pub mod chart;
 pub mod page;
-pub mod palette;
+pub(crate) mod palette;
 pub mod run;
 pub mod samples;
 mod sections;

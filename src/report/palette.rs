@@ -3,11 +3,11 @@
 //! repeat after eight. Wherever they are used, a number or a letter says the same.
 
 /// A colour of the page, as red, green and blue.
-pub type Rgb = [u8; 3];
+pub(crate) type Rgb = [u8; 3];
 
 /// A hue: what stands for an expert or a run.
 #[derive(Debug, Clone, Copy)]
-pub struct Hue {
+pub(crate) struct Hue {
     /// The colour of lines and bars on a light page.
     pub light: Rgb,
     /// The same on a dark page.
@@ -17,7 +17,7 @@ pub struct Hue {
 }
 
 /// All hues, in the order in which they are given away.
-pub const HUES: [Hue; 8] = [
+pub(crate) const HUES: [Hue; 8] = [
     Hue { light: [0x00, 0x72, 0xb2], dark: [0x56, 0xb4, 0xe9], ansi: 36 },
     Hue { light: [0xb4, 0x53, 0x09], dark: [0xf0, 0xa0, 0x20], ansi: 33 },
     Hue { light: [0xa8, 0x3f, 0x7c], dark: [0xe0, 0x8f, 0xc0], ansi: 35 },
@@ -30,7 +30,7 @@ pub const HUES: [Hue; 8] = [
 
 /// The colours of a page that do not depend on its data.
 #[derive(Debug, Clone, Copy)]
-pub struct Mode {
+pub(crate) struct Mode {
     /// The background.
     pub page: Rgb,
     /// The background of boxes.
@@ -50,7 +50,7 @@ pub struct Mode {
 }
 
 /// The light page, on which a report is also printed.
-pub const LIGHT: Mode = Mode {
+pub(crate) const LIGHT: Mode = Mode {
     page: [0xf6, 0xf7, 0xf9],
     card: [0xff, 0xff, 0xff],
     text: [0x1a, 0x1d, 0x21],
@@ -62,7 +62,7 @@ pub const LIGHT: Mode = Mode {
 };
 
 /// The dark page.
-pub const DARK: Mode = Mode {
+pub(crate) const DARK: Mode = Mode {
     page: [0x12, 0x15, 0x1a],
     card: [0x1b, 0x1f, 0x26],
     text: [0xec, 0xee, 0xf1],
@@ -74,16 +74,16 @@ pub const DARK: Mode = Mode {
 };
 
 /// Number of shades of a heat map, with the one for 0.
-pub const NUM_SHADES: usize = 11;
+pub(crate) const NUM_SHADES: usize = 11;
 
 impl Mode {
     /// The background of a token whose expert has this hue.
-    pub fn tint(&self, hue: Rgb) -> Rgb {
+    pub(crate) fn tint(&self, hue: Rgb) -> Rgb {
         mix(self.card, hue, self.tint)
     }
 
     /// A shade of a heat map, and the colour of the text on it.
-    pub fn shade(&self, level: usize) -> [Rgb; 2] {
+    pub(crate) fn shade(&self, level: usize) -> [Rgb; 2] {
         let shade = mix(self.card, self.heat, level as f64 / (NUM_SHADES - 1) as f64);
         let [black, white] = [[0; 3], [0xff; 3]];
         [shade, if contrast(shade, black) >= contrast(shade, white) { black } else { white }]
@@ -102,7 +102,7 @@ fn mix(from: Rgb, to: Rgb, share: f64) -> Rgb {
 }
 
 /// The contrast of two colours, from 1 to 21 (WCAG 2.2, "contrast ratio").
-pub fn contrast(a: Rgb, b: Rgb) -> f64 {
+pub(crate) fn contrast(a: Rgb, b: Rgb) -> f64 {
     let [a, b] = [luminance(a), luminance(b)];
     (a.max(b) + 0.05) / (a.min(b) + 0.05)
 }
@@ -117,7 +117,7 @@ fn luminance(colour: Rgb) -> f64 {
 }
 
 /// A text in the colour of an expert, for a terminal.
-pub fn coloured(text: &str, expert: usize) -> String {
+pub(crate) fn coloured(text: &str, expert: usize) -> String {
     match text.is_empty() {
         true => String::new(),
         false => format!("\x1b[{}m{text}\x1b[0m", HUES[expert % HUES.len()].ansi),

@@ -213,7 +213,7 @@ impl Run {
     }
 
     /// Whether it has metrics: the folder of a study has none.
-    pub fn has_metrics(&self) -> bool {
+    pub(crate) fn has_metrics(&self) -> bool {
         self.files.iter().any(|file| file.name == METRICS_FILE)
     }
 
@@ -234,7 +234,10 @@ impl Run {
 
     /// The domains of a window's routing weights with their values, in the order of
     /// [`Run::domains`].
-    pub fn in_order<'a, T>(&self, of_domains: &'a BTreeMap<String, T>) -> Vec<(&'a String, &'a T)> {
+    pub(crate) fn in_order<'a, T>(
+        &self,
+        of_domains: &'a BTreeMap<String, T>,
+    ) -> Vec<(&'a String, &'a T)> {
         let order = self.domains();
         let mut all: Vec<_> = of_domains.iter().collect();
         all.sort_by_key(|(domain, _)| order.iter().position(|name| name == *domain));
@@ -242,18 +245,18 @@ impl Run {
     }
 
     /// The name of each expert, with those of its domains: `expert_0 (law)`.
-    pub fn expert_names(&self, count: usize) -> Vec<String> {
+    pub(crate) fn expert_names(&self, count: usize) -> Vec<String> {
         let domains = self.config.as_ref().map_or(&[][..], |(config, _)| &config.data.domains);
         expert_names(domains, count)
     }
 
     /// The last window that says how tokens were routed.
-    pub fn last_routed(&self) -> Option<&WindowMetrics> {
+    pub(crate) fn last_routed(&self) -> Option<&WindowMetrics> {
         self.windows.iter().rev().find(|window| window.routing.is_some())
     }
 
     /// The evaluation with the lowest loss.
-    pub fn best_validation(&self) -> Option<&ValidationMetrics> {
+    pub(crate) fn best_validation(&self) -> Option<&ValidationMetrics> {
         let finite = self.validations.iter().filter(|pass| pass.loss.is_finite());
         finite.min_by(|a, b| a.loss.total_cmp(&b.loss))
     }

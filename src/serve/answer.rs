@@ -61,7 +61,7 @@ impl Answer {
     }
 
     /// Whether the answer comes in pieces.
-    pub fn is_stream(&self) -> bool {
+    pub(crate) fn is_stream(&self) -> bool {
         self.ask.common.is_stream
     }
 
@@ -161,7 +161,7 @@ impl Answer {
     }
 
     /// Puts what comes before the first token into the stream.
-    pub fn begin_stream(&mut self) {
+    pub(crate) fn begin_stream(&mut self) {
         for index in 0..self.num_open {
             let echo = self.ask.prompt_of(index).echo.clone();
             match self.ask.endpoint {

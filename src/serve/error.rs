@@ -41,7 +41,7 @@ impl ApiError {
     }
 
     /// A field that is right for OpenAI, but has an effect that dylora does not have.
-    pub fn unsupported(param: &str, message: impl Into<String>) -> Self {
+    pub(crate) fn unsupported(param: &str, message: impl Into<String>) -> Self {
         Self { code: Some("unsupported_parameter"), ..Self::field(param, message) }
     }
 
@@ -51,7 +51,7 @@ impl ApiError {
     }
 
     /// A text that ended without a reason.
-    pub fn internal() -> Self {
+    pub(crate) fn internal() -> Self {
         let status = StatusCode::INTERNAL_SERVER_ERROR;
         Self::new(status, "internal_error", "the model failed; the server's log says more")
     }
@@ -108,7 +108,7 @@ impl IntoResponse for ApiError {
 }
 
 /// A response with status 200.
-pub fn json_response(json: &Value) -> Response {
+pub(crate) fn json_response(json: &Value) -> Response {
     let mut response = Response::new(Body::from(json.to_string()));
     let kind = HeaderValue::from_static("application/json");
     response.headers_mut().insert(header::CONTENT_TYPE, kind);

@@ -12,7 +12,7 @@ const SHOWN: usize = 80;
 
 /// The fields of a request's body that were not taken yet. A `null` counts as no field.
 #[derive(Debug)]
-pub struct Fields(Map<String, Value>);
+pub(crate) struct Fields(Map<String, Value>);
 
 impl Fields {
     /// Parses a body.

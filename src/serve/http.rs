@@ -37,7 +37,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What the tasks that answer requests share.
 #[derive(Debug)]
-pub struct App {
+pub(crate) struct App {
     /// The model.
     pub model: ServedModel,
     /// The texts of its tokens.

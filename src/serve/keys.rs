@@ -22,7 +22,7 @@ impl Keys {
     }
 
     /// Whether everyone is accepted.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         self.0.is_empty()
     }
 

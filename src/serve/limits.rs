@@ -49,7 +49,7 @@ impl Default for Limits {
 
 impl Limits {
     /// Most texts that are generated or wait.
-    pub fn num_places(&self) -> usize {
+    pub(crate) fn num_places(&self) -> usize {
         self.max_texts + self.max_waiting
     }
 }

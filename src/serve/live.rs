@@ -13,7 +13,7 @@ use crate::generate::{Event, Finish, NewToken, Request, TextStream};
 
 /// A text to generate.
 #[derive(Debug)]
-pub struct Order {
+pub(crate) struct Order {
     /// What the engine is asked for.
     pub request: Request,
     /// The strings that end the text.
@@ -34,7 +34,7 @@ pub struct Order {
 
 /// A part of a text.
 #[derive(Debug)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// The number of the text among those of its request.
     pub choice: usize,
     /// Whole characters behind those of earlier pieces.
@@ -47,7 +47,7 @@ pub struct Piece {
 
 /// A token with its place in the text.
 #[derive(Debug)]
-pub struct TextToken {
+pub(crate) struct TextToken {
     /// Number of characters in front of it.
     pub offset: usize,
     /// The token.
@@ -76,7 +76,7 @@ pub enum Fault {
 
 /// A text that waits or is being generated.
 #[derive(Debug)]
-pub struct LiveText<'a> {
+pub(crate) struct LiveText<'a> {
     choice: usize,
     wants_tokens: bool,
     stream: TextStream<'a>,
@@ -119,12 +119,12 @@ impl<'a> LiveText<'a> {
     }
 
     /// Whether nobody waits for the text.
-    pub fn is_abandoned(&self) -> bool {
+    pub(crate) fn is_abandoned(&self) -> bool {
         self.pieces.is_closed()
     }
 
     /// When the text must be complete.
-    pub fn deadline(&self) -> Instant {
+    pub(crate) fn deadline(&self) -> Instant {
         self.deadline
     }
 
@@ -140,7 +140,7 @@ impl<'a> LiveText<'a> {
 
     /// Notes the time of a token, and returns the time since the one before it, or since the
     /// request.
-    pub fn tick(&mut self, now: Instant) -> Duration {
+    pub(crate) fn tick(&mut self, now: Instant) -> Duration {
         now.duration_since(std::mem::replace(&mut self.last, now))
     }
 

@@ -17,7 +17,7 @@ fn finite(log_prob: f64) -> f64 {
 /// The form of `/v1/completions`.
 ///
 /// - `start`: number of characters in front of the text, if the prompt is repeated
-pub fn of_completions(tokens: &[TextToken], texts: &TokenTexts, start: usize) -> Value {
+pub(crate) fn of_completions(tokens: &[TextToken], texts: &TokenTexts, start: usize) -> Value {
     // parts of characters have no text of their own
     let name = |id: i64| {
         let bytes = texts.bytes(id);
@@ -43,7 +43,7 @@ pub fn of_completions(tokens: &[TextToken], texts: &TokenTexts, start: usize) ->
 }
 
 /// The form of `/v1/chat/completions`.
-pub fn of_chat(tokens: &[TextToken], texts: &TokenTexts) -> Value {
+pub(crate) fn of_chat(tokens: &[TextToken], texts: &TokenTexts) -> Value {
     let entry = |id: i64, log_prob: f64| {
         let bytes = texts.bytes(id);
         json!({"token": escaped(&bytes), "logprob": finite(log_prob), "bytes": bytes})

@@ -93,7 +93,7 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Counts a response.
-    pub fn responded(&self, endpoint: &'static str, status: StatusCode) {
+    pub(crate) fn responded(&self, endpoint: &'static str, status: StatusCode) {
         let mut responses = self.responses.lock().unwrap_or_else(PoisonError::into_inner);
         *responses.entry((endpoint, status.as_u16())).or_default() += 1;
     }
@@ -152,7 +152,7 @@ fn head(text: &mut String, name: &str, kind: &str, help: &str) -> fmt::Result {
 
 /// How often times lie in each of several ranges.
 #[derive(Debug)]
-pub struct Histogram {
+pub(crate) struct Histogram {
     /// Upper bounds in seconds, ascending. The range behind the last has none.
     bounds: &'static [f64],
     /// Number of times in each range.

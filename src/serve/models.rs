@@ -51,7 +51,7 @@ enum Part {
 
 impl ServedModel {
     /// The name of each expert: that of the domain which alone has it, or else its number.
-    pub fn expert_names(&self) -> Vec<String> {
+    pub(crate) fn expert_names(&self) -> Vec<String> {
         let name = |expert: i64| {
             let mut own = self.domains().filter(|(_, experts)| experts.experts() == [expert]);
             match (own.next(), own.next()) {
@@ -182,6 +182,6 @@ fn entry(name: &str, started: SystemTime, context: usize) -> Value {
 }
 
 /// Seconds since 1970.
-pub fn unix_seconds(time: SystemTime) -> u64 {
+pub(crate) fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }

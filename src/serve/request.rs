@@ -20,7 +20,7 @@ const MAX_STOPS: usize = 16;
 /// The longest of them, in bytes.
 const MAX_STOP_BYTES: usize = 512;
 /// Most alternatives to a token.
-pub const MAX_ALTERNATIVES: i64 = 20;
+pub(crate) const MAX_ALTERNATIVES: i64 = 20;
 
 /// Fields that change nothing here: notes about the client, and where OpenAI computes.
 const NOTES: [&str; 7] = [
@@ -35,7 +35,7 @@ const NOTES: [&str; 7] = [
 
 /// Which form a request and its answer have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Endpoint {
+pub(crate) enum Endpoint {
     /// `POST /v1/completions`.
     Completions,
     /// `POST /v1/chat/completions`.
@@ -44,7 +44,7 @@ pub enum Endpoint {
 
 /// A text to continue.
 #[derive(Debug)]
-pub struct Prompt {
+pub(crate) struct Prompt {
     /// Its tokens.
     pub ids: Vec<i64>,
     /// Most new tokens.
@@ -55,7 +55,7 @@ pub struct Prompt {
 
 /// A request whose fields are all right.
 #[derive(Debug)]
-pub struct Ask {
+pub(crate) struct Ask {
     /// Its form.
     pub endpoint: Endpoint,
     /// The prompts; at least one.
@@ -68,7 +68,7 @@ pub struct Ask {
 
 /// The fields that both endpoints have.
 #[derive(Debug)]
-pub struct Common {
+pub(crate) struct Common {
     /// The model's name.
     pub model: String,
     /// Number of answers to each prompt.
@@ -247,17 +247,17 @@ pub fn max_new_tokens(
 
 impl Ask {
     /// Number of texts.
-    pub fn num_choices(&self) -> usize {
+    pub(crate) fn num_choices(&self) -> usize {
         self.prompts.len() * self.common.n
     }
 
     /// Number of tokens of the prompts.
-    pub fn num_prompt_tokens(&self) -> usize {
+    pub(crate) fn num_prompt_tokens(&self) -> usize {
         self.prompts.iter().map(|prompt| prompt.ids.len()).sum()
     }
 
     /// The prompt of a choice.
-    pub fn prompt_of(&self, choice: usize) -> &Prompt {
+    pub(crate) fn prompt_of(&self, choice: usize) -> &Prompt {
         &self.prompts[choice / self.common.n]
     }
 
@@ -303,7 +303,11 @@ impl Ask {
 ///
 /// # Errors
 /// More texts than it can ever hold.
-pub fn check_num_texts(num_prompts: usize, n: usize, limits: &Limits) -> Result<(), ApiError> {
+pub(crate) fn check_num_texts(
+    num_prompts: usize,
+    n: usize,
+    limits: &Limits,
+) -> Result<(), ApiError> {
     let (texts, places) = (num_prompts.saturating_mul(n), limits.num_places());
     if texts > places {
         let message = format!(

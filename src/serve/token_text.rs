@@ -11,7 +11,7 @@ const GUARD: &str = "x";
 
 /// Decodes single tokens.
 #[derive(Debug, Clone)]
-pub struct TokenTexts {
+pub(crate) struct TokenTexts {
     tokenizer: Arc<Tokenizer>,
     guard: Vec<u32>,
     /// The text of the guard alone.

@@ -17,7 +17,7 @@ use crate::generate::{Engine, Event, Finish};
 
 /// Generates the texts of all requests.
 #[derive(Debug)]
-pub struct Worker<'a> {
+pub(crate) struct Worker<'a> {
     engine: Engine<'a>,
     tokenizer: &'a Tokenizer,
     /// The texts of each request.

@@ -134,7 +134,7 @@ impl Arm {
     }
 
     /// Whether a run of the arm trains on one domain alone, so that there is one for each domain.
-    pub fn splits_domains(self) -> bool {
+    pub(crate) fn splits_domains(self) -> bool {
         self == Self::PerDomain
     }
 }
@@ -146,7 +146,7 @@ impl fmt::Display for Arm {
 }
 
 /// The sum of the ranks of all experts and of the part that is always on.
-pub fn total_rank(lora: &LoraConfig) -> i64 {
+pub(crate) fn total_rank(lora: &LoraConfig) -> i64 {
     lora.num_experts * lora.rank + lora.shared_rank
 }
 

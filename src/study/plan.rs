@@ -113,7 +113,7 @@ impl Plan {
 
     /// The loss of each of an arm's trials on the half to select by, in the order of the rates;
     /// `None` for one that diverged. The result is `None` until all of them are over.
-    pub fn trial_losses(&self, arm: Arm, results: &Results) -> Option<Vec<Option<f64>>> {
+    pub(crate) fn trial_losses(&self, arm: Arm, results: &Results) -> Option<Vec<Option<f64>>> {
         let of_rate = |factor: &f64| {
             let runs = self.runs(arm, *factor, 0);
             let results = runs.iter().map(|run| results.get(&run.id.name()));

@@ -28,7 +28,7 @@ use crate::train::metrics::Metrics;
 pub const FORMAT: u32 = 1;
 
 /// The file that says what to train.
-pub const SPEC: &str = "spec.json";
+pub(crate) const SPEC: &str = "spec.json";
 /// The file with the losses.
 pub const RESULT: &str = "result.json";
 
@@ -241,7 +241,7 @@ impl Losses {
     }
 
     /// Whether all losses are numbers.
-    pub fn are_finite(&self) -> bool {
+    pub(crate) fn are_finite(&self) -> bool {
         self.loss.is_finite() && self.domains.values().all(|loss| loss.is_finite())
     }
 }

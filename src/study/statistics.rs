@@ -37,12 +37,12 @@ impl Interval {
     }
 
     /// Whether the whole interval lies above 0.
-    pub fn is_above_zero(self) -> bool {
+    pub(crate) fn is_above_zero(self) -> bool {
         self.half_width.is_some_and(|half| self.mean - half > 0.0)
     }
 
     /// Whether the whole interval lies below 0.
-    pub fn is_below_zero(self) -> bool {
+    pub(crate) fn is_below_zero(self) -> bool {
         self.half_width.is_some_and(|half| self.mean + half < 0.0)
     }
 }

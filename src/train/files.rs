@@ -15,7 +15,7 @@ use crate::eval::EvalReport;
 use crate::{checkpoint, durable};
 
 /// The name of the folder in a run's folder that holds the event files.
-pub const TENSORBOARD_DIR: &str = "tensorboard";
+pub(crate) const TENSORBOARD_DIR: &str = "tensorboard";
 
 /// Writes a run's metrics to its folder.
 #[derive(Debug)]

@@ -156,7 +156,7 @@ impl Graphs {
     /// logged once.
     ///
     /// - `num_micro_batches`: those of a step
-    pub fn can_capture(
+    pub(crate) fn can_capture(
         &mut self,
         model: &RoutedModel,
         config: &Config,

@@ -22,7 +22,7 @@ use crate::durable;
 /// The name of the metrics file in a run's folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The name of the file in a run's folder that holds the metrics of later steps.
-pub const LATER_FILE: &str = "metrics.later.jsonl";
+pub(crate) const LATER_FILE: &str = "metrics.later.jsonl";
 
 /// A line with its step.
 type Line<'a> = (u64, &'a [u8]);

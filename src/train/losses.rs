@@ -25,7 +25,7 @@ use crate::model::routing::router::Routing;
 use crate::model::routing::totals::{RoutingTotals, entropies, rows};
 
 /// Whether one of the losses depends on means over all micro-batches of a step.
-pub fn needs_totals(config: &RouterConfig) -> bool {
+pub(crate) fn needs_totals(config: &RouterConfig) -> bool {
     config.load_balancing_coef > 0.0 || config.uniform_mse_coef > 0.0
 }
 
@@ -35,7 +35,7 @@ pub fn needs_totals(config: &RouterConfig) -> bool {
 /// - `totals`: the totals of each site, over the whole step if [`needs_totals`]
 /// - `labelled`: the micro-batch's labelled positions
 /// - `per_token`: 1 / label tokens of the whole step, 0-dim, f64
-pub fn router_losses(
+pub(crate) fn router_losses(
     config: &RouterConfig,
     routing: &[Routing],
     totals: &[RoutingTotals],

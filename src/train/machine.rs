@@ -10,7 +10,7 @@ use tch::Device;
 use crate::{durable, ffi};
 
 /// The name of the file in a run's folder.
-pub const MACHINE_FILE: &str = "machine.json";
+pub(crate) const MACHINE_FILE: &str = "machine.json";
 
 /// What a run was started on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -73,6 +73,7 @@ use step::Stepper;
 
 /// What the loop reports while it runs.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Event<'a> {
     /// A step is done.
     Step(&'a StepMetrics),
@@ -88,6 +89,7 @@ pub enum Event<'a> {
 
 /// Why the loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Ending {
     /// The run has lasted for its whole duration.
     Completed,
@@ -113,6 +115,7 @@ impl Ending {
 
 /// The result of a run.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Summary {
     /// Why the run ended.
     pub ending: Ending,
@@ -172,7 +175,7 @@ pub struct MixtureHistory {
 ///
 /// # Errors
 /// Fails if the folder holds checkpoints.
-pub fn check_new_run(run_dir: &Path) -> Result<()> {
+pub(crate) fn check_new_run(run_dir: &Path) -> Result<()> {
     if !checkpoint::steps(run_dir)?.is_empty() {
         bail!(
             "`{}` holds checkpoints of an earlier run\nhint: name another folder, or go on with \
@@ -350,7 +353,7 @@ impl Trainer {
     }
 
     /// The run's data, after which it cannot be trained on.
-    pub fn into_data(self) -> Datasets {
+    pub(crate) fn into_data(self) -> Datasets {
         self.data
     }
 

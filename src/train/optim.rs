@@ -171,7 +171,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// Fails if a tensor is missing or has another shape.
-    pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>, step: u64) -> Result<()> {
+    pub(crate) fn load_state(&mut self, state: &BTreeMap<String, Tensor>, step: u64) -> Result<()> {
         for (name, target) in self.state() {
             match state.get(&name) {
                 Some(source) if source.size() == target.size() => {
@@ -215,7 +215,7 @@ fn clips(
 
 /// Sums gradients over the forward passes of a step.
 #[derive(Debug, Default)]
-pub struct GradientSum(Vec<Tensor>);
+pub(crate) struct GradientSum(Vec<Tensor>);
 
 impl GradientSum {
     /// Differentiates `loss` with respect to the leaves of `trained` and adds the result.
@@ -236,7 +236,7 @@ impl GradientSum {
     }
 
     /// The summed gradients, one for each parameter of `trained`.
-    pub fn of_parameters(self, trained: &Trained) -> Vec<Tensor> {
+    pub(crate) fn of_parameters(self, trained: &Trained) -> Vec<Tensor> {
         trained.split(&self.0)
     }
 }

@@ -101,7 +101,7 @@ impl ParameterCounts {
     }
 
     /// The trained parameters as a share of all parameters.
-    pub fn trainable_share(&self) -> f64 {
+    pub(crate) fn trainable_share(&self) -> f64 {
         let adapters = self.lora_a + self.lora_b + self.magnitude;
         self.trained as f64 / (self.base + adapters + self.router) as f64
     }

@@ -57,7 +57,7 @@ impl StepCounts {
             let domain = block.domain as usize;
             label_counts[domain] += dataset.label_tokens(block);
             if experts.as_ref().is_some_and(|experts| !experts.of(domain).is_empty()) {
-                supervised_tokens += dataset.lengths(block).sum::<u64>();
+                supervised_tokens += dataset.block_lengths(block).sum::<u64>();
             }
         }
         Self { label_counts, supervised_tokens }
@@ -121,7 +121,7 @@ impl Prepared {
     }
 
     /// The shapes of the micro-batches.
-    pub fn layouts(&self) -> Vec<InputLayout> {
+    pub(crate) fn layouts(&self) -> Vec<InputLayout> {
         self.micro_batches.iter().map(|batch| batch.layout.clone()).collect()
     }
 

@@ -147,7 +147,7 @@ impl Trainer {
 
 /// What a block costs beyond what all blocks cost alike.
 fn cost(dataset: &TokenDataset, block: BlockId, spec: &DecoderSpec) -> f64 {
-    let squares: u64 = dataset.lengths(block).map(|length| length * length).sum();
+    let squares: u64 = dataset.block_lengths(block).map(|length| length * length).sum();
     let of_labels = dataset.label_tokens(block) as f64 * (spec.vocab_size * spec.width) as f64;
     of_labels + squares as f64 * (spec.num_layers * spec.width) as f64
 }

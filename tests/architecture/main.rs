@@ -48,7 +48,7 @@ const LAYERS: [&str; 26] = [
 ];
 const MAX_FILE_LINES: usize = 500;
 const MAX_LINE_CHARS: usize = 100;
-const FOLDERS: [&str; 5] = ["src", "csrc", "tests", "examples", "benches"];
+const FOLDERS: [&str; 6] = ["src", "csrc", "tests", "examples", "benches", "packaging"];
 const CODE: [&str; 6] = ["rs", "h", "cpp", "cu", "cuh", "py"];
 
 fn root() -> &'static Path {

@@ -50,7 +50,7 @@ pub struct Inputs {
 
 /// What routing and the base's own pass know of earlier positions.
 #[derive(Debug)]
-pub struct StepState {
+pub(crate) struct StepState {
     /// What the base's own pass attends to, if a router reads the base's last hidden state.
     pub(super) base: Option<AttentionMask>,
     /// The position from which each expert is active, `[b, e]`; `None` if every expert always is.
@@ -101,7 +101,7 @@ impl Inputs {
     }
 
     /// 1 at each position that is a token and 0 in padding, `[b, t]`.
-    pub fn real_tokens(&self, kind: Kind) -> Tensor {
+    pub(crate) fn real_tokens(&self, kind: Kind) -> Tensor {
         self.document_ids.ge(0).to_kind(kind)
     }
 
@@ -165,7 +165,7 @@ impl Inputs {
 
     /// 1 from the last occurrence of `wanted` in a document on and in padding, 0 elsewhere,
     /// `[b, t]`. `wanted` is not empty.
-    pub fn active_from_last(&self, wanted: &[i64], kind: Kind) -> Tensor {
+    pub(crate) fn active_from_last(&self, wanted: &[i64], kind: Kind) -> Tensor {
         let options = (Kind::Int64, self.input_ids.device());
         let (b, t) = self.input_ids.size2().expect("token ids are [b, t]");
         let padding = self.document_ids.lt(0);

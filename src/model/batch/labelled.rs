@@ -17,7 +17,7 @@ pub struct Labelled<'a> {
 
 impl Labelled<'_> {
     /// `x`, `[n]` or `[n, _]`, with zeros for the tokens that do not count.
-    pub fn only_counted(&self, x: Tensor) -> Tensor {
+    pub(crate) fn only_counted(&self, x: Tensor) -> Tensor {
         let Some(counted) = self.counted else { return x };
         let counted = if x.dim() > 1 { counted.unsqueeze(-1) } else { counted.shallow_clone() };
         x * counted

@@ -74,6 +74,7 @@ pub struct RunningStep {
 
 impl RunningStep {
     /// Another handle to the same tensors.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self {
             means: self.means.clone(),

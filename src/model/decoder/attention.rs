@@ -136,6 +136,7 @@ impl Attention {
     }
 
     /// Another handle to the same parameters.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let norms = self.qk_norms.as_ref();
         Self { qk_norms: norms.map(|(q, k)| (q.shallow_clone(), k.shallow_clone())), ..*self }

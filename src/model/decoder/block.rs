@@ -67,6 +67,7 @@ impl Block {
     }
 
     /// Another handle to the same parameters.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self {
             norm_1: self.norm_1.shallow_clone(),

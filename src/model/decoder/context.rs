@@ -24,6 +24,7 @@ pub enum AttentionMask {
 
 impl AttentionMask {
     /// Another handle to the same mask.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         match self {
             Self::Causal => Self::Causal,
@@ -61,6 +62,7 @@ impl Documents {
     }
 
     /// Another handle to the same tensors.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self {
             ids: self.ids.shallow_clone(),
@@ -73,7 +75,7 @@ impl Documents {
 
 /// True where the second position belongs to the same document as the first and is not after it,
 /// `[b, t, t]`.
-pub fn same_document(ids_bt: &Tensor) -> Tensor {
+pub(crate) fn same_document(ids_bt: &Tensor) -> Tensor {
     ids_bt.unsqueeze(1).eq_tensor(&ids_bt.unsqueeze(2)).tril(0)
 }
 
@@ -119,7 +121,7 @@ impl AttentionContext {
     }
 
     /// Whether a layer with this window attends to fewer positions than one without.
-    pub fn is_windowed(&self, window: Option<i64>) -> bool {
+    pub(crate) fn is_windowed(&self, window: Option<i64>) -> bool {
         window.is_some_and(|window| self.windows.contains_key(&window))
     }
 
@@ -146,6 +148,7 @@ impl AttentionContext {
     }
 
     /// Another handle to the same tensors.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let cloned = |mask: &OnceCell<Tensor>| {
             mask.get().map_or_else(OnceCell::new, |mask| mask.shallow_clone().into())

@@ -18,7 +18,7 @@ use super::spec::DecoderSpec;
 
 /// The keys and values of all layers.
 #[derive(Debug)]
-pub struct KvCache {
+pub(crate) struct KvCache {
     /// Keys and values of each layer, `[rows, n, capacity + 1, h]`. The last position of a row is
     /// scratch space, into which padding is written.
     layers: Vec<[Tensor; 2]>,
@@ -107,7 +107,7 @@ impl KvCache {
 
 /// The sizes of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct StepExtent {
+pub(crate) struct StepExtent {
     /// Whether the rows are empty before the step.
     pub is_first: bool,
     /// Whether all rows hold the same number of positions, and get as many new ones.
@@ -135,7 +135,7 @@ pub struct CachedStep {
 
 impl CachedStep {
     /// Whether there are no earlier positions, so that attention needs only the new ones.
-    pub fn is_first(&self) -> bool {
+    pub(crate) fn is_first(&self) -> bool {
         self.is_first
     }
 
@@ -178,7 +178,7 @@ impl CachedStep {
     }
 
     /// The same in a layer with a window; `None` if the window reaches over all positions.
-    pub fn window_mask(&self, window: i64) -> Option<Tensor> {
+    pub(crate) fn window_mask(&self, window: i64) -> Option<Tensor> {
         if self.is_first || window >= self.length {
             return None;
         }

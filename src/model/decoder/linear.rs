@@ -7,7 +7,7 @@ use tch::Tensor;
 use crate::config::TargetModule;
 
 /// Applies a linear layer of a block to its input, `[b, t, i]`, with or without experts.
-pub type ApplyLinear<'a> = dyn FnMut(TargetModule, &Tensor) -> Tensor + 'a;
+pub(crate) type ApplyLinear<'a> = dyn FnMut(TargetModule, &Tensor) -> Tensor + 'a;
 
 /// How a family stores the weight of a linear layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl Linear {
     }
 
     /// Makes `weight`, `[i, o]`, the weight. It holds the same numbers elsewhere in memory.
-    pub fn set_weight(&mut self, weight: Tensor) {
+    pub(crate) fn set_weight(&mut self, weight: Tensor) {
         self.stored = match self.layout {
             Layout::InOut => weight,
             Layout::OutIn => weight.tr(),
@@ -68,7 +68,7 @@ impl Linear {
     }
 
     /// The output `y` of [`Linear::forward`], of any shape `[.., o]`, without the bias.
-    pub fn without_bias(&self, y: &Tensor) -> Tensor {
+    pub(crate) fn without_bias(&self, y: &Tensor) -> Tensor {
         match &self.bias {
             Some(bias) => y - bias.to_kind(y.kind()),
             None => y.shallow_clone(),
@@ -76,6 +76,7 @@ impl Linear {
     }
 
     /// Another handle to the same parameters.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self {
             stored: self.stored.shallow_clone(),

@@ -83,7 +83,7 @@ impl Decoder {
 
     /// The same in dtype `kind`, from the generator of `device`, which draws one parameter after
     /// the other. They are on the CPU, too.
-    pub fn random_from(spec: DecoderSpec, device: Device, kind: Kind) -> Self {
+    pub(crate) fn random_from(spec: DecoderSpec, device: Device, kind: Kind) -> Self {
         let options = (kind, device);
         let residual = 0.02 / (2.0 * spec.num_layers as f64).sqrt();
         let is_gpt2 = spec.family == Family::Gpt2;
@@ -127,6 +127,7 @@ impl Decoder {
     }
 
     /// The base with its parameters on `device`, in dtype `kind`.
+    #[must_use]
     pub fn to(&self, device: Device, kind: Kind) -> Self {
         let tensors = self.named_parameters().into_iter();
         let tensors = tensors.map(|(name, t)| (name, t.detach().to_device(device).to_kind(kind)));
@@ -134,6 +135,7 @@ impl Decoder {
     }
 
     /// Another handle to the same parameters.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self::new(self.spec.clone(), self.named_parameters().into_iter().collect())
     }
@@ -166,7 +168,7 @@ impl Decoder {
     }
 
     /// The frequencies of rotation, if the base rotates queries and keys.
-    pub fn rotary(&self) -> Option<&Rotary> {
+    pub(crate) fn rotary(&self) -> Option<&Rotary> {
         self.rotary.as_ref()
     }
 
@@ -178,7 +180,7 @@ impl Decoder {
 
     /// Makes `place` the head, and also the token embedding if the head is tied to it. `place`
     /// holds the same numbers elsewhere in memory.
-    pub fn set_head(&mut self, place: Tensor) {
+    pub(crate) fn set_head(&mut self, place: Tensor) {
         match &mut self.head {
             Some(head) => *head = place,
             None => self.embedding = place,

@@ -74,7 +74,7 @@ impl PartNames {
     }
 
     /// Whether a parameter is the token embedding or the position embedding.
-    pub fn is_embedding(&self, name: &str) -> bool {
+    pub(crate) fn is_embedding(&self, name: &str) -> bool {
         name == self.embedding || Some(name) == self.positions
     }
 }

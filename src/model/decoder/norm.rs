@@ -54,6 +54,7 @@ impl Norm {
     }
 
     /// Another handle to the same parameters.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let clone = |tensor: &Tensor| tensor.shallow_clone();
         match self {

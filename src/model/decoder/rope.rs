@@ -135,7 +135,7 @@ impl RopeSpec {
 
 /// The frequencies of a base on its device.
 #[derive(Debug)]
-pub struct Rotary {
+pub(crate) struct Rotary {
     /// `f_k`, `[h / 2]`, in f64.
     frequencies: Tensor,
     /// The same in f32.
@@ -193,6 +193,7 @@ impl Rotation {
     }
 
     /// Another handle to the same tensors.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self { cos: self.cos.shallow_clone(), sin: self.sin.shallow_clone() }
     }

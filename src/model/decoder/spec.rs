@@ -111,12 +111,12 @@ impl DecoderSpec {
 
     /// Whether the fused operations compute the blocks of this family: those of Llama-like bases on
     /// a GPU only.
-    pub fn has_fused_blocks(&self, device: Device) -> bool {
+    pub(crate) fn has_fused_blocks(&self, device: Device) -> bool {
         self.family == Family::Gpt2 || device.is_cuda()
     }
 
     /// Factor of the attention scores of block `layer`, counted from 0.
-    pub fn attention_scale(&self, layer: i64) -> f64 {
+    pub(crate) fn attention_scale(&self, layer: i64) -> f64 {
         let mut scale = 1.0;
         if self.scale_attn_weights {
             scale /= (self.head_dim as f64).sqrt();
@@ -155,7 +155,7 @@ impl DecoderSpec {
     }
 
     /// Whether a linear layer of a block has a bias.
-    pub fn has_bias(&self, module: TargetModule) -> bool {
+    pub(crate) fn has_bias(&self, module: TargetModule) -> bool {
         use TargetModule as M;
         match module {
             M::AttnCAttn | M::QProj | M::KProj | M::VProj => self.biases.qkv,
@@ -179,7 +179,7 @@ impl DecoderSpec {
     }
 
     /// The names, in a block, of what normalises queries and keys; `None` if nothing does.
-    pub fn qk_norms(&self) -> Option<[&'static str; 2]> {
+    pub(crate) fn qk_norms(&self) -> Option<[&'static str; 2]> {
         self.names().qk_norms.filter(|_| self.has_qk_norm)
     }
 

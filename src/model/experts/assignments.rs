@@ -58,6 +58,7 @@ impl Assignments {
     }
 
     /// Another handle to the same assignments.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         Self {
             counts: self.counts.clone(),

@@ -16,7 +16,7 @@ use tch::Tensor;
 
 /// An expert's factors and their initial values.
 #[derive(Debug)]
-pub struct Delta {
+pub(crate) struct Delta {
     /// `A`, `[r, i]`.
     pub a: Tensor,
     /// `B^T`, `[r, o]`.

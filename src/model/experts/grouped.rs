@@ -106,7 +106,7 @@ impl LoraExperts {
 
     /// Whether [`LoraExperts::skips`] is to be expected if each token chooses `k` of `num_experts`
     /// experts and every expert is chosen equally often.
-    pub fn may_skip(&self, k: i64, num_experts: i64, kind: Kind, device: Device) -> bool {
+    pub(crate) fn may_skip(&self, k: i64, num_experts: i64, kind: Kind, device: Device) -> bool {
         let spared =
             RankRows(&self.slots).num_stacked() as f64 * (1.0 - k as f64 / num_experts as f64);
         self.is_spared_enough(spared, k, kind, device)

@@ -11,7 +11,7 @@ use crate::config::ModulePath;
 
 /// Where an expert lies in the stacks of a module, and its settings there.
 #[derive(Debug, Clone)]
-pub struct Slot {
+pub(crate) struct Slot {
     /// Index of the expert.
     pub expert: usize,
     /// Its first row in the stacks.
@@ -29,7 +29,7 @@ pub struct Slot {
 }
 
 /// Lays out the experts that target `path`; empty if there are none.
-pub fn lay_out(specs: &[ExpertSpec], path: ModulePath) -> Vec<Slot> {
+pub(crate) fn lay_out(specs: &[ExpertSpec], path: ModulePath) -> Vec<Slot> {
     let (mut start, mut magnitudes, mut initials) = (0, 0, 0);
     let mut slots = vec![];
     for (expert, spec) in specs.iter().enumerate() {
@@ -54,11 +54,11 @@ pub fn lay_out(specs: &[ExpertSpec], path: ModulePath) -> Vec<Slot> {
 
 /// The rows of a module's rank space.
 #[derive(Debug, Clone, Copy)]
-pub struct RankRows<'a>(pub &'a [Slot]);
+pub(crate) struct RankRows<'a>(pub &'a [Slot]);
 
 impl RankRows<'_> {
     /// Number of rows of the stacks, `R`.
-    pub fn num_stacked(self) -> i64 {
+    pub(crate) fn num_stacked(self) -> i64 {
         self.0.iter().map(|slot| slot.rank).sum()
     }
 

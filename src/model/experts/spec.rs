@@ -50,7 +50,7 @@ pub fn part_name(specs: &[ExpertSpec], index: usize) -> String {
 }
 
 /// The name of the part that is always on in files.
-pub const SHARED: &str = "shared";
+pub(crate) const SHARED: &str = "shared";
 
 /// A routed expert's name in files, such as `expert_0`.
 pub fn expert_name(expert: usize) -> String {
@@ -148,7 +148,7 @@ impl ExpertSpec {
 
     /// Gives each module the rank that `rank` makes of its own, and an alpha with which the scaling
     /// stays the same.
-    pub fn set_rank(&mut self, rank: &dyn Fn(i64) -> i64) {
+    pub(crate) fn set_rank(&mut self, rank: &dyn Fn(i64) -> i64) {
         for size in self.modules.values_mut() {
             let new = rank(size.rank);
             let ratio = new as f64 / size.rank as f64;
@@ -166,7 +166,7 @@ impl ExpertSpec {
     ///
     /// # Errors
     /// PiSSA or OLoRA with a rank above that of a weight.
-    pub fn check_ranks(&self, base: &DecoderSpec) -> Result<()> {
+    pub(crate) fn check_ranks(&self, base: &DecoderSpec) -> Result<()> {
         if !self.starts_from_base() {
             return Ok(());
         }
@@ -184,7 +184,7 @@ impl ExpertSpec {
     }
 
     /// Whether A and B start from the base's weight, so that their initial product is subtracted.
-    pub fn starts_from_base(&self) -> bool {
+    pub(crate) fn starts_from_base(&self) -> bool {
         matches!(self.init, LoraInit::Pissa | LoraInit::Olora)
     }
 
@@ -203,7 +203,7 @@ impl ExpertSpec {
     }
 
     /// What the adapter of expert `index` targets, from which the expert starts.
-    pub fn source_match(&self, index: usize) -> TargetMatch {
+    pub(crate) fn source_match(&self, index: usize) -> TargetMatch {
         let key = format!("lora.experts[{index}].source");
         TargetMatch::new(key, "the adapter's `target_modules`".into(), self.modules.keys())
     }

@@ -175,6 +175,7 @@ impl LoraExperts {
     }
 
     /// Another handle to the same parameters.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let clone = |tensor: &Tensor| tensor.shallow_clone();
         Self {

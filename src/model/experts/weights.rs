@@ -19,6 +19,7 @@ pub enum RoutingWeights {
 
 impl RoutingWeights {
     /// Another handle to the same weights.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         match self {
             Self::Off => Self::Off,

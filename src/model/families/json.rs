@@ -62,7 +62,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A finite number above 0; `None` if the key is absent.
-    pub fn positive(self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn positive(self, key: &str) -> Result<Option<f64>> {
         match self.get(key) {
             None => Ok(None),
             Some(value) => match value.as_f64() {
@@ -73,7 +73,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A finite number of at least 0.
-    pub fn at_least_zero(self, key: &str, default: f64) -> Result<f64> {
+    pub(crate) fn at_least_zero(self, key: &str, default: f64) -> Result<f64> {
         match self.get(key) {
             None => Ok(default),
             Some(value) => match value.as_f64() {
@@ -112,7 +112,12 @@ impl<'a> Keys<'a> {
     }
 
     /// The token ids of a key that holds one or a list. Those outside the vocabulary are left out.
-    pub fn token_ids(self, key: &str, default: Option<i64>, vocab_size: i64) -> Result<Vec<u32>> {
+    pub(crate) fn token_ids(
+        self,
+        key: &str,
+        default: Option<i64>,
+        vocab_size: i64,
+    ) -> Result<Vec<u32>> {
         let ids: Vec<Option<i64>> = match self.0.get(key) {
             None => vec![default],
             Some(Value::Null) => vec![],

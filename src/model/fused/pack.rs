@@ -162,7 +162,7 @@ impl FusedProduct {
     }
 
     /// Whether the product is one matrix multiplication as it is.
-    pub fn is_one_product(&self) -> bool {
+    pub(crate) fn is_one_product(&self) -> bool {
         self.packed.is_some() || (self.members.len() == 1 && self.experts.is_empty())
     }
 
@@ -227,6 +227,7 @@ impl FusedProduct {
     }
 
     /// Another handle to the same tensors.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let columns = |columns: &RankColumns| RankColumns {
             expert_of: columns.expert_of.shallow_clone(),
@@ -250,7 +251,7 @@ impl FusedProduct {
 
 /// The head with rows of zeros behind it, up to a multiple of 64 rows, and the view of the head in
 /// it; `None` if the head has a multiple of 64 rows already.
-pub fn padded_head(head: &Tensor) -> Option<(Tensor, Tensor)> {
+pub(crate) fn padded_head(head: &Tensor) -> Option<(Tensor, Tensor)> {
     let (v, d) = head.size2().expect("the head is [v, d]");
     let rows = rounded_up(v, HEAD_ROWS);
     if rows == v {

@@ -8,7 +8,7 @@ use crate::ffi;
 use crate::model::decoder::norm::Norm;
 
 /// A norm as the fused operations take it.
-pub fn fused_norm(
+pub(crate) fn fused_norm(
     norm: &Norm,
     row_padding_forward: i64,
     row_padding_backward: i64,
@@ -19,7 +19,7 @@ pub fn fused_norm(
 
 /// The residual stream between blocks.
 #[derive(Debug)]
-pub struct Stream {
+pub(crate) struct Stream {
     /// The stream without the pending part, `[M, d]`.
     pub x: Tensor,
     /// What the last block adds to `x`, `[M, d]`; `None` if it has been added.
@@ -47,7 +47,7 @@ impl Stream {
     ///
     /// - `row_padding_forward`: extra columns behind each row of the norm
     /// - `row_padding_backward`: extra columns behind each row of the pending part's gradient
-    pub fn normed(
+    pub(crate) fn normed(
         &self,
         norm: &Norm,
         row_padding_forward: i64,
@@ -60,7 +60,7 @@ impl Stream {
     }
 
     /// `x`, `[M, d]`, as `[b, t, d]`.
-    pub fn shaped(&self, x: &Tensor) -> Tensor {
+    pub(crate) fn shaped(&self, x: &Tensor) -> Tensor {
         x.view(self.shape)
     }
 }

@@ -17,12 +17,11 @@ use crate::model::experts::weights::RoutingWeights;
 
 /// Whether some module that a site decides for may skip the experts that a token did not choose.
 /// The second argument is the number of experts that each token chooses.
-pub type SkipRule<'a> = dyn Fn(Site, i64) -> bool + 'a;
+pub(crate) type SkipRule<'a> = dyn Fn(Site, i64) -> bool + 'a;
 
 /// The parts of a model that take part in routing.
 #[derive(Clone, Copy)]
-#[expect(missing_debug_implementations, reason = "a borrow for one call, with a function in it")]
-pub struct RoutedParts<'a> {
+pub(crate) struct RoutedParts<'a> {
     /// The routers.
     pub routers: &'a Routers,
     /// The experts' settings.
@@ -38,11 +37,7 @@ pub struct RoutedParts<'a> {
 }
 
 /// The routing of one forward pass, decided layer by layer.
-#[expect(
-    missing_debug_implementations,
-    reason = "it lives for one forward pass, with a function in it"
-)]
-pub struct RoutingPass<'a> {
+pub(crate) struct RoutingPass<'a> {
     routers: &'a Routers,
     may_skip: &'a SkipRule<'a>,
     detaches: bool,
@@ -159,13 +154,13 @@ impl<'a> RoutingPass<'a> {
     }
 
     /// Whether the routers read each layer's or module's own input.
-    pub fn reads_layers(&self) -> bool {
+    pub(crate) fn reads_layers(&self) -> bool {
         matches!(&self.decided_by, DecidedBy::Routers { features: None, .. })
     }
 
     /// Whether the routers read each target module's own input, so that [`RoutingPass::module`]
     /// decides.
-    pub fn reads_modules(&self) -> bool {
+    pub(crate) fn reads_modules(&self) -> bool {
         self.reads_layers() && self.routers.spec().input == RouterInput::ModuleInput
     }
 

@@ -114,7 +114,7 @@ impl RouterSpec {
     }
 
     /// Number of features that the router of `module` reads.
-    pub fn input_width(&self, module: TargetModule, base: &DecoderSpec) -> i64 {
+    pub(crate) fn input_width(&self, module: TargetModule, base: &DecoderSpec) -> i64 {
         match self.input {
             RouterInput::ModuleInput => base.linear_shape(module).0,
             _ => base.width,

@@ -157,7 +157,7 @@ impl Routers {
     }
 
     /// The sites that decide for a layer.
-    pub fn sites_of(&self, layer: usize) -> Vec<Site> {
+    pub(crate) fn sites_of(&self, layer: usize) -> Vec<Site> {
         let spec = &self.spec;
         let reads_own = matches!(spec.input, RouterInput::LayerInput | RouterInput::ModuleInput);
         let once = !reads_own && !spec.own_experts;
@@ -181,7 +181,7 @@ impl Routers {
     }
 
     /// The experts that a site routes over, `[m]`; `None` for all.
-    pub fn present_at(&self, site: Site) -> Option<&Tensor> {
+    pub(crate) fn present_at(&self, site: Site) -> Option<&Tensor> {
         self.present.get(site.layer?)?.as_ref()
     }
 
@@ -195,7 +195,7 @@ impl Routers {
 }
 
 /// The experts that target a module of a layer.
-pub fn experts_in(specs: &[ExpertSpec], layer: usize) -> Vec<usize> {
+pub(crate) fn experts_in(specs: &[ExpertSpec], layer: usize) -> Vec<usize> {
     let has = |expert: &usize| specs[*expert].modules.keys().any(|path| path.layer == layer);
     (0..specs.len()).filter(has).collect()
 }

@@ -33,7 +33,7 @@ impl fmt::Display for Site {
 
 /// The routing weights of a block: the same for all of its modules, or one entry for each.
 #[derive(Debug)]
-pub struct BlockWeights(Vec<(Option<TargetModule>, RoutingWeights)>);
+pub(crate) struct BlockWeights(Vec<(Option<TargetModule>, RoutingWeights)>);
 
 impl BlockWeights {
     /// The same weights for every module.
@@ -77,7 +77,7 @@ impl BlockWeights {
     }
 
     /// The same weights with `tensors` in place of those that [`BlockWeights::tensors`] returns.
-    pub fn with_tensors(&self, tensors: &[Tensor]) -> Self {
+    pub(crate) fn with_tensors(&self, tensors: &[Tensor]) -> Self {
         let mut tensors = tensors.iter();
         let replaced = self.0.iter().map(|(module, weights)| {
             let mut next = || {

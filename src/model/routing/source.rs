@@ -38,6 +38,7 @@ use crate::model::experts::weights::RoutingWeights;
 /// let source = RoutingSource::Given(weights);
 /// ```
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum RoutingSource {
     /// The learned router. A model with one expert has no router and gives it weight 1.
     Router,
@@ -97,7 +98,7 @@ impl RoutingSource {
     /// itself counts as such if the model has only one expert.
     ///
     /// - `kind`, `device`: dtype and device of the weights
-    pub fn fixed_weights(
+    pub(crate) fn fixed_weights(
         &self,
         inputs: &Inputs,
         num_experts: i64,
@@ -140,7 +141,7 @@ impl RoutingSource {
 
 /// 1 where an expert is active and 0 before its invocation, `[b, t, e]`; `None` if every expert is
 /// always active.
-pub fn invocation_mask(specs: &[ExpertSpec], inputs: &Inputs, kind: Kind) -> Option<Tensor> {
+pub(crate) fn invocation_mask(specs: &[ExpertSpec], inputs: &Inputs, kind: Kind) -> Option<Tensor> {
     if specs.iter().all(|spec| spec.alora_invocation_tokens.is_empty()) {
         return None;
     }
@@ -173,7 +174,7 @@ pub fn active_from(specs: &[ExpertSpec], prompt: &[i64]) -> Vec<i64> {
 }
 
 /// The expert that each position's record names, `[b, t]`; -1 for none.
-pub fn named_experts(inputs: &Inputs) -> Tensor {
+pub(crate) fn named_experts(inputs: &Inputs) -> Tensor {
     inputs.expert_ids.as_ref().expect("the caller saw that records name one").shallow_clone()
 }
 

@@ -167,7 +167,7 @@ impl RoutingTotals {
     }
 
     /// Whether every token uses every expert.
-    pub fn is_dense(&self) -> bool {
+    pub(crate) fn is_dense(&self) -> bool {
         self.dense
     }
 
@@ -192,7 +192,7 @@ impl RoutingTotals {
     }
 
     /// `d uniform_mse / d probs`, which is the same for each token, `[m]`.
-    pub fn uniform_gradient(&self) -> Tensor {
+    pub(crate) fn uniform_gradient(&self) -> Tensor {
         let m = self.num_experts() as f64;
         (self.mean_probs() - 1.0 / m) * self.per_token(2.0 / m)
     }
@@ -205,7 +205,7 @@ pub fn rows(x: &Tensor, at: &Tensor) -> Tensor {
 }
 
 /// The entropy of each row of `probs_nm`, `[n, m]`, in nats: `[n]`.
-pub fn entropies(probs_nm: &Tensor) -> Tensor {
+pub(crate) fn entropies(probs_nm: &Tensor) -> Tensor {
     // makes 0 ln 0 equal 0, with a finite gradient
     let tiny = if probs_nm.kind() == Kind::Double { f64::MIN_POSITIVE } else { 1e-37 };
     -(probs_nm * probs_nm.clamp_min(tiny).log()).sum_dim_intlist(-1, false, probs_nm.kind())

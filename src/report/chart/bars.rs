@@ -59,7 +59,7 @@ pub fn bars(id: &str, title: &str, bars: &[Bar]) -> Markup {
 
 /// A mean with its interval.
 #[derive(Debug, Clone)]
-pub struct Whisker {
+pub(crate) struct Whisker {
     /// Its name.
     pub name: String,
     /// The mean.
@@ -71,7 +71,7 @@ pub struct Whisker {
 /// Means with their intervals beside a line at 0.
 ///
 /// - `id`: that of the figure, by which its texts are found
-pub fn whiskers(id: &str, title: &str, rows: &[Whisker]) -> Markup {
+pub(crate) fn whiskers(id: &str, title: &str, rows: &[Whisker]) -> Markup {
     let ends_of = |row: &Whisker| {
         let half = row.half_width.unwrap_or(0.0);
         [row.mean - half, row.mean + half]

@@ -23,7 +23,7 @@ const NAME: usize = 27;
 
 /// A heat map. All values lie between 0 and 1.
 #[derive(Debug, Clone)]
-pub struct HeatMap {
+pub(crate) struct HeatMap {
     /// Its title.
     pub title: String,
     /// What the columns are, such as `expert`.
@@ -64,7 +64,7 @@ impl HeatMap {
     }
 
     /// Whether it is too wide to stand beside another.
-    pub fn is_wide(&self) -> bool {
+    pub(crate) fn is_wide(&self) -> bool {
         self.left() + CELL * self.columns.len() as f64 > WIDE
     }
 

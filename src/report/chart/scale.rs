@@ -2,7 +2,7 @@
 
 /// An axis that maps values to positions.
 #[derive(Debug, Clone)]
-pub struct Scale {
+pub(crate) struct Scale {
     /// The smallest and the largest value.
     pub bounds: [f64; 2],
     /// Where these two lie.

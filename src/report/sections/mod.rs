@@ -4,7 +4,7 @@
 pub mod about;
 pub mod growth;
 pub mod losses;
-pub mod overview;
+pub(crate) mod overview;
 pub mod routing;
 pub mod samples;
 pub mod study;

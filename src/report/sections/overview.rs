@@ -13,7 +13,7 @@ use crate::report::text::{bytes, exact, short};
 use crate::train::metrics::ValidationMetrics;
 
 /// The section.
-pub fn overview(runs: &[Reported]) -> Markup {
+pub(crate) fn overview(runs: &[Reported]) -> Markup {
     let with_metrics: Vec<(usize, &Run)> =
         runs.iter().map(|run| &run.run).enumerate().filter(|(_, run)| run.has_metrics()).collect();
     let content = html! {
