@@ -8,10 +8,13 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod completions;
+mod config_keys;
 mod dry_run;
 mod eval;
 mod eval_answers;
 mod export_adapters;
+mod fit;
 mod generate;
 mod inputs;
 mod merge;
@@ -32,8 +35,10 @@ mod study_pool;
 mod study_run;
 mod study_text;
 mod table;
+mod terminal;
 mod trace;
 mod train;
+mod train_bar;
 
 use std::borrow::Cow;
 use std::env;
@@ -47,8 +52,9 @@ use tch::Device;
 
 use signals::Interrupted;
 pub use stderr::Stderr;
+pub use terminal::has_colours;
 
-use crate::config::DeviceChoice;
+use crate::config::{self, DeviceChoice};
 use crate::data::visible;
 use crate::ffi;
 use crate::hub::{HubLimits, HubSettings};
@@ -111,6 +117,12 @@ enum Command {
     StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
+    /// Explain the keys of a config, or print the schema by which editors check one.
+    Config(config_keys::ConfigArgs),
+    /// Print the completions of a shell.
+    Completions(completions::CompletionsArgs),
+    /// Write man pages.
+    Man(completions::ManArgs),
 }
 
 /// An error in how dylora was called or configured. The process exits with code 2.
@@ -201,6 +213,7 @@ impl Cli {
         let cuda = ffi::load_cuda();
         ffi::signals::files_fail_with_errors();
         ffi::cuda::keep_code_in(&own_cache().join("kernels"));
+        config::variables::provide(|name| env::var(name).ok());
         if self.version {
             return print_result(&version(cuda));
         }
@@ -222,6 +235,9 @@ impl Cli {
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
             Some(Command::Bench(args)) => bench::run(args, &shared),
+            Some(Command::Config(args)) => config_keys::run(args),
+            Some(Command::Completions(args)) => completions::completions(&args),
+            Some(Command::Man(args)) => completions::man(&args),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }
     }

@@ -16,16 +16,17 @@ use super::start::{ReadyRun, load_data};
 use super::{Shared, print_result, table, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
-use crate::config::{self, Config, DeviceChoice, Method};
+use crate::config::{self, Config, DeviceChoice, Method, inputs};
 use crate::data::Datasets;
 use crate::durable::{lock, output::Output};
 use crate::export::card::{self, Form, Origin};
 use crate::export::training::Training;
 use crate::export::{self, hugging_face};
 use crate::model::experts::spec::{ExpertSpec, num_routed};
+use crate::train::earlier::EarlierRun;
 use crate::train::plan::{ParameterCounts, num_steps};
 use crate::train::schedule::warmup_steps;
-use crate::train::{Ending, Summary};
+use crate::train::{Ending, Summary, check_new_run};
 
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
@@ -43,6 +44,11 @@ pub struct TrainArgs {
     /// checkpoint's folder.
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     resume: Option<Option<PathBuf>>,
+    /// Replace the earlier run in the folder `run.dir`. Its files are deleted when the new run
+    /// begins, after its config, base and data were found to be sound. A folder that holds anything
+    /// else is not replaced.
+    #[arg(long, conflicts_with_all = ["resume", "dry_run"])]
+    overwrite: bool,
     /// Print the resolved config, which linear layers each name of `[lora]` matches, the number of
     /// parameters, the estimated memory and the data, but do not train.
     #[arg(long)]
@@ -58,9 +64,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     check_config_stays(&args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
-    if !args.dry_run {
-        lock::check_free(&config.run.dir)?;
-    }
+    let earlier = if args.dry_run { None } else { check_run_dir(&args, &config)? };
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
         load_data(config, base, shared)
     })?;
@@ -74,6 +78,10 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     }
     log_start(config, specs, base, data, *device);
     let config = config.clone();
+    if let Some(earlier) = earlier {
+        tracing::info!("deleting the earlier run: {}", earlier.describe()?);
+        earlier.remove()?;
+    }
     let (mut trainer, base) = ready.trainer()?;
     let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
@@ -87,6 +95,27 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
     // how the run ended matters more than whether somebody could be told of it
     conclude(&config, summary.ending, &interrupt).and(print_result(&text))
+}
+
+/// Checks that the run may write to its folder, and returns the earlier run that it replaces.
+///
+/// # Errors
+/// A folder that another process uses or that holds an earlier run, unless that is resumed or
+/// replaced.
+fn check_run_dir(args: &TrainArgs, config: &Config) -> Result<Option<EarlierRun>> {
+    let dir = &config.run.dir;
+    lock::check_free(dir)?;
+    if args.resume.is_some() {
+        return Ok(None);
+    }
+    if !args.overwrite {
+        check_new_run(dir)?;
+        return Ok(None);
+    }
+    let mut read: Vec<PathBuf> = inputs::of_config(config).into_iter().map(|i| i.path).collect();
+    read.extend(args.config.clone());
+    let here = std::env::current_dir()?;
+    EarlierRun::find(dir, read, here, export::is_unmarked_output)
 }
 
 /// Checks that the run does not write its resolved config over the config that the user wrote.

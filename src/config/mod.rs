@@ -6,9 +6,13 @@
 //! paths of a config begin.
 
 mod bounds;
+mod document;
+pub mod explain;
 mod faults;
 mod growth;
+mod guesses;
 pub mod inputs;
+pub mod keys;
 pub mod load;
 mod lora;
 mod modules;
@@ -16,11 +20,15 @@ mod names;
 mod overrides;
 mod paths;
 mod recipe;
+pub mod reference;
 mod routing;
+pub mod schema;
 mod targets;
 mod train;
 mod validate;
 mod validate_lora;
+pub mod variables;
+mod words;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -49,6 +57,7 @@ pub use train::{
     Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
     ScheduleKind, TrainConfig,
 };
+pub use variables::Written;
 
 /// The config of a run. `method` comes first in the file; every other field is a section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -82,6 +91,9 @@ pub struct Config {
     /// `[growth]`: how an added expert is trained. `dylora add-expert` writes this section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub growth: Option<GrowthConfig>,
+    /// Which texts were written with environment variables, and how.
+    #[serde(skip)]
+    pub written: Written,
 }
 
 /// What is trained.
