@@ -133,18 +133,22 @@ fn a_pattern_may_be_about_the_modules_of_one_expert() {
     of a layer, as `layers.0.self_attn.q_proj`
        |
     13 | rank_pattern = { \"mlp.fc\" = 4 }
-       |                             ^
+       |                  ^^^^^^^^
     ");
 }
 
 #[test]
 fn a_bad_override_names_itself() {
-    insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @"in `--set lora.rnak=8`: there is no key `lora.rnak`; did you mean `lora.rank`?");
+    insta::assert_snapshot!(error(MINIMAL, &["lora.rank=16", "lora.rnak=8"]), @"
+    in `--set lora.rnak=8`: there is no key `lora.rnak`; did you mean `lora.rank`?
+    ");
     insta::assert_snapshot!(
         error(MINIMAL, &["lora.rank"]),
         @"`--set lora.rank` has no `=`; write `--set lora.rank=16`"
     );
-    insta::assert_snapshot!(error(MINIMAL, &["lora.rank.x=8"]), @"in `--set lora.rank.x=8`: `lora.rank` must be an integer, got `{ x = 8 }`");
+    insta::assert_snapshot!(error(MINIMAL, &["lora.rank.x=8"]), @"
+    in `--set lora.rank.x=8`: `lora.rank` must be an integer, got `{ x = 8 }`
+    ");
 }
 
 #[test]
@@ -252,16 +256,25 @@ fn an_unknown_choice_of_the_router_is_answered_with_the_known_ones() {
         "hidden = 2",
     ];
     insta::assert_snapshot!(wrong.map(said).join("\n"), @"
-       |         ^^^^^^^^
-       |         ^^^^^^^^^^
-       |         ^^^^^^
-       |         ^^^^^^^^^^^^^^^^^
-    hint: did you mean `eval = { top_k = 0.9 }`?
-       |          ^^^^^^^^^^^^^
-       |            ^^^^^^^
-       | ^^^^^^^^^^^^^^^^^^^^
-       |               ^^^^^^^^
-       | ^^^^^^
+    `router.scope` must be one of `\"shared\"`, `\"layer\"`, `\"module\"`, got `\"expert\"`
+    `router.level` must be `\"token\"` or `\"sequence\"`, got `\"document\"`
+    `router.noise` must be one of `\"none\"`, `{ gaussian = X }`, `{ jitter = X }`, got \
+    `\"some\"`
+    `router.noise` must be one of `\"none\"`, `{ gaussian = X }`, `{ jitter = X }`, got `{ \
+    uniform = 0.1 }`
+    `router.eval` must be `\"dense\"` or `{ top_k = N }`, got `{ top_p = 0.9 }`
+    `router.hybrid` must be `{ tokens = N }` or `{ plateau = { .. } }`, got `{ steps = 3 }`
+    `router.hybrid.plateau.min_delta` is missing, a number: The smallest fall of the loss that \
+    counts, in nats
+    `router.temperature_schedule.steps` is missing, an integer: Number of steps until \
+    `router.temperature` is reached
+    `router.on_collapse` must be `\"warn\"` or `\"stop\"`, got `\"ignore\"`
+    there is no key `router.hidden`; the keys of `router` are `input`, `scope`, `level`, \
+    `normalize_input`, `detach_input`, `init`, `trainable`, `hidden_layers`, `hidden_width`, \
+    `temperature`, `temperature_schedule`, `top_k`, `renormalize`, `hybrid`, `noise`, `eval`, \
+    `load_balancing_coef`, `uniform_mse_coef`, `z_loss_coef`, `entropy_coef`, \
+    `domain_supervision`, `balance_bias_rate`, `window_steps`, `on_collapse`, `collapse_share`, \
+    `dead_share`, `source`
     ");
 }
 

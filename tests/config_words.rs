@@ -72,7 +72,7 @@ fn the_names_of_other_programs_are_answered_with_the_key_here() {
 fn faults_are_reported_together_in_the_order_of_their_lines() {
     let text = MINIMAL.replace("seq_len = 128", "seq_len = \"128\"\nloss_on = 'prompt'");
     insta::assert_snapshot!(error(&format!("stepps = 3\n{text}\n[trian]\n"), &[]), @r#"
-    line 1: there is no key `stepps`; did you mean `router.temperature_schedule.steps`?
+    line 1: there is no key `stepps`; did you mean `train.duration = { steps = 3 }`?
       |
     1 | stepps = 3
       | ^^^^^^
@@ -102,22 +102,35 @@ fn values_of_a_wrong_type_are_shown_with_the_right_one() {
     line 12: `lora.rank` must be an integer, got `8.0`
     hint: write `rank = 8`
     ");
-    insta::assert_snapshot!(said("[lora]\nuse_dora = 'yes'"), @r#"line 12: `lora.use_dora` must be `true` or `false`, got `"yes"`"#);
+    insta::assert_snapshot!(said("[lora]\nuse_dora = 'yes'"), @"
+    line 12: `lora.use_dora` must be `true` or `false`, got `\"yes\"`
+    ");
     insta::assert_snapshot!(said("[train]\nduration = 40"), @"
     line 12: `train.duration` must be one of `\"auto\"`, `{ steps = N }`, `{ epochs = N }`, `{ \
     tokens = N }`, got `40`
     hint: did you mean `duration = { steps = 40 }`?
     ");
-    insta::assert_snapshot!(said("[train]\nkeep_last = -1"), @"line 12: `train.keep_last` must be at least 0, got -1");
+    insta::assert_snapshot!(said("[train]\nkeep_last = -1"), @"
+    line 12: `train.keep_last` must be at least 0, got -1
+    ");
     insta::assert_snapshot!(said("[router]\nscope = 'Layer'"), @"
     line 12: `router.scope` must be one of `\"shared\"`, `\"layer\"`, `\"module\"`, got \
     `\"Layer\"`
     hint: did you mean `scope = \"layer\"`?
     ");
-    insta::assert_snapshot!(said("[optimizer]\nbetas = [0.9]"), @"line 12: `optimizer.betas` must have 2 entries, got 1");
-    insta::assert_snapshot!(said("[optimizer]\nadapters = 1e-3"), @"line 12: `optimizer.adapters` must be a table, got `0.001`");
-    insta::assert_snapshot!(said("[lora]\ntarget_modules = [1]"), @"line 12: `lora.target_modules` must be a list of strings or a string, got `[1]`");
-    insta::assert_snapshot!(said("[[data.domains]]\nname = 'law'\ntrain = 'law.jsonl'"), @r#"line 13: `data.domains[1].train` must be a list of strings, got `"law.jsonl"`"#);
+    insta::assert_snapshot!(said("[optimizer]\nbetas = [0.9]"), @"
+    line 12: `optimizer.betas` must have 2 entries, got 1
+    ");
+    insta::assert_snapshot!(said("[optimizer]\nadapters = 1e-3"), @"
+    line 12: `optimizer.adapters` must be a table, got `0.001`
+    ");
+    insta::assert_snapshot!(said("[lora]\ntarget_modules = [1]"), @"
+    line 12: `lora.target_modules` must be a list of strings or a string, got `[1]`
+    ");
+    insta::assert_snapshot!(said("[[data.domains]]\nname = 'law'\ntrain = 'law.jsonl'"), @r#"
+    line 13: `data.domains[1].train` must be a list of strings, got `"law.jsonl"`
+    hint: write `train = ["law.jsonl"]`
+    "#);
     insta::assert_snapshot!(said("[[data.domains]]\nname = 'law'"), @"
     line 11: `data.domains[1].train` is missing, a list of strings: Paths or globs of the \
     training files
@@ -151,13 +164,15 @@ fn what_only_the_parser_knows_is_shown_with_its_key_and_line() {
 #[test]
 fn an_empty_config_is_told_what_it_needs() {
     insta::assert_snapshot!(error("", &[]), @"
-    `base.source` is missing, a choice: Where the base comes from
+    `base.source` is missing, one of `{ path = \"..\" }`, `{ hub = { .. } }`, `{ random = { .. \
+    } }`: Where the base comes from
     `data.seq_len` is missing, an integer: Length of a block, in tokens
-    `data.domains` is missing, a list of tables: `[[data.domains]]`: the kinds of text
+    `data.domains` is missing, a list of tables: the kinds of text
     ");
     insta::assert_snapshot!(error("", &["data.seq_len=8"]), @"
-    `data.domains` is missing, a list of tables: `[[data.domains]]`: the kinds of text
-    `base.source` is missing, a choice: Where the base comes from
+    `data.domains` is missing, a list of tables: the kinds of text
+    `base.source` is missing, one of `{ path = \"..\" }`, `{ hub = { .. } }`, `{ random = { .. \
+    } }`: Where the base comes from
     ");
 }
 

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::eval::validate;
 use super::open::open_base;
+use super::results::Schema;
 use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::load_data;
@@ -133,7 +134,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             "stages": stages,
             "forgetting": forgetting(&stages),
         });
-        serde_json::to_string_pretty(&json)?
+        Schema::AddExpert.text(json)
     } else {
         format!(
             "{}\n\nloss of each domain after each stage (forgetting matrix)\n{}",

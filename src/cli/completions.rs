@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, CommandFactory};
+use clap::{Args, Command, CommandFactory};
 use clap_complete::Shell;
 
 use super::{Cli, print_result, write};
@@ -18,8 +18,15 @@ pub struct CompletionsArgs {
 /// Prints the completions of a shell.
 pub fn completions(args: &CompletionsArgs) -> Result<()> {
     let mut text = vec![];
-    clap_complete::generate(args.shell, &mut Cli::command(), "dylora", &mut text);
+    clap_complete::generate(args.shell, &mut shown(), "dylora", &mut text);
     write(&String::from_utf8(text)?).map(|_| ())
+}
+
+/// The command line without the commands that are hidden in `--help`.
+fn shown() -> Command {
+    let cli = Cli::command();
+    let commands = cli.get_subcommands().filter(|command| !command.is_hide_set());
+    Command::new("dylora").args(cli.get_arguments()).subcommands(commands)
 }
 
 /// Arguments of `dylora man`.

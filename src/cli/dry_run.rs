@@ -4,6 +4,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::results::Schema;
 use super::start::ReadyRun;
 use super::{print_result, table};
 use crate::config::{self, Config, DomainExperts, Method};
@@ -44,7 +45,7 @@ pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
             "train": domains(&data.train),
             "validation": domains(&data.validation),
         });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        print_result(&Schema::DryRun.text(json))?;
         return Ok(());
     }
     print_result(&config::load::to_toml(config))?;

@@ -12,6 +12,7 @@ use super::eval::DataArgs;
 use super::export_adapters::files;
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
+use super::results::Schema;
 use super::{Shared, print_result, table, usage};
 use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
@@ -364,7 +365,7 @@ fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost
             "measured": cost,
             "files": files,
         });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        print_result(&Schema::Merge.text(json))?;
         return Ok(());
     }
     let names = (0..open.model.num_experts() as usize).map(expert_name);

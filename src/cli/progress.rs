@@ -1,6 +1,7 @@
 //! Progress bars on stderr. If stderr is no terminal, or one on which nothing can be drawn again
 //! (`TERM=dumb`), there are none.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -40,20 +41,28 @@ impl CountBar {
 }
 
 /// The bar for reading and tokenizing source files, in bytes.
-pub struct LoadBar(ProgressBar);
+pub struct LoadBar {
+    bar: ProgressBar,
+    is_over: Cell<bool>,
+}
 
 impl LoadBar {
     /// A bar that appears with the first file.
     pub fn new(show: bool) -> Self {
-        Self(bar(show, 0, "reading data {bar:30} {bytes}/{total_bytes} [{eta} left]"))
+        let bar = bar(show, 0, "reading data {bar:30} {bytes}/{total_bytes} [{eta} left]");
+        Self { bar, is_over: Cell::new(false) }
     }
 
     /// Draws the progress, and removes the bar after the last file.
     pub fn update(&self, progress: &LoadProgress) {
-        self.0.set_length(progress.num_bytes);
-        self.0.set_position(progress.bytes_done);
+        self.bar.set_length(progress.num_bytes);
+        self.bar.set_position(progress.bytes_done);
         if progress.files_done == progress.num_files {
-            self.0.finish_and_clear();
+            self.bar.finish_and_clear();
+            if !self.is_over.replace(true) {
+                let (files, cached) = (progress.num_files, progress.files_cached);
+                tracing::debug!("read {files} file(s), the tokens of {cached} from the cache");
+            }
         }
     }
 }

@@ -57,14 +57,14 @@ pub fn report(report: &EvalReport) -> String {
         count(documents),
         count(report.label_tokens),
         format!("{:.4}", report.token_loss),
-        format!("{:.3}", report.perplexity),
+        format!("{:.3}", report.token_perplexity),
     ]);
     rows.push(vec![
         "mean of domains".into(),
         String::new(),
         String::new(),
         format!("{:.4}", report.loss),
-        format!("{:.3}", report.loss.exp()),
+        format!("{:.3}", report.perplexity),
     ]);
     let losses = table(&["domain", "documents", "label tokens", "loss (nats)", "perplexity"], rows);
     let protocol = format!(

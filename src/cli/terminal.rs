@@ -37,12 +37,14 @@ fn is_dumb(variable: &dyn Fn(&str) -> Option<String>) -> bool {
     variable("TERM").is_some_and(|term| term == "dumb")
 }
 
-/// The number of columns of standard output, or 80 if it is no terminal.
+/// The number of columns of standard output. If it is no terminal, the environment variable
+/// `COLUMNS` says the number, and otherwise it is 80.
 pub fn width() -> usize {
     let stdout = std::io::stdout();
     let size = stdout.is_terminal().then(|| rustix::termios::tcgetwinsize(&stdout).ok()).flatten();
-    let columns = size.map_or(0, |size| usize::from(size.ws_col));
-    if columns > 0 { columns } else { DEFAULT_WIDTH }
+    let of_terminal = size.map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0);
+    let asked = || variable("COLUMNS")?.parse().ok().filter(|columns| *columns > 0);
+    of_terminal.or_else(asked).unwrap_or(DEFAULT_WIDTH)
 }
 
 #[cfg(test)]

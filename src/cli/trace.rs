@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
+use super::results::Schema;
 use super::strip::{mean_weights, pieces, strip};
 use super::{Shared, print_result, table, usage, write};
 use crate::config::RoutingChoice;
@@ -47,9 +48,9 @@ pub struct TraceArgs {
     routing: Option<RoutingChoice>,
     /// Print a table with a line for each token, for each router if there are several. Without this
     /// option, a terminal shows the text as a strip in which each token has the colour and the
-    /// number of the expert with the largest weight, as a mean over the routers. Without
-    /// colours, as with the environment variable `NO_COLOR`, the strip has the numbers alone. If standard output is not
-    /// a terminal, the table is printed in any case.
+    /// number of the expert with the largest weight, as a mean over the routers. Without colours,
+    /// as with the environment variable `NO_COLOR`, the strip has the numbers alone. If standard
+    /// output is not a terminal, the table is printed in any case.
     #[arg(long, conflicts_with = "json")]
     table: bool,
     /// Print the result as JSON.
@@ -231,7 +232,7 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
         "routing_weights": weights,
         "out": out,
     });
-    print_result(&serde_json::to_string_pretty(&json)?)
+    print_result(&Schema::Trace.text(json))
 }
 
 /// How much the experts change the output of each target module.

@@ -10,6 +10,7 @@ use tch::Device;
 use super::dry_run::dry_run;
 use super::inputs::check_inputs;
 use super::open::device_name;
+use super::results::Schema;
 use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::{ReadyRun, load_data};
@@ -83,6 +84,10 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         earlier.remove()?;
     }
     let (mut trainer, base) = ready.trainer()?;
+    if trainer.state().step > 0 {
+        tracing::info!("going on after step {} of {}", trainer.state().step, trainer.num_steps());
+    }
+    tracing::debug!("training in `{}`", config.run.dir.display());
     let interrupt = Interrupt::listen()?;
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
@@ -299,7 +304,7 @@ pub fn summary_text(
             "model_dir": model_dir,
             "frozen_blake3": summary.frozen_hash,
         });
-        return Ok(serde_json::to_string_pretty(&json)?);
+        return Ok(Schema::Train.text(json));
     }
     let tokens = table::count(state.tokens_seen);
     let mut lines = vec![format!("{ending} after step {}, {tokens} target tokens", state.step)];

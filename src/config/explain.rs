@@ -45,7 +45,10 @@ pub fn explain(key: &str, width: usize) -> Result<String> {
     let value = toml::Value::Table(toml::Table::new());
     let meant = guesses::suggestion(&path, name, &value, in_section.map(Key::name));
     match meant {
-        Some(right) => bail!("there is no key `{key}`; did you mean `{right}`?"),
+        Some(right) => {
+            let right = right.strip_suffix(" = ..").unwrap_or(&right);
+            bail!("there is no key `{key}`; did you mean `{right}`?")
+        }
         None => bail!("there is no key `{key}`\nhint: `dylora config reference` prints them all"),
     }
 }

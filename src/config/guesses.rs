@@ -176,6 +176,10 @@ pub(super) fn suggestion<'a>(
         let target = if is_beside { beside(last) } else { target.to_owned() };
         return Some(filled(&format!("{target} = {right}"), value));
     }
+    let mut longer = siblings.iter().filter(|sibling| name.len() > 3 && sibling.starts_with(&name));
+    if let (Some(only), None) = (longer.next(), longer.next()) {
+        return Some(beside(only));
+    }
     if let Some(near) = nearest(&name, siblings.into_iter()) {
         return Some(beside(near));
     }
@@ -204,8 +208,8 @@ pub(super) fn nearest<'a>(name: &str, names: impl Iterator<Item = &'a str>) -> O
     distances.filter(|(distance, _)| *distance <= most).min().map(|(_, other)| other)
 }
 
-/// How the source of a base or an adapter is written that somebody named by a single text: a name of
-/// the Hub has exactly one slash, and other texts are folders.
+/// How the source of a base or an adapter is written that somebody named by a single text: a name
+/// of the Hub has exactly one slash, and other texts are folders.
 pub(super) fn source(text: &str) -> String {
     let is_repo = text.split('/').filter(|part| !part.is_empty()).count() == 2
         && text.matches('/').count() == 1

@@ -1,8 +1,8 @@
 //! The files that a config names for a run to read, and the folder in which their paths begin.
 //!
 //! In a config file they are relative to the file's own folder, so that a folder with a config and
-//! its data can be moved and used from anywhere. In `--set` they are relative to the working folder,
-//! like every other path on a command line. A config that a run saves has absolute paths.
+//! its data can be moved and used from anywhere. In `--set` they are relative to the working
+//! folder, like every other path on a command line. A config that a run saves has absolute paths.
 
 use std::path::{Path, PathBuf};
 

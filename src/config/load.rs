@@ -10,7 +10,7 @@ use toml::Table;
 use super::Config;
 use super::document::{Document, KeyPath};
 use super::inputs;
-use super::overrides::set;
+use super::overrides::Override;
 use super::recipe::add_former_values;
 pub use super::validate::validate;
 use super::variables::Written;
@@ -74,7 +74,10 @@ fn read(text: &str, overrides: &[String], folders: Option<&Folders>) -> Result<C
     let document = Document::parse(text)?;
     let mut table: Table = text.parse()?;
     let mut written = Written::default();
-    complete(&mut table, folders.map(|folders| &folders.file), &mut written)?;
+    written.expand(&mut table)?;
+    if let Some(folders) = folders {
+        inputs::make_absolute(&mut table, &folders.file, &mut written)?;
+    }
     add_former_values(&mut table);
     let mut parsed = parse_table(&table);
     // a fault in the file is reported with its line, except for a missing key, which `--set` may
@@ -85,10 +88,16 @@ fn read(text: &str, overrides: &[String], folders: Option<&Folders>) -> Result<C
         bail!(message(faults, Some(&document)));
     }
     for item in overrides {
-        set(&mut table, item)?;
-        // what is still relative comes from the override
-        complete(&mut table, folders.map(|folders| &folders.overrides), &mut written)
+        let mut change = Override::parse(item)?;
+        let key = change.key();
+        written
+            .expand_value(&mut change.value, &key)
             .with_context(|| format!("in `--set {item}`"))?;
+        change.apply(&mut table)?;
+        if let Some(folders) = folders {
+            // what is still relative comes from the override
+            inputs::make_absolute(&mut table, &folders.overrides, &mut written)?;
+        }
         let next = parse_table(&table);
         if let Err(faults) = &next {
             let own: Vec<_> = faults.iter().filter(|fault| !fault.is_missing).cloned().collect();
@@ -102,15 +111,6 @@ fn read(text: &str, overrides: &[String], folders: Option<&Folders>) -> Result<C
     let mut config = parsed.map_err(|faults| anyhow!(message(&faults, None)))?;
     config.written = written;
     Ok(config)
-}
-
-/// Replaces the variables in the texts of a config, and makes the paths of input files absolute.
-fn complete(table: &mut Table, folder: Option<&PathBuf>, written: &mut Written) -> Result<()> {
-    written.expand(table)?;
-    match folder {
-        Some(folder) => inputs::make_absolute(table, folder, written),
-        None => Ok(()),
-    }
 }
 
 /// The config in `table`, or what is wrong with its keys and types.

@@ -62,8 +62,8 @@ pub(super) fn variants(schema: &Value) -> Option<&Vec<Value>> {
     schema.get("oneOf")?.as_array()
 }
 
-/// The key of a value of an enum that holds something, such as `steps` of `{ steps = 40 }`, and what
-/// it holds.
+/// The key of a value of an enum that holds something, such as `steps` of `{ steps = 40 }`, and
+/// what it holds.
 pub(super) fn held(variant: &Value) -> Option<(&String, &Value)> {
     properties(variant)?.iter().next()
 }
@@ -85,7 +85,13 @@ pub(super) fn meaning(value: &Value) -> String {
     if let Some(name) = type_of(value).filter(|name| !has_place(name)) {
         text += &format!(" {}", description(definition(name)));
     }
-    one_line(&text)
+    untitled(&one_line(&text)).to_owned()
+}
+
+/// A description without the section at its beginning, as in "`[run]`: where ..".
+fn untitled(text: &str) -> &str {
+    let title = text.starts_with("`[").then(|| text.split_once("]`: ")).flatten();
+    title.map_or(text, |(_, text)| text)
 }
 
 /// A text without line breaks.

@@ -2,8 +2,8 @@
 //! `$${` for `${` itself. Any other `$` stands for itself.
 //!
 //! The library does not read the environment: whoever calls it says where values come from
-//! ([`provide`]), as the command line does. A run saves its config as it was written, with `${NAME}`
-//! in it, so that neither secrets nor a machine's folders get into it by a variable.
+//! ([`provide`]), as the command line does. A run saves its config as it was written, with
+//! `${NAME}` in it, so that neither secrets nor a machine's folders get into it by a variable.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -40,16 +40,23 @@ impl Written {
     /// # Errors
     /// A variable that is not set, and `${` without the name of one; the error names the key.
     pub(super) fn expand(&mut self, table: &mut Table) -> Result<()> {
-        visit(table, "", &mut |key, text| {
-            if !text.contains("${") {
-                return Ok(());
-            }
-            let lookup = |name: &str| LOOKUP.get().and_then(|lookup| lookup(name));
-            let expanded = expanded(text, &lookup).map_err(|fault| anyhow!("`{key}`: {fault}"))?;
-            let written = std::mem::replace(text, expanded.clone());
-            self.0.insert((key.to_owned(), expanded), written);
-            Ok(())
-        })
+        visit(table, "", &mut |key, text| self.expand_text(key, text))
+    }
+
+    /// Does the same with the value at `key`, in which `[]` stands for every index.
+    pub(super) fn expand_value(&mut self, value: &mut Value, key: &str) -> Result<()> {
+        visit_value(value, key, &mut |key, text| self.expand_text(key, text))
+    }
+
+    fn expand_text(&mut self, key: &str, text: &mut String) -> Result<()> {
+        if !text.contains("${") {
+            return Ok(());
+        }
+        let lookup = |name: &str| LOOKUP.get().and_then(|lookup| lookup(name));
+        let expanded = expanded(text, &lookup).map_err(|fault| anyhow!("`{key}`: {fault}"))?;
+        let written = std::mem::replace(text, expanded.clone());
+        self.0.insert((key.to_owned(), expanded), written);
+        Ok(())
     }
 
     /// Notes that the text `before` at `key` has become `after`, in which the beginning was added.

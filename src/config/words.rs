@@ -1,5 +1,6 @@
 //! Says in words what is wrong with the keys and types of a config that cannot be read, by the
-//! schema of [`Config`](super::Config): the key, the value found, its line, and what would be right.
+//! schema of [`Config`](super::Config): the key, the value found, its line, and what would be
+//! right.
 
 use serde_json::Value as Schema;
 use toml::{Table, Value};
@@ -36,7 +37,10 @@ impl Fault {
             false => format!("`{path}`: {}", message.trim()),
         };
         // the key of a table such as `lora.rank_pattern` may be what is wrong
-        let is_key = |last: &Part| matches!(last, Part::Key(key) if message.starts_with(&format!("`{key}`")));
+        let is_key = |last: &Part| match last {
+            Part::Key(key) => message.starts_with(&format!("`{key}`")),
+            Part::Index(_) => false,
+        };
         let place = if path.0.last().is_some_and(is_key) { Place::Key } else { Place::Value };
         Self::new(path, place, text)
     }
@@ -162,7 +166,6 @@ fn missing(wanted: &'static Schema, path: &KeyPath, faults: &mut Vec<Fault>) {
         return;
     }
     let about = meaning(wanted);
-    let about = about.split_once("]`: ").map_or(about.as_str(), |(_, about)| about);
     let about = match about.split_once(". ") {
         Some((first, _)) => first,
         None => about.trim_end_matches('.'),
