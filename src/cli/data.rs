@@ -9,17 +9,15 @@ use serde_json::{Value, json};
 
 use super::open::{base_source, open_base};
 use super::record_args::RecordArgs;
+use super::results::Schema;
 use super::start::{check_base, load_data};
 use super::{Shared, print_result, table, usage, variable, write};
 use crate::base::Base;
 use crate::config::{
     self, BaseConfig, Config, DataConfig, DomainConfig, Dtype, LoraConfig, Method, OptimizerConfig,
-    RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation,
+    RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation, Written,
 };
 use crate::data::{Datasets, Example, TokenDataset, visible};
-
-/// The version of the JSON that the command prints.
-const SCHEMA: u32 = 1;
 
 /// Most characters of a part of an example that are shown; the middle of a longer one is left out.
 const MAX_PART_CHARS: usize = 1200;
@@ -126,6 +124,7 @@ impl PreviewArgs {
                 optimizer: OptimizerConfig::default(),
                 schedule: ScheduleConfig::default(),
                 growth: None,
+                written: Written::default(),
             },
             base,
         ))
@@ -202,7 +201,7 @@ fn as_json(data: &Datasets, examples: &[Vec<Example>]) -> Value {
         })
     };
     let domains: Vec<Value> = (0..data.train.domains.len()).map(domain).collect();
-    json!({ "schema": SCHEMA, "seq_len": data.train.seq_len, "domains": domains })
+    Schema::DataPreview.mark(json!({ "seq_len": data.train.seq_len, "domains": domains }))
 }
 
 fn as_text(data: &Datasets, examples: &[Vec<Example>]) -> String {

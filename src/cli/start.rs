@@ -63,6 +63,7 @@ impl ReadyRun {
         load: impl FnOnce(&Config, &Base) -> Result<Datasets>,
     ) -> Result<Self> {
         let device = shared.device(config.run.device)?;
+        tracing::debug!("opening the base");
         let base = open_base(&config.base, shared)?;
         check_base(&config, &base).map_err(usage)?;
         // adapters are found before the data is read, which may take long
@@ -71,7 +72,9 @@ impl ReadyRun {
             None => Start::New(Box::new(open_mixture(&config, &base, shared)?)),
         };
         check_run_fits(&config, &start.specs()?, &base, device)?;
+        tracing::debug!("reading the data");
         let data = shared.in_turn(|| load(&config, &base))?;
+        tracing::debug!("building the model");
         if let Start::New(mixture) = &mut start {
             settle_experts(&mut config, &mut mixture.specs, &data.train, &base, device)?;
         }

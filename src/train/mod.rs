@@ -10,6 +10,7 @@
 
 mod advance;
 pub mod balance;
+pub mod earlier;
 mod exchange;
 pub mod files;
 mod frozen;
@@ -60,6 +61,7 @@ use crate::model::families;
 use crate::model::parameters::OldParts;
 use crate::model::{RoutedModel, Trained, kind_of};
 use crate::{config, durable};
+pub(crate) use earlier::check_new_run;
 use files::MetricsWriter;
 use frozen::{BaseHashes, frozen_hash};
 use graph::Capture;
@@ -83,6 +85,8 @@ pub enum Event<'a> {
     Evaluating(u64, u64),
     /// An evaluation is done.
     Validation(&'a ValidationMetrics),
+    /// A checkpoint is being written.
+    Saving,
     /// A checkpoint is on disk.
     Checkpoint(&'a Path),
 }
@@ -169,21 +173,6 @@ pub struct MixtureHistory {
     pub maturity: Vec<ExpertMaturity>,
     /// The skills that the mixture has, if they are known.
     pub skills: Option<SkillLibrary>,
-}
-
-/// Checks that a folder may be used for a new run.
-///
-/// # Errors
-/// Fails if the folder holds checkpoints.
-pub(crate) fn check_new_run(run_dir: &Path) -> Result<()> {
-    if !checkpoint::steps(run_dir)?.is_empty() {
-        bail!(
-            "`{}` holds checkpoints of an earlier run\nhint: name another folder, or go on with \
-             `train --resume`",
-            run_dir.display()
-        );
-    }
-    Ok(())
 }
 
 impl Trainer {
@@ -395,6 +384,7 @@ impl Trainer {
             let stop = self.must_stop(interrupt)?;
             if stop || collapsed || self.saves_now() {
                 writer.settle(self.state.step)?;
+                observe(Event::Saving);
                 let path = self.save()?;
                 warn_of_lost(saved.as_deref().filter(|_| self.world.is_first()));
                 observe(Event::Checkpoint(&path));
