@@ -120,7 +120,7 @@ fn dataset(folder: &Path, num_documents: usize, num_words: usize) -> Result<Toke
         cache_dir: Some(folder.join("tokens")),
     };
     let files = vec![file.display().to_string()];
-    let files = DomainFiles { name: Some("text".into()), files, record_domain: None };
+    let files = DomainFiles { name: Some("text".into()), files, ..DomainFiles::default() };
     load_files(&[files], &options, &tokenizer, &|_| ())
 }
 

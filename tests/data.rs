@@ -80,20 +80,13 @@ impl Files {
 
     fn eval(&self, patterns: &[&str], options: &DataOptions) -> Result<TokenDataset> {
         let files = patterns.iter().map(|pattern| self.path(pattern)).collect();
-        let source = DomainFiles { name: Some("x".into()), files, record_domain: None };
+        let source = DomainFiles { name: Some("x".into()), files, ..DomainFiles::default() };
         load_files(&[source], options, &tokenizer(), &|_| ())
     }
 
     fn domain(&self, name: &str, train: &str, validation: Option<Validation>) -> DomainConfig {
         let train = vec![self.path(train)];
-        DomainConfig {
-            name: name.into(),
-            train,
-            validation,
-            weight: 1.0,
-            record_domain: None,
-            expert: None,
-        }
+        DomainConfig { name: name.into(), train, validation, ..DomainConfig::default() }
     }
 
     fn validation(&self, pattern: &str) -> Option<Validation> {
@@ -290,7 +283,10 @@ fn packing_suffixes_line_ends_and_byte_order_marks_change_nothing() -> Result<()
 #[test]
 fn plain_texts_keep_their_lines_as_they_are() -> Result<()> {
     let files = Files::new(&[("a.txt", b"a\r\nb \n\n"), ("empty.txt", b"")]);
-    let dataset = files.eval(&["*.txt"], &options(16))?;
+    let error = message(files.eval(&["*.txt"], &options(16)));
+    assert!(error.contains("empty.txt:0`: has nothing to learn"), "{error}");
+    let skip = DataOptions { on_bad_record: OnBadRecord::Skip, ..options(16) };
+    let dataset = files.eval(&["*.txt"], &skip)?;
     assert_eq!(texts(&dataset), ["a\r\nb \n\n"]);
     assert_eq!(
         (dataset.domains[0].counts.records, dataset.domains[0].counts.skipped_empty),
@@ -492,7 +488,7 @@ fn records_go_to_the_domains_that_they_name() -> Result<()> {
     let named = DomainFiles {
         name: Some("q".into()),
         files: vec![files.path("p.txt")],
-        record_domain: None,
+        ..DomainFiles::default()
     };
     let dataset = load_files(&[unnamed, named], &options(8), &tokenizer(), &|_| ())?;
     let counts: Vec<_> =
@@ -559,7 +555,8 @@ fn only_documents_in_blocks_count_for_the_experts_of_the_records() -> Result<()>
         ("empty.jsonl", format!("{empty}\n{only_base}").as_bytes()),
         ("b.txt", b"text"),
     ]);
-    let experts = |pattern: &str| anyhow::Ok(files.eval(&[pattern], &options(8))?.record_experts());
+    let skip = DataOptions { on_bad_record: OnBadRecord::Skip, ..options(8) };
+    let experts = |pattern: &str| anyhow::Ok(files.eval(&[pattern], &skip)?.record_experts());
     let counts = |documents_without, largest| RecordExperts { documents_without, largest };
     assert_eq!(experts("empty.jsonl")?, counts(0, Some(-1)));
     assert_eq!(experts("b.txt")?, counts(1, None));
@@ -568,7 +565,7 @@ fn only_documents_in_blocks_count_for_the_experts_of_the_records() -> Result<()>
         files.domain("a", "a.jsonl", files.validation("empty.jsonl")),
         files.domain("b", "b.txt", None),
     ];
-    let sets = load(&domains, &options(8))?;
+    let sets = load(&domains, &skip)?;
     assert_eq!(sets.train.record_experts(), counts(3, Some(3)));
     assert_eq!(sets.validation.record_experts(), counts(0, Some(-1)));
     Ok(())

@@ -49,9 +49,7 @@ fn domain(name: &str, train: String, validation: Validation) -> DomainConfig {
         name: name.into(),
         train: vec![train],
         validation: Some(validation),
-        weight: 1.0,
-        record_domain: None,
-        expert: None,
+        ..DomainConfig::default()
     }
 }
 

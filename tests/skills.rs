@@ -190,7 +190,7 @@ fn the_demos_skills_are_distinguished() -> Result<()> {
         let files = names.map(|name| DomainFiles {
             name: Some(name.into()),
             files: vec![format!("demo/data/{name}.{side}.jsonl")],
-            record_domain: None,
+            ..DomainFiles::default()
         });
         let dataset = load_files(&files, &options, &tokenizer, &|_| {})?;
         let all = 0..names.len();

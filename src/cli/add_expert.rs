@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::eval::validate;
 use super::open::open_base;
+use super::record_args::RecordArgs;
 use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::load_data;
@@ -36,6 +37,8 @@ pub struct AddExpertArgs {
     /// the training documents are held out.
     #[arg(long, value_name = "FILE")]
     validation: Vec<String>,
+    #[command(flatten)]
+    records: RecordArgs,
     /// The new domain's name [default: the name of the first training file up to its first dot].
     #[arg(long)]
     domain: Option<String>,
@@ -205,9 +208,7 @@ fn growth_of(args: &AddExpertArgs) -> Result<Growth> {
         name,
         train: absolute(&args.data)?,
         validation: Some(validation),
-        weight: 1.0,
-        record_domain: None,
-        expert: None,
+        ..args.records.domain()
     };
     Ok(Growth {
         domain,

@@ -220,10 +220,7 @@ impl BenchArgs {
         let random = DomainConfig {
             name: "random".into(),
             train: vec!["random".into()],
-            validation: None,
-            weight: 1.0,
-            record_domain: None,
-            expert: None,
+            ..DomainConfig::default()
         };
         Config {
             method: Method::RoutedLora,

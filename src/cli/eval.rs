@@ -5,12 +5,14 @@ use clap::Args;
 use serde_json::json;
 
 use super::eval_answers::{self, AnswerArgs, Answers};
-use super::open::{ModelArgs, OpenModel, device_name};
+use super::open::{ModelArgs, OpenModel, device_name, with_fetched};
 use super::progress::{CountBar, LoadBar};
+use super::record_args::RecordArgs;
 use super::{Shared, print_result, table, token_cache, usage};
 use crate::checkpoint;
 use crate::config::{
-    Config, EvalRule, LossOn, LossOnTurns, Mixing, OnBadRecord, OnExhausted, RoutingChoice,
+    Config, DomainConfig, EvalRule, LossOn, LossOnTurns, Mixing, OnBadRecord, OnExhausted,
+    RoutingChoice,
 };
 use crate::data::{DataOptions, DomainFiles, TokenDataset, load_datasets, load_files};
 use crate::eval::experts::{ExpertReport, expert_reports};
@@ -29,6 +31,8 @@ pub struct DataArgs {
     /// the validation data of the checkpoint's config].
     #[arg(long, value_name = "[DOMAIN=]FILE")]
     data: Vec<String>,
+    #[command(flatten)]
+    records: RecordArgs,
     /// The longest window, in tokens [default: the config's `data.seq_len`, or the base's number of
     /// positions, but at most 1024].
     #[arg(long, value_name = "N")]
@@ -272,32 +276,37 @@ impl DataArgs {
                     "there is no run whose data to take: name `--data [DOMAIN=]FILE`"
                 )));
             };
-            let datasets = load_datasets(&config.domains, &options, tokenizer, &progress)?;
+            let domains = with_fetched(&config.domains, shared)?;
+            let datasets = load_datasets(&domains, &options, tokenizer, &progress)?;
             if datasets.validation.num_blocks() == 0 {
                 let hint = "hint: name some with `--data [DOMAIN=]FILE`";
                 return Err(usage(anyhow!("the run's config has no validation data\n{hint}")));
             }
             return Ok(datasets.validation);
         }
-        load_files(&domain_files(&self.data), &options, tokenizer, &progress)
+        let domains = config.map_or(&[][..], |data| &data.domains);
+        load_files(&self.domain_files(domains), &options, tokenizer, &progress)
     }
-}
 
-/// Parses `[DOMAIN=]FILE` arguments and groups them by domain.
-fn domain_files(arguments: &[String]) -> Vec<DomainFiles> {
-    let mut sources: Vec<DomainFiles> = vec![];
-    for argument in arguments {
-        let (name, file) = match argument.split_once('=') {
-            Some((name, file)) if !name.contains('/') => (Some(name.to_owned()), file),
-            _ => (None, argument.as_str()),
-        };
-        match sources.iter_mut().find(|source| source.name == name) {
-            Some(source) => source.files.push(file.to_owned()),
-            None => {
-                let files = vec![file.to_owned()];
-                sources.push(DomainFiles { name, files, record_domain: None });
+    /// The files of `--data`, grouped by domain. What no option says about their records, the domain
+    /// of that name says among `domains`.
+    fn domain_files(&self, domains: &[DomainConfig]) -> Vec<DomainFiles> {
+        let mut sources: Vec<DomainFiles> = vec![];
+        for argument in &self.data {
+            let (name, file) = match argument.split_once('=') {
+                Some((name, file)) if !name.contains('/') => (Some(name.to_owned()), file),
+                _ => (None, argument.as_str()),
+            };
+            match sources.iter_mut().find(|source| source.name == name) {
+                Some(source) => source.files.push(file.to_owned()),
+                None => {
+                    let files = vec![file.to_owned()];
+                    let known = domains.iter().find(|domain| name.as_ref() == Some(&domain.name));
+                    let records = self.records.records(known);
+                    sources.push(DomainFiles { name, files, record_domain: None, records });
+                }
             }
         }
+        sources
     }
-    sources
 }

@@ -24,6 +24,7 @@ mod merge;
 mod open;
 mod progress;
 mod push;
+mod record_args;
 mod remove_expert;
 mod report;
 mod sampling;

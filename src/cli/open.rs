@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use tch::{Device, Kind};
 
@@ -12,8 +12,8 @@ use super::{Shared, device, hub_settings, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, TrainState};
 use crate::config::{
-    AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, Dtype, HubSource,
-    RoutingChoice, expert_names,
+    AdapterHub, AdapterSource, BaseConfig, BaseSource, Config, DeviceChoice, DomainConfig, Dtype,
+    HubDataset, HubSource, RoutingChoice, Validation, expert_names,
 };
 use crate::data::{TokenDataset, visible};
 use crate::durable::{folder, output::Output};
@@ -310,6 +310,29 @@ fn adapter_source(text: &str) -> Result<AdapterSource> {
 /// Finds the base's files, with a progress bar for downloads.
 pub fn open_base(config: &BaseConfig, shared: &Shared) -> Result<Base> {
     Base::open(config, &hub_settings(), &DownloadBar::new(shared.show_progress))
+}
+
+/// The domains with the files of their data sets of the Hub, which are fetched if the cache lacks
+/// them.
+pub fn with_fetched(domains: &[DomainConfig], shared: &Shared) -> Result<Vec<DomainConfig>> {
+    let fetch = |dataset: &HubDataset, domain: &str| -> Result<Vec<String>> {
+        let bar = DownloadBar::new(shared.show_progress);
+        let found = hub::find_dataset(dataset, &hub_settings(), &bar);
+        let found = found.with_context(|| format!("in domain `{domain}`"))?;
+        let text = |path: PathBuf| path.into_os_string().into_string();
+        let files = found.files.into_iter().map(text).collect::<Result<_, _>>();
+        files.map_err(|path| anyhow!("`{}` is not valid UTF-8", path.display()))
+    };
+    let mut domains = domains.to_vec();
+    for domain in &mut domains {
+        if let Some(dataset) = domain.hub.take() {
+            domain.train = fetch(&dataset, &domain.name)?;
+        }
+        if let Some(Validation::Hub(dataset)) = &domain.validation {
+            domain.validation = Some(Validation::Files(fetch(dataset, &domain.name)?));
+        }
+    }
+    Ok(domains)
 }
 
 /// Parses the name of a base. It is a folder if one exists or if it cannot be a Hub id.

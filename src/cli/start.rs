@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use tch::Device;
 
-use super::open::{open_base, open_mixture};
+use super::open::{open_base, open_mixture, with_fetched};
 use super::progress::LoadBar;
 use super::{Shared, device, token_cache, usage};
 use crate::base::Base;
@@ -102,9 +102,10 @@ pub fn check_base(config: &Config, base: &Base) -> Result<()> {
 /// Loads the data of a config with a progress bar.
 pub fn load_data(config: &Config, base: &Base, shared: &Shared) -> Result<Datasets> {
     let options = data_options(config, base, config.run.seed);
+    let domains = with_fetched(&config.data.domains, shared)?;
     let bar = LoadBar::new(shared.show_progress);
     let progress = |progress| bar.update(&progress);
-    load_datasets(&config.data.domains, &options, base.tokenizer()?, &progress)
+    load_datasets(&domains, &options, base.tokenizer()?, &progress)
 }
 
 /// Loads the data of a config, with two halves of its validation data.
@@ -117,9 +118,10 @@ pub fn load_halved_data(
     shared: &Shared,
 ) -> Result<HalvedDatasets> {
     let options = data_options(config, base, split_seed);
+    let domains = with_fetched(&config.data.domains, shared)?;
     let bar = LoadBar::new(shared.show_progress);
     let progress = |progress| bar.update(&progress);
-    load_halves(&config.data.domains, &options, base.tokenizer()?, &progress)
+    load_halves(&domains, &options, base.tokenizer()?, &progress)
 }
 
 fn data_options(config: &Config, base: &Base, seed: u64) -> DataOptions {

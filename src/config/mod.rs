@@ -6,6 +6,8 @@
 //! paths of a config begin.
 
 mod bounds;
+mod data;
+mod domains;
 mod faults;
 mod growth;
 pub mod inputs;
@@ -22,16 +24,17 @@ mod train;
 mod validate;
 mod validate_lora;
 
-use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use data::{FieldNames, FileFormat, HubDataset, RecordConfig, RecordShape, RecordStyle};
+pub use domains::{DomainConfig, DomainExperts, Validation, expert_names};
 pub use growth::GrowthConfig;
 pub use lora::{
     Capacity, DropoutMasks, ExpertConfig, LoraConfig, LoraInit, LoraScale, Orthogonality,
@@ -305,7 +308,7 @@ pub struct DataConfig {
     /// is `all`.
     #[serde(default)]
     pub loss_on_turns: LossOnTurns,
-    /// What happens when a record is malformed.
+    /// What happens when a record is malformed or has nothing to learn.
     #[serde(default)]
     pub on_bad_record: OnBadRecord,
     /// What share of the training blocks each domain gets.
@@ -379,7 +382,7 @@ pub enum LossOnTurns {
     Last,
 }
 
-/// What happens when a record is malformed.
+/// What happens when a record is malformed or has nothing to learn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnBadRecord {
@@ -388,109 +391,4 @@ pub enum OnBadRecord {
     Fail,
     /// The record is left out and counted.
     Skip,
-}
-
-/// `[[data.domains]]`: one kind of text.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct DomainConfig {
-    /// The domain's name in tables and metrics. It must not contain `/` or `=`.
-    pub name: String,
-    /// Paths or globs of the training files. A `.jsonl` file has one record per line, and any other
-    /// file is one plain text document. Each may be compressed as `.zst` or `.gz`.
-    pub train: Vec<String>,
-    /// What is held out for evaluation. Without it, the domain has no validation set.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub validation: Option<Validation>,
-    /// How often an epoch passes over the domain, with `data.mixing = "proportional"` and
-    /// `data.on_exhausted = "repeat"`: 2 shows each block twice, and 0.5 shows every other block.
-    /// In all other cases, a factor of the domain's share. A domain with weight 0 is only
-    /// evaluated.
-    #[serde(default = "one")]
-    pub weight: f64,
-    /// Use only the records whose `domain` field has this value.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub record_domain: Option<String>,
-    /// The expert of this domain, as `2`, or its experts, as `[2, 3]`, for domain supervision and
-    /// for routing by `domain`. Several domains may share an expert. Either every trained domain
-    /// has this key or none. Without it, the domains get one expert each, or several if there are
-    /// more experts than domains, of which the largest domains get those left over. With fewer
-    /// experts than domains, the domains that are most alike by their text share an expert.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub expert: Option<DomainExperts>,
-}
-
-/// The expert of a domain, or its experts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "must be the number of an expert, as `2`, or a list of such numbers, as `[2, 3]`"
-)]
-pub enum DomainExperts {
-    /// One expert.
-    One(i64),
-    /// Several experts.
-    Several(Vec<i64>),
-}
-
-impl From<Vec<i64>> for DomainExperts {
-    fn from(experts: Vec<i64>) -> Self {
-        match experts[..] {
-            [only] => Self::One(only),
-            _ => Self::Several(experts),
-        }
-    }
-}
-
-impl DomainExperts {
-    /// The experts.
-    pub fn experts(&self) -> &[i64] {
-        match self {
-            Self::One(expert) => std::slice::from_ref(expert),
-            Self::Several(experts) => experts,
-        }
-    }
-}
-
-/// The names of `count` experts, each with those of its domains, as `expert_0 (law)`.
-pub fn expert_names(domains: &[DomainConfig], count: usize) -> Vec<String> {
-    let name = |expert: usize| {
-        let is_own = |domain: &&DomainConfig| {
-            let experts = domain.expert.as_ref().map_or(&[][..], DomainExperts::experts);
-            experts.contains(&(expert as i64))
-        };
-        let own: Vec<&str> =
-            domains.iter().filter(is_own).map(|domain| domain.name.as_str()).collect();
-        match own.is_empty() {
-            true => format!("expert_{expert}"),
-            false => format!("expert_{expert} ({})", own.join(", ")),
-        }
-    };
-    (0..count).map(name).collect()
-}
-
-impl JsonSchema for DomainExperts {
-    fn schema_name() -> Cow<'static, str> {
-        "DomainExperts".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let (one, several) = (i64::json_schema(generator), Vec::<i64>::json_schema(generator));
-        json_schema!({ "anyOf": [one, several] })
-    }
-}
-
-fn one() -> f64 {
-    1.0
-}
-
-/// What is held out for evaluation: `{ files = [..] }` or `{ fraction = 0.1 }`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum Validation {
-    /// Separate files, as paths or globs.
-    Files(Vec<String>),
-    /// This share of the documents in the training files. Which documents are held out depends only
-    /// on `run.seed` and on their content, so that equal documents are never on both sides.
-    Fraction(f64),
 }

@@ -104,8 +104,18 @@ fn check_data(config: &Config, faults: &mut Faults) {
         if data.domains[..i].iter().any(|other| other.name == domain.name) {
             faults.add(&key("name"), format!("`{}` is already taken", domain.name));
         }
-        if domain.train.is_empty() {
-            faults.add(&key("train"), "must name at least one file, got none".into());
+        match (&domain.hub, domain.train.is_empty()) {
+            (None, true) => {
+                faults.add(&key("train"), "must name at least one file, got none".into());
+            }
+            (Some(_), false) => {
+                faults
+                    .add(&key("hub"), "does not go with `train`; leave one of the two out".into());
+            }
+            _ => {}
+        }
+        if let Err((field, fault)) = domain.records().known_shape() {
+            faults.add(&key(field), fault);
         }
         match data.mixing {
             Mixing::Interleaved => {

@@ -1,14 +1,15 @@
 //! A cache of [`TokenFile`]s on disk, so that each source file is tokenized only once.
 //!
 //! A cache file is named by a BLAKE3 hash of everything that determines its content: the bytes of
-//! the source file, its format and compression, the tokenizer, the end token, the chat template,
-//! the learned turns of conversations and [`VERSION`]. It is written in a folder of its own and
+//! the source file, its format and compression, what the config says about its records, the
+//! tokenizer, the end token, the chat template, the learned turns of conversations and [`VERSION`]. It is written in a folder of its own and
 //! then renamed, so that processes that start together do not disturb each other. A run keeps the
 //! files that it has opened, so that it does not matter if they are deleted meanwhile.
 //!
 //! The file consists of, all little-endian:
 //!
 //! - the magic (8 bytes), the BLAKE3 hash of all that follows it (32) and the key (32);
+//! - the number of records of each shape (`u64` each);
 //! - the numbers of malformed records, domains, documents and tokens (`u64` each);
 //! - for each domain, the length of its name (`u32`) and the name;
 //! - for each document, `num_tokens`, `prompt_len`, `record_domain` and `num_spans` (`u32` each),
@@ -25,15 +26,16 @@ use anyhow::{Context, Result, anyhow, ensure};
 use fs_err::File;
 
 use super::documents::Reading;
-use super::source::{Format, SourceFile};
+use super::source::SourceFile;
 use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, Span, TOKEN_BYTES, TokenFile, Tokens};
+use crate::config::{FileFormat, RecordShape};
 use crate::durable::folder::{self, Writing};
 use crate::ffi;
 
-const MAGIC: [u8; 8] = *b"dylotok\x03";
+const MAGIC: [u8; 8] = *b"dylotok\x04";
 /// The version of the tokens. It is raised when this code, `tokenizers` or `minijinja` makes other
-/// tokens of the same input.
-const VERSION: u32 = 4;
+/// tokens of the same input, or finds other records malformed.
+const VERSION: u32 = 5;
 const CHECKED_FROM: u64 = 40;
 const DOCUMENT_BYTES: u64 = 36;
 
@@ -122,6 +124,7 @@ impl Cache {
 /// The key under which the tokens of `source` are stored.
 pub(super) fn key(source: &SourceFile, reading: Reading) -> Result<blake3::Hash> {
     let Reading { tokenizer, eos_token_id, chat, .. } = reading;
+    let records = &source.records;
     let mut content = blake3::Hasher::new();
     content
         .update_reader(File::open(&source.path)?)
@@ -129,15 +132,12 @@ pub(super) fn key(source: &SourceFile, reading: Reading) -> Result<blake3::Hash>
     let mut hasher = blake3::Hasher::new();
     hasher.update(&VERSION.to_le_bytes());
     hasher.update(content.finalize().as_bytes());
-    hasher.update(&[match source.format {
-        Format::JsonLines => 0,
-        Format::Text => 1,
-    }]);
-    hasher.update(&[source.packing as u8]);
+    hasher.update(&[source.format as u8, source.packing as u8]);
+    hasher.update(&serde_json::to_vec(&(records.shape, records.style, &records.fields))?);
     hasher.update(tokenizer.hash().as_bytes());
     hasher.update(&eos_token_id.map_or(-1, i64::from).to_le_bytes());
     // only these files can have conversations
-    if source.format == Format::JsonLines {
+    if source.format != FileFormat::Text {
         if let Some(template) = &chat.template {
             hasher.update(template.hash().as_bytes());
         }
@@ -167,6 +167,9 @@ fn write_index<W: Write>(
     num_tokens: u64,
 ) -> Result<()> {
     writer.write(key.as_bytes())?;
+    for count in file.shapes {
+        writer.write(&count.to_le_bytes())?;
+    }
     let num_domains = file.record_domains.len() as u64;
     for count in [file.num_bad, num_domains, file.documents.len() as u64, num_tokens] {
         writer.write(&count.to_le_bytes())?;
@@ -252,6 +255,10 @@ impl<R: Read> IndexReader<R> {
 }
 
 fn read_index<R: Read>(reader: &mut IndexReader<R>, file_bytes: u64) -> Result<TokenFile> {
+    let mut shapes = [0; RecordShape::ALL.len()];
+    for count in &mut shapes {
+        *count = reader.u64()?;
+    }
     let num_bad = reader.u64()?;
     let [num_domains, num_documents, num_tokens] = [reader.u64()?, reader.u64()?, reader.u64()?];
     ensure!(
@@ -259,7 +266,7 @@ fn read_index<R: Read>(reader: &mut IndexReader<R>, file_bytes: u64) -> Result<T
         "it has too many documents for its length"
     );
     ensure!(num_tokens <= file_bytes / TOKEN_BYTES, "it has too many tokens for its length");
-    let mut file = TokenFile { num_bad, ..TokenFile::default() };
+    let mut file = TokenFile { num_bad, shapes, ..TokenFile::default() };
     for _ in 0..num_domains {
         file.record_domains.push(reader.string()?);
     }

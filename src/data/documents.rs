@@ -16,16 +16,19 @@
 //! only one batch is in memory.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::chat_template::Conversation;
-use crate::config::OnBadRecord;
+use crate::config::{FileFormat, OnBadRecord, RecordShape};
 
 use super::chat::{self, ChatOptions, ChatTokens};
 use super::parallel;
-use super::record::{self, Content};
-use super::source::{Format, Lines, SourceFile};
+use super::record::{Content, Record, is_lack_of_keys};
+use super::records::Records;
+use super::source::{Lines, SourceFile};
 use super::token_file::{Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
 use super::tokenize::{Place, Tokenizer};
 
@@ -35,6 +38,9 @@ const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
 /// Most text of a file without a place to cut, of which some tokenizers know none. Encoding such a
 /// text takes about 150 times its size.
 const MAX_UNCUT_BYTES: usize = 16 << 20;
+
+/// The fault of a record without a label.
+const NOTHING_TO_LEARN: &str = "has nothing to learn: its text or completion is empty or too short";
 
 /// How a file is turned into tokens.
 #[derive(Clone, Copy)]
@@ -70,6 +76,10 @@ struct Part {
 struct Origin {
     domain: Option<String>,
     expert: Option<i64>,
+    /// The shape of the record; `None` for a plain text file.
+    shape: Option<RecordShape>,
+    /// Whether the record has nothing to learn. Its document then has no tokens.
+    is_empty: bool,
 }
 
 /// What a step's text became.
@@ -113,17 +123,22 @@ impl Reading<'_> {
 
 /// Reads all documents of `source`.
 ///
-/// - `lines`: the lines of its decompressed content
+/// - `bytes_read`: grows by the number of bytes read from disk
 /// - `on_progress`: called after each batch
 pub(super) fn read_documents(
     source: &SourceFile,
-    lines: Lines,
+    bytes_read: Arc<AtomicU64>,
     reading: Reading,
     on_progress: &dyn Fn(),
 ) -> Result<TokenFile> {
+    let reader = match source.format {
+        FileFormat::Text => Reader::Text(Lines::new(source.open(bytes_read)?)),
+        _ => Reader::Records(Records::open(source, bytes_read)?),
+    };
     let mut steps = Steps {
         source,
-        lines,
+        reader,
+        number: 0,
         reading,
         text: String::new(),
         has_text: false,
@@ -136,13 +151,17 @@ pub(super) fn read_documents(
         let is_last = !steps.fill(batch_bytes)?;
         let encode = |(_, step): &(u64, Step)| reading.encode(step);
         let encoded = parallel::map(&steps.batch, reading.num_threads, encode);
-        for ((line, step), encoded) in std::mem::take(&mut steps.batch).into_iter().zip(encoded) {
-            let place = || format!("in `{}:{line}`", source.path.display());
+        for ((number, step), encoded) in std::mem::take(&mut steps.batch).into_iter().zip(encoded) {
+            let place = || format!("in `{}`", source.place(number));
             let encoded = encoded.with_context(place)?;
             if let Encoded::Chat(Err(fault)) = &encoded {
-                steps.count_bad(line, fault)?;
+                steps.count_bad(number, fault)?;
             }
-            builder.apply(step, encoded).with_context(place)?;
+            let document = builder.apply(step, encoded).with_context(place)?;
+            let fails = reading.on_bad_record == OnBadRecord::Fail;
+            if fails && document.is_some_and(|document| !TokenFile::has_label(&document)) {
+                steps.count_bad(number, NOTHING_TO_LEARN)?;
+            }
         }
         on_progress();
         if is_last {
@@ -153,10 +172,12 @@ pub(super) fn read_documents(
     Ok(builder.finish())
 }
 
-/// Reads the steps of a file, each with the number of its line.
+/// Reads the steps of a file, each with the number of its line or row.
 struct Steps<'a> {
     source: &'a SourceFile,
-    lines: Lines,
+    reader: Reader<'a>,
+    /// The number of the line or row that was read last.
+    number: u64,
     reading: Reading<'a>,
     /// The text of a plain text file that was read but is not yet part of a step.
     text: String,
@@ -166,23 +187,35 @@ struct Steps<'a> {
     batch: Vec<(u64, Step)>,
 }
 
+/// What a file is read as.
+enum Reader<'a> {
+    Text(Lines),
+    Records(Records<'a>),
+}
+
 impl Steps<'_> {
     /// Fills `batch` with about `num_bytes` of text; returns false at the end of the file.
     fn fill(&mut self, num_bytes: usize) -> Result<bool> {
         let mut line = Vec::new();
         let mut filled = 0;
         while filled < num_bytes {
-            let more = self.lines.read(&mut line).with_context(|| {
-                let path = self.source.path.display();
-                format!("cannot read `{path}` after line {}", self.lines.number)
-            })?;
-            filled += line.len();
-            match self.source.format {
-                Format::JsonLines if !more => return Ok(false),
-                Format::JsonLines => self.add_record(&line)?,
-                Format::Text => {
+            match &mut self.reader {
+                Reader::Text(lines) => {
+                    let more = lines.read(&mut line).with_context(|| {
+                        let path = self.source.path.display();
+                        format!("cannot read `{path}` after line {}", lines.number)
+                    })?;
+                    (self.number, filled) = (lines.number, filled + line.len());
                     if !self.add_text(&line, more)? {
                         return Ok(false);
+                    }
+                }
+                Reader::Records(records) => {
+                    let Some(item) = records.read()? else { return Ok(false) };
+                    (self.number, filled) = (item.number, filled + item.num_bytes);
+                    match item.record {
+                        Ok(record) => self.add_record(record),
+                        Err(fault) => self.add_bad(&fault)?,
                     }
                 }
             }
@@ -193,7 +226,7 @@ impl Steps<'_> {
     fn push(&mut self, step: Step) {
         let has_text = |part: &Part| self.has_text || !part.text.is_empty();
         self.has_text = step.part().is_some_and(has_text);
-        self.batch.push((self.lines.number, step));
+        self.batch.push((self.number, step));
     }
 
     fn push_part(&mut self, text: String, of_prompt: bool) {
@@ -201,27 +234,21 @@ impl Steps<'_> {
         self.push(Step::Part(Part { text, place, of_prompt }));
     }
 
-    fn add_record(&mut self, line: &[u8]) -> Result<()> {
-        if line.trim_ascii().is_empty() {
-            return Ok(());
-        }
-        match record::parse(line) {
-            Err(fault) => self.add_bad(&fault),
-            Ok(record) => {
-                let origin = Origin { domain: record.domain, expert: record.expert };
-                match record.content {
-                    Content::Chat(conversation) => self.push(Step::Chat(conversation, origin)),
-                    Content::Text { prompt, completion } => {
-                        for prompt in self.reading.tokenizer.cut(prompt) {
-                            self.push_part(prompt, true);
-                        }
-                        for completion in self.reading.tokenizer.cut(completion) {
-                            self.push_part(completion, false);
-                        }
-                        self.push(Step::End(origin));
-                    }
+    fn add_record(&mut self, record: Record) {
+        let Record { content, domain, expert, shape } = record;
+        let is_empty =
+            matches!(&content, Content::Text { completion, .. } if completion.is_empty());
+        let origin = Origin { domain, expert, shape: Some(shape), is_empty };
+        match content {
+            Content::Chat(conversation) => self.push(Step::Chat(conversation, origin)),
+            Content::Text { prompt, completion } => {
+                for prompt in self.reading.tokenizer.cut(prompt) {
+                    self.push_part(prompt, true);
                 }
-                Ok(())
+                for completion in self.reading.tokenizer.cut(completion) {
+                    self.push_part(completion, false);
+                }
+                self.push(Step::End(origin));
             }
         }
     }
@@ -229,6 +256,12 @@ impl Steps<'_> {
     /// Adds a line of a plain text file, or its end if `more` is false. Returns false when the file
     /// is done.
     fn add_text(&mut self, line: &[u8], more: bool) -> Result<bool> {
+        if line.contains(&0) {
+            bail!(
+                "`{}` is not plain text: it has a byte 0, as binary data have",
+                self.source.place(self.number)
+            );
+        }
         let from = self.text.len();
         match std::str::from_utf8(line) {
             Ok(line) => self.text.push_str(line),
@@ -246,7 +279,7 @@ impl Steps<'_> {
                      or write records into a `.jsonl` file",
                     self.source.path.display(),
                     MAX_UNCUT_BYTES >> 20,
-                    self.lines.number
+                    self.number
                 );
             }
             return Ok(true);
@@ -259,23 +292,36 @@ impl Steps<'_> {
             self.push_part(part, false);
         }
         if !more {
-            self.push(Step::End(Origin { domain: None, expert: None }));
+            self.push(Step::End(Origin {
+                domain: None,
+                expert: None,
+                shape: None,
+                is_empty: false,
+            }));
         }
         Ok(more)
     }
 
     fn add_bad(&mut self, fault: &str) -> Result<()> {
-        self.count_bad(self.lines.number, fault)?;
+        self.count_bad(self.number, fault)?;
         self.push(Step::Bad);
         Ok(())
     }
 
-    /// Counts the malformed record on a line, or fails.
-    fn count_bad(&mut self, line: u64, fault: &str) -> Result<()> {
-        let place = format!("{}:{line}", self.source.path.display());
+    /// Counts the malformed record of a line or row, or fails.
+    fn count_bad(&mut self, number: u64, fault: &str) -> Result<()> {
+        let place = self.source.place(number);
         if self.reading.on_bad_record == OnBadRecord::Fail {
+            let fields = match is_lack_of_keys(fault) {
+                true => {
+                    "name its keys, as in `fields = { prompt = \"question\", completion = \
+                         \"answer\" }`; "
+                }
+                false => "",
+            };
             bail!(
-                "`{place}`: {fault}\nhint: `data.on_bad_record = \"skip\"` leaves such records out"
+                "`{place}`: {fault}\nhint: {fields}`data.on_bad_record = \"skip\"` leaves such \
+                 records out"
             );
         }
         if self.num_bad == 0 {
@@ -314,8 +360,8 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Applies a step, whose text is now `encoded`.
-    fn apply(&mut self, step: Step, encoded: Encoded) -> Result<()> {
+    /// Applies a step, whose text is now `encoded`. Returns the document that it completes.
+    fn apply(&mut self, step: Step, encoded: Encoded) -> Result<Option<Document>> {
         match (step, encoded) {
             (Step::Part(part), Encoded::Ids(ids)) => {
                 if self.tokens.len() == self.start {
@@ -326,32 +372,40 @@ impl<'a> Builder<'a> {
                     self.prompt_len = self.tokens.len() - self.start;
                 }
                 self.content.update(part.text.as_bytes());
-                Ok(())
+                Ok(None)
             }
             (Step::End(origin), _) => {
-                self.tokens.extend(self.reading.eos_token_id);
-                self.end_document(origin)
+                if origin.is_empty {
+                    self.tokens.truncate(self.start);
+                    self.prompt_len = 0;
+                } else {
+                    self.tokens.extend(self.reading.eos_token_id);
+                }
+                self.end_document(origin).map(Some)
             }
             (Step::Chat(_, origin), Encoded::Chat(Ok(chat))) => {
                 self.tokens.extend_from_slice(&chat.ids);
                 self.prompt_len = chat.prompt_len;
                 self.content.update(chat.text.as_bytes());
                 self.file.learned.extend_from_slice(&chat.learned);
-                self.end_document(origin)
+                self.end_document(origin).map(Some)
             }
             (Step::Bad | Step::Part(_) | Step::Chat(..), _) => {
                 self.tokens.truncate(self.start);
                 self.begin_document();
-                Ok(())
+                Ok(None)
             }
         }
     }
 
-    fn end_document(&mut self, origin: Origin) -> Result<()> {
+    fn end_document(&mut self, origin: Origin) -> Result<Document> {
+        if let Some(shape) = origin.shape {
+            self.file.shapes[shape as usize] += 1;
+        }
         let document = self.document(origin)?;
         self.file.documents.push(document);
         self.begin_document();
-        Ok(())
+        Ok(document)
     }
 
     fn begin_document(&mut self) {
@@ -362,7 +416,7 @@ impl<'a> Builder<'a> {
     }
 
     /// The document that has just been completed.
-    fn document(&mut self, Origin { domain, expert }: Origin) -> Result<Document> {
+    fn document(&mut self, Origin { domain, expert, .. }: Origin) -> Result<Document> {
         let num_spans = self.file.learned.len() - self.first_span;
         let narrow = |count: usize| {
             u32::try_from(count)

@@ -27,14 +27,21 @@ mod cache;
 mod chat;
 mod cut;
 mod dataset;
+mod detect;
 mod documents;
+mod format;
+mod json;
+mod keys;
 mod order;
 mod pack;
 mod parallel;
+mod parquet;
 mod read;
 mod record;
+mod records;
 mod select;
 mod source;
+mod table;
 mod token_file;
 mod tokenize;
 mod visible;
@@ -51,6 +58,7 @@ pub use self::dataset::{
     Batch, Domain, IGNORED_LABEL, MemoryDocument, MemoryDomain, PADDING_DOCUMENT, RecordExperts,
     TokenDataset,
 };
+pub use self::detect::{Detected, detect};
 pub use self::order::BlockId;
 pub use self::read::LoadProgress;
 pub use self::tokenize::Tokenizer;
@@ -61,7 +69,7 @@ use self::select::Selector;
 use self::source::SourceFiles;
 use self::token_file::TokenFile;
 use crate::config::{
-    DataConfig, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, Validation,
+    DataConfig, DomainConfig, LossOn, Mixing, OnBadRecord, OnExhausted, RecordConfig, Validation,
 };
 
 /// The largest `seq_len`. It is as far as the context of any base reaches, and only keeps a typing
@@ -167,14 +175,17 @@ pub struct DomainFiles {
     pub files: Vec<String>,
     /// If given, only records with this value in their `domain` field are used.
     pub record_domain: Option<String>,
+    /// What the files' records are.
+    pub records: RecordConfig,
 }
 
 /// Loads the training and validation data of `domains`.
 ///
+/// - `domains`: their data sets of the Hub have been fetched
 /// - `progress`: called on this thread while files are read
 ///
 /// # Errors
-/// If a pattern matches no file; if a record is malformed (the error names its file and line); if a
+/// If a pattern matches no file; if a file does not hold what its name says; if a record is malformed (the error names its file and line); if a
 /// domain has nothing to train or validate on; or if a `validation.fraction` leaves one side empty.
 pub fn load_datasets(
     domains: &[DomainConfig],
@@ -234,8 +245,13 @@ fn select_documents<'a>(
     let mut sources = SourceFiles::default();
     let mut listed = Vec::new();
     for domain in domains {
+        if domain.hub.is_some() || matches!(domain.validation, Some(Validation::Hub(_))) {
+            bail!("the data set of domain `{}` was not fetched from the Hub", domain.name);
+        }
+        let records = domain.records();
         let mut add = |patterns: &[String]| {
-            sources.add(patterns).with_context(|| format!("in domain `{}`", domain.name))
+            let added = sources.add(patterns, &records);
+            added.with_context(|| format!("in domain `{}`", domain.name))
         };
         let validation = match &domain.validation {
             Some(Validation::Files(patterns)) => add(patterns)?,
@@ -252,7 +268,7 @@ fn select_documents<'a>(
         };
         let mut selection = select(train_files);
         match domain.validation {
-            None => {}
+            None | Some(Validation::Hub(_)) => {}
             Some(Validation::Files(_)) => validation.push(select(validation_files)),
             Some(Validation::Fraction(fraction)) => {
                 validation.push(selector.hold_out(&mut selection, fraction, options.seed)?);
@@ -308,7 +324,7 @@ pub fn load_files(
 ) -> Result<TokenDataset> {
     check(options)?;
     let mut source_files = SourceFiles::default();
-    let listed = sources.iter().map(|source| source_files.add(&source.files));
+    let listed = sources.iter().map(|source| source_files.add(&source.files, &source.records));
     let listed = listed.collect::<Result<Vec<_>>>()?;
     let files = read::read_files(&source_files.files, options, tokenizer, progress)?;
     let selector = Selector { files: &files, loss_on: options.loss_on };

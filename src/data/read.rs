@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 use super::DataOptions;
 use super::cache::{self, Cache};
 use super::documents::{Reading, read_documents};
-use super::source::{Lines, SourceFile};
+use super::source::SourceFile;
 use super::token_file::TokenFile;
 use super::tokenize::Tokenizer;
 use crate::config::OnBadRecord;
@@ -140,7 +140,10 @@ impl Reader<'_> {
                 let fails = self.reading.on_bad_record == OnBadRecord::Fail;
                 // if malformed records are an error, a cached file that has some is read again,
                 // because the cache does not know their lines
-                match cache.get(&key).filter(|file| !(fails && file.num_bad > 0)) {
+                let is_whole = |file: &TokenFile| {
+                    file.num_bad == 0 && file.documents.iter().all(TokenFile::has_label)
+                };
+                match cache.get(&key).filter(|file| !fails || is_whole(file)) {
                     Some(file) => {
                         self.files_cached.fetch_add(1, Ordering::Relaxed);
                         self.bytes_done.fetch_add(self.files[index].num_bytes, Ordering::Relaxed);
@@ -171,8 +174,7 @@ impl Reader<'_> {
         num_threads: usize,
         on_progress: &dyn Fn(),
     ) -> Result<TokenFile> {
-        let source = &self.files[index];
-        let lines = Lines::new(source.open(Arc::clone(&self.bytes_done))?);
-        read_documents(source, lines, Reading { num_threads, ..self.reading }, on_progress)
+        let reading = Reading { num_threads, ..self.reading };
+        read_documents(&self.files[index], Arc::clone(&self.bytes_done), reading, on_progress)
     }
 }

@@ -1,122 +1,307 @@
-//! Parses one line of a `.jsonl` file into a record.
+//! Makes a record of the values of its keys: the one place where a record of any shape becomes a
+//! text or a conversation.
 //!
-//! A record is a JSON object with either `text`, or `prompt` and `completion`, which are strings,
-//! or `messages`. These are a conversation, a list of objects with a string `role` and whatever
-//! else the base's chat template reads. With them, a record may have `tools`, a list of JSON
-//! schemas, and `chat_template_kwargs`, an object of further variables for the template, as in
-//! Hugging Face's TRL.
+//! | shape | keys | becomes |
+//! |---|---|---|
+//! | `text` | `text` | a text, which is learned as a whole |
+//! | `prompt_completion` | `prompt`, `completion` | a text, or with `style = "chat"` two turns |
+//! | `alpaca` | `instruction`, `output`, `input` | the same, with Stanford Alpaca's prompt |
+//! | `messages` | `messages` | a conversation of objects with a string `role` |
+//! | `sharegpt` | `conversations`, `system` | a conversation of objects with `from` and `value` |
+//!
+//! With a conversation, a record may have `tools`, a list of JSON schemas, and
+//! `chat_template_kwargs`, an object of further variables for the template, as in Hugging Face's
+//! TRL. Lists may also be texts of JSON, as in tables.
 //!
 //! A record may have a string `domain`, which names its domain. It may have an `expert`, which
 //! names the expert that the record is for: by the expert's index, a number from 0; by its exported
 //! name, `expert_N`; or by `__base__`, which is PEFT's name for no adapter. Other keys are ignored,
 //! and `null` counts as absent.
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::keys::{Key, Keys, Raw};
 use super::token_file::BASE_EXPERT;
 use crate::chat_template::Conversation;
+use crate::config::{RecordShape, RecordStyle};
 
 /// The variables of a template that `chat_template_kwargs` cannot set.
 const RESERVED: [&str; 4] = ["messages", "tools", "add_generation_prompt", "strftime_now"];
 
-/// A line of a file.
+/// A record of a file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Record {
     pub content: Content,
     pub domain: Option<String>,
     /// An index that fits into an `i32`, or [`BASE_EXPERT`].
     pub expert: Option<i64>,
+    pub shape: RecordShape,
 }
 
 /// What becomes a document.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Content {
     /// The prompt, which is only read, and the completion, which is learned. A `text` is a
-    /// completion without a prompt.
+    /// completion without a prompt. If the completion is empty, there is nothing to learn.
     Text { prompt: String, completion: String },
     /// A conversation, of which the assistant's turns are learned.
     Chat(Conversation),
 }
 
-#[derive(Deserialize)]
-struct RawRecord {
-    text: Option<Value>,
-    prompt: Option<Value>,
-    completion: Option<Value>,
-    messages: Option<Value>,
-    tools: Option<Value>,
-    chat_template_kwargs: Option<Value>,
-    domain: Option<Value>,
-    expert: Option<Value>,
+/// Whether a fault is that of a record that lacks keys.
+pub(super) fn is_lack_of_keys(fault: &str) -> bool {
+    fault.starts_with("has neither `") || fault.starts_with("has no `")
 }
 
-/// Parses a line. The error describes the fault; the caller puts the file and the line before it.
-pub(super) fn parse(line: &[u8]) -> Result<Record, String> {
-    let line = std::str::from_utf8(line)
-        .map_err(|error| format!("invalid UTF-8 at byte {}", error.valid_up_to() + 1))?;
-    if !line.trim_start().starts_with('{') && serde_json::from_str::<Value>(line).is_ok() {
-        return Err("is no JSON object; write `{\"text\": \"...\"}`".into());
-    }
-    let raw: RawRecord = serde_json::from_str(line).map_err(|error| json_fault(&error))?;
-    let domain = string("domain", raw.domain)?;
-    let expert = expert(raw.expert)?;
-    let text = string("text", raw.text)?;
-    let content = match raw.messages {
-        None => text_content(text, raw.prompt, raw.completion)?,
-        Some(messages) => {
-            if text.is_some() || raw.prompt.is_some() || raw.completion.is_some() {
-                return Err(
-                    "has `messages` as well as `text`, `prompt` or `completion`; leave one \
-                            of the two out"
-                        .into(),
-                );
-            }
-            Content::Chat(conversation(messages, raw.tools, raw.chat_template_kwargs)?)
+/// Makes a record of its values. The error describes the fault; the caller puts the file and the
+/// line before it.
+pub(super) fn convert(mut raw: Raw, keys: &Keys) -> Result<Record, String> {
+    let domain = string(keys.name(Key::Domain), raw.take(Key::Domain))?;
+    let expert = expert(raw.take(Key::Expert))?;
+    let shape = shape(&raw, keys)?;
+    check_keys(&raw, keys, shape)?;
+    let content = match (shape, keys.style) {
+        (RecordShape::Messages, _) => {
+            let messages = raw.take(Key::Messages).unwrap_or_default();
+            Content::Chat(conversation(keys.name(Key::Messages), messages, &mut raw)?)
         }
+        (RecordShape::Sharegpt, _) => Content::Chat(sharegpt(raw, keys)?),
+        (RecordShape::Text, RecordStyle::Plain) => {
+            let completion = string(keys.name(Key::Text), raw.take(Key::Text))?;
+            Content::Text { prompt: String::new(), completion: completion.unwrap_or_default() }
+        }
+        (RecordShape::Text, RecordStyle::Chat) => {
+            let name = keys.name(Key::Text);
+            return Err(format!("`{name}` has no turns, which `style = \"chat\"` needs"));
+        }
+        (RecordShape::PromptCompletion, RecordStyle::Plain) => {
+            let prompt = string(keys.name(Key::Prompt), raw.take(Key::Prompt))?;
+            let completion = string(keys.name(Key::Completion), raw.take(Key::Completion))?;
+            let [prompt, completion] = [prompt, completion].map(Option::unwrap_or_default);
+            Content::Text { prompt, completion }
+        }
+        (RecordShape::PromptCompletion, RecordStyle::Chat) => {
+            let prompt = required(&mut raw, keys, Key::Prompt)?;
+            turns(prompt, required(&mut raw, keys, Key::Completion)?)
+        }
+        (RecordShape::Alpaca, style) => alpaca(raw, keys, style)?,
     };
-    Ok(Record { content, domain, expert })
+    Ok(Record { content, domain, expert, shape })
 }
 
-fn text_content(
-    text: Option<String>,
-    prompt: Option<Value>,
-    completion: Option<Value>,
-) -> Result<Content, String> {
-    let prompt = string("prompt", prompt)?;
-    let completion = string("completion", completion)?;
-    match (text, prompt, completion) {
-        (Some(completion), None, None) => Ok(Content::Text { prompt: String::new(), completion }),
-        (None, Some(prompt), Some(completion)) => Ok(Content::Text { prompt, completion }),
-        (None, None, None) => {
-            Err("has neither `text`, `prompt` and `completion`, nor `messages`; one of the three \
-                 is needed"
-                .into())
-        }
-        (None, Some(_), None) => {
-            Err("has a `prompt` but no `completion`; add it, or call the field `text`".into())
-        }
-        (None, None, Some(_)) => {
-            Err("has a `completion` but no `prompt`; add it, or call the field `text`".into())
-        }
-        (Some(_), _, _) => {
-            Err("has `text` as well as `prompt` or `completion`; leave one of the two out".into())
-        }
+/// The shape of a record: the known one, or the one that its keys belong to. A key of which there
+/// is only `true` counts too.
+///
+/// # Errors
+/// Keys of no shape, or of several.
+pub(super) fn shape(raw: &Raw, keys: &Keys) -> Result<RecordShape, String> {
+    if let Some(shape) = keys.shape {
+        return Ok(shape);
+    }
+    let mut found = RecordShape::ALL.into_iter().filter(|shape| match shape {
+        RecordShape::Messages => raw.has(Key::Messages),
+        RecordShape::Sharegpt => raw.has(Key::Conversations),
+        RecordShape::Text => raw.has(Key::Text),
+        RecordShape::PromptCompletion => raw.has(Key::Prompt) || raw.has(Key::Completion),
+        // other data have an `input` or an `output` too
+        RecordShape::Alpaca => raw.has(Key::Instruction) && raw.has(Key::Output),
+    });
+    let name = |shape: RecordShape| match shape {
+        RecordShape::PromptCompletion => "`prompt` or `completion`".to_owned(),
+        shape => keys.of_shape(shape),
+    };
+    match (found.next(), found.next()) {
+        (None, _) => Err("has neither `text`, `prompt` and `completion`, `messages`, \
+                          `conversations`, nor `instruction` and `output`"
+            .into()),
+        (Some(shape), None) => Ok(shape),
+        (Some(first), Some(second)) => Err(format!(
+            "has {} as well as {}; leave one of the two out, or name the `shape` of the domain's \
+             records, as `{}`",
+            name(first),
+            name(second),
+            first.name()
+        )),
     }
 }
 
-fn conversation(
-    messages: Value,
-    tools: Option<Value>,
-    variables: Option<Value>,
-) -> Result<Conversation, String> {
-    let messages = match messages {
-        Value::Array(messages) if !messages.is_empty() => messages,
-        Value::Array(_) => return Err("`messages` must have at least one message, got none".into()),
+/// Checks that a record has the keys of its shape.
+pub(super) fn check_keys(raw: &Raw, keys: &Keys, shape: RecordShape) -> Result<(), String> {
+    let needed: &[Key] = match shape {
+        RecordShape::Messages => &[Key::Messages],
+        RecordShape::Sharegpt => &[Key::Conversations],
+        RecordShape::Text => &[Key::Text],
+        RecordShape::PromptCompletion => &[Key::Prompt, Key::Completion],
+        RecordShape::Alpaca => &[Key::Instruction, Key::Output],
+    };
+    let (there, missing): (Vec<&Key>, Vec<&Key>) = needed.iter().partition(|key| raw.has(**key));
+    let name = |key: &Key| format!("`{}`", keys.name(*key));
+    match (there.first(), missing.first()) {
+        (_, None) => Ok(()),
+        (Some(there), Some(missing)) => {
+            let more = match shape {
+                RecordShape::PromptCompletion => "; add it, or call the field `text`",
+                _ => "",
+            };
+            Err(format!("has {} but no {}{more}", with_article(&name(there)), name(missing)))
+        }
+        (None, Some(missing)) => Err(format!("has no {}", name(missing))),
+    }
+}
+
+fn with_article(name: &str) -> String {
+    let is_vowel = |c: char| "aeio".contains(c);
+    let article = if name.trim_start_matches('`').starts_with(is_vowel) { "an" } else { "a" };
+    format!("{article} {name}")
+}
+
+/// A string that a record must have and that must not be empty. A turn without content would be
+/// learned as its end-of-turn token.
+fn required(raw: &mut Raw, keys: &Keys, key: Key) -> Result<String, String> {
+    let name = keys.name(key);
+    match string(name, raw.take(key))? {
+        Some(value) if !value.is_empty() => Ok(value),
+        _ if matches!(key, Key::Prompt | Key::Instruction) => Err(format!("`{name}` is empty")),
+        _ => Err(format!("has nothing to learn: `{name}` is empty")),
+    }
+}
+
+/// The prompts of Stanford Alpaca, `PROMPT_DICT` in its `train.py`, up to what comes after them.
+const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an \
+                                 input that provides further context. Write a response that \
+                                 appropriately completes the request.";
+const ALPACA_WITHOUT_INPUT: &str = "Below is an instruction that describes a task. Write a \
+                                    response that appropriately completes the request.";
+
+fn alpaca(mut raw: Raw, keys: &Keys, style: RecordStyle) -> Result<Content, String> {
+    let instruction = required(&mut raw, keys, Key::Instruction)?;
+    let input = string(keys.name(Key::Input), raw.take(Key::Input))?;
+    let input = input.filter(|input| !input.is_empty());
+    let completion = match style {
+        RecordStyle::Plain => string(keys.name(Key::Output), raw.take(Key::Output))?,
+        RecordStyle::Chat => Some(required(&mut raw, keys, Key::Output)?),
+    };
+    let completion = completion.unwrap_or_default();
+    Ok(match (style, input) {
+        (RecordStyle::Plain, None) => Content::Text {
+            prompt: format!(
+                "{ALPACA_WITHOUT_INPUT}\n\n### Instruction:\n{instruction}\n\n### Response:"
+            ),
+            completion,
+        },
+        (RecordStyle::Plain, Some(input)) => Content::Text {
+            prompt: format!(
+                "{ALPACA_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n\
+                 ### Response:"
+            ),
+            completion,
+        },
+        (RecordStyle::Chat, None) => turns(instruction, completion),
+        (RecordStyle::Chat, Some(input)) => turns(format!("{instruction}\n\n{input}"), completion),
+    })
+}
+
+/// A turn of the user and one of the assistant.
+fn turns(user: String, assistant: String) -> Content {
+    let messages = vec![message("user", user), message("assistant", assistant)];
+    Content::Chat(Conversation { messages, ..Conversation::default() })
+}
+
+fn message(role: &str, content: String) -> Map<String, Value> {
+    let entries = [("role", role.into()), ("content", Value::String(content))];
+    entries.map(|(key, value): (_, Value)| (key.to_owned(), value)).into_iter().collect()
+}
+
+/// A conversation as in ShareGPT's data, whose messages have `from` and `value`. Messages with
+/// `role` and `content` are taken as they are.
+fn sharegpt(mut raw: Raw, keys: &Keys) -> Result<Conversation, String> {
+    let name = keys.name(Key::Conversations);
+    let messages = match parsed(raw.take(Key::Conversations).unwrap_or_default()) {
+        Value::Array(messages) => messages,
         other => {
-            return Err(format!("`messages` must be a list of messages, got {}", kind(&other)));
+            return Err(format!("`{name}` must be a list of messages, got {}", kind(&other)));
         }
     };
+    let renamed = (1..).zip(messages).map(|(number, message)| match message {
+        Value::Object(message) if !message.contains_key("role") => {
+            renamed(message).map_err(|fault| format!("message {number} {fault}"))
+        }
+        message => Ok(message),
+    });
+    let mut messages = renamed.collect::<Result<Vec<Value>, String>>()?;
+    let system = string(keys.name(Key::System), raw.take(Key::System))?;
+    if let Some(system) = system.filter(|system| !system.is_empty()) {
+        messages.insert(0, Value::Object(message("system", system)));
+    }
+    conversation(name, messages.into(), &mut raw)
+}
+
+/// The roles of ShareGPT's data and what chat templates call them.
+const SHAREGPT_ROLES: [(&str, &str); 7] = [
+    ("system", "system"),
+    ("human", "user"),
+    ("user", "user"),
+    ("gpt", "assistant"),
+    ("assistant", "assistant"),
+    ("model", "assistant"),
+    ("tool", "tool"),
+];
+
+fn renamed(message: Map<String, Value>) -> Result<Value, String> {
+    if !message.contains_key("from") {
+        return Err("has neither `from` nor `role`".into());
+    }
+    let mut renamed = Map::new();
+    for (key, value) in message {
+        match (key.as_str(), value) {
+            ("from", Value::String(from)) => {
+                let role = SHAREGPT_ROLES.into_iter().find(|(name, _)| *name == from);
+                let (_, role) = role.ok_or_else(|| {
+                    let known = SHAREGPT_ROLES.map(|(name, _)| format!("`{name}`"));
+                    format!("is from `{from}`; it must be one of {}", known.join(", "))
+                })?;
+                renamed.insert("role".into(), role.into());
+            }
+            ("from", other) => {
+                return Err(format!("must have a string as its `from`, got {}", kind(&other)));
+            }
+            ("value", value) => {
+                renamed.insert("content".into(), value);
+            }
+            (_, value) => {
+                renamed.insert(key, value);
+            }
+        }
+    }
+    match renamed.contains_key("content") {
+        true => Ok(Value::Object(renamed)),
+        false => Err("has no `value`".into()),
+    }
+}
+
+/// A value that some data sets hold as a text of JSON.
+fn parsed(value: Value) -> Value {
+    let parsed = match &value {
+        Value::String(text) => serde_json::from_str(text).ok(),
+        _ => None,
+    };
+    parsed.unwrap_or(value)
+}
+
+/// The conversation of `messages` and what else `raw` says about it.
+///
+/// - `name`: the key of the messages
+fn conversation(name: &str, messages: Value, raw: &mut Raw) -> Result<Conversation, String> {
+    let messages = match parsed(messages) {
+        Value::Array(messages) if !messages.is_empty() => messages,
+        Value::Array(_) => {
+            return Err(format!("`{name}` must have at least one message, got none"));
+        }
+        other => {
+            return Err(format!("`{name}` must be a list of messages, got {}", kind(&other)));
+        }
+    };
+    let (tools, variables) = (raw.take(Key::Tools), raw.take(Key::ChatTemplateKwargs));
     let message = |(at, value): (usize, Value)| {
         let fault = |what: String| format!("message {} {what}", at + 1);
         let Value::Object(message) = value else {
@@ -137,13 +322,8 @@ fn conversation(
     Ok(Conversation { messages, tools, variables, now: None })
 }
 
-/// The tools as a list, which some data sets hold as a text of JSON.
 fn tool_list(tools: Value) -> Result<Vec<Value>, String> {
-    let parsed = match &tools {
-        Value::String(text) => serde_json::from_str(text).ok(),
-        _ => None,
-    };
-    match parsed.unwrap_or(tools) {
+    match parsed(tools) {
         Value::Array(tools) => Ok(tools),
         other => Err(format!("`tools` must be a list of JSON schemas, got {}", kind(&other))),
     }
@@ -203,17 +383,15 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// serde_json's message, with the column at the front. Its `at line 1 column 5` is dropped, since
-/// it counts lines within this one line.
-fn json_fault(error: &serde_json::Error) -> String {
-    let message = error.to_string();
-    let message = message.split(" at line ").next().unwrap_or(&message);
-    format!("invalid JSON at column {}: {message}", error.column())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::RecordConfig;
+
+    fn parse(line: &[u8]) -> Result<Record, String> {
+        let keys = Keys::new(&RecordConfig::default());
+        crate::data::json::parse(line, &keys).and_then(|raw| convert(raw, &keys))
+    }
 
     fn fault(line: &str) -> String {
         parse(line.as_bytes()).expect_err("a faulty line")
@@ -292,7 +470,7 @@ mod tests {
         assert!(fault(r#"{"text": "a", "text": "b"}"#).contains("duplicate field `text`"));
         assert!(fault(r#"["a", null, null, null]"#).starts_with("is no JSON object"));
         assert!(fault(r#""a""#).starts_with("is no JSON object"));
-        assert!(fault("{}").starts_with("has neither `text`, `prompt` and `completion`, nor"));
+        assert!(fault("{}").starts_with("has neither `text`, `prompt` and `completion`, `m"));
         assert!(fault(r#"{"prompt": "a"}"#).contains("no `completion`"));
         assert!(fault(r#"{"completion": "a"}"#).contains("no `prompt`"));
         assert!(fault(r#"{"text": "a", "prompt": "b"}"#).starts_with("has `text` as well as"));

@@ -1,8 +1,7 @@
 //! Expands patterns into files, and reads files line by line.
 //!
-//! The suffixes of a file's name say what the file holds. A `.jsonl` or `.ndjson` file has one JSON
-//! object per line, and any other file is one plain text. A file with `.zst` or `.gz` after that is
-//! decompressed while it is read.
+//! A file with the suffix `.zst` or `.gz` is decompressed while it is read. The suffix before that
+//! says what the file holds ([`super::format`]).
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read};
@@ -13,14 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use fs_err::File;
 
-/// What a file contains.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
-    /// One JSON object per line.
-    JsonLines,
-    /// One document of plain text.
-    Text,
-}
+use super::format;
+use crate::config::{FileFormat, RecordConfig};
 
 /// How a file is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,14 +27,17 @@ pub(super) enum Packing {
 #[derive(Debug, Clone)]
 pub(super) struct SourceFile {
     pub path: PathBuf,
-    pub format: Format,
+    pub format: FileFormat,
     pub packing: Packing,
     /// The file's size on disk.
     pub num_bytes: u64,
+    /// What the domain says about the file's records.
+    pub records: RecordConfig,
 }
 
 impl SourceFile {
-    fn new(path: PathBuf) -> Result<Self> {
+    /// A file whose format is that of `records` or of its name, and whose content begins like it.
+    pub fn new(path: PathBuf, records: RecordConfig) -> Result<Self> {
         let metadata = fs_err::metadata(&path)?;
         if metadata.is_dir() {
             bail!("`{0}` is a folder\nhint: name its files, as in `{0}/*.jsonl`", path.display());
@@ -51,16 +47,23 @@ impl SourceFile {
             bail!("`{}` is no regular file\nhint: write its content to one", path.display());
         }
         let (stem, packing) = unpacked_name(&path);
-        let format = match extension(&stem).as_deref() {
-            Some("jsonl" | "ndjson") => Format::JsonLines,
-            Some("json") => bail!(
-                "`{}` is a `.json` file, which would be read as one plain text\n\
-                 hint: write one JSON object a line and call it `.jsonl`",
-                path.display()
-            ),
-            _ => Format::Text,
-        };
-        Ok(Self { path, format, packing, num_bytes: metadata.len() })
+        let named = format::Named::new(&path, &stem, records.format)?;
+        let num_bytes = metadata.len();
+        // the format is settled by the file's first bytes
+        let mut source = Self { path, format: FileFormat::Text, packing, num_bytes, records };
+        source.format = named.check(&source)?;
+        Ok(source)
+    }
+
+    /// The first bytes of the decompressed content, as far as they can be read. What cannot be
+    /// read is an error later, when the file is read as a whole.
+    pub fn head(&self) -> Vec<u8> {
+        const HEAD_BYTES: u64 = 64 << 10;
+        let mut head = Vec::new();
+        if let Ok(reader) = self.open(Arc::default()) {
+            reader.take(HEAD_BYTES).read_to_end(&mut head).ok();
+        }
+        head
     }
 
     /// The file's name without the folder and the known suffixes: `b` for `a/b.jsonl.zst`.
@@ -68,6 +71,15 @@ impl SourceFile {
         let (name, _) = unpacked_name(&self.path);
         let stem = Path::new(&name).file_stem().unwrap_or_default();
         stem.to_string_lossy().into_owned()
+    }
+
+    /// A line or, in a Parquet file, a row, as messages name it.
+    pub fn place(&self, number: u64) -> String {
+        let path = self.path.display();
+        match self.format {
+            FileFormat::Parquet => format!("{path}, row {number}"),
+            _ => format!("{path}:{number}"),
+        }
     }
 
     /// Opens the decompressed content. `bytes_read` grows by the number of bytes read from disk.
@@ -89,7 +101,7 @@ impl SourceFile {
 }
 
 /// The extension of a file name, in lower case.
-fn extension(name: &str) -> Option<String> {
+pub(super) fn extension(name: &str) -> Option<String> {
     Path::new(name).extension().map(|extension| extension.to_string_lossy().to_lowercase())
 }
 
@@ -119,9 +131,9 @@ impl Read for CountingReader {
     }
 }
 
-/// The longest line, which is a record of JSON or a part of a text. Tokenizing takes about 10 times
-/// its size, and about 150 times where it has no place to cut ([`super::tokenize`]): 600 MiB.
-const MAX_LINE_BYTES: usize = 4 << 20;
+/// The longest record, or line of a text. Tokenizing takes about 10 times its size, and about 150
+/// times where it has no place to cut ([`super::tokenize`]): 600 MiB.
+pub(super) const MAX_RECORD_BYTES: usize = 4 << 20;
 
 /// The lines of a file as bytes. They keep their line feeds; a byte order mark is removed.
 pub(super) struct Lines {
@@ -141,12 +153,12 @@ impl Lines {
     /// A file that cannot be read, and a line that is too long.
     pub fn read(&mut self, line: &mut Vec<u8>) -> io::Result<bool> {
         line.clear();
-        let most = MAX_LINE_BYTES as u64 + 1;
+        let most = MAX_RECORD_BYTES as u64 + 1;
         if self.reader.by_ref().take(most).read_until(b'\n', line)? == 0 {
             return Ok(false);
         }
-        if line.len() > MAX_LINE_BYTES {
-            let (number, mib) = (self.number + 1, MAX_LINE_BYTES >> 20);
+        if line.len() > MAX_RECORD_BYTES {
+            let (number, mib) = (self.number + 1, MAX_RECORD_BYTES >> 20);
             return Err(io::Error::other(format!(
                 "line {number} is longer than {mib} MiB, the most that a record may have\nhint: \
                  split it into several"
@@ -164,21 +176,26 @@ impl Lines {
 #[derive(Debug, Default)]
 pub(super) struct SourceFiles {
     pub files: Vec<SourceFile>,
-    indices: HashMap<PathBuf, usize>,
+    indices: HashMap<(PathBuf, RecordConfig), usize>,
 }
 
 impl SourceFiles {
     /// Adds the files that `patterns` name and returns their indices in `files`, in the order of
-    /// the patterns. The files of one pattern are sorted by name.
+    /// the patterns. The files of one pattern are sorted by name. A file whose records are read in
+    /// two ways counts as two.
     ///
     /// # Errors
-    /// If a pattern matches no file, or if a file is matched twice.
-    pub fn add(&mut self, patterns: &[String]) -> Result<Vec<usize>> {
+    /// If a pattern matches no file, if a file is matched twice, or if a file does not hold what
+    /// its name says.
+    pub fn add(&mut self, patterns: &[String], records: &RecordConfig) -> Result<Vec<usize>> {
+        if let Err((key, fault)) = records.known_shape() {
+            bail!("`{key}` {fault}");
+        }
         let mut found = Vec::new();
         let mut found_by: HashMap<usize, &str> = HashMap::new();
         for pattern in patterns {
             for path in expand(pattern)? {
-                let index = self.index(path)?;
+                let index = self.index(path, records)?;
                 if let Some(first) = found_by.insert(index, pattern) {
                     bail!(
                         "`{}` is listed twice, by `{first}` and `{pattern}`\n\
@@ -192,13 +209,13 @@ impl SourceFiles {
         Ok(found)
     }
 
-    fn index(&mut self, path: PathBuf) -> Result<usize> {
-        let canonical = fs_err::canonicalize(&path)?;
-        if let Some(index) = self.indices.get(&canonical) {
+    fn index(&mut self, path: PathBuf, records: &RecordConfig) -> Result<usize> {
+        let identity = (fs_err::canonicalize(&path)?, records.clone());
+        if let Some(index) = self.indices.get(&identity) {
             return Ok(*index);
         }
-        self.files.push(SourceFile::new(path)?);
-        self.indices.insert(canonical, self.files.len() - 1);
+        self.files.push(SourceFile::new(path, records.clone())?);
+        self.indices.insert(identity, self.files.len() - 1);
         Ok(self.files.len() - 1)
     }
 }
@@ -237,19 +254,18 @@ mod tests {
     #[test]
     fn patterns_that_name_nothing_or_twice_the_same_are_refused() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        for name in ["a.jsonl", "a[1].txt", "b.txt", ".hidden.txt", "c.json"] {
+        for name in ["a.jsonl", "a[1].txt", "b.txt", ".hidden.txt"] {
             fs_err::write(dir.path().join(name), "").expect("a temporary file");
         }
         let pattern = |name: &str| dir.path().join(name).display().to_string();
         let add = |names: &[&str]| {
             let patterns: Vec<_> = names.iter().map(|name| pattern(name)).collect();
-            SourceFiles::default().add(&patterns).map(|files| files.len())
+            SourceFiles::default().add(&patterns, &RecordConfig::default()).map(|files| files.len())
         };
         let fault = |names: &[&str]| format!("{:#}", add(names).expect_err("a faulty pattern"));
         assert!(fault(&["*.zst"]).ends_with("*.zst` matches no file"));
         assert!(fault(&["b.jsonl"]).starts_with("there is no file"));
         assert!(fault(&[""]).contains("is a folder\nhint: name its files"));
-        assert!(fault(&["c.json"]).contains("hint: write one JSON object a line"));
         assert!(fault(&["a.jsonl", "*.jsonl"]).contains("a.jsonl` is listed twice, by"));
         // an existing file's name is not read as a glob, and `*` does not match hidden files
         assert_eq!(add(&["a[1].txt"]).expect("a file"), 1);
@@ -259,10 +275,11 @@ mod tests {
     #[test]
     fn a_stem_has_no_known_suffixes() {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        for (name, stem) in [("a.b.jsonl.zst", "a.b"), ("c.TXT.GZ", "c"), ("d", "d")] {
+        for (name, stem) in [("a.b.jsonl.zst", "a.b"), ("c.TXT.GZ", "c"), ("d.md", "d")] {
             let path = dir.path().join(name);
             fs_err::write(&path, "").expect("a temporary file");
-            assert_eq!(SourceFile::new(path).expect("a file").stem(), stem);
+            let file = SourceFile::new(path, RecordConfig::default());
+            assert_eq!(file.expect("a file").stem(), stem);
         }
     }
 }

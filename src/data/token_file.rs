@@ -1,5 +1,7 @@
 //! The tokens of one source file, in memory or on disk.
 
+use crate::config::RecordShape;
+
 /// The [`Document::record_domain`] of a record that names no domain.
 pub(super) const NO_DOMAIN: u32 = u32::MAX;
 
@@ -24,6 +26,9 @@ pub(super) struct TokenFile {
     pub record_domains: Vec<String>,
     /// Number of malformed records, which were left out.
     pub num_bad: u64,
+    /// Number of records of each shape, in the order of [`RecordShape::ALL`], without the malformed
+    /// ones. A plain text file has none.
+    pub shapes: [u64; RecordShape::ALL.len()],
 }
 
 /// Tokens of a document, by their indices in it.
@@ -38,6 +43,12 @@ impl TokenFile {
     pub fn learned(&self, document: &Document) -> &[Span] {
         let start = document.first_span as usize;
         &self.learned[start..start + document.num_spans as usize]
+    }
+
+    /// Whether a document has a token to learn, whichever tokens the loss counts.
+    pub fn has_label(document: &Document) -> bool {
+        document.num_spans > 0
+            || (document.num_tokens > 1 && document.prompt_len < document.num_tokens)
     }
 
     /// The `domain` field of a document's record, if it has one.

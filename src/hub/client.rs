@@ -10,7 +10,7 @@ use ureq::http::{Response, StatusCode};
 use url::Url;
 
 use super::http::{Http, redirect, shown_origin};
-use super::names::{RepoSource, is_commit};
+use super::names::{Holds, RepoSource, is_commit};
 use super::settings::HubSettings;
 
 /// The largest number of redirects that are followed for one request, as in `huggingface_hub`.
@@ -67,9 +67,8 @@ impl<'a> Client<'a> {
 
     /// Fetches the commit that the revision points to and the list of its files.
     pub(super) fn info(&self) -> Result<RepoInfo, Fault> {
-        let RepoSource { repo, revision, .. } = self.source;
-        let path = ["api", "models"].into_iter().chain(repo.split('/'));
-        let mut url = self.http.url(path.chain(["revision", revision]));
+        let source = self.source;
+        let mut url = self.http.url(source.api_path().chain(["revision", source.revision]));
         let agent = self.http.agent();
         for _ in 0..=MAX_REDIRECTS {
             let response = self
@@ -119,8 +118,13 @@ impl<'a> Client<'a> {
     pub(super) fn write_ref(&self, commit: &str) {
         let revision = self.source.revision;
         let cache = self.cache.repo(self.source.repo_at(revision));
-        let config = self.source.path_of(self.source.config_file);
-        let is_noted = cache.get(&config) == Some(cache.pointer_path(commit).join(&config));
+        let is_noted = match self.source.holds {
+            Holds::Model { config_file, .. } => {
+                let config = self.source.path_of(config_file);
+                cache.get(&config) == Some(cache.pointer_path(commit).join(&config))
+            }
+            Holds::Dataset => false,
+        };
         if is_noted || is_commit(revision) {
             return;
         }
@@ -174,8 +178,8 @@ impl<'a> Client<'a> {
     /// The error for an answer of the Hub whose `status` is not a success and whose `X-Error-Code`
     /// is `code`.
     fn refusal(&self, status: StatusCode, code: &str, message: Option<&str>) -> Fault {
-        let RepoSource { repo, revision, option, .. } = self.source;
-        let endpoint = self.endpoint();
+        let RepoSource { repo, revision, .. } = self.source;
+        let (endpoint, key) = (self.endpoint(), self.source.key());
         let said = message.map(|text| self.http.quoted(text));
         let said = said.map(|text| format!(": {}", text.trim_end_matches('.')));
         let answer = format!("answers {status}{}", said.unwrap_or_default());
@@ -189,7 +193,7 @@ impl<'a> Client<'a> {
         Fault::Final(if code == "RevisionNotFound" {
             anyhow!(
                 "`{repo}` on `{endpoint}` has no revision `{revision}`\n\
-                 hint: `{option}.hub.revision` is a branch (as a rule `main`), a tag or a \
+                 hint: `{key}.revision` is a branch (as a rule `main`), a tag or a \
                  full commit"
             )
         } else if code == "GatedRepo" {
@@ -201,7 +205,7 @@ impl<'a> Client<'a> {
         } else if code == "RepoNotFound" || (status == StatusCode::NOT_FOUND && code.is_empty()) {
             anyhow!(
                 "`{endpoint}` shows no `{repo}` at `{revision}`: it {answer}\n\
-                 hint: check `{option}.hub`; {}",
+                 hint: check `{key}`; {}",
                 match self.http.has_token {
                     false => "a private repository needs a token that may read it in `HF_TOKEN`",
                     true => "if it is private, may the token in `HF_TOKEN` read it?",

@@ -29,7 +29,6 @@ use url::Url;
 
 use super::client::{Client, Fault, MAX_REDIRECTS};
 use super::http::{redirect, with_least_speed};
-use super::names::RepoSource;
 use super::settings::DownloadProgress;
 use crate::durable::folder::Writing;
 
@@ -153,8 +152,7 @@ impl Client<'_> {
 
     /// Asks the Hub for a file, and follows its redirects up to the host that has the content.
     fn locate(&self, agent: &Agent, file: &str, commit: &str) -> Result<Located, Fault> {
-        let RepoSource { repo, .. } = self.source;
-        let path = repo.split('/').chain(["resolve", commit]).chain(file.split('/'));
+        let path = self.source.path().chain(["resolve", commit]).chain(file.split('/'));
         let mut url = self.http.url(path);
         let (mut etag, mut size_bytes) = (None, None);
         for _ in 0..=MAX_REDIRECTS {

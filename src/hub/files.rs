@@ -1,4 +1,4 @@
-//! The files of a base or of an adapter that were found.
+//! The files of a base, of an adapter or of a data set that were found.
 
 use std::path::PathBuf;
 
@@ -42,4 +42,15 @@ pub struct AdapterFiles {
     pub config: PathBuf,
     /// `adapter_model.safetensors`.
     pub weights: PathBuf,
+}
+
+/// The files of a data set's split. All of them exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatasetFiles {
+    /// The name for messages: `repo@revision`.
+    pub label: String,
+    /// The commit that the revision pointed to.
+    pub commit: Option<String>,
+    /// The parquet files, in the order of their records.
+    pub files: Vec<PathBuf>,
 }

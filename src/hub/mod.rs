@@ -1,5 +1,5 @@
 //! Finds the files of a base or an adapter in a local folder or in a repository of the Hugging Face
-//! Hub.
+//! Hub, and the files of a data set there.
 //!
 //! The Hub is asked once which commit the revision points to and which files that commit has. Only
 //! the files that are needed are fetched, all of them at that commit. They go into the cache that
@@ -11,6 +11,7 @@
 //!                                     snapshots/<commit>/<file>  a link to the blob
 //!                                     blobs/<etag>               the content
 //!                                     blobs/<etag>.incomplete    the content while it is fetched
+//! <cache_dir>/datasets--<owner>--<name>/..                       the same of a data set
 //! <cache_dir>/.locks/models--<owner>--<name>/<etag>.lock         locked by whoever fetches it
 //! ```
 //!
@@ -23,6 +24,7 @@
 mod adapter;
 mod base;
 mod client;
+mod dataset;
 mod fetch;
 mod files;
 mod http;
@@ -38,11 +40,11 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::config::{AdapterHub, AdapterSource, BaseSource, HubSource};
-pub use files::{AdapterFiles, BaseFiles, SideFile};
+use crate::config::{AdapterHub, AdapterSource, BaseSource, HubDataset, HubSource};
+pub use files::{AdapterFiles, BaseFiles, DatasetFiles, SideFile};
 pub use login::{Login, login};
-use names::RepoSource;
 pub use names::is_repo;
+use names::{Holds, RepoSource};
 use place::Place;
 pub use settings::{DownloadProgress, HubLimits, HubSettings};
 
@@ -64,10 +66,11 @@ pub fn find_base(
         BaseSource::Path(dir) => base::find_in_folder(dir),
         BaseSource::Hub(HubSource { repo, revision }) => {
             let (config_file, option) = (base::CONFIG, base::OPTION);
-            let source = RepoSource { repo, revision, subfolder: "", config_file, option };
+            let holds = Holds::Model { config_file, option };
+            let source = RepoSource { repo, revision, subfolder: "", holds };
             // ask the Hub for a `tokenizer.json` that the cache lacks
             let is_whole = |files: &BaseFiles| files.tokenizer.is_some();
-            repo::find(&source, settings, progress, base::collect, is_whole)
+            repo::find(&source, settings, progress, &base::collect, is_whole)
         }
         BaseSource::Random(_) => bail!("a base of random weights has no files"),
     }
@@ -94,8 +97,24 @@ pub fn find_adapter(
         AdapterSource::Path(dir) => adapter::find_in_folder(dir),
         AdapterSource::Hub(AdapterHub { repo, revision, subfolder }) => {
             let (config_file, option) = (adapter::CONFIG, adapter::OPTION);
-            let source = RepoSource { repo, revision, subfolder, config_file, option };
-            repo::find(&source, settings, progress, adapter::collect, |_| true)
+            let holds = Holds::Model { config_file, option };
+            let source = RepoSource { repo, revision, subfolder, holds };
+            repo::find(&source, settings, progress, &adapter::collect, |_| true)
         }
     }
+}
+
+/// Finds the parquet files of a data set's split, in the same way as [`find_base`] does.
+///
+/// # Errors
+/// If there is no such split, if a file is missing or cannot be fetched; the message says which, and
+/// what to do.
+pub fn find_dataset(
+    source: &HubDataset,
+    settings: &HubSettings,
+    progress: &dyn DownloadProgress,
+) -> Result<DatasetFiles> {
+    let HubDataset { dataset: repo, revision, .. } = source;
+    let repo_source = RepoSource { repo, revision, subfolder: "", holds: Holds::Dataset };
+    repo::find(&repo_source, settings, progress, &|place| dataset::collect(place, source), |_| true)
 }

@@ -9,11 +9,23 @@ pub(super) struct RepoSource<'a> {
     pub(super) revision: &'a str,
     /// The folder in the repository; empty for its root.
     pub(super) subfolder: &'a str,
-    /// The file that every such folder has. A revision without it in the cache counts as not
-    /// cached.
-    pub(super) config_file: &'static str,
-    /// The config key of the source, such as `base.source`, for messages.
-    pub(super) option: &'static str,
+    /// What the repository holds.
+    pub(super) holds: Holds,
+}
+
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holds {
+    /// A model.
+    Model {
+        /// The file that every folder of such a model has. A revision without it in the cache
+        /// counts as not cached.
+        config_file: &'static str,
+        /// The config key of the source, such as `base.source`, for messages.
+        option: &'static str,
+    },
+    /// A data set.
+    Dataset,
 }
 
 impl RepoSource<'_> {
@@ -34,17 +46,63 @@ impl RepoSource<'_> {
 
     /// The repository at `revision`, as the type of `hf-hub`.
     pub(super) fn repo_at(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.repo.to_owned(), RepoType::Model, revision.to_owned())
+        let holds = match self.holds {
+            Holds::Model { .. } => RepoType::Model,
+            Holds::Dataset => RepoType::Dataset,
+        };
+        Repo::with_revision(self.repo.to_owned(), holds, revision.to_owned())
+    }
+
+    /// The path of the repository's files in addresses.
+    pub(super) fn path(&self) -> impl Iterator<Item = &str> {
+        let prefix = match self.holds {
+            Holds::Model { .. } => None,
+            Holds::Dataset => Some("datasets"),
+        };
+        prefix.into_iter().chain(self.repo.split('/'))
+    }
+
+    /// The path of the repository in addresses of the Hub's interface.
+    pub(super) fn api_path(&self) -> impl Iterator<Item = &str> {
+        let kind = match self.holds {
+            Holds::Model { .. } => "models",
+            Holds::Dataset => "datasets",
+        };
+        ["api", kind].into_iter().chain(self.repo.split('/'))
+    }
+
+    /// The config key that names the repository, for messages.
+    pub(super) fn key(&self) -> String {
+        match self.holds {
+            Holds::Model { option, .. } => format!("{option}.hub"),
+            Holds::Dataset => "hub".into(),
+        }
+    }
+
+    /// What can be used instead of the Hub, for messages.
+    pub(super) fn instead(&self) -> String {
+        match self.holds {
+            Holds::Model { option, .. } => {
+                format!("use a folder: `{option} = {{ path = \"DIR\" }}`")
+            }
+            Holds::Dataset => "use files: `train = [\"FILE\"]`".into(),
+        }
     }
 
     /// Refuses names that cannot exist. This also keeps all paths inside the cache.
     pub(super) fn check_names(&self) -> Result<()> {
-        let Self { repo, revision, subfolder, option, .. } = self;
+        let Self { repo, revision, subfolder, .. } = self;
+        let key = self.key();
         if repo.split('/').count() > 2 || !repo.split('/').all(is_name) {
             bail!(
-                "`{repo}` is not the name of a repository\n\
-                 hint: `{option}.hub.repo` is like `Qwen/Qwen3-0.6B`; a folder is \
-                 `{option} = {{ path = \"DIR\" }}`"
+                "`{repo}` is not the name of a repository\nhint: {}",
+                match self.holds {
+                    Holds::Model { option, .. } => format!(
+                        "`{key}.repo` is like `Qwen/Qwen3-0.6B`; a folder is \
+                         `{option} = {{ path = \"DIR\" }}`"
+                    ),
+                    Holds::Dataset => format!("`{key}.dataset` is like `openai/gsm8k`"),
+                }
             );
         }
         let is_step =
@@ -53,7 +111,7 @@ impl RepoSource<'_> {
         if !revision.split('/').all(is_step) || revision.contains(odd) {
             bail!(
                 "`{revision}` is not the name of a revision\n\
-                 hint: `{option}.hub.revision` is a branch (as a rule `main`), a tag or a commit"
+                 hint: `{key}.revision` is a branch (as a rule `main`), a tag or a commit"
             );
         }
         // the Hub has no such folders, and in an address these names would mean other folders
@@ -62,7 +120,7 @@ impl RepoSource<'_> {
         {
             bail!(
                 "`{subfolder}` is not the name of a folder\n\
-                 hint: `{option}.hub.subfolder` is a path in the repository, like `expert_0`"
+                 hint: `{key}.subfolder` is a path in the repository, like `expert_0`"
             );
         }
         Ok(())

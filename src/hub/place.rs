@@ -75,12 +75,13 @@ impl<'a> Place<'a> {
         let below = client.source.path_of("");
         let files = files.filter_map(|file| Some(file.strip_prefix(&below)?.to_owned()));
         let files: BTreeSet<String> = files.collect();
-        let RepoSource { repo, revision, subfolder, option, .. } = client.source;
+        let RepoSource { repo, revision, subfolder, .. } = client.source;
         if files.is_empty() && !subfolder.is_empty() {
             bail!(
                 "`{repo}@{revision}` on `{}` has no folder `{subfolder}`\n\
-                 hint: check `{option}.hub.subfolder`",
-                client.endpoint()
+                 hint: check `{}.subfolder`",
+                client.endpoint(),
+                client.source.key()
             );
         }
         let store = Store::Repo { client, commit: commit.to_owned(), files, progress };
@@ -129,6 +130,30 @@ impl<'a> Place<'a> {
         };
         files.sort();
         Ok(files)
+    }
+
+    /// The paths of all files below the folder, sorted.
+    pub(super) fn all_files(&self) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        match &self.store {
+            Store::Repo { files, .. } => found.extend(files.iter().cloned()),
+            Store::Folder(dir) => {
+                let mut folders = vec![String::new()];
+                while let Some(folder) = folders.pop() {
+                    for entry in fs_err::read_dir(dir.join(&folder))? {
+                        let name = entry?.file_name().to_string_lossy().into_owned();
+                        let path =
+                            if folder.is_empty() { name } else { format!("{folder}/{name}") };
+                        match dir.join(&path).is_dir() {
+                            true => folders.push(path),
+                            false => found.push(path),
+                        }
+                    }
+                }
+            }
+        }
+        found.sort();
+        Ok(found)
     }
 
     /// The names of the files and folders directly in the folder, sorted.

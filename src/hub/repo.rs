@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow, bail};
 use hf_hub::Cache;
 
 use super::client::{Client, Fault, RepoInfo};
-use super::names::{RepoSource, is_commit};
+use super::names::{Holds, RepoSource, is_commit};
 use super::place::Place;
 use super::settings::{DownloadProgress, HubSettings};
 
@@ -20,18 +20,17 @@ pub(super) fn find<F>(
     source: &RepoSource,
     settings: &HubSettings,
     progress: &dyn DownloadProgress,
-    collect: fn(&Place) -> Result<F>,
+    collect: &dyn Fn(&Place) -> Result<F>,
     is_whole: fn(&F) -> bool,
 ) -> Result<F> {
     source.check_names()?;
-    let option = source.option;
+    let instead = source.instead();
     let cached = find_in_cache(source, &settings.cache_dir, collect);
     if settings.offline {
         return cached.map(|(_, files)| files).map_err(|error| {
             anyhow!(
                 "{error}; `HF_HUB_OFFLINE` forbids fetching it\n\
-                 hint: fetch it once without `HF_HUB_OFFLINE`, or use a folder: \
-                 `{option} = {{ path = \"DIR\" }}`"
+                 hint: fetch it once without `HF_HUB_OFFLINE`, or {instead}"
             )
         });
     }
@@ -52,7 +51,7 @@ pub(super) fn find<F>(
             Err(fault) => Err(anyhow!(
                 "{error}; {fault}\n\
                  hint: check the network (a proxy is named by `HTTPS_PROXY`, a mirror of the Hub \
-                 by `HF_ENDPOINT`), or use a folder: `{option} = {{ path = \"DIR\" }}`"
+                 by `HF_ENDPOINT`), or {instead}"
             )),
         },
     }
@@ -63,19 +62,24 @@ pub(super) fn find<F>(
 fn find_in_cache<F>(
     source: &RepoSource,
     cache_dir: &Path,
-    collect: fn(&Place) -> Result<F>,
+    collect: &dyn Fn(&Place) -> Result<F>,
 ) -> Result<(String, F)> {
     let label = source.label();
     let cache = Cache::new(cache_dir.to_owned()).repo(source.repo_at(source.revision));
+    // <cache>/models--<owner>--<name>/snapshots/<commit>/<subfolder>
+    let snapshots = cache.pointer_path("");
     let dir = if is_commit(source.revision) {
         let snapshot = cache.pointer_path(source.revision);
         Some(snapshot.join(source.subfolder)).filter(|dir| dir.is_dir())
-    } else {
-        let config = cache.get(&source.path_of(source.config_file));
+    } else if let Holds::Model { config_file, .. } = source.holds {
+        let config = cache.get(&source.path_of(config_file));
         config.and_then(|path| path.parent().map(Path::to_owned))
+    } else {
+        // no file is in every data set
+        let noted = snapshots.parent().map(|repo| repo.join("refs").join(source.revision));
+        let commit = noted.and_then(|noted| fs_err::read_to_string(noted).ok());
+        commit.map(|commit| snapshots.join(commit.trim())).filter(|dir| dir.is_dir())
     };
-    // <cache>/models--<owner>--<name>/snapshots/<commit>/<subfolder>
-    let snapshots = cache.pointer_path("");
     let below = dir.as_ref().and_then(|dir| dir.strip_prefix(&snapshots).ok());
     let commit = below.and_then(|path| path.iter().next()?.to_str()).filter(|name| is_commit(name));
     let (Some(dir), Some(commit)) = (&dir, commit) else {
@@ -94,7 +98,7 @@ fn fetch_all<F>(
     info: RepoInfo,
     client: &Client,
     progress: &dyn DownloadProgress,
-    collect: fn(&Place) -> Result<F>,
+    collect: &dyn Fn(&Place) -> Result<F>,
 ) -> Result<F> {
     let files = info.siblings.into_iter().map(|file| file.rfilename);
     let files = collect(&Place::on_hub(client, &info.sha, files, progress)?)?;

@@ -55,7 +55,7 @@ impl Records {
 
     fn load(&self, options: &DataOptions, tokenizer: &Tokenizer) -> Result<TokenDataset> {
         let files = vec![self.0.path("a.jsonl").display().to_string()];
-        let source = DomainFiles { name: Some("x".into()), files, record_domain: None };
+        let source = DomainFiles { name: Some("x".into()), files, ..DomainFiles::default() };
         load_files(&[source], options, tokenizer, &|_| ())
     }
 }
@@ -313,7 +313,7 @@ fn the_cache_knows_the_template_and_the_turns() -> Result<()> {
         (options.chat.turns, options.loss_on) = (turns, loss_on);
         options.cache_dir = Some(folder.path("cache"));
         let files = vec![records.0.path("a.jsonl").display().to_string()];
-        let source = DomainFiles { name: Some("x".into()), files, record_domain: None };
+        let source = DomainFiles { name: Some("x".into()), files, ..DomainFiles::default() };
         let cached = Cell::new(0);
         let progress = |now: dylora::data::LoadProgress| cached.set(now.files_cached);
         let dataset = load_files(&[source], &options, &qwen, &progress)?;

@@ -1,6 +1,7 @@
 //! Finding the files of bases and adapters in a local folder, or on a mock Hub and in its cache.
 
 mod adapter;
+mod dataset;
 mod download;
 mod folder;
 mod hostile;

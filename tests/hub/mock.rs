@@ -1,5 +1,5 @@
-//! A small Hub on 127.0.0.1 with one repository. Its `.safetensors` files come from a second
-//! server, as the Hub's come from a content delivery network.
+//! A small Hub on 127.0.0.1 with one repository. Its `.safetensors` and `.parquet` files come from a
+//! second server, as the Hub's come from a content delivery network.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -295,7 +295,7 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
             ],
         );
     }
-    if path.starts_with("hub/api/models/") {
+    if path.starts_with("hub/api/models/") || path.starts_with("hub/api/datasets/") {
         let names: Vec<String> =
             state.files.keys().map(|name| format!(r#"{{"rfilename": "{name}"}}"#)).collect();
         let body = format!(r#"{{"sha": "{}", "siblings": [{}]}}"#, state.commit, names.join(","));
@@ -313,7 +313,7 @@ fn reply_to(request: &Request, state: &mut State) -> Reply {
         return Reply::new(404, vec![("X-Error-Code", "EntryNotFound".into())]);
     };
     let commit = ("X-Repo-Commit", state.commit.clone());
-    if path.ends_with(".safetensors") {
+    if path.ends_with(".safetensors") || path.ends_with(".parquet") {
         let etag = etag(data);
         let location = ("Location", format!("{}/{etag}", state.cdn));
         let mut headers = vec![location, ("X-Linked-Etag", format!("\"{etag}\"")), commit];

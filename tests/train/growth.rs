@@ -44,14 +44,7 @@ pub(crate) fn third_domain(world: &World) -> Result<DomainConfig> {
         files.push(file.display().to_string());
     }
     let validation = Some(Validation::Files(files.split_off(1)));
-    Ok(DomainConfig {
-        name: "third".into(),
-        train: files,
-        validation,
-        weight: 1.0,
-        record_domain: None,
-        expert: None,
-    })
+    Ok(DomainConfig { name: "third".into(), train: files, validation, ..DomainConfig::default() })
 }
 
 /// A stage of six steps, the first four of them for seeding, in which the old experts and router

@@ -54,8 +54,7 @@ fn growth() -> Growth {
         train: vec!["/verse.jsonl".into()],
         validation: None,
         weight: 7.0,
-        record_domain: None,
-        expert: None,
+        ..DomainConfig::default()
     };
     Growth {
         domain,

@@ -67,6 +67,7 @@ fn data(run: &Run, config: &Config) -> Markup {
         None => "none".to_owned(),
         Some(Validation::Fraction(fraction)) => format!("a fraction of {fraction}"),
         Some(Validation::Files(files)) => files.join(", "),
+        Some(Validation::Hub(dataset)) => dataset.to_string(),
     };
     html! {
         h4 { "Data" }

@@ -1,0 +1,48 @@
+//! The options that say what the records of data files are.
+
+use clap::Args;
+
+use crate::config::{DomainConfig, FieldNames, FileFormat, RecordConfig, RecordShape, RecordStyle};
+
+/// What records are, where their files do not say it.
+#[derive(Debug, Default, Args)]
+pub struct RecordArgs {
+    /// The names that the records' keys or columns have in the data, as in
+    /// `prompt=question,completion=answer`.
+    #[arg(long, value_name = "KEY=NAME,..")]
+    fields: Option<FieldNames>,
+    /// What each record consists of [default: its keys decide].
+    #[arg(long)]
+    shape: Option<RecordShape>,
+    /// How records without turns become text: as plain text, or by the base's chat template
+    /// [default: plain].
+    #[arg(long)]
+    style: Option<RecordStyle>,
+    /// The format of the files [default: their names decide].
+    #[arg(long)]
+    data_format: Option<FileFormat>,
+}
+
+impl RecordArgs {
+    /// What the options say about records. If none is given, it is what `domain` says.
+    pub fn records(&self, domain: Option<&DomainConfig>) -> RecordConfig {
+        let Self { fields, shape, style, data_format } = self;
+        let is_given =
+            fields.is_some() || shape.is_some() || style.is_some() || data_format.is_some();
+        match domain {
+            Some(domain) if !is_given => domain.records(),
+            _ => RecordConfig {
+                format: *data_format,
+                shape: *shape,
+                style: style.unwrap_or_default(),
+                fields: fields.clone().unwrap_or_default(),
+            },
+        }
+    }
+
+    /// A domain without files with what the options say.
+    pub fn domain(&self) -> DomainConfig {
+        let RecordConfig { format, shape, style, fields } = self.records(None);
+        DomainConfig { format, shape, style, fields, ..DomainConfig::default() }
+    }
+}
