@@ -19,6 +19,10 @@ mod eval;
 mod eval_answers;
 mod export_adapters;
 mod generate;
+mod init;
+mod init_ask;
+mod init_data;
+mod init_plan;
 mod inputs;
 mod merge;
 mod open;
@@ -118,6 +122,8 @@ enum Command {
     StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
+    /// Write a config for your data: look at it and at a base, and choose sensible values.
+    Init(init::InitArgs),
     /// Show what a mixture does: train one and a single LoRA on a tiny base and four domains that
     /// come with dylora, offline, and compare them.
     Demo(demo::DemoArgs),
@@ -235,6 +241,7 @@ impl Cli {
             Some(Command::Study(args)) => study::run(args, &shared),
             Some(Command::StudyRun(args)) => study_run::run(&args, &shared),
             Some(Command::Bench(args)) => bench::run(args, &shared),
+            Some(Command::Init(args)) => init::run(&args, &shared),
             Some(Command::Demo(args)) => demo::run(&args, &shared),
             Some(Command::Doctor(args)) => doctor::run(&args),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
