@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::Parser;
-use dylora::cli::{Cli, Stderr, from_panic, report};
+use dylora::cli::{Cli, Stderr, from_panic, has_colours, report};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| Stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_ansi(has_colours(std::io::stderr().is_terminal()))
         .with_target(false)
         .without_time()
         .init();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
-use dylora::config::{AdapterSource, BaseSource, Config, Validation, inputs, load};
+use dylora::config::{AdapterSource, BaseSource, Config, Validation, inputs, load, variables};
 
 const CONFIG: &str = r#"
 [run]
@@ -118,4 +118,76 @@ fn a_config_whose_paths_begin_in_the_working_folder_is_told_how_to_write_them() 
     let hint = "\nhint: relative paths in `configs/mine.toml` begin at its own folder\n";
     assert!(said.ends_with(hint), "{said}");
     Ok(())
+}
+
+/// Sets the variables of configs in this process: `DATA` is absolute and `SHARED` is relative.
+fn provide_variables() {
+    variables::provide(|name| match name {
+        "DATA" => Some("/data".to_owned()),
+        "SHARED" => Some("shared".to_owned()),
+        "LAW" => Some("law".to_owned()),
+        _ => None,
+    });
+}
+
+const WITH_VARIABLES: &str = r#"
+[base]
+source = { path = "${DATA}/base" }
+[data]
+seq_len = 64
+[[data.domains]]
+name = "$${LAW}"
+train = ["${SHARED}/${LAW}.jsonl", "/data/plain.jsonl"]
+"#;
+
+#[test]
+fn variables_are_expanded_and_saved_as_they_were_written() -> Result<()> {
+    provide_variables();
+    let (_dir, project) = project()?;
+    let file = project.join("configs/variables.toml");
+    fs_err::write(&file, WITH_VARIABLES)?;
+    let config = load_with(&file, &["run.dir=/runs/${LAW}"])?;
+    let shared = project.join("configs/shared/law.jsonl").display().to_string();
+    assert_eq!(config.base.source, BaseSource::Path("/data/base".into()));
+    assert_eq!(config.data.domains[0].name, "${LAW}");
+    assert_eq!(config.data.domains[0].train, [&shared, "/data/plain.jsonl"]);
+    assert_eq!(config.run.dir, Path::new("/runs/law"));
+
+    let saved = load::to_toml(&config);
+    assert!(saved.contains("path = \"${DATA}/base\""), "{saved}");
+    assert!(saved.contains("dir = \"/runs/${LAW}\""), "{saved}");
+    assert!(saved.contains("name = \"$${LAW}\""), "{saved}");
+    assert!(saved.contains("/configs/${SHARED}/${LAW}.jsonl\", \"/data/plain.jsonl\""), "{saved}");
+    // a run's config is read from another folder, and changed for the next stage
+    let copy = project.join("config.toml");
+    fs_err::write(&copy, &saved)?;
+    let mut again = load::load(&copy, &[])?;
+    assert_eq!(again, config);
+    assert_eq!(load::to_toml(&again), saved);
+    let first = again.data.domains[0].clone();
+    again.data.domains.insert(0, first);
+    again.data.domains[0].name = "new".into();
+    again.data.domains[1].train = vec!["/other.jsonl".into()];
+    let next = load::to_toml(&again);
+    assert_eq!(next.matches("${SHARED}/${LAW}.jsonl").count(), 1, "{next}");
+    assert_eq!(load::resolve(&next, &[])?, again);
+    Ok(())
+}
+
+#[test]
+fn a_variable_that_is_not_set_is_an_error_with_its_key() {
+    provide_variables();
+    let fault = |text: &str, set: &[&str]| {
+        let set: Vec<String> = set.iter().map(|item| (*item).to_owned()).collect();
+        dylora::cli::describe(&load::parse(text, &set).expect_err("it is refused"))
+    };
+    insta::assert_snapshot!(fault(&WITH_VARIABLES.replace("DATA", "NONE"), &[]), @"
+    `base.source.path`: the environment variable `NONE` is not set, which `${NONE}/base` needs
+    hint: set it, or write `$${` for `${` itself
+    ");
+    insta::assert_snapshot!(fault(WITH_VARIABLES, &["run.dir=${HOME_RUNS"]), @"
+    in `--set run.dir=${HOME_RUNS`:
+    `run.dir`: `${HOME_RUNS` has `${` without `}`
+    hint: write `$${` for `${` itself
+    ");
 }

@@ -3,15 +3,14 @@
 use std::path::Path;
 
 use anyhow::Result;
+use dylora::config::reference;
 
 #[path = "../examples/docs_reference/commands.rs"]
 mod commands;
-#[path = "../examples/docs_reference/config.rs"]
-mod config;
 
 #[test]
 fn the_reference_of_the_config_is_up_to_date() -> Result<()> {
-    assert_up_to_date("docs/reference/config.md", &config::page())
+    assert_up_to_date("docs/reference/config.md", &reference::page())
 }
 
 #[test]
@@ -22,7 +21,7 @@ fn the_reference_of_the_commands_is_up_to_date() -> Result<()> {
 /// A key, value or option without a description would leave an empty cell or an empty entry.
 #[test]
 fn everything_in_the_reference_is_described() {
-    let (config, commands) = (config::page(), commands::page());
+    let (config, commands) = (reference::page(), commands::page());
     let is_bare = |line: &&str| line.contains("|  |") || line.ends_with("`: .");
     let bare: Vec<&str> = config.lines().chain(commands.lines()).filter(is_bare).collect();
     assert!(bare.is_empty(), "without a description: {bare:#?}");

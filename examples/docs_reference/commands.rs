@@ -13,7 +13,8 @@ const HEAD: &str = "\
 messages and
 progress bars go to standard error. With `--json` a command prints JSON instead of tables. The \
 exit codes
-are listed under [troubleshooting](../troubleshooting.md#exit-codes).
+are listed under [troubleshooting](../troubleshooting.md#exit-codes), and the keys of the JSON under
+[results as JSON](json.md).
 ";
 
 /// The text of the page.
@@ -34,9 +35,22 @@ pub fn page() -> String {
     text += &options(&cli, |option| !option.is_global_set());
     for command in commands() {
         let name = command.get_name();
-        text += &format!("\n## `dylora {name}`\n\n{}\n\n", about(command));
-        text += &format!("```text\n{}\n```\n\n", usage(command));
-        text += &options(command, |option| !option.is_global_set());
+        text += &section(command, 2, &format!("dylora {name}"));
+    }
+    text
+}
+
+/// The section of a command, with those of its subcommands.
+fn section(command: &Command, level: usize, name: &str) -> String {
+    let (hashes, about) = ("#".repeat(level), about(command));
+    let mut text = format!("\n{hashes} `{name}`\n\n{about}\n\n");
+    text += &format!("```text\n{}\n```\n", usage(command));
+    let options = options(command, |option| !option.is_global_set());
+    if !options.is_empty() {
+        text += &format!("\n{options}");
+    }
+    for inner in command.get_subcommands().filter(|inner| inner.get_name() != "help") {
+        text += &section(inner, level + 1, &format!("{name} {}", inner.get_name()));
     }
     text
 }

@@ -8,12 +8,12 @@
 //! `cargo run --example docs_reference` writes both; `tests/docs.rs` fails if they are out of date.
 
 mod commands;
-mod config;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Parser;
+use dylora::config::reference;
 
 /// Writes the generated pages of the reference.
 #[derive(Debug, Parser)]
@@ -26,7 +26,7 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     fs_err::create_dir_all(&args.out)?;
-    for (name, text) in [("config.md", config::page()), ("commands.md", commands::page())] {
+    for (name, text) in [("config.md", reference::page()), ("commands.md", commands::page())] {
         let path = args.out.join(name);
         fs_err::write(&path, text)?;
         println!("wrote {}", path.display());

@@ -49,6 +49,9 @@ const SKILLS: &str = "skills.json";
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 
+/// The names of the files of a checkpoint.
+pub const FILES: [&str; 7] = [CONFIG, STATE, EXPERTS, SKILLS, MODEL, OPTIMIZER, sums::SUMS];
+
 /// The counters of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::eval::validate;
 use super::open::open_base;
 use super::record_args::RecordArgs;
+use super::results::Schema;
 use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::load_data;
@@ -136,7 +137,7 @@ pub fn run(args: AddExpertArgs, shared: &Shared) -> Result<()> {
             "stages": stages,
             "forgetting": forgetting(&stages),
         });
-        serde_json::to_string_pretty(&json)?
+        Schema::AddExpert.text(json)
     } else {
         format!(
             "{}\n\nloss of each domain after each stage (forgetting matrix)\n{}",

@@ -16,7 +16,7 @@ use crate::config::{
     BaseConfig, BaseSource, Config, DataConfig, DeviceChoice, DomainConfig, Dtype, Duration,
     Family, GroupConfig, HubSource, LossOn, LossOnTurns, Method, Mixing, OnBadRecord, OnExhausted,
     OptimizerConfig, RouterConfig, RouterInput, RouterScope, RunConfig, ScheduleConfig,
-    TargetModules, TrainConfig, load,
+    TargetModules, TrainConfig, Written, load,
 };
 use crate::ffi;
 use crate::model::decoder::Decoder;
@@ -223,6 +223,7 @@ impl BenchArgs {
             ..DomainConfig::default()
         };
         Config {
+            written: Written::default(),
             method: Method::RoutedLora,
             run: RunConfig { seed: self.seed, device: self.device, ..RunConfig::default() },
             base,

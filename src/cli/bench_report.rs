@@ -9,6 +9,7 @@ use serde_json::Value;
 use tch::Device;
 
 use super::open::device_name;
+use super::results::Schema;
 use super::table;
 use crate::bench::data::LENGTH_SIGMA;
 use crate::bench::{BenchSettings, Figures, Header, Row, RowReport, flops};
@@ -59,7 +60,7 @@ pub fn header(
 
 /// Prints a line of JSON, and flushes it for a program that waits for each line.
 pub fn print_line(line: &impl Serialize) -> Result<()> {
-    let line = serde_json::to_string(line)?;
+    let line = Schema::Bench.mark(serde_json::to_value(line)?);
     let mut out = std::io::stdout().lock();
     Ok(writeln!(out, "{line}").and_then(|()| out.flush())?)
 }

@@ -13,7 +13,7 @@ use super::chat_lines::Lines;
 use super::chat_text::{columns, may_colour};
 use super::open::{ModelArgs, OpenModel};
 use super::sampling::SamplingArgs;
-use super::{Shared, Stderr, describe, for_output, own_cache, usage, variable, write};
+use super::{Shared, Stderr, describe, for_output, own_cache, usage, write};
 use crate::chat_template::ChatTemplate;
 use crate::data::Tokenizer;
 use crate::generate::{
@@ -82,7 +82,7 @@ pub fn run(args: ChatArgs, shared: &Shared) -> Result<()> {
         messages: vec![],
         num_answers: 0,
         compare: args.compare,
-        colours: args.show_routing && may_colour(variable("NO_COLOR").is_some()),
+        colours: args.show_routing && may_colour(),
         show_routing: args.show_routing,
         stop_answer,
     };

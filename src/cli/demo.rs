@@ -169,7 +169,7 @@ impl DemoArgs {
         (config.run.seed, config.run.device) = (self.seed, self.device);
         let load = |config: &Config, base: &_| load_data(config, base, shared);
         let ready = ReadyRun::open(config, None, shared, load)?;
-        let Trained { config, summary, .. } = train::train(ready, interrupt, shared)?;
+        let Trained { config, summary, .. } = train::train(ready, None, interrupt, shared)?;
         match summary.ending {
             Ending::Interrupted => {
                 let again = "start again with `dylora demo --overwrite`".to_owned();

@@ -4,6 +4,7 @@
 use anyhow::Result;
 use serde_json::{Value, json};
 
+use super::results::Schema;
 use super::start::ReadyRun;
 use super::{print_result, table};
 use crate::config::{self, Config, DomainExperts, Method};
@@ -44,7 +45,7 @@ pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
             "train": domains(&data.train),
             "validation": domains(&data.validation),
         });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        print_result(&Schema::DryRun.text(json))?;
         return Ok(());
     }
     print_result(&config::load::to_toml(config))?;
@@ -61,7 +62,7 @@ pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
     Ok(())
 }
 
-fn parameters_table(counts: &ParameterCounts) -> comfy_table::Table {
+fn parameters_table(counts: &ParameterCounts) -> String {
     let row = |name: &str, number: i64| vec![name.to_owned(), table::count(number)];
     let rows = vec![
         row("base", counts.base),
@@ -75,7 +76,7 @@ fn parameters_table(counts: &ParameterCounts) -> comfy_table::Table {
     table::table(&["parameters", "number"], rows)
 }
 
-fn memory_table(memory: &MemoryEstimate) -> comfy_table::Table {
+fn memory_table(memory: &MemoryEstimate) -> String {
     let rows = [
         ("base", memory.base),
         ("trained parameters, gradients, moments", memory.training),
@@ -104,7 +105,7 @@ fn range(values: impl Iterator<Item = f64>) -> String {
 
 /// Each expert with its domains, rank, alpha and scaling. The alpha is the one that `lora.scale`
 /// has made of the config's.
-fn experts_table(config: &Config, specs: &[ExpertSpec]) -> comfy_table::Table {
+fn experts_table(config: &Config, specs: &[ExpertSpec]) -> String {
     let row = |(index, spec): (usize, &ExpertSpec)| {
         let sizes = || spec.modules.values();
         let scalings = spec.modules.keys().filter_map(|path| spec.scaling(*path));
@@ -134,7 +135,7 @@ fn experts_json(config: &Config, specs: &[ExpertSpec]) -> Vec<Value> {
 }
 
 /// What each name and pattern of `[lora]` matches.
-fn targets_table(targets: Vec<TargetMatch>) -> comfy_table::Table {
+fn targets_table(targets: Vec<TargetMatch>) -> String {
     let row = |target: TargetMatch| {
         let modules = target.modules.join(", ");
         vec![target.key, target.pattern, modules, table::count(target.num_layers)]
@@ -143,7 +144,7 @@ fn targets_table(targets: Vec<TargetMatch>) -> comfy_table::Table {
     table::table(&["key", "pattern", "matches", "layers"], rows)
 }
 
-fn data_table(data: &Datasets) -> comfy_table::Table {
+fn data_table(data: &Datasets) -> String {
     let header = [
         "domain",
         "split",

@@ -8,6 +8,7 @@ use super::eval_answers::{self, AnswerArgs, Answers};
 use super::open::{ModelArgs, OpenModel, device_name, with_fetched};
 use super::progress::{CountBar, LoadBar};
 use super::record_args::RecordArgs;
+use super::results::Schema;
 use super::{Shared, print_result, table, token_cache, usage};
 use crate::checkpoint;
 use crate::config::{
@@ -178,7 +179,7 @@ fn print_json(results: &Results, open: &OpenModel, routing: RoutingChoice) -> Re
         json["answers"] = json!(answers.reports);
         json["samples"] = json!(answers.samples);
     }
-    print_result(&serde_json::to_string_pretty(&json)?)
+    print_result(&Schema::Eval.text(json))
 }
 
 /// Prints the results.

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::open::ModelArgs;
+use super::results::Schema;
 use super::{Shared, print_result, table, usage};
 use crate::config::SaveDtype;
 use crate::export::{
@@ -79,7 +80,7 @@ pub fn run(args: ExportArgs, shared: &Shared) -> Result<()> {
     if args.json {
         let files: Vec<_> = files.iter().map(|(f, n)| json!({ "file": f, "bytes": n })).collect();
         let json = json!({ "out": args.out, "experts": open.model.num_experts(), "files": files });
-        return print_result(&serde_json::to_string_pretty(&json)?);
+        return print_result(&Schema::ExportAdapters.text(json));
     }
     let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
     let table = table::table(&["file", "bytes"], rows.collect());

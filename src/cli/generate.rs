@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
+use super::results::Schema;
 use super::sampling::SamplingArgs;
 use super::{Shared, for_output, usage, write};
 use crate::chat_template::Conversation;
@@ -309,7 +310,7 @@ impl Printer<'_> {
             Content::Text(text) => ("prompt", json!(text)),
             Content::Conversation(conversation) => ("messages", json!(conversation.messages)),
         };
-        json!({
+        Schema::Generate.mark(json!({
             key: value,
             "text": generated.ready,
             "finish_reason": finish.name(),
@@ -317,6 +318,6 @@ impl Printer<'_> {
             "ids": tokens().map(|token| token.id).collect::<Vec<_>>(),
             "log_probs": tokens().map(|token| token.log_prob).collect::<Vec<_>>(),
             "routing_weights": tokens().map(|token| &token.weights).collect::<Vec<_>>(),
-        })
+        }))
     }
 }

@@ -12,6 +12,7 @@ use super::eval::DataArgs;
 use super::export_adapters::files;
 use super::open::{ModelArgs, OpenModel};
 use super::progress::CountBar;
+use super::results::Schema;
 use super::{Shared, print_result, table, usage};
 use crate::config::{RoutingChoice, SaveDtype};
 use crate::data::TokenDataset;
@@ -156,7 +157,7 @@ pub fn run(args: MergeArgs, shared: &Shared) -> Result<()> {
             let cost = Cost { routed, fixed };
             // printed before anything is written, so that it is seen even if that fails
             if !args.json {
-                print_result(&cost_table(&cost).to_string())?;
+                print_result(&cost_table(&cost))?;
             }
             Some(cost)
         }
@@ -304,7 +305,7 @@ fn measure(
     report
 }
 
-fn cost_table(cost: &Cost) -> comfy_table::Table {
+fn cost_table(cost: &Cost) -> String {
     let number = |x: f64| format!("{x:.4}");
     let row = |name: &str, routed: f64, fixed: f64| {
         vec![name.to_owned(), number(routed), number(fixed), format!("{:+.4}", fixed - routed)]
@@ -364,7 +365,7 @@ fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost
             "measured": cost,
             "files": files,
         });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        print_result(&Schema::Merge.text(json))?;
         return Ok(());
     }
     let names = (0..open.model.num_experts() as usize).map(expert_name);
@@ -374,7 +375,7 @@ fn print(args: &MergeArgs, open: &OpenModel, weights: &[f64], cost: Option<&Cost
         false => print_result(&format!("merged with weights {}", weights.join(", ")))?,
     }
     let rows = files.iter().map(|(file, bytes)| vec![file.clone(), table::count(*bytes)]);
-    print_result(&table::table(&["file", "bytes"], rows.collect()).to_string())?;
+    print_result(&table::table(&["file", "bytes"], rows.collect()))?;
     print_result(&format!("each file was read back and compared; wrote `{}`", args.out.display()))?;
     Ok(())
 }

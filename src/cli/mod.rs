@@ -14,10 +14,13 @@ mod demo_results;
 mod doctor;
 mod doctor_checks;
 mod doctor_facts;
+mod completions;
+mod config_keys;
 mod dry_run;
 mod eval;
 mod eval_answers;
 mod export_adapters;
+mod fit;
 mod generate;
 mod init;
 mod init_ask;
@@ -31,6 +34,7 @@ mod push;
 mod record_args;
 mod remove_expert;
 mod report;
+mod results;
 mod sampling;
 mod serve;
 mod signals;
@@ -43,8 +47,10 @@ mod study_pool;
 mod study_run;
 mod study_text;
 mod table;
+mod terminal;
 mod trace;
 mod train;
+mod train_bar;
 
 use std::borrow::Cow;
 use std::env;
@@ -58,8 +64,9 @@ use tch::Device;
 
 use signals::Interrupted;
 pub use stderr::Stderr;
+pub use terminal::has_colours;
 
-use crate::config::DeviceChoice;
+use crate::config::{self, DeviceChoice};
 use crate::data::visible;
 use crate::ffi;
 use crate::hub::{HubLimits, HubSettings};
@@ -67,10 +74,31 @@ use crate::hub::{HubLimits, HubSettings};
 /// Heads the options of every command in `--help`.
 const GLOBAL: &str = "Global options";
 
+/// What `--help` of dylora itself ends with.
+const AFTER_HELP: &str = "\
+Exit codes:
+  0              success
+  1              any other fault, such as a file that is damaged or a full disk
+  2              a fault in the arguments or the config, such as a file that it names and that is
+                 not there
+  129, 130, 143  interrupted by SIGHUP, SIGINT (Ctrl-C) or SIGTERM, after the work was saved
+
+Environment:
+  DYLORA_LOG     what is logged, instead of `-v` and `-q`: `warn`, `info`, `debug` or, for single
+                 parts, `dylora::hub=debug,warn`
+  DYLORA_CACHE   the folder of caches instead of `dylora` in the user's cache
+  NO_COLOR       no colours; CLICOLOR_FORCE=1 asks for them where there is no terminal
+  COLUMNS        the width of tables where there is no terminal, instead of 80";
+
 /// Train a Mixture of LoRA Experts on a frozen GPT-2, Llama, Qwen, SmolLM or Mistral, evaluate it,
 /// merge it and export it.
 #[derive(Debug, Parser)]
-#[command(name = "dylora", disable_version_flag = true, arg_required_else_help = true)]
+#[command(
+    name = "dylora",
+    disable_version_flag = true,
+    arg_required_else_help = true,
+    after_help = AFTER_HELP
+)]
 pub struct Cli {
     /// Print the versions of dylora and libtorch, and whether CUDA was found.
     #[arg(short = 'V', long)]
@@ -85,15 +113,26 @@ pub struct Cli {
     command: Option<Command>,
 }
 
+/// The usage of a command that opens a model.
+///
+/// - `more`: what else it needs
+fn of_model(command: &str, more: &str) -> String {
+    format!("dylora {command} [OPTIONS] <--checkpoint DIR | --base DIR [--adapters DIR]>{more}")
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train a mixture (or a whole base, with `method = "full"`) from a TOML config.
+    #[command(override_usage = "dylora train [OPTIONS] <--config FILE [--resume] | --resume DIR>")]
     Train(train::TrainArgs),
     /// Measure the loss, perplexity and routing of a model on each domain.
+    #[command(override_usage = of_model("eval", ""))]
     Eval(eval::EvalArgs),
     /// Write each expert as a PEFT adapter, with the router beside them, or for llama.cpp.
+    #[command(override_usage = of_model("export-adapters", " --out DIR"))]
     ExportAdapters(export_adapters::ExportArgs),
     /// Merge the experts, with fixed weights, into the base or into one adapter.
+    #[command(override_usage = of_model("merge", " --out DIR"))]
     Merge(merge::MergeArgs),
     /// Upload an export or a merged model to the Hugging Face Hub. Without `--yes`, say what would
     /// be uploaded.
@@ -105,12 +144,16 @@ enum Command {
     /// Merge two experts of a checkpoint's mixture into one, and report what that costs in loss.
     MergeExperts(remove_expert::MergeExpertsArgs),
     /// Continue prompts with a mixture, one of its experts or its base.
+    #[command(override_usage = of_model("generate", ""))]
     Generate(generate::GenerateArgs),
     /// Talk to a mixture, one of its experts or its base in the terminal.
+    #[command(override_usage = of_model("chat", ""))]
     Chat(chat::ChatArgs),
     /// Answer requests over HTTP as OpenAI does, with a mixture, its experts and its base.
+    #[command(override_usage = of_model("serve", ""))]
     Serve(serve::ServeArgs),
     /// Show how one text is routed, and with `--out` save tensors of its forward pass.
+    #[command(override_usage = of_model("trace", " <--text TEXT | --tokens IDS>"))]
     Trace(trace::TraceArgs),
     /// Write one HTML page about runs: losses, routing, samples, growth and studies.
     Report(report::ReportArgs),
@@ -130,6 +173,12 @@ enum Command {
     /// Look at this machine: libtorch, CUDA, threads, memory, disk, caches and the Hub's login, and
     /// say what to do about what is missing.
     Doctor(doctor::DoctorArgs),
+    /// Explain the keys of a config, or print the schema by which editors check one.
+    Config(config_keys::ConfigArgs),
+    /// Print the completions of a shell.
+    Completions(completions::CompletionsArgs),
+    /// Write man pages.
+    Man(completions::ManArgs),
 }
 
 /// An error in how dylora was called or configured. The process exits with code 2.
@@ -220,6 +269,7 @@ impl Cli {
         let cuda = ffi::load_cuda();
         ffi::signals::files_fail_with_errors();
         ffi::cuda::keep_code_in(&own_cache().join("kernels"));
+        config::variables::provide(|name| env::var(name).ok());
         if self.version {
             return print_result(&version(cuda));
         }
@@ -244,6 +294,9 @@ impl Cli {
             Some(Command::Init(args)) => init::run(&args, &shared),
             Some(Command::Demo(args)) => demo::run(&args, &shared),
             Some(Command::Doctor(args)) => doctor::run(&args),
+            Some(Command::Config(args)) => config_keys::run(args),
+            Some(Command::Completions(args)) => completions::completions(&args),
+            Some(Command::Man(args)) => completions::man(&args),
             None => Err(usage(anyhow!("no command given\nhint: `dylora --help` lists them"))),
         }
     }

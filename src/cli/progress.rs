@@ -1,9 +1,12 @@
-//! Progress bars on stderr. If stderr is not a terminal, indicatif draws nothing.
+//! Progress bars on stderr. If stderr is no terminal, or one on which nothing can be drawn again
+//! (`TERM=dumb`), there are none.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::terminal;
 use crate::data::LoadProgress;
 use crate::hub::DownloadProgress;
 
@@ -11,8 +14,9 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).expect("the template is a literal").progress_chars("━╸─")
 }
 
-fn bar(show: bool, len: u64, template: &str) -> ProgressBar {
-    let target = if show { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+pub(super) fn bar(show: bool, len: u64, template: &str) -> ProgressBar {
+    let shows = show && terminal::has_bars();
+    let target = if shows { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     ProgressBar::with_draw_target(Some(len), target).with_style(style(template))
 }
 
@@ -37,20 +41,28 @@ impl CountBar {
 }
 
 /// The bar for reading and tokenizing source files, in bytes.
-pub struct LoadBar(ProgressBar);
+pub struct LoadBar {
+    bar: ProgressBar,
+    is_over: Cell<bool>,
+}
 
 impl LoadBar {
     /// A bar that appears with the first file.
     pub fn new(show: bool) -> Self {
-        Self(bar(show, 0, "reading data {bar:30} {bytes}/{total_bytes} [{eta} left]"))
+        let bar = bar(show, 0, "reading data {bar:30} {bytes}/{total_bytes} [{eta} left]");
+        Self { bar, is_over: Cell::new(false) }
     }
 
     /// Draws the progress, and removes the bar after the last file.
     pub fn update(&self, progress: &LoadProgress) {
-        self.0.set_length(progress.num_bytes);
-        self.0.set_position(progress.bytes_done);
+        self.bar.set_length(progress.num_bytes);
+        self.bar.set_position(progress.bytes_done);
         if progress.files_done == progress.num_files {
-            self.0.finish_and_clear();
+            self.bar.finish_and_clear();
+            if !self.is_over.replace(true) {
+                let (files, cached) = (progress.num_files, progress.files_cached);
+                tracing::debug!("read {files} file(s), the tokens of {cached} from the cache");
+            }
         }
     }
 }
@@ -125,47 +137,5 @@ impl StudyBar {
     /// Removes the bar.
     pub fn finish(&self) {
         self.0.finish_and_clear();
-    }
-}
-
-/// The bar for training steps, with the latest loss and speed.
-pub struct TrainBar {
-    bar: ProgressBar,
-    /// If no bar is drawn, the first step and every multiple of this are logged.
-    every: u64,
-}
-
-impl TrainBar {
-    /// A bar of `num_steps` steps, of which `done` were done in earlier sessions.
-    pub fn new(show: bool, num_steps: u64, done: u64) -> Self {
-        let template = "step {pos}/{len} {bar:24} {msg} [{eta} left]";
-        let bar = bar(show, num_steps, template).with_position(done);
-        bar.reset_eta();
-        bar.enable_steady_tick(Duration::from_millis(500));
-        Self { bar, every: num_steps.div_ceil(20).max(1) }
-    }
-
-    /// Draws or logs a finished step.
-    pub fn step(&self, step: u64, loss: f64, tokens_per_sec: f64) {
-        self.bar.set_position(step);
-        let message = format!("loss {loss:.4}  {tokens_per_sec:.0} tokens/s");
-        if self.bar.is_hidden() && (step == 1 || step.is_multiple_of(self.every)) {
-            tracing::info!("step {step}: {message}");
-        }
-        self.bar.set_message(message);
-    }
-
-    /// Prints a line above the bar, or logs it if no bar is drawn.
-    pub fn line(&self, text: String) {
-        if self.bar.is_hidden() {
-            tracing::info!("{text}");
-        } else {
-            self.bar.println(text);
-        }
-    }
-
-    /// Removes the bar.
-    pub fn finish(&self) {
-        self.bar.finish_and_clear();
     }
 }

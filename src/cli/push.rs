@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::progress::DownloadBar;
+use super::results::Schema;
 use super::{Shared, hub_settings, print_result, table, usage};
 use crate::durable::output;
 use crate::hub::push::{self, PushFile, Pushed};
@@ -89,7 +90,7 @@ fn dry_text(args: &PushArgs, files: &[PushFile]) -> String {
             "repo": args.repo, "endpoint": endpoint, "private": args.private, "uploaded": false,
             "bytes": total, "files": files,
         });
-        return format!("{json:#}");
+        return Schema::Push.text(json);
     }
     let rows = files.iter().map(|file| vec![file.path.clone(), table::count(file.bytes)]);
     let kind = if args.private { "private" } else { "public" };
@@ -110,7 +111,7 @@ fn done_text(args: &PushArgs, pushed: &Pushed) -> String {
             "repo": args.repo, "uploaded": true, "created": is_new, "sent": sent,
             "unchanged": unchanged, "commit": commit,
         });
-        return format!("{json:#}");
+        return Schema::Push.text(json);
     }
     let created = if *is_new { "created the repository\n" } else { "" };
     match commit {

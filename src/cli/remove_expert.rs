@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::eval::validate;
 use super::open::{device_name, open_base};
+use super::results::Schema;
 use super::start::load_data;
 use super::{Shared, device, print_result, table, usage};
 use crate::checkpoint::{self, Preferred};
@@ -114,7 +115,7 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
             "checkpoint": written,
             "device": device_name(device),
         });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        print_result(&Schema::Shrink.text(json))?;
         return Ok(());
     }
     print_result(&message)?;

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Error, Result, anyhow};
 
 use super::Shared;
-use super::progress::TrainBar;
+use super::train_bar::TrainBar;
 use crate::checkpoint::rejected;
 use crate::train::{ColumnStaysClosed, Ending, Event, Summary, Trainer};
 
@@ -56,7 +56,9 @@ fn reject(run_dir: &Path, failure: &Error) -> Error {
 fn observe(bar: &TrainBar, event: &Event<'_>) {
     match event {
         Event::Step(metrics) => bar.step(metrics.step, metrics.loss, metrics.tokens_per_sec),
-        Event::Evaluating(..) | Event::Window(_) => {}
+        Event::Evaluating(done, all) => bar.validating(*done, *all),
+        Event::Saving => bar.saving(),
+        Event::Window(_) => {}
         Event::Validation(metrics) => {
             let domains: Vec<String> = metrics
                 .domain_losses
@@ -65,7 +67,11 @@ fn observe(bar: &TrainBar, event: &Event<'_>) {
                 .collect();
             let (step, loss) = (metrics.step, metrics.loss);
             bar.line(format!("step {step}: validation loss {loss:.4} ({})", domains.join(", ")));
+            bar.training();
         }
-        Event::Checkpoint(path) => tracing::debug!("wrote `{}`", path.display()),
+        Event::Checkpoint(path) => {
+            bar.training();
+            tracing::debug!("wrote `{}`", path.display());
+        }
     }
 }

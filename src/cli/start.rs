@@ -52,6 +52,7 @@ impl ReadyRun {
         load: impl FnOnce(&Config, &Base) -> Result<Datasets>,
     ) -> Result<Self> {
         let device = device(config.run.device)?;
+        tracing::debug!("opening the base");
         let base = open_base(&config.base, shared)?;
         check_base(&config, &base).map_err(usage)?;
         let mixture = match &resume_from {
@@ -59,7 +60,9 @@ impl ReadyRun {
             None => Some(open_mixture(&config, &base, shared)?),
             Some(_) => None,
         };
+        tracing::debug!("reading the data");
         let data = load(&config, &base)?;
+        tracing::debug!("building the model");
         let start = match (resume_from, mixture) {
             (None, Some(mut mixture)) => {
                 let specs = &mut mixture.specs;

@@ -12,6 +12,7 @@ use clap::Args;
 use super::inputs::check_inputs;
 use super::open::open_base;
 use super::progress::StudyBar;
+use super::results::Schema;
 use super::signals::Interrupt;
 use super::start::{check_base, load_halved_data};
 use super::study_pool::{Ended, Pool};
@@ -112,7 +113,10 @@ pub fn run(args: StudyArgs, shared: &Shared) -> Result<()> {
     let report = Progress::new(&plan, jobs, shared)?.run()?;
     let text = serde_json::to_string_pretty(&report)? + "\n";
     durable::replace(&plan.settings.dir.join(REPORT), text.as_bytes())?;
-    let printed = if json { text.trim_end().to_owned() } else { study_text::report(&report) };
+    let printed = match json {
+        true => Schema::Study.text(serde_json::to_value(&report)?),
+        false => study_text::report(&report),
+    };
     conclude(&report).and(print_result(&printed))
 }
 

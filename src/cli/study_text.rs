@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use serde_json::json;
 
+use super::results::Schema;
 use super::table::{count, table};
 use crate::base::Base;
 use crate::config::{AdapterSource, Config, Method};
@@ -47,7 +48,7 @@ pub fn plan(plan: &Plan, base: &Base, halves: &HalvedDatasets, json: bool) -> Re
             .collect();
         let json = json!({ "arms": arms, "domains": domains, "runs": size.runs,
                            "steps_of_a_run": plan.facts.steps, "steps": size.steps });
-        return Ok(serde_json::to_string_pretty(&json)?);
+        return Ok(Schema::StudyPlan.text(json));
     }
     let rows = arms.iter().map(|(arm, config, parameters, rates, runs)| {
         let rates: Vec<String> = rates.iter().map(|rate| format!("{rate:.2e}")).collect();

@@ -1,23 +1,19 @@
 //! Tables and numbers for people.
 
-use comfy_table::{CellAlignment, Table, presets};
-
+use super::fit::fitted;
+use super::terminal;
 use crate::data::visible;
 use crate::eval::experts::ExpertReport;
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
 use crate::growth::stages::{self, Stage};
 
 /// A table whose first column is text and whose other columns are numbers. Names of domains come
-/// from data and configs, so that control characters in them are made visible.
-pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> Table {
-    let mut table = Table::new();
-    let header = header.iter().map(|cell| visible(cell));
-    table.load_preset(presets::ASCII_MARKDOWN).set_header(header);
-    table.add_rows(rows.iter().map(|row| row.iter().map(|cell| visible(cell))));
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
+/// from data and configs, so that control characters in them are made visible. The table fits the
+/// terminal.
+pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let header: Vec<String> = header.iter().map(|cell| visible(cell)).collect();
+    let visible = |row: &Vec<String>| row.iter().map(|cell| visible(cell)).collect();
+    fitted(&header, &rows.iter().map(visible).collect::<Vec<_>>(), terminal::width())
 }
 
 /// A number with separators, as `1,234,567`.
@@ -61,14 +57,14 @@ pub fn report(report: &EvalReport) -> String {
         count(documents),
         count(report.label_tokens),
         format!("{:.4}", report.token_loss),
-        format!("{:.3}", report.perplexity),
+        format!("{:.3}", report.token_perplexity),
     ]);
     rows.push(vec![
         "mean of domains".into(),
         String::new(),
         String::new(),
         format!("{:.4}", report.loss),
-        format!("{:.3}", report.loss.exp()),
+        format!("{:.3}", report.perplexity),
     ]);
     let losses = table(&["domain", "documents", "label tokens", "loss (nats)", "perplexity"], rows);
     let protocol = format!(
@@ -105,7 +101,7 @@ fn domain_entropy(report: &EvalReport) -> f64 {
 }
 
 /// The routing figures of each site.
-fn site_table(routing: &RoutingReport) -> Table {
+fn site_table(routing: &RoutingReport) -> String {
     let knows = |site: &SiteReport| site.domain_accuracy.is_some();
     let row = |site: &SiteReport| {
         let (expert, weight) = site.largest();
@@ -129,7 +125,7 @@ fn site_table(routing: &RoutingReport) -> Table {
 }
 
 /// How far each expert has moved from its start.
-pub fn experts(experts: &[ExpertReport]) -> Table {
+pub fn experts(experts: &[ExpertReport]) -> String {
     let row = |expert: &ExpertReport| {
         let relative = format!("{:.3} %", 100.0 * expert.relative_norm);
         vec![expert.name.clone(), format!("{:.4}", expert.update_norm), relative]
@@ -146,7 +142,7 @@ pub fn rule(top_k: Option<i64>) -> String {
 /// The loss of each domain in two evaluations, and the gap between them.
 ///
 /// - `names`: what to call the two evaluations
-pub fn rules(names: &[String; 2], by_training: &EvalReport, by_eval: &EvalReport) -> Table {
+pub fn rules(names: &[String; 2], by_training: &EvalReport, by_eval: &EvalReport) -> String {
     let row = |name: &str, a: f64, b: f64| {
         vec![name.to_owned(), format!("{a:.4}"), format!("{b:.4}"), format!("{:+.4}", b - a)]
     };
@@ -159,7 +155,7 @@ pub fn rules(names: &[String; 2], by_training: &EvalReport, by_eval: &EvalReport
 
 /// The forgetting matrix: the loss of each domain after each stage, and how much it has risen since
 /// the stage that learned the domain.
-pub fn forgetting(stages: &[Stage]) -> Table {
+pub fn forgetting(stages: &[Stage]) -> String {
     let mut domains: Vec<&String> = vec![];
     for domain in stages.iter().flat_map(|stage| stage.learned.iter().chain(stage.losses.keys())) {
         if !domains.contains(&domain) {
@@ -189,7 +185,7 @@ pub fn forgetting(stages: &[Stage]) -> Table {
 
 /// The mean routing weight of each expert on each domain, the routing entropy and, where domains
 /// have experts, the accuracy. There is none without a router.
-fn router_table(report: &EvalReport) -> Option<Table> {
+fn router_table(report: &EvalReport) -> Option<String> {
     let overall = report.routing.as_ref()?;
     let knows = report.domain_accuracy.is_some();
     let experts = (0..overall.mean_routing_weights.len()).map(|e| format!("expert_{e}"));

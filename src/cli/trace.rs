@@ -11,8 +11,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::chat_text::may_colour;
 use super::open::{ModelArgs, OpenModel};
+use super::results::Schema;
 use super::strip::{mean_weights, pieces, strip};
-use super::{Shared, print_result, table, usage, variable, write};
+use super::{Shared, print_result, table, usage, write};
 use crate::config::RoutingChoice;
 use crate::durable::output::Output;
 use crate::model::experts::weights::RoutingWeights;
@@ -47,9 +48,9 @@ pub struct TraceArgs {
     routing: Option<RoutingChoice>,
     /// Print a table with a line for each token, for each router if there are several. Without this
     /// option, a terminal shows the text as a strip in which each token has the colour and the
-    /// number of the expert with the largest weight, as a mean over the routers. With the
-    /// environment variable `NO_COLOR`, the strip has the numbers alone. If standard output is not
-    /// a terminal, the table is printed in any case.
+    /// number of the expert with the largest weight, as a mean over the routers. Without colours,
+    /// as with the environment variable `NO_COLOR`, the strip has the numbers alone. If standard
+    /// output is not a terminal, the table is printed in any case.
     #[arg(long, conflicts_with = "json")]
     table: bool,
     /// Print the result as JSON.
@@ -231,7 +232,7 @@ fn print_json(traced: &Traced<'_>, out: Option<&Path>) -> Result<()> {
         "routing_weights": weights,
         "out": out,
     });
-    print_result(&serde_json::to_string_pretty(&json)?)
+    print_result(&Schema::Trace.text(json))
 }
 
 /// How much the experts change the output of each target module.
@@ -272,14 +273,14 @@ fn print_strip(traced: &Traced<'_>, open: &OpenModel) -> Result<()> {
         Some(tokenizer) => pieces(tokenizer, traced.tokens, &traced.texts)?,
         None => traced.texts.clone(),
     };
-    let colours = may_colour(variable("NO_COLOR").is_some());
+    let colours = may_colour();
     let weights = mean_weights(&traced.layers);
     let text = strip(&texts, &weights, &open.expert_names(), colours);
     // not `print_result`, which would show the colours' escapes as text
     write(&format!("{text}\n")).map(|_| ())
 }
 
-fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> comfy_table::Table {
+fn weight_table(tokens: &[i64], texts: &[String], rows: &[Vec<f64>]) -> String {
     let num_experts = rows.first().map_or(0, Vec::len);
     let experts: Vec<String> = (0..num_experts).map(|e| format!("expert_{e}")).collect();
     let mut header = vec!["position", "id", "token"];

@@ -10,22 +10,24 @@ use tch::Device;
 use super::dry_run::dry_run;
 use super::inputs::check_inputs;
 use super::open::device_name;
+use super::results::Schema;
 use super::signals::Interrupt;
 use super::stage::run_stage;
 use super::start::{ReadyRun, load_data};
 use super::{Shared, print_result, table, usage};
 use crate::base::Base;
 use crate::checkpoint::{self, Preferred, load_model};
-use crate::config::{self, Config, DeviceChoice, Method};
+use crate::config::{self, Config, DeviceChoice, Method, inputs};
 use crate::data::Datasets;
 use crate::durable::{lock, output::Output};
 use crate::export::card::{self, Form, Origin};
 use crate::export::training::Training;
 use crate::export::{self, hugging_face};
 use crate::model::experts::spec::{ExpertSpec, num_routed};
+use crate::train::earlier::EarlierRun;
 use crate::train::plan::{ParameterCounts, num_steps};
 use crate::train::schedule::warmup_steps;
-use crate::train::{Ending, Summary};
+use crate::train::{Ending, Summary, check_new_run};
 
 /// Arguments of `dylora train`.
 #[derive(Debug, Args)]
@@ -43,6 +45,11 @@ pub struct TrainArgs {
     /// checkpoint's folder.
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     resume: Option<Option<PathBuf>>,
+    /// Replace the earlier run in the folder `run.dir`. Its files are deleted when the new run
+    /// begins, after its config, base and data were found to be sound. A folder that holds anything
+    /// else is not replaced.
+    #[arg(long, conflicts_with_all = ["resume", "dry_run"])]
+    overwrite: bool,
     /// Print the resolved config, which linear layers each name of `[lora]` matches, the number of
     /// parameters, the estimated memory and the data, but do not train.
     #[arg(long)]
@@ -58,9 +65,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
     check_config_stays(&args, &config).map_err(usage)?;
     // a run that is resumed without `--device` goes on where it was
     config.run.device = args.device.unwrap_or(config.run.device);
-    if !args.dry_run {
-        lock::check_free(&config.run.dir)?;
-    }
+    let earlier = if args.dry_run { None } else { check_run_dir(&args, &config)? };
     let ready = ReadyRun::open(config, resume_from, shared, |config, base| {
         load_data(config, base, shared)
     })?;
@@ -68,7 +73,7 @@ pub fn run(args: TrainArgs, shared: &Shared) -> Result<()> {
         return dry_run(&ready, args.json);
     }
     let interrupt = Interrupt::listen()?;
-    let Trained { config, summary, model_dir } = train(ready, &interrupt, shared)?;
+    let Trained { config, summary, model_dir } = train(ready, earlier, &interrupt, shared)?;
     let text = summary_text(&config, &summary, model_dir.as_deref(), args.json)?;
     // how the run ended matters more than whether somebody could be told of it
     conclude(&config, summary.ending, &interrupt).and(print_result(&text))
@@ -85,7 +90,14 @@ pub struct Trained {
 }
 
 /// Trains a run that is ready.
-pub fn train(ready: ReadyRun, interrupt: &Interrupt, shared: &Shared) -> Result<Trained> {
+///
+/// - `earlier`: the run in the same folder that it replaces
+pub fn train(
+    ready: ReadyRun,
+    earlier: Option<EarlierRun>,
+    interrupt: &Interrupt,
+    shared: &Shared,
+) -> Result<Trained> {
     let ReadyRun { config, device, base, data, specs, .. } = &ready;
     if config.method == Method::Full {
         // checked before the run, because the model is written at its end
@@ -93,7 +105,15 @@ pub fn train(ready: ReadyRun, interrupt: &Interrupt, shared: &Shared) -> Result<
     }
     log_start(config, specs, base, data, *device);
     let config = config.clone();
+    if let Some(earlier) = earlier {
+        tracing::info!("deleting the earlier run: {}", earlier.describe()?);
+        earlier.remove()?;
+    }
     let (mut trainer, base) = ready.trainer()?;
+    if trainer.state().step > 0 {
+        tracing::info!("going on after step {} of {}", trainer.state().step, trainer.num_steps());
+    }
+    tracing::debug!("training in `{}`", config.run.dir.display());
     let summary = run_stage(&mut trainer, &config.run.dir, interrupt.flag(), shared)?;
     drop(trainer);
     let model_dir = match (config.method, summary.ending) {
@@ -103,6 +123,27 @@ pub fn train(ready: ReadyRun, interrupt: &Interrupt, shared: &Shared) -> Result<
         _ => None,
     };
     Ok(Trained { config, summary, model_dir })
+}
+
+/// Checks that the run may write to its folder, and returns the earlier run that it replaces.
+///
+/// # Errors
+/// A folder that another process uses or that holds an earlier run, unless that is resumed or
+/// replaced.
+fn check_run_dir(args: &TrainArgs, config: &Config) -> Result<Option<EarlierRun>> {
+    let dir = &config.run.dir;
+    lock::check_free(dir)?;
+    if args.resume.is_some() {
+        return Ok(None);
+    }
+    if !args.overwrite {
+        check_new_run(dir)?;
+        return Ok(None);
+    }
+    let mut read: Vec<PathBuf> = inputs::of_config(config).into_iter().map(|i| i.path).collect();
+    read.extend(args.config.clone());
+    let here = std::env::current_dir()?;
+    EarlierRun::find(dir, read, here, export::is_unmarked_output)
 }
 
 /// Checks that the run does not write its resolved config over the config that the user wrote.
@@ -286,7 +327,7 @@ pub fn summary_text(
             "model_dir": model_dir,
             "frozen_blake3": summary.frozen_hash,
         });
-        return Ok(serde_json::to_string_pretty(&json)?);
+        return Ok(Schema::Train.text(json));
     }
     let tokens = table::count(state.tokens_seen);
     let mut lines = vec![format!("{ending} after step {}, {tokens} target tokens", state.step)];

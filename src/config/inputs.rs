@@ -1,14 +1,15 @@
 //! The files that a config names for a run to read, and the folder in which their paths begin.
 //!
 //! In a config file they are relative to the file's own folder, so that a folder with a config and
-//! its data can be moved and used from anywhere. In `--set` they are relative to the working folder,
-//! like every other path on a command line. A config that a run saves has absolute paths.
+//! its data can be moved and used from anywhere. In `--set` they are relative to the working
+//! folder, like every other path on a command line. A config that a run saves has absolute paths.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use toml::Value;
 
+use super::variables::Written;
 use super::{AdapterSource, BaseSource, Config, Validation};
 
 /// The keys whose values are paths or globs of files to read; `[]` stands for each entry of a list.
@@ -72,26 +73,44 @@ pub fn of_config(config: &Config) -> Vec<Input> {
 }
 
 /// Makes the relative paths of input files in `table` begin at `folder`, which is absolute.
-pub(super) fn make_absolute(table: &mut toml::Table, folder: &Path) -> Result<()> {
+///
+/// - `written`: learns the new form of paths that were written with variables
+pub(super) fn make_absolute(
+    table: &mut toml::Table,
+    folder: &Path,
+    written: &mut Written,
+) -> Result<()> {
     for key in KEYS {
         let parts: Vec<&str> = key.split('.').collect();
         if let Some(value) = table.get_mut(parts[0]) {
-            change(value, &parts[1..], folder).with_context(|| format!("in `{}`", parts[0]))?;
+            let key = key.replace(".[]", "[]");
+            let mut absolute = |path: &mut String| {
+                let before = std::mem::take(path);
+                *path = absolute(folder, &before)?;
+                written.moved(&key, &before, path);
+                Ok(())
+            };
+            change(value, &parts[1..], &mut absolute)
+                .with_context(|| format!("in `{}`", parts[0]))?;
         }
     }
     Ok(())
 }
 
 /// Changes the paths at `parts` below `value`. Values of other types are left to the parser.
-fn change(value: &mut Value, parts: &[&str], folder: &Path) -> Result<()> {
+fn change(
+    value: &mut Value,
+    parts: &[&str],
+    absolute: &mut dyn FnMut(&mut String) -> Result<()>,
+) -> Result<()> {
     match (value, parts) {
-        (Value::String(path), []) => *path = absolute(folder, path)?,
+        (Value::String(path), []) => absolute(path)?,
         (Value::Array(items), ["[]", rest @ ..]) => {
-            items.iter_mut().try_for_each(|item| change(item, rest, folder))?;
+            items.iter_mut().try_for_each(|item| change(item, rest, absolute))?;
         }
         (Value::Table(table), [key, rest @ ..]) => {
             if let Some(value) = table.get_mut(*key) {
-                change(value, rest, folder)?;
+                change(value, rest, absolute)?;
             }
         }
         _ => {}

@@ -4,12 +4,17 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
+use serde_path_to_error::Segment;
+use toml::Table;
 
 use super::Config;
+use super::document::{Document, KeyPath};
 use super::inputs;
-use super::overrides::set;
+use super::overrides::Override;
 use super::recipe::add_former_values;
 pub use super::validate::validate;
+use super::variables::Written;
+use super::words::{Fault, faults, message};
 
 /// Reads `path`, applies `overrides` (each `dotted.key=value`) in order and validates the result.
 ///
@@ -66,38 +71,69 @@ struct Folders {
 }
 
 fn read(text: &str, overrides: &[String], folders: Option<&Folders>) -> Result<Config> {
-    let mut parsed = toml::from_str::<Config>(text);
+    let document = Document::parse(text)?;
+    let mut table: Table = text.parse()?;
+    let mut written = Written::default();
+    written.expand(&mut table)?;
+    if let Some(folders) = folders {
+        inputs::make_absolute(&mut table, &folders.file, &mut written)?;
+    }
+    add_former_values(&mut table);
+    let mut parsed = parse_table(&table);
     // a fault in the file is reported with its line, except for a missing key, which `--set` may
     // supply
-    if let Err(error) = &parsed
-        && (overrides.is_empty() || !error.message().starts_with("missing field"))
+    if let Err(faults) = &parsed
+        && (overrides.is_empty() || faults.iter().any(|fault| !fault.is_missing))
     {
-        bail!("{error}");
-    }
-    let mut table: toml::Table = text.parse()?;
-    add_former_values(&mut table);
-    if let Some(folders) = folders {
-        inputs::make_absolute(&mut table, &folders.file)?;
-    }
-    if parsed.is_ok() {
-        parsed = table.clone().try_into::<Config>();
+        bail!(message(faults, Some(&document)));
     }
     for item in overrides {
-        set(&mut table, item)?;
+        let mut change = Override::parse(item)?;
+        let key = change.key();
+        written
+            .expand_value(&mut change.value, &key)
+            .with_context(|| format!("in `--set {item}`"))?;
+        change.apply(&mut table)?;
         if let Some(folders) = folders {
             // what is still relative comes from the override
-            inputs::make_absolute(&mut table, &folders.overrides)?;
+            inputs::make_absolute(&mut table, &folders.overrides, &mut written)?;
         }
-        let next = table.clone().try_into::<Config>();
-        if let (Ok(_), Err(error)) = (&parsed, &next) {
-            bail!("in `--set {item}`: {}", error.to_string().trim_end());
+        let next = parse_table(&table);
+        if let Err(faults) = &next {
+            let own: Vec<_> = faults.iter().filter(|fault| !fault.is_missing).cloned().collect();
+            let own = if parsed.is_ok() { faults.clone() } else { own };
+            if !own.is_empty() {
+                bail!("in `--set {item}`: {}", message(&own, None));
+            }
         }
         parsed = next;
     }
-    Ok(parsed?)
+    let mut config = parsed.map_err(|faults| anyhow!(message(&faults, None)))?;
+    config.written = written;
+    Ok(config)
 }
 
-/// The config as TOML, with every default filled in.
+/// The config in `table`, or what is wrong with its keys and types.
+fn parse_table(table: &Table) -> Result<Config, Vec<Fault>> {
+    let parsed = serde_path_to_error::deserialize(table.clone());
+    parsed.map_err(|error: serde_path_to_error::Error<toml::de::Error>| {
+        let faults = faults(table);
+        if !faults.is_empty() {
+            return faults;
+        }
+        let path = error.path().iter().fold(KeyPath::default(), |path, part| match part {
+            Segment::Map { key } => path.key(key),
+            Segment::Seq { index } => path.index(*index),
+            Segment::Enum { variant } => path.key(variant),
+            Segment::Unknown => path,
+        });
+        vec![Fault::of_parser(path, error.inner().message())]
+    })
+}
+
+/// The config as TOML, with every default filled in. Texts with variables are as they were written.
 pub fn to_toml(config: &Config) -> String {
-    toml::to_string(config).expect("every config value has a TOML form")
+    let mut table = Table::try_from(config).expect("every config value has a TOML form");
+    config.written.restore(&mut table);
+    toml::to_string(&table).expect("every config value has a TOML form")
 }

@@ -8,9 +8,14 @@
 mod bounds;
 mod data;
 mod domains;
+mod device;
+mod document;
+pub mod explain;
 mod faults;
 mod growth;
+mod guesses;
 pub mod inputs;
+pub mod keys;
 pub mod load;
 mod lora;
 mod modules;
@@ -18,23 +23,25 @@ mod names;
 mod overrides;
 mod paths;
 mod recipe;
+pub mod reference;
 mod routing;
+pub mod schema;
 mod targets;
 mod train;
 mod validate;
 mod validate_lora;
+pub mod variables;
+mod words;
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use anyhow::bail;
 use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use data::{FieldNames, FileFormat, HubDataset, RecordConfig, RecordShape, RecordStyle};
 pub use domains::{DomainConfig, DomainExperts, Validation, expert_names};
+pub use device::DeviceChoice;
 pub use growth::GrowthConfig;
 pub use lora::{
     Capacity, DropoutMasks, ExpertConfig, LoraConfig, LoraInit, LoraScale, Orthogonality,
@@ -52,6 +59,7 @@ pub use train::{
     Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
     ScheduleKind, TrainConfig,
 };
+pub use variables::Written;
 
 /// The config of a run. `method` comes first in the file; every other field is a section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -85,6 +93,9 @@ pub struct Config {
     /// `[growth]`: how an added expert is trained. `dylora add-expert` writes this section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub growth: Option<GrowthConfig>,
+    /// Which texts were written with environment variables, and how.
+    #[serde(skip)]
+    pub written: Written,
 }
 
 /// What is trained.
@@ -117,65 +128,6 @@ pub struct RunConfig {
 impl Default for RunConfig {
     fn default() -> Self {
         Self { dir: "runs/dylora".into(), seed: 0, device: DeviceChoice::Auto, tensorboard: true }
-    }
-}
-
-/// `auto` takes the first CUDA device if there is one, and the CPU otherwise. `cpu`, `cuda` (the
-/// first CUDA device) and `cuda:N` name a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
-pub enum DeviceChoice {
-    /// The first CUDA device if there is one, and the CPU otherwise.
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// The CUDA device with this index.
-    Cuda(usize),
-}
-
-/// The largest index of a CUDA device, which libtorch keeps in 8 bits.
-const MAX_CUDA_INDEX: usize = 127;
-
-impl FromStr for DeviceChoice {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda(0)),
-            _ => match text.strip_prefix("cuda:").and_then(|index| index.parse().ok()) {
-                Some(index) if index <= MAX_CUDA_INDEX => Ok(Self::Cuda(index)),
-                _ => bail!(
-                    "`{text}` is no device; use `auto`, `cpu`, `cuda` or `cuda:N` with N up to \
-                     {MAX_CUDA_INDEX}"
-                ),
-            },
-        }
-    }
-}
-
-impl TryFrom<String> for DeviceChoice {
-    type Error = anyhow::Error;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl fmt::Display for DeviceChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
-        }
-    }
-}
-
-impl From<DeviceChoice> for String {
-    fn from(device: DeviceChoice) -> Self {
-        device.to_string()
     }
 }
 

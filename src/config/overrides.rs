@@ -6,29 +6,57 @@
 use anyhow::{Result, anyhow, bail};
 use toml::{Table, Value};
 
+use super::schema::join;
+
 /// The most parts that the dotted path of a key has, with some to spare.
 const MAX_KEY_PARTS: usize = 16;
 
-/// Sets one `dotted.key=value` in `table`. A value that is not valid TOML is a string.
-///
-/// # Errors
-/// A text without `=`, and a path that leads through a value that is neither a section nor a list,
-/// or through an entry that a list does not have.
-pub(super) fn set(table: &mut Table, item: &str) -> Result<()> {
-    let Some((key, value)) = item.split_once('=') else {
-        bail!("`--set {item}` has no `=`; write `--set lora.rank=16`");
-    };
-    let value = match format!("value = {value}").parse::<Table>() {
-        Ok(mut parsed) => parsed.remove("value").expect("the key was just written"),
-        Err(_) => Value::String(value.trim().to_owned()),
-    };
-    let parts = parts(key)?;
-    let mut root = Value::Table(std::mem::take(table));
-    let result = insert(&mut root, &parts, 0, value);
-    if let Value::Table(changed) = root {
-        *table = changed;
+/// One `dotted.key=value`.
+pub(super) struct Override<'a> {
+    item: &'a str,
+    parts: Vec<&'a str>,
+    /// The value. One that is not valid TOML is a string.
+    pub value: Value,
+}
+
+impl<'a> Override<'a> {
+    /// Parses an override.
+    ///
+    /// # Errors
+    /// A text without `=`, and a path of far too many parts.
+    pub fn parse(item: &'a str) -> Result<Self> {
+        let Some((key, value)) = item.split_once('=') else {
+            bail!("`--set {item}` has no `=`; write `--set lora.rank=16`");
+        };
+        let value = match format!("value = {value}").parse::<Table>() {
+            Ok(mut parsed) => parsed.remove("value").expect("the key was just written"),
+            Err(_) => Value::String(value.trim().to_owned()),
+        };
+        Ok(Self { item, parts: parts(key)?, value })
     }
-    result.map_err(|error| anyhow!("in `--set {item}`: {error}"))
+
+    /// The key, with `[]` for every index.
+    pub fn key(&self) -> String {
+        let is_index = |part: &&str| part.parse::<usize>().is_ok();
+        self.parts.iter().fold(String::new(), |key, part| match is_index(part) {
+            true => key + "[]",
+            false => join(&key, part),
+        })
+    }
+
+    /// Sets the value in `table`.
+    ///
+    /// # Errors
+    /// A path that leads through a value that is neither a section nor a list, or through an entry
+    /// that a list does not have.
+    pub fn apply(self, table: &mut Table) -> Result<()> {
+        let mut root = Value::Table(std::mem::take(table));
+        let result = insert(&mut root, &self.parts, 0, self.value);
+        if let Value::Table(changed) = root {
+            *table = changed;
+        }
+        result.map_err(|error| anyhow!("in `--set {}`: {error}", self.item))
+    }
 }
 
 /// The parts of a dotted key.
@@ -41,8 +69,8 @@ fn parts(key: &str) -> Result<Vec<&str>> {
     Ok(parts)
 }
 
-/// Sets the value at `parts[depth..]` below `at`, which is at `parts[..depth]`. Sections that do not
-/// exist are made.
+/// Sets the value at `parts[depth..]` below `at`, which is at `parts[..depth]`. Sections that do
+/// not exist are made.
 fn insert(at: &mut Value, parts: &[&str], depth: usize, value: Value) -> Result<()> {
     let (part, is_last) = (parts[depth], depth + 1 == parts.len());
     let path = parts[..depth].join(".");
@@ -84,7 +112,7 @@ mod tests {
 
     fn changed(item: &str) -> Result<String> {
         let mut table: Table = "a = 1\nlist = [{ weight = 1 }, { weight = 1 }]".parse()?;
-        set(&mut table, item)?;
+        Override::parse(item)?.apply(&mut table)?;
         Ok(toml::to_string(&table)?)
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -103,6 +103,8 @@ impl JsonSchema for TargetModules {
     }
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        Vec::<String>::json_schema(generator)
+        let (one, several) =
+            (String::json_schema(generator), Vec::<String>::json_schema(generator));
+        json_schema!({ "anyOf": [several, one] })
     }
 }

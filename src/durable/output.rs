@@ -199,7 +199,10 @@ impl Output {
 
     /// Checks that what is at the path is no input and not the working folder, and contains
     /// neither.
-    fn check_kept(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// The message says which of them it is.
+    pub fn check_kept(&self) -> Result<()> {
         let name = self.path.display();
         let real = fs_err::canonicalize(&self.path)?;
         let real_of = |path: &Path| fs_err::canonicalize(path).ok();
@@ -299,7 +302,7 @@ fn kind_of(kind: FileType) -> &'static str {
 
 /// The paths, relative to `dir`, of everything below it except the marker: files, links, other
 /// entries and empty folders.
-fn files_below(dir: &Path) -> Result<BTreeSet<String>> {
+pub fn files_below(dir: &Path) -> Result<BTreeSet<String>> {
     let (mut found, mut folders) = (BTreeSet::new(), vec![dir.to_owned()]);
     while let Some(folder) = folders.pop() {
         let mut is_empty = true;

@@ -38,12 +38,14 @@ pub struct EvalReport {
     pub seq_len: usize,
     /// Distance between windows, in tokens; equal to `seq_len`.
     pub stride: usize,
-    /// Mean of the domains' losses, nats.
+    /// Mean of the domains' losses, nats: each domain counts the same.
     pub loss: f64,
+    /// `exp(loss)`.
+    pub perplexity: f64,
     /// Mean loss over all label tokens, nats.
     pub token_loss: f64,
     /// `exp(token_loss)`.
-    pub perplexity: f64,
+    pub token_perplexity: f64,
     /// Label tokens of all domains.
     pub label_tokens: u64,
     /// The results of each domain that has label tokens.
@@ -282,13 +284,15 @@ impl Sums {
         let label_tokens: u64 = domains.iter().map(|domain| domain.label_tokens).sum();
         let all_losses = self.losses.iter().map(|(loss, _)| loss).sum::<f64>();
         let token_loss = all_losses / label_tokens as f64;
+        let loss = domains.iter().map(|domain| domain.loss).sum::<f64>() / domains.len() as f64;
         let (supervision, routing) = of_routers(None);
         EvalReport {
             seq_len: dataset.seq_len,
             stride: dataset.seq_len,
-            loss: domains.iter().map(|domain| domain.loss).sum::<f64>() / domains.len() as f64,
+            loss,
+            perplexity: loss.exp(),
             token_loss,
-            perplexity: token_loss.exp(),
+            token_perplexity: token_loss.exp(),
             label_tokens,
             domains,
             domain_supervision: supervision.map(|mean| mean.loss),

@@ -10,6 +10,7 @@
 
 mod advance;
 pub mod balance;
+pub mod earlier;
 pub mod files;
 mod frozen;
 pub mod gradients;
@@ -77,6 +78,8 @@ pub enum Event<'a> {
     Evaluating(u64, u64),
     /// An evaluation is done.
     Validation(&'a ValidationMetrics),
+    /// A checkpoint is being written.
+    Saving,
     /// A checkpoint is on disk.
     Checkpoint(&'a Path),
 }
@@ -165,8 +168,8 @@ pub struct MixtureHistory {
 pub fn check_new_run(run_dir: &Path) -> Result<()> {
     if !checkpoint::steps(run_dir)?.is_empty() {
         bail!(
-            "`{}` holds checkpoints of an earlier run\nhint: name another folder, or go on with \
-             `train --resume`",
+            "`{}` holds checkpoints of an earlier run\nhint: name another folder, go on with \
+             `dylora train --resume`, or replace the run with `dylora train --overwrite`",
             run_dir.display()
         );
     }
@@ -386,6 +389,7 @@ impl Trainer {
             let stop = interrupt.load(Ordering::Relaxed);
             if stop || collapsed || self.saves_now() {
                 writer.settle(self.state.step)?;
+                observe(Event::Saving);
                 let path = self.save()?;
                 warn_of_lost(saved.as_deref());
                 observe(Event::Checkpoint(&path));

@@ -31,7 +31,7 @@ use prost::Message;
 use crate::durable;
 
 /// The start of an event file's name; the seconds since 1970 follow.
-const FILE_PREFIX: &str = "events.out.tfevents.";
+pub(super) const FILE_PREFIX: &str = "events.out.tfevents.";
 /// The first version whose session starts drop later steps of earlier files.
 const FILE_VERSION: &str = "brain.Event:2";
 /// `SessionLog.SessionStatus.START`.

@@ -3,6 +3,7 @@
 //! run the binary.
 
 mod damage;
+mod earlier;
 mod full;
 mod history;
 mod kills;
