@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/golden/data/*: records in every format, and what other programs read from them.
 
-    "$(scripts/python_env data scripts/data-requirements.txt)" scripts/make_golden_data.py [FOLDER]
+    "$(scripts/python_env data scripts/data-requirements.txt)" scripts/make_golden_data.py [DIR]
 
 The files `pairs.*` hold the same records with a `prompt` and a `completion`, as CSV and TSV by
 Python's `csv`, as a JSON array, and as Parquet by `pyarrow` with each compression of the Hub's data
@@ -112,7 +112,8 @@ def main():
             contents.append(content)
         files[name] = contents.index(content)
     versions = {"python": platform.python_version(), "pyarrow": pyarrow.__version__}
-    text = json.dumps({"versions": versions, "files": files, "contents": contents}, ensure_ascii=False)
+    result = {"versions": versions, "files": files, "contents": contents}
+    text = json.dumps(result, ensure_ascii=False)
     (folder / "expected.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -41,7 +41,7 @@ fn a_config_that_init_wrote_is_planned_and_trained_as_it_is() -> Result<()> {
     let data = ["data/code.train.jsonl", "prose=data/verse.train.jsonl"];
     let init = [&["init", "--base", "base", "--device", "cpu", "--data"][..], &data].concat();
     let text = run(&init)?;
-    assert!(text.contains("wrote dylora.toml: a mixture of 2 experts,"), "{text}");
+    assert!(text.contains("and dylora.schema.json for editors: a mixture of 2 experts,"), "{text}");
     let config = fs_err::read_to_string(folder.path().join("dylora.toml"))?;
     for line in [
         "source = { path = \"base\" }",
@@ -85,7 +85,7 @@ fn a_terminal_is_asked_and_one_domain_becomes_a_single_lora() -> Result<()> {
             terminal.send_line(answer)?;
         }
     }
-    terminal.exp_string("wrote facts.toml: a single LoRA, since one domain needs no router")?;
+    terminal.exp_string("for editors: a single LoRA, since one domain needs no router")?;
     terminal.exp_eof()?;
     let config = fs_err::read_to_string(folder.path().join("facts.toml"))?;
     assert!(config.contains("num_experts = 1\n"), "{config}");

@@ -13,6 +13,7 @@ use super::demo_results::Results;
 use super::eval::{self, DataArgs};
 use super::open::ModelArgs;
 use super::report::{self, ReportArgs};
+use super::results::Schema;
 use super::signals::{Interrupt, quoted};
 use super::start::{ReadyRun, load_data};
 use super::train::{self, Trained};
@@ -23,8 +24,6 @@ use crate::eval::EvalReport;
 use crate::export::peft::{self, Layout};
 use crate::train::Ending;
 
-/// Version of the JSON's keys.
-const SCHEMA: u32 = 1;
 /// What the demo writes beside its files: the runs of the mixture and of the single LoRA, the
 /// exported experts, the report, and what `--json` prints.
 const MIXTURE: &str = "mixture";
@@ -87,7 +86,6 @@ pub fn run(args: &DemoArgs, shared: &Shared) -> Result<()> {
     report::write(&ReportArgs::of_runs(runs, args.out.join(REPORT), args.device), shared)?;
     let faults = results.faults();
     let json = json!({
-        "schema": SCHEMA,
         "out": args.out,
         "seconds": started.elapsed().as_secs_f64(),
         "domains": results.domains,
@@ -95,7 +93,7 @@ pub fn run(args: &DemoArgs, shared: &Shared) -> Result<()> {
         "mutual_information": results.mutual_information,
         "faults": faults,
     });
-    let json = serde_json::to_string_pretty(&json)?;
+    let json = Schema::Demo.text(json);
     durable::replace(&args.out.join(RESULTS), format!("{json}\n").as_bytes())?;
     match args.json {
         true => print_result(&json)?,

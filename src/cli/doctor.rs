@@ -7,10 +7,9 @@ use serde_json::json;
 use super::doctor_checks::{Check, State, checks};
 use super::doctor_facts::Facts;
 use super::print_result;
+use super::results::Schema;
 use crate::config::DeviceChoice;
 
-/// Version of the JSON's keys.
-const SCHEMA: u32 = 1;
 /// Columns of the text, and those before a finding.
 const WIDTH: usize = 80;
 const LEFT: usize = 19;
@@ -39,13 +38,8 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     let broken: Vec<&str> =
         found.iter().filter(|check| check.state == State::Broken).map(|check| check.name).collect();
     if args.json {
-        let json = json!({
-            "schema": SCHEMA,
-            "ok": broken.is_empty(),
-            "checks": found,
-            "facts": facts,
-        });
-        print_result(&serde_json::to_string_pretty(&json)?)?;
+        let json = json!({ "ok": broken.is_empty(), "checks": found, "facts": facts });
+        print_result(&Schema::Doctor.text(json))?;
     } else {
         print_result(&text(&facts.dylora, &found))?;
     }

@@ -8,7 +8,7 @@ use super::results::Schema;
 use super::start::ReadyRun;
 use super::{print_result, table};
 use crate::config::{self, Config, DomainExperts, Method};
-use crate::data::{Datasets, TokenDataset};
+use crate::data::{Datasets, Domain, TokenDataset};
 use crate::model::experts::spec::{ExpertSpec, part_name};
 use crate::model::experts::targets::{self, TargetMatch};
 use crate::train::plan::{MemoryEstimate, ParameterCounts, num_steps};
@@ -31,7 +31,11 @@ pub fn dry_run(run: &ReadyRun, json: bool) -> Result<()> {
     };
     let domains = |dataset: &TokenDataset| -> Vec<_> {
         let domains = dataset.domains.iter();
-        domains.map(|d| json!({ "name": d.name, "weight": d.weight, "counts": d.counts })).collect()
+        let json = |domain: &Domain| {
+            let Domain { name, weight, counts, kinds, .. } = domain;
+            json!({ "name": name, "weight": weight, "counts": counts, "kinds": kinds })
+        };
+        domains.map(json).collect()
     };
     if json {
         let json = json!({

@@ -289,8 +289,8 @@ impl DataArgs {
         load_files(&self.domain_files(domains), &options, tokenizer, &progress)
     }
 
-    /// The files of `--data`, grouped by domain. What no option says about their records, the domain
-    /// of that name says among `domains`.
+    /// The files of `--data`, grouped by domain. If no option says what their records are, the
+    /// domain of that name among `domains` does.
     fn domain_files(&self, domains: &[DomainConfig]) -> Vec<DomainFiles> {
         let mut sources: Vec<DomainFiles> = vec![];
         for argument in &self.data {

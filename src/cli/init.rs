@@ -15,12 +15,14 @@ use super::signals::quoted;
 use super::start::load_data;
 use super::{Shared, device, print_result, table, usage};
 use crate::base::Base;
-use crate::config::{self, BaseConfig, Config, DeviceChoice, Dtype};
+use crate::config::{self, BaseConfig, Config, DeviceChoice, Dtype, schema};
 use crate::data::{Datasets, TokenDataset};
 use crate::durable;
 use crate::ffi::driver;
 use crate::train::plan::{MemoryEstimate, ParameterCounts};
 
+/// The file by which editors check the config, which lies beside it.
+const SCHEMA: &str = "dylora.schema.json";
 /// The lengths of blocks to choose from, besides the base's number of positions.
 const SEQ_LENS: [usize; 4] = [256, 512, 1024, 2048];
 /// A block is long enough if it holds this share of the documents whole.
@@ -73,8 +75,10 @@ pub fn run(args: &InitArgs, shared: &Shared) -> Result<()> {
     let file = std::path::absolute(&args.out)?;
     let folder = file.parent().context("a file lies in a folder")?;
     let text = plan.text(&quoted(&args.out), Some(folder));
+    let schema = serde_json::to_string_pretty(&schema::for_editors())? + "\n";
     fs_err::create_dir_all(folder)?;
-    durable::replace(&file, text.as_bytes())?;
+    durable::replace(&folder.join(SCHEMA), schema.as_bytes())?;
+    durable::replace(&file, format!("#:schema ./{SCHEMA}\n{text}").as_bytes())?;
     print_result(&args.summary(&plan, &base, &data, device))
 }
 
@@ -187,7 +191,7 @@ impl InitArgs {
         let Schedule { steps, micro_batch_size, grad_accum_steps, .. } = plan.schedule;
         format!(
             "{documents}\n\n\
-             wrote {file}: {what},\n\
+             wrote {file}, and {SCHEMA} for editors: {what},\n\
              on `{}` ({} parameters),\n\
              {} steps of {} blocks of {} tokens on {}\n\n\
              Next:\n  \

@@ -8,14 +8,15 @@ mod bench_shapes;
 mod chat;
 mod chat_lines;
 mod chat_text;
+mod completions;
+mod config_keys;
+mod data;
 mod demo;
 mod demo_files;
 mod demo_results;
 mod doctor;
 mod doctor_checks;
 mod doctor_facts;
-mod completions;
-mod config_keys;
 mod dry_run;
 mod eval;
 mod eval_answers;
@@ -125,6 +126,8 @@ enum Command {
     /// Train a mixture (or a whole base, with `method = "full"`) from a TOML config.
     #[command(override_usage = "dylora train [OPTIONS] <--config FILE [--resume] | --resume DIR>")]
     Train(train::TrainArgs),
+    /// Look at data before they are trained on.
+    Data(data::DataCommand),
     /// Measure the loss, perplexity and routing of a model on each domain.
     #[command(override_usage = of_model("eval", ""))]
     Eval(eval::EvalArgs),
@@ -276,6 +279,7 @@ impl Cli {
         let shared = Shared { show_progress: !self.quiet };
         match self.command {
             Some(Command::Train(args)) => train::run(args, &shared),
+            Some(Command::Data(args)) => data::run(args, &shared),
             Some(Command::Eval(args)) => eval::run(args, &shared),
             Some(Command::ExportAdapters(args)) => export_adapters::run(args, &shared),
             Some(Command::Merge(args)) => merge::run(args, &shared),

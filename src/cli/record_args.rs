@@ -24,13 +24,17 @@ pub struct RecordArgs {
 }
 
 impl RecordArgs {
+    /// Whether one of the options is given.
+    pub fn is_given(&self) -> bool {
+        let Self { fields, shape, style, data_format } = self;
+        fields.is_some() || shape.is_some() || style.is_some() || data_format.is_some()
+    }
+
     /// What the options say about records. If none is given, it is what `domain` says.
     pub fn records(&self, domain: Option<&DomainConfig>) -> RecordConfig {
         let Self { fields, shape, style, data_format } = self;
-        let is_given =
-            fields.is_some() || shape.is_some() || style.is_some() || data_format.is_some();
         match domain {
-            Some(domain) if !is_given => domain.records(),
+            Some(domain) if !self.is_given() => domain.records(),
             _ => RecordConfig {
                 format: *data_format,
                 shape: *shape,

@@ -13,6 +13,8 @@ use serde_json::{Map, Value};
 pub enum Schema {
     AddExpert,
     Bench,
+    Demo,
+    Doctor,
     DryRun,
     Eval,
     ExportAdapters,
@@ -32,6 +34,8 @@ impl Schema {
         match self {
             Self::AddExpert => "add-expert/1",
             Self::Bench => "bench/1",
+            Self::Demo => "demo/1",
+            Self::Doctor => "doctor/1",
             Self::DryRun => "dry-run/1",
             // 1 had `perplexity` for what is now `token_perplexity`
             Self::Eval => "eval/2",

@@ -2,6 +2,7 @@
 
 use super::fit::fitted;
 use super::terminal;
+pub use crate::data::count;
 use crate::data::visible;
 use crate::eval::experts::ExpertReport;
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
@@ -14,19 +15,6 @@ pub fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let header: Vec<String> = header.iter().map(|cell| visible(cell)).collect();
     let visible = |row: &Vec<String>| row.iter().map(|cell| visible(cell)).collect();
     fitted(&header, &rows.iter().map(visible).collect::<Vec<_>>(), terminal::width())
-}
-
-/// A number with separators, as `1,234,567`.
-pub fn count(number: impl TryInto<u64>) -> String {
-    let digits = number.try_into().unwrap_or(0).to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// A number of bytes in GiB or MiB.

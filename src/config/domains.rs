@@ -15,7 +15,7 @@ pub struct DomainConfig {
     pub name: String,
     /// Paths or globs of the training files: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet`
     /// files of records, and `.txt` and `.md` files, each of which is one plain text document. All
-    /// but `.parquet` may be compressed as `.zst` or `.gz`.
+    /// but `.parquet` may be compressed as `.zst` or `.gz`. Needed unless there is `hub`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub train: Vec<String>,
     /// A data set of the Hugging Face Hub, instead of `train`.
@@ -27,7 +27,7 @@ pub struct DomainConfig {
     /// What each record consists of. Without it, the keys of a record decide.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<RecordShape>,
-    /// How records without turns become text.
+    /// How records without turns become text, `plain` by default.
     #[serde(default, skip_serializing_if = "is_plain")]
     pub style: RecordStyle,
     /// The names of the records' keys or columns in the data.

@@ -7,9 +7,9 @@
 
 mod bounds;
 mod data;
-mod domains;
 mod device;
 mod document;
+mod domains;
 pub mod explain;
 mod faults;
 mod growth;
@@ -40,8 +40,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use data::{FieldNames, FileFormat, HubDataset, RecordConfig, RecordShape, RecordStyle};
-pub use domains::{DomainConfig, DomainExperts, Validation, expert_names};
 pub use device::DeviceChoice;
+pub use domains::{DomainConfig, DomainExperts, Validation, expert_names};
 pub use growth::GrowthConfig;
 pub use lora::{
     Capacity, DropoutMasks, ExpertConfig, LoraConfig, LoraInit, LoraScale, Orthogonality,
@@ -271,6 +271,21 @@ pub struct DataConfig {
     pub on_exhausted: OnExhausted,
     /// `[[data.domains]]`: the kinds of text. There must be at least one.
     pub domains: Vec<DomainConfig>,
+}
+
+impl Default for DataConfig {
+    /// No domains, and blocks of 1024 tokens. A file must name both.
+    fn default() -> Self {
+        Self {
+            seq_len: 1024,
+            loss_on: LossOn::default(),
+            loss_on_turns: LossOnTurns::default(),
+            on_bad_record: OnBadRecord::default(),
+            mixing: Mixing::default(),
+            on_exhausted: OnExhausted::default(),
+            domains: vec![],
+        }
+    }
 }
 
 /// What share of the training blocks each domain gets. At any point of an epoch, the number of

@@ -48,7 +48,7 @@ impl TokenDataset {
     }
 
     /// The documents of a domain, in the order of its files.
-    fn documents(&self, domain: usize) -> impl Iterator<Item = (&TokenFile, &Document)> {
+    pub(super) fn documents(&self, domain: usize) -> impl Iterator<Item = (&TokenFile, &Document)> {
         let blocks = &self.domains[domain].blocks;
         let pieces = (0..blocks.num_blocks()).flat_map(|block| blocks.get(block));
         let mut documents: Vec<(u32, u32)> =

@@ -2,9 +2,10 @@
 //!
 //! A cache file is named by a BLAKE3 hash of everything that determines its content: the bytes of
 //! the source file, its format and compression, what the config says about its records, the
-//! tokenizer, the end token, the chat template, the learned turns of conversations and [`VERSION`]. It is written in a folder of its own and
-//! then renamed, so that processes that start together do not disturb each other. A run keeps the
-//! files that it has opened, so that it does not matter if they are deleted meanwhile.
+//! tokenizer, the end token, the chat template, the learned turns of conversations and [`VERSION`].
+//! It is written in a folder of its own and then renamed, so that processes that start together do
+//! not disturb each other. A run keeps the files that it has opened, so that it does not matter if
+//! they are deleted meanwhile.
 //!
 //! The file consists of, all little-endian:
 //!

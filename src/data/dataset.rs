@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::kinds::{self, RecordKind};
 use super::order::{BlockId, Mix};
 use super::pack::{self, Blocks, DomainCounts, Piece};
 use super::token_file::{BASE_EXPERT, Document, NO_DOMAIN, NO_EXPERT, TokenFile, Tokens};
@@ -24,7 +25,7 @@ pub struct TokenDataset {
     pub mixing: Mixing,
     /// What happens when all blocks of a domain have been used before the epoch ends.
     pub on_exhausted: OnExhausted,
-    loss_on: LossOn,
+    pub(super) loss_on: LossOn,
     pub(super) files: Vec<Arc<TokenFile>>,
     encoding: blake3::Hash,
 }
@@ -38,6 +39,9 @@ pub struct Domain {
     pub weight: f64,
     /// What its files contain.
     pub counts: DomainCounts,
+    /// What kinds of records its files hold, of any domain. A part that was held out of other data
+    /// has none.
+    pub kinds: Vec<RecordKind>,
     record_experts: RecordExperts,
     pub(super) blocks: Blocks,
     fingerprint: blake3::Hash,
@@ -69,12 +73,14 @@ pub(super) struct Selection {
     pub weight: f64,
     pub documents: Vec<DocumentRef>,
     pub counts: DomainCounts,
+    pub kinds: Vec<RecordKind>,
 }
 
 impl Selection {
     /// Adds the documents and counts of `other`.
     pub fn append(&mut self, other: Self) {
         self.documents.extend(other.documents);
+        kinds::add(&mut self.kinds, &other.kinds);
         self.counts.records += other.counts.records;
         self.counts.skipped_empty += other.counts.skipped_empty;
         self.counts.skipped_bad += other.counts.skipped_bad;
@@ -193,6 +199,7 @@ impl TokenDataset {
                 weight: domain.weight,
                 documents: documents.collect(),
                 counts: DomainCounts { records: num_documents.into(), ..DomainCounts::default() },
+                kinds: vec![],
             });
             files.push(Arc::new(memory_file(&domain.documents)));
         }
@@ -358,7 +365,7 @@ impl Domain {
         seq_len: usize,
         loss_on: LossOn,
     ) -> Self {
-        let Selection { name, weight, documents, mut counts } = selection;
+        let Selection { name, weight, documents, mut counts, kinds } = selection;
         let seq_len = u32::try_from(seq_len).expect("checked where the options enter");
         let mut pieces = Vec::new();
         let mut record_experts = RecordExperts::default();
@@ -394,7 +401,8 @@ impl Domain {
         }
         let blocks = pack::pack(pieces, seq_len);
         counts.blocks = blocks.num_blocks() as u64;
-        Self { name, weight, counts, record_experts, blocks, fingerprint: hasher.finalize() }
+        let fingerprint = hasher.finalize();
+        Self { name, weight, counts, kinds, record_experts, blocks, fingerprint }
     }
 
     /// Number of blocks in this domain.

@@ -133,7 +133,7 @@ pub(super) fn read_documents(
 ) -> Result<TokenFile> {
     let reader = match source.format {
         FileFormat::Text => Reader::Text(Lines::new(source.open(bytes_read)?)),
-        _ => Reader::Records(Records::open(source, bytes_read)?),
+        _ => Reader::Records(Box::new(Records::open(source, bytes_read)?)),
     };
     let mut steps = Steps {
         source,
@@ -190,7 +190,7 @@ struct Steps<'a> {
 /// What a file is read as.
 enum Reader<'a> {
     Text(Lines),
-    Records(Records<'a>),
+    Records(Box<Records<'a>>),
 }
 
 impl Steps<'_> {

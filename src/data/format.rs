@@ -9,8 +9,15 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use serde_json::{Map, Value};
 
-use super::source::{Packing, SourceFile, extension};
 use crate::config::FileFormat;
+
+/// How a file is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
+    Plain,
+    Zstd,
+    Gzip,
+}
 
 /// What the name of a file, or the config, says about its format.
 #[derive(Debug, Clone, Copy)]
@@ -59,25 +66,26 @@ impl Named {
         }))
     }
 
-    /// The format of `source`, whose first bytes must agree with its name.
+    /// The format of a file, whose first bytes must agree with its name.
+    ///
+    /// - `head`: the first bytes, unpacked
     ///
     /// # Errors
     /// A file that begins like one of another kind.
-    pub fn check(self, source: &SourceFile) -> Result<FileFormat> {
-        let path = source.path.display();
-        let head = source.head();
+    pub fn check(self, path: &Path, packing: Packing, head: &[u8]) -> Result<FileFormat> {
+        let path = path.display();
         let format = match self {
             Self::Format(format) => format,
             Self::TextByConfig => FileFormat::Text,
-            Self::Json => json_format(&head).unwrap_or(FileFormat::Json),
+            Self::Json => json_format(head).unwrap_or(FileFormat::Json),
         };
-        let kind = kind(&head);
+        let kind = kind(head);
         if format == FileFormat::Parquet {
-            if source.packing != Packing::Plain {
+            if packing != Packing::Plain {
                 bail!("`{path}` is a packed Parquet file, which is not read\nhint: unpack it");
             }
             if !head.starts_with(PARQUET) {
-                let found = kind.unwrap_or_else(|| begins(&head));
+                let found = kind.unwrap_or_else(|| begins(head));
                 bail!("`{path}` is no Parquet file: it is {found}");
             }
             return Ok(format);
@@ -86,22 +94,40 @@ impl Named {
             bail!("`{path}` is not {}: it is {found}{}", what(format), hint(&found));
         }
         match self {
-            Self::Json if json_format(&head).is_none() => bail!(
-                "`{path}` holds neither an array of JSON objects nor one object per line: it is {}\n\
-                 hint: write `[{{\"text\": \"..\"}}, ..]`, or one object per line",
-                begins(&head)
+            Self::Json if json_format(head).is_none() => bail!(
+                "`{path}` holds neither an array of JSON objects nor one object per line: it is \
+                 {}\nhint: write `[{{\"text\": \"..\"}}, ..]`, or one object per line",
+                begins(head)
             ),
-            Self::Format(FileFormat::Jsonl) if is_array_of_objects(&head) => bail!(
+            Self::Format(FileFormat::Jsonl) if is_array_of_objects(head) => bail!(
                 "`{path}` is not JSON with one object per line: it is a JSON array\nhint: call it \
                  `.json`"
             ),
-            Self::Format(FileFormat::Text) if is_object(first_line(&head)) => bail!(
+            Self::Format(FileFormat::Text) if is_object(first_line(head)) => bail!(
                 "`{path}` is not plain text: its first line is a JSON object\nhint: call it \
-                 `.jsonl`; if it is to be learned as it stands, set the domain's `format = \"text\"`"
+                 `.jsonl`; if it is to be learned as it stands, set its domain's \
+                 `format = \"text\"`"
             ),
             _ => Ok(format),
         }
     }
+}
+
+/// The extension of a file name, in lower case.
+fn extension(name: &str) -> Option<String> {
+    Path::new(name).extension().map(|extension| extension.to_string_lossy().to_lowercase())
+}
+
+/// The file name without the suffix of its compression, and the compression.
+pub(super) fn unpacked_name(path: &Path) -> (String, Packing) {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let packing = match extension(&name).as_deref() {
+        Some("zst") => Packing::Zstd,
+        Some("gz") => Packing::Gzip,
+        _ => return (name, Packing::Plain),
+    };
+    let stem = Path::new(&name).file_stem().unwrap_or_default();
+    (stem.to_string_lossy().into_owned(), packing)
 }
 
 const PARQUET: &[u8] = b"PAR1";

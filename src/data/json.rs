@@ -242,7 +242,8 @@ impl Elements {
 /// The error for a record that is too long.
 pub(super) fn too_long(what: &str) -> io::Error {
     io::Error::other(format!(
-        "{what} is longer than {} MiB, the most that a record may have\nhint: split it into several",
+        "{what} is longer than {} MiB, the most that a record may have\nhint: split it into \
+         several",
         MAX_RECORD_BYTES >> 20
     ))
 }

@@ -1,9 +1,10 @@
 //! From text files to batches: source -> tokens -> documents of a domain -> blocks -> batches.
 //!
-//! 1. `source`, `record`: patterns are expanded into files, and the lines of a file into records. A
-//!    `.jsonl` file has one JSON object per line, with `text`, with `prompt` and `completion` or
-//!    with `messages`, and optionally with `domain` and `expert`. Any other file is one plain text.
-//!    `.zst` and `.gz` files are decompressed while they are read.
+//! 1. `source`, `format`: patterns are expanded into files, whose names and first bytes say what
+//!    they hold. `records` reads records of any format, by `json`, `table` and `parquet`. `keys`
+//!    and `record` turn their values, of any shape, into a text, a prompt and a completion, or a
+//!    conversation, which may name its domain and its expert. `detect` and `kinds` say what was
+//!    found.
 //! 2. `tokenize`, `chat`, `documents`, `read`: records become documents. A document is a list of
 //!    tokens with an end token and the length of its prompt; a conversation's says which tokens are
 //!    learned instead. `cache` stores the documents of a file under a hash of the file's content.
@@ -18,7 +19,7 @@
 //!    any point of it, each domain has had about the share that `data.mixing` gives it. A batch has
 //!    one block per row.
 //!
-//! `visible` shows text and names from the data to people.
+//! `preview` and `visible` show data to people.
 //!
 //! All of this is deterministic: the same files and options give the same batches on any machine.
 
@@ -32,10 +33,12 @@ mod documents;
 mod format;
 mod json;
 mod keys;
+mod kinds;
 mod order;
 mod pack;
 mod parallel;
 mod parquet;
+mod preview;
 mod read;
 mod record;
 mod records;
@@ -59,10 +62,12 @@ pub use self::dataset::{
     TokenDataset,
 };
 pub use self::detect::{Detected, detect};
+pub use self::kinds::RecordKind;
 pub use self::order::BlockId;
+pub use self::preview::{Example, ExamplePart, Lengths};
 pub use self::read::LoadProgress;
 pub use self::tokenize::Tokenizer;
-pub use self::visible::visible;
+pub use self::visible::{count, visible};
 
 use self::dataset::Selection;
 use self::select::Selector;
@@ -185,8 +190,9 @@ pub struct DomainFiles {
 /// - `progress`: called on this thread while files are read
 ///
 /// # Errors
-/// If a pattern matches no file; if a file does not hold what its name says; if a record is malformed (the error names its file and line); if a
-/// domain has nothing to train or validate on; or if a `validation.fraction` leaves one side empty.
+/// If a pattern matches no file; if a file does not hold what its name says; if a record is
+/// malformed (the error names its file and line); if a domain has nothing to train or validate on;
+/// or if a `validation.fraction` leaves one side empty.
 pub fn load_datasets(
     domains: &[DomainConfig],
     options: &DataOptions,
@@ -302,6 +308,9 @@ impl Packer<'_> {
         let dataset = TokenDataset::new(selections, files, seq_len, loss_on, self.encoding);
         let mut domains = dataset.domains.iter();
         domains.try_for_each(|domain| select::check_not_empty(domain, purpose, &self.files))?;
+        for Domain { name, kinds, .. } in dataset.domains.iter().filter(|d| !d.kinds.is_empty()) {
+            tracing::info!("`{name}`: {} to {purpose}", kinds::listed(kinds));
+        }
         Ok(dataset)
     }
 

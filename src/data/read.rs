@@ -12,6 +12,7 @@ use anyhow::{Result, bail};
 use super::DataOptions;
 use super::cache::{self, Cache};
 use super::documents::{Reading, read_documents};
+use super::kinds;
 use super::source::SourceFile;
 use super::token_file::TokenFile;
 use super::tokenize::Tokenizer;
@@ -133,7 +134,7 @@ impl Reader<'_> {
 
     /// Reads one file, from the cache if it has the file.
     fn read(&self, index: usize, num_threads: usize, on_progress: &dyn Fn()) -> Result<TokenFile> {
-        let file = match &self.cache {
+        let mut file = match &self.cache {
             None => self.tokenize(index, num_threads, on_progress)?,
             Some(cache) => {
                 let key = self.key(index)?;
@@ -160,6 +161,7 @@ impl Reader<'_> {
                 }
             }
         };
+        file.kinds = kinds::of_file(&self.files[index], file.shapes, file.documents.len());
         self.files_done.fetch_add(1, Ordering::Relaxed);
         Ok(file)
     }

@@ -170,7 +170,8 @@ fn shape_of_columns(columns: &[String], keys: &Keys) -> Result<RecordShape, Stri
 }
 
 const FIELDS_HINT: &str = "\nhint: name the columns, as in `fields = { prompt = \"question\", \
-                           completion = \"answer\" }`";
+                           completion = \"answer\" }`, which is `--fields \
+                           prompt=question,completion=answer`";
 
 fn quoted(names: &[String]) -> String {
     const MOST: usize = 20;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use anyhow::{Result, bail};
 
 use super::dataset::{DocumentRef, Domain, Selection};
+use super::kinds;
 use super::pack;
 use super::pack::DomainCounts;
 use super::token_file::{Document, TokenFile};
@@ -35,6 +36,7 @@ impl Selector<'_> {
         let mut selection = Selection { name: name.into(), weight, ..Selection::default() };
         for index in indices {
             let file = &self.files[*index];
+            kinds::add(&mut selection.kinds, &file.kinds);
             selection.counts.skipped_bad += file.num_bad;
             selection.counts.records += file.num_bad;
             for (reference, document) in self.documents(*index) {
@@ -51,7 +53,7 @@ impl Selector<'_> {
 
     /// Adds each document of the file `index` to the domain that its record names, or to
     /// `default_domain` if it names none. A domain that is not yet in `selections` is appended. The
-    /// file's malformed records are counted in the domain of its first document.
+    /// file's malformed records and its kinds are counted in the domain of its first document.
     ///
     /// - `record_domain`: if given, only the documents whose record names this domain are added
     pub fn group(
@@ -77,6 +79,7 @@ impl Selector<'_> {
             self.add(&mut selections[at], reference, document);
         }
         let first = first.unwrap_or_else(|| position_of(selections, default_domain));
+        kinds::add(&mut selections[first].kinds, &file.kinds);
         selections[first].counts.records += file.num_bad;
         selections[first].counts.skipped_bad += file.num_bad;
     }
@@ -114,7 +117,7 @@ impl Selector<'_> {
                 train.counts.records -= count as u64;
                 let counts = DomainCounts { records: count as u64, ..DomainCounts::default() };
                 let (name, weight) = (train.name.clone(), train.weight);
-                return Ok(Selection { name, weight, documents: held_out, counts });
+                return Ok(Selection { name, weight, documents: held_out, counts, kinds: vec![] });
             }
         };
         bail!(
@@ -142,7 +145,7 @@ impl Selector<'_> {
         let half = |documents: Vec<DocumentRef>| {
             let records = documents.len() as u64;
             let counts = DomainCounts { records, ..DomainCounts::default() };
-            Selection { name: name.clone(), weight, documents, counts }
+            Selection { name: name.clone(), weight, documents, counts, kinds: vec![] }
         };
         Ok([half(first), half(second)])
     }

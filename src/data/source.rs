@@ -12,16 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context, Result, bail};
 use fs_err::File;
 
-use super::format;
+use super::format::{Named, Packing, unpacked_name};
 use crate::config::{FileFormat, RecordConfig};
-
-/// How a file is compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Packing {
-    Plain,
-    Zstd,
-    Gzip,
-}
 
 /// A file with documents.
 #[derive(Debug, Clone)]
@@ -47,11 +39,11 @@ impl SourceFile {
             bail!("`{}` is no regular file\nhint: write its content to one", path.display());
         }
         let (stem, packing) = unpacked_name(&path);
-        let named = format::Named::new(&path, &stem, records.format)?;
+        let named = Named::new(&path, &stem, records.format)?;
         let num_bytes = metadata.len();
         // the format is settled by the file's first bytes
         let mut source = Self { path, format: FileFormat::Text, packing, num_bytes, records };
-        source.format = named.check(&source)?;
+        source.format = named.check(&source.path, packing, &source.head())?;
         Ok(source)
     }
 
@@ -98,23 +90,6 @@ impl SourceFile {
             }
         })
     }
-}
-
-/// The extension of a file name, in lower case.
-pub(super) fn extension(name: &str) -> Option<String> {
-    Path::new(name).extension().map(|extension| extension.to_string_lossy().to_lowercase())
-}
-
-/// The file name without the suffix of its compression, and the compression.
-fn unpacked_name(path: &Path) -> (String, Packing) {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let packing = match extension(&name).as_deref() {
-        Some("zst") => Packing::Zstd,
-        Some("gz") => Packing::Gzip,
-        _ => return (name, Packing::Plain),
-    };
-    let stem = Path::new(&name).file_stem().unwrap_or_default();
-    (stem.to_string_lossy().into_owned(), packing)
 }
 
 /// Counts the bytes that are read, so that progress can be shown within a file.

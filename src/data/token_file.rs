@@ -1,5 +1,6 @@
 //! The tokens of one source file, in memory or on disk.
 
+use super::kinds::RecordKind;
 use crate::config::RecordShape;
 
 /// The [`Document::record_domain`] of a record that names no domain.
@@ -29,6 +30,8 @@ pub(super) struct TokenFile {
     /// Number of records of each shape, in the order of [`RecordShape::ALL`], without the malformed
     /// ones. A plain text file has none.
     pub shapes: [u64; RecordShape::ALL.len()],
+    /// The same for people; the cache does not keep it.
+    pub kinds: Vec<RecordKind>,
 }
 
 /// Tokens of a document, by their indices in it.

@@ -1,4 +1,4 @@
-//! Foreign text for people: what cannot be seen is made visible.
+//! Text and numbers for people.
 
 /// A text in which what cannot be seen, or changes how the rest is shown, is visible: control
 /// characters by their pictures (`␛`), and marks of direction and of no width by their numbers
@@ -24,6 +24,19 @@ pub fn visible(text: &str) -> String {
         }
     }
     shown
+}
+
+/// A number with separators, as `1,234,567`.
+pub fn count(number: impl TryInto<u64>) -> String {
+    let digits = number.try_into().unwrap_or(0).to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 #[cfg(test)]

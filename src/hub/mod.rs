@@ -107,8 +107,8 @@ pub fn find_adapter(
 /// Finds the parquet files of a data set's split, in the same way as [`find_base`] does.
 ///
 /// # Errors
-/// If there is no such split, if a file is missing or cannot be fetched; the message says which, and
-/// what to do.
+/// If there is no such split, or if a file is missing or cannot be fetched; the message says which,
+/// and what to do.
 pub fn find_dataset(
     source: &HubDataset,
     settings: &HubSettings,

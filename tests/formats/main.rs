@@ -1,6 +1,7 @@
 //! Files of every format and records of every shape, through the public interface.
 
 mod golden;
+mod preview;
 mod refusals;
 mod shapes;
 

@@ -48,7 +48,8 @@ fn a_file_that_begins_like_another_is_refused() {
         (
             "a.csv",
             &parquet,
-            "not a table of values separated by commas: it is a Parquet file\nhint: call it `.parquet`",
+            "not a table of values separated by commas: it is a Parquet file\nhint: call it \
+             `.parquet`",
         ),
         ("a.txt", b"PK\x03\x04", "not plain text: it is a zip archive"),
         ("a.txt", b"some\0thing", "not plain text: it is binary data, with a byte 0 at byte 5"),
@@ -98,7 +99,9 @@ fn a_table_without_the_columns_of_records_is_refused() {
     for (content, what) in [
         (
             &b"question,answer\na,b\n"[..],
-            "has neither `text`, `prompt` and `completion`, `messages`, `conversations`, nor `instruction` and `output`; its columns are `question`, `answer`\nhint: name the columns",
+            "has neither `text`, `prompt` and `completion`, `messages`, `conversations`, nor \
+             `instruction` and `output`; its columns are `question`, `answer`\nhint: name the \
+             columns",
         ),
         (b"prompt;completion\na;b\n", "has neither"),
         (b"prompt\tcompletion\na\tb\n", "has neither"),
@@ -106,7 +109,8 @@ fn a_table_without_the_columns_of_records_is_refused() {
         (b"", "has neither"),
         (
             b"prompt,reply\na,b\n",
-            "has a `prompt` but no `completion`; add it, or call the field `text`; its columns are `prompt`, `reply`",
+            "has a `prompt` but no `completion`; add it, or call the field `text`; its columns are \
+             `prompt`, `reply`",
         ),
         (b"text,prompt,completion\na,b,c\n", "has `text` as well as `prompt` or `completion`"),
     ] {
@@ -127,7 +131,8 @@ fn a_faulty_row_names_its_line() {
         (b"text,n\na,\xff\n", "`DIR/a.csv:2`: has invalid UTF-8 at byte 1 of a value"),
         (
             b"text\na\n\n\"b\nc\n",
-            "cannot read `DIR/a.csv` after line 4: the row on line 4 has a quote that is never closed",
+            "cannot read `DIR/a.csv` after line 4: the row on line 4 has a quote that is never \
+             closed",
         ),
     ] {
         let files = Files::new(&[("a.csv", content)]);
@@ -151,15 +156,17 @@ fn a_faulty_array_names_its_line() {
         ),
         (
             b"[{\"text\": \"a\"}",
-            "cannot read `DIR/a.json` after line 1: line 1 should have the end of an element, but the",
+            "cannot read `DIR/a.json` after line 1: line 1 should have the end of an element, but",
         ),
         (
             b"[{\"text\": \"a",
-            "cannot read `DIR/a.json` after line 1: line 1 should have the end of an element, but the file ends",
+            "cannot read `DIR/a.json` after line 1: line 1 should have the end of an element, but \
+             the file ends",
         ),
         (
             b"[{\"text\": \"a\"}] x",
-            "cannot read `DIR/a.json` after line 1: line 1 should have the end of the file, but `x`",
+            "cannot read `DIR/a.json` after line 1: line 1 should have the end of the file, but \
+             `x`",
         ),
     ] {
         let files = Files::new(&[("a.json", content)]);

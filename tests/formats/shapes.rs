@@ -3,6 +3,7 @@
 use anyhow::Result;
 use dylora::config::{OnBadRecord, RecordConfig, RecordShape};
 use dylora::data::DataOptions;
+use serde_json::json;
 
 use crate::{Files, chat, fields, load, load_with, options, pairs, shape};
 
@@ -50,10 +51,15 @@ fn pairs_and_alpaca_become_turns_in_the_style_of_a_chat() -> Result<()> {
 
 #[test]
 fn sharegpt_has_the_roles_of_chat_templates() -> Result<()> {
-    let lines = r#"{"conversations": [{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]}
-{"conversations": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]}
-{"system": "S", "conversations": "[{\"from\": \"user\", \"value\": \"A?\"}, {\"from\": \"model\", \"value\": \"B.\"}]"}
-"#;
+    let turns = json!([{"from": "human", "value": "A?"}, {"from": "gpt", "value": "B."}]);
+    let as_chat =
+        json!([{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]);
+    let lines = [
+        json!({"conversations": turns}),
+        json!({"conversations": as_chat}),
+        json!({"system": "S", "conversations": turns.to_string()}),
+    ];
+    let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
     let files = Files::new(&[
         ("a.jsonl", lines.as_bytes()),
         ("b.jsonl", br#"{"conversations": [{"from": "bing", "value": "A?"}]}"#),
@@ -99,9 +105,11 @@ fn fields_rename_keys_and_decide_the_shape() -> Result<()> {
 /// As in HuggingFaceH4/ultrachat_200k and tatsu-lab/alpaca.
 #[test]
 fn a_shape_settles_what_a_record_is() -> Result<()> {
-    let line = br#"{"prompt": "A?", "messages": [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]}"#;
+    let messages =
+        json!([{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]);
+    let line = json!({"prompt": "A?", "messages": messages}).to_string();
     let alpaca = b"instruction,input,output,text\nSay hi.,,Hi.,no\n";
-    let files = Files::new(&[("a.jsonl", line), ("b.csv", alpaca)]);
+    let files = Files::new(&[("a.jsonl", line.as_bytes()), ("b.csv", alpaca)]);
     let fault = files.fault("a.jsonl", &RecordConfig::default());
     assert!(
         fault.contains("or name the `shape` of the domain's records, as `messages`"),
@@ -118,8 +126,10 @@ fn a_shape_settles_what_a_record_is() -> Result<()> {
 
 #[test]
 fn a_record_without_a_label_fails_or_is_counted() -> Result<()> {
+    let lines = br#"{"prompt": "a", "completion": "b"}
+{"prompt": "a", "completion": ""}"#;
     let files = Files::new(&[
-        ("a.jsonl", b"{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\", \"completion\": \"\"}"),
+        ("a.jsonl", lines),
         ("b.csv", b"instruction,output\na,b\na,\n"),
         ("c.jsonl", b"{\"text\": \"\"}"),
     ]);
