@@ -13,9 +13,10 @@ use super::results::Schema;
 use super::start::{check_base, load_data};
 use super::{Shared, print_result, table, usage, variable, write};
 use crate::base::Base;
+use crate::config::variables::Written;
 use crate::config::{
     self, BaseConfig, Config, DataConfig, DomainConfig, Dtype, LoraConfig, Method, OptimizerConfig,
-    RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation, Written,
+    RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation,
 };
 use crate::data::{Datasets, Example, TokenDataset, visible};
 

@@ -38,11 +38,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     let broken: Vec<&str> =
         found.iter().filter(|check| check.state == State::Broken).map(|check| check.name).collect();
     if args.json {
-        let json = json!({
-            "ok": broken.is_empty(),
-            "checks": found,
-            "facts": facts,
-        });
+        let json = json!({ "ok": broken.is_empty(), "checks": found, "facts": facts });
         print_result(&Schema::Doctor.text(json))?;
     } else {
         print_result(&text(&facts.dylora, &found))?;

@@ -211,7 +211,8 @@ fn cuda() -> Result<Cuda> {
 /// Where the kernel says what a container may use (cgroup v2).
 const CGROUP: &str = "/sys/fs/cgroup";
 
-fn memory() -> Result<Memory> {
+/// The memory of the host.
+pub fn memory() -> Result<Memory> {
     let info = fs_err::read_to_string("/proc/meminfo")?;
     let value = |key: &str| {
         let line = info.lines().find_map(|line| line.strip_prefix(key))?;

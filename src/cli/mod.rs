@@ -23,6 +23,10 @@ mod eval_answers;
 mod export_adapters;
 mod fit;
 mod generate;
+mod init;
+mod init_ask;
+mod init_data;
+mod init_plan;
 mod inputs;
 mod launch;
 mod memory;
@@ -171,6 +175,8 @@ enum Command {
     StudyRun(study_run::StudyRunArgs),
     /// Measure the speed and memory of a mixture, and compare it with other ways to compute it.
     Bench(bench::BenchArgs),
+    /// Write a config for your data: look at it and at a base, and choose sensible values.
+    Init(init::InitArgs),
     /// Show what a mixture does: train one and a single LoRA on a tiny base and four domains that
     /// come with dylora, offline, and compare them.
     Demo(demo::DemoArgs),
@@ -333,6 +339,7 @@ impl Command {
             Self::Study(args) => study::run(args, shared),
             Self::StudyRun(args) => study_run::run(&args, shared),
             Self::Bench(args) => bench::run(args, shared),
+            Self::Init(args) => init::run(&args, shared),
             Self::Demo(args) => demo::run(&args, shared),
             Self::Doctor(args) => doctor::run(&args),
             Self::Config(args) => config_keys::run(args),

@@ -1,9 +1,8 @@
 //! Tables and numbers for people.
 
-pub use crate::data::count;
-
 use super::fit::fitted;
 use super::terminal;
+pub use crate::data::count;
 use crate::data::visible;
 use crate::eval::experts::ExpertReport;
 use crate::eval::{DomainReport, EvalReport, RoutingReport, SiteReport};
