@@ -14,16 +14,17 @@
 //! site's experts, `v` vocabulary.
 
 pub mod batch;
-pub mod block;
+pub(crate) mod block;
 pub mod decoder;
 pub mod experts;
 pub mod families;
 pub mod forward;
+#[doc(hidden)]
 pub mod fused;
 pub mod loss;
 pub mod parameters;
 pub mod routing;
-pub mod step;
+pub(crate) mod step;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;

@@ -10,24 +10,28 @@
 
 mod advance;
 pub mod balance;
+#[doc(hidden)]
 pub mod files;
 mod frozen;
 pub mod gradients;
+#[doc(hidden)]
 pub mod graph;
 mod history;
 pub mod losses;
-pub mod machine;
+pub(crate) mod machine;
 pub mod metrics;
 pub mod optim;
 mod outcome;
 mod output;
 pub mod plan;
+#[doc(hidden)]
 pub mod prepared;
 mod same_run;
 mod scalars;
 pub mod schedule;
 mod seeding;
 pub mod step;
+#[doc(hidden)]
 pub mod tensorboard;
 mod watch;
 
