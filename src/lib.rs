@@ -21,8 +21,8 @@
 //!
 //! # Use
 //!
-//! The folder `examples` trains a mixture, generates text and routes by a rule of one's own. In short,
-//! a run needs a config, a base, data and a mixture:
+//! The folder `examples` trains a mixture, generates text and routes by a rule of one's own. In
+//! short, a run needs a config, a base, data and a mixture:
 //!
 //! ```no_run
 //! use dylora::{base::Base, config::load, data, hub, mixture::Mixture, train::Trainer};
@@ -44,8 +44,8 @@
 //! ```
 //!
 //! The documentation shows what a program may rely on. The modules `durable`, `ffi`, `gguf`,
-//! `tensor_file`, `bench`, `study`, `report`, `serve` and `cli`, and some of `model` and `train`,
-//! serve the binary and the tests; they are public and hidden, and any version may change them.
+//! `tensor_file`, `bench`, `study`, `report`, `serve` and `cli` serve the binary and the tests; they
+//! are public and hidden, and any version may change them.
 //!
 //! The library does not print, exit, or read the environment. [`tracing`] receives its logs. What
 //! fails because of a user is an [`anyhow::Error`] whose text is meant for the user. libtorch's
@@ -95,8 +95,8 @@
 //! | active rank | the rank that a token uses: k r with top-k, r e^H with dense routing | scalar |
 //! | checkpoint, export | all that resuming needs; what other programs load (PEFT) | |
 
-// In the order of the layers. The hidden modules serve the binary and the tests, and versions make no
-// promise about them (CONTRIBUTING.md).
+// In the order of the layers. The hidden modules serve the binary and the tests, and versions make
+// no promise about them (CONTRIBUTING.md).
 pub mod config;
 #[doc(hidden)]
 pub mod durable;

@@ -64,7 +64,8 @@ pub use routing::{RoutingSource, RowSources, Site};
 ///
 /// # fn main() -> anyhow::Result<()> {
 /// let base = Decoder::random(families::from_json(&serde_json::json!({
-///     "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 20,
+///     "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16,
+///     "vocab_size": 20,
 /// }))?);
 /// let lora = LoraConfig { num_experts: 3, rank: 2, ..LoraConfig::default() };
 /// let specs = ExpertSpec::all(&lora, &base.spec)?;

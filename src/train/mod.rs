@@ -10,28 +10,24 @@
 
 mod advance;
 pub mod balance;
-#[doc(hidden)]
 pub mod files;
 mod frozen;
 pub mod gradients;
-#[doc(hidden)]
 pub mod graph;
 mod history;
 pub mod losses;
-pub(crate) mod machine;
+pub mod machine;
 pub mod metrics;
 pub mod optim;
 mod outcome;
 mod output;
 pub mod plan;
-#[doc(hidden)]
 pub mod prepared;
 mod same_run;
 mod scalars;
 pub mod schedule;
 mod seeding;
 pub mod step;
-#[doc(hidden)]
 pub mod tensorboard;
 mod watch;
 
@@ -167,7 +163,7 @@ pub struct MixtureHistory {
 ///
 /// # Errors
 /// Fails if the folder holds checkpoints.
-pub(crate) fn check_new_run(run_dir: &Path) -> Result<()> {
+pub fn check_new_run(run_dir: &Path) -> Result<()> {
     if !checkpoint::steps(run_dir)?.is_empty() {
         bail!(
             "`{}` holds checkpoints of an earlier run\nhint: name another folder, or go on with \

@@ -37,7 +37,7 @@ const SESSION_START: i32 = 1;
 
 /// The event file of one process. Events are not buffered.
 #[derive(Debug)]
-pub(crate) struct EventWriter {
+pub struct EventWriter {
     file: fs_err::File,
     path: PathBuf,
 }
@@ -67,7 +67,7 @@ impl EventWriter {
     ///
     /// # Errors
     /// If the file cannot be written, or if it is not at its path any more.
-    pub(crate) fn write_scalars(&mut self, step: u64, scalars: Vec<(String, f32)>) -> Result<()> {
+    pub fn write_scalars(&mut self, step: u64, scalars: Vec<(String, f32)>) -> Result<()> {
         let value = |(tag, value)| Value { tag, simple_value: Some(value) };
         let summary = Summary { value: scalars.into_iter().map(value).collect() };
         self.write(step, What::Summary(summary))?;
