@@ -21,8 +21,8 @@
 //!
 //! # Use
 //!
-//! The folder `examples` trains a mixture, generates text and routes by a rule of one's own. In short,
-//! a run needs a config, a base, data and a mixture:
+//! The folder `examples` trains a mixture, generates text and routes by a rule of one's own. In
+//! short, a run needs a config, a base, data and a mixture:
 //!
 //! ```no_run
 //! use dylora::{base::Base, config::load, data, hub, mixture::Mixture, train::Trainer};
@@ -97,8 +97,8 @@
 //! | active rank | the rank that a token uses: k r with top-k, r e^H with dense routing | scalar |
 //! | checkpoint, export | all that resuming needs; what other programs load (PEFT) | |
 
-// In the order of the layers. The hidden modules serve the binary and the tests, and versions make no
-// promise about them (CONTRIBUTING.md).
+// In the order of the layers. The hidden modules serve the binary and the tests, and versions make
+// no promise about them (CONTRIBUTING.md).
 pub mod config;
 #[doc(hidden)]
 pub mod dist;

@@ -108,7 +108,7 @@ impl Output {
     ///
     /// # Errors
     /// If there is something at the path that may not be replaced; the message names it.
-    pub(crate) fn check_folder(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
+    pub fn check_folder(&self, is_unmarked: IsUnmarkedOutput) -> Result<()> {
         folder::restore(&self.path)?;
         let name = self.path.display();
         let Ok(metadata) = self.path.symlink_metadata() else { return Ok(()) };

@@ -16,6 +16,9 @@ mod xlora;
 use std::collections::BTreeSet;
 use std::path::Path;
 
+#[doc(inline)]
+pub use crate::durable::output::Output;
+
 /// Whether a folder with these files is an output of a version of dylora that wrote no marker: an
 /// export with `dylora.json`, a base or a merged adapter, with no other files beside it.
 pub(crate) fn is_unmarked_output(dir: &Path, files: &BTreeSet<String>) -> bool {

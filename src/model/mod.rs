@@ -14,16 +14,17 @@
 //! site's experts, `v` vocabulary.
 
 pub mod batch;
-pub mod block;
+pub(crate) mod block;
 pub mod decoder;
 pub mod experts;
 pub mod families;
 pub mod forward;
+#[doc(hidden)]
 pub mod fused;
 pub mod loss;
 pub mod parameters;
 pub mod routing;
-pub mod step;
+pub(crate) mod step;
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -63,7 +64,8 @@ pub use routing::{RoutingSource, RowSources, Site};
 ///
 /// # fn main() -> anyhow::Result<()> {
 /// let base = Decoder::random(families::from_json(&serde_json::json!({
-///     "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 20,
+///     "model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 16,
+///     "vocab_size": 20,
 /// }))?);
 /// let lora = LoraConfig { num_experts: 3, rank: 2, ..LoraConfig::default() };
 /// let specs = ExpertSpec::all(&lora, &base.spec)?;

@@ -43,7 +43,7 @@ const RGB: i32 = 3;
 
 /// The event file of one process. Events are not buffered.
 #[derive(Debug)]
-pub(crate) struct EventWriter {
+pub struct EventWriter {
     file: fs_err::File,
     path: PathBuf,
 }
@@ -73,7 +73,7 @@ impl EventWriter {
     ///
     /// # Errors
     /// If the file cannot be written, or if it is not at its path any more.
-    pub(crate) fn write_values(&mut self, step: u64, value: Vec<Value>) -> Result<()> {
+    pub fn write_values(&mut self, step: u64, value: Vec<Value>) -> Result<()> {
         self.write(step, What::Summary(Summary { value }))?;
         durable::check_place(&self.file, &self.path)
     }

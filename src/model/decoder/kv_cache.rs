@@ -189,6 +189,7 @@ impl CachedStep {
     }
 
     /// Another handle to the same tensors.
+    #[must_use]
     pub fn shallow_clone(&self) -> Self {
         let layers = self.layers.iter().map(|layer| layer.each_ref().map(Tensor::shallow_clone));
         Self {

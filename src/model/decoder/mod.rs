@@ -11,15 +11,15 @@
 //!
 //! Letters of shapes: `b` batch, `t` position, `d` width, `v` vocabulary.
 
-pub mod attention;
+pub(crate) mod attention;
 pub mod block;
 pub mod context;
 pub mod kv_cache;
 pub mod linear;
 pub mod mlp;
-pub mod names;
-pub mod norm;
-pub mod precision;
+pub(crate) mod names;
+pub(crate) mod norm;
+pub(crate) mod precision;
 pub mod rope;
 pub mod spec;
 

@@ -3,15 +3,15 @@
 //! the layer's output; [`grouped`] does so only for the tokens that chose an expert.
 
 pub mod assignments;
-pub mod delta;
+pub(crate) mod delta;
 pub mod dropout;
 mod forward;
 pub mod grouped;
 pub mod init;
-pub mod orthogonality;
-pub mod slots;
+pub(crate) mod orthogonality;
+pub(crate) mod slots;
 pub mod spec;
 pub mod stack;
-pub mod targets;
+pub(crate) mod targets;
 pub mod update;
 pub mod weights;

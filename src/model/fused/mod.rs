@@ -18,4 +18,4 @@
 //! `R` sum of ranks (with those of the initial components), `v` vocabulary.
 
 pub mod pack;
-pub mod stream;
+pub(crate) mod stream;
