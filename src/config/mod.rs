@@ -17,6 +17,7 @@ mod paths;
 mod recipe;
 mod routing;
 mod targets;
+mod template;
 mod train;
 mod validate;
 mod validate_lora;
@@ -45,6 +46,7 @@ pub use routing::{
     RouterScope, RoutingChoice, RoutingLevel, TemperatureSchedule,
 };
 pub use targets::TargetModules;
+pub use template::{RecordTemplate, fill};
 pub use train::{
     Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
     ScheduleKind, TrainConfig,
