@@ -363,7 +363,7 @@ fn faults_of_the_arguments_are_faults_of_usage() {
         (&["--dropout=1"], "`lora.dropout` must be at least 0 and below 1, got 1"),
         (&["--accumulate=0"], "`train.grad_accum_steps` must be at least 1, got 0"),
         (&["--set=router.top_k=9"], "`router.top_k` must be from 1 to `lora.num_experts` 4, got 9"),
-        (&["--set=lora.rnak=9"], "unknown field `rnak`"),
+        (&["--set=lora.rnak=9"], "there is no key `lora.rnak`"),
         (&["--documents=-1"], "`--documents` must be a number above 0, got -1"),
     ] {
         let found = said(fault);

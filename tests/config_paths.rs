@@ -182,12 +182,15 @@ fn a_variable_that_is_not_set_is_an_error_with_its_key() {
         dylora::cli::describe(&load::parse(text, &set).expect_err("it is refused"))
     };
     insta::assert_snapshot!(fault(&WITH_VARIABLES.replace("DATA", "NONE"), &[]), @"
-    `base.source.path`: the environment variable `NONE` is not set, which `${NONE}/base` needs
+    line 3: `base.source.path`: the environment variable `NONE` is not set, which \
+    `${NONE}/base` needs
+      |
+    3 | source = { path = \"${NONE}/base\" }
+      |                   ^^^^^^^^^^^^^^
     hint: set it, or write `$${` for `${` itself
     ");
     insta::assert_snapshot!(fault(WITH_VARIABLES, &["run.dir=${HOME_RUNS"]), @"
-    in `--set run.dir=${HOME_RUNS`:
-    `run.dir`: `${HOME_RUNS` has `${` without `}`
+    in `--set run.dir=${HOME_RUNS`: `run.dir`: `${HOME_RUNS` has `${` without `}`
     hint: write `$${` for `${` itself
     ");
 }

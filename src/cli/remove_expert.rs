@@ -121,7 +121,7 @@ fn shrink(args: &ShrinkArgs, change: &Change, shared: &Shared) -> Result<()> {
     print_result(&message)?;
     if let (Some(before), Some(after)) = (&before, &after) {
         let names = ["before".to_owned(), "after".to_owned()];
-        print_result(&table::rules(&names, before, after).to_string())?;
+        print_result(&table::rules(&names, before, after))?;
     }
     print_result(&format!("checkpoint: {}", written.display()))?;
     Ok(())

@@ -61,7 +61,7 @@ pub fn report(report: &EvalReport) -> String {
     );
     let mut text = format!("{losses}\n{protocol}");
     if let (Some(router), Some(routing)) = (router_table(report), &report.routing) {
-        text += &format!("\n\nmean routing weight by domain\n{router}");
+        text += &format!("\n\nmean routing weight by domain, and entropy in nats\n{router}");
         if let Some(loss) = report.domain_supervision {
             text += &format!(
                 "\naccuracy: share of all tokens, prompts included, whose most probable expert is \
@@ -178,7 +178,7 @@ fn router_table(report: &EvalReport) -> Option<String> {
     let knows = report.domain_accuracy.is_some();
     let experts = (0..overall.mean_routing_weights.len()).map(|e| format!("expert_{e}"));
     let mut header: Vec<String> =
-        std::iter::once("domain".into()).chain(experts).chain(["entropy (nats)".into()]).collect();
+        std::iter::once("domain".into()).chain(experts).chain(["entropy".into()]).collect();
     header.extend(knows.then(|| "accuracy".into()));
     let number = |x: f64| format!("{x:.3}");
     let row = |name: &str, routing: &RoutingReport, accuracy: Option<f64>| {

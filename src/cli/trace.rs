@@ -260,7 +260,7 @@ fn print_tables(traced: &Traced<'_>) -> Result<()> {
         if traced.layers.len() > 1 {
             print_result(&traced.sites[site])?;
         }
-        print_result(&weight_table(traced.tokens, &traced.texts, rows).to_string())?;
+        print_result(&weight_table(traced.tokens, &traced.texts, rows))?;
     }
     Ok(())
 }

@@ -35,7 +35,8 @@ pub struct TrainArgs {
     /// The TOML file of the run's config. It may be left out if `--resume` names a folder.
     #[arg(long, value_name = "FILE", required_unless_present = "resume")]
     config: Option<PathBuf>,
-    /// Override a key of the config, for example `lora.rank=16`. The option can be repeated.
+    /// Override a key of the config, for example `lora.rank=16` or `data.domains.0.weight=2`. The
+    /// option can be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// The device to train on: `auto`, `cpu` or `cuda[:N]`. It overrides `run.device`.

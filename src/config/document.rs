@@ -33,6 +33,16 @@ impl KeyPath {
         Self(self.0.iter().cloned().chain([part]).collect())
     }
 
+    /// The path with `[]` for every index.
+    pub fn of_all_entries(&self) -> String {
+        let step = |text: String, part: &Part| match part {
+            Part::Index(_) => text + "[]",
+            Part::Key(key) if text.is_empty() => key.clone(),
+            Part::Key(key) => format!("{text}.{key}"),
+        };
+        self.0.iter().fold(String::new(), step)
+    }
+
     /// The path without its last step.
     pub fn parent(&self) -> Self {
         Self(self.0[..self.0.len().saturating_sub(1)].to_vec())

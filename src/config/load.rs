@@ -74,7 +74,9 @@ fn read(text: &str, overrides: &[String], folders: Option<&Folders>) -> Result<C
     let document = Document::parse(text)?;
     let mut table: Table = text.parse()?;
     let mut written = Written::default();
-    written.expand(&mut table)?;
+    if let Err((path, fault)) = written.expand(&mut table) {
+        bail!(message(&[Fault::of_parser(path, &fault)], Some(&document)));
+    }
     if let Some(folders) = folders {
         inputs::make_absolute(&mut table, &folders.file, &mut written)?;
     }
@@ -89,10 +91,10 @@ fn read(text: &str, overrides: &[String], folders: Option<&Folders>) -> Result<C
     }
     for item in overrides {
         let mut change = Override::parse(item)?;
-        let key = change.key();
-        written
-            .expand_value(&mut change.value, &key)
-            .with_context(|| format!("in `--set {item}`"))?;
+        let path = change.path();
+        if let Err((path, fault)) = written.expand_value(&mut change.value, &path) {
+            bail!("in `--set {item}`: {}", message(&[Fault::of_parser(path, &fault)], None));
+        }
         change.apply(&mut table)?;
         if let Some(folders) = folders {
             // what is still relative comes from the override

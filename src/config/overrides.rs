@@ -6,7 +6,7 @@
 use anyhow::{Result, anyhow, bail};
 use toml::{Table, Value};
 
-use super::schema::join;
+use super::document::KeyPath;
 
 /// The most parts that the dotted path of a key has, with some to spare.
 const MAX_KEY_PARTS: usize = 16;
@@ -35,12 +35,11 @@ impl<'a> Override<'a> {
         Ok(Self { item, parts: parts(key)?, value })
     }
 
-    /// The key, with `[]` for every index.
-    pub fn key(&self) -> String {
-        let is_index = |part: &&str| part.parse::<usize>().is_ok();
-        self.parts.iter().fold(String::new(), |key, part| match is_index(part) {
-            true => key + "[]",
-            false => join(&key, part),
+    /// The path of the key.
+    pub fn path(&self) -> KeyPath {
+        self.parts.iter().fold(KeyPath::default(), |path, part| match part.parse::<usize>() {
+            Ok(index) => path.index(index),
+            Err(_) => path.key(part),
         })
     }
 

@@ -11,6 +11,8 @@ use std::sync::OnceLock;
 use anyhow::{Result, anyhow, bail};
 use toml::{Table, Value};
 
+use super::document::KeyPath;
+
 /// Finds the value of a variable.
 pub type Lookup = fn(&str) -> Option<String>;
 
@@ -38,24 +40,29 @@ impl Written {
     /// Replaces the variables in all texts of `table`, and notes how they were written.
     ///
     /// # Errors
-    /// A variable that is not set, and `${` without the name of one; the error names the key.
-    pub(super) fn expand(&mut self, table: &mut Table) -> Result<()> {
-        visit(table, "", &mut |key, text| self.expand_text(key, text))
+    /// A variable that is not set, and `${` without the name of one, with the key.
+    pub(super) fn expand(&mut self, table: &mut Table) -> Result<(), (KeyPath, String)> {
+        visit(table, &KeyPath::default(), &mut |path, text| self.expand_text(path, text))
     }
 
-    /// Does the same with the value at `key`, in which `[]` stands for every index.
-    pub(super) fn expand_value(&mut self, value: &mut Value, key: &str) -> Result<()> {
-        visit_value(value, key, &mut |key, text| self.expand_text(key, text))
+    /// Does the same with the value at `path`.
+    pub(super) fn expand_value(
+        &mut self,
+        value: &mut Value,
+        path: &KeyPath,
+    ) -> Result<(), (KeyPath, String)> {
+        visit_value(value, path, &mut |path, text| self.expand_text(path, text))
     }
 
-    fn expand_text(&mut self, key: &str, text: &mut String) -> Result<()> {
+    fn expand_text(&mut self, path: &KeyPath, text: &mut String) -> Result<(), (KeyPath, String)> {
         if !text.contains("${") {
             return Ok(());
         }
         let lookup = |name: &str| LOOKUP.get().and_then(|lookup| lookup(name));
-        let expanded = expanded(text, &lookup).map_err(|fault| anyhow!("`{key}`: {fault}"))?;
+        let expanded =
+            expanded(text, &lookup).map_err(|fault| (path.clone(), fault.to_string()))?;
         let written = std::mem::replace(text, expanded.clone());
-        self.0.insert((key.to_owned(), expanded), written);
+        self.0.insert((path.of_all_entries(), expanded), written);
         Ok(())
     }
 
@@ -70,8 +77,8 @@ impl Written {
 
     /// Writes the texts of `table` as [`Self::expand`] found them, and escapes `${` in the others.
     pub(super) fn restore(&self, table: &mut Table) {
-        let restored = visit(table, "", &mut |key, text| {
-            let known = (key.to_owned(), text.clone());
+        let restored = visit::<()>(table, &KeyPath::default(), &mut |path, text| {
+            let known = (path.of_all_entries(), text.clone());
             *text = self.0.get(&known).cloned().unwrap_or_else(|| escaped(text));
             Ok(())
         });
@@ -85,30 +92,26 @@ fn escaped(text: &str) -> String {
 }
 
 /// Calls `change` with each text below `table` and its key.
-fn visit(
+fn visit<E>(
     table: &mut Table,
-    path: &str,
-    change: &mut dyn FnMut(&str, &mut String) -> Result<()>,
-) -> Result<()> {
-    for (key, value) in table.iter_mut() {
-        let key = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-        visit_value(value, &key, change)?;
-    }
-    Ok(())
+    path: &KeyPath,
+    change: &mut dyn FnMut(&KeyPath, &mut String) -> Result<(), E>,
+) -> Result<(), E> {
+    table.iter_mut().try_for_each(|(key, value)| visit_value(value, &path.key(key), change))
 }
 
-fn visit_value(
+fn visit_value<E>(
     value: &mut Value,
-    key: &str,
-    change: &mut dyn FnMut(&str, &mut String) -> Result<()>,
-) -> Result<()> {
+    path: &KeyPath,
+    change: &mut dyn FnMut(&KeyPath, &mut String) -> Result<(), E>,
+) -> Result<(), E> {
     match value {
-        Value::String(text) => change(key, text),
-        Value::Table(table) => visit(table, key, change),
-        Value::Array(items) => {
-            let key = format!("{key}[]");
-            items.iter_mut().try_for_each(|item| visit_value(item, &key, change))
-        }
+        Value::String(text) => change(path, text),
+        Value::Table(table) => visit(table, path, change),
+        Value::Array(items) => items
+            .iter_mut()
+            .enumerate()
+            .try_for_each(|(index, item)| visit_value(item, &path.index(index), change)),
         _ => Ok(()),
     }
 }

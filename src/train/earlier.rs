@@ -142,9 +142,8 @@ fn is_ours(path: &str) -> bool {
             FILES.contains(&file.strip_suffix(".new").unwrap_or(file))
                 || [TENSORBOARD_DIR, "checkpoints", "rejected"].contains(&file)
         }
-        [MODEL, ..] => true,
+        [MODEL, ..] | ["checkpoints" | "rejected", "last" | "best"] => true,
         [TENSORBOARD_DIR, file] => file.starts_with(super::tensorboard::FILE_PREFIX),
-        ["checkpoints" | "rejected", "last" | "best"] => true,
         ["checkpoints" | "rejected", step] => step.starts_with("step-"),
         ["checkpoints" | "rejected", step, file] => {
             step.starts_with("step-") && checkpoint::FILES.contains(&file)

@@ -54,7 +54,7 @@ fn an_earlier_run_is_kept_unless_it_is_to_be_replaced() -> Result<()> {
     assert_eq!(metrics.lines().filter(|line| line.contains("\"train\"")).count(), 1, "{metrics}");
     let steps = fs_err::read_dir(scene.path("run/checkpoints"))?;
     let names: Vec<String> = steps
-        .map(|entry| Ok(entry?.file_name().into_string().ok().context("UTF-8")?))
+        .map(|entry| entry?.file_name().into_string().ok().context("UTF-8"))
         .collect::<Result<_>>()?;
     assert!(!names.contains(&"step-00000002".to_owned()), "{names:?}");
     Ok(())
