@@ -46,6 +46,7 @@
 //! | dead | an expert whose mean weight over a window is below `dead_share` of an even one | |
 //! | mutual_information | of expert and domain, in nats ([`eval::routing`]) | scalar |
 //! | routing_entropy | mean entropy of routing_probs, in nats | scalar |
+//! | record, shape | a document as its file holds it; the kind of its keys, such as `messages` | |
 //! | document, block | one text; `seq_len` tokens of packed documents | `[t]` |
 //! | mix | each domain's share of the training blocks, by `data.mixing`; sums to 1 | `[d]` |
 //! | labels | the targets, already shifted; -100 means no loss | `[b, t]` |

@@ -98,8 +98,8 @@ impl PreviewArgs {
             if self.records.is_given() {
                 let hint = "hint: the domains of the config say what their records are";
                 return Err(usage(anyhow!(
-                    "`--fields`, `--shape`, `--style` and `--data-format` go with `--data`, not \
-                     with `--config`\n{hint}"
+                    "`--fields`, `--shape`, `--style`, `--data-format` and the templates go with \
+                     `--data`, not with `--config`\n{hint}"
                 )));
             }
             let config = config::load::load(file, &self.set).map_err(usage)?;

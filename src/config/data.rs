@@ -12,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::default_revision;
+use super::template::RecordTemplate;
 
 /// A data set of the Hugging Face Hub, of which the parquet files are read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -250,14 +251,17 @@ pub struct RecordConfig {
     pub style: RecordStyle,
     /// The names of the records' keys.
     pub fields: FieldNames,
+    /// The texts that the records' fields are put into.
+    pub template: RecordTemplate,
 }
 
 impl RecordConfig {
     /// The shape that all records must have, if the keys are not to decide.
     ///
     /// # Errors
-    /// What contradicts itself: the dotted key, and what is wrong with it.
+    /// What contradicts itself, and a faulty template: the dotted key, and what is wrong with it.
     pub fn known_shape(&self) -> Result<Option<RecordShape>, (&'static str, String)> {
+        self.template.check()?;
         let named = self.fields.shape().map_err(|[first, second]| {
             ("fields", format!("must name keys of one shape, got `{first}` and `{second}`"))
         })?;

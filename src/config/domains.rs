@@ -6,6 +6,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 use super::data::{FieldNames, FileFormat, HubDataset, RecordConfig, RecordShape, RecordStyle};
+use super::template::RecordTemplate;
 
 /// `[[data.domains]]`: one kind of text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -33,6 +34,9 @@ pub struct DomainConfig {
     /// The names of the records' keys or columns in the data.
     #[serde(default, skip_serializing_if = "FieldNames::is_empty")]
     pub fields: FieldNames,
+    /// The texts that the fields of records are put into.
+    #[serde(default, skip_serializing_if = "RecordTemplate::is_empty")]
+    pub template: RecordTemplate,
     /// What is held out for evaluation. Without it, the domain has no validation set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
@@ -65,6 +69,7 @@ impl Default for DomainConfig {
             shape: None,
             style: RecordStyle::default(),
             fields: FieldNames::default(),
+            template: RecordTemplate::default(),
             validation: None,
             weight: one(),
             record_domain: None,
@@ -77,7 +82,8 @@ impl DomainConfig {
     /// What the domain says about its records.
     pub fn records(&self) -> RecordConfig {
         let Self { format, shape, style, .. } = *self;
-        RecordConfig { format, shape, style, fields: self.fields.clone() }
+        let (fields, template) = (self.fields.clone(), self.template.clone());
+        RecordConfig { format, shape, style, fields, template }
     }
 }
 

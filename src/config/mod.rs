@@ -27,6 +27,7 @@ pub mod reference;
 mod routing;
 pub mod schema;
 mod targets;
+mod template;
 mod train;
 mod validate;
 mod validate_lora;
@@ -55,6 +56,7 @@ pub use routing::{
     RouterScope, RoutingChoice, RoutingLevel, TemperatureSchedule,
 };
 pub use targets::TargetModules;
+pub use template::{RecordTemplate, fill};
 pub use train::{
     Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
     ScheduleKind, TrainConfig,

@@ -134,7 +134,12 @@ pub(super) fn key(source: &SourceFile, reading: Reading) -> Result<blake3::Hash>
     hasher.update(&VERSION.to_le_bytes());
     hasher.update(content.finalize().as_bytes());
     hasher.update(&[source.format as u8, source.packing as u8]);
-    hasher.update(&serde_json::to_vec(&(records.shape, records.style, &records.fields))?);
+    hasher.update(&serde_json::to_vec(&(
+        records.shape,
+        records.style,
+        &records.fields,
+        &records.template,
+    ))?);
     hasher.update(tokenizer.hash().as_bytes());
     hasher.update(&eos_token_id.map_or(-1, i64::from).to_le_bytes());
     // only these files can have conversations

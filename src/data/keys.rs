@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-use crate::config::{FieldNames, RecordConfig, RecordShape, RecordStyle};
+use crate::config::{FieldNames, RecordConfig, RecordShape, RecordStyle, RecordTemplate};
 
 /// What a key of a record means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +83,7 @@ pub(super) struct Keys {
     /// The shape of every record, if their keys are not to decide.
     pub shape: Option<RecordShape>,
     pub style: RecordStyle,
+    pub template: RecordTemplate,
 }
 
 impl Keys {
@@ -94,6 +95,7 @@ impl Keys {
             names: names.map(|(name, given)| given.map_or_else(|| name.to_owned(), String::clone)),
             shape: config.known_shape().expect("checked where the config enters"),
             style: config.style,
+            template: config.template.clone(),
         }
     }
 

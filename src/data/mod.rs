@@ -36,6 +36,7 @@ mod keys;
 mod kinds;
 mod order;
 mod pack;
+mod pairs;
 mod parallel;
 mod parquet;
 mod preview;

@@ -57,11 +57,12 @@ impl Rows {
         })
     }
 
-    /// The next row, as the number of its bytes and its values; `None` at the end of the file.
+    /// The next row, as the number of its bytes and its values or their fault; `None` at the end of
+    /// the file.
     ///
     /// # Errors
     /// A damaged file, and a row that is too long.
-    pub fn read(&mut self, keys: &Keys) -> Result<Option<(usize, Raw)>> {
+    pub fn read(&mut self, keys: &Keys) -> Result<Option<(usize, Result<Raw, String>)>> {
         if self.number == self.num_rows {
             return Ok(None);
         }
@@ -73,15 +74,16 @@ impl Rows {
             )
         })?;
         self.number += 1;
-        let mut raw = Raw::default();
-        let mut num_bytes = 0;
-        for (name, field) in row.get_column_iter() {
-            if let Some(key) = keys.find(name) {
-                num_bytes += size(field);
-                raw.set(key, value(field));
-            }
-        }
+        let used = || {
+            let columns = row.get_column_iter();
+            columns.filter_map(|(name, field)| Some((keys.find(name)?, field)))
+        };
+        let num_bytes = used().map(|(_, field)| size(field)).sum();
         ensure!(num_bytes <= MAX_RECORD_BYTES, too_long(&format!("row {}", self.number)));
+        let raw = used().try_fold(Raw::default(), |mut raw, (key, field)| {
+            raw.set(key, value(field)?);
+            Ok(raw)
+        });
         Ok(Some((num_bytes, raw)))
     }
 }
@@ -109,8 +111,12 @@ fn size(field: &Field) -> usize {
     }
 }
 
-fn value(field: &Field) -> Value {
-    match field {
+/// A value as JSON.
+///
+/// # Errors
+/// A value that JSON has no type for. The error describes it.
+fn value(field: &Field) -> Result<Value, String> {
+    Ok(match field {
         Field::Null => Value::Null,
         Field::Bool(value) => (*value).into(),
         Field::Byte(value) => (*value).into(),
@@ -127,28 +133,33 @@ fn value(field: &Field) -> Value {
         Field::Float16(value) => value.to_f64().into(),
         Field::Float(value) => (*value).into(),
         Field::Double(value) => (*value).into(),
-        // a number whose exact value no record uses
-        Field::Decimal(_) => Value::from(0),
+        Field::Decimal(_) => return Err("has a decimal number, which is not read".into()),
         Field::Str(text) => text.as_str().into(),
         Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
             Ok(text) => text.into(),
-            Err(_) => Value::Array(vec![]),
+            Err(_) => return Err("has bytes that are no UTF-8".into()),
         },
-        Field::Group(row) => object(row),
-        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
-        Field::MapInternal(map) => {
-            let entries = map.entries().iter();
-            let entry = |(key, of): &(Field, Field)| match key {
-                Field::Str(key) => Some((key.clone(), value(of))),
-                _ => None,
-            };
-            Value::Object(entries.filter_map(entry).collect())
+        Field::Group(row) => object(row)?,
+        Field::ListInternal(list) => {
+            list.elements().iter().map(value).collect::<Result<Vec<Value>, String>>()?.into()
         }
-    }
+        Field::MapInternal(map) => {
+            let entry = |(key, of): &(Field, Field)| match key {
+                Field::Str(key) => Ok((key.clone(), value(of)?)),
+                _ => Err("has a map whose keys are no texts".to_owned()),
+            };
+            Value::Object(map.entries().iter().map(entry).collect::<Result<_, String>>()?)
+        }
+    })
 }
 
-fn object(row: &Row) -> Value {
-    let fields = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
-    let fields = fields.filter(|(name, value)| !value.is_null() || name == "content");
-    Value::Object(fields.collect::<Map<_, _>>())
+fn object(row: &Row) -> Result<Value, String> {
+    let mut object = Map::new();
+    for (name, field) in row.get_column_iter() {
+        let value = value(field)?;
+        if !value.is_null() || name == "content" {
+            object.insert(name.clone(), value);
+        }
+    }
+    Ok(Value::Object(object))
 }

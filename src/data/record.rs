@@ -21,6 +21,7 @@
 use serde_json::{Map, Value};
 
 use super::keys::{Key, Keys, Raw};
+use super::pairs::Pair;
 use super::token_file::BASE_EXPERT;
 use crate::chat_template::Conversation;
 use crate::config::{RecordShape, RecordStyle};
@@ -60,6 +61,10 @@ pub(super) fn convert(mut raw: Raw, keys: &Keys) -> Result<Record, String> {
     let expert = expert(raw.take(Key::Expert))?;
     let shape = shape(&raw, keys)?;
     check_keys(&raw, keys, shape)?;
+    let is_pair = matches!(shape, RecordShape::PromptCompletion | RecordShape::Alpaca);
+    if !is_pair && !keys.template.is_empty() {
+        return Err(format!("has {}, which no `template` goes with", keys.of_shape(shape)));
+    }
     let content = match (shape, keys.style) {
         (RecordShape::Messages, _) => {
             let messages = raw.take(Key::Messages).unwrap_or_default();
@@ -67,24 +72,22 @@ pub(super) fn convert(mut raw: Raw, keys: &Keys) -> Result<Record, String> {
         }
         (RecordShape::Sharegpt, _) => Content::Chat(sharegpt(raw, keys)?),
         (RecordShape::Text, RecordStyle::Plain) => {
-            let completion = string(keys.name(Key::Text), raw.take(Key::Text))?;
-            Content::Text { prompt: String::new(), completion: completion.unwrap_or_default() }
+            Content::Text { prompt: String::new(), completion: text(&mut raw, keys, Key::Text)? }
         }
         (RecordShape::Text, RecordStyle::Chat) => {
             let name = keys.name(Key::Text);
             return Err(format!("`{name}` has no turns, which `style = \"chat\"` needs"));
         }
-        (RecordShape::PromptCompletion, RecordStyle::Plain) => {
-            let prompt = string(keys.name(Key::Prompt), raw.take(Key::Prompt))?;
-            let completion = string(keys.name(Key::Completion), raw.take(Key::Completion))?;
-            let [prompt, completion] = [prompt, completion].map(Option::unwrap_or_default);
-            Content::Text { prompt, completion }
+        (RecordShape::PromptCompletion, _) => {
+            let prompt = text(&mut raw, keys, Key::Prompt)?;
+            pair(Pair::Prompt { prompt, completion: text(&mut raw, keys, Key::Completion)? }, keys)?
         }
-        (RecordShape::PromptCompletion, RecordStyle::Chat) => {
-            let prompt = required(&mut raw, keys, Key::Prompt)?;
-            turns(prompt, required(&mut raw, keys, Key::Completion)?)
+        (RecordShape::Alpaca, _) => {
+            let instruction = text(&mut raw, keys, Key::Instruction)?;
+            let input = text(&mut raw, keys, Key::Input)?;
+            let output = text(&mut raw, keys, Key::Output)?;
+            pair(Pair::Alpaca { instruction, input, output }, keys)?
         }
-        (RecordShape::Alpaca, style) => alpaca(raw, keys, style)?,
     };
     Ok(Record { content, domain, expert, shape })
 }
@@ -155,50 +158,23 @@ fn with_article(name: &str) -> String {
     format!("{article} {name}")
 }
 
-/// A string that a record must have and that must not be empty. A turn without content would be
-/// learned as its end-of-turn token.
-fn required(raw: &mut Raw, keys: &Keys, key: Key) -> Result<String, String> {
-    let name = keys.name(key);
-    match string(name, raw.take(key))? {
-        Some(value) if !value.is_empty() => Ok(value),
-        _ if matches!(key, Key::Prompt | Key::Instruction) => Err(format!("`{name}` is empty")),
-        _ => Err(format!("has nothing to learn: `{name}` is empty")),
-    }
+/// The string of a key, which is empty if the record does not have it.
+fn text(raw: &mut Raw, keys: &Keys, key: Key) -> Result<String, String> {
+    Ok(string(keys.name(key), raw.take(key))?.unwrap_or_default())
 }
 
-/// The prompts of Stanford Alpaca, `PROMPT_DICT` in its `train.py`, up to what comes after them.
-const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, paired with an \
-                                 input that provides further context. Write a response that \
-                                 appropriately completes the request.";
-const ALPACA_WITHOUT_INPUT: &str = "Below is an instruction that describes a task. Write a \
-                                    response that appropriately completes the request.";
-
-fn alpaca(mut raw: Raw, keys: &Keys, style: RecordStyle) -> Result<Content, String> {
-    let instruction = required(&mut raw, keys, Key::Instruction)?;
-    let input = string(keys.name(Key::Input), raw.take(Key::Input))?;
-    let input = input.filter(|input| !input.is_empty());
-    let completion = match style {
-        RecordStyle::Plain => string(keys.name(Key::Output), raw.take(Key::Output))?,
-        RecordStyle::Chat => Some(required(&mut raw, keys, Key::Output)?),
-    };
-    let completion = completion.unwrap_or_default();
-    Ok(match (style, input) {
-        (RecordStyle::Plain, None) => Content::Text {
-            prompt: format!(
-                "{ALPACA_WITHOUT_INPUT}\n\n### Instruction:\n{instruction}\n\n### Response:"
-            ),
-            completion,
-        },
-        (RecordStyle::Plain, Some(input)) => Content::Text {
-            prompt: format!(
-                "{ALPACA_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n\
-                 ### Response:"
-            ),
-            completion,
-        },
-        (RecordStyle::Chat, None) => turns(instruction, completion),
-        (RecordStyle::Chat, Some(input)) => turns(format!("{instruction}\n\n{input}"), completion),
-    })
+/// A text of two parts, or two turns.
+fn pair(pair: Pair, keys: &Keys) -> Result<Content, String> {
+    let [prompt, completion] = pair.texts(keys.style, &keys.template)?;
+    match keys.style {
+        RecordStyle::Plain => Ok(Content::Text { prompt, completion }),
+        // a turn without content would be learned as its end-of-turn token
+        RecordStyle::Chat if completion.is_empty() => {
+            Err("has nothing to learn: the assistant's turn is empty".into())
+        }
+        RecordStyle::Chat if prompt.is_empty() => Err("has an empty turn of the user".into()),
+        RecordStyle::Chat => Ok(turns(prompt, completion)),
+    }
 }
 
 /// A turn of the user and one of the assistant.

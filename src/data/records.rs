@@ -129,7 +129,7 @@ impl<'a> Records<'a> {
                 false => None,
             },
             Reader::Table(table) => table.read()?,
-            Reader::Rows(rows) => rows.read(keys)?.map(|(num_bytes, raw)| (num_bytes, Ok(raw))),
+            Reader::Rows(rows) => rows.read(keys)?,
         })
     }
 

@@ -1,5 +1,6 @@
 //! Files of every format and records of every shape, through the public interface.
 
+mod config;
 mod golden;
 mod preview;
 mod refusals;

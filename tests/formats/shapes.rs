@@ -1,7 +1,7 @@
 //! Records of every shape become the same texts and conversations as elsewhere.
 
 use anyhow::Result;
-use dylora::config::{OnBadRecord, RecordConfig, RecordShape};
+use dylora::config::{OnBadRecord, RecordConfig, RecordShape, RecordTemplate};
 use dylora::data::DataOptions;
 use serde_json::json;
 
@@ -46,6 +46,50 @@ fn pairs_and_alpaca_become_turns_in_the_style_of_a_chat() -> Result<()> {
         RecordConfig { style: chat().style, ..fields("prompt=question,completion=answer") };
     let found = pairs(&load(&files.path("b.csv"), &records)?);
     assert_eq!(found, [rendered("Why?", "So.\nThat's why.")]);
+    Ok(())
+}
+
+#[test]
+fn a_template_surrounds_the_fields() -> Result<()> {
+    let files = Files::new(&[
+        ("a.csv", b"question,answer\nWhy {so}?,Because.\nNo?,\n"),
+        ("b.json", ALPACA),
+        ("c.jsonl", b"{\"text\": \"a\"}"),
+    ]);
+    let template = |prompt: &str, completion: &str| RecordTemplate {
+        prompt: Some(prompt.into()),
+        completion: Some(completion.into()),
+    };
+    let questions = template("Question: {prompt}\n{{Answer}}:", " {completion}\n");
+    let records =
+        RecordConfig { template: questions.clone(), ..fields("prompt=question,completion=answer") };
+    let fault = files.fault("a.csv", &records);
+    assert!(fault.starts_with("`DIR/a.csv:3`: has a `question` but no `answer`"), "{fault}");
+    let skip = DataOptions { on_bad_record: OnBadRecord::Skip, ..options() };
+    let found = pairs(&load_with(&files.path("a.csv"), &records, &skip)?);
+    assert_eq!(found, [["Question: Why {so}?\n{Answer}:", " Because.\n"]]);
+    let as_chat = RecordConfig { style: chat().style, ..records };
+    let found = pairs(&load_with(&files.path("a.csv"), &as_chat, &skip)?);
+    assert_eq!(found, [rendered("Question: Why {so}?\n{Answer}:", " Because.\n")]);
+
+    let with = |template| RecordConfig { template, ..RecordConfig::default() };
+    let tasks = with(template("Do: {instruction} [{input}]", "{output}"));
+    let found = pairs(&load(&files.path("b.json"), &tasks)?);
+    assert_eq!(found, [["Do: Add. [1 and 2]", "3"], ["Do: Say hi. []", "Hi."]]);
+
+    let fault = files.fault("b.json", &with(questions.clone()));
+    let start = "`DIR/b.json:2`: `template.prompt` has no value for `{prompt}` in this record";
+    assert!(fault.starts_with(start), "{fault}");
+    let fault = files.fault("c.jsonl", &with(questions));
+    assert!(fault.starts_with("`DIR/c.jsonl:1`: has `text`, which no `template` goes with"));
+    for (template, what) in [
+        (template("{quest}", "{completion}"), "`template.prompt` has no value for `{quest}`"),
+        (template("{prompt}", "fixed"), "`template.completion` must have `{completion}` or"),
+        (template("{prompt", "{output}"), "`template.prompt` has a single `{`; write `{{`"),
+    ] {
+        let fault = files.fault("a.csv", &with(template));
+        assert!(fault.starts_with(what), "{fault}");
+    }
     Ok(())
 }
 
