@@ -5,12 +5,12 @@
     python examples/mlflow_import.py RUN_DIR [--experiment NAME] [--uri URI]
     mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-Reads RUN_DIR/metrics.jsonl, in which each line is a step, a window or an evaluation. A number becomes
-the metric `<kind>/<key>`, such as `train/loss` or `validation/domain_losses/code`, at the line's step;
-the keys of the config become parameters, and config.toml an artifact. A `null`, which stands for NaN,
-is left out. Windows are left out except for the shares of the domains: the heat maps of the routers
-are in the HTML report, which is logged too if RUN_DIR/report.html is there. A second import makes a
-second MLflow run. Tried with mlflow-skinny 3.14.0.
+Reads RUN_DIR/metrics.jsonl, in which each line is a step, a window or an evaluation. A number
+becomes the metric `<kind>/<key>`, such as `train/loss` or `validation/domain_losses/code`, at the
+line's step; the keys of the config become parameters, and config.toml an artifact. A `null`, which
+stands for NaN, is left out. Windows are left out except for the shares of the domains: the heat
+maps of the routers are in the HTML report, which is logged too if RUN_DIR/report.html is there. A
+second import makes a second MLflow run. Tried with mlflow 3.17.2.
 """
 
 import argparse
@@ -63,10 +63,11 @@ def params_of(prefix, value):
 
 def main():
     """Imports the run that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--experiment", default="dylora", metavar="NAME")
-    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="MLflow's tracking URI [%(default)s]")
+    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="tracking URI [%(default)s]")
     args = parser.parse_args()
     path = args.run_dir / "metrics.jsonl"
     if not path.exists():
@@ -75,7 +76,8 @@ def main():
     for text in path.read_text(encoding="utf-8").splitlines():
         metrics += metrics_of(json.loads(text), now)
     config = args.run_dir / "config.toml"
-    params = [Param(*pair) for pair in params_of("", tomllib.loads(config.read_text(encoding="utf-8")))]
+    table = tomllib.loads(config.read_text(encoding="utf-8"))
+    params = [Param(*pair) for pair in params_of("", table)]
     mlflow.set_tracking_uri(args.uri)
     mlflow.set_experiment(args.experiment)
     with mlflow.start_run(run_name=args.run_dir.resolve().name) as run:
@@ -87,7 +89,7 @@ def main():
         mlflow.log_artifact(str(config))
         if (args.run_dir / "report.html").exists():
             mlflow.log_artifact(str(args.run_dir / "report.html"))
-    print(f"imported {len(metrics)} numbers and {len(params)} parameters as the run {run.info.run_id}")
+    print(f"imported {len(metrics)} numbers and {len(params)} parameters as {run.info.run_id}")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
     wandb sync wandb/offline-run-*
 
 The import is that of W&B itself (`sync_tensorboard`), so scalars, heat maps and histograms arrive
-under TensorBoard's tags, over `global_step`. It takes files of this machine and of after the start of
-the W&B run alone, by their names, so it gets copies under such names; RUN_DIR stays as it is. Without
-`WANDB_MODE=offline`, the run is uploaded at once. Tried with wandb 0.31.0 and tensorboard 2.21.0.
-wandb up to 0.29 does the same by `wandb sync --sync-tensorboard RUN_DIR/tensorboard`.
+under TensorBoard's tags, over `global_step`. By their names, it takes only files of this machine
+that are newer than the W&B run, so it gets copies under such names; RUN_DIR stays as it is. Without
+`WANDB_MODE=offline`, the run is uploaded at once. Tried with wandb 0.31.0 and tensorboard 2.21.0;
+wandb 0.31 has no `wandb sync --sync-tensorboard` any more.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from tensorboard.summary.writer import event_file_writer
 
 def main() -> None:
     """Imports the run that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--project", default="dylora", metavar="NAME")
     args = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
         for index, file in enumerate(files):
             copy = f"events.out.tfevents.{started + index}.{socket.gethostname()}.1.{index}"
             shutil.copy(file, Path(folder) / copy)
-        # W&B begins to read a folder when a writer opens it, and reads all of it before the run ends
+        # W&B reads a folder from when a writer opens it, and all of it before the run ends
         event_file_writer.EventFileWriter(folder).close()
         run.finish()
 

@@ -108,8 +108,10 @@ impl Results {
         let difference = single_lora - mixture;
         let word = if difference >= 0.0 { "below" } else { "above" };
         format!(
-            "Losses in nats a token, on validation data, and the mixture's routing weights:\n\n{}\n\nExpert and domain share {:.2} nats (mutual information). \
-             The mixture is\n{:.3} nats {word} a single LoRA of equal size.",
+            "Losses in nats a token, on validation data, and the mixture's routing weights:\n\n\
+             {}\n\n\
+             Expert and domain share {:.2} nats (mutual information). The mixture is\n\
+             {:.3} nats {word} a single LoRA of equal size.",
             table::table(&header, rows),
             self.mutual_information,
             difference.abs(),

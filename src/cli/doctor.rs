@@ -64,7 +64,8 @@ fn text(version: &str, found: &[Check]) -> String {
         (0, 0) => "everything that dylora needs is there".into(),
         (0, 1) => "dylora works; see the warning".into(),
         (0, warnings) => format!("dylora works; see the {warnings} warnings"),
-        (broken, _) => format!("{broken} of {} are broken", found.len()),
+        (1, _) => "1 thing is broken".into(),
+        (broken, _) => format!("{broken} things are broken"),
     });
     lines.join("\n")
 }

@@ -38,8 +38,8 @@ pub struct InitArgs {
     /// for it if it is missing.
     #[arg(long, value_name = "DIR")]
     base: Option<String>,
-    /// The training files, or a glob, of each domain. Without NAME, a file's own name is the name of
-    /// its domain, up to the first dot. Files of the same name are one domain. A file
+    /// The training files, or a glob, of each domain. Without NAME, a file's own name up to its
+    /// first dot is the name of its domain. Files of the same name are one domain. A file
     /// `NAME.validation.*` beside `NAME.train.*` becomes its validation data. A terminal is asked
     /// for them if they are missing.
     #[arg(long, value_name = "[NAME=]FILE", num_args = 1..)]
@@ -195,6 +195,7 @@ impl InitArgs {
              on `{}` ({} parameters),\n\
              {} steps of {} blocks of {} tokens on {}\n\n\
              Next:\n  \
+               dylora data preview --config {file}\n  \
                dylora train --config {file} --dry-run\n  \
                dylora train --config {file}\n  \
                dylora eval --checkpoint {run_dir}\n  \

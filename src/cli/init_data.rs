@@ -1,5 +1,5 @@
-//! The data of `dylora init`: which files belong to which domain, what they hold, and which of their
-//! files are for validation.
+//! The data of `dylora init`: which files belong to which domain, what they hold, and which files
+//! are for validation.
 
 use std::path::{Path, PathBuf};
 
@@ -27,8 +27,8 @@ pub struct DataFiles {
 }
 
 impl DataFiles {
-    /// Looks at the files of `[NAME=]FILE`. Without a name, the file's is taken up to its first dot,
-    /// or that of its folder if the file's says nothing.
+    /// Looks at the files of `[NAME=]FILE`. Without a name, the file's is taken up to its first
+    /// dot, or that of its folder if the file's says nothing.
     ///
     /// # Errors
     /// A path that no file has, and a file that training would refuse.
@@ -180,7 +180,13 @@ mod tests {
         assert_eq!(found[0].validation, PlanValidation::Files(vec![valid]));
         assert_eq!((found[1].train.len(), found[1].records), (2, 80));
         assert_eq!(found[1].validation, PlanValidation::Fraction(0.1));
-        insta::assert_snapshot!(files_table(&data), @"");
+        insta::assert_snapshot!(files_table(&data), @r"
+        | domain |            file | format |       records are | records |
+        |--------|-----------------|--------|-------------------|---------|
+        | law    | law.train.jsonl |  jsonl | prompt_completion |      40 |
+        | code   |      code.jsonl |  jsonl | prompt_completion |      40 |
+        | code   |      more.jsonl |  jsonl | prompt_completion |      40 |
+        ");
         for (argument, expected) in [
             ("DIR/none.jsonl", "none.jsonl` does not exist"),
             ("DIR", "is a folder\nhint: name its files"),

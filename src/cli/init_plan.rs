@@ -151,9 +151,8 @@ impl Plan {
              #     dylora train --config {file}\n\
              #     dylora eval --checkpoint {run_dir}\n\
              #\n\
-             # Paths of the base and the data begin at the folder of this file, and `run.dir` where \
-             a command\n\
-             # is started. Every other key has a default.\n"
+             # Paths of the base and the data begin at the folder of this file, and `run.dir`\n\
+             # where a command is started. Every other key has a default.\n"
         )
     }
 
@@ -263,8 +262,7 @@ impl Plan {
             "[train]\nduration = {duration}\n\
              micro_batch_size = {micro}  # blocks in a forward pass\n\
              grad_accum_steps = {accum}  # {batch} blocks in a step\n\
-             eval_every_steps = {eval_every_steps}  # the checkpoint with the lowest validation loss \
-             is kept as `best`\n"
+             eval_every_steps = {eval_every_steps}  # the lowest validation loss is kept as `best`\n"
         );
         if self.gradient_checkpointing {
             text += "gradient_checkpointing = true  # less memory, and steps take a third longer\n";

@@ -23,8 +23,8 @@ pub struct WeightHistogram {
     pub sum: f64,
     /// The sum of their squares.
     pub sum_squares: f64,
-    /// How many weights lie in each of [`NUM_BUCKETS`] buckets from 0 to 1. Larger ones count in the
-    /// last bucket.
+    /// How many weights lie in each of [`NUM_BUCKETS`] buckets from 0 to 1. Larger ones count in
+    /// the last bucket.
     pub counts: Vec<f64>,
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `config` | a text: the resolved config in TOML |
 //! | `validation/router_by_domain` | an image: each expert's mean routing weight on each domain |
-//! | `validation/router_by_domain/<domain>` | an image: the same at each site, if there are several |
+//! | `validation/router_by_domain/<domain>` | an image: the same at each of several sites |
 //! | `validation/router/weight/expert_<e>` | a histogram of the expert's routing weights |
 //!
 //! A histogram is over the label tokens of the validation sets and the sites that have the expert.

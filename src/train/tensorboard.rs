@@ -10,8 +10,8 @@
 //!
 //! Each record is an `Event` (`tensorflow/core/util/event.proto`, and `summary.proto` of
 //! `tensorflow/core/framework`). The structs below have the names and field numbers of these
-//! messages, but only the fields that are needed here. A text is a tensor of strings that the plugin
-//! `text` shows as Markdown.
+//! messages, but only the fields that are needed here. A text is a tensor of strings that the
+//! plugin `text` shows as Markdown.
 //!
 //! The first event of a file names the format's version. The second starts a session at a step:
 //! TensorBoard then drops the events of earlier files at this step and later
