@@ -15,7 +15,7 @@ use super::signals::quoted;
 use super::start::load_data;
 use super::{Shared, device, print_result, table, usage};
 use crate::base::Base;
-use crate::config::{self, BaseConfig, Config, DeviceChoice, Dtype, schema};
+use crate::config::{self, BaseConfig, Config, DeviceChoice, Dtype, FieldNames, schema};
 use crate::data::{Datasets, TokenDataset};
 use crate::durable;
 use crate::ffi::driver;
@@ -44,6 +44,10 @@ pub struct InitArgs {
     /// for them if they are missing.
     #[arg(long, value_name = "[NAME=]FILE", num_args = 1..)]
     data: Vec<String>,
+    /// The names of keys or columns in data that has none of the usual ones, as in
+    /// `prompt=question,completion=answer`.
+    #[arg(long, value_name = "KEY=NAME,..")]
+    fields: Option<FieldNames>,
     /// The config to write.
     #[arg(long, value_name = "FILE.toml", default_value = "dylora.toml")]
     out: PathBuf,
@@ -64,13 +68,14 @@ pub struct InitArgs {
 pub fn run(args: &InitArgs, shared: &Shared) -> Result<()> {
     args.check_out()?;
     let device = device(args.device)?;
-    let (base, data) = args.base_and_data().map_err(usage)?;
+    let (base, data) = args.base_and_data()?;
     print_result(&format!("{}\n", files_table(&data)))?;
     let dtype = if device == Device::Cpu { Dtype::F32 } else { Dtype::Bf16 };
     let source = base_source(&base)?;
     let (tokenizer, chat_template) = (None, None);
     let base = open_base(&BaseConfig { source, tokenizer, chat_template, dtype }, shared)?;
-    let (mut plan, config, data) = args.plan(&base, domains(&data), dtype, shared)?;
+    let (mut plan, config, data) =
+        args.plan(&base, domains(&data).map_err(usage)?, dtype, shared)?;
     fit_memory(&mut plan, config, &base, device, shared)?;
     let file = std::path::absolute(&args.out)?;
     let folder = file.parent().context("a file lies in a folder")?;
@@ -104,14 +109,23 @@ impl InitArgs {
         let base = match (&self.base, &mut questions) {
             (Some(base), _) => base.clone(),
             (None, Some(questions)) => questions.base()?,
-            (None, None) => bail!("name the base by `--base DIR` or `--base OWNER/NAME`"),
-        };
-        let data = match &mut questions {
-            _ if !self.data.is_empty() => {
-                self.data.iter().map(|argument| DataFiles::open(argument)).collect::<Result<_>>()?
+            (None, None) => {
+                return Err(usage(anyhow!("name the base by `--base DIR` or `--base OWNER/NAME`")));
             }
-            Some(questions) => questions.data()?,
-            None => bail!("name the data by `--data [NAME=]FILE..`, one file for each domain"),
+        };
+        let fields = self.fields.clone().unwrap_or_default();
+        let data = match &mut questions {
+            _ if !self.data.is_empty() => self
+                .data
+                .iter()
+                .map(|argument| DataFiles::open(argument, &fields))
+                .collect::<Result<_>>()?,
+            Some(questions) => questions.data(&fields)?,
+            None => {
+                return Err(usage(anyhow!(
+                    "name the data by `--data [NAME=]FILE..`, one file for each domain"
+                )));
+            }
         };
         Ok((base, data))
     }

@@ -8,6 +8,7 @@ use rustyline::error::ReadlineError;
 
 use super::init_data::DataFiles;
 use super::{describe, print_result};
+use crate::config::FieldNames;
 
 /// The base that is proposed: a small one that answers chats, which a CPU can train.
 const BASE: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
@@ -29,7 +30,9 @@ impl Questions {
     }
 
     /// The data of at least one domain.
-    pub fn data(&mut self) -> Result<Vec<DataFiles>> {
+    ///
+    /// - `fields`: the names of the keys of records that have none of the usual ones
+    pub fn data(&mut self, fields: &FieldNames) -> Result<Vec<DataFiles>> {
         let mut found: Vec<DataFiles> = vec![];
         loop {
             let number = found.len() + 1;
@@ -41,7 +44,7 @@ impl Questions {
                 }
                 return Ok(found);
             }
-            match DataFiles::open(&answer) {
+            match DataFiles::open(&answer, fields) {
                 Ok(data) => {
                     for row in data.rows() {
                         print_result(&format!("  domain `{}`: {} {}", row[0], row[4], row[3]))?;

@@ -3,11 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::init_plan::{PlanDomain, PlanValidation, validation_fraction};
 use super::table::{count, table};
-use crate::config::RecordConfig;
+use super::usage;
+use crate::config::{FieldNames, RecordConfig};
 use crate::data::{Detected, detect};
 
 /// Names of files that say nothing about their domain.
@@ -22,6 +23,8 @@ pub struct DataFiles {
     pub name: String,
     /// The path or glob, absolute.
     pub path: PathBuf,
+    /// The names of the records' keys, unless they are the usual ones.
+    pub fields: FieldNames,
     /// The files with what they hold.
     pub files: Vec<(PathBuf, Detected)>,
 }
@@ -30,26 +33,34 @@ impl DataFiles {
     /// Looks at the files of `[NAME=]FILE`. Without a name, the file's is taken up to its first
     /// dot, or that of its folder if the file's says nothing.
     ///
+    /// - `fields`: the names of the keys of records that have none of the usual ones
+    ///
     /// # Errors
     /// A path that no file has, and a file that training would refuse.
-    pub fn open(argument: &str) -> Result<Self> {
+    pub fn open(argument: &str, fields: &FieldNames) -> Result<Self> {
         let (name, path) = match argument.split_once('=') {
             Some((name, path)) if !name.contains('/') && !name.is_empty() => (Some(name), path),
             _ => (None, argument),
         };
         let path = std::path::absolute(path).with_context(|| format!("`{path}`"))?;
-        let mut files = vec![];
-        for file in matches(&path)? {
-            let detected = detect(&file, &RecordConfig::default())?;
-            files.push((file, detected));
-        }
+        let paths = matches(&path).map_err(usage)?;
+        let look = |fields: &FieldNames| -> Result<Vec<(PathBuf, Detected)>> {
+            let records = RecordConfig { fields: fields.clone(), ..RecordConfig::default() };
+            let look = |file: &PathBuf| Ok((file.clone(), detect(file, &records)?));
+            paths.iter().map(look).collect()
+        };
+        let usual = FieldNames::default();
+        let (files, fields) = match look(&usual) {
+            Err(_) if !fields.is_empty() => (look(fields)?, fields.clone()),
+            found => (found?, usual),
+        };
         let name = match name {
             Some(name) => name.to_owned(),
             None => name_of(&path).with_context(|| {
                 format!("`{argument}` has no name for a domain\nhint: `NAME={argument}`")
             })?,
         };
-        Ok(Self { name, path, files })
+        Ok(Self { name, path, fields, files })
     }
 
     /// The files in a line each, for people.
@@ -71,7 +82,7 @@ impl DataFiles {
 /// The table of all files.
 pub fn files_table(data: &[DataFiles]) -> String {
     let rows = data.iter().flat_map(DataFiles::rows).collect();
-    table(&["domain", "file", "format", "records are", "records"], rows).to_string()
+    table(&["domain", "file", "format", "records are", "records"], rows)
 }
 
 /// The files of a path or glob, of which there is at least one.
@@ -104,18 +115,27 @@ fn name_of(path: &Path) -> Option<String> {
 }
 
 /// The domains of some files. Those with the same name are one domain.
-pub fn domains(data: &[DataFiles]) -> Vec<PlanDomain> {
+///
+/// # Errors
+/// Files of one domain whose records need different names of keys.
+pub fn domains(data: &[DataFiles]) -> Result<Vec<PlanDomain>> {
     let mut domains: Vec<PlanDomain> = vec![];
-    for DataFiles { name, path, files } in data {
+    for DataFiles { name, path, fields, files } in data {
         let records: u64 = files.iter().map(|(_, found)| found.num_records).sum();
         match domains.iter_mut().find(|domain| domain.name == *name) {
             Some(domain) => {
+                ensure!(
+                    domain.fields == *fields,
+                    "the files of the domain `{name}` have different columns, of which `--fields` \
+                     names only some\nhint: give them the same columns, or two domains"
+                );
                 domain.train.push(path.clone());
                 domain.records += records;
             }
             None => domains.push(PlanDomain {
                 name: name.clone(),
                 train: vec![path.clone()],
+                fields: fields.clone(),
                 validation: PlanValidation::Fraction(0.0),
                 records,
             }),
@@ -128,7 +148,7 @@ pub fn domains(data: &[DataFiles]) -> Vec<PlanDomain> {
             None => PlanValidation::Fraction(validation_fraction(domain.records)),
         };
     }
-    domains
+    Ok(domains)
 }
 
 /// The file of validation data beside `NAME.train.jsonl`, such as `NAME.validation.jsonl`.
@@ -161,6 +181,29 @@ mod tests {
         }
     }
 
+    /// The columns that `--fields` names are those of one domain, and the other needs none.
+    #[test]
+    fn fields_are_for_the_files_that_need_them() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let (table, lines) = (dir.path().join("law.csv"), dir.path().join("code.jsonl"));
+        fs_err::write(&table, "question,answer\nwhy?,so\n".to_owned() + &"a,b\n".repeat(9))?;
+        fs_err::write(&lines, "{\"prompt\": \"a\", \"completion\": \"b\"}\n".repeat(9))?;
+        let open =
+            |file: &Path, fields: &FieldNames| DataFiles::open(&file.to_string_lossy(), fields);
+        let fields: FieldNames = "prompt=question,completion=answer".parse()?;
+        let data = [open(&table, &fields)?, open(&lines, &fields)?];
+        let found = domains(&data)?;
+        assert_eq!((&found[0].fields, found[1].fields.is_empty()), (&fields, true));
+        let error = open(&table, &FieldNames::default()).expect_err("it has other columns");
+        assert!(error.to_string().contains("its columns are `question`, `answer`"), "{error}");
+        let other = dir.path().join("other.csv");
+        fs_err::write(&other, "prompt,completion\na,b\n")?;
+        let other = DataFiles::open(&format!("law={}", other.display()), &fields)?;
+        let error = domains(&[open(&table, &fields)?, other]).expect_err("two kinds of columns");
+        assert!(error.to_string().contains("the domain `law` have different columns"), "{error}");
+        Ok(())
+    }
+
     #[test]
     fn files_of_one_name_are_one_domain_and_validation_files_are_found() -> Result<()> {
         let dir = tempfile::tempdir()?;
@@ -170,11 +213,11 @@ mod tests {
         }
         let open = |argument: &str| {
             let path = dir.path().display();
-            DataFiles::open(&argument.replace("DIR", &path.to_string()))
+            DataFiles::open(&argument.replace("DIR", &path.to_string()), &FieldNames::default())
         };
         let data =
             [open("DIR/law.train.jsonl")?, open("DIR/code.jsonl")?, open("code=DIR/more.jsonl")?];
-        let found = domains(&data);
+        let found = domains(&data)?;
         assert_eq!(found.len(), 2);
         let valid = dir.path().join("law.valid.jsonl");
         assert_eq!(found[0].validation, PlanValidation::Files(vec![valid]));

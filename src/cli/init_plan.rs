@@ -4,7 +4,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use super::table::count;
-use crate::config::{BaseSource, Dtype};
+use crate::config::{BaseSource, Dtype, FieldNames};
 
 /// The blocks of a step, up to a number of training blocks.
 const BATCHES: [(u64, usize); 3] = [(160, 4), (2_000, 8), (20_000, 16)];
@@ -50,6 +50,8 @@ pub struct PlanDomain {
     pub name: String,
     /// Absolute paths or globs of its training files.
     pub train: Vec<PathBuf>,
+    /// The names of the records' keys, unless they are the usual ones.
+    pub fields: FieldNames,
     pub validation: PlanValidation,
     /// Number of records in its training files, which may be an estimate.
     pub records: u64,
@@ -170,7 +172,7 @@ impl Plan {
         };
         let dtype = match self.dtype {
             Dtype::Bf16 => "dtype = \"bf16\"  # half the memory of \"f32\", which a CPU needs",
-            _ => "dtype = \"f32\"  # on a GPU, \"bf16\"",
+            Dtype::F32 => "dtype = \"f32\"  # on a GPU, \"bf16\"",
         };
         format!(
             "[run]\ndir = {}  # checkpoints and metrics\nseed = 0\n\n\
@@ -202,11 +204,12 @@ impl Plan {
                 PlanValidation::Fraction(fraction) => format!("fraction = {fraction}"),
             };
             text += &format!(
-                "\n[[data.domains]]\nname = {}  # {} records\ntrain = [{}]\nvalidation = {{ \
+                "\n[[data.domains]]\nname = {}  # {} records\ntrain = [{}]\n{}validation = {{ \
                  {validation} }}\n",
                 quoted(&domain.name),
                 count(domain.records),
                 list(&domain.train),
+                fields(&domain.fields),
             );
         }
         text
@@ -305,6 +308,16 @@ fn relative(path: &Path, folder: &Path) -> Option<PathBuf> {
     has_much.then(|| up.chain(path[common..].iter().copied()).collect())
 }
 
+/// The line that names the keys of records, if they are not the usual ones.
+fn fields(names: &FieldNames) -> String {
+    let names = toml::Table::try_from(names).expect("names are texts");
+    let names: Vec<String> = names.iter().map(|(key, name)| format!("{key} = {name}")).collect();
+    match names.is_empty() {
+        true => String::new(),
+        false => format!("fields = {{ {} }}  # the columns\n", names.join(", ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -314,6 +327,7 @@ mod tests {
         PlanDomain {
             name: name.into(),
             train: vec![format!("/work/data/{name}.jsonl").into()],
+            fields: FieldNames::default(),
             validation: PlanValidation::Fraction(validation_fraction(records)),
             records,
         }

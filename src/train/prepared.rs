@@ -110,6 +110,7 @@ impl Prepared {
     }
 
     /// The same micro-batches as a part of a step with these counts.
+    #[must_use]
     pub fn part_of(self, counts: StepCounts) -> Self {
         let StepCounts { label_counts, supervised_tokens } = counts;
         Self { label_counts, supervised_tokens, ..self }

@@ -131,6 +131,7 @@ impl RoutingTotals {
     }
 
     /// Totals of the same shape whose [`flat`](Self::flat) is `flat`, as views of it.
+    #[must_use]
     pub fn with_flat(&self, flat: &Tensor) -> Self {
         let mut at = 0;
         let mut view = |like: &Tensor| {
