@@ -8,7 +8,8 @@
 //! The rule reads the first token of each document: one that begins with `--`, which is a comment
 //! of the code, gets the expert of code, and another the expert of arithmetic. A rule can be
 //! anything that gives weights `[b, t, e]` for token ids `[b, t]`, such as a classifier or a table
-//! of customers. To be of use in generation, the weights of a token must not depend on later tokens.
+//! of customers. To be of use in generation, the weights of a token must not depend on later
+//! tokens.
 //!
 //! Letters of shapes: `b` batch, `t` position, `e` expert.
 

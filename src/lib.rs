@@ -44,12 +44,12 @@
 //! ```
 //!
 //! The documentation shows what a program may rely on. The modules `durable`, `ffi`, `gguf`,
-//! `tensor_file`, `bench`, `study`, `report`, `serve` and `cli` serve the binary and the tests; they
-//! are public and hidden, and any version may change them.
+//! `tensor_file`, `bench`, `study`, `report`, `serve` and `cli` serve the binary and the tests.
+//! They are public and hidden, and any version may change them.
 //!
 //! The library does not print, exit, or read the environment. [`tracing`] receives its logs. What
-//! fails because of a user is an [`anyhow::Error`] whose text is meant for the user. libtorch's
-//! operations panic when they fail, as when memory runs out.
+//! fails because of a user is an [`anyhow::Error`] whose text is meant for the user. The operations
+//! of libtorch panic when they fail, as when memory runs out.
 //!
 //! # Glossary
 //!
