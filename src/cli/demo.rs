@@ -122,7 +122,7 @@ impl DemoArgs {
         let mut names = demo_files::folders();
         names.extend([MIXTURE, SINGLE, EXPERTS, REPORT, RESULTS]);
         let is_known = |name: &std::ffi::OsStr| name.to_str().is_some_and(|n| names.contains(n));
-        let other = entries.iter().map(|entry| entry.file_name()).find(|name| !is_known(name));
+        let other = entries.iter().map(fs_err::DirEntry::file_name).find(|name| !is_known(name));
         let (is_empty, shown) = (entries.is_empty(), out.display());
         match other {
             _ if is_empty => Ok(fs_err::create_dir_all(out)?),
@@ -135,7 +135,7 @@ impl DemoArgs {
                  folder of an earlier demo"
             ))),
             None => {
-                for name in entries.iter().map(|entry| entry.path()) {
+                for name in entries.iter().map(fs_err::DirEntry::path) {
                     match name.is_dir() {
                         true => fs_err::remove_dir_all(name)?,
                         false => fs_err::remove_file(name)?,

@@ -69,7 +69,7 @@ impl Results {
         for DomainResult { name, losses, mean_routing_weights } in &self.domains {
             let by_weight = |a: &(usize, &f64), b: &(usize, &f64)| a.1.total_cmp(b.1);
             let largest = mean_routing_weights.iter().enumerate().max_by(by_weight);
-            if !(losses.mixture < losses.base) {
+            if !is_below(losses.mixture, losses.base) {
                 faults.push(format!("the mixture is not better than its base on {name}"));
             }
             match largest {
@@ -83,7 +83,7 @@ impl Results {
         if owners.len() < count {
             faults.push("two domains have the same expert".into());
         }
-        if !(self.mean.mixture < self.mean.single_lora) {
+        if !is_below(self.mean.mixture, self.mean.single_lora) {
             faults.push("the mixture is not better than a single LoRA of equal size".into());
         }
         faults
@@ -117,6 +117,11 @@ impl Results {
             difference.abs(),
         )
     }
+}
+
+/// Whether a loss is below another. NaN is not.
+fn is_below(loss: f64, other: f64) -> bool {
+    loss < other
 }
 
 #[cfg(test)]

@@ -71,7 +71,7 @@ impl DataFiles {
 /// The table of all files.
 pub fn files_table(data: &[DataFiles]) -> String {
     let rows = data.iter().flat_map(DataFiles::rows).collect();
-    table(&["domain", "file", "format", "records are", "records"], rows).to_string()
+    table(&["domain", "file", "format", "records are", "records"], rows)
 }
 
 /// The files of a path or glob, of which there is at least one.

@@ -170,7 +170,7 @@ impl Plan {
         };
         let dtype = match self.dtype {
             Dtype::Bf16 => "dtype = \"bf16\"  # half the memory of \"f32\", which a CPU needs",
-            _ => "dtype = \"f32\"  # on a GPU, \"bf16\"",
+            Dtype::F32 => "dtype = \"f32\"  # on a GPU, \"bf16\"",
         };
         format!(
             "[run]\ndir = {}  # checkpoints and metrics\nseed = 0\n\n\
@@ -262,7 +262,8 @@ impl Plan {
             "[train]\nduration = {duration}\n\
              micro_batch_size = {micro}  # blocks in a forward pass\n\
              grad_accum_steps = {accum}  # {batch} blocks in a step\n\
-             eval_every_steps = {eval_every_steps}  # the lowest validation loss is kept as `best`\n"
+             eval_every_steps = {eval_every_steps}  # the lowest validation loss is kept as \
+             `best`\n"
         );
         if self.gradient_checkpointing {
             text += "gradient_checkpointing = true  # less memory, and steps take a third longer\n";
