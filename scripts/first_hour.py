@@ -63,7 +63,7 @@ class Hour:
             ready, _, _ = select.select([main], [], [], 0.3)
             if not ready:
                 # it waits for an answer
-                if typed and process.poll() is None and raw.rstrip(b"\x1b[0m").endswith((b": ", b"? ", b"> ")):
+                if typed and process.poll() is None and CONTROL.sub("", raw.decode()).endswith((": ", "? ", "> ")):
                     os.write(main, f"{typed.pop(0)}\n".encode())
                 continue
             try:
@@ -146,6 +146,8 @@ def walk(hour):
             raise Surprise(f"`{wanted}` is missing in:\n{config}")
     hour.file("dylora.schema.json")
     expect(hour.run("init", "--base", base, "--data", "support.csv", code=2), "exists already", "--force")
+    text = hour.run("init", "--out", "asked.toml", typed=[base, "recipes.jsonl", ""])
+    expect(text, "domain `recipes`: 30", "a single LoRA", "wrote asked.toml")
     text = hour.run("data", "preview", "--config", "dylora.toml")
     expect(text, "support: 30 records", "recipes: 30 records", "⟦", "leaks", "median")
     # the answers of the table begin without a space, as the preview says

@@ -119,9 +119,9 @@ impl Results {
     }
 }
 
-/// Whether `a` is less than `b`, which no number is if one of them is NaN.
-fn is_below(a: f64, b: f64) -> bool {
-    a < b
+/// Whether a loss is below another. NaN is not.
+fn is_below(loss: f64, other: f64) -> bool {
+    loss < other
 }
 
 #[cfg(test)]

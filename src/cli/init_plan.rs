@@ -265,7 +265,8 @@ impl Plan {
             "[train]\nduration = {duration}\n\
              micro_batch_size = {micro}  # blocks in a forward pass\n\
              grad_accum_steps = {accum}  # {batch} blocks in a step\n\
-             eval_every_steps = {eval_every_steps}  # the lowest validation loss is kept as `best`\n"
+             eval_every_steps = {eval_every_steps}  # the lowest validation loss is kept as \
+             `best`\n"
         );
         if self.gradient_checkpointing {
             text += "gradient_checkpointing = true  # less memory, and steps take a third longer\n";
