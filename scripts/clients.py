@@ -82,7 +82,8 @@ transformers.utils.logging.disable_progress_bar()
 def dylora(command, *arguments, code=0):
     """Runs dylora, which must exit with `code`. Returns its stdout, or stderr if that is not 0."""
     line = [DYLORA, "--quiet", command, "--device", DEVICE, *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
+    # a width at which no table is divided
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"COLUMNS": "1000"})
     if done.returncode != code:
         sys.exit(f"`{' '.join(line)}` exited with {done.returncode}, not {code}:\n{done.stdout}{done.stderr}")
     return done.stderr if code else done.stdout

@@ -206,7 +206,7 @@ fn a_kill_before_the_first_link_leaves_a_run_that_resumes() -> Result<()> {
     fs_err::remove_file(checkpoints.join("last"))?;
     fs_err::remove_dir_all(checkpoints.join("step-00000001"))?;
     let output = scene.run(&as_str(&arguments))?;
-    assert!(text(&output).contains("go on with `train --resume`"), "{}", text(&output));
+    assert!(text(&output).contains("go on with `dylora train --resume`"), "{}", text(&output));
     let output = scene.run(&["train", "--resume", "run", "--set", "train.duration={steps=3}"])?;
     assert!(output.status.success(), "{}", text(&output));
     Ok(())
