@@ -15,9 +15,9 @@ use crate::base::Base;
 use crate::config::variables::Written;
 use crate::config::{
     self, BaseConfig, Config, DataConfig, DomainConfig, Dtype, LoraConfig, Method, OptimizerConfig,
-    RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation,
+    RecordShape, RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation,
 };
-use crate::data::{Datasets, Example, TokenDataset, visible};
+use crate::data::{Datasets, Example, RecordKind, TokenDataset, visible};
 
 /// The version of the JSON that the command prints.
 const SCHEMA: u32 = 1;
@@ -243,6 +243,15 @@ fn as_text(data: &Datasets, examples: &[Vec<Example>]) -> String {
         table::table(&header, faults)
     );
     for (domain, examples) in data.train.domains.iter().zip(examples) {
+        let is_pair = |kind: &RecordKind| kind.shape == Some(RecordShape::PromptCompletion);
+        if domain.kinds.iter().any(is_pair) && examples.iter().any(is_glued) {
+            text += &format!(
+                "\n{}: a completion follows its prompt without a space or a line break; if they lack \
+                 one, set `template = {{ completion = \" {{completion}}\" }}` or `style = \
+                 \"chat\"`\n",
+                visible(&domain.name)
+            );
+        }
         for (number, example) in (1..).zip(examples) {
             text += &format!(
                 "\n{}, document {number}: {} tokens, {} of them learned\n{}\n",
@@ -254,6 +263,14 @@ fn as_text(data: &Datasets, examples: &[Vec<Example>]) -> String {
         }
     }
     text
+}
+
+/// Whether two words meet at the border between what is read and what is learned.
+fn is_glued(example: &Example) -> bool {
+    let [prompt, completion] = &example.parts[..] else { return false };
+    let (last, first) = (prompt.text.chars().next_back(), completion.text.chars().next());
+    let is_word = |c: char| c.is_alphanumeric();
+    !prompt.is_learned && last.is_some_and(|c| !c.is_whitespace()) && first.is_some_and(is_word)
 }
 
 /// The text of an example with what is learned in green, or in brackets.

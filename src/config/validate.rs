@@ -106,7 +106,8 @@ fn check_data(config: &Config, faults: &mut Faults) {
         }
         match (&domain.hub, domain.train.is_empty()) {
             (None, true) => {
-                faults.add(&key("train"), "must name at least one file, got none".into());
+                let what = "must name at least one file, unless there is `hub`";
+                faults.add(&key("train"), what.into());
             }
             (Some(_), false) => {
                 faults

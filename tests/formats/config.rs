@@ -45,7 +45,7 @@ fn a_saved_config_keeps_what_a_domain_says_of_its_records() -> Result<()> {
 fn keys_that_contradict_each_other_are_faults_of_the_config() {
     let both = "train = [\"a.csv\"]\n";
     for (domain, fault) in [
-        ("", "`data.domains[0].train` must name at least one file, got none"),
+        ("", "`data.domains[0].train` must name at least one file, unless there is `hub`"),
         (
             &*format!("{both}hub = {{ dataset = \"o/d\" }}"),
             "`data.domains[0].hub` does not go with `train`; leave one of the two out",

@@ -146,6 +146,7 @@ fn the_command_shows_a_data_set_of_the_hub() -> Result<()> {
     let text = String::from_utf8(output.stdout)?;
     let start = "sums: 48 records of `prompt`/`completion` (parquet), training\n";
     assert!(text.starts_with(start), "{text}");
+    assert!(text.contains("sums: a completion follows its prompt without a space"), "{text}");
     // not a terminal, so that what is learned stands in brackets
     assert!(text.contains("What is 2 + 2?⟦4<|endoftext|>⟧\n"), "{text}");
     let stderr = String::from_utf8(output.stderr)?;

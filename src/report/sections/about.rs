@@ -69,6 +69,10 @@ fn data(run: &Run, config: &Config) -> Markup {
         Some(Validation::Files(files)) => files.join(", "),
         Some(Validation::Hub(dataset)) => dataset.to_string(),
     };
+    let training = |domain: &DomainConfig| match &domain.hub {
+        None => domain.train.join(", "),
+        Some(dataset) => dataset.to_string(),
+    };
     html! {
         h4 { "Data" }
         (scrolling(html! {
@@ -96,7 +100,7 @@ fn data(run: &Run, config: &Config) -> Markup {
                                     Some(mix) => (short(mix.realised)),
                                 }
                             }
-                            td { (domain.train.join(", ")) }
+                            td { (training(domain)) }
                             td { (validation(domain)) }
                         }
                     }
