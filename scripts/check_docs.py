@@ -3,10 +3,10 @@
 
     scripts/check_docs.py [--jobs N] [PAGE..]
 
-Each page gets a new folder with links to configs/, demo/ and scripts/. Its ```sh blocks run there
-one after another, with the `dylora` on PATH, on the CPU and without the Hub. All ```toml, ```json,
-```jsonl and ```python blocks must parse. HTML comments right before a block, one a line, change how
-the block is checked:
+Each page gets a new folder with a copy of configs/ and links to demo/ and scripts/. Its ```sh blocks
+run there one after another, with the `dylora` on PATH, on the CPU and without the Hub. All ```toml,
+```json, ```jsonl and ```python blocks must parse. HTML comments right before a block, one a line,
+change how the block is checked:
 
     <!-- not run: REASON -->      do not run the block
     <!-- run by: PYTHON -->       run the block of Python by $PYTHON, if it is set; it has torch,
@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKED = ["configs", "demo", "scripts"]
+LINKED = ["demo", "scripts"]
 SECONDS = 240  # the limit for one block
 MARK = re.compile(r"^<!-- (not run|run with|run by|before|file|config part|config)(?:: (.*?))? ?-->$")
 FENCE = re.compile(r"^(\s*)```(\S*)\s*$")
@@ -173,6 +173,8 @@ def check_block(block: Block, folder: Path, environment: dict[str, str]) -> bool
 def check_page(page: Path, temporary: Path) -> list[str]:
     """Checks a page's blocks in order up to the first fault, and returns its message, if any."""
     folder = Path(tempfile.mkdtemp(dir=temporary, prefix=f"{page.stem}-"))
+    # the paths of configs begin at their folder, which must therefore be here
+    shutil.copytree(ROOT / "configs", folder / "configs")
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     environment = os.environ | {

@@ -16,7 +16,18 @@ fn main() -> ExitCode {
     };
     let default = ["dylora=warn", "dylora=info", "dylora=debug", "debug"];
     let default = default[usize::from(cli.verbosity()).min(default.len() - 1)];
-    let filter = EnvFilter::try_from_env("DYLORA_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let asked = std::env::var("DYLORA_LOG").ok().filter(|asked| !asked.is_empty());
+    let filter = match EnvFilter::try_new(asked.as_deref().unwrap_or(default)) {
+        Ok(filter) => filter,
+        Err(error) => {
+            let _ = writeln!(
+                Stderr,
+                "error: `DYLORA_LOG` is no filter: {error}\nhint: `DYLORA_LOG=debug`, or \
+                 `dylora::hub=debug,warn`"
+            );
+            return ExitCode::from(2);
+        }
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(|| Stderr)

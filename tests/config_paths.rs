@@ -194,3 +194,18 @@ fn a_variable_that_is_not_set_is_an_error_with_its_key() {
     hint: write `$${` for `${` itself
     ");
 }
+
+#[test]
+fn a_repository_that_is_written_as_a_path_is_answered_with_the_source_of_the_hub() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let config = "base.source = { path = \"Qwen/Qwen3-0.6B\" }\ndata.seq_len = 64\n\
+                  data.domains = [{ name = \"law\", train = [\"law.jsonl\"] }]\n";
+    fs_err::write(dir.path().join("mine.toml"), config)?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+    command.args(["train", "--config", "mine.toml"]).current_dir(dir.path());
+    let said = String::from_utf8(command.env("OMP_NUM_THREADS", "1").output()?.stderr)?;
+    let hint =
+        "hint: a repository of the Hub is `source = { hub = { repo = \"Qwen/Qwen3-0.6B\" } }`";
+    assert!(said.contains("`data.domains[0].train[0]`") && said.contains(hint), "{said}");
+    Ok(())
+}

@@ -66,6 +66,16 @@ fn the_names_of_other_programs_are_answered_with_the_key_here() {
         let wanted = format!("did you mean `{right}`?");
         assert!(message.lines().next().is_some_and(|line| line.ends_with(&wanted)), "{message}");
     }
+    let files = error(&MINIMAL.replace("128", "128\nfiles = 'a.jsonl'"), &[]);
+    let right = "did you mean `data.domains = [{ name = \"NAME\", train = [\"a.jsonl\"] }]`?";
+    assert!(files.contains(right), "{files}");
+    let named = MINIMAL.replace("train = [\"math.jsonl\"]", "path = \"math.jsonl\"");
+    let message = error(&named, &[]);
+    assert!(message.contains("did you mean `train = [\"math.jsonl\"]`?"), "{message}");
+    let of_hub = MINIMAL.replace("source = { path = \"base\" }", "name = \"openai/gpt2\"");
+    let message = error(&of_hub, &[]);
+    let right = "did you mean `base.source = { hub = { repo = \"openai/gpt2\" } }`?";
+    assert!(message.contains(right), "{message}");
 }
 
 #[test]
@@ -179,11 +189,10 @@ fn an_empty_config_is_told_what_it_needs() {
 #[test]
 fn a_text_that_is_no_toml_is_shown_with_its_line() {
     insta::assert_snapshot!(error("[base]\ndtype = bf16\n", &[]), @"
-    TOML parse error at line 2, column 9
+    line 2: this is no TOML: string values must be quoted, expected literal string
       |
     2 | dtype = bf16
       |         ^^^^
-    string values must be quoted, expected literal string
     ");
 }
 

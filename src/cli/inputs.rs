@@ -57,35 +57,35 @@ fn hint(missing: &[inputs::Input], file: &Path) -> Result<Option<String>> {
     let here = std::env::current_dir().context("there is no working folder")?;
     let absolute = std::path::absolute(file)?;
     let folder = absolute.parent().context("a file lies in a folder")?;
-    if folder == here {
-        return Ok(None);
-    }
-    let found = missing.iter().find_map(|input| {
+    let names = missing.iter().filter_map(|input| {
         let written = input.path.strip_prefix(folder).ok()?;
-        let moved = inputs::Input { path: here.join(written), ..input.clone() };
-        is_there(&moved).ok()?.then_some((written, moved.path))
+        Some((input, written))
     });
-    if let Some((written, there)) = found {
+    let mut elsewhere = names.clone().filter(|_| folder != here).filter(|(input, written)| {
+        let moved = inputs::Input { path: here.join(written), ..(*input).clone() };
+        is_there(&moved).is_ok_and(|is_there| is_there)
+    });
+    if let Some((_, written)) = elsewhere.next() {
         return Ok(Some(format!(
             "hint: `{}` exists in the working folder, but paths in a config begin at the config's \
              own folder: write `{}` in `{}`",
             written.display(),
-            from_folder(&there, folder, &here).display(),
+            from_folder(&here.join(written), folder, &here).display(),
             file.display()
         )));
     }
-    let written = missing.iter().find_map(|input| {
-        let name = input.path.strip_prefix(folder).ok()?.to_str()?;
-        (input.key.ends_with("source.path") && name.split('/').count() == 2).then_some(name)
+    let repo = names.clone().find(|(input, written)| {
+        input.key.ends_with("source.path") && written.components().count() == 2
     });
-    Ok(Some(match written {
-        Some(repo) => {
-            format!(
-                "hint: a repository of the Hub is `source = {{ hub = {{ repo = \"{repo}\" }} }}`"
-            )
-        }
-        None => format!("hint: relative paths in `{}` begin at its own folder", file.display()),
-    }))
+    if let Some((_, repo)) = repo {
+        let repo = repo.display();
+        return Ok(Some(format!(
+            "hint: a repository of the Hub is `source = {{ hub = {{ repo = \"{repo}\" }} }}`"
+        )));
+    }
+    // paths of overrides begin in the working folder anyway
+    let hint = || format!("hint: relative paths in `{}` begin at its own folder", file.display());
+    Ok((folder != here && names.count() > 0).then(hint))
 }
 
 /// How a config in `folder` names `path`, which lies in `here`: by way of `..` if the config's

@@ -72,6 +72,19 @@ pub(super) struct Document<'a> {
     root: Spanned<DeTable<'a>>,
 }
 
+/// The first line of a span with a caret under the span, and the line's number, from 1.
+fn excerpt(text: &str, span: Range<usize>) -> (usize, String) {
+    let start = text[..span.start].rfind('\n').map_or(0, |at| at + 1);
+    let number = text[..span.start].matches('\n').count() + 1;
+    let line = text[start..].lines().next().unwrap_or_default();
+    let column = text[start..span.start].chars().count();
+    let end = span.end.min(start + line.len());
+    let width = text[span.start..end.max(span.start)].chars().count().max(1);
+    let margin = " ".repeat(number.to_string().len());
+    let (indent, caret) = (" ".repeat(column), "^".repeat(width));
+    (number, format!("{margin} |\n{number} | {line}\n{margin} | {indent}{caret}"))
+}
+
 /// Which part of an entry a message is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
@@ -85,23 +98,23 @@ impl<'a> Document<'a> {
     /// # Errors
     /// A text that is not TOML; the message shows the line.
     pub fn parse(text: &'a str) -> Result<Self> {
-        let root = DeTable::parse(text).map_err(|error| anyhow!("{}", error.to_string().trim()))?;
-        Ok(Self { text, root })
+        let fault = |error: toml::de::Error| {
+            let message = error.message().trim();
+            match error.span() {
+                Some(span) => {
+                    let (number, excerpt) = excerpt(text, span);
+                    anyhow!("line {number}: this is no TOML: {message}\n{excerpt}")
+                }
+                None => anyhow!("this is no TOML: {message}"),
+            }
+        };
+        Ok(Self { text, root: DeTable::parse(text).map_err(fault)? })
     }
 
     /// The line of the entry at `path`, with a caret under the key or the value, and the line's
     /// number, from 1. `None` if the text has no such entry.
     pub fn excerpt(&self, path: &KeyPath, place: Place) -> Option<(usize, String)> {
-        let span = self.span(path, place)?;
-        let start = self.text[..span.start].rfind('\n').map_or(0, |at| at + 1);
-        let number = self.text[..span.start].matches('\n').count() + 1;
-        let line = self.text[start..].lines().next().unwrap_or_default();
-        let column = self.text[start..span.start].chars().count();
-        let end = span.end.min(start + line.len());
-        let width = self.text[span.start..end.max(span.start)].chars().count().max(1);
-        let margin = " ".repeat(number.to_string().len());
-        let (indent, caret) = (" ".repeat(column), "^".repeat(width));
-        Some((number, format!("{margin} |\n{number} | {line}\n{margin} | {indent}{caret}")))
+        Some(excerpt(self.text, self.span(path, place)?))
     }
 
     fn span(&self, path: &KeyPath, place: Place) -> Option<Range<usize>> {

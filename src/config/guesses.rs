@@ -151,6 +151,32 @@ const GUESSES: [(&[&str], &str); 42] = [
     ),
 ];
 
+/// The same for names that mean something in one section alone.
+const IN_SECTION: [(&str, &[&str], &str); 5] = [
+    ("base", &["path", "name", "repo", "hub", "id", "dir", "folder"], "base.source = {source}"),
+    ("data.domains[]", &["path", "paths", "file", "files", "data", "source"], "train = [{file}]"),
+    (
+        "data.domains[]",
+        &[
+            "val",
+            "valid",
+            "eval",
+            "test",
+            "dev",
+            "validation_file",
+            "validation_files",
+            "val_files",
+        ],
+        "validation = { files = [{file}] }",
+    ),
+    (
+        "data",
+        &["path", "paths", "file", "files", "train", "source"],
+        "data.domains = [{ name = \"NAME\", train = [{file}] }]",
+    ),
+    ("lora", &["targets", "layers", "modules"], "lora.target_modules = {}"),
+];
+
 /// What to write instead of the unknown `key` of the section at `section`, as `lora.rank`.
 ///
 /// - `value`: the value of the key
@@ -163,6 +189,13 @@ pub(super) fn suggestion<'a>(
 ) -> Option<String> {
     let name = key.to_lowercase().replace('-', "_");
     let siblings: Vec<&str> = siblings.collect();
+    let of_section = section.of_all_entries();
+    let known = IN_SECTION
+        .iter()
+        .find(|(at, names, _)| *at == of_section && names.contains(&name.as_str()));
+    if let Some((_, _, written)) = known {
+        return Some(filled(written, value));
+    }
     let section = section.to_string();
     let beside = |name: &str| join(&section, name);
     if siblings.contains(&name.as_str()) {

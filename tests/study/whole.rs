@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use dylora::study::report::StudyReport;
 use dylora::study::run::RunResult;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 /// A folder with a config of two small domains.
 struct World {
@@ -107,7 +108,10 @@ fn a_study_is_complete_and_makes_only_missing_runs_again() -> Result<()> {
     let output = world.study("out", &[&SMALL[..], &["--json"]].concat())?;
     assert!(output.status.success(), "{}", stderr(&output));
     let report = world.report("out")?;
-    assert_eq!(serde_json::from_slice::<StudyReport>(&output.stdout)?, report);
+    let mut printed: Value = serde_json::from_slice(&output.stdout)?;
+    let schema = printed.as_object_mut().and_then(|object| object.remove("schema"));
+    assert_eq!(schema, Some("study/1".into()));
+    assert_eq!(serde_json::from_value::<StudyReport>(printed)?, report);
     assert_eq!((report.runs.len(), report.seeds.clone()), (9, vec![0, 1]));
     for row in &report.arms {
         let of = row.measured.as_ref().context("all runs are over")?;
@@ -226,7 +230,7 @@ fn faults_are_found_before_anything_is_trained() -> Result<()> {
         (&["--set=train.routing=uniform"], 2, "`train.routing` must be `router` for a study"),
         (&["--set=data.seq_len=512"], 2, "at most the base's 256 positions, got 512"),
         (&["--set=lora.init=pissa", "--set=lora.rank=100"], 2, "in the arm `single`"),
-        (&["--set=base.source={path=\"nothing\"}"], 1, "nothing"),
+        (&["--set=base.source={path=\"nothing\"}"], 2, "nothing` does not exist"),
     ] {
         let output = world.study("out", arguments)?;
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stderr(&output));
@@ -246,7 +250,7 @@ fn a_dry_run_says_what_would_be_made() -> Result<()> {
     let world = World::new()?;
     let output = world.study("out", &["--dry-run", "--json", "--arms=single,per_domain,full"])?;
     assert!(output.status.success(), "{}", stderr(&output));
-    let json: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let json: Value = serde_json::from_slice(&output.stdout)?;
     // three rates and four more seeds, of one run or of one for each of two domains
     assert_eq!(json["runs"], 7 + 14 + 7);
     assert_eq!(json["steps_of_a_run"], 3);
