@@ -246,8 +246,8 @@ fn as_text(data: &Datasets, examples: &[Vec<Example>]) -> String {
         let is_pair = |kind: &RecordKind| kind.shape == Some(RecordShape::PromptCompletion);
         if domain.kinds.iter().any(is_pair) && examples.iter().any(is_glued) {
             text += &format!(
-                "\n{}: a completion follows its prompt without a space or a line break; if they lack \
-                 one, set `template = {{ completion = \" {{completion}}\" }}` or `style = \
+                "\n{}: a completion follows its prompt without a space or a line break; if they \
+                 lack one, set `template = {{ completion = \" {{completion}}\" }}` or `style = \
                  \"chat\"`\n",
                 visible(&domain.name)
             );
