@@ -97,6 +97,7 @@ fn metrics(domains: [&str; 2], num_steps: u64, shift: f64) -> Vec<Metrics> {
             domain_supervision: None,
             domain_accuracy: BTreeMap::new(),
             accuracy_by_domain: BTreeMap::new(),
+            domain_routing_weights: BTreeMap::new(),
             eval_secs: 1.5,
         })
     };
