@@ -85,8 +85,8 @@ impl HistogramTotals {
         sum.ends = [sum.ends[0].minimum(low), sum.ends[1].maximum(high)];
     }
 
-    /// The histogram of each expert over all processes of `world`, each of which needs one transfer.
-    /// An expert that no site has is `None`.
+    /// The histogram of each expert over all processes of `world`, each of which makes one
+    /// transfer. An expert that no site has is `None`.
     ///
     /// - `totals`: those of this process, if it had a batch and there is a router
     pub(super) fn fetch(
