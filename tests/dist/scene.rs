@@ -24,8 +24,8 @@ impl Scene {
             fs_err::copy(demo.join("base").join(name), dir.path().join("base").join(name))?;
         }
         let config = include_str!("../../configs/lifecycle.toml");
-        let config = config.replace("demo/base", "base");
-        let config = config.replace("demo/data", &demo.join("data").display().to_string());
+        let config = config.replace("../demo/base", "base");
+        let config = config.replace("../demo/data", &demo.join("data").display().to_string());
         fs_err::write(dir.path().join("config.toml"), config)?;
         Ok(Self { dir })
     }
