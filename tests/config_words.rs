@@ -141,7 +141,9 @@ fn values_of_a_wrong_type_are_shown_with_the_right_one() {
     line 13: `data.domains[1].train` must be a list of strings, got `"law.jsonl"`
     hint: write `train = ["law.jsonl"]`
     "#);
-    insta::assert_snapshot!(said("[[data.domains]]\ntrain = ['law.jsonl']"), @"");
+    insta::assert_snapshot!(said("[[data.domains]]\ntrain = ['law.jsonl']"), @"
+    line 11: `data.domains[1].name` is missing, a string: The domain's name in tables and metrics
+    ");
     let hub = MINIMAL.replace("{ path = \"base\" }", "\"openai/gpt2\"");
     insta::assert_snapshot!(error(&hub, &[]), @"
     line 2: `base.source` must be one of `{ path = \"..\" }`, `{ hub = { .. } }`, `{ random = { \

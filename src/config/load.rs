@@ -54,7 +54,7 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
 /// assert_eq!((config.lora.num_experts, config.lora.rank), (4, 16));
 ///
 /// let error = load::resolve(text, &["lora.rang=16".to_owned()]).unwrap_err();
-/// assert!(format!("{error:#}").contains("unknown field `rang`"));
+/// assert!(format!("{error:#}").contains("there is no key `lora.rang`"));
 /// # Ok::<(), anyhow::Error>(())
 /// ```
 ///

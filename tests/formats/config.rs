@@ -62,7 +62,10 @@ fn keys_that_contradict_each_other_are_faults_of_the_config() {
             &*format!("{both}template = {{ prompt = \"{{question}}\" }}"),
             "`data.domains[0].template.prompt` has no value for `{question}`",
         ),
-        (&*format!("{both}fields = {{ promt = \"b\" }}"), "unknown field `promt`"),
+        (
+            &*format!("{both}fields = {{ promt = \"b\" }}"),
+            "did you mean `data.domains[0].fields.prompt`?",
+        ),
     ] {
         let error = format!("{:#}", config(domain).expect_err("a faulty config"));
         assert!(error.contains(fault), "{error}");
