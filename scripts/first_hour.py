@@ -39,6 +39,11 @@ class Surprise(Exception):
     """Something that a user would not expect."""
 
 
+def asks(raw):
+    """Whether the last thing that was shown is a question."""
+    return CONTROL.sub("", raw.decode(errors="replace")).rstrip("\r").endswith(": ")
+
+
 class Hour:
     def __init__(self, dylora, folder, show):
         self.dylora, self.folder, self.show = dylora, folder, show
@@ -63,7 +68,7 @@ class Hour:
             ready, _, _ = select.select([main], [], [], 0.3)
             if not ready:
                 # it waits for an answer
-                if typed and process.poll() is None and CONTROL.sub("", raw.decode()).endswith((": ", "? ", "> ")):
+                if typed and process.poll() is None and asks(raw):
                     os.write(main, f"{typed.pop(0)}\n".encode())
                 continue
             try:
