@@ -117,7 +117,7 @@ mod tests {
                 gpus: vec![],
             },
             memory: Memory { total_bytes: 8 << 30, available_bytes: 5 << 30 },
-            working_folder: folder("/work"),
+            working_folder: folder("/here"),
             cache: folder("/home/.cache/dylora"),
             hub: Hub {
                 endpoint: "https://huggingface.co".into(),
@@ -167,7 +167,7 @@ mod tests {
                            CUDA (`scripts/setup --cuda`, or PyTorch's wheel with CUDA)
         ok       threads   libtorch computes with 2 on 2 cores
         ok       memory    5.00 GiB of 8.00 GiB are free
-        ok       disk      9.00 GiB are free in this folder, `/work`
+        ok       disk      9.00 GiB are free in this folder, `/here`
         ok       cache     3.0 MiB of tokens and kernels in `/home/.cache/dylora`; 9.00
                            GiB are free
         ok       Hub       https://huggingface.co, with the token from `HF_TOKEN`; 3.0
@@ -267,7 +267,7 @@ mod tests {
             ("libtorch", "broken: `/torch/lib/libtorch_cpu.so` is 2.10.0, and dylora was compiled"),
             ("threads", "warning: libtorch computes with 64 on 2 cores\nmore threads than cores"),
             ("memory", "warning: 256.0 MiB of 8.00 GiB are free\n"),
-            ("disk", "warning: 1.0 MiB are free in this folder, `/work`\n"),
+            ("disk", "warning: 1.0 MiB are free in this folder, `/here`\n"),
             ("cache", "warning: no file can be written in `/home/.cache/dylora`: Permission"),
         ] {
             let found = said(&facts, DeviceChoice::Auto, name);

@@ -327,7 +327,7 @@ mod tests {
     fn domain(name: &str, records: u64) -> PlanDomain {
         PlanDomain {
             name: name.into(),
-            train: vec![format!("/work/data/{name}.jsonl").into()],
+            train: vec![format!("/here/data/{name}.jsonl").into()],
             fields: FieldNames::default(),
             validation: PlanValidation::Fraction(validation_fraction(records)),
             records,
@@ -353,7 +353,7 @@ mod tests {
 
     /// The text of a plan, which is checked to be a config.
     fn text(plan: &Plan) -> String {
-        let text = plan.text("dylora.toml", Some(Path::new("/work")));
+        let text = plan.text("dylora.toml", Some(Path::new("/here")));
         config::load::resolve(&text, &[]).expect("it is a config");
         assert!(text.lines().all(|line| line.chars().count() <= 110), "{text}");
         text
@@ -367,7 +367,7 @@ mod tests {
     #[test]
     fn two_small_domains_get_a_mixture_for_a_number_of_steps() {
         let mut plan = plan(vec![domain("law", 30), domain("code", 30)], 12);
-        plan.base = BaseSource::Path("/work/bases/tiny".into());
+        plan.base = BaseSource::Path("/here/bases/tiny".into());
         plan.parameters = 1_088_256;
         insta::assert_snapshot!("two_domains", text(&plan));
     }
@@ -380,7 +380,7 @@ mod tests {
         plan.dtype = Dtype::Bf16;
         plan.domains[3].train = vec!["/elsewhere/a.jsonl".into(), "/elsewhere/b/*.jsonl".into()];
         plan.domains[2].validation =
-            PlanValidation::Files(vec!["/work/data/verse.validation.jsonl".into()]);
+            PlanValidation::Files(vec!["/here/data/verse.validation.jsonl".into()]);
         plan.schedule = plan.schedule.halved().and_then(Schedule::halved).expect("32 blocks");
         plan.gradient_checkpointing = true;
         insta::assert_snapshot!("four_domains", text(&plan));
@@ -409,9 +409,9 @@ mod tests {
     #[test]
     fn paths_are_relative_where_they_have_something_in_common() {
         let from = |path: &str, folder: &str| relative(Path::new(path), Path::new(folder));
-        assert_eq!(from("/work/data/a.jsonl", "/work"), Some("data/a.jsonl".into()));
-        assert_eq!(from("/work/data/a.jsonl", "/work/conf"), Some("../data/a.jsonl".into()));
-        assert_eq!(from("/data/a.jsonl", "/work"), None);
+        assert_eq!(from("/here/data/a.jsonl", "/here"), Some("data/a.jsonl".into()));
+        assert_eq!(from("/here/data/a.jsonl", "/here/conf"), Some("../data/a.jsonl".into()));
+        assert_eq!(from("/data/a.jsonl", "/here"), None);
         assert_eq!(from("/w/a.jsonl", "/w/1/2/3/4/5"), None);
     }
 }
