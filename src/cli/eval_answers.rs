@@ -13,7 +13,6 @@ use super::progress::CountBar;
 use super::{Shared, table, usage};
 use crate::config::RoutingChoice;
 use crate::data::{Answered, TokenDataset};
-use crate::dist::World;
 use crate::durable::output::Output;
 use crate::generate::answers::{AnswerReport, AnswerSettings, Question, Sample, answer, reports};
 use crate::generate::{GenerationDefaults, Route, RouteChoice};
@@ -102,13 +101,12 @@ impl AnswerArgs {
             end_tokens: GenerationDefaults::of_chats(&open.base)?.end_tokens.into(),
             pattern: &self.pattern()?,
         };
-        let samples = share(&shared.world, questions, |own| {
-            let bar = CountBar::new(shared.show_progress, "answering", own.len() as u64);
-            let progress = |done| bar.set(done);
-            let samples = answer(&open.model, open.base.tokenizer()?, own, &settings, &progress);
-            bar.finish();
-            samples
-        })?;
+        let own = shared.world.own_turns(questions);
+        let bar = CountBar::new(shared.show_progress, "answering", own.len() as u64);
+        let progress = |done| bar.set(done);
+        let own = answer(&open.model, open.base.tokenizer()?, own, &settings, &progress);
+        bar.finish();
+        let samples: Vec<Sample> = shared.world.join_turns(own?)?.into_iter().flatten().collect();
         if (samples.len() as u64) < count {
             let skipped = count - samples.len() as u64;
             tracing::warn!("{skipped} document(s) have prompts that leave no room for an answer");
@@ -119,28 +117,6 @@ impl AnswerArgs {
         let names: Vec<&str> = dataset.domains.iter().map(|domain| domain.name.as_str()).collect();
         Ok(Some(Answers { reports: reports(&samples, &names), samples }))
     }
-}
-
-/// Answers questions, which the processes of a world take in turn. All processes get all answers,
-/// in the order of the questions.
-fn share(
-    world: &World,
-    questions: Vec<Question>,
-    answer: impl FnOnce(Vec<Question>) -> Result<Vec<Option<Sample>>>,
-) -> Result<Vec<Sample>> {
-    let (num_questions, size) = (questions.len(), world.size());
-    let own = questions.into_iter().skip(world.dist_rank()).step_by(size).collect();
-    let own = answer(own)?;
-    if world.is_single() {
-        return Ok(own.into_iter().flatten().collect());
-    }
-    // one process may be long done when another begins its last answers
-    world.meet()?;
-    let all = world.exchange(&serde_json::to_vec(&own)?)?;
-    let mut all: Vec<Vec<Option<Sample>>> =
-        all.iter().map(|own| serde_json::from_slice(own)).collect::<Result<_, _>>()?;
-    let samples = (0..num_questions).map(|index| all[index % size][index / size].take());
-    Ok(samples.flatten().collect())
 }
 
 /// The first documents of each domain that ask for an answer.

@@ -99,12 +99,9 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
     let defaults = if talks { GenerationDefaults::of_chats } else { GenerationDefaults::of_base };
     let defaults = defaults(&open.base)?;
     let requests = requests(args, &open, &defaults, &prompts)?;
-    let (num_prompts, world) = (prompts.len(), &shared.world);
-    // the processes of a world take prompts in turn; a text does not depend on which one does
-    let is_own = |index: &usize| index % world.size() == world.dist_rank();
-    let own = |(index, pair)| is_own(&index).then_some(pair);
-    let (prompts, requests): (Vec<Prompt>, Vec<Request>) =
-        prompts.into_iter().zip(requests).enumerate().filter_map(own).unzip();
+    // a text does not depend on which process makes it
+    let pairs = shared.world.own_turns(prompts.into_iter().zip(requests).collect());
+    let (prompts, requests): (Vec<Prompt>, Vec<Request>) = pairs.into_iter().unzip();
     let context = open.base.spec.max_positions as usize;
     let mut engine = Engine::new(&open.model, EngineLimits { max_texts: args.batch_size, context })
         .map_err(usage)?;
@@ -125,7 +122,7 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
     let bar = CountBar::new(show_bar, "generating", prompts.len() as u64);
     let mut printer = Printer {
         json: args.json,
-        prints: world.is_single(),
+        prints: shared.world.is_single(),
         prompts: &prompts,
         generated,
         printed: 0,
@@ -143,25 +140,20 @@ pub fn run(args: &GenerateArgs, shared: &Shared) -> Result<()> {
         bar.set(printer.printed as u64);
     }
     bar.finish();
-    print_all(&printer, num_prompts, shared)
+    print_all(&printer, shared)
 }
 
 /// Prints the texts of all processes in the order of their prompts, in the first process. One that
 /// is alone has printed them already.
-fn print_all(printer: &Printer<'_>, num_prompts: usize, shared: &Shared) -> Result<()> {
+fn print_all(printer: &Printer<'_>, shared: &Shared) -> Result<()> {
     if shared.world.is_single() {
         return Ok(());
     }
-    shared.world.meet()?;
-    let own: Vec<String> = (0..printer.prompts.len()).map(|index| printer.whole(index)).collect();
-    let all = shared.world.exchange(&serde_json::to_vec(&own)?)?;
+    let own = (0..printer.prompts.len()).map(|index| printer.whole(index)).collect();
+    let texts = shared.world.join_turns(own)?;
     if !shared.is_first() {
         return Ok(());
     }
-    let all: Vec<Vec<String>> =
-        all.iter().map(|texts| serde_json::from_slice(texts)).collect::<Result<_, _>>()?;
-    let text = |index: usize| all[index % all.len()][index / all.len()].as_str();
-    let texts: Vec<&str> = (0..num_prompts).map(text).collect();
     let between = if printer.json { "\n" } else { "\n\n" };
     write(&format!("{}\n", for_output(&texts.join(between)))).map(|_| ())
 }

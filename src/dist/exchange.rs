@@ -1,6 +1,8 @@
 //! Operations on numbers and short values of the host.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tch::Tensor;
 
 use super::World;
@@ -63,6 +65,27 @@ impl World {
             tensor.detach().copy_(&copy);
         }
         Ok(())
+    }
+
+    /// The items that this process takes if the processes take them in turn.
+    pub fn own_turns<T>(&self, items: Vec<T>) -> Vec<T> {
+        items.into_iter().skip(self.dist_rank()).step_by(self.size()).collect()
+    }
+
+    /// What the processes have made of their [`Self::own_turns`], one value for each item, in the
+    /// order of all items. It waits for the slowest process, since one may be long done when
+    /// another begins its last item.
+    pub fn join_turns<T: Serialize + DeserializeOwned>(&self, own: Vec<T>) -> Result<Vec<T>> {
+        if self.is_single() {
+            return Ok(own);
+        }
+        self.meet()?;
+        let all = self.exchange(&serde_json::to_vec(&own)?)?;
+        let read = |own: &Vec<u8>| Ok(serde_json::from_slice::<Vec<T>>(own)?.into_iter());
+        let mut shares = all.iter().map(read).collect::<Result<Vec<_>>>()?;
+        let num_items: usize = shares.iter().map(ExactSizeIterator::len).sum();
+        let mut next = |index: usize| shares[index % all.len()].next();
+        (0..num_items).map(|index| next(index).context("a process has left out an item")).collect()
     }
 
     /// The value of each process, by its number. Its length may differ from process to process.
