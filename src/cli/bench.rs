@@ -14,9 +14,8 @@ use crate::base::Base;
 use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
     BaseConfig, BaseSource, Config, DataConfig, DeviceChoice, DomainConfig, Dtype, Duration,
-    Family, GroupConfig, HubSource, LossOn, LossOnTurns, Method, Mixing, OnBadRecord, OnExhausted,
-    OptimizerConfig, RouterConfig, RouterInput, RouterScope, RunConfig, ScheduleConfig,
-    TargetModules, TrainConfig, Written, load,
+    Family, GroupConfig, HubSource, LossOn, OptimizerConfig, RouterConfig, RouterInput,
+    RouterScope, RunConfig, TargetModules, TrainConfig, load,
 };
 use crate::ffi;
 use crate::model::decoder::Decoder;
@@ -222,20 +221,14 @@ impl BenchArgs {
             train: vec!["random".into()],
             ..DomainConfig::default()
         };
+        let data = DataConfig {
+            seq_len: self.seq_len,
+            loss_on: LossOn::All,
+            domains: vec![random],
+            ..DataConfig::default()
+        };
         Config {
-            written: Written::default(),
-            method: Method::RoutedLora,
             run: RunConfig { seed: self.seed, device: self.device, ..RunConfig::default() },
-            base,
-            data: DataConfig {
-                seq_len: self.seq_len,
-                loss_on: LossOn::All,
-                loss_on_turns: LossOnTurns::default(),
-                on_bad_record: OnBadRecord::default(),
-                mixing: Mixing::default(),
-                on_exhausted: OnExhausted::default(),
-                domains: vec![random],
-            },
             lora,
             router: plain_router(mixture.routers),
             train: TrainConfig {
@@ -251,8 +244,7 @@ impl BenchArgs {
                 max_grad_norm: 1.0,
                 ..OptimizerConfig::default()
             },
-            schedule: ScheduleConfig::default(),
-            growth: None,
+            ..Config::new(base, data)
         }
     }
 

@@ -13,10 +13,8 @@ use super::results::Schema;
 use super::start::{check_base, load_data};
 use super::{Shared, print_result, table, usage, variable, write};
 use crate::base::Base;
-use crate::config::variables::Written;
 use crate::config::{
-    self, BaseConfig, Config, DataConfig, DomainConfig, Dtype, LoraConfig, Method, OptimizerConfig,
-    RecordShape, RouterConfig, RunConfig, ScheduleConfig, TrainConfig, Validation,
+    self, BaseConfig, Config, DataConfig, DomainConfig, Dtype, RecordShape, Validation,
 };
 use crate::data::{Datasets, Example, RecordKind, TokenDataset, visible};
 
@@ -113,22 +111,7 @@ impl PreviewArgs {
             domains: self.domains().map_err(usage)?,
             ..DataConfig::default()
         };
-        Ok((
-            Config {
-                method: Method::default(),
-                run: RunConfig::default(),
-                base: config,
-                data,
-                lora: LoraConfig::default(),
-                router: RouterConfig::default(),
-                train: TrainConfig::default(),
-                optimizer: OptimizerConfig::default(),
-                schedule: ScheduleConfig::default(),
-                growth: None,
-                written: Written::default(),
-            },
-            base,
-        ))
+        Ok((Config::new(config, data), base))
     }
 
     /// The domains of `--data`, with the files of `--validation`.

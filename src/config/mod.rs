@@ -100,6 +100,25 @@ pub struct Config {
     pub written: Written,
 }
 
+impl Config {
+    /// A config of which only the base and the data are known; all else has its default.
+    pub fn new(base: BaseConfig, data: DataConfig) -> Self {
+        Self {
+            method: Method::default(),
+            run: RunConfig::default(),
+            base,
+            data,
+            lora: LoraConfig::default(),
+            router: RouterConfig::default(),
+            train: TrainConfig::default(),
+            optimizer: OptimizerConfig::default(),
+            schedule: ScheduleConfig::default(),
+            growth: None,
+            written: Written::default(),
+        }
+    }
+}
+
 /// What is trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
