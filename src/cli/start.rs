@@ -41,16 +41,6 @@ enum Start {
     Resume(PathBuf),
 }
 
-impl Start {
-    /// The experts' settings.
-    fn specs(&self) -> Result<Vec<ExpertSpec>> {
-        match self {
-            Self::New(mixture) => Ok(mixture.specs.clone()),
-            Self::Resume(dir) => checkpoint::read_experts(dir),
-        }
-    }
-}
-
 impl ReadyRun {
     /// Opens what a run of `config` needs.
     ///
@@ -71,14 +61,18 @@ impl ReadyRun {
             Some(dir) => Start::Resume(dir),
             None => Start::New(Box::new(open_mixture(&config, &base, shared)?)),
         };
-        check_run_fits(&config, &start.specs()?, &base, device)?;
+        let mut specs = match &start {
+            Start::New(mixture) => mixture.specs.clone(),
+            Start::Resume(dir) => checkpoint::read_experts(dir)?,
+        };
+        check_run_fits(&config, &specs, &base, device)?;
         tracing::debug!("reading the data");
         let data = shared.in_turn(|| load(&config, &base))?;
         tracing::debug!("building the model");
         if let Start::New(mixture) = &mut start {
             settle_experts(&mut config, &mut mixture.specs, &data.train, &base, device)?;
+            specs.clone_from(&mixture.specs);
         }
-        let specs = start.specs()?;
         Ok(Self { config, device, base, data, specs, start })
     }
 
