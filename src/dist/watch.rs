@@ -145,8 +145,8 @@ impl Watch {
         }
     }
 
-    /// The error of an operation that has failed with `error`: which process caused it, if that
-    /// becomes known soon.
+    /// The error to report for an operation that has failed with `error`. It names the process that
+    /// caused the failure, if that becomes known soon.
     pub fn blame(&self, error: anyhow::Error) -> anyhow::Error {
         self.shared.is_broken.store(true, Ordering::Release);
         let deadline = Instant::now() + Limits::BROKEN_SILENCE + 3 * Limits::BEAT;

@@ -1,5 +1,6 @@
-//! A small Hub on 127.0.0.1 with one repository. Its large files, `.safetensors` and `.parquet`,
-//! come from a second server, as the Hub's come from a content delivery network.
+//! A small Hub on 127.0.0.1 with one repository. It sends requests for large files,
+//! `.safetensors` and `.parquet`, to a second server, as the Hub sends them to its content delivery
+//! network.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -86,7 +86,7 @@ fn mixtures() -> Vec<Mixture> {
     mixtures
 }
 
-/// Mixtures on each Llama-like family, of which the last two shapes are such as kernels know.
+/// Mixtures on each Llama-like family. The last two have shapes for which there are kernels.
 fn on_llama_like_bases() -> Vec<Mixture> {
     let mut mixtures = vec![];
     let llama = family_specs().into_iter().filter(|(name, _)| *name != "gpt2");
