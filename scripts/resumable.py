@@ -1,5 +1,6 @@
 """Named jobs of a study, several at a time. The result of each is a line of JSON in a file, and a job
 whose result is there is not run again."""
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# the number of a thread among those that run jobs
+WORKER = threading.local()
+
+
+def num_gpus():
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    return len(done.stdout.splitlines())
+
+
 class Failed(Exception):
     """A command of a job that did not end well: its exit code and what it said."""
 
@@ -24,7 +34,7 @@ class Failed(Exception):
 class Dylora:
     """The binary, which runs in the repository's root with one thread for each process.
 
-    The binary finds libtorch by itself where it was built. Elsewhere, the libtorch of python3's
+    With the device `cuda`, the jobs of a study share the GPUs of the machine evenly. The binary finds libtorch by itself where it was built. Elsewhere, the libtorch of python3's
     PyTorch is used, unless LD_LIBRARY_PATH is set.
     """
 
@@ -35,6 +45,7 @@ class Dylora:
             code = "import torch, os; print(os.path.join(os.path.dirname(torch.__file__), 'lib'))"
             found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             self.env.setdefault("LD_LIBRARY_PATH", found.stdout.strip())
+        self.num_gpus = num_gpus() if device == "cuda" else 0
 
     def json(self, command, *arguments, sets=()):
         """What a command prints with --json, as an object."""
@@ -45,7 +56,11 @@ class Dylora:
 
     def call(self, line):
         """What a command prints."""
-        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=self.env)
+        env = self.env
+        if self.num_gpus:
+            gpu = getattr(WORKER, "number", 0) % self.num_gpus
+            env = {**env, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env)
         if done.returncode:
             raise Failed(done.returncode, done.stderr.strip())
         return done.stdout
@@ -100,7 +115,12 @@ class Study:
             print(show(result), flush=True)
             return 1
 
-        with ThreadPoolExecutor(at_once) as pool:
+        numbers = itertools.count()
+
+        def begin():
+            WORKER.number = next(numbers)
+
+        with ThreadPoolExecutor(at_once, initializer=begin) as pool:
             made = sum(pool.map(one, todo))
         return len(todo) - made
 
