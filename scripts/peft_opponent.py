@@ -48,6 +48,17 @@ The last two are equal to the plain loop up to rounding, and have no effect on s
 A row under torch.compile or with a form also has `eager_loss` and `eager_grad_norm`, the loss and
 the gradient norm of the first step by unchanged eager PEFT over `loss_vocab_size` logits. They are
 computed sequence by sequence and with checkpointing, so that they need little memory.
+
+torchrun runs a setting on several GPUs of one machine, with one process for each:
+
+    torchrun --standalone --nproc-per-node 4 scripts/peft_opponent.py SETTING
+
+SETTING is that of one process. Its device is `cuda`, of which each process takes the GPU of its
+LOCAL_RANK, or `cpu`. Each process reads `batches` sequences at a time of its own data (the seed plus
+RANK), and DistributedDataParallel averages the gradients, by NCCL or, on the CPU, by Gloo. Only the
+process of rank 0 prints. Its rows also have `processes`. Their tokens are those of all processes,
+their losses are the means over all processes, and their times and memory are those of rank 0. They
+have no `eager_loss` and `eager_grad_norm`. An error of a process ends all of them.
 """
 
 import ctypes
@@ -59,7 +70,7 @@ import statistics
 import sys
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from inspect import signature
 from itertools import islice, pairwise
@@ -69,6 +80,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -76,6 +88,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft_bases import blocks_of, is_gpt2, load_base, target_modules
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations import sdpa_attention
 
 warnings.filterwarnings("ignore")
@@ -295,7 +308,7 @@ def batches(setting, batch, vocab_size, device):
 
     With packed documents, these include their positions and mask.
     """
-    generator = torch.Generator().manual_seed(setting["seed"])
+    generator = torch.Generator().manual_seed(setting["seed"] + dist_rank())
     t = setting["seq_len"]
     while True:
         ids = torch.randint(vocab_size, (batch, t), generator=generator)
@@ -338,6 +351,49 @@ def reset_peak(device):
         file.write("5")
 
 
+def join_world(device):
+    """Joins the other processes that torchrun started, each of which uses a GPU of its own."""
+    torch._dynamo.config.optimize_ddp = False  # it would split graphs where a bucket of gradients ends
+    if device == "cpu":
+        dist.init_process_group("gloo")
+        return
+    assert device == "cuda", f"torchrun chooses the GPU of a process: the device must be `cuda`, got `{device}`"
+    gpu = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl", device_id=gpu)
+
+
+def dist_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def averaging(loss_of, row):
+    """The callable that returns the loss, whose backward pass averages gradients over the processes.
+
+    Every trained parameter must get a gradient; otherwise the second step fails.
+    """
+    if not dist.is_initialized() or row == "eval":
+        return loss_of
+    return DistributedDataParallel(loss_of, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_averaging(loss_of):
+    """A context in which backward passes add to the gradients of this process alone."""
+    return loss_of.no_sync() if isinstance(loss_of, DistributedDataParallel) else nullcontext()
+
+
+def mean_over_processes(values, device):
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+
+
 def measure(setting, row, batch, device):
     base = load_base(setting, device)
     accumulate = setting["accumulate"]
@@ -356,14 +412,20 @@ def measure(setting, row, batch, device):
     precision = autocast(row, setting)
     eager = {}
     checked = setting["compile"] or opponent.form
+    checked = checked and not dist.is_initialized()
     if checked and not setting["dropout"] and not setting["documents"] and row != "n_passes":
         eager = eager_figures(opponent, row, data[:accumulate], precision)
         reset_peak(device)
     with form_of(opponent, setting):
-        step, first = step_of(opponent, row, compiled(opponent, setting), iter(data), accumulate, precision)
+        loss_of = averaging(compiled(opponent, setting), row)
+        if dist.is_initialized():
+            torch.manual_seed(setting["seed"] + dist_rank())  # for dropout
+        step, first = step_of(opponent, row, loss_of, iter(data), accumulate, precision)
         figures = run_steps(step, setting, wait=device == "cpu" or "no_wait" not in opponent.form)
     peak = memory("VmHWM", device)
-    tokens = batch * accumulate * setting["seq_len"]
+    losses = {key: figures[key] for key in ["first_loss", "last_loss"]}
+    figures |= mean_over_processes(losses, device)
+    tokens = world_size() * batch * accumulate * setting["seq_len"]
     return {
         "tokens_per_sec": tokens / figures["step_ms"] * 1e3,
         **figures,
@@ -417,12 +479,13 @@ def step_of(opponent, row, loss_of, data, accumulate, precision):
 
     def step():
         total = 0.0
-        for _ in range(accumulate):
+        for i in range(accumulate):
             ids, labels, more = next(data)
-            with torch.set_grad_enabled(row != "eval"), precision:
-                loss = loss_of(ids, labels, more)
-            if row != "eval":
-                (loss / accumulate).backward()
+            with without_averaging(loss_of) if i + 1 < accumulate else nullcontext():
+                with torch.set_grad_enabled(row != "eval"), precision:
+                    loss = loss_of(ids, labels, more)
+                if row != "eval":
+                    (loss / accumulate).backward()
             total += loss.detach()
         norm = None
         if row != "eval":
@@ -511,19 +574,33 @@ def header(setting):
 def main():
     setting = json.loads(sys.argv[1])
     device = setting["device"]
-    if device != "cpu":
+    if "RANK" in os.environ:
+        join_world(device)
+    elif device != "cpu":
         torch.cuda.set_device(device if ":" in device else 0)
-    print(json.dumps(header(setting)), flush=True)
+    show(header(setting))
     for batch in setting["batches"]:
         for row in setting["rows"]:
             report = {"kind": "row", "row": row, "micro_batch_size": batch, "error": None}
             report |= {"compile": setting["compile"], "form": setting["form"]}
+            if dist.is_initialized():
+                report["processes"] = world_size()
             try:
                 report |= measure(setting, row, batch, device)
             except Exception as error:  # an error, such as the compiler's, costs only this row
                 report["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(json.dumps(report), flush=True)
+                if dist.is_initialized():  # the other processes may wait for this one
+                    show(report)
+                    raise
+            show(report)
             gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def show(line):
+    if dist_rank() == 0:
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
