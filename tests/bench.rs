@@ -3,12 +3,15 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use anyhow::{Context, Error, Result};
 use clap::{Parser, ValueEnum};
 use dylora::bench::flops::FlopsPerToken;
 use dylora::bench::{Bench, BenchSettings, Figures, Header, Row, RowReport, passes};
 use dylora::cli::{Cli, UsageError, describe};
 use dylora::config::{Config, ExpertConfig, Family, LoraConfig, RouterScope, TargetModule, load};
+use dylora::dist::World;
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::families;
 use dylora::model::{ForwardMode, RoutingSource};
@@ -28,6 +31,11 @@ fn config(set: &[&str]) -> Config {
     load::resolve(text, &plain_and(set)).expect("the config is sound")
 }
 
+/// A bench of one process on a tiny base.
+fn alone(settings: BenchSettings) -> Result<Bench> {
+    Bench::new(settings, &tiny_base(tiny_config()), Device::Cpu, &Arc::new(World::single()))
+}
+
 /// The figures of rows on a tiny base, from two steps after one step of warm-up.
 fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Figures>> {
     let settings = BenchSettings {
@@ -37,9 +45,9 @@ fn measure(rows: &[Row], micro_batch_size: usize, set: &[&str]) -> Result<Vec<Fi
         document_median: None,
         peak_flops: Some(1e12),
     };
-    let bench = Bench::new(settings, &tiny_base(tiny_config()), Device::Cpu);
+    let bench = alone(settings)?;
     let measure = |&row: &Row| {
-        let outcome = bench.measure(row, micro_batch_size).outcome;
+        let outcome = bench.measure(row, micro_batch_size)?.outcome;
         outcome.map_err(Error::msg).with_context(|| format!("{row:?}"))
     };
     rows.iter().map(measure).collect()
@@ -181,20 +189,20 @@ fn a_row_that_cannot_be_measured_says_why() -> Result<()> {
     config.router.scope = RouterScope::Layer;
     let settings =
         BenchSettings { config, warmup: 0, steps: 1, document_median: Some(5.0), peak_flops: None };
-    let bench = Bench::new(settings.clone(), &tiny_base(tiny_config()), Device::Cpu);
-    let error = bench.measure(Row::NPasses, 2).outcome.unwrap_err();
+    let bench = alone(settings.clone())?;
+    let error = bench.measure(Row::NPasses, 2)?.outcome.unwrap_err();
     assert!(error.contains("one router for all layers"), "{error}");
     let mut uneven = settings.clone();
     uneven.config.lora.experts = vec![ExpertConfig { rank: Some(3), ..ExpertConfig::default() }];
-    let uneven = Bench::new(uneven, &tiny_base(tiny_config()), Device::Cpu);
-    let error = uneven.measure(Row::SingleLoraWide, 2).outcome.unwrap_err();
+    let uneven = alone(uneven)?;
+    let error = uneven.measure(Row::SingleLoraWide, 2)?.outcome.unwrap_err();
     assert!(error.contains("no meaning where ranks differ"), "{error}");
     // no memory holds 2^45 rows of 16 numbers; tch panics because libtorch cannot allocate them
     let vast = BenchSettings { config: vast, ..settings };
-    let report = Bench::new(vast, &tiny_base(tiny_config()), Device::Cpu).measure(Row::OnePass, 2);
+    let report = alone(vast)?.measure(Row::OnePass, 2)?;
     let error = report.outcome.unwrap_err();
     assert!(error.contains("allocate") && !error.contains("Exception raised"), "{error}");
-    let report = bench.measure(Row::OnePass, 2);
+    let report = bench.measure(Row::OnePass, 2)?;
     assert!(report.outcome.is_ok(), "{report:?}");
     Ok(())
 }
@@ -281,6 +289,7 @@ fn the_header_has_the_setting_without_the_micro_batch_size() -> Result<()> {
         libtorch_version: "2.11.0",
         device: "cpu".into(),
         device_model: "a model".into(),
+        processes: 1,
         threads: 2,
         base: "a base".into(),
         shape: json!({ "n_layer": 1 }),
@@ -301,7 +310,7 @@ fn the_header_has_the_setting_without_the_micro_batch_size() -> Result<()> {
     let line = serde_json::to_value(&header)?;
     assert_eq!(
         keys(&line),
-        "kind,dylora_version,libtorch_version,device,device_model,threads,base,shape,dtype,\
+        "kind,dylora_version,libtorch_version,device,device_model,processes,threads,base,shape,dtype,\
          seq_len,document_median,document_sigma,warmup,steps,seed,peak_tflops,mfu_formula,lora,\
          router,train,optimizer"
     );

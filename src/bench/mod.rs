@@ -4,10 +4,13 @@
 //! A [`Row`] is measured by whole steps on random tokens. A step is forward pass, loss, backward
 //! pass, clipping, and AdamW on experts and router, by the code of [`crate::train`]; [`rows`] says
 //! which rows differ. A step ends when the device has finished. Each row has a model of its own on
-//! the same base, and sees the same tokens in the same order.
+//! the same base, and sees the same tokens in the same order. In a world of several processes, each
+//! takes steps on tokens of its own, and they add up their gradients as in a run; the times are
+//! those of the first process.
 //!
 //! ```text
-//! tokens/s = micro_batch_size * grad_accum_steps * seq_len / median step     (padding counts)
+//! tokens/s = processes * micro_batch_size * grad_accum_steps * seq_len / median step
+//!                                                                           (padding counts)
 //! tokens/s = micro_batch_size / median step                                  (generation)
 //! MFU      = tokens/s * FLOPs a token / peak FLOP/s                          (flops)
 //! ```
@@ -19,6 +22,7 @@ pub mod passes;
 pub mod report;
 pub mod rows;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -27,6 +31,7 @@ use tch::Device;
 use crate::checkpoint::Position;
 use crate::config::Config;
 use crate::data::TokenDataset;
+use crate::dist::World;
 use crate::ffi;
 use crate::model::decoder::Decoder;
 use crate::model::{RoutedModel, kind_of};
@@ -60,21 +65,39 @@ pub struct Bench {
     settings: BenchSettings,
     base: Decoder,
     device: Device,
+    world: Arc<World>,
 }
 
 impl Bench {
-    /// A bench on `base`, which is moved to `device` and converted to the config's dtype.
-    pub fn new(settings: BenchSettings, base: &Decoder, device: Device) -> Self {
+    /// A bench on `base`, which is moved to `device` and converted to the config's dtype. All
+    /// processes of `world` must call this, each with a device of its own if they are GPUs.
+    ///
+    /// # Errors
+    /// If the processes of the world cannot add up gradients on their devices.
+    pub fn new(
+        settings: BenchSettings,
+        base: &Decoder,
+        device: Device,
+        world: &Arc<World>,
+    ) -> Result<Self> {
+        world.use_device(device)?;
         let base = base.to(device, kind_of(settings.config.base.dtype));
-        Self { settings, base, device }
+        Ok(Self { settings, base, device, world: Arc::clone(world) })
     }
 
     /// Measures one row at one micro-batch size. An error, such as a lack of memory, goes into the
     /// report, so that other rows can follow.
-    pub fn measure(&self, row: Row, micro_batch_size: usize) -> RowReport {
+    ///
+    /// # Errors
+    /// In a world of several processes, an error is returned instead, because the others wait for
+    /// this one.
+    pub fn measure(&self, row: Row, micro_batch_size: usize) -> Result<RowReport> {
         let measured = ffi::caught(|| self.figures(row, micro_batch_size));
-        let outcome = measured.map_err(|error| format!("{error:#}"));
-        RowReport { row, micro_batch_size, outcome }
+        let outcome = match measured {
+            Err(error) if !self.world.is_single() => return Err(error),
+            measured => measured.map_err(|error| format!("{error:#}")),
+        };
+        Ok(RowReport { row, micro_batch_size, outcome })
     }
 
     fn figures(&self, row: Row, micro_batch_size: usize) -> Result<Figures> {
@@ -93,6 +116,7 @@ impl Bench {
         let bytes_before = ffi::memory_bytes(self.device)?;
         let (started, kernels_took) = (Instant::now(), ffi::cuda::kernels_took());
         let mut subject = Subject::new(row, config, &self.base, self.device)?;
+        subject.enter(&self.world);
         ffi::synchronize(self.device)?;
         let build_ms = ms_since(started);
         let compile_ms = to_ms(ffi::cuda::kernels_took() - kernels_took);
@@ -107,7 +131,7 @@ impl Bench {
         let step_ms = median(&sorted_ms);
         let tokens_per_step = match row.generates() {
             true => micro_batch_size,
-            false => per_step * dataset.seq_len,
+            false => self.world.size() * per_step * dataset.seq_len,
         };
         let tokens_per_sec = tokens_per_step as f64 / step_ms * 1e3;
         let mfu_of = |peak: f64| tokens_per_sec * flops_per_token as f64 / peak;
@@ -175,7 +199,7 @@ impl Bench {
         Ok(steps)
     }
 
-    /// The random tokens of a row whose step has `per_step` blocks.
+    /// This process's random tokens of a row whose step has `per_step` blocks.
     fn dataset(&self, per_step: usize) -> TokenDataset {
         let BenchSettings { config, warmup, steps, document_median, .. } = &self.settings;
         let num_blocks = per_step * (warmup + steps).min(DISTINCT_STEPS);
@@ -185,7 +209,7 @@ impl Bench {
             num_blocks,
             vocab_size,
             *document_median,
-            config.run.seed,
+            config.run.seed.wrapping_add(self.world.dist_rank() as u64),
         )
     }
 }

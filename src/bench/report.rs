@@ -26,6 +26,8 @@ pub struct Header {
     pub device: String,
     /// The device's name as its maker gives it.
     pub device_model: String,
+    /// Number of processes that share the rows, each with a device of its own.
+    pub processes: usize,
     /// Number of threads of libtorch's operations on the CPU.
     pub threads: i32,
     /// The base's name for people.
@@ -85,9 +87,9 @@ pub struct Figures {
     pub min_step_ms: f64,
     /// The time of the slowest of them, in milliseconds.
     pub max_step_ms: f64,
-    /// Positions of a step, padding included.
+    /// Positions of a step in all processes, padding included.
     pub tokens_per_step: usize,
-    /// Peak memory: of the process on the CPU, of the allocator on CUDA.
+    /// Peak memory of the first process: of the process on the CPU, of the allocator on CUDA.
     pub peak_memory_bytes: Option<u64>,
     /// Peak memory less what was in use before the row, which included the base.
     pub extra_memory_bytes: Option<u64>,

@@ -1,5 +1,6 @@
 //! The rows of the bench: the config of each, and what one of its steps does.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -10,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::passes;
 use crate::config::{Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
+use crate::dist::World;
 use crate::model::decoder::Decoder;
 use crate::model::experts::dropout::LoraDropout;
 use crate::model::experts::spec::ExpertSpec;
@@ -58,6 +60,18 @@ impl Row {
     /// Whether the row generates texts. The others compute whole blocks.
     pub fn generates(self) -> bool {
         matches!(self, Self::Generate | Self::GenerateBase)
+    }
+
+    /// Whether several processes can share the row: those whose steps are the trainer's.
+    pub fn can_be_shared(self) -> bool {
+        match self {
+            Self::SingleLora
+            | Self::SingleLoraWide
+            | Self::OnePass
+            | Self::OnePassLoop
+            | Self::TwoPasses => true,
+            Self::Base | Self::NPasses | Self::Eval | Self::GenerateBase | Self::Generate => false,
+        }
     }
 
     /// The config of this row, made from the mixture's.
@@ -140,6 +154,11 @@ impl Subject {
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(device), device);
         Ok(Self { row, config, model, trained, stepper })
+    }
+
+    /// Makes the steps a part of those of a world.
+    pub fn enter(&mut self, world: &Arc<World>) {
+        self.stepper.enter(world);
     }
 
     /// The row's model.

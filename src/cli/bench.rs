@@ -1,15 +1,15 @@
 //! `dylora bench`: measures how fast a mixture is on a device, and compares it with other ways to
-//! compute it.
+//! compute it. Several processes can share the rows that train.
 
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use tch::{Device, Kind};
 
-use super::bench_report::{as_text, header, name, print_line};
+use super::bench_report::{Place, as_text, header, name, print_line};
 use super::bench_shapes::{Preset, Size, modules};
 use super::open::{base_source, open_base};
 use super::progress::CountBar;
-use super::{Shared, device, print_result, usage};
+use super::{Shared, print_result, usage};
 use crate::base::Base;
 use crate::bench::{Bench, BenchSettings, Row};
 use crate::config::{
@@ -54,7 +54,8 @@ pub struct BenchArgs {
     /// Length of a block, in tokens.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     seq_len: usize,
-    /// Number of sequences in one forward pass. With several numbers, each is measured.
+    /// Number of sequences in one forward pass of a process. With several numbers, each is
+    /// measured.
     #[arg(long, value_name = "N,..", value_delimiter = ',', default_value = "8")]
     batch: Vec<usize>,
     /// Number of forward passes in one step.
@@ -66,7 +67,8 @@ pub struct BenchArgs {
     documents: Option<f64>,
     #[command(flatten)]
     mixture: MixtureArgs,
-    /// The rows to measure [default: all that compute whole blocks].
+    /// The rows to measure [default: all that compute whole blocks; with several processes, those
+    /// of them that train].
     #[arg(long, value_name = "NAME,..", value_delimiter = ',')]
     rows: Vec<Row>,
     /// Number of steps that count [default: 30 on CUDA, 10 on the CPU].
@@ -120,9 +122,10 @@ struct MixtureArgs {
 }
 
 /// Runs the command.
-pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
-    let device = device(args.device)?;
+pub fn run(args: &BenchArgs, shared: &Shared) -> Result<()> {
+    let device = shared.device(args.device)?;
     args.check().map_err(usage)?;
+    let rows = args.rows(shared)?;
     let device_model = ffi::device_model(device).unwrap_or_else(|| "unknown".into());
     let base = args.open(&args.base_config(device)?, shared)?;
     let settings = args.settings(device, &device_model, base.spec.family)?;
@@ -130,21 +133,21 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
     ExpertSpec::all(&settings.config.lora, &base.spec).map_err(usage)?;
     let kind = kind_of(args.base_config(device)?.dtype);
     let weights = base.weights(args.seed, device, kind)?;
-    let header = header(&settings, base.label, &weights.spec, device, device_model);
-    let bench = Bench::new(settings, &weights, device);
+    let on = Place { device, device_model, num_processes: shared.world.size() };
+    let header = header(&settings, base.label, &weights.spec, on);
+    let bench = Bench::new(settings, &weights, device, &shared.world)?;
     drop(weights);
-    if args.json {
+    let prints_lines = args.json && shared.is_first();
+    if prints_lines {
         print_line(&header)?;
     }
-    let of_blocks = Row::value_variants().iter().copied().filter(|row| !row.generates());
-    let rows = if args.rows.is_empty() { of_blocks.collect() } else { args.rows.clone() };
     let num_reports = rows.len() * args.batch.len();
     let bar = CountBar::new(shared.show_progress, "measuring", num_reports as u64);
     let mut reports = vec![];
     for &batch in &args.batch {
         for &row in &rows {
-            let report = bench.measure(row, batch);
-            if args.json {
+            let report = bench.measure(row, batch)?;
+            if prints_lines {
                 print_line(&report)?;
             }
             reports.push(report);
@@ -152,13 +155,34 @@ pub fn run(args: BenchArgs, shared: &Shared) -> Result<()> {
         }
     }
     bar.finish();
-    if !args.json {
+    if !args.json && shared.is_first() {
         print_result(&as_text(&header, &reports))?;
     }
     Ok(())
 }
 
 impl BenchArgs {
+    /// The rows to measure.
+    ///
+    /// # Errors
+    /// A row that several processes cannot share.
+    fn rows(&self, shared: &Shared) -> Result<Vec<Row>> {
+        let is_alone = shared.world.is_single();
+        if self.rows.is_empty() {
+            let default = |row: &Row| !row.generates() && (is_alone || row.can_be_shared());
+            return Ok(Row::value_variants().iter().copied().filter(default).collect());
+        }
+        match self.rows.iter().find(|row| !is_alone && !row.can_be_shared()) {
+            Some(&row) => Err(usage(anyhow!(
+                "`--rows {}` is measured by one process, and there are {}: several can share the \
+                 rows that train",
+                name(row),
+                shared.world.size()
+            ))),
+            None => Ok(self.rows.clone()),
+        }
+    }
+
     /// The settings of the bench.
     ///
     /// - `device_model`: the device's name as its maker gives it, which says whether its peak is

@@ -18,17 +18,21 @@ use crate::ffi;
 use crate::model::decoder::spec::DecoderSpec;
 use crate::model::families;
 
+/// What the rows are measured on.
+pub struct Place {
+    pub device: Device,
+    /// The device's name as its maker gives it.
+    pub device_model: String,
+    /// Number of processes, each with a device of its own.
+    pub num_processes: usize,
+}
+
 /// The header of the report, which says what holds for all rows.
 ///
 /// - `base`: the base's name for people
 /// - `spec`: the base's shape
-pub fn header(
-    settings: &BenchSettings,
-    base: String,
-    spec: &DecoderSpec,
-    device: Device,
-    device_model: String,
-) -> Header {
+pub fn header(settings: &BenchSettings, base: String, spec: &DecoderSpec, place: Place) -> Header {
+    let Place { device, device_model, num_processes } = place;
     let config = &settings.config;
     let torch_dtype = match config.base.dtype {
         Dtype::F32 => "float32",
@@ -39,6 +43,7 @@ pub fn header(
         libtorch_version: ffi::torch_version(),
         device: device_name(device),
         device_model,
+        processes: num_processes,
         threads: tch::get_num_threads(),
         base,
         shape: families::to_json(spec, torch_dtype),
@@ -113,7 +118,8 @@ pub fn as_text(header: &Header, reports: &[RowReport]) -> String {
 
 /// The header in words.
 fn setting(header: &Header) -> String {
-    let Header { dylora_version, libtorch_version, device, device_model, threads, .. } = header;
+    let Header { dylora_version, libtorch_version, device, device_model, .. } = header;
+    let Header { processes, threads, .. } = header;
     let Header { base, seq_len, steps, warmup, lora, router, train, .. } = header;
     let documents = match header.document_median {
         None => "one document a block".into(),
@@ -123,7 +129,7 @@ fn setting(header: &Header) -> String {
     let lines = [
         format!(
             "dylora {dylora_version}, libtorch {libtorch_version}, {device} ({device_model}), \
-             {threads} thread(s)"
+             {processes} process(es), {threads} thread(s)"
         ),
         format!(
             "{base} in {}, {seq_len} tokens a block, {documents}, {} forward(s) a step",

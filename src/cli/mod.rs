@@ -316,6 +316,7 @@ impl Cli {
             Command::Eval(args) => in_world(&mut |shared| eval::run(&args, shared)),
             Command::AddExpert(args) => in_world(&mut |shared| add_expert::run(&args, shared)),
             Command::Generate(args) => in_world(&mut |shared| generate::run(&args, shared)),
+            Command::Bench(args) => in_world(&mut |shared| bench::run(&args, shared)),
             other => world::alone(place.as_ref(), shows, |shared| other.run_alone(shared)),
         }
     }
@@ -338,16 +339,17 @@ impl Command {
             Self::Report(args) => report::run(args, shared),
             Self::Study(args) => study::run(args, shared),
             Self::StudyRun(args) => study_run::run(&args, shared),
-            Self::Bench(args) => bench::run(args, shared),
             Self::Init(args) => init::run(&args, shared),
             Self::Demo(args) => demo::run(&args, shared),
             Self::Doctor(args) => doctor::run(&args),
             Self::Config(args) => config_keys::run(args),
             Self::Completions(args) => completions::completions(&args),
             Self::Man(args) => completions::man(&args),
-            Self::Train(_) | Self::Eval(_) | Self::AddExpert(_) | Self::Generate(_) => {
-                unreachable!("processes can share this command")
-            }
+            Self::Train(_)
+            | Self::Eval(_)
+            | Self::AddExpert(_)
+            | Self::Generate(_)
+            | Self::Bench(_) => unreachable!("processes can share this command"),
         }
     }
 }

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Measures how training scales with the number of processes on this machine.
+
+    scripts/scaling.py DYLORA OUT [--processes 1,2,4] [--shapes s1-16,s2-4,..] [--device cuda]
+    scripts/scaling.py table OUT
+
+Each shape is trained by `dylora bench` in worlds of several sizes (`dylora launch -- bench`), one after
+the other in one run of this script, and the whole round several times (--rounds). A process has one
+device. Each result is a line of OUT, a file of JSON lines. `table` prints markdown:
+
+    weak scaling     tokens/s of N processes with batch B each, over N times the tokens/s of one process
+                     with batch B
+    strong scaling   tokens/s of N processes with batch B / N each, over N times the tokens/s of one
+                     process with batch B
+
+The medians of the rounds are compared. With --device cpu, the script checks itself on small shapes.
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from resumable import Dylora, markdown, num_gpus
+
+ROOT = Path(__file__).resolve().parent.parent
+GPT2 = ["--size", "gpt2", "--seq-len", "1024"]
+SMOLLM2 = ["--size", "smollm2-135m", "--preset", "s2", "--seq-len", "1024"]
+LLAMA_1B = ["--size", "llama-3.2-1b", "--preset", "s2", "--seq-len", "4096"]
+LLAMA_8B = ["--size", "llama-3.1-8b", "--experts", "4", "--rank", "16", "--alpha", "32", "--modules", "all"]
+# the arguments of `dylora bench`, its batches, and the numbers of steps to warm up and to count
+SHAPES = {
+    "s1": ([*GPT2, "--preset", "s1"], [16, 8, 4], 20, 100),
+    "s2": ([*GPT2, "--preset", "s2"], [16, 8, 4], 20, 100),
+    "smollm2-135m": (SMOLLM2, [16, 8, 4], 10, 40),
+    "llama-3.2-1b": (LLAMA_1B, [2], 5, 15),
+    "llama-3.1-8b": ([*LLAMA_8B, "--seq-len", "4096"], [2], 3, 6),
+}
+TINY = (["--size", "gpt2", "--preset", "s1", "--seq-len", "16"], [2, 1], 1, 3)
+
+
+def measure(dylora, processes, shape, device):
+    """The rows of `dylora bench` on a shape, one for each batch."""
+    arguments, batches, warmup, steps = TINY if device == "cpu" else SHAPES[shape]
+    bench = [
+        "bench", *arguments, "--rows", "one_pass", "--batch", ",".join(map(str, batches)), "--warmup",
+        str(warmup), "--steps", str(steps), "--device", device, "--json",
+    ]
+    launch = ["launch", "-n", str(processes), "--"] if processes > 1 else []
+    header, *rows = map(json.loads, dylora.call([dylora.binary, "-q", *launch, *bench]).splitlines())
+    assert header["processes"] == processes and len(rows) == len(batches), header
+    for row in rows:
+        assert row["error"] is None, row
+        yield {
+            "shape": shape,
+            "processes": processes,
+            "batch": row["micro_batch_size"],
+            "seq_len": header["seq_len"],
+            **{key: header[key] for key in ("device_model", "dtype", "dylora_version", "libtorch_version")},
+            **{key: row[key] for key in ("tokens_per_sec", "step_ms", "min_step_ms", "max_step_ms")},
+            **{key: row[key] for key in ("tokens_per_step", "peak_memory_bytes", "first_loss", "last_loss")},
+        }
+
+
+def medians(rows):
+    """The median tokens/s of the rounds, by shape, number of processes and batch."""
+    speeds = {}
+    for row in rows:
+        speeds.setdefault((row["shape"], row["processes"], row["batch"]), []).append(row["tokens_per_sec"])
+    return {key: (statistics.median(of), min(of), max(of)) for key, of in speeds.items()}
+
+
+def efficiency(speeds, shape, processes, batch, of_one):
+    one = speeds.get((shape, 1, of_one))
+    return f"{100 * speeds[shape, processes, batch][0] / (processes * one[0]):.1f} %" if one else "-"
+
+
+def table(rows):
+    speeds = medians(rows)
+    lines = []
+    for (shape, processes, batch), (median, low, high) in speeds.items():
+        weak = efficiency(speeds, shape, processes, batch, batch) if processes > 1 else ""
+        strong = efficiency(speeds, shape, processes, batch, batch * processes) if processes > 1 else ""
+        speed = f"{median:,.0f}" + (f" ({low:,.0f} to {high:,.0f})" if high > low else "")
+        lines.append([shape, str(batch), str(processes), speed, weak, strong])
+    print(markdown(["shape", "batch of a process", "processes", "tokens/s", "weak scaling", "strong scaling"], lines))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dylora", metavar="DYLORA|table")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--processes", help="worlds to measure; by default 1, 2, 4 .. up to the number of GPUs")
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    if args.dylora != "table":
+        dylora = Dylora(args.dylora, args.device)
+        dylora.num_gpus = 0  # a world takes all of them
+        if args.device == "cpu":
+            dylora.env["OMP_NUM_THREADS"] = "1"
+        count = num_gpus() if args.device != "cpu" else 2
+        sizes = [2**k for k in range(count.bit_length()) if 2**k <= count]
+        if args.processes:
+            sizes = [int(size) for size in args.processes.split(",")]
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        for shape in args.shapes.split(","):
+            for _ in range(args.rounds):
+                for processes in sizes:
+                    for row in measure(dylora, processes, shape, args.device):
+                        with open(args.out, "a") as file:
+                            file.write(json.dumps(row) + "\n")
+                        print(shape, processes, row["batch"], f"{row['tokens_per_sec']:,.0f}", file=sys.stderr)
+    table(map(json.loads, args.out.read_text().splitlines()))
+
+
+if __name__ == "__main__":
+    main()
