@@ -7,12 +7,13 @@
 One LoRA of rank 8 is trained for each of math, code, data2text and shakespeare, on its domain alone, for
 the domain's share of the recipe's steps. The learning rate of each is the better one on seed 0. The
 adapters then stay frozen. Their mixture is measured with fixed weights, and with routers that are trained
-on 10, 100 or 1,000 records of each domain, with and without domain supervision. The learning rate of a
-router is the better one on seed 0, for each number of records. All losses are those of all validation
-records.
+on 10, 100 or 1,000 records of each domain, with and without domain supervision, for as many steps each. These
+records are among those that the adapters were trained on. The learning rate of a router is the better one
+on seed 0, for each number of records. All losses are those of all validation records.
 
 Each mixture is a line of OUT/composition.jsonl, and finished ones are not made again. The adapters and
-their results lie in the folder of --adapters. If it is lost, the adapters are trained again. `table` prints the means over the seeds as markdown.
+their results lie in the folder of --adapters. If it is lost, the adapters are trained again. `table` prints
+the means over the seeds as markdown.
 """
 import argparse
 import pathlib
