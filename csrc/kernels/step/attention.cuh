@@ -49,42 +49,51 @@ struct StepCache {
 
 #define MAX_SPLITS 16
 
-// Cosines and sines of the angles at a position, [size / 2] each, rounded as in a forward pass.
+// Cosines and sines of the angles at a position, [size / 2] each, rounded as in a forward pass. It is
+// not inlined: code that runs once is as slow as it is long, and GPT-2 does not need it.
 template <class T>
-static __device__ __forceinline__ void angles_at(const StepCache &cache, i64 position, int size,
-                                                 float *turns) {
-  if (!cache.frequencies || threadIdx.x >= size / 2) return;
+static __device__ __noinline__ void angles_at(const float *frequencies, float factor, i64 position,
+                                              int size, float *turns) {
+  if (threadIdx.x >= size / 2) return;
   float sine, cosine;
-  sincosf((float)position * cache.frequencies[threadIdx.x], &sine, &cosine);
-  turns[threadIdx.x] = rounded_sum<T>(cosine * cache.rope_factor, 0.f);
-  turns[size / 2 + threadIdx.x] = rounded_sum<T>(sine * cache.rope_factor, 0.f);
+  sincosf((float)position * frequencies[threadIdx.x], &sine, &cosine);
+  turns[threadIdx.x] = rounded_sum<T>(cosine * factor, 0.f);
+  turns[size / 2 + threadIdx.x] = rounded_sum<T>(sine * factor, 0.f);
 }
 
-// Norms a head, whose values are `head`, [LANES * N] in shared memory, and rotates it by `turns`.
-// Each thread gets its part. All threads of the warp take part.
-template <class T, int LANES>
-static __device__ __forceinline__ void prepare_head(const StepCache &cache, const float *head,
-                                                    const T *norm, const float *turns, int lane,
-                                                    float *out) {
-  constexpr int N = Pack<T>::N, SIZE = LANES * N, HALF = SIZE / 2;
-  float rs = 1.f;
-  if (norm) {
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) squares += head[lane * N + i] * head[lane * N + i];
-#pragma unroll
-    for (int o = LANES / 2; o > 0; o >>= 1) squares += __shfl_xor_sync(~0u, squares, o);
-    rs = rsqrtf(squares / SIZE + cache.eps);
+// Norms and rotates a query head and, if `heads` is 2, the key head behind it, [size] each, from
+// `values` to `out`. All threads of the block take part.
+template <class T>
+static __device__ __forceinline__ void prepare_heads(const StepCache &cache, const float *values,
+                                                     const float *turns, int size, int heads,
+                                                     float *out) {
+  __shared__ float scales[2];
+  const int half = size / 2;
+  if (cache.q_norm) {
+    const int head = threadIdx.x / 32;
+    if (head < heads) {
+      float squares = 0;
+#pragma unroll 1
+      for (int c = threadIdx.x % 32; c < size; c += 32)
+        squares += values[head * size + c] * values[head * size + c];
+      squares = warp_sum(squares);
+      if (threadIdx.x % 32 == 0) scales[head] = rsqrtf(squares / size + cache.eps);
+    }
+    __syncthreads();
   }
-  auto normed = [&](int c) { return norm ? head[c] * rs * wide(norm[c]) : head[c]; };
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int c = lane * N + i, k = c % HALF;
-    out[i] = normed(c);
-    if (!cache.frequencies) continue;
-    const float other = normed(c < HALF ? c + HALF : c - HALF);
-    out[i] = out[i] * turns[k] + (c < HALF ? -other : other) * turns[HALF + k];
+#pragma unroll 1
+  for (int t = threadIdx.x; t < heads * size; t += blockDim.x) {
+    const int head = t / size, c = t % size, partner = c < half ? c + half : c - half;
+    float x = values[t], y = values[head * size + partner];
+    if (cache.q_norm) {
+      const T *w = (const T *)(head ? cache.k_norm : cache.q_norm);
+      x *= scales[head] * wide(w[c]), y *= scales[head] * wide(w[partner]);
+    }
+    if (cache.frequencies)
+      x = x * turns[c % half] + (c < half ? -y : y) * turns[half + c % half];
+    out[t] = x;
   }
+  __syncthreads();
 }
 
 // Attention of each row's new position to itself and to the positions of the cache, to which its
@@ -123,6 +132,7 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
       }
     }
   };
+  if (cache.frequencies) angles_at<T>(cache.frequencies, cache.rope_factor, past, SIZE, turns);
   // earlier steps wrote these
   load(begin);
   const bool owns = split == 0;
@@ -133,21 +143,23 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     return (int)width + ((part - 1) * cache.key_heads + key_head) * SIZE + of_part;
   };
   weights_of_row(y, row, v);
-  angles_at<T>(cache, past, SIZE, turns);
   prefetch_rows(y, packs, column);
   wait_for_inputs();
   weigh_row(y, row, v);
   finish(y, row, packs, column, v, values);
   float q[N], new_key[N] = {}, new_value[N] = {};
-  prepare_head<T, LANES>(cache, values, (const T *)cache.q_norm, turns, lane, q);
-  if (owns)
-    prepare_head<T, LANES>(cache, values + SIZE, (const T *)cache.k_norm, turns, lane, new_key);
+  const float *heads = values;
+  if (cache.frequencies || cache.q_norm) {
+    float *prepared = values + 3 * SIZE;
+    prepare_heads<T>(cache, values, turns, SIZE, owns ? 2 : 1, prepared);
+    heads = prepared;
+  }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    q[i] *= cache.scale * LOG2_E;
+    q[i] = heads[lane * N + i] * (cache.scale * LOG2_E);
     if (owns) {
       // rounded as in the cache
-      new_key[i] = rounded_sum<T>(new_key[i], 0.f);
+      new_key[i] = rounded_sum<T>(heads[SIZE + lane * N + i], 0.f);
       new_value[i] = rounded_sum<T>(values[2 * SIZE + lane * N + i], 0.f);
     }
   }
