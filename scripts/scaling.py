@@ -12,12 +12,16 @@ device. Each result is a line of OUT, a file of JSON lines. `table` prints markd
                      with batch B
     strong scaling   tokens/s of N processes with batch B / N each, over N times the tokens/s of one
                      process with batch B
+    apart            tokens/s of N processes at the same time that do not know of each other, one on each
+                     device, over N times the tokens/s of one process: what the devices lose by
+                     themselves, because the slowest of them counts N times
 
 The medians of the rounds are compared. With --device cpu, the script checks itself on small shapes.
 """
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,18 +45,14 @@ TINY = (["--size", "gpt2", "--preset", "s1", "--seq-len", "16"], [2, 1], 1, 3)
 
 def measure(dylora, processes, shape, device):
     """The rows of `dylora bench` on a shape, one for each batch."""
-    arguments, batches, warmup, steps = TINY if device == "cpu" else SHAPES[shape]
-    bench = [
-        "bench", *arguments, "--rows", "one_pass", "--batch", ",".join(map(str, batches)), "--warmup",
-        str(warmup), "--steps", str(steps), "--device", device, "--json",
-    ]
     launch = ["launch", "-n", str(processes), "--"] if processes > 1 else []
-    header, *rows = map(json.loads, dylora.call([dylora.binary, "-q", *launch, *bench]).splitlines())
-    assert header["processes"] == processes and len(rows) == len(batches), header
+    header, *rows = map(json.loads, dylora.call(command(dylora, launch, shape, device)).splitlines())
+    assert header["processes"] == processes, header
     for row in rows:
         assert row["error"] is None, row
         yield {
             "shape": shape,
+            "kind": "world",
             "processes": processes,
             "batch": row["micro_batch_size"],
             "seq_len": header["seq_len"],
@@ -62,28 +62,67 @@ def measure(dylora, processes, shape, device):
         }
 
 
+def measure_apart(dylora, processes, shape, device):
+    """The same of processes that do not know of each other: the slowest counts for all."""
+    line = command(dylora, [], shape, device)
+    start = lambda gpu: subprocess.Popen(
+        line, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**dylora.env, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    )
+    started = [start(gpu) for gpu in range(processes)]
+    outputs = [[json.loads(text) for text in process.communicate()[0].splitlines()] for process in started]
+    for rows in zip(*(output[1:] for output in outputs)):
+        speeds = [row["tokens_per_sec"] for row in rows]
+        yield {
+            "shape": shape,
+            "kind": "apart",
+            "processes": processes,
+            "batch": rows[0]["micro_batch_size"],
+            "tokens_per_sec": processes * min(speeds),
+            "of_each": speeds,
+        }
+
+
+def command(dylora, launch, shape, device):
+    """The command that measures a shape."""
+    arguments, batches, warmup, steps = TINY if device == "cpu" else SHAPES[shape]
+    bench = [
+        "bench", *arguments, "--rows", "one_pass", "--batch", ",".join(map(str, batches)), "--warmup",
+        str(warmup), "--steps", str(steps), "--device", device, "--json",
+    ]
+    return [dylora.binary, "-q", *launch, *bench]
+
+
 def medians(rows):
-    """The median tokens/s of the rounds, by shape, number of processes and batch."""
+    """The median tokens/s of the rounds and their range, by shape, kind, number of processes and batch."""
     speeds = {}
     for row in rows:
-        speeds.setdefault((row["shape"], row["processes"], row["batch"]), []).append(row["tokens_per_sec"])
+        speeds.setdefault((row["shape"], row["kind"], row["processes"], row["batch"]), []).append(row["tokens_per_sec"])
     return {key: (statistics.median(of), min(of), max(of)) for key, of in speeds.items()}
 
 
-def efficiency(speeds, shape, processes, batch, of_one):
-    one = speeds.get((shape, 1, of_one))
-    return f"{100 * speeds[shape, processes, batch][0] / (processes * one[0]):.1f} %" if one else "-"
+def efficiency(speeds, shape, kind, processes, batch, of_one):
+    """Tokens/s in per cent of those of as many single processes with batch `of_one`."""
+    every, one = speeds.get((shape, kind, processes, batch)), speeds.get((shape, "world", 1, of_one))
+    return f"{100 * every[0] / (processes * one[0]):.1f} %" if every and one and processes > 1 else ""
 
 
 def table(rows):
     speeds = medians(rows)
     lines = []
-    for (shape, processes, batch), (median, low, high) in speeds.items():
-        weak = efficiency(speeds, shape, processes, batch, batch) if processes > 1 else ""
-        strong = efficiency(speeds, shape, processes, batch, batch * processes) if processes > 1 else ""
-        speed = f"{median:,.0f}" + (f" ({low:,.0f} to {high:,.0f})" if high > low else "")
-        lines.append([shape, str(batch), str(processes), speed, weak, strong])
-    print(markdown(["shape", "batch of a process", "processes", "tokens/s", "weak scaling", "strong scaling"], lines))
+    for (shape, kind, processes, batch), (median, low, high) in speeds.items():
+        if kind != "world":
+            continue
+        lines.append([
+            shape,
+            str(batch),
+            str(processes),
+            f"{median:,.0f}" + (f" ({low:,.0f} to {high:,.0f})" if high > low else ""),
+            efficiency(speeds, shape, "world", processes, batch, batch),
+            efficiency(speeds, shape, "apart", processes, batch, batch),
+            efficiency(speeds, shape, "world", processes, batch, batch * processes),
+        ])
+    head = ["shape", "batch of a process", "processes", "tokens/s", "weak scaling", "apart", "strong scaling"]
+    print(markdown(head, lines))
 
 
 def main():
@@ -107,11 +146,11 @@ def main():
         args.out.parent.mkdir(parents=True, exist_ok=True)
         for shape in args.shapes.split(","):
             for _ in range(args.rounds):
-                for processes in sizes:
-                    for row in measure(dylora, processes, shape, args.device):
+                for processes, how in [*((size, measure) for size in sizes), (max(sizes), measure_apart)]:
+                    for row in how(dylora, processes, shape, args.device):
                         with open(args.out, "a") as file:
                             file.write(json.dumps(row) + "\n")
-                        print(shape, processes, row["batch"], f"{row['tokens_per_sec']:,.0f}", file=sys.stderr)
+                        print(shape, row["kind"], processes, row["batch"], f"{row['tokens_per_sec']:,.0f}", file=sys.stderr)
     table(map(json.loads, args.out.read_text().splitlines()))
 
 

@@ -4,9 +4,9 @@
 //! A [`Row`] is measured by whole steps on random tokens. A step is forward pass, loss, backward
 //! pass, clipping, and AdamW on experts and router, by the code of [`crate::train`]; [`rows`] says
 //! which rows differ. A step ends when the device has finished. Each row has a model of its own on
-//! the same base, and sees the same tokens in the same order. In a world of several processes, each
-//! takes steps on tokens of its own, and they add up their gradients as in a run; the times are
-//! those of the first process.
+//! the same base, and sees the same tokens in the same order. In a world of several processes, they
+//! share the blocks of each step, and add up their gradients as in a run; the times are those of
+//! the first process.
 //!
 //! ```text
 //! tokens/s = processes * micro_batch_size * grad_accum_steps * seq_len / median step
@@ -103,7 +103,7 @@ impl Bench {
     fn figures(&self, row: Row, micro_batch_size: usize) -> Result<Figures> {
         let mut config = row.config(&self.settings.config)?;
         config.train.micro_batch_size = micro_batch_size;
-        let per_step = micro_batch_size * config.train.grad_accum_steps;
+        let per_step = micro_batch_size * config.train.grad_accum_steps * self.world.size();
         let dataset = self.dataset(per_step);
         let stream = BlockStream::new(&dataset, &config, Position::default());
         let specs = row.experts(&config, &self.base)?;
@@ -131,7 +131,7 @@ impl Bench {
         let step_ms = median(&sorted_ms);
         let tokens_per_step = match row.generates() {
             true => micro_batch_size,
-            false => self.world.size() * per_step * dataset.seq_len,
+            false => per_step * dataset.seq_len,
         };
         let tokens_per_sec = tokens_per_step as f64 / step_ms * 1e3;
         let mfu_of = |peak: f64| tokens_per_sec * flops_per_token as f64 / peak;
@@ -156,7 +156,7 @@ impl Bench {
         })
     }
 
-    /// Runs the steps of a row with `per_step` blocks in each.
+    /// Runs the steps of a row with `per_step` blocks in each, which the processes share evenly.
     fn run_steps(
         &self,
         subject: &mut Subject,
@@ -164,7 +164,12 @@ impl Bench {
         mut stream: BlockStream,
         per_step: usize,
     ) -> Result<Steps> {
-        self.time(|| subject.step(dataset, &stream.take(dataset, per_step)))
+        let own = per_step / self.world.size();
+        let first = own * self.world.dist_rank();
+        self.time(|| {
+            let whole = stream.take(dataset, per_step);
+            subject.step(dataset, &whole, &whole[first..first + own])
+        })
     }
 
     /// Generates texts behind the first of the random tokens of `num_texts` blocks. The loss of a
@@ -199,7 +204,7 @@ impl Bench {
         Ok(steps)
     }
 
-    /// This process's random tokens of a row whose step has `per_step` blocks.
+    /// The random tokens of a row whose step has `per_step` blocks.
     fn dataset(&self, per_step: usize) -> TokenDataset {
         let BenchSettings { config, warmup, steps, document_median, .. } = &self.settings;
         let num_blocks = per_step * (warmup + steps).min(DISTINCT_STEPS);
@@ -209,7 +214,7 @@ impl Bench {
             num_blocks,
             vocab_size,
             *document_median,
-            config.run.seed.wrapping_add(self.world.dist_rank() as u64),
+            config.run.seed,
         )
     }
 }

@@ -20,6 +20,7 @@ use crate::model::routing::router::RouterSpec;
 use crate::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Trained};
 use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
+use crate::train::prepared::StepCounts;
 use crate::train::step::Stepper;
 
 /// A way to compute the mixture, or something to compare it with.
@@ -171,22 +172,31 @@ impl Subject {
         self.stepper.capture_time()
     }
 
-    /// Runs one step on `blocks`. Returns the mean loss of their label tokens before the update, in
-    /// nats.
-    pub fn step(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
+    /// Runs one step on the blocks `whole`. Returns the mean loss of their label tokens before the
+    /// update, in nats.
+    ///
+    /// - `own`: those of them that are this process's; all of them in a row that is not shared
+    pub fn step(
+        &mut self,
+        dataset: &TokenDataset,
+        whole: &[BlockId],
+        own: &[BlockId],
+    ) -> Result<f64> {
         match self.row {
-            Row::Base => self.backward_of_base(dataset, blocks),
-            Row::NPasses => self.train_in_passes(dataset, blocks),
-            Row::Eval => self.evaluate(dataset, blocks),
-            _ => self.train(dataset, blocks),
+            Row::Base => self.backward_of_base(dataset, own),
+            Row::NPasses => self.train_in_passes(dataset, own),
+            Row::Eval => self.evaluate(dataset, own),
+            _ => self.train(dataset, whole, own),
         }
     }
 
     /// A step as `dylora train` takes it.
-    fn train(&mut self, dataset: &TokenDataset, blocks: &[BlockId]) -> Result<f64> {
-        let batches = self.batches(dataset, blocks);
+    fn train(&mut self, dataset: &TokenDataset, whole: &[BlockId], own: &[BlockId]) -> Result<f64> {
+        let batches = self.batches(dataset, own);
         let Self { config, model, trained, stepper, .. } = self;
+        let counts = StepCounts::new(config, dataset, whole);
         let step = stepper.prepare(model, config, &batches, None, dataset.domains.len());
+        let step = step.part_of(counts);
         let pending =
             stepper.launch(model, trained, config, &step, &stepper.optimizer.scalars(&|_| 1.0))?;
         Ok(stepper.wait(pending)?.loss)

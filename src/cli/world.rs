@@ -77,8 +77,8 @@ pub fn alone(
     match place {
         Some(place) if place.world_size > 1 => Err(usage(anyhow!(
             "this command runs in one process, and `WORLD_SIZE` is {}\nhint: `train`, \
-             `add-expert`, `eval`, `generate` and `bench` can be shared by processes; unset `RANK` and \
-             `WORLD_SIZE` for the others",
+             `add-expert`, `eval`, `generate` and `bench` can be shared by processes; unset `RANK` \
+             and `WORLD_SIZE` for the others",
             place.world_size
         ))),
         _ => run(&Shared::alone(show_progress)),

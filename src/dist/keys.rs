@@ -3,6 +3,7 @@
 //! ```text
 //! dylora/{attempt}/joined/{rank}     the size of the process's world, and a token of its own
 //!                 /beat/{rank}       a count that grows every second, and the number of operations
+//!                 /lifeline/{rank}   where the process before connects to this one
 //!                 /done/{rank}       set when the process has ended well
 //!                 /failure           the first failure: the rank, and a message
 //!                 /gloo              of c10d
@@ -25,6 +26,10 @@ impl Keys {
 
     pub fn beat(&self, dist_rank: usize) -> String {
         format!("{}/beat/{dist_rank}", self.prefix)
+    }
+
+    pub fn lifeline(&self, dist_rank: usize) -> String {
+        format!("{}/lifeline/{dist_rank}", self.prefix)
     }
 
     pub fn done(&self, dist_rank: usize) -> String {

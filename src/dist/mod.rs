@@ -13,6 +13,7 @@
 
 mod exchange;
 mod keys;
+mod lifeline;
 mod limits;
 mod meet;
 mod place;
@@ -31,6 +32,7 @@ use crate::ffi::dist::{Address, Gloo, Pending, Store};
 use crate::ffi::nccl::{self, Nccl, UniqueId};
 pub use exchange::Fact;
 use keys::Keys;
+use lifeline::Lifeline;
 pub use limits::Limits;
 pub use place::Place;
 pub use watch::OnLost;
@@ -97,7 +99,13 @@ impl World {
         };
         let own = meet::connect_again(place, limits.silence)?;
         let watched = (dist_rank, size);
-        let watch = Watch::start(own, keys.clone(), watched, limits, store_is_lost, on_lost)?;
+        let lifeline = Lifeline::tie(&store, &keys, watched, met.address);
+        let lifeline = lifeline.inspect_err(|error| {
+            // without it, a process that ends is missed later
+            tracing::debug!("no connection to the processes beside this one: {error:#}");
+        });
+        let lines = (own, lifeline.ok());
+        let watch = Watch::start(lines, keys.clone(), watched, limits, store_is_lost, on_lost)?;
         let address = interface.map_or(Address::Ip(met.address), Address::Interface);
         // longer than the limit for operations, which is kept here and says more
         let timeout = limits.operation.max(limits.meeting) + Duration::from_secs(60);

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow, bail};
 
 use super::keys::Keys;
+use super::lifeline::Lifeline;
 use super::limits::Limits;
 use super::meet::ranks;
 use crate::ffi::dist::Store;
@@ -61,6 +62,7 @@ pub(super) struct Watch {
 /// The thread that talks with the store.
 struct Watcher {
     store: Store,
+    lifeline: Option<Lifeline>,
     keys: Keys,
     dist_rank: usize,
     limits: Limits,
@@ -85,9 +87,9 @@ impl Watch {
 
     /// Starts to watch. All processes must have given their first sign of life.
     ///
-    /// - `store`: a connection of the thread's own
+    /// - `store`, `lifeline`: connections of the thread's own
     pub fn start(
-        store: Store,
+        (store, lifeline): (Store, Option<Lifeline>),
         keys: Keys,
         (dist_rank, size): (usize, usize),
         limits: Limits,
@@ -120,8 +122,9 @@ impl Watch {
             shared: Arc::clone(&shared),
             on_lost,
         };
+        let shared_too = Arc::clone(&shared);
         let watcher =
-            Watcher { store, keys, dist_rank, limits, store_is_lost, shared: Arc::clone(&shared) };
+            Watcher { store, lifeline, keys, dist_rank, limits, store_is_lost, shared: shared_too };
         std::thread::Builder::new().name("watch".into()).spawn(|| watcher.run())?;
         std::thread::Builder::new().name("guard".into()).spawn(|| guard.run())?;
         Ok(Self { shared })
@@ -213,6 +216,9 @@ impl Watcher {
             for _ in 0..20 {
                 if !self.shared.goes_on() {
                     return;
+                }
+                if self.lifeline.as_ref().is_some_and(Lifeline::is_broken) {
+                    self.shared.is_broken.store(true, Ordering::Release);
                 }
                 sleep(Limits::BEAT / 20);
             }

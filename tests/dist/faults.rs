@@ -1,12 +1,15 @@
 //! Processes that die, stop, differ or do not come: all others end within 30 seconds, and say which
 //! one it was and why.
 
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use dylora::dist::Limits;
 
-use crate::processes::{free_port, place_of};
+use crate::processes::{self, free_port, own_world, place_of};
 use crate::scene::{Scene, as_str, ended, send, text, train};
 
 /// The longest that the others may take to end.
@@ -42,6 +45,40 @@ fn a_process_that_is_killed_or_stopped_ends_all_with_its_name() -> Result<()> {
         let output = scene.run(&["eval", "--checkpoint", "run", "--device", "cpu"])?;
         assert!(output.status.success(), "{}", text(&output));
     }
+    Ok(())
+}
+
+/// Waits until the world has failed, without an operation, as a process does that waits for a GPU.
+pub fn idle() -> Result<()> {
+    let world = own_world(Limits::default())?;
+    world.meet()?;
+    println!("idle");
+    loop {
+        world.check()?;
+        sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_killed_process_is_missed_soon_although_nothing_is_sent() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut children = processes::start(3, "idle", folder.path())?;
+    for child in &mut children {
+        let lines = BufReader::new(child.stdout.as_mut().context("a pipe")?).lines();
+        let is_idle = |line: Result<String, _>| line.is_ok_and(|line| line.ends_with("idle"));
+        assert!({ lines }.any(is_idle), "the process ended");
+    }
+    let begun = Instant::now();
+    send(&children[1], libc::SIGKILL);
+    children.swap_remove(1).wait()?;
+    for child in children {
+        let (output, _) = ended(child, LIMIT)?;
+        let (out, err) = (output.stdout, output.stderr);
+        let message = String::from_utf8([out, err].concat())?;
+        assert!(message.contains("rank 1 gave no sign of life"), "{message}");
+    }
+    // the limit for signs of life alone is 15 s
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     Ok(())
 }
 

@@ -18,6 +18,7 @@ fn worker() -> Result<()> {
     let Some((job, dir)) = processes::own_job() else { return Ok(()) };
     match job.split_once(' ').unwrap_or((&job, "")) {
         ("operations", _) => operations::work(),
+        ("idle", _) => faults::idle(),
         ("steps", names) => steps::work(&dir, names),
         (job, _) => bail!("there is no job `{job}` in `{}`", dir.display()),
     }

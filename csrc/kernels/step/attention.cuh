@@ -49,8 +49,8 @@ struct StepCache {
 
 #define MAX_SPLITS 16
 
-// Cosines and sines of the angles at a position, [size / 2] each, rounded as in a forward pass. It is
-// not inlined: code that runs once is as slow as it is long, and GPT-2 does not need it.
+// Cosines and sines of the angles at a position, [size / 2] each, rounded as in a forward pass. It
+// is not inlined: code that runs once is as slow as it is long, and GPT-2 does not need it.
 template <class T>
 static __device__ __noinline__ void angles_at(const float *frequencies, float factor, i64 position,
                                               int size, float *turns) {
