@@ -19,8 +19,8 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use common::{
-    gradients, logits, plain_and, plain_router, seed, tiny_base, tiny_config, tiny_lora,
-    tiny_model, two_rows,
+    family_specs, gradients, logits, plain_and, plain_router, seed, tiny_base, tiny_config,
+    tiny_lora, tiny_model, two_rows,
 };
 
 fn config(set: &[&str]) -> Config {
@@ -134,6 +134,29 @@ fn rows_that_compute_the_same_train_alike_and_others_do_not() -> Result<()> {
     let losses = last(&rows, &[set[0], "lora.num_experts=1"])?;
     for same in &losses[1..4] {
         assert!((losses[0] - same).abs() < 1e-4, "{losses:?}");
+    }
+    Ok(())
+}
+
+/// Its gradient goes through all blocks, whether the base embeds positions or not.
+#[test]
+fn the_base_alone_has_the_loss_of_its_evaluation_in_every_family() -> Result<()> {
+    let _guard = seed(8);
+    let settings = BenchSettings {
+        config: config(&["lora.target_modules=all-linear"]),
+        warmup: 0,
+        steps: 1,
+        document_median: None,
+        peak_flops: None,
+    };
+    let world = Arc::new(World::single());
+    for (_, spec) in family_specs() {
+        let bench = Bench::new(settings.clone(), &tiny_base(spec), Device::Cpu, &world)?;
+        let loss = |row| -> Result<f64> {
+            Ok(bench.measure(row, 2)?.outcome.map_err(Error::msg)?.first_loss)
+        };
+        let (base, eval) = (loss(Row::Base)?, loss(Row::Eval)?);
+        assert!((base - eval).abs() < 1e-5, "{base} is not {eval}");
     }
     Ok(())
 }

@@ -31,9 +31,8 @@ pub enum Row {
     /// The forward and backward pass of the base without experts, which is the least that training
     /// on a frozen base costs.
     ///
-    /// Only the position embeddings, or a base's first normalisation where it has none, need a
-    /// gradient, so that the backward pass goes through every
-    /// block, as it does with adapters.
+    /// Only the position embeddings, or zeros in their place where a base has none, need a gradient,
+    /// so that the backward pass goes through every block, as it does with adapters.
     Base,
     /// One LoRA of rank r. The price of the mixture is what it costs more than this.
     SingleLora,
@@ -141,13 +140,11 @@ impl Subject {
         let specs = row.experts(&config, base)?;
         let router = RouterSpec::of_config(&config);
         let compute = Compute::of_config(&config);
-        let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
+        let mut model = RoutedModel::with_experts(base, &specs, &router, device, compute);
         let trained = match row {
             Row::Base => {
-                // the first parameter that the backward pass reaches last, and a small one
-                let base = model.base();
-                let (first_norm, _) = base.blocks[0].norm_1.parameters();
-                let leaf = base.positions.as_ref().unwrap_or(first_norm).set_requires_grad(true);
+                // what the backward pass reaches last, and small
+                let leaf = model.positions(config.data.seq_len).set_requires_grad(true);
                 Trained { leaves: vec![leaf], parameters: vec![] }
             }
             _ => model.trained(config.train.routing, None),

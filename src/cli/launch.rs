@@ -14,7 +14,7 @@ use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::{Exit, Stderr, usage, variable};
+use super::{Exit, Stderr, own_binary, usage, variable};
 use crate::ffi;
 
 /// Time that the other processes get to end by themselves and say why, once one has failed.
@@ -83,7 +83,7 @@ fn listen() -> Result<Arc<AtomicUsize>> {
 
 /// Starts all processes.
 fn start(args: &LaunchArgs, attempt: u64) -> Result<Vec<Process>> {
-    let program = std::env::current_exe().context("cannot find the own binary")?;
+    let program = own_binary()?;
     let port = match args.port {
         Some(port) => port,
         None => free_port()?,

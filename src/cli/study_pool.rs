@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::variable;
+use super::{own_binary, variable};
 use crate::study::run::RunSpec;
 use crate::train::files::METRICS_FILE;
 
@@ -60,7 +60,7 @@ impl Pool {
     ///
     /// - `gpus`: the GPUs that they share, by their names in `CUDA_VISIBLE_DEVICES`
     pub fn new(jobs: usize, gpus: Vec<String>) -> Result<Self> {
-        let program = std::env::current_exe().context("cannot find the own binary")?;
+        let program = own_binary()?;
         let shares = jobs > 1 && variable("OMP_NUM_THREADS").is_none();
         let cores = available_parallelism().map_or(1, usize::from);
         let threads = shares.then(|| (cores / jobs).max(1));

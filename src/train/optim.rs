@@ -220,6 +220,8 @@ pub(crate) struct GradientSum(Vec<Tensor>);
 impl GradientSum {
     /// Differentiates `loss` with respect to the leaves of `trained` and adds the result.
     pub fn add(&mut self, loss: &Tensor, trained: &Trained) {
+        // libtorch does not look, and ends the process
+        assert!(loss.requires_grad(), "the loss depends on nothing that is trained");
         let grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
         // the fused optimizer needs the parameters' own layout; libtorch gives no gradient for a
         // leaf that the loss does not depend on

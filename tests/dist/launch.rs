@@ -175,8 +175,12 @@ fn a_killed_process_is_restarted_and_the_run_goes_on() -> Result<()> {
     let arguments = train("run", 60, 5, &[]);
     let mut all = vec!["launch", "-n", "2", "--max-restarts", "2", "--"];
     all.extend(as_str(&arguments));
-    let child = scene.command(&all).spawn()?;
+    let binary = scene.path("dylora");
+    fs_err::copy(env!("CARGO_BIN_EXE_dylora"), &binary)?;
+    let child = scene.command_of(&binary, &all).spawn()?;
     scene.wait_for_lines("run", 12)?;
+    // as if another version were installed
+    fs_err::remove_file(&binary)?;
     let own = child.id();
     let children = fs_err::read_to_string(format!("/proc/{own}/task/{own}/children"))?;
     let victim: i32 = children.split_whitespace().last().context("it has children")?.parse()?;

@@ -37,7 +37,12 @@ impl Scene {
     /// A command of the binary in one thread, with this folder as its working folder and nothing in
     /// the environment about a world.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dylora"));
+        self.command_of(Path::new(env!("CARGO_BIN_EXE_dylora")), arguments)
+    }
+
+    /// The same with a copy of the binary.
+    pub fn command_of(&self, binary: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary);
         command.args(arguments).current_dir(self.dir.path());
         command.env("DYLORA_CACHE", self.path("cache")).env("OMP_NUM_THREADS", "1");
         for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"] {

@@ -227,8 +227,8 @@ impl Router {
         let x = x.to_kind(self.weight.kind());
         match self.normalizes {
             true => {
-                let mean_square = x.square().mean_dim(&[-1_i64][..], true, x.kind());
-                x * (mean_square + NORM_EPS).rsqrt()
+                let width = *x.size().last().expect("features have a width");
+                x.rms_norm([width], None::<Tensor>, NORM_EPS)
             }
             false => x,
         }
