@@ -2,7 +2,7 @@
 """Puts together adapters that were trained apart, and measures what a router over them needs.
 
     scripts/evidence_composition.py DYLORA OUT --base DIR --data DIR [--adapters DIR] [--jobs 4]
-    scripts/evidence_composition.py table OUT
+    scripts/evidence_composition.py table OUT      (or benchmarks/evidence/composition)
 
 One LoRA of rank 8 is trained for each of math, code, data2text and shakespeare, on its domain alone, for
 the domain's share of the recipe's steps. The learning rate of each is the better one on seed 0. The
@@ -12,8 +12,9 @@ records are among those that the adapters were trained on. The learning rate of 
 on seed 0, for each number of records. All losses are those of all validation records.
 
 Each mixture is a line of OUT/composition.jsonl, and finished ones are not made again. The adapters and
-their results lie in the folder of --adapters. If it is lost, the adapters are trained again. `table` prints
-the means over the seeds as markdown.
+their results lie in the folder of --adapters. If it is lost, the adapters are trained again. The rows of the
+study of 2026-11-26 are in benchmarks/evidence/composition: composition.jsonl, and a copy of adapters.jsonl
+without the adapters themselves. `table` prints the means over the seeds as markdown.
 """
 import argparse
 import pathlib

@@ -2,7 +2,7 @@
 """Four customers want the same records in four formats: is routing worth anything there, and when?
 
     scripts/evidence_conflicts.py DYLORA OUT --base DIR --data DIR [--device cuda] [--jobs 8] [--minutes 30]
-    scripts/evidence_conflicts.py table [OUT]
+    scripts/evidence_conflicts.py table [OUT]      (or benchmarks/evidence/conflicts)
 
 Every record of E2E (the domain data2text) is in all four domains, whose completions differ by rule:
 
@@ -21,8 +21,9 @@ Then the run of each arm with the first seed, at its best rate, answers the vali
 by its router and, as a tenant is served, with `--routing domain`. The studies lie in OUT/studies, their
 runs are lines of OUT/runs.jsonl, and the answers are counted in OUT/answers.jsonl. Whatever is finished
 is not made again. An answer has a format if it ends by itself, names the restaurant, and is a JSON
-object, begins with the first question, has asterisks, or has none of these (the text). `table` prints
-markdown.
+object, begins with the first question, has asterisks, or has none of these (the text). The
+runs.jsonl and answers.jsonl of the study of 2026-11-26 are in benchmarks/evidence/conflicts. `table`
+prints markdown.
 """
 import argparse
 import pathlib

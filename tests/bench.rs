@@ -334,8 +334,8 @@ fn the_header_has_the_setting_without_the_micro_batch_size() -> Result<()> {
     assert_eq!(
         keys(&line),
         "kind,dylora_version,libtorch_version,device,device_model,processes,threads,base,shape,\
-         dtype,seq_len,document_median,document_sigma,warmup,steps,seed,peak_tflops,mfu_formula,lora,\
-         router,train,optimizer"
+         dtype,seq_len,document_median,document_sigma,warmup,steps,seed,peak_tflops,mfu_formula,\
+         lora,router,train,optimizer"
     );
     assert_eq!((&line["kind"], &line["dtype"]), (&"header".into(), &"f32".into()));
     assert_eq!((&line["document_median"], &line["peak_tflops"]), (&Value::Null, &Value::Null));

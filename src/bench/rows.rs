@@ -31,8 +31,8 @@ pub enum Row {
     /// The forward and backward pass of the base without experts, which is the least that training
     /// on a frozen base costs.
     ///
-    /// Only the position embeddings, or zeros in their place where a base has none, need a gradient,
-    /// so that the backward pass goes through every block, as it does with adapters.
+    /// Only the position embeddings, or zeros in their place where a base has none, need a
+    /// gradient, so that the backward pass goes through every block, as it does with adapters.
     Base,
     /// One LoRA of rank r. The price of the mixture is what it costs more than this.
     SingleLora,

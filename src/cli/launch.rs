@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +15,7 @@ use clap::Args;
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::{Exit, Stderr, own_binary, usage, variable};
+use super::{Exit, Stderr, usage, variable};
 use crate::ffi;
 
 /// Time that the other processes get to end by themselves and say why, once one has failed.
@@ -124,6 +125,12 @@ fn start(args: &LaunchArgs, attempt: u64) -> Result<Vec<Process>> {
         }
     }
     Ok(processes)
+}
+
+/// The binary that this process runs, to start others with it, even if another has taken its place.
+pub fn own_binary() -> Result<PathBuf> {
+    let path = std::env::current_exe().context("cannot find the own binary")?;
+    Ok(if path.exists() { path } else { PathBuf::from("/proc/self/exe") })
 }
 
 /// A port that nothing uses. It is below those that Linux gives to outgoing connections, one of

@@ -63,7 +63,7 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::{ArgAction, Parser, Subcommand};
 use tch::Device;
 
@@ -396,12 +396,6 @@ impl Shared {
         let own = if tch::Cuda::device_count() == 1 { 0 } else { self.local_rank };
         device(DeviceChoice::Cuda(first + own))
     }
-}
-
-/// The binary that this process runs, to start others with it, even if another has taken its place.
-fn own_binary() -> Result<PathBuf> {
-    let path = env::current_exe().context("cannot find the own binary")?;
-    Ok(if path.exists() { path } else { PathBuf::from("/proc/self/exe") })
 }
 
 fn version(cuda: Result<(), &'static str>) -> String {

@@ -10,7 +10,8 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{own_binary, variable};
+use super::launch::own_binary;
+use super::variable;
 use crate::study::run::RunSpec;
 use crate::train::files::METRICS_FILE;
 
