@@ -219,7 +219,8 @@ impl DemoArgs {
                dylora trace --checkpoint {mixture} --text \"{asked}\"\n  \
                dylora generate --checkpoint {mixture} --prompt \"{asked}\"\n\
              - Load an expert in Python: each folder in {experts} is a PEFT adapter.\n\
-             - Train on your own data: begin with a copy of {config}.",
+             - Train on your own data: `dylora init` asks what is needed and writes a config.\n  \
+               That of this mixture is {config}.",
             results.text()
         )
     }
