@@ -115,9 +115,11 @@ int dylora_pending_wait(Pending *pending, int64_t wait_ms) {
       pending->work->wait(milliseconds(wait_ms));
       return 1;
     } catch (...) {
-      if (pending->work->isCompleted()) throw;
-      return 0;
+      if (!pending->work->isCompleted()) return 0;
     }
+    // the work may have ended well just after the time was over; this throws only if it has failed
+    pending->work->wait();
+    return 1;
   })
 }
 void dylora_pending_free(Pending *pending) { delete pending; }

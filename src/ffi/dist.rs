@@ -245,3 +245,41 @@ impl Drop for Pending {
 fn millis(time: Duration) -> i64 {
     (time.as_millis() as i64).max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+    use std::thread::{scope, sleep};
+
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// Work that ends just when the time is over has not failed.
+    #[test]
+    fn work_that_ends_at_the_end_of_a_wait_is_done() -> Result<()> {
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+        let limit = Duration::from_secs(60);
+        let run = |rank: usize| -> Result<()> {
+            let store = Store::new("127.0.0.1", port, rank == 0, limit)?;
+            let address = Address::Ip(Ipv4Addr::LOCALHOST.into());
+            let group = Gloo::new(&store, "race", rank, 2, &address, limit)?;
+            for round in 0..2000_u64 {
+                if rank == 1 {
+                    sleep(Duration::from_micros(800 + round % 400));
+                }
+                let pending = group.all_reduce(&Tensor::ones([1], (Kind::Float, Device::Cpu)))?;
+                while !pending.wait(Duration::from_millis(1))? {}
+            }
+            // freed once both are done
+            while !group.all_reduce(&Tensor::ones([1], (Kind::Float, Device::Cpu)))?.wait(limit)? {}
+            std::mem::forget(group);
+            Ok(())
+        };
+        scope(|scope| {
+            let other = scope.spawn(|| run(1));
+            run(0)?;
+            other.join().expect("the thread does not panic")
+        })
+    }
+}
