@@ -21,8 +21,8 @@ import pathlib
 import random
 import statistics
 
-from evidence_runs import WEIGHTS, Clock, Runs, add_options, experts, parse
-from resumable import ROOT, Study, markdown
+from evidence_runs import WEIGHTS, Clock, Runs, experts, parse
+from resumable import ROOT, Study, add_options, markdown
 
 CONFIG = ROOT / "benchmarks/recipe/equal-documents.toml"
 DOMAINS = list(WEIGHTS)
@@ -220,7 +220,7 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_options(parser)
+    add_options(parser, device="cuda", jobs=4)
     parser.add_argument("--adapters", default="runs/evidence-adapters", help="the folder of the adapters")
     parser.add_argument("--steps", type=int, default=600, help="steps of all four adapters together")
     parser.add_argument("--router-steps", type=int, default=100)

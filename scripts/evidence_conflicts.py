@@ -20,7 +20,7 @@ There is a study (`dylora study --keep`) for each cue by which the prompt tells 
 Then the run of each arm with the first seed, at its best rate, answers the validation inputs greedily,
 by its router and, as a tenant is served, with `--routing domain`. The studies lie in OUT/studies, their
 runs are lines of OUT/runs.jsonl, and the answers are counted in OUT/answers.jsonl. Whatever is finished
-is not made again. An answer has a format if it ends by itself, names the restaurant, and is a JSON
+is not made again. Studies stop after --minutes, and save. An answer has a format if it ends by itself, names the restaurant, and is a JSON
 object, begins with the first question, has asterisks, or has none of these (the text). The
 runs.jsonl and answers.jsonl of the study of 2026-11-26 are in benchmarks/evidence/conflicts. `table`
 prints markdown.
@@ -37,7 +37,8 @@ from evidence_metrics import (
     facts, first_of_each_input, has_checkpoint, kept_runs, read_lines, references, share_of_values, study_runs,
     wilson, write_lines,
 )
-from resumable import ROOT, Dylora, Study, markdown
+from evidence_tables import interval
+from resumable import ROOT, Dylora, Study, add_options, domain, domains, markdown
 
 CONFIG = ROOT / "benchmarks/recipe/equal-documents.toml"
 ARMS = ["single", "learned", "supervised", "oracle"]
@@ -72,12 +73,8 @@ class Data:
 
     def domains(self, cue):
         """The override that sets the four domains, which share the blocks by their tokens."""
-        entry = '{{name="{}", train=["{}"], validation={{files=["{}"]}}}}'
-        entries = [
-            entry.format(format, self.file(cue, format, "train"), self.file(cue, format, "validation"))
-            for format in FORMATS
-        ]
-        return f"data.domains=[{', '.join(entries)}]"
+        file = lambda format, split: self.file(cue, format, split)
+        return domains(domain(format, file(format, "train"), file(format, "validation")) for format in FORMATS)
 
 
 def study(dylora, args, data, cue, end):
@@ -193,18 +190,11 @@ def best(runs, cue, arm):
     return sorted((run for run in own if run["factor"] == factor), key=lambda run: run["seed"])
 
 
-# the factor of the 95 % t-interval of a mean, by the number of values
-T_VALUES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-
-
 def below_single(runs, single):
     """How much lower the loss is than that of `single`, as the mean over the seeds and its interval."""
     losses = {run["seed"]: run["report"]["loss"] for run in single}
     pairs = [losses[run["seed"]] - run["report"]["loss"] for run in runs if run["seed"] in losses]
-    if len(pairs) not in T_VALUES:
-        return f"{statistics.mean(pairs):+.4f}" if pairs else ""
-    half = T_VALUES[len(pairs)] * statistics.stdev(pairs) / len(pairs) ** 0.5
-    return f"{statistics.mean(pairs):+.4f} ± {half:.4f}"
+    return interval(pairs) if pairs else ""
 
 
 def table_of_losses(runs):
@@ -245,19 +235,11 @@ def table_of_answers(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("dylora", metavar="DYLORA|table")
-    parser.add_argument("out", nargs="?", default="runs/evidence/conflicts", metavar="OUT")
-    parser.add_argument("--base", help="the folder of the base")
-    parser.add_argument("--data", help="the folder of the data")
+    add_options(parser, "runs/evidence/conflicts")
     parser.add_argument("--cues", default=",".join(CUES), type=lambda text: text.split(","))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rates", default="0.5,0.7", help="factors of the config's learning rate")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--answers", type=int, default=1000, help="most inputs that are answered in each format")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--minutes", type=float, default=30, help="no work begins after this time, and studies stop")
     parser.add_argument("--dry-run", action="store_true", help="write the data and print the plans of the studies")
     args = parser.parse_args()
     runs, results = Study(f"{args.out}/runs.jsonl"), Study(f"{args.out}/answers.jsonl")

@@ -23,8 +23,8 @@ import statistics
 import time
 import tomllib
 
-from evidence_runs import WEIGHTS, Clock, Runs, add_options, experts, parse
-from resumable import ROOT, Study, markdown
+from evidence_runs import WEIGHTS, Clock, Runs, experts, parse
+from resumable import ROOT, Study, add_options, markdown
 
 CONFIG = ROOT / "benchmarks/growth/smollm2.toml"
 FIRST = {domain: WEIGHTS[domain] for domain in ["math", "code"]}
@@ -226,7 +226,7 @@ def table(results, rates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_options(parser)
+    add_options(parser, device="cuda", jobs=4)
     parser.add_argument("--steps", type=int, default=600, help="steps of the first stage")
     parser.add_argument("--new-steps", type=int, default=200, help="steps of each addition")
     parser.add_argument("--rates", action="append", default=[], metavar="METHOD=RATE,RATE")

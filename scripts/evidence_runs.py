@@ -1,10 +1,10 @@
-"""What the scripts of the evidence study share: the data of a real base, runs of `dylora train` on
-them, and the options of the command line."""
+"""What the scripts of the evidence study share: the data of a real base, and runs of `dylora train` on
+them."""
 import json
 import pathlib
 import time
 
-from resumable import Dylora
+from resumable import Dylora, domain, domains
 
 # the files of each domain, DATA/FILE.{train,validation}.jsonl, and its share of the blocks in the recipe
 FILES = {"math": "math", "code": "code_alpaca", "data2text": "data2text", "shakespeare": "shakespeare", "wiki": "wiki"}
@@ -24,13 +24,10 @@ class Runs:
 
     def domains(self, weights, train=None):
         """The override that sets the domains and their weights. `train` names other training files."""
-        entry = '{{name="{}", weight={}, train=["{}"], validation={{files=["{}"]}}}}'
-        train = train or {domain: self.file(domain, "train") for domain in weights}
-        entries = [
-            entry.format(domain, weight, train[domain], self.file(domain, "validation"))
-            for domain, weight in weights.items()
-        ]
-        return f"data.domains=[{', '.join(entries)}]"
+        train = train or {name: self.file(name, "train") for name in weights}
+        return domains(
+            domain(name, train[name], self.file(name, "validation"), weight) for name, weight in weights.items()
+        )
 
     def train(self, dir, seed, steps, sets):
         """Trains a run in a folder. Returns its last validation, and how long the command took."""
@@ -57,18 +54,6 @@ def experts(adapters, trainable):
     value = str(trainable).lower()
     entries = [f'{{source={{path="{path}"}}, trainable={value}}}' for path in adapters]
     return [f"lora.num_experts={len(entries)}", f"lora.experts=[{', '.join(entries)}]"]
-
-
-def add_options(parser):
-    parser.add_argument("dylora", metavar="DYLORA|table")
-    parser.add_argument("out", metavar="OUT", help="the folder of the results")
-    parser.add_argument("--base", help="the folder of the base")
-    parser.add_argument("--data", help="the folder of the data")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=30, help="no run begins after this time")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="sets a key for all runs")
 
 
 def parse(parser):

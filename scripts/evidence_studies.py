@@ -28,17 +28,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 
 from evidence_tables import ALL, arms_of, print_tables, recovery, selection_loss
-from resumable import ROOT, Dylora
+from resumable import ROOT, Dylora, domain, domains
 
 CONFIG = ROOT / "benchmarks/recipe/equal-documents.toml"
 # links to the base and the data. A run's hash covers their paths, which must therefore be the same on
 # each machine
-LINKS = pathlib.Path("/tmp/dylora-evidence")
+LINKS = pathlib.Path(tempfile.gettempdir()) / "dylora-evidence"
 # seconds between two looks at the studies, and for a stopped study to save
 POLL, SAVE = 1.0, 40
 
@@ -55,19 +56,13 @@ MAIN = ["single", "supervised", "oracle"]
 KEPT = MAIN
 
 
-def domain(name, weight=1, expert=None):
-    """A domain's entry in the config."""
+def linked(name, weight=1, expert=None):
+    """The entry of a domain whose files are in the linked folder."""
     file = LINKS / "data" / FILES.get(name, name)
-    expert = "" if expert is None else f", expert={expert}"
-    files = f'train=["{file}.train.jsonl"], validation={{files=["{file}.validation.jsonl"]}}'
-    return f'{{name="{name}", weight={weight}{expert}, {files}}}'
+    return domain(name, f"{file}.train.jsonl", f"{file}.validation.jsonl", weight, expert)
 
 
-def domains(entries):
-    return f"data.domains=[{', '.join(entries)}]"
-
-
-FOUR_SETS = [domains(domain(name, weight) for name, weight in FOUR.items())]
+FOUR_SETS = [domains(linked(name, weight) for name, weight in FOUR.items())]
 
 
 def six(mixing, *sets, experts=None):
@@ -76,7 +71,7 @@ def six(mixing, *sets, experts=None):
     - sets: more overrides, which go before those of six experts
     - experts: the expert of each domain, unless each has its own
     """
-    entries = domains(domain(name, 1, experts and experts[name]) for name in SIX)
+    entries = domains(linked(name, 1, experts and experts[name]) for name in SIX)
     return [entries, f"data.mixing={mixing}", "lora.num_experts=6", *sets]
 
 

@@ -23,6 +23,7 @@ import statistics
 import time
 import tomllib
 
+import resumable
 from resumable import ROOT, Dylora, Study, markdown
 
 METHODS = {
@@ -62,12 +63,10 @@ def files(study, name, split):
 
 def domains(study, weights):
     """The override that sets the domains and their weights."""
-    entry = '{{name="{}", weight={}, train=["{}"], validation={{files=["{}"]}}}}'
-    entries = [
-        entry.format(name, weight, files(study, name, "train"), files(study, name, "validation"))
+    return resumable.domains(
+        resumable.domain(name, files(study, name, "train"), files(study, name, "validation"), weight)
         for name, weight in weights.items()
-    ]
-    return f"data.domains=[{', '.join(entries)}]"
+    )
 
 
 class Job:
@@ -183,15 +182,7 @@ def table(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("dylora", metavar="DYLORA|table")
-    parser.add_argument("out", nargs="?", default="runs/growth", metavar="OUT")
-    parser.add_argument("--base", help="the folder of a real base")
-    parser.add_argument("--data", help="the folder of the real base's data")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--minutes", type=float, default=30, help="no run begins after this time")
+    resumable.add_options(parser, "runs/growth")
     args = parser.parse_args()
     if (args.base is None) != (args.data is None):
         parser.error("--base and --data go together")

@@ -57,9 +57,9 @@ class Dylora:
     def call(self, line):
         """What a command prints."""
         env = self.env
-        if self.num_gpus:
-            gpu = getattr(WORKER, "number", 0) % self.num_gpus
-            env = {**env, "CUDA_VISIBLE_DEVICES": str(gpu)}
+        number = getattr(WORKER, "number", None)
+        if self.num_gpus and number is not None:
+            env = {**env, "CUDA_VISIBLE_DEVICES": str(number % self.num_gpus)}
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env)
         if done.returncode:
             raise Failed(done.returncode, done.stderr.strip())
@@ -123,6 +123,31 @@ class Study:
         with ThreadPoolExecutor(at_once, initializer=begin) as pool:
             made = sum(pool.map(one, todo))
         return len(todo) - made
+
+
+def domain(name, train, validation, weight=None, expert=None):
+    """A domain's entry in the config."""
+    keys = {"weight": weight, "expert": expert}
+    more = "".join(f", {key}={value}" for key, value in keys.items() if value is not None)
+    return f'{{name="{name}"{more}, train=["{train}"], validation={{files=["{validation}"]}}}}'
+
+
+def domains(entries):
+    """The override that sets the domains."""
+    return f"data.domains=[{', '.join(entries)}]"
+
+
+def add_options(parser, out=None, device="cpu", jobs=2):
+    """The options of a study on a base. They are DYLORA, OUT, which is needed if `out` is `None`, and more."""
+    parser.add_argument("dylora", metavar="DYLORA|table")
+    parser.add_argument("out", nargs="?" if out else None, default=out, metavar="OUT", help="the folder of the results")
+    parser.add_argument("--base", help="the folder of the base")
+    parser.add_argument("--data", help="the folder of the data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes at a time")
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="sets a key for all runs")
+    parser.add_argument("--minutes", type=float, default=30, help="nothing begins after this time")
 
 
 def markdown(head, rows):
