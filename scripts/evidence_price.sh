@@ -4,8 +4,8 @@
 #
 #     scripts/evidence_price.sh DYLORA [OPTION OF BENCH ..] >benchmarks/evidence/price.jsonl
 #
-# The base has the shape of SmolLM2-135M and random weights. Each line of output is one of
-# `dylora bench --json`: a header with the settings, then its rows.
+# The base has the shape of SmolLM2-135M and random weights. The output is that of three calls of
+# `dylora bench --json`: of each, a line with the settings and then a line for each row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dylora=$1

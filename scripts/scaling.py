@@ -1,20 +1,18 @@
 #!/usr/bin/env python3
 """Measures how training scales with the number of processes on this machine.
 
-    scripts/scaling.py DYLORA OUT [--processes 1,2,4] [--shapes s1-16,s2-4,..] [--device cuda]
+    scripts/scaling.py DYLORA OUT [--processes 1,2,4] [--shapes s1,s2,..] [--device cuda]
     scripts/scaling.py table OUT
 
-Each shape is trained by `dylora bench` in worlds of several sizes (`dylora launch -- bench`), one after
-the other in one run of this script, and the whole round several times (--rounds). A process has one
-device. Each result is a line of OUT, a file of JSON lines. `table` prints markdown:
+For each shape, the script runs `dylora launch -n N -- bench` with one process and then with more, each of
+which has a device of its own. --rounds repeats this. Each result is a line of OUT, a file of JSON lines.
+`table` prints markdown, in which the tokens/s of N processes are given as a share of N times those of one
+process:
 
-    weak scaling     tokens/s of N processes with batch B each, over N times the tokens/s of one process
-                     with batch B
-    strong scaling   tokens/s of N processes with batch B / N each, over N times the tokens/s of one
-                     process with batch B
-    apart            tokens/s of N processes at the same time that do not know of each other, one on each
-                     device, over N times the tokens/s of one process: what the devices lose by
-                     themselves, because the slowest of them counts N times
+    weak scaling     all processes have the same batch
+    strong scaling   the one process has N times the batch of each of the N, so that the step is the same
+    apart            as weak scaling, but the N processes run at the same time without knowing of each
+                     other, and the slowest counts N times: what the devices lose by themselves
 
 The medians of the rounds are compared. With --device cpu, the script checks itself on small shapes.
 """
@@ -25,9 +23,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from resumable import Dylora, markdown, num_gpus
+from resumable import ROOT, Dylora, markdown, num_gpus
 
-ROOT = Path(__file__).resolve().parent.parent
 GPT2 = ["--size", "gpt2", "--seq-len", "1024"]
 SMOLLM2 = ["--size", "smollm2-135m", "--preset", "s2", "--seq-len", "1024"]
 LLAMA_1B = ["--size", "llama-3.2-1b", "--preset", "s2", "--seq-len", "4096"]
@@ -136,7 +133,6 @@ def main():
     args = parser.parse_args()
     if args.dylora != "table":
         dylora = Dylora(args.dylora, args.device)
-        dylora.num_gpus = 0  # a world takes all of them
         if args.device == "cpu":
             dylora.env["OMP_NUM_THREADS"] = "1"
         count = num_gpus() if args.device != "cpu" else 2

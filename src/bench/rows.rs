@@ -144,7 +144,7 @@ impl Subject {
         let trained = match row {
             Row::Base => {
                 // what the backward pass reaches last, and small
-                let leaf = model.positions(config.data.seq_len).set_requires_grad(true);
+                let leaf = model.positions_or_zeros(config.data.seq_len).set_requires_grad(true);
                 Trained { leaves: vec![leaf], parameters: vec![] }
             }
             _ => model.trained(config.train.routing, None),

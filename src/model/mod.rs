@@ -251,9 +251,9 @@ impl RoutedModel {
         Ok(hasher.finalize().to_hex().to_string())
     }
 
-    /// The base's embeddings of positions, `[positions, d]`, or zeros for `seq_len` positions that
-    /// it gets if it has none.
-    pub(crate) fn positions(&mut self, seq_len: usize) -> &Tensor {
+    /// The base's embeddings of positions, `[positions, d]`. A base that has none is given zeros
+    /// for `seq_len` positions.
+    pub(crate) fn positions_or_zeros(&mut self, seq_len: usize) -> &Tensor {
         let zeros = || self.decoder.embedding.narrow(0, 0, 1).zeros_like();
         let zeros = || zeros().repeat([seq_len as i64, 1]);
         self.decoder.positions.get_or_insert_with(zeros)
