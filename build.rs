@@ -68,7 +68,7 @@ fn libtorch() -> Result<PathBuf, String> {
 /// - `library`: where the part that needs CUDA goes
 fn build(lib: &Path, library: &Path) {
     let root = lib.parent().expect("libtorch's lib folder has a parent");
-    let sources = ["shim", "block", "step", "head_loss", "memory", "dist"];
+    let sources = ["shim", "block", "step", "route", "head_loss", "memory", "dist"];
     compiler(root)
         .include("csrc/gloo_headers")
         .files(sources.map(|name| format!("csrc/{name}.cpp")))

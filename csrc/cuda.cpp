@@ -112,7 +112,7 @@ static Compiler compiler;
 enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu,
   SwiGluBackward,
-  Rotate, RotateBackward, CrossEntropy, StepChoice,
+  Rotate, RotateBackward, CrossEntropy, StepChoice, Route, RouteBackward,
   // of csrc/kernels/step
   StepNorm, StepFinish, StepAttention, ThinProduct, LargeThinProduct,
   NAMES
@@ -120,7 +120,7 @@ enum Name {
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh",  "weigh_backward",  "add_masked", "refresh",       "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
-    "step_choice", "step_norm", "step_finish", "step_attention", "thin_product",
+    "step_choice", "route", "route_backward", "step_norm", "step_finish", "step_attention", "thin_product",
     "large_thin_product"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
@@ -218,11 +218,13 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
 }
 #include "block_kernels.h"
 #include "step_kernels.h"
+#include "route_kernels.h"
 
 static const Kernels table{
     capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked, gelu,
     gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
-    step_norm, step_finish, step_attention, thin_product, step_choice};
+    step_norm, step_finish, step_attention, thin_product, step_choice, routes, route,
+    route_backward};
 
 #pragma GCC visibility push(default)
 extern "C" {

@@ -135,6 +135,17 @@ struct Kernels {
   bool (*step_choice)(const at::Tensor &logits, int64_t vocabulary, const at::Tensor &choice,
                       const at::Tensor &ids, const at::Tensor &positions,
                       const at::Tensor &places);
+  // Whether there are kernels for a router with weight w and bias b that reads x.
+  bool (*routes)(const at::Tensor &x, const at::Tensor &w, const at::Tensor &b);
+  // The scores of each row of x, their softmax, and the factor by which the row was normalised.
+  void (*route)(const at::Tensor &x, const at::Tensor &w, const at::Tensor &b,
+                const at::Tensor &temperature, bool normalizes, double eps,
+                const at::Tensor &logits, const at::Tensor &probs, const at::Tensor &rstd);
+  // The gradients of w, [e, d], and of b, [e], behind each other in one dimension. Either gradient
+  // of the outputs may be undefined.
+  at::Tensor (*route_backward)(const at::Tensor &x, const at::Tensor &rstd,
+                               const at::Tensor &probs, const at::Tensor &dlogits,
+                               const at::Tensor &dprobs, const at::Tensor &temperature);
 };
 
 // The kernels of this process, or null if it has none.

@@ -66,6 +66,20 @@
     rotate_backward<T>(dq, dk, dv, raw, ldr, out, ldo, q_norm, k_norm, eps, cosines, sines,        \
                        queries, keys, lanes, total);                                               \
   }                                                                                                \
+  extern "C" __global__ void route_##NAME(                                                         \
+      const T *x, i64 ldx, const float *w, const float *b, const double *temperature,              \
+      int normalizes, float eps, float *logits, float *probs, float *rstd, int width, int experts, \
+      i64 rows, int of_row) {                                                                      \
+    route<T>(x, ldx, w, b, temperature, normalizes, eps, logits, probs, rstd, width, experts,      \
+             rows, of_row);                                                                        \
+  }                                                                                                \
+  extern "C" __global__ void route_backward_##NAME(                                                \
+      const T *x, i64 ldx, const float *rstd, const float *probs, const float *dlogits,            \
+      const float *dprobs, const double *temperature, float *partial, i64 ldp, int width,          \
+      int experts, i64 rows, int rows_of_chunk, int column_blocks, int tiles) {                    \
+    route_backward<T>(x, ldx, rstd, probs, dlogits, dprobs, temperature, partial, ldp, width,      \
+                      experts, rows, rows_of_chunk, column_blocks, tiles);                         \
+  }                                                                                                \
   extern "C" __global__ void __launch_bounds__(512, 2) cross_entropy_##NAME(                       \
       T *logits, i64 ld, const i64 *labels, int vocabulary, int padded, float smoothing,           \
       const float *scale, float *losses, float *smoothed, int keeps, int split) {                  \

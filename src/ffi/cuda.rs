@@ -158,6 +158,7 @@ impl KernelSet {
             source!("heads"),
             source!("loss"),
             source!("choice"),
+            source!("route"),
             source!("table"),
         ];
         match self {

@@ -118,7 +118,7 @@ pub struct CachedAttention<'a> {
 }
 
 /// The tensors that a call returned, unless no kernel applies.
-fn outputs<const N: usize>(
+pub(super) fn outputs<const N: usize>(
     call: impl FnOnce(*mut *mut C_tensor) -> c_int,
 ) -> Result<Option<[Tensor; N]>> {
     let mut out = [std::ptr::null_mut(); N];

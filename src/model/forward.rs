@@ -182,6 +182,7 @@ impl RoutedModel {
             kind: wide(self.kind),
             detaches: mode.detaches_routers,
             keeps_features: mode.keeps_features,
+            fuses: self.has_kernels,
             may_skip: &may_skip,
         };
         let base_hidden = || self.base_hidden(inputs, x);

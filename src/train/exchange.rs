@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 
 use super::gradients::StepGradients;
 use crate::dist::World;
-use crate::model::routing::totals::RoutingTotals;
+use crate::model::routing::totals::{RoutingTotals, views_of};
 
 /// The buffers through which the parts of a step are added up.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ impl Exchange {
     pub fn put_totals(&mut self, totals: &[RoutingTotals]) -> Vec<RoutingTotals> {
         let flat: Vec<Tensor> = totals.iter().map(RoutingTotals::flat).collect();
         let buffer = fill(&mut self.totals, &flat);
-        split(&buffer, 0, totals)
+        views_of(&buffer, totals)
     }
 
     /// Adds up the totals of all processes.
@@ -65,7 +65,7 @@ impl Exchange {
             supervision: part.supervision.as_ref().map(|x| views.next(x)),
             routing: match part.has_whole_routing {
                 true => part.routing,
-                false => split(&numbers, views.at, &part.routing),
+                false => views_of(&views.rest(), &part.routing),
             },
             has_whole_routing: true,
         }
@@ -90,6 +90,11 @@ impl Views<'_> {
         self.at += len;
         self.of.narrow(0, self.at - len, len).view_(like.size())
     }
+
+    /// All that follows.
+    fn rest(&self) -> Tensor {
+        self.of.slice(0, self.at, None, 1)
+    }
 }
 
 /// The sums of a part, in the order in which [`Exchange::put`] reads them.
@@ -104,16 +109,6 @@ fn numbers(part: &StepGradients) -> Vec<Tensor> {
         numbers.extend(part.routing.iter().map(RoutingTotals::flat));
     }
     numbers
-}
-
-/// Totals of the shapes of `like` from consecutive numbers.
-fn split(flat: &Tensor, mut at: i64, like: &[RoutingTotals]) -> Vec<RoutingTotals> {
-    let of = |totals: &RoutingTotals| {
-        let len = totals.flat_len();
-        at += len;
-        totals.with_flat(&flat.narrow(0, at - len, len))
-    };
-    like.iter().map(of).collect()
 }
 
 /// Puts tensors of one dimension into a buffer, one after another, and returns the buffer. The

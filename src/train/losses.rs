@@ -15,14 +15,14 @@
 //! -mean over the new domain's tokens of ln p - mean over the other tokens of ln(1 - p)
 //! ```
 //!
-//! Letters of shapes: `n` labelled positions of the micro-batch, `m` experts of the site.
+//! Letters of shapes: `s` site, `n` labelled positions of the micro-batch, `m` experts of the site.
 
 use tch::{Kind, Tensor};
 
 use crate::config::RouterConfig;
 use crate::model::batch::Labelled;
 use crate::model::routing::router::Routing;
-use crate::model::routing::totals::{RoutingTotals, entropies, rows};
+use crate::model::routing::totals::{RoutingTotals, alike, entropies, rows, stacked_rows};
 
 /// Whether one of the losses depends on means over all micro-batches of a step.
 pub(crate) fn needs_totals(config: &RouterConfig) -> bool {
@@ -45,30 +45,49 @@ pub(crate) fn router_losses(
     if routing.is_empty() || config.loss_coefs().iter().all(|(_, coef, _)| *coef == 0.0) {
         return None;
     }
-    let terms = routing.iter().zip(totals).map(|(routing, totals)| {
-        let probs_nm = labelled.only_counted(rows(&routing.probs, labelled.rows));
-        let kind = probs_nm.kind();
-        let mut loss = Tensor::zeros([0i64; 0], (kind, probs_nm.device()));
-        if config.load_balancing_coef > 0.0 {
-            let gradient_m = totals.balance_gradient().to_kind(kind);
-            loss = &loss + (&probs_nm * gradient_m).sum(kind) * config.load_balancing_coef;
-        }
-        if config.uniform_mse_coef > 0.0 {
-            let gradient_m = totals.uniform_gradient().to_kind(kind);
-            loss = &loss + (&probs_nm * gradient_m).sum(kind) * config.uniform_mse_coef;
-        }
-        if config.z_loss_coef > 0.0 {
-            let lse_n = rows(&routing.logits, labelled.rows).logsumexp(-1, false);
-            let squares_n = labelled.only_counted(lse_n.square());
-            loss = &loss + squares_n.sum(kind) * (per_token * config.z_loss_coef).to_kind(kind);
-        }
-        if config.entropy_coef != 0.0 {
-            let coef = (per_token * config.entropy_coef).to_kind(kind);
-            loss = &loss + entropies(&probs_nm).sum(kind) * coef;
-        }
-        loss
+    let mut totals = totals.iter();
+    let terms = alike(routing, labelled.rows.size()[0]).into_iter().map(|sites| {
+        let of_sites: Vec<&RoutingTotals> = totals.by_ref().take(sites.len()).collect();
+        stacked_losses(config, sites, &RoutingTotals::of_all(&of_sites), labelled, per_token)
     });
     Some(terms.sum::<Tensor>() / routing.len() as f64)
+}
+
+/// The sum of the losses of sites that are [`alike`], times their factors.
+fn stacked_losses(
+    config: &RouterConfig,
+    sites: &[Routing],
+    totals: &RoutingTotals,
+    labelled: Labelled<'_>,
+    per_token: &Tensor,
+) -> Tensor {
+    // of the label tokens that are no fillers
+    let counted = |x: Tensor, of_tokens: &[i64]| match labelled.counted {
+        Some(counted_n) => x * counted_n.view(of_tokens),
+        None => x,
+    };
+    let probs_snm = counted(stacked_rows(sites, |site| &site.probs, labelled.rows), &[1, -1, 1]);
+    let kind = probs_snm.kind();
+    let with_gradient =
+        |gradient_sm: Tensor| (&probs_snm * gradient_sm.to_kind(kind).unsqueeze(1)).sum(kind);
+    let mut loss = Tensor::zeros([0i64; 0], (kind, probs_snm.device()));
+    if config.load_balancing_coef > 0.0 {
+        let of_loss = with_gradient(totals.balance_gradient());
+        loss = &loss + of_loss * config.load_balancing_coef;
+    }
+    if config.uniform_mse_coef > 0.0 {
+        loss = &loss + with_gradient(totals.uniform_gradient()) * config.uniform_mse_coef;
+    }
+    if config.z_loss_coef > 0.0 {
+        let logits_snm = stacked_rows(sites, |site| &site.logits, labelled.rows);
+        let squares_sn = counted(logits_snm.logsumexp(-1, false).square(), &[1, -1]);
+        loss = &loss + squares_sn.sum(kind) * (per_token * config.z_loss_coef).to_kind(kind);
+    }
+    if config.entropy_coef != 0.0 {
+        let coef = (per_token * config.entropy_coef).to_kind(kind);
+        loss = &loss + entropies(&probs_snm).sum(kind) * coef;
+    }
+    loss
 }
 
 /// The tokens that a new expert is seeded with.

@@ -337,7 +337,7 @@ pub fn on_the_host(totals: &[RoutingTotals]) -> Vec<SiteTotals> {
         site: format!("place {index}"),
         experts: (0..totals.num_experts() as usize).collect(),
     };
-    let num_groups = totals.first().map_or(0, |of| of.tokens.numel());
+    let num_groups = totals.first().map_or(0, |of| of.tokens().numel());
     fetch(totals.iter().enumerate().map(site).collect(), totals, num_groups, &World::single())
         .expect("they are f64 on the CPU")
 }

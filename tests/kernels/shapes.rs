@@ -16,7 +16,7 @@ use dylora::model::decoder::{mlp::Activation, spec::DecoderSpec};
 use dylora::model::experts::dropout::LoraDropout;
 use dylora::model::experts::spec::ExpertSpec;
 use dylora::model::loss::LossSettings;
-use dylora::model::routing::router::RouterSpec;
+use dylora::model::routing::router::{RouterSpec, Routing};
 use dylora::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Rows};
 use tch::{Device, Kind, Tensor};
 
@@ -165,6 +165,14 @@ fn of_routers() -> Vec<Case> {
     cases.push(Case { router, ..case("router on base_hidden") });
     let router = RouterConfig { top_k: Some(2), ..plain_router() };
     cases.push(Case { router, ..case("top 2") });
+    // the routers of new configs, some over more experts than a thread adds up at once
+    for (num_experts, heads) in [(2, 2), (8, 40), (9, 10), (17, 2)] {
+        let router = RouterConfig { temperature: 2.5, ..RouterConfig::default() };
+        let lora = lora(num_experts, 4, &[AttnCAttn]);
+        let base = shape(heads, 64, 53, 64);
+        let name = format!("normalising routers, E {num_experts}, width {}", 64 * heads);
+        cases.push(Case { router, lora, base, ..case(&name) });
+    }
     cases.push(Case { checkpointing: true, dropout: 0.2, ..case("checkpointing with dropout") });
     cases
 }
@@ -379,7 +387,8 @@ impl Case {
         Ok(model)
     }
 
-    /// The loss and every gradient. The gradients are converted to f64 on the CPU.
+    /// The loss, with a part of the routers' z-loss, and every gradient. The gradients are converted
+    /// to f64 on the CPU.
     fn step(&self, model: &RoutedModel, inputs: &Inputs) -> Result<Step> {
         let settings = LossSettings {
             chunk_tokens: 17,
@@ -394,9 +403,14 @@ impl Case {
             ..ForwardMode::EVAL
         };
         tch::manual_seed(11);
-        let (loss, _) = model.loss(inputs, &self.source, mode, settings);
+        let (loss, routing) = model.loss(inputs, &self.source, mode, settings);
+        let z_loss = |site: &Routing| {
+            let squares = site.logits.logsumexp(-1, false).square();
+            squares.mean(Kind::Double) / (10.0 * routing.len() as f64)
+        };
+        let loss = routing.iter().map(z_loss).fold(loss.loss, |loss, other| loss + other);
         let trained = model.trained(dylora::config::RoutingChoice::Router, None);
-        let grads = Tensor::run_backward(&[&loss.loss], &trained.leaves, false, false);
+        let grads = Tensor::run_backward(&[&loss], &trained.leaves, false, false);
         let grads: Vec<Tensor> = grads
             .into_iter()
             .zip(&trained.leaves)
@@ -405,7 +419,7 @@ impl Case {
         let grads = trained.split(&grads).into_iter().zip(&trained.parameters);
         let exact = |x: Tensor| x.to_device(Device::Cpu).to_kind(Kind::Double);
         let grads = grads.map(|(grad, parameter)| (parameter.name.clone(), exact(grad))).collect();
-        Ok((loss.loss.double_value(&[]), grads))
+        Ok((loss.double_value(&[]), grads))
     }
 }
 

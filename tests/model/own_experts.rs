@@ -268,7 +268,7 @@ fn totals_and_losses_are_over_a_layers_own_experts() -> Result<()> {
             assert_eq!(totals.num_experts(), m);
             let load = totals.expert_load();
             assert!((load.sum(Kind::Double).double_value(&[]) - 1.0).abs() < 1e-14);
-            let weights = totals.weights.sum(Kind::Double).double_value(&[]);
+            let weights = totals.weights().sum(Kind::Double).double_value(&[]);
             assert!(
                 (weights - totals.num_tokens().double_value(&[])).abs() < 1e-12,
                 "layer {layer}"

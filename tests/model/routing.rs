@@ -3,7 +3,7 @@
 use dylora::config::RouterNoise;
 use dylora::model::batch::Labelled;
 use dylora::model::routing::router::{Router, Routing, RoutingRule};
-use dylora::model::routing::totals::RoutingTotals;
+use dylora::model::routing::totals::{RoutingTotals, add_totals};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{DOUBLE, assert_close, losses_of, max_difference, seed};
@@ -180,12 +180,15 @@ fn balance_gradients_of_uneven_batches_are_those_of_the_formula_over_all() {
 
         let batches =
             [(x.narrow(0, 0, 1), vec![0, 1, 2, 5]), (x.narrow(0, 1, 2), vec![2, 8, 9, 13])];
-        let batch_totals =
-            |(x, rows): &(Tensor, Vec<i64>)| totals_of(&forward(&router, x, top_k), &indices(rows));
-        let mut totals = batch_totals(&batches[0]);
-        totals.add(&batch_totals(&batches[1]));
-        let factors = totals.balance_gradient();
-        assert!((losses_of(&[totals]).load_balancing_loss - value).abs() < 1e-14);
+        let mut totals = vec![];
+        for (x, rows) in &batches {
+            let rows = indices(rows);
+            let groups = rows.zeros_like();
+            let labelled = Labelled { rows: &rows, groups: &groups, num_groups: 1, counted: None };
+            add_totals(&mut totals, &[forward(&router, x, top_k)], labelled);
+        }
+        let factors = totals[0].balance_gradient();
+        assert!((losses_of(&totals).load_balancing_loss - value).abs() < 1e-14);
 
         let surrogate = |(x, rows): &(Tensor, Vec<i64>)| {
             let probs_ne =
@@ -242,4 +245,27 @@ fn routing_entropy_is_between_zero_and_ln_e() {
     assert_eq!(entropy(&[[1.0, 0.0, 0.0]]), 0.0);
     let both = entropy(&[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]);
     assert!((both - 2f64.ln() / 2.0).abs() < 1e-15);
+}
+
+/// Reference: each site by itself. Sites with and without a choice of experts are not alike.
+#[test]
+fn totals_of_many_sites_are_those_of_each() {
+    let _generator = seed(53);
+    let (rows, groups) = (indices(&[0, 3, 4, 11, 13]), indices(&[1, 0, 1, 1, 0]));
+    let counted = Tensor::from_slice(&[1.0, 1.0, 0.0, 1.0, 1.0]);
+    let labelled =
+        Labelled { rows: &rows, groups: &groups, num_groups: 2, counted: Some(&counted) };
+    let top_ks = [None, None, Some(1), Some(1), None, Some(2)];
+    let x = Tensor::randn([2, 7, 16], DOUBLE);
+    let sites: Vec<Routing> =
+        top_ks.iter().map(|&top_k| forward(&random_router(), &x, top_k)).collect();
+    let mut totals = vec![];
+    add_totals(&mut totals, &sites, labelled);
+    add_totals(&mut totals, &sites, labelled);
+    assert_eq!(totals.len(), sites.len());
+    for (at, (site, totals)) in sites.iter().zip(&totals).enumerate() {
+        let twice = RoutingTotals::new(site, labelled).flat() * 2.0;
+        assert_close(&format!("site {at}"), &totals.flat(), &twice, 1e-14);
+    }
+    assert!(max_difference(&totals[0].flat(), &totals[1].flat()) > 1e-2);
 }

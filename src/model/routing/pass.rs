@@ -32,6 +32,8 @@ pub(crate) struct RoutedParts<'a> {
     pub detaches: bool,
     /// Whether to keep what the routers' scores are linear in.
     pub keeps_features: bool,
+    /// Whether kernels may compute the routers.
+    pub fuses: bool,
     /// Whether the modules of a site may skip experts.
     pub may_skip: &'a SkipRule<'a>,
 }
@@ -42,6 +44,7 @@ pub(crate) struct RoutingPass<'a> {
     may_skip: &'a SkipRule<'a>,
     detaches: bool,
     keeps_features: bool,
+    fuses: bool,
     /// Whether there is a part that is always on.
     has_shared: bool,
     decided_by: DecidedBy,
@@ -95,7 +98,7 @@ impl<'a> RoutingPass<'a> {
         rule: RoutingRule,
         base_hidden: &dyn Fn() -> Tensor,
     ) -> Self {
-        let RoutedParts { routers, specs, kind, detaches, keeps_features, may_skip } = model;
+        let RoutedParts { routers, specs, kind, detaches, keeps_features, fuses, may_skip } = model;
         let num_routed = num_routed(specs);
         let mut has_shared = num_routed < specs.len();
         let specs = &specs[..num_routed];
@@ -144,6 +147,7 @@ impl<'a> RoutingPass<'a> {
             may_skip,
             detaches,
             keeps_features,
+            fuses,
             has_shared,
             decided_by,
             mask,
@@ -210,7 +214,11 @@ impl<'a> RoutingPass<'a> {
         if self.keeps_features {
             self.features.push(router.features(&features));
         }
-        let mut routing = router.forward(&features, rule, self.routers.present_at(site));
+        let present = self.routers.present_at(site);
+        let mut routing = match self.fuses {
+            true => router.fused_forward(&features, rule, present),
+            false => router.forward(&features, rule, present),
+        };
         if let Some(named) = named {
             let by_name = one_hot(named, router.num_experts(), routing.weights.kind());
             let is_named = named.ge(0).unsqueeze(-1);

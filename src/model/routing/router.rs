@@ -24,6 +24,8 @@ use crate::config::{
     Config, EvalRule, RouterConfig, RouterInit, RouterInput, RouterNoise, RouterScope,
     RoutingLevel, TargetModule,
 };
+use crate::ffi;
+use crate::ffi::route::LinearRouter;
 use crate::model::decoder::spec::DecoderSpec;
 
 /// Added to the mean square of a router's input before the root is taken.
@@ -177,6 +179,13 @@ pub struct Routing {
     pub present: Option<Tensor>,
 }
 
+/// The scores of a router and their softmax, as in [`Routing`].
+struct Scored {
+    clean: Tensor,
+    logits: Tensor,
+    probs: Tensor,
+}
+
 impl Router {
     /// A new router over `d` features. By default, the weights that score the experts have mean 0
     /// and standard deviation 0.02, so that routing starts near an even mixture but not alike for
@@ -254,6 +263,40 @@ impl Router {
     /// Routes tokens with the features `x`, `[b, t, d]`, over the experts `present`, `[m]`; `None`
     /// means all experts.
     pub fn forward(&self, x: &Tensor, rule: &RoutingRule, present: Option<&Tensor>) -> Routing {
+        self.chosen(self.scored(x, rule, present), rule, present)
+    }
+
+    /// The same by a CUDA kernel, where one applies. Its gradient is written by hand.
+    pub(crate) fn fused_forward(
+        &self,
+        x: &Tensor,
+        rule: &RoutingRule,
+        present: Option<&Tensor>,
+    ) -> Routing {
+        let is_plain = present.is_none() && rule.noise == RouterNoise::None;
+        let scored = (is_plain && self.hidden.is_empty()).then(|| self.scored_by_kernel(x, rule));
+        let scored = scored.flatten().unwrap_or_else(|| self.scored(x, rule, present));
+        self.chosen(scored, rule, present)
+    }
+
+    /// The scores of the tokens with the features `x`, `[b, t, d]`, and their softmax. `None` if no
+    /// kernel applies.
+    fn scored_by_kernel(&self, x: &Tensor, rule: &RoutingRule) -> Option<Scored> {
+        let (b, t, d) = x.size3().expect("features are [b, t, d]");
+        let router = LinearRouter {
+            weight: &self.weight,
+            bias: &self.bias,
+            temperature: &rule.temperature,
+            norm_eps: self.normalizes.then_some(NORM_EPS),
+        };
+        let scored = ffi::route::route(&x.reshape([b * t, d]), router);
+        let [logits, probs] = scored.unwrap_or_else(|error| panic!("{error:#}"))?;
+        let of_tokens = |x: Tensor| x.view([b, t, self.num_experts()]);
+        let logits = of_tokens(logits);
+        Some(Scored { clean: logits.shallow_clone(), logits, probs: of_tokens(probs) })
+    }
+
+    fn scored(&self, x: &Tensor, rule: &RoutingRule, present: Option<&Tensor>) -> Scored {
         let own = |x: Tensor, dim: i64| match present {
             Some(experts) => x.index_select(dim, experts),
             None => x,
@@ -272,6 +315,16 @@ impl Router {
             _ => logits.shallow_clone(),
         };
         let probs = (noisy / &rule.temperature).softmax(-1, self.weight.kind());
+        Scored { clean, logits, probs }
+    }
+
+    /// Turns probabilities into weights.
+    fn chosen(&self, scored: Scored, rule: &RoutingRule, present: Option<&Tensor>) -> Routing {
+        let own = |x: Tensor, dim: i64| match present {
+            Some(experts) => x.index_select(dim, experts),
+            None => x,
+        };
+        let Scored { clean, logits, probs } = scored;
         let m = *probs.size().last().expect("routing_probs are [b, t, m]");
         let (weights, selected) = match rule.top_k {
             Some(k) if k < m => {

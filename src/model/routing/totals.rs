@@ -21,8 +21,11 @@
 //! Each value is taken at each site and then averaged over the sites. A router that several layers
 //! apply to their own inputs counts once for each layer.
 //!
-//! Letters of shapes: `b` batch, `t` position, `n` label tokens, `e` expert, `m` the layer's
-//! experts, `g` groups of tokens (domains).
+//! On a GPU, the totals of a few label tokens take less time than the start of the kernels that
+//! compute them. The sites are therefore stacked, and their totals computed at once.
+//!
+//! Letters of shapes: `b` batch, `t` position, `n` label tokens, `s` site, `e` expert, `m` the
+//! layer's experts, `g` groups of tokens (domains).
 
 use tch::{Kind, Tensor};
 
@@ -31,30 +34,77 @@ use crate::model::batch::Labelled;
 
 /// Adds a batch's totals to those of each site. `totals` is empty before the first batch.
 pub fn add_totals(totals: &mut Vec<RoutingTotals>, routing: &[Routing], labelled: Labelled<'_>) {
-    for (site, routing) in routing.iter().enumerate() {
-        let new = RoutingTotals::new(routing, labelled);
-        match totals.get_mut(site) {
-            Some(sum) => sum.add(&new),
-            None => totals.push(new),
-        }
+    let _no_grad = tch::no_grad_guard();
+    let new = RoutingTotals::of_sites(routing, labelled);
+    if totals.is_empty() || new.is_empty() {
+        totals.extend(new);
+        return;
     }
+    let all = |totals: &[RoutingTotals]| {
+        Tensor::cat(&totals.iter().map(RoutingTotals::flat).collect::<Vec<_>>(), 0)
+    };
+    *totals = views_of(&(all(totals) + all(&new)), totals);
 }
 
-/// Sums over the label tokens at one site. The totals of several batches can be added.
+/// Totals of the shapes of `like` whose numbers stand in `flat`, one site after another.
+pub(crate) fn views_of(flat: &Tensor, like: &[RoutingTotals]) -> Vec<RoutingTotals> {
+    let mut at = 0;
+    let of = |totals: &RoutingTotals| {
+        let len = totals.flat_len();
+        at += len;
+        totals.with_flat(&flat.narrow(0, at - len, len))
+    };
+    like.iter().map(of).collect()
+}
+
+/// The most numbers of a stack of sites. It bounds the memory for their totals and losses.
+const MOST_STACKED: i64 = 1 << 22;
+
+/// Divides the sites into runs that can be stacked, since they route over the same number of
+/// experts.
+///
+/// - `num_tokens`: the number of rows of each site
+pub(crate) fn alike(routing: &[Routing], num_tokens: i64) -> Vec<&[Routing]> {
+    let alike = |a: &Routing, b: &Routing| {
+        a.present.is_none() && b.present.is_none() && a.selected.is_some() == b.selected.is_some()
+    };
+    let runs = routing.chunk_by(alike).flat_map(|run| {
+        let numbers = run[0].weights.size()[2] * num_tokens.max(1);
+        run.chunks((MOST_STACKED / numbers.max(1)).max(1) as usize)
+    });
+    runs.collect()
+}
+
+/// The rows at the positions `at`, `[n]`, of one tensor of each site, `[b, t, m]`: `[s, n, m]`.
+pub(crate) fn stacked_rows<'r>(
+    sites: &'r [Routing],
+    of: impl Fn(&'r Routing) -> &'r Tensor,
+    at: &Tensor,
+) -> Tensor {
+    let flat = sites.iter().map(|site| {
+        let x = of(site);
+        x.view([-1, *x.size().last().expect("routing tensors are [b, t, _]")])
+    });
+    Tensor::stack(&flat.collect::<Vec<_>>(), 0).index_select(1, at)
+}
+
+/// Sums over the label tokens at one site, or at several that route over as many experts each. The
+/// totals of several batches can be added.
 #[derive(Debug)]
 pub struct RoutingTotals {
-    /// Number of label tokens by group, `[g]`, f64.
-    pub tokens: Tensor,
-    /// Sum of routing_probs, `[m]`, f64.
-    pub probs: Tensor,
-    /// Sum of routing_weights by group, `[g, m]`, f64.
-    pub weights: Tensor,
-    /// Number of assignments by group, `[g, m]`, f64; with dense routing, the sum of routing_probs.
-    pub assignments: Tensor,
-    /// Sum of the entropy of routing_probs by group, `[g]`, f64, nats.
-    pub entropy: Tensor,
-    /// Sum of the squared logsumexp of router_logits, 0-dim, f64.
-    pub squared_lse: Tensor,
+    /// All sums of a site in one row, `[k]`, or `[s, k]`; f64:
+    ///
+    /// - number of label tokens by group, `g` numbers
+    /// - sum of routing_probs, `m`
+    /// - sum of routing_weights by group, `g m`
+    /// - number of assignments by group, `g m`; with dense routing, the sum of routing_probs
+    /// - sum of the entropy of routing_probs by group, `g`, nats
+    /// - sum of the squared logsumexp of router_logits, 1
+    flat: Tensor,
+    /// Number of groups `g`.
+    num_groups: i64,
+    /// Number of experts `m`.
+    num_experts: i64,
     /// How many experts of each token `assignments` counts.
     assignments_per_token: i64,
     /// Whether every token uses every expert.
@@ -62,109 +112,132 @@ pub struct RoutingTotals {
 }
 
 impl RoutingTotals {
-    /// The totals of a batch's label tokens.
+    /// The totals of a batch's label tokens at one site.
     pub fn new(routing: &Routing, labelled: Labelled<'_>) -> Self {
+        let mut of_site = Self::of_sites(std::slice::from_ref(routing), labelled);
+        of_site.pop().expect("one site has one entry")
+    }
+
+    /// The totals of a batch's label tokens at each site.
+    pub fn of_sites(routing: &[Routing], labelled: Labelled<'_>) -> Vec<Self> {
         let _no_grad = tch::no_grad_guard();
-        let of_rows = |x: &Tensor| rows(x, labelled.rows).to_kind(Kind::Double);
-        let counted = |x: Tensor| labelled.only_counted(x);
-        let own = |x_ne: Tensor| match &routing.present {
-            Some(experts) => x_ne.index_select(1, experts),
-            None => x_ne,
+        let runs = alike(routing, labelled.rows.size()[0]).into_iter();
+        let of_run = |sites: &[Routing]| {
+            let stacked = Self::stacked(sites, labelled);
+            let site = |at| stacked.with_flat(&stacked.flat.select(0, at as i64));
+            (0..sites.len()).map(site).collect::<Vec<_>>()
         };
+        runs.flat_map(of_run).collect()
+    }
+
+    /// The totals of sites that are [`alike`].
+    fn stacked(sites: &[Routing], labelled: Labelled<'_>) -> Self {
+        let (s, n) = (sites.len() as i64, labelled.rows.size()[0]);
+        let first = &sites[0];
         let options = (Kind::Double, labelled.rows.device());
+        // x, [s, n] or [s, n, m], with zeros for the tokens that do not count
+        let counted = |x: Tensor| match labelled.counted {
+            Some(counted_n) if x.dim() > 2 => x * counted_n.unsqueeze(-1),
+            Some(counted_n) => x * counted_n,
+            None => x,
+        };
+        let own = |x_sne: Tensor| match &first.present {
+            Some(experts) => x_sne.index_select(2, experts),
+            None => x_sne,
+        };
         let by_group = |x: &Tensor| {
             let mut shape = x.size();
-            shape[0] = labelled.num_groups;
-            Tensor::zeros(shape, options).index_add(0, labelled.groups, x)
+            shape[1] = labelled.num_groups;
+            Tensor::zeros(shape, options).index_add(1, labelled.groups, x)
         };
-        let probs_nm = counted(of_rows(&routing.probs));
-        let n = labelled.rows.size()[0];
-        let weights = by_group(&own(counted(of_rows(&routing.weights))));
-        let (assignments, assignments_per_token) = match &routing.selected {
-            None => (by_group(&probs_nm), 1),
-            Some(selected) => {
-                let e = *routing.weights.size().last().expect("routing_weights are [b, t, e]");
-                let selected_nk = rows(selected, labelled.rows);
-                let k = selected_nk.size()[1];
+        let wide = |x: Tensor| x.to_kind(Kind::Double);
+        let probs_snm = counted(wide(stacked_rows(sites, |site| &site.probs, labelled.rows)));
+        let weights_sne = wide(stacked_rows(sites, |site| &site.weights, labelled.rows));
+        let e = weights_sne.size()[2];
+        let weights_sgm = by_group(&own(counted(weights_sne)));
+        let (assignments_sgm, assignments_per_token) = match &first.selected {
+            None => (by_group(&probs_snm), 1),
+            Some(_) => {
+                fn selected(site: &Routing) -> &Tensor {
+                    site.selected.as_ref().expect("all choose")
+                }
+                let selected_snk = stacked_rows(sites, selected, labelled.rows);
                 let every_e = Tensor::arange(e, (Kind::Int64, options.1));
-                let chosen_nke = selected_nk.unsqueeze(-1).eq_tensor(&every_e);
-                let counts_ne = chosen_nke.sum_dim_intlist(1, false, Kind::Double);
-                (by_group(&own(counted(counts_ne))), k)
+                let chosen_snke = selected_snk.unsqueeze(-1).eq_tensor(&every_e);
+                let counts_sne = chosen_snke.sum_dim_intlist(2, false, Kind::Double);
+                (by_group(&own(counted(counts_sne))), selected_snk.size()[2])
             }
         };
+        let logits_snm = wide(stacked_rows(sites, |site| &site.logits, labelled.rows));
+        let squares_sn = counted(logits_snm.logsumexp(-1, false).square());
+        let parts = [
+            by_group(&counted(Tensor::ones([s, n], options))),
+            probs_snm.sum_dim_intlist(1, false, Kind::Double),
+            weights_sgm.reshape([s, -1]),
+            assignments_sgm.reshape([s, -1]),
+            by_group(&entropies(&probs_snm)),
+            squares_sn.sum_dim_intlist(1, true, Kind::Double),
+        ];
         Self {
-            tokens: by_group(&counted(Tensor::ones([n], options))),
-            probs: probs_nm.sum_dim_intlist(0, false, Kind::Double),
-            weights,
-            assignments,
-            entropy: by_group(&entropies(&probs_nm)),
-            squared_lse: counted(of_rows(&routing.logits).logsumexp(-1, false).square())
-                .sum(Kind::Double),
+            flat: Tensor::cat(&parts, 1),
+            num_groups: labelled.num_groups,
+            num_experts: probs_snm.size()[2],
             assignments_per_token,
-            dense: routing.selected.is_none(),
+            dense: first.selected.is_none(),
         }
     }
 
-    /// Adds another batch's totals.
-    pub fn add(&mut self, other: &Self) {
-        self.tokens = &self.tokens + &other.tokens;
-        self.probs = &self.probs + &other.probs;
-        self.weights = &self.weights + &other.weights;
-        self.assignments = &self.assignments + &other.assignments;
-        self.entropy = &self.entropy + &other.entropy;
-        self.squared_lse = &self.squared_lse + &other.squared_lse;
+    /// The totals of several sites that route over as many experts each, as one.
+    pub(crate) fn of_all(sites: &[&Self]) -> Self {
+        let flat: Vec<&Tensor> = sites.iter().map(|site| &site.flat).collect();
+        sites[0].with_flat(&Tensor::stack(&flat, 0))
     }
 
-    /// All sums in one row, for a single transfer to the host: tokens `[g]`, probs `[m]`, weights
-    /// `[g m]`, assignments `[g m]`, entropy `[g]`, squared_lse.
+    /// All sums of a site in one row, `[k]`, for a single transfer to the host: tokens `[g]`, probs
+    /// `[m]`, weights `[g m]`, assignments `[g m]`, entropy `[g]`, squared_lse.
     pub fn flat(&self) -> Tensor {
-        let flat = |x: &Tensor| x.reshape([-1]);
-        let parts = [&self.tokens, &self.probs, &self.weights, &self.assignments, &self.entropy];
-        let parts = parts.into_iter().chain([&self.squared_lse]).map(flat);
-        Tensor::cat(&parts.collect::<Vec<_>>(), 0)
+        self.flat.shallow_clone()
     }
 
     /// Length of [`flat`](Self::flat).
-    pub fn flat_len(&self) -> i64 {
-        let parts = [&self.tokens, &self.probs, &self.weights, &self.assignments, &self.entropy];
-        parts.into_iter().chain([&self.squared_lse]).map(|x| x.numel() as i64).sum()
+    fn flat_len(&self) -> i64 {
+        2 * self.num_groups + self.num_experts + 2 * self.num_groups * self.num_experts + 1
     }
 
-    /// Totals of the same shape whose [`flat`](Self::flat) is `flat`, as views of it.
-    #[must_use]
-    pub fn with_flat(&self, flat: &Tensor) -> Self {
-        let mut at = 0;
-        let mut view = |like: &Tensor| {
-            let part = flat.narrow(0, at, like.numel() as i64).view_(like.size());
-            at += like.numel() as i64;
-            part
-        };
-        Self {
-            tokens: view(&self.tokens),
-            probs: view(&self.probs),
-            weights: view(&self.weights),
-            assignments: view(&self.assignments),
-            entropy: view(&self.entropy),
-            squared_lse: view(&self.squared_lse),
-            assignments_per_token: self.assignments_per_token,
-            dense: self.dense,
-        }
+    /// Totals of the same sizes whose [`flat`](Self::flat) is `flat`.
+    fn with_flat(&self, flat: &Tensor) -> Self {
+        Self { flat: flat.shallow_clone(), ..*self }
+    }
+
+    /// Number of label tokens by group, `[.., g]`, f64.
+    pub fn tokens(&self) -> Tensor {
+        self.flat.narrow(-1, 0, self.num_groups)
+    }
+
+    /// Sum of routing_probs, `[.., m]`, f64.
+    fn probs(&self) -> Tensor {
+        self.flat.narrow(-1, self.num_groups, self.num_experts)
+    }
+
+    /// The `part`-th of the sums by group and expert, `[.., g, m]`.
+    fn by_group(&self, part: i64) -> Tensor {
+        let (g, m) = (self.num_groups, self.num_experts);
+        self.flat.narrow(-1, g + m + part * g * m, g * m).unflatten(-1, [g, m])
+    }
+
+    /// Sum of routing_weights by group, `[.., g, m]`, f64.
+    pub fn weights(&self) -> Tensor {
+        self.by_group(0)
     }
 
     /// Number of experts `m`.
     pub fn num_experts(&self) -> i64 {
-        self.probs.size()[0]
+        self.num_experts
     }
 
-    /// Number of label tokens, 0-dim, f64.
+    /// Number of label tokens, `[.., 1]`, f64.
     pub fn num_tokens(&self) -> Tensor {
-        self.tokens.sum(Kind::Double)
-    }
-
-    /// `value / num_tokens`, 0-dim.
-    fn per_token(&self, value: f64) -> Tensor {
-        let num_tokens = self.num_tokens();
-        num_tokens.full_like(value) / num_tokens
+        self.tokens().sum_dim_intlist(-1, true, Kind::Double)
     }
 
     /// Whether every token uses every expert.
@@ -172,30 +245,30 @@ impl RoutingTotals {
         self.dense
     }
 
-    /// The expert load `f`: each expert's share of the assignments, `[m]`.
+    /// The expert load `f`: each expert's share of the assignments, `[.., m]`.
     pub fn expert_load(&self) -> Tensor {
-        let sums = self.assignments.sum_dim_intlist(0, false, Kind::Double);
+        let sums = self.by_group(1).sum_dim_intlist(-2, false, Kind::Double);
         sums / (self.num_tokens() * self.assignments_per_token as f64)
     }
 
-    /// The mean of routing_probs, `P`, `[m]`.
+    /// The mean of routing_probs, `P`, `[.., m]`.
     fn mean_probs(&self) -> Tensor {
-        &self.probs / self.num_tokens()
+        self.probs() / self.num_tokens()
     }
 
-    /// `d load_balancing_loss / d probs`, which is the same for each token, `[m]`. The loss depends
-    /// on a token's probs through `P` and, with dense routing, also through `f = P`. The product of
-    /// this gradient with a batch's probs has the gradient of the loss over all batches of the
-    /// totals.
+    /// `d load_balancing_loss / d probs`, which is the same for each token, `[.., m]`. The loss
+    /// depends on a token's probs through `P` and, with dense routing, also through `f = P`. The
+    /// product of this gradient with a batch's probs has the gradient of the loss over all batches
+    /// of the totals.
     pub fn balance_gradient(&self) -> Tensor {
         let factor = if self.dense { 2.0 } else { 1.0 };
-        self.expert_load() * self.per_token(factor * self.num_experts() as f64)
+        self.expert_load() * (factor * self.num_experts as f64) / self.num_tokens()
     }
 
-    /// `d uniform_mse / d probs`, which is the same for each token, `[m]`.
+    /// `d uniform_mse / d probs`, which is the same for each token, `[.., m]`.
     pub(crate) fn uniform_gradient(&self) -> Tensor {
-        let m = self.num_experts() as f64;
-        (self.mean_probs() - 1.0 / m) * self.per_token(2.0 / m)
+        let m = self.num_experts as f64;
+        (self.mean_probs() - 1.0 / m) * (2.0 / m) / self.num_tokens()
     }
 }
 
@@ -205,7 +278,7 @@ pub fn rows(x: &Tensor, at: &Tensor) -> Tensor {
     x.view([-1, width]).index_select(0, at)
 }
 
-/// The entropy of each row of `probs_nm`, `[n, m]`, in nats: `[n]`.
+/// The entropy of each row of `probs_nm`, `[.., n, m]`, in nats: `[.., n]`.
 pub(crate) fn entropies(probs_nm: &Tensor) -> Tensor {
     // makes 0 ln 0 equal 0, with a finite gradient
     let tiny = if probs_nm.kind() == Kind::Double { f64::MIN_POSITIVE } else { 1e-37 };
