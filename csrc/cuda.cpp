@@ -118,10 +118,10 @@ enum Name {
   NAMES
 };
 static const char *const names[NAMES] = {
-    "add_norm", "norm_backward", "weigh",  "weigh_backward",  "add_masked", "refresh",       "gelu",
+    "add_norm", "norm_backward", "weigh", "weigh_backward", "add_masked", "refresh", "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
-    "step_choice", "route", "route_backward", "step_norm", "step_finish", "step_attention", "thin_product",
-    "large_thin_product"};
+    "step_choice", "route", "route_backward", "step_norm", "step_finish", "step_attention",
+    "thin_product", "large_thin_product"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
