@@ -145,11 +145,11 @@ impl RoutingTotals {
             Some(experts) => x_sne.index_select(2, experts),
             None => x_sne,
         };
-        // a product, since index_add makes the tokens of a group wait for each other on a GPU
-        let every_g = Tensor::arange(labelled.num_groups, (Kind::Int64, options.1));
-        let of_group_gn = every_g.unsqueeze(-1).eq_tensor(labelled.groups).to_kind(Kind::Double);
-        // the sums over the tokens of x, [s, n, m], by group, [s, g, m]
-        let by_group = |x: &Tensor| of_group_gn.matmul(x);
+        let by_group = |x: &Tensor| {
+            let mut shape = x.size();
+            shape[1] = labelled.num_groups;
+            Tensor::zeros(shape, options).index_add(1, labelled.groups, x)
+        };
         let wide = |x: Tensor| x.to_kind(Kind::Double);
         let probs_snm = counted(wide(stacked_rows(sites, |site| &site.probs, labelled.rows)));
         let weights_sne = wide(stacked_rows(sites, |site| &site.weights, labelled.rows));
@@ -171,11 +171,11 @@ impl RoutingTotals {
         let logits_snm = wide(stacked_rows(sites, |site| &site.logits, labelled.rows));
         let squares_sn = counted(logits_snm.logsumexp(-1, false).square());
         let parts = [
-            by_group(&counted(Tensor::ones([s, n, 1], options))).squeeze_dim(-1),
+            by_group(&counted(Tensor::ones([s, n], options))),
             probs_snm.sum_dim_intlist(1, false, Kind::Double),
             weights_sgm.reshape([s, -1]),
             assignments_sgm.reshape([s, -1]),
-            by_group(&entropies(&probs_snm).unsqueeze(-1)).squeeze_dim(-1),
+            by_group(&entropies(&probs_snm)),
             squares_sn.sum_dim_intlist(1, true, Kind::Double),
         ];
         Self {
