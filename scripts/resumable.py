@@ -34,8 +34,9 @@ class Failed(Exception):
 class Dylora:
     """The binary, which runs in the repository's root with one thread for each process.
 
-    With the device `cuda`, the jobs of a study share the GPUs of the machine evenly. The binary finds libtorch by itself where it was built. Elsewhere, the libtorch of python3's
-    PyTorch is used, unless LD_LIBRARY_PATH is set.
+    With the device `cuda`, the jobs of a study share the GPUs of the machine evenly. The binary finds
+    libtorch by itself where it was built. Elsewhere, the libtorch of python3's PyTorch is used, unless
+    LD_LIBRARY_PATH is set.
     """
 
     def __init__(self, binary, device):
