@@ -49,7 +49,7 @@ impl HistogramTotals {
         let options = (Kind::Double, first.device());
         let weights_sne = Tensor::stack(&weights, 0).to_kind(Kind::Double);
         let present: Vec<_> = routing.iter().map(|site| present(site, e)).collect();
-        let counted_ne = labelled.only_counted(Tensor::ones([n, 1], options));
+        let counted_ne = labelled.only_counted(Tensor::ones([n, 1], options), 0);
         let mask_sne = (Tensor::stack(&present, 0).to_device(options.1).unsqueeze(1) * counted_ne)
             .expand_as(&weights_sne);
         let bucket = (&weights_sne * NUM_BUCKETS as f64).floor().clamp(0, NUM_BUCKETS - 1);

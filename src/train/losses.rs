@@ -61,12 +61,8 @@ fn stacked_losses(
     labelled: Labelled<'_>,
     per_token: &Tensor,
 ) -> Tensor {
-    // of the label tokens that are no fillers
-    let counted = |x: Tensor, of_tokens: &[i64]| match labelled.counted {
-        Some(counted_n) => x * counted_n.view(of_tokens),
-        None => x,
-    };
-    let probs_snm = counted(stacked_rows(sites, |site| &site.probs, labelled.rows), &[1, -1, 1]);
+    let probs_snm = stacked_rows(sites, |site| &site.probs, labelled.rows);
+    let probs_snm = labelled.only_counted(probs_snm, 1);
     let kind = probs_snm.kind();
     let with_gradient =
         |gradient_sm: Tensor| (&probs_snm * gradient_sm.to_kind(kind).unsqueeze(1)).sum(kind);
@@ -80,7 +76,7 @@ fn stacked_losses(
     }
     if config.z_loss_coef > 0.0 {
         let logits_snm = stacked_rows(sites, |site| &site.logits, labelled.rows);
-        let squares_sn = counted(logits_snm.logsumexp(-1, false).square(), &[1, -1]);
+        let squares_sn = labelled.only_counted(logits_snm.logsumexp(-1, false).square(), 1);
         loss = &loss + squares_sn.sum(kind) * (per_token * config.z_loss_coef).to_kind(kind);
     }
     if config.entropy_coef != 0.0 {
@@ -121,8 +117,8 @@ pub fn seeding_loss(
         let others_nm = scores_nm.masked_fill(&is_new_m, f64::NEG_INFINITY);
         let x_n = scores_nm.select(-1, at) - others_nm.logsumexp(-1, false);
         let is_new = labelled.groups.eq(seeding.group).to_kind(kind);
-        let is_old = labelled.only_counted(-&is_new + 1.0);
-        let is_new = labelled.only_counted(is_new);
+        let is_old = labelled.only_counted(-&is_new + 1.0, 0);
+        let is_new = labelled.only_counted(is_new, 0);
         let mean = |values: Tensor, tokens: &Tensor| {
             values.sum(kind) / tokens.clamp_min(1.0).to_kind(kind)
         };

@@ -16,10 +16,11 @@ pub struct Labelled<'a> {
 }
 
 impl Labelled<'_> {
-    /// `x`, `[n]` or `[n, _]`, with zeros for the tokens that do not count.
-    pub(crate) fn only_counted(&self, x: Tensor) -> Tensor {
+    /// `x` with zeros for the tokens that do not count. Its dimension `dim` has the tokens.
+    pub(crate) fn only_counted(&self, x: Tensor, dim: usize) -> Tensor {
         let Some(counted) = self.counted else { return x };
-        let counted = if x.dim() > 1 { counted.unsqueeze(-1) } else { counted.shallow_clone() };
-        x * counted
+        let mut shape = vec![1; x.dim() - dim];
+        shape[0] = -1;
+        x * counted.view(&shape[..])
     }
 }

@@ -296,11 +296,9 @@ impl Router {
         Some(Scored { clean: logits.shallow_clone(), logits, probs: of_tokens(probs) })
     }
 
+    /// The same by libtorch's operations, with noise, and for any router.
     fn scored(&self, x: &Tensor, rule: &RoutingRule, present: Option<&Tensor>) -> Scored {
-        let own = |x: Tensor, dim: i64| match present {
-            Some(experts) => x.index_select(dim, experts),
-            None => x,
-        };
+        let own = |x: Tensor, dim: i64| of_present(x, dim, present);
         let x = self.normalized(x);
         let clean = own(self.scores(x.shallow_clone()), -1);
         let logits = match rule.noise {
@@ -320,10 +318,7 @@ impl Router {
 
     /// Turns probabilities into weights.
     fn chosen(&self, scored: Scored, rule: &RoutingRule, present: Option<&Tensor>) -> Routing {
-        let own = |x: Tensor, dim: i64| match present {
-            Some(experts) => x.index_select(dim, experts),
-            None => x,
-        };
+        let own = |x: Tensor, dim: i64| of_present(x, dim, present);
         let Scored { clean, logits, probs } = scored;
         let m = *probs.size().last().expect("routing_probs are [b, t, m]");
         let (weights, selected) = match rule.top_k {
@@ -356,5 +351,14 @@ impl Router {
     /// Number of experts `E`.
     pub fn num_experts(&self) -> i64 {
         self.bias.size()[0]
+    }
+}
+
+/// `x` of the experts `present`, `[m]`, alone; `None` means all. Its dimension `dim` has the
+/// experts.
+pub(super) fn of_present(x: Tensor, dim: i64, present: Option<&Tensor>) -> Tensor {
+    match present {
+        Some(experts) => x.index_select(dim, experts),
+        None => x,
     }
 }

@@ -21,15 +21,15 @@
 //! Each value is taken at each site and then averaged over the sites. A router that several layers
 //! apply to their own inputs counts once for each layer.
 //!
-//! On a GPU, the totals of a few label tokens take less time than the start of the kernels that
-//! compute them. The sites are therefore stacked, and their totals computed at once.
+//! On a GPU, starting a kernel takes longer than computing the totals of one site. The sites are
+//! therefore stacked, and the totals of all of them are computed at once.
 //!
 //! Letters of shapes: `b` batch, `t` position, `n` label tokens, `s` site, `e` expert, `m` the
 //! layer's experts, `g` groups of tokens (domains).
 
 use tch::{Kind, Tensor};
 
-use super::router::Routing;
+use super::router::{Routing, of_present};
 use crate::model::batch::Labelled;
 
 /// Adds a batch's totals to those of each site. `totals` is empty before the first batch.
@@ -46,7 +46,8 @@ pub fn add_totals(totals: &mut Vec<RoutingTotals>, routing: &[Routing], labelled
     *totals = views_of(&(all(totals) + all(&new)), totals);
 }
 
-/// Totals of the shapes of `like` whose numbers stand in `flat`, one site after another.
+/// Totals with the sizes of those in `like`, as views of `flat`, which holds the numbers of one
+/// site after another.
 pub(crate) fn views_of(flat: &Tensor, like: &[RoutingTotals]) -> Vec<RoutingTotals> {
     let mut at = 0;
     let of = |totals: &RoutingTotals| {
@@ -69,8 +70,8 @@ pub(crate) fn alike(routing: &[Routing], num_tokens: i64) -> Vec<&[Routing]> {
         a.present.is_none() && b.present.is_none() && a.selected.is_some() == b.selected.is_some()
     };
     let runs = routing.chunk_by(alike).flat_map(|run| {
-        let numbers = run[0].weights.size()[2] * num_tokens.max(1);
-        run.chunks((MOST_STACKED / numbers.max(1)).max(1) as usize)
+        let numbers = (run[0].weights.size()[2] * num_tokens).max(1);
+        run.chunks((MOST_STACKED / numbers).max(1) as usize)
     });
     runs.collect()
 }
@@ -81,25 +82,24 @@ pub(crate) fn stacked_rows<'r>(
     of: impl Fn(&'r Routing) -> &'r Tensor,
     at: &Tensor,
 ) -> Tensor {
-    let flat = sites.iter().map(|site| {
-        let x = of(site);
-        x.view([-1, *x.size().last().expect("routing tensors are [b, t, _]")])
-    });
-    Tensor::stack(&flat.collect::<Vec<_>>(), 0).index_select(1, at)
+    let flat: Vec<Tensor> = sites.iter().map(|site| flat_tokens(of(site))).collect();
+    Tensor::stack(&flat, 0).index_select(1, at)
 }
 
 /// Sums over the label tokens at one site, or at several that route over as many experts each. The
 /// totals of several batches can be added.
 #[derive(Debug)]
 pub struct RoutingTotals {
-    /// All sums of a site in one row, `[k]`, or `[s, k]`; f64:
+    /// All sums of a site in one row, `[k]`, or of several sites, `[s, k]`; f64. A row has, in this
+    /// order:
     ///
-    /// - number of label tokens by group, `g` numbers
-    /// - sum of routing_probs, `m`
-    /// - sum of routing_weights by group, `g m`
-    /// - number of assignments by group, `g m`; with dense routing, the sum of routing_probs
-    /// - sum of the entropy of routing_probs by group, `g`, nats
-    /// - sum of the squared logsumexp of router_logits, 1
+    /// - `g` numbers: how many label tokens each group has
+    /// - `m` numbers: the sums of routing_probs
+    /// - `g m` numbers: the sums of routing_weights in each group
+    /// - `g m` numbers: how many assignments each group has; with dense routing, its sums of
+    ///   routing_probs
+    /// - `g` numbers: the sum of the entropies of routing_probs in each group, nats
+    /// - one number: the sum of the squared logsumexp of router_logits
     flat: Tensor,
     /// Number of groups `g`.
     num_groups: i64,
@@ -135,16 +135,8 @@ impl RoutingTotals {
         let (s, n) = (sites.len() as i64, labelled.rows.size()[0]);
         let first = &sites[0];
         let options = (Kind::Double, labelled.rows.device());
-        // x, [s, n] or [s, n, m], with zeros for the tokens that do not count
-        let counted = |x: Tensor| match labelled.counted {
-            Some(counted_n) if x.dim() > 2 => x * counted_n.unsqueeze(-1),
-            Some(counted_n) => x * counted_n,
-            None => x,
-        };
-        let own = |x_sne: Tensor| match &first.present {
-            Some(experts) => x_sne.index_select(2, experts),
-            None => x_sne,
-        };
+        let counted = |x: Tensor| labelled.only_counted(x, 1);
+        let own = |x_sne: Tensor| of_present(x_sne, 2, first.present.as_ref());
         let by_group = |x: &Tensor| {
             let mut shape = x.size();
             shape[1] = labelled.num_groups;
@@ -193,8 +185,9 @@ impl RoutingTotals {
         sites[0].with_flat(&Tensor::stack(&flat, 0))
     }
 
-    /// All sums of a site in one row, `[k]`, for a single transfer to the host: tokens `[g]`, probs
-    /// `[m]`, weights `[g m]`, assignments `[g m]`, entropy `[g]`, squared_lse.
+    /// All sums in one row, `[k]`, for a single transfer to the host: the number of tokens by
+    /// group, the sum of probs, the sums of weights and of assignments by group, the sum of
+    /// entropies by group, and that of the squared logsumexp.
     pub fn flat(&self) -> Tensor {
         self.flat.shallow_clone()
     }
@@ -274,8 +267,12 @@ impl RoutingTotals {
 
 /// The rows of `x`, `[b, t, m]`, at the positions `at`, `[n]`, of the flattened `[b t]`: `[n, m]`.
 pub fn rows(x: &Tensor, at: &Tensor) -> Tensor {
-    let width = *x.size().last().expect("routing tensors are [b, t, _]");
-    x.view([-1, width]).index_select(0, at)
+    flat_tokens(x).index_select(0, at)
+}
+
+/// `x`, `[b, t, m]`, as `[b t, m]`.
+fn flat_tokens(x: &Tensor) -> Tensor {
+    x.view([-1, *x.size().last().expect("routing tensors are [b, t, _]")])
 }
 
 /// The entropy of each row of `probs_nm`, `[.., n, m]`, in nats: `[.., n]`.
