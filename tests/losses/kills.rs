@@ -46,16 +46,20 @@ fn a_run_killed_at_random_moments_equals_an_unbroken_one() -> Result<()> {
             .filter_map(Result::ok)
             .any(|entry| entry.file_name().to_string_lossy().starts_with("step-"))
     };
-    let (mut resumed, mut reached) = (0, vec![]);
+    // on a slow machine, the first runs must live longer to get to a checkpoint
+    let (mut resumed, mut reached, mut factor) = (0, vec![], 1);
     for kill in 0..kills {
         let resume = ["train", "--resume", "run"];
         let next = if has_checkpoint() { resume.to_vec() } else { as_str(&arguments) };
         resumed += u64::from(has_checkpoint());
         let mut command = killed.command(&next);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        thread::sleep(Duration::from_millis(150 + random(kill, 1000)));
+        thread::sleep(Duration::from_millis(factor * (150 + random(kill, 1000))));
         child.kill()?;
         child.wait()?;
+        if !has_checkpoint() {
+            factor *= 2;
+        }
         reached.push(steps(&killed, "train").ok().and_then(|steps| steps.last().copied()));
     }
     assert!(resumed > 0, "no run lived long enough");
