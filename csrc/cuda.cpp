@@ -114,14 +114,14 @@ enum Name {
   SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice, Route, RouteBackward,
   // of csrc/kernels/step
-  StepNorm, StepFinish, StepAttention, ThinProduct, LargeThinProduct,
+  StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne,
   NAMES
 };
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh", "weigh_backward", "add_masked", "refresh", "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "route", "route_backward", "step_norm", "step_finish", "step_attention",
-    "thin_product", "large_thin_product"};
+    "thin_product", "thin_product_of_one"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -209,6 +209,15 @@ static int capability() {
     compiler.device_attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
     compiler.device_attribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
     return 10 * major + minor;
+  }();
+  return of_first;
+}
+static int64_t multiprocessors() {
+  static int of_first = [] {
+    int count = 0;
+    compiler.device_attribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+                              c10::cuda::current_device());
+    return count;
   }();
   return of_first;
 }

@@ -42,16 +42,20 @@ struct Refreshed {
 
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 
-// The output of a linear layer before its bias and its experts' updates are added (csrc/step.cpp).
-struct Unfinished {
-  at::Tensor product;                 // x [W A^T], [M, out + R'], or x W; may be undefined
-  at::Tensor bias;                    // [out]; undefined if attention need not add one
-  at::Tensor b;                       // B^T, [R', out]; undefined without experts
-  at::Tensor g;                       // routing weights [M, e]; undefined if all are 1
-  const RankColumns *rank_columns;    // null without experts
-  int64_t out;
+// What the experts of a linear layer add to its output, v B^T (csrc/step.cpp).
+struct Updates {
+  at::Tensor b;                     // B^T, [R', out]
+  at::Tensor g;                     // routing weights [M, e]; undefined if all are 1
+  const RankColumns *rank_columns;  // null if no experts add to the output
   // the first column and the first rank of each linear layer in the product, and then the ends
   std::vector<int64_t> first_out, first_rank;
+};
+// The output of a linear layer before its bias and its experts' updates are added.
+struct Unfinished {
+  at::Tensor product;  // x [W A^T], [M, out + R'], or x W, [M, out]; may be undefined
+  at::Tensor bias;     // [out]; undefined if none is to be added
+  Updates updates;
+  int64_t out;
 };
 // What a thin product multiplies.
 struct ThinInput {
@@ -128,8 +132,10 @@ struct Kernels {
   // out = y, or with an `activation` of csrc/mlp.h, which is not negative, that of y
   bool (*step_finish)(const Unfinished &y, int activation, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
-  // out = the input times w; applies to at most 4 rows, and to a y of few ranks
-  bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &out);
+  // out = the input times w, and the updates of the layer's experts, which have A^T `a`, [in, R'];
+  // applies to at most 4 rows, and to a y without updates
+  bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &a,
+                       const Updates &updates, const at::Tensor &out);
   // With `ids`, [M], the choice becomes the next token of each text, and its position and its place
   // are raised by 1.
   bool (*step_choice)(const at::Tensor &logits, int64_t vocabulary, const at::Tensor &choice,

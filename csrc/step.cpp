@@ -6,7 +6,7 @@
 // With few rows every operation is short, so what counts is that there are few operations. A linear
 // layer is one product with [W A^T]; whatever reads its output adds the bias and v B^T to it
 // (struct Unfinished). With very few rows, a product also computes its input, the norm or the
-// activation of such an output.
+// activation of such an output, and adds v B^T itself (csrc/kernels/step/thin.cuh).
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
@@ -18,77 +18,98 @@ using at::Tensor;
 using namespace fused;
 
 namespace {
-// Most texts for which attention itself finishes its input.
+// Most texts, and most ranks of a linear layer, for which attention itself finishes its input.
 constexpr int64_t FEW_TEXTS = 4;
+constexpr int64_t FEW_RANKS = 32;
 
 // A linear layer as a step reads it.
 struct Layer {
   Product product;
+  bool is_before_attention;
   Tensor g;
-  explicit Layer(const dylora_product &p) : product(product_of(p)) {
+  explicit Layer(const dylora_product &p, bool is_before_attention = false)
+      : product(product_of(p)), is_before_attention(is_before_attention) {
     for (int64_t k = 0; k < p.num_members && !g.defined(); ++k) g = or_none(p.members[k].g);
   }
 
-  // The matrix with which the layer's input is multiplied.
-  Tensor weight() const {
+  // The updates of the experts; A^T is `product.packed_a()`.
+  Updates updates() const {
+    Updates updates{};
+    if (!product.has_experts()) return updates;
+    updates.b = product.packed_b(), updates.g = g, updates.rank_columns = &product.rank_columns;
+    int64_t first_rank = 0;
+    for (const auto &m : product.members) {
+      updates.first_out.push_back(m.first_out), updates.first_rank.push_back(first_rank);
+      if (m.has_experts()) first_rank += m.num_ranks();
+    }
+    updates.first_out.push_back(product.out()), updates.first_rank.push_back(first_rank);
+    return updates;
+  }
+  Tensor empty_output(int64_t rows, int64_t columns) const {
+    return at::empty({rows, columns}, product.weight().options());
+  }
+  // Whether attention, which reads this layer's output, adds the updates of the experts: it takes
+  // less time to add few ranks in each head than to wait for u in the product.
+  bool leaves_updates() const {
+    int64_t most = 0;
+    for (const auto &m : product.members)
+      if (m.has_experts()) most = std::max(most, m.num_ranks());
+    return is_before_attention && most > 0 && most <= FEW_RANKS;
+  }
+  // [W A^T], or W without experts
+  Tensor with_a() const {
     return product.has_experts() ? rows(product.packed, 0, product.in()) : product.weight();
   }
-  Tensor empty_output(int64_t rows) const {
-    return at::empty({rows, weight().size(1)}, weight().options());
+  // The layer's output but for its bias, [M, out], or x [W A^T], [M, out + R'], if the layer leaves
+  // its updates to attention; undefined if no kernel applies
+  Tensor thin(const ThinInput &input, int64_t num_rows) const {
+    const bool adds = product.has_experts() && !leaves_updates();
+    const Tensor weight = adds ? product.weight() : with_a();
+    const Tensor out = empty_output(num_rows, weight.size(1));
+    const bool applies = adds ? kernels()->thin_product(input, weight, product.packed_a(),
+                                                        updates(), out)
+                              : kernels()->thin_product(input, weight, {}, {}, out);
+    return applies ? out : Tensor();
   }
-  // x [W A^T]
+  // The same, or else x [W A^T]
   Tensor times(const Tensor &x) const {
-    const Tensor out = empty_output(x.size(0));
     ThinInput input{};
     input.x = x;
-    if (!kernels()->thin_product(input, weight(), out))
-      product_into(out, x, false, weight(), false);
+    Tensor out = thin(input, x.size(0));
+    if (!out.defined()) {
+      out = empty_output(x.size(0), with_a().size(1));
+      product_into(out, x, false, with_a(), false);
+    }
     return out;
   }
-  // norm(x + y) [W A^T], and x + y in `sum`; undefined if no kernel applies
+  // The same for norm(x + y), and x + y in `sum`; undefined if no kernel applies
   Tensor times_norm(const Tensor &x, const Unfinished &y, const dylora_norm &norm,
                     Tensor &sum) const {
-    const Tensor out = empty_output(x.size(0));
     sum = at::empty(x.sizes(), x.options());
-    const ThinInput input{ThinInput::Normed,   x,        y,   *norm.weight,
+    const ThinInput input{ThinInput::Normed,  x,        y,   *norm.weight,
                           or_none(norm.bias), norm.eps, sum, 0};
-    if (y.product.defined() && kernels()->thin_product(input, weight(), out)) return out;
-    if (y.rank_columns && x.size(0) <= FEW_TEXTS) {
-      // many ranks are added once, instead of in each block of the product
-      const Tensor finished = at::empty({x.size(0), y.out}, x.options());
-      ThinInput rest = input;
-      rest.y = {finished, {}, {}, {}, nullptr, y.out};
-      if (kernels()->step_finish(y, -1, finished) && kernels()->thin_product(rest, weight(), out))
-        return out;
+    if (y.product.defined()) {
+      const Tensor out = thin(input, x.size(0));
+      if (out.defined()) return out;
     }
     const Tensor normed = at::empty_like(sum);
     if (!kernels()->step_norm(x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, normed))
       return {};
     return times(normed);
   }
-  // the activation of y, times [W A^T]; undefined if no kernel applies
+  // The same for the activation of y; undefined if no kernel applies
   Tensor times_activated(const Unfinished &y, int activation) const {
-    const int64_t num_rows = y.product.size(0);
-    const Tensor out = empty_output(num_rows);
     const ThinInput input{ThinInput::Activated, {}, y, {}, {}, 0, {}, activation};
-    if (kernels()->thin_product(input, weight(), out)) return out;
-    const Tensor up = at::empty({num_rows, product.in()}, y.product.options());
+    const Tensor out = thin(input, y.product.size(0));
+    if (out.defined()) return out;
+    const Tensor up = at::empty({y.product.size(0), product.in()}, y.product.options());
     return kernels()->step_finish(y, activation, up) ? times(up) : Tensor();
   }
+  // What is missing in a product of this layer, which is finished if it has no columns of u.
   Unfinished unfinished(const Tensor &product_of_input) const {
     const Tensor bias = product.is_packed() ? product.bias : product.members[0].bias;
-    Unfinished y{product_of_input, bias, {}, {}, nullptr, product.out()};
-    if (product.has_experts()) {
-      y.b = product.packed_b();
-      y.g = g, y.rank_columns = &product.rank_columns;
-      int64_t first_rank = 0;
-      for (const auto &m : product.members) {
-        y.first_out.push_back(m.first_out), y.first_rank.push_back(first_rank);
-        if (m.has_experts()) first_rank += m.num_ranks();
-      }
-      y.first_out.push_back(product.out()), y.first_rank.push_back(first_rank);
-    }
-    return y;
+    const bool is_finished = product_of_input.size(1) == product.out();
+    return {product_of_input, bias, is_finished ? Updates{} : updates(), product.out()};
   }
 };
 }  // namespace
@@ -139,7 +160,7 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
     if (!kernels()) return 1;
     const auto before = last ? std::make_unique<Layer>(*last) : nullptr;
     const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
-    const Layer qkv_layer(products[0]), out_layer(products[1]), mlp_in(products[2]),
+    const Layer qkv_layer(products[0], true), out_layer(products[1]), mlp_in(products[2]),
         mlp_out(products[3]);
     Heads heads{cache->query_heads,     cache->key_heads,
                 cache->head_size,       or_none(cache->q_norm),
@@ -157,11 +178,11 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
     Tensor sum = *x, qkv = a ? qkv_layer.times(*a) : qkv_layer.times_norm(*x, y, norms[0], sum);
     if (!qkv.defined()) return 1;
     Unfinished of_qkv = qkv_layer.unfinished(qkv);
-    if (of_qkv.rank_columns && x->size(0) > FEW_TEXTS) {
+    if (of_qkv.updates.rank_columns && x->size(0) > FEW_TEXTS) {
       // once for all, instead of in each of many blocks
       const Tensor finished = at::empty({x->size(0), of_qkv.out}, x->options());
       if (!kernels()->step_finish(of_qkv, -1, finished)) return 1;
-      of_qkv = {finished, {}, {}, {}, nullptr, of_qkv.out};
+      of_qkv = {finished, {}, {}, of_qkv.out};
     }
     const Tensor attended = at::empty({x->size(0), heads.queries()}, x->options());
     if (!kernels()->step_attention(of_qkv, at, attended)) return 1;

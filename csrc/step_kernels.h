@@ -2,14 +2,19 @@
 #pragma once
 
 // The same structs as in csrc/kernels/step.
+struct UpdatesArgs {
+  const void *b;
+  int64_t ldb;
+  const void *g, *expert_of, *scaling;
+  int experts, ranks;
+  int members, first_out[4], first_rank[4];
+};
 struct UnfinishedArgs {
   const void *product;
   int64_t ld;
-  const void *bias, *b;
-  int64_t ldb;
-  const void *g, *expert_of, *scaling;
-  int experts, ranks, out;
-  int members, first_out[4], first_rank[4];
+  const void *bias;
+  UpdatesArgs updates;
+  int out;
 };
 struct StepCacheArgs {
   void *keys, *values;
@@ -22,21 +27,23 @@ struct StepCacheArgs {
   const void *frequencies;
   float rope_factor;
 };
-static UnfinishedArgs args_of(const Unfinished &y) {
-  UnfinishedArgs args{};
-  args.out = (int)y.out;
-  if (!y.product.defined()) return args;
-  args.product = y.product.data_ptr(), args.ld = ld(y.product), args.bias = at_or_null(y.bias);
-  if (!y.rank_columns) return args;
-  args.b = y.b.data_ptr(), args.ldb = ld(y.b), args.g = at_or_null(y.g);
-  args.expert_of = y.rank_columns->expert_of.data_ptr();
-  args.scaling = y.rank_columns->scaling.data_ptr();
-  args.experts = (int)y.rank_columns->runs.size(0), args.ranks = (int)y.b.size(0);
-  TORCH_CHECK(y.first_out.size() <= 4 && y.first_out.size() == y.first_rank.size());
-  args.members = (int)y.first_out.size() - 1;
+static UpdatesArgs args_of(const Updates &updates) {
+  UpdatesArgs args{};
+  const RankColumns *columns = updates.rank_columns;
+  if (!columns) return args;
+  const auto &[b, g, _, first_out, first_rank] = updates;
+  args.b = b.data_ptr(), args.ldb = ld(b), args.g = at_or_null(g);
+  args.expert_of = columns->expert_of.data_ptr(), args.scaling = columns->scaling.data_ptr();
+  args.experts = (int)columns->runs.size(0), args.ranks = (int)b.size(0);
+  TORCH_CHECK(first_out.size() <= 4 && first_out.size() == first_rank.size());
+  args.members = (int)first_out.size() - 1;
   for (int m = 0; m <= args.members; ++m)
-    args.first_out[m] = (int)y.first_out[m], args.first_rank[m] = (int)y.first_rank[m];
+    args.first_out[m] = (int)first_out[m], args.first_rank[m] = (int)first_rank[m];
   return args;
+}
+static UnfinishedArgs args_of(const Unfinished &y) {
+  if (!y.product.defined()) return {nullptr, 0, nullptr, {}, (int)y.out};
+  return {y.product.data_ptr(), ld(y.product), at_or_null(y.bias), args_of(y.updates), (int)y.out};
 }
 struct ThinInputArgs {
   int kind;
@@ -48,8 +55,15 @@ struct ThinInputArgs {
   void *sum;
   int activation;
 };
+struct ThinExpertsArgs {
+  const void *a;
+  UpdatesArgs updates;
+  void *sums;
+  int *readers;
+  int chunks, writers, blocks;
+};
 static bool fits(const Unfinished &y) {
-  return !y.product.defined() || (packs(y.product) && packs(y.b));
+  return !y.product.defined() || (packs(y.product) && packs(y.updates.b));
 }
 
 // A launch that may begin before the kernel in front of it ends; the kernel itself waits for it.
@@ -72,11 +86,12 @@ static void run_early(const KernelModule *module, Name name, const Tensor &like,
   run_early_cluster(module, name, like, blocks, threads, shared, 1, args...);
 }
 
-constexpr int64_t SHARED_MEMORY = 48 << 10;    // bytes that any kernel may have
-constexpr int64_t OF_THIN_PRODUCT = 9 << 10;   // of these, what thin_product itself declares
+constexpr int64_t SHARED_MEMORY = 47 << 10;    // bytes that any kernel may have beside its own
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
+constexpr int64_t LANES_OF_A = 4;              // as in csrc/kernels/step/thin.cuh
 constexpr int64_t COUNTERS = 1 << 14;
+constexpr int64_t MOST_SUMS = 1 << 15;         // of the chunks of a thin product
 static bool has(const KernelModule *module, Name name) {
   return module && module->functions[0][name];
 }
@@ -88,8 +103,9 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   auto module = module_of(x, width);
   const auto args = args_of(y);
   // many ranks are summed by many threads
-  const int threads = args.ranks > 64 ? 1024 : args.ranks ? 256 : 128;
-  const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + args.ranks);
+  const int64_t ranks = args.updates.ranks;
+  const int threads = ranks > 64 ? 1024 : ranks ? 256 : 128;
+  const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + ranks);
   if (!has(module, StepNorm) || !fits(y) || shared > SHARED_MEMORY) return false;
   run_early(module, StepNorm, x, x.size(0), threads, shared, x.data_ptr(), ld(x), args,
             w.data_ptr(), at_or_null(b), (float)eps, sum.data_ptr(), a.data_ptr());
@@ -104,19 +120,21 @@ static bool step_finish(const Unfinished &y, int activation, const Tensor &out) 
   const int64_t even = ceil_div(all * out.size(0), 2 * MULTIPROCESSORS);
   const int64_t packs_of_block = std::min<int64_t>(32, std::max<int64_t>(8, even));
   const int64_t chunks = ceil_div(all, packs_of_block);
-  const int64_t shared = 4 * (256 * n + args.ranks);
+  const int64_t shared = 4 * (256 * n + args.updates.ranks);
   if (!module || !fits(y) || !packs(out) || shared > SHARED_MEMORY) return false;
   run_early(module, StepFinish, out, out.size(0) * chunks, 256, shared, args, out.data_ptr(),
             activation, (int)packs_of_block);
   return true;
 }
 
-// Counts the blocks that have ended. The kernel leaves zeros, so that all launches on a device
-// share them.
+// Counts the blocks that have ended; behind that, what the blocks of a thin product tell each other:
+// a counter, three numbers without use, and sums with flags. The kernels leave zeros, so that all
+// launches on a device share them.
 static Tensor counters(const Tensor &like) {
   static std::map<int, Tensor> of_device;
   auto &zeros = of_device[like.device().index()];
-  if (!zeros.defined()) zeros = at::zeros({COUNTERS}, like.options().dtype(at::kInt));
+  const int64_t size = COUNTERS + 4 + 2 * MOST_SUMS;
+  if (!zeros.defined()) zeros = at::zeros({size}, like.options().dtype(at::kInt));
   return zeros;
 }
 
@@ -126,7 +144,7 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   const bool has_lanes = size % n == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32);
   const auto args = args_of(y);
   const int threads = 256;
-  const int64_t shared = 4 * (threads * n + args.ranks);
+  const int64_t shared = 4 * (threads * n + args.updates.ranks);
   const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(3) == 1 &&
                         cache.keys.strides() == cache.values.strides() && out.is_contiguous();
   if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
@@ -159,32 +177,77 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   return true;
 }
 
-static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &out) {
+// How the blocks of a thin product share its work.
+struct ThinShape {
+  int64_t threads;   // of a block
+  int64_t lanes;     // threads that read a row of a segment of columns
+  int64_t segments;  // of columns
+  int64_t split;     // blocks of a cluster, which have some rows of the matrix each
+};
+// A large matrix is divided among clusters, in which each block reads 128 bytes of a row or more.
+// These are the shapes of least time on an H100.
+static ThinShape thin_shape(const Tensor &w, int64_t rows) {
+  const int64_t in = w.size(0), columns = w.size(1), n = per_pack(w);
+  if (in < 2048 || capability() < 90) {
+    const int64_t lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
+    return {512, lanes, ceil_div(columns, lanes * n), 1};
+  }
+  const int64_t threads = 256, lanes = rows == 1 ? 8 : 16, segments = ceil_div(columns, lanes * n);
+  const int64_t most = MULTIPROCESSORS * (rows == 1 ? 4 : 2);  // that run at once
+  const int64_t at_once = threads / lanes * 4;                 // rows, as in THIN_UNROLL
+  int64_t split = 1;
+  while (split < 8 && 2 * split * segments <= most && in >= 2 * split * at_once) split *= 2;
+  return {threads, lanes, segments, split};
+}
+
+static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &a,
+                         const Updates &updates, const Tensor &out) {
   auto module =
       input.kind == ThinInput::Normed ? module_of(out, w.size(0)) : any_module(out, latest_step);
-  const int64_t rows = out.size(0), n = per_pack(out), columns = w.size(1), in = w.size(0);
+  const int64_t rows = out.size(0), n = per_pack(out), in = w.size(0);
   const bool is_plain = input.kind == ThinInput::Plain;
-  const int64_t shared = is_plain ? 0 : rows * in * out.element_size();
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
-  const bool knows_y = is_plain || (y.product && fits(input.y) && y.ranks <= 32 &&
-                                     (input.kind == ThinInput::Activated || y.out == in));
+  const bool knows_y = is_plain || (y.product && fits(input.y) && y.updates.ranks == 0 &&
+                                    (input.kind == ThinInput::Activated || y.out == in));
   if (!has(module, ThinProduct) || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) ||
-      !knows_y || shared > SHARED_MEMORY - OF_THIN_PRODUCT)
+      !packs(a) || !packs(updates.b) || !knows_y)
     return false;
+  const auto [threads, lanes, segments, split] = thin_shape(w, rows);
+  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, 1, 0, 0};
+  const int64_t ranks = experts.updates.ranks, length = ceil_div(in, split);
+  int64_t ranks_of_block = 0;
+  if (ranks > 0) {
+    // A block waits for those that write v. All of these run by then: there are no more of them than
+    // multiprocessors, and blocks start in the order of their numbers.
+    const int64_t segments_of_a = ceil_div(ranks, LANES_OF_A * n);
+    const int64_t most = multiprocessors() / segments_of_a, wanted = split > 1 ? split : 2;
+    experts.chunks = (int)std::max<int64_t>(1, std::min(most, wanted));
+    experts.writers = (int)(segments_of_a * experts.chunks);
+    experts.blocks = (int)(ceil_div(experts.writers, split) * split);
+    if (experts.writers > multiprocessors() || experts.chunks * rows * ranks > MOST_SUMS)
+      return false;
+    experts.readers = (int *)counters(out).data_ptr() + COUNTERS;
+    experts.sums = experts.readers + 4;
+    // those of a layer, or all where a segment has columns of several layers
+    for (int m = 0; m < experts.updates.members; ++m) {
+      const int *first_rank = experts.updates.first_rank + m;
+      const bool is_apart = experts.updates.first_out[m] % (lanes * n) == 0;
+      ranks_of_block = std::max(ranks_of_block, is_apart ? (int64_t)first_rank[1] - first_rank[0] : ranks);
+    }
+    ranks_of_block = ceil_div(ceil_div(ranks_of_block, split), 4) * 4;
+  }
+  const int64_t longest = std::max(length, ceil_div(in, experts.chunks));
+  const int64_t of_parts = (threads / 32 + 1) * (rows > 1 ? 4 : 1) * std::max(LANES_OF_A, lanes) * n;
+  const int64_t shared = 4 * (of_parts + (1 + 2 * experts.chunks) * rows * ranks_of_block) +
+                         (is_plain ? 0 : rows * ceil_div(longest, n) * n * out.element_size());
+  if (shared > SHARED_MEMORY) return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
                            at_or_null(input.sum), input.activation};
-  // longer segments where enough blocks remain; the columns of a large matrix are divided among the
-  // blocks of a cluster instead
-  const bool is_large = in >= 2048 && capability() >= 90;
-  const int64_t lanes = is_large || ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
-  const int64_t segments = ceil_div(columns, lanes * n);
-  const int64_t split = is_large && segments <= MULTIPROCESSORS / 2 ? 2 : 1;
-  const int64_t blocks = is_large ? std::min(segments, MULTIPROCESSORS) : segments;
-  run_early_cluster(module, is_large ? LargeThinProduct : ThinProduct, out, blocks * split,
-                    512, shared, split, args,
-                    w.data_ptr(), ld(w), out.data_ptr(), ld(out), (int)rows, (int)in, (int)columns,
-                    (int)lanes, (int)split);
+  run_early_cluster(module, rows == 1 ? ThinProductOfOne : ThinProduct, out,
+                    experts.blocks + segments * split, (int)threads, shared, split, args,
+                    w.data_ptr(), ld(w), experts, out.data_ptr(), ld(out), (int)rows, (int)in,
+                    (int)w.size(1), (int)lanes, (int)split, (int)ranks_of_block);
   return true;
 }
 

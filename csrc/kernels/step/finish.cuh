@@ -12,21 +12,18 @@ static __device__ __forceinline__ void prefetch(const void *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// The output of a linear layer that is not finished: y = product + bias + v B^T. The product's
-// columns behind `out` are u = x A^T, and v is u times the scaling of its column and the routing
-// weight of the column's expert. `b` is B^T, [ranks, out], in which the rows [first_rank[m],
-// first_rank[m + 1]) are those of the layer whose columns are [first_out[m], first_out[m + 1]), and
-// are 0 elsewhere. The host fills the same struct in csrc/step_kernels.h.
-template <class T> struct Unfinished {
-  const T *product;
-  i64 ld;
-  const T *bias;
+// What the experts of a linear layer add to its output: v B^T, where v is u = x A^T times the
+// scaling of its column and the routing weight of the column's expert. `b` is B^T, [ranks, out], in
+// which the rows [first_rank[m], first_rank[m + 1]) are those of the layer whose columns are
+// [first_out[m], first_out[m + 1]), and are 0 elsewhere. The host fills the same struct in
+// csrc/step_kernels.h.
+template <class T> struct Updates {
   const T *b;
   i64 ldb;
   const float *g;
   const int *expert_of;
   const float *scaling;
-  int experts, ranks, out;
+  int experts, ranks; // there are no ranks if no experts add to the output
   int members, first_out[4], first_rank[4];
   // the rows of B^T that a column needs
   __device__ __forceinline__ int2 ranks_of(int column) const {
@@ -37,19 +34,31 @@ template <class T> struct Unfinished {
         rows = make_int2(first_rank[m], first_rank[m + 1]);
     return rows;
   }
+  // v / u of a rank
+  __device__ __forceinline__ float weight(i64 row, int r) const {
+    return scaling[r] * (g ? g[row * experts + expert_of[r]] : 1.f);
+  }
+};
+// The output of a linear layer that is not finished: y = product + bias + v B^T. If there are
+// ranks, the product's columns behind `out` are u.
+template <class T> struct Unfinished {
+  const T *product;
+  i64 ld;
+  const T *bias;
+  Updates<T> updates;
+  int out;
 };
 
 // What v is a multiple of, [ranks], written to shared memory. The routing weights were computed
 // before the kernel in front of this one, so a kernel need not have waited for that one.
 template <class T>
 static __device__ __forceinline__ void weights_of_row(const Unfinished<T> &y, i64 row, float *v) {
-  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
-    v[r] = y.scaling[r] * (y.g ? y.g[row * y.experts + y.expert_of[r]] : 1.f);
+  for (int r = threadIdx.x; r < y.updates.ranks; r += blockDim.x) v[r] = y.updates.weight(row, r);
 }
 // Makes v of these.
 template <class T>
 static __device__ __forceinline__ void weigh_row(const Unfinished<T> &y, i64 row, float *v) {
-  for (int r = threadIdx.x; r < y.ranks; r += blockDim.x)
+  for (int r = threadIdx.x; r < y.updates.ranks; r += blockDim.x)
     v[r] *= wide(y.product[row * y.ld + y.out + r]);
   __syncthreads();
 }
@@ -58,11 +67,12 @@ static __device__ __forceinline__ void weigh_row(const Unfinished<T> &y, i64 row
 template <class T, class Column>
 static __device__ __forceinline__ void prefetch_rows(const Unfinished<T> &y, int packs,
                                                      Column column) {
-  if (y.ranks == 0) return;
-  for (int t = threadIdx.x; t < packs * y.ranks; t += blockDim.x) {
+  const auto &updates = y.updates;
+  if (updates.ranks == 0) return;
+  for (int t = threadIdx.x; t < packs * updates.ranks; t += blockDim.x) {
     const int c = column(t % packs);
-    const int2 rows = y.ranks_of(c);
-    if (rows.x + t / packs < rows.y) prefetch(y.b + (rows.x + t / packs) * y.ldb + c);
+    const int2 rows = updates.ranks_of(c);
+    if (rows.x + t / packs < rows.y) prefetch(updates.b + (rows.x + t / packs) * updates.ldb + c);
   }
 }
 
@@ -73,7 +83,7 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
                                               Column column, const float *v, float *values) {
   constexpr int N = Pack<T>::N;
   // each group of threads sums a part of the ranks
-  const int groups = y.ranks ? max(1, min((int)blockDim.x / packs, y.ranks)) : 1;
+  const int groups = y.updates.ranks ? max(1, min((int)blockDim.x / packs, y.updates.ranks)) : 1;
   for (int t = threadIdx.x; t < packs * groups; t += blockDim.x) {
     const int pack = t % packs, group = t / packs, c = column(pack);
     float sum[N] = {};
@@ -84,11 +94,11 @@ static __device__ __forceinline__ void finish(const Unfinished<T> &y, i64 row, i
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += bias[i];
     }
-    const int2 rows = y.ranks_of(c);
+    const int2 rows = y.updates.ranks_of(c);
 #pragma unroll 8
     for (int r = rows.x + group; r < rows.y; r += groups) {
       float b[N];
-      Pack<T>::load(y.b + r * y.ldb + c, b);
+      Pack<T>::load(y.updates.b + r * y.updates.ldb + c, b);
       const float factor = v[r];
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] = fmaf(factor, b[i], sum[i]);
@@ -160,7 +170,7 @@ static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, co
   const i64 row = blockIdx.x;
   weights_of_row(y, row, v);
   wait_for_inputs();
-  if (y.ranks) {
+  if (y.updates.ranks) {
     weigh_row(y, row, v);
     finish(y, row, WIDTH / N, [](int pack) { return pack * N; }, v, values);
   }
@@ -171,7 +181,7 @@ static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, co
     if (threadIdx.x >= THREADS || c >= WIDTH) continue;
     float added[N] = {}, bias[N] = {};
     Pack<T>::load(x + row * ldx + c, total[k]);
-    if (y.ranks) {
+    if (y.updates.ranks) {
 #pragma unroll
       for (int i = 0; i < N; ++i) added[i] = values[c + i];
     } else if (y.product) {

@@ -17,15 +17,17 @@
     if (lanes == 16) step_attention<T, 16>(y, cache, splits, partial, arrived, out);               \
     if (lanes == 32) step_attention<T, 32>(y, cache, splits, partial, arrived, out);               \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
-      ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
-      int lanes, int split) {                                                                      \
-    thin_products<T, false>(input, w, ldw, out, ldo, rows, in, columns, lanes, split);             \
+  extern "C" __global__ void __launch_bounds__(512, 2) thin_product_of_one_##NAME(                 \
+      ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo, int rows,  \
+      int in, int columns, int lanes, int split, int ranks) {                                      \
+    thin_products<T, 1>(input, w, ldw, experts, out, ldo, rows, in, columns, lanes, split,         \
+                        ranks);                                                                    \
   }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(512) large_thin_product_##NAME(                     \
-      ThinInput<T> input, const T *w, i64 ldw, T *out, i64 ldo, int rows, int in, int columns,     \
-      int lanes, int split) {                                                                      \
-    thin_products<T, true>(input, w, ldw, out, ldo, rows, in, columns, lanes, split);              \
+  extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
+      ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo, int rows,  \
+      int in, int columns, int lanes, int split, int ranks) {                                      \
+    thin_products<T, 4>(input, w, ldw, experts, out, ldo, rows, in, columns, lanes, split,         \
+                        ranks);                                                                    \
   }
 STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)
