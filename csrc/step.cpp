@@ -25,10 +25,9 @@ constexpr int64_t FEW_RANKS = 32;
 // A linear layer as a step reads it.
 struct Layer {
   Product product;
-  bool is_before_attention;
+  int index;  // in its block: that before attention, that behind it, and two of the MLP
   Tensor g;
-  explicit Layer(const dylora_product &p, bool is_before_attention = false)
-      : product(product_of(p)), is_before_attention(is_before_attention) {
+  Layer(const dylora_product &p, int index) : product(product_of(p)), index(index) {
     for (int64_t k = 0; k < p.num_members && !g.defined(); ++k) g = or_none(p.members[k].g);
   }
 
@@ -54,7 +53,7 @@ struct Layer {
     int64_t most = 0;
     for (const auto &m : product.members)
       if (m.has_experts()) most = std::max(most, m.num_ranks());
-    return is_before_attention && most > 0 && most <= FEW_RANKS;
+    return index == 0 && most > 0 && most <= FEW_RANKS;
   }
   // [W A^T], or W without experts
   Tensor with_a() const {
@@ -67,8 +66,8 @@ struct Layer {
     const Tensor weight = adds ? product.weight() : with_a();
     const Tensor out = empty_output(num_rows, weight.size(1));
     const bool applies = adds ? kernels()->thin_product(input, weight, product.packed_a(),
-                                                        updates(), out)
-                              : kernels()->thin_product(input, weight, {}, {}, out);
+                                                        updates(), index, out)
+                              : kernels()->thin_product(input, weight, {}, {}, index, out);
     return applies ? out : Tensor();
   }
   // The same, or else x [W A^T]
@@ -136,7 +135,7 @@ int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
 int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_product *last,
                      const dylora_norm *norm, Tensor **out) {
   TRY(-1, {
-    const auto layer = last ? std::make_unique<Layer>(*last) : nullptr;
+    const auto layer = last ? std::make_unique<Layer>(*last, 3) : nullptr;
     const Unfinished y = layer ? layer->unfinished(*product) : Unfinished{};
     const Tensor sum = at::empty(x->sizes(), x->options()), a = at::empty_like(sum);
     if (!kernels() ||
@@ -158,10 +157,10 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
                       Tensor **out) {
   TRY(-1, {
     if (!kernels()) return 1;
-    const auto before = last ? std::make_unique<Layer>(*last) : nullptr;
+    const auto before = last ? std::make_unique<Layer>(*last, 3) : nullptr;
     const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
-    const Layer qkv_layer(products[0], true), out_layer(products[1]), mlp_in(products[2]),
-        mlp_out(products[3]);
+    const Layer qkv_layer(products[0], 0), out_layer(products[1], 1), mlp_in(products[2], 2),
+        mlp_out(products[3], 3);
     Heads heads{cache->query_heads,     cache->key_heads,
                 cache->head_size,       or_none(cache->q_norm),
                 or_none(cache->k_norm), cache->norm_eps,

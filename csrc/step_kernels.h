@@ -59,8 +59,8 @@ struct ThinExpertsArgs {
   const void *a;
   UpdatesArgs updates;
   void *sums;
-  int *readers;
-  int chunks, writers, blocks;
+  const void *turn;
+  int index, chunks, writers, blocks;
 };
 static bool fits(const Unfinished &y) {
   return !y.product.defined() || (packs(y.product) && packs(y.updates.b));
@@ -127,15 +127,21 @@ static bool step_finish(const Unfinished &y, int activation, const Tensor &out) 
   return true;
 }
 
-// Counts the blocks that have ended; behind that, what the blocks of a thin product tell each other:
-// a counter, three numbers without use, and sums with flags. The kernels leave zeros, so that all
-// launches on a device share them.
-static Tensor counters(const Tensor &like) {
+// What the blocks of a kernel tell each other, for all launches on a device: counters of blocks
+// that have ended, of which the kernels leave zeros, the turn of attention, and the sums of a thin
+// product with their marks.
+struct Shared {
+  int *counters;
+  void *turn, *sums;
+};
+static Shared shared_numbers(const Tensor &like) {
   static std::map<int, Tensor> of_device;
-  auto &zeros = of_device[like.device().index()];
-  const int64_t size = COUNTERS + 4 + 2 * MOST_SUMS;
-  if (!zeros.defined()) zeros = at::zeros({size}, like.options().dtype(at::kInt));
-  return zeros;
+  auto &numbers = of_device[like.device().index()];
+  const int64_t before_sums = COUNTERS + 4;  // a multiple of 16 bytes
+  if (!numbers.defined())
+    numbers = at::zeros({before_sums + 2 * MOST_SUMS}, like.options().dtype(at::kInt));
+  int *const first = (int *)numbers.data_ptr();
+  return {first, first + COUNTERS, first + before_sums};
 }
 
 static bool step_attention(const Unfinished &y, const StepCache &cache, const Tensor &out) {
@@ -152,11 +158,10 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   // enough blocks for all multiprocessors, each of which has some positions
   const int64_t wanted = ceil_div(MULTIPROCESSORS, pairs), room = ceil_div(cache.keys.size(2), 128);
   const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), MAX_SPLITS));
-  Tensor partial, arrived;
-  if (splits > 1) {
+  Tensor partial;
+  if (splits > 1)
     partial = at::empty({pairs * splits * (size + 2)}, out.options().dtype(at::kFloat));
-    arrived = counters(out);
-  }
+  const Shared numbers = shared_numbers(out);
   const StepCacheArgs at{cache.keys.data_ptr(),
                          cache.values.data_ptr(),
                          cache.keys.stride(0),
@@ -173,7 +178,8 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
                          at_or_null(cache.frequencies),
                          (float)cache.rope_factor};
   run_early(module, StepAttention, out, pairs * splits, threads, shared, args, at, (int)lanes,
-            (int)splits, (float *)at_or_null(partial), (int *)at_or_null(arrived), out.data_ptr());
+            (int)splits, (float *)at_or_null(partial), numbers.counters, numbers.turn,
+            out.data_ptr());
   return true;
 }
 
@@ -201,7 +207,7 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows) {
 }
 
 static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &a,
-                         const Updates &updates, const Tensor &out) {
+                         const Updates &updates, int index, const Tensor &out) {
   auto module =
       input.kind == ThinInput::Normed ? module_of(out, w.size(0)) : any_module(out, latest_step);
   const int64_t rows = out.size(0), n = per_pack(out), in = w.size(0);
@@ -213,12 +219,12 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
       !packs(a) || !packs(updates.b) || !knows_y)
     return false;
   const auto [threads, lanes, segments, split] = thin_shape(w, rows);
-  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, 1, 0, 0};
+  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 1, 0, 0};
   const int64_t ranks = experts.updates.ranks, length = ceil_div(in, split);
   int64_t ranks_of_block = 0;
   if (ranks > 0) {
-    // A block waits for those that write v. All of these run by then: there are no more of them than
-    // multiprocessors, and blocks start in the order of their numbers.
+    // A block waits for those that write v. All of these run by then: there are no more of them
+    // than multiprocessors, and blocks start in the order of their numbers.
     const int64_t segments_of_a = ceil_div(ranks, LANES_OF_A * n);
     const int64_t most = multiprocessors() / segments_of_a, wanted = split > 1 ? split : 2;
     experts.chunks = (int)std::max<int64_t>(1, std::min(most, wanted));
@@ -226,18 +232,20 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
     experts.blocks = (int)(ceil_div(experts.writers, split) * split);
     if (experts.writers > multiprocessors() || experts.chunks * rows * ranks > MOST_SUMS)
       return false;
-    experts.readers = (int *)counters(out).data_ptr() + COUNTERS;
-    experts.sums = experts.readers + 4;
+    const Shared numbers = shared_numbers(out);
+    experts.turn = numbers.turn, experts.sums = numbers.sums;
     // those of a layer, or all where a segment has columns of several layers
     for (int m = 0; m < experts.updates.members; ++m) {
       const int *first_rank = experts.updates.first_rank + m;
       const bool is_apart = experts.updates.first_out[m] % (lanes * n) == 0;
-      ranks_of_block = std::max(ranks_of_block, is_apart ? (int64_t)first_rank[1] - first_rank[0] : ranks);
+      const int64_t of_layer = is_apart ? first_rank[1] - first_rank[0] : ranks;
+      ranks_of_block = std::max(ranks_of_block, of_layer);
     }
     ranks_of_block = ceil_div(ceil_div(ranks_of_block, split), 4) * 4;
   }
-  const int64_t longest = std::max(length, ceil_div(in, experts.chunks));
-  const int64_t of_parts = (threads / 32 + 1) * (rows > 1 ? 4 : 1) * std::max(LANES_OF_A, lanes) * n;
+  const int64_t longest = ranks > 0 ? std::max(length, ceil_div(in, experts.chunks)) : length;
+  const int64_t most_lanes = std::max(LANES_OF_A, lanes), rows_of_code = rows > 1 ? 4 : 1;
+  const int64_t of_parts = (threads / 32 + 1) * rows_of_code * most_lanes * n;
   const int64_t shared = 4 * (of_parts + (1 + 2 * experts.chunks) * rows * ranks_of_block) +
                          (is_plain ? 0 : rows * ceil_div(longest, n) * n * out.element_size());
   if (shared > SHARED_MEMORY) return false;

@@ -99,10 +99,10 @@ static __device__ __forceinline__ void prepare_heads(const StepCache &cache, con
 // Attention of each row's new position to itself and to the positions of the cache, to which its
 // key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part
 // of a row's and head's positions; the last of them to end combines the parts. LANES threads hold a
-// head's vector.
+// head's vector. `turn` is raised by 1.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
-                                      float *partial, int *arrived, T *out) {
+                                      float *partial, int *arrived, u32 *turn, T *out) {
   constexpr int N = Pack<T>::N, SIZE = LANES * N, UNROLL = 4, WARPS = 8, GROUPS = 256 / LANES;
   extern __shared__ float of_attention[];
   __shared__ float tops[MAX_SPLITS], sums[MAX_SPLITS];
@@ -145,6 +145,7 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
   weights_of_row(y, row, v);
   prefetch_rows(y, packs, column);
   wait_for_inputs();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *turn += 1;
   weigh_row(y, row, v);
   finish(y, row, packs, column, v, values);
   float q[N], new_key[N] = {}, new_value[N] = {};

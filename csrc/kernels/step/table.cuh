@@ -11,11 +11,11 @@
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(256, 2) step_attention_##NAME(                      \
       Unfinished<T> y, StepCache cache, int lanes, int splits, float *partial, int *arrived,       \
-      T *out) {                                                                                    \
-    if (lanes == 4) step_attention<T, 4>(y, cache, splits, partial, arrived, out);                 \
-    if (lanes == 8) step_attention<T, 8>(y, cache, splits, partial, arrived, out);                 \
-    if (lanes == 16) step_attention<T, 16>(y, cache, splits, partial, arrived, out);               \
-    if (lanes == 32) step_attention<T, 32>(y, cache, splits, partial, arrived, out);               \
+      u32 *turn, T *out) {                                                                         \
+    if (lanes == 4) step_attention<T, 4>(y, cache, splits, partial, arrived, turn, out);           \
+    if (lanes == 8) step_attention<T, 8>(y, cache, splits, partial, arrived, turn, out);           \
+    if (lanes == 16) step_attention<T, 16>(y, cache, splits, partial, arrived, turn, out);         \
+    if (lanes == 32) step_attention<T, 32>(y, cache, splits, partial, arrived, turn, out);         \
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(512, 2) thin_product_of_one_##NAME(                 \
       ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo, int rows,  \

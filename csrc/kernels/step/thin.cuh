@@ -18,10 +18,11 @@ template <class T> struct ThinInput {
 template <class T> struct ThinExperts {
   const T *a;  // A^T, [in, ranks]; its rows are as far apart as those of the weight
   Updates<T> updates;
-  // the part of v of each chunk, [chunks, rows, ranks], each with a flag that is 1 once it is
-  // written; the kernel leaves zeros
+  // the part of v of each chunk, [chunks, rows, ranks], and behind each number a mark that tells
+  // whether this product wrote it
   uint2 *sums;
-  int *readers;  // the number of blocks that have read the sums; the kernel leaves 0
+  const u32 *turn;  // the number of layers whose attention was computed
+  int index;        // of the product among those of a layer; there are 4
   int chunks, writers;
   int blocks;  // the first that multiplies with the weight
 };
@@ -208,11 +209,11 @@ static __device__ __forceinline__ float cluster_sum(const float *own, int split)
   return sum;
 }
 
-// Writes a sum and its flag at once, so that nobody sees one without the other.
-static __device__ __forceinline__ void put_sum(uint2 *to, float sum) {
-  __stcg((unsigned long long *)to, 1ull << 32 | __float_as_uint(sum));
+// Writes a sum and its mark at once, so that nobody sees one without the other.
+static __device__ __forceinline__ void put_sum(uint2 *to, float sum, u32 mark) {
+  __stcg((unsigned long long *)to, (unsigned long long)mark << 32 | __float_as_uint(sum));
 }
-// Begins to copy two sums and their flags to shared memory, past the L1 cache.
+// Begins to copy two sums and their marks to shared memory, past the L1 cache.
 static __device__ __forceinline__ void copy_sums(uint2 *to, const uint2 *from) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)),
@@ -236,8 +237,8 @@ template <class T> struct ThinV {
   int rows, first, end;
   float *v;     // [rows, end - first]
   uint2 *sums;  // [chunks, rows, end - first]
+  u32 mark;     // of this product
   bool asked, done;
-  int earlier;  // the number of blocks that had read the sums before this one, in thread 0
   __device__ __forceinline__ int ranks() const { return end - first; }
   // Calls `f` with the places, in `sums` and in experts.sums, of each pair that this thread copies.
   template <class F> __device__ __forceinline__ void for_pairs(F f) {
@@ -251,7 +252,9 @@ template <class T> struct ThinV {
     if (asked) {
       wait_for_copies();
       done = true;
-      for_pairs([&](int at, int) { done = done && sums[at].y && sums[at + 1].y; });
+      for_pairs([&](int at, int) {
+        done = done && sums[at].y == mark && sums[at + 1].y == mark;
+      });
       if (done) return;
     }
     for_pairs([&](int at, int from) { copy_sums(sums + at, experts.sums + from); });
@@ -261,8 +264,6 @@ template <class T> struct ThinV {
   __device__ __forceinline__ void make() {
     while (!done) look();
     __syncthreads();
-    // needed only at the end, so that nobody waits for it
-    if (threadIdx.x == 0) earlier = atomicAdd(experts.readers, 1);
     const int all = rows * ranks();
     for (int i = threadIdx.x; i < all; i += blockDim.x) {
       float sum = 0;
@@ -271,16 +272,6 @@ template <class T> struct ThinV {
       v[i] = sum;
     }
     __syncthreads();
-  }
-  // Leaves zeros if this is the last block. All threads of the block take part.
-  __device__ __forceinline__ void clear() {
-    __shared__ bool is_last;
-    if (threadIdx.x == 0) is_last = earlier == gridDim.x - experts.blocks - 1;
-    __syncthreads();
-    if (!is_last) return;
-    for (int i = threadIdx.x; i < experts.chunks * rows * experts.updates.ranks; i += blockDim.x)
-      experts.sums[i] = make_uint2(0, 0);
-    if (threadIdx.x == 0) *experts.readers = 0;
   }
 };
 
@@ -331,7 +322,8 @@ static __device__ __forceinline__ void thin_product(const ThinPart<T> &part, con
     if (writes_v) {
       // one pass, since a segment of A^T is short
       if (column < part.columns)
-        put_sum(experts.sums + (chunk * rows + m) * part.columns + column, total * weight);
+        put_sum(experts.sums + (chunk * rows + m) * part.columns + column, total * weight,
+                v.mark);
     } else if (split > 1) {
       sums[i] = total;
     } else if (column < part.columns) {
@@ -349,7 +341,6 @@ static __device__ __forceinline__ void thin_product(const ThinPart<T> &part, con
     // no block ends before all have been read
     cluster_wait();
   }
-  if (has_experts) v.clear();
 }
 
 // The same for the input that `input` describes, which has at most ROWS rows. The blocks in front
@@ -378,7 +369,7 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   float *const parts = (float *)of_product;
   float *const of_v = parts + (blockDim.x / 32 + 1) * ROWS * max(4, lanes) * Pack<T>::N;
   ThinPart<T> b = part;
-  ThinV<T> v{experts, rows, 0, 0, of_v, (uint2 *)(of_v + rows * ranks), false, false, 0};
+  ThinV<T> v{experts, rows, 0, 0, of_v, (uint2 *)(of_v + rows * ranks), 0, false, false};
   if (experts.updates.ranks && chunk < 0) {
     const Updates<T> &updates = experts.updates;
     const int last = min(columns, (part.segment + 1) * part.width()) - Pack<T>::N;
@@ -392,6 +383,8 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     b.prefetch_all();
   }
   wait_for_inputs();
+  // differs from those of the products before, and is not 0 as at first
+  if (experts.updates.ranks) v.mark = (__ldcg(experts.turn) << 2 | experts.index) + 1;
   const T *x = input.x + part.begin;
   i64 ldx = input.ldx;
   if (input.kind) {
