@@ -50,9 +50,11 @@ struct Updates {
   // the first column and the first rank of each linear layer in the product, and then the ends
   std::vector<int64_t> first_out, first_rank;
 };
-// The output of a linear layer before its bias and its experts' updates are added.
+// The output of a linear layer before its bias and perhaps its experts' updates are added.
 struct Unfinished {
-  at::Tensor product;  // x [W A^T], [M, out + R'], or x W, [M, out]; may be undefined
+  // x [W A^T], [M, out + R'], or, if there are no updates to add, all but the bias, [M, out]; it
+  // may be undefined
+  at::Tensor product;
   at::Tensor bias;     // [out]; undefined if none is to be added
   Updates updates;
   int64_t out;

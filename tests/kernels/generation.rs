@@ -120,6 +120,31 @@ fn on_llama_like_bases() -> Vec<Mixture> {
     mixtures
 }
 
+/// Mixtures so wide that kernels divide products of few texts among clusters.
+fn wide_mixtures() -> Vec<Mixture> {
+    let router = RouterConfig {
+        scope: RouterScope::Layer,
+        input: RouterInput::LayerInput,
+        ..plain_router()
+    };
+    let gpt2 = lora(3, 24, Family::Gpt2.modules());
+    let mut mixtures = vec![new("wide", shape(32, 64, 53, 64), gpt2, plain_router())];
+    let llama = family_specs().into_iter().find(|(name, _)| *name == "llama");
+    let (_, base) = llama.expect("there is a Llama");
+    let base = DecoderSpec {
+        head_dim: 64,
+        num_heads: 32,
+        num_kv_heads: 8,
+        width: 2048,
+        inner_width: 4096,
+        max_positions: 64,
+        ..base
+    };
+    let experts = LoraConfig { num_experts: 3, rank: 12, ..LoraConfig::default() };
+    mixtures.push(new("wide llama", base, experts, router));
+    mixtures
+}
+
 impl Mixture {
     /// The mixture with random values, which are the same in every dtype.
     fn model(&self, kind: Kind, kernels: Kernels, device: Device) -> Result<RoutedModel> {
@@ -155,6 +180,13 @@ impl Steps {
         let prompts = [5, 2, 7].into_iter().enumerate();
         let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
         Self { prompts, count: 70, context: 96 }
+    }
+
+    /// Steps of `count` texts, at most four.
+    fn of_wide(count: usize) -> Self {
+        let prompts = [5, 2, 7, 3].into_iter().take(count).enumerate();
+        let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
+        Self { prompts, count: 4, context: 32 }
     }
 
     /// Texts of very different lengths, for which attention is split into parts.
@@ -214,15 +246,27 @@ fn steps_by_kernels_equal_the_reference() -> Result<()> {
     let _no_grad = tch::no_grad_guard();
     let (mut by_kernels, mut by_reference) = (0.0, 0.0);
     let of_length = |max_positions| shape(2, 32, 53, max_positions);
-    let wide = |name: &str, max_positions| {
+    let of_all_layers = |name: &str, max_positions| {
         new(name, of_length(max_positions), lora(3, 4, Family::Gpt2.modules()), plain_router())
     };
     let mut cases: Vec<_> = mixtures().into_iter().map(|mixture| (mixture, Steps::few())).collect();
-    cases.push((wide("long", 1024), Steps::long()));
-    cases.push((wide("many", 128), Steps::many()));
+    cases.push((of_all_layers("long", 1024), Steps::long()));
+    cases.push((of_all_layers("many", 128), Steps::many()));
+    if device.is_cuda() {
+        // without kernels, these would only take long
+        for count in 1..=4 {
+            cases.extend(
+                wide_mixtures().into_iter().map(|mixture| (mixture, Steps::of_wide(count))),
+            );
+        }
+    }
     for (mixture, steps) in cases {
-        let mut sources = vec![RoutingSource::Router, RoutingSource::Base];
-        if mixture.lora.num_experts > 1 {
+        let is_wide = mixture.base.width >= 2048;
+        let mut sources = vec![RoutingSource::Router];
+        if !is_wide {
+            sources.push(RoutingSource::Base);
+        }
+        if mixture.lora.num_experts > 1 && !is_wide {
             sources.extend([RoutingSource::Expert(1), RoutingSource::Uniform]);
         }
         for source in sources {

@@ -13,8 +13,9 @@ template <class T> struct ThinInput {
 };
 
 // The experts of the layer whose weight is multiplied, for a product that is finished but for its
-// bias. The first blocks compute v: each the products of a chunk of x with some columns of A^T,
-// times what v is of u. The others sum these behind their part of x W and add v B^T to it.
+// bias. The first blocks compute v: each the products of a chunk of x with some columns of A^T, and
+// these times the scaling and the routing weights. The others sum them behind their part of x W,
+// and add v B^T to it.
 template <class T> struct ThinExperts {
   const T *a;  // A^T, [in, ranks]; its rows are as far apart as those of the weight
   Updates<T> updates;
@@ -83,37 +84,44 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
   // a row that is wide is normed by more warps
   constexpr int N = Pack<T>::N, WARPS = WIDTH <= 1024 ? (ROWS == 1 ? 4 : 1) : ROWS == 1 ? 8 : 4;
   constexpr int THREADS = 32 * WARPS, PACKS = (WIDTH / N + THREADS - 1) / THREADS;
-  const int m = threadIdx.x / THREADS, thread = threadIdx.x % THREADS, length = end - begin;
+  const int thread = threadIdx.x % THREADS, length = end - begin;
   if (input.kind == 2) {
     const int per_row = length / N;
     for (int t = threadIdx.x; t < rows * per_row; t += blockDim.x)
       activate_pack(input, t / per_row, begin + t % per_row * N, in,
                     out + t / per_row * length + t % per_row * N);
-  } else if (WARPS > 1 || m < rows) {
-    float x[PACKS][N] = {};
-#pragma unroll
-    for (int k = 0; k < PACKS; ++k) {
-      const int c = (k * THREADS + thread) * N;
-      if (m >= rows || c >= WIDTH) continue;
-      float added[N] = {};
-      finish_pack(input.y, m, c, added);
-      Pack<T>::load(input.x + m * input.ldx + c, x[k]);
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[k][i] = rounded_sum<T>(x[k][i], added[i]);
-    }
-    if (blockIdx.x == 0) {
+  } else {
+    // as many rows at once as the block has threads for
+    for (int first = 0; first < rows; first += blockDim.x / THREADS) {
+      const int m = first + threadIdx.x / THREADS;
+      if (WARPS == 1 && m >= rows) break;
+      float x[PACKS][N] = {};
 #pragma unroll
       for (int k = 0; k < PACKS; ++k) {
         const int c = (k * THREADS + thread) * N;
-        if (m < rows && c < WIDTH) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
-      }
-    }
-    normalise<T, PACKS>(x, m < rows ? thread : WIDTH, THREADS, input.norm_w, input.norm_b,
-                        input.eps, [](float of_thread) { return sum_of_warps<WARPS>(of_thread); });
+        if (m >= rows || c >= WIDTH) continue;
+        float added[N] = {};
+        finish_pack(input.y, m, c, added);
+        Pack<T>::load(input.x + m * input.ldx + c, x[k]);
 #pragma unroll
-    for (int k = 0; k < PACKS; ++k) {
-      const int c = (k * THREADS + thread) * N;
-      if (m < rows && c >= begin && c < end) Pack<T>::store(out + m * length + c - begin, x[k]);
+        for (int i = 0; i < N; ++i) x[k][i] = rounded_sum<T>(x[k][i], added[i]);
+      }
+      if (blockIdx.x == 0) {
+#pragma unroll
+        for (int k = 0; k < PACKS; ++k) {
+          const int c = (k * THREADS + thread) * N;
+          if (m < rows && c < WIDTH) Pack<T>::store(input.sum + m * WIDTH + c, x[k]);
+        }
+      }
+      normalise<T, PACKS>(x, m < rows ? thread : WIDTH, THREADS, input.norm_w, input.norm_b,
+                          input.eps,
+                          [](float of_thread) { return sum_of_warps<WARPS>(of_thread); });
+#pragma unroll
+      for (int k = 0; k < PACKS; ++k) {
+        const int c = (k * THREADS + thread) * N;
+        if (m < rows && c >= begin && c < end)
+          Pack<T>::store(out + m * length + c - begin, x[k]);
+      }
     }
   }
   __syncthreads();
