@@ -10,6 +10,9 @@ use crate::common::max_difference;
 use crate::scene::{Scene, as_str, ended, send, text, train};
 use dylora::tensor_file::read_tensors;
 
+/// How long a test waits for processes that end or restart on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(90);
+
 /// The arguments that share `arguments` among processes.
 fn launched<'a>(processes: &'a str, arguments: &'a [String]) -> Vec<&'a str> {
     let mut all = vec!["launch", "--processes", processes, "--"];
@@ -159,7 +162,7 @@ fn one_signal_makes_all_processes_save_the_same_step() -> Result<()> {
     let child = scene.command(&launched("3", &arguments)).spawn()?;
     scene.wait_for_lines("run", 5)?;
     send(&child, libc::SIGTERM);
-    let (output, _) = ended(child, Duration::from_secs(30))?;
+    let (output, _) = ended(child, PATIENCE)?;
     assert_eq!(output.status.code(), Some(143), "{}", text(&output));
     assert!(text(&output).contains("interrupted after step"), "{}", text(&output));
     // a signal to one process alone is a request to all
@@ -168,7 +171,7 @@ fn one_signal_makes_all_processes_save_the_same_step() -> Result<()> {
     scene.wait_for_lines("run", lines + 3)?;
     send(&children[1], libc::SIGINT);
     for (child, code) in children.into_iter().zip([143, 130]) {
-        let (output, _) = ended(child, Duration::from_secs(30))?;
+        let (output, _) = ended(child, PATIENCE)?;
         assert_eq!(output.status.code(), Some(code), "{}", text(&output));
     }
     Ok(())
@@ -192,7 +195,7 @@ fn a_killed_process_is_restarted_and_the_run_goes_on() -> Result<()> {
     let killed = Instant::now();
     // SAFETY: `kill` takes two numbers and accesses no memory
     assert_eq!(unsafe { libc::kill(victim, libc::SIGKILL) }, 0);
-    let (output, _) = ended(child, Duration::from_secs(90))?;
+    let (output, _) = ended(child, PATIENCE)?;
     assert!(output.status.success(), "after {:?}: {}", killed.elapsed(), text(&output));
     let message = text(&output);
     assert!(message.contains("was ended by signal 9; restart 1 of 2"), "{message}");
