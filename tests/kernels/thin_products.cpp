@@ -1,0 +1,302 @@
+// Runs the kernels of csrc/kernels/step/thin.cuh on the CPU, a thread for each of theirs, and
+// compares them with float64. scripts/check_thin_products.py makes KERNELS of their source.
+#include <pthread.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+using std::max;
+using std::min;
+
+// ---- What CUDA offers.
+
+#define __device__
+#define __forceinline__ inline
+#undef INFINITY
+#define INFINITY __builtin_inff()
+
+struct Index {
+  unsigned x;
+};
+thread_local Index threadIdx, blockIdx, blockDim, gridDim;
+
+struct int2 {
+  int x, y;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+int2 make_int2(int x, int y) { return {x, y}; }
+uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+float __expf(float x) { return expf(x); }
+float rsqrtf(float x) { return 1 / sqrtf(x); }
+template <class T> T __ldg(const T *p) { return *p; }
+template <class T> T __ldcg(const T *p) { return *p; }
+template <class T, class U> void __stcg(T *p, U value) { *p = value; }
+
+// A barrier that some threads pass together.
+struct Barrier {
+  pthread_barrier_t inner;
+  explicit Barrier(int threads) { pthread_barrier_init(&inner, nullptr, threads); }
+  ~Barrier() { pthread_barrier_destroy(&inner); }
+  void wait() { pthread_barrier_wait(&inner); }
+};
+struct Block {
+  Barrier all;
+  std::vector<std::unique_ptr<Barrier>> warps;
+  std::vector<float> exchanged;  // by the threads of a warp
+  float of_warps[16];
+  char *dynamic;  // shared memory
+  Block(int threads, size_t bytes) : all(threads), exchanged(threads) {
+    for (int warp = 0; warp < threads / 32; ++warp) warps.emplace_back(new Barrier(32));
+    dynamic = (char *)aligned_alloc(64, (bytes + 63) / 64 * 64);
+    memset(dynamic, 0xff, bytes);
+  }
+  ~Block() { free(dynamic); }
+};
+struct Cluster {
+  Barrier all;
+  std::vector<std::unique_ptr<Block>> blocks;
+  explicit Cluster(int threads) : all(threads) {}
+};
+thread_local Block *block;
+thread_local Cluster *cluster;
+
+void __syncthreads() { block->all.wait(); }
+float __shfl_xor_sync(unsigned, float x, int distance) {
+  Barrier &warp = *block->warps[threadIdx.x / 32];
+  block->exchanged[threadIdx.x] = x;
+  warp.wait();
+  const float other = block->exchanged[threadIdx.x ^ distance];
+  warp.wait();
+  return other;
+}
+void cluster_wait() { cluster->all.wait(); }
+float in_block(const float *own, int k) {
+  return *(const float *)(cluster->blocks[k]->dynamic + ((const char *)own - block->dynamic));
+}
+void wait_for_inputs() {}
+
+#include KERNELS
+
+// ---- The comparison.
+
+template <class T> struct Matrix {
+  std::vector<T> numbers;
+  T *first;
+  i64 ld;
+  Matrix(int rows, int columns) : numbers((size_t)rows * columns + 64), ld(columns) {
+    first = (T *)(((size_t)numbers.data() + 63) / 64 * 64);
+  }
+  void randomise(std::mt19937 &random, float scale) {
+    std::normal_distribution<float> normal;
+    for (T *p = first; p < numbers.data() + numbers.size(); ++p) put(p, scale * normal(random));
+  }
+  double operator()(int row, int column) const { return wide(first[row * ld + column]); }
+};
+
+enum Kind { PLAIN, NORMED, ACTIVATED };
+
+// What csrc/step_kernels.h decides.
+struct Shape {
+  int threads, lanes, split, chunks;
+};
+struct Case {
+  Kind kind;
+  int rows, in;
+  std::vector<int> outs, ranks;  // of each linear layer
+  Shape shape;
+  int activation = SWIGLU;
+  bool has_bias_of_norm = false, has_weights = true;
+  int index = 0;
+};
+
+// Runs a function as each thread of each block, a cluster at a time.
+void launch(int blocks, const Shape &shape, size_t shared, const std::function<void()> &kernel) {
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, 64 << 10);
+  for (int first = 0; first < blocks; first += shape.split) {
+    Cluster all(shape.threads * shape.split);
+    for (int k = 0; k < shape.split; ++k) all.blocks.emplace_back(new Block(shape.threads, shared));
+    std::vector<std::function<void()>> bodies;
+    for (int t = 0; t < shape.threads * shape.split; ++t)
+      bodies.push_back([&, t] {
+        const int k = t / shape.threads;
+        threadIdx.x = t % shape.threads, blockIdx.x = first + k;
+        blockDim.x = shape.threads, gridDim.x = blocks;
+        block = all.blocks[k].get(), cluster = &all;
+        kernel();
+      });
+    std::vector<pthread_t> threads(bodies.size());
+    auto run = [](void *body) -> void * {
+      (*(std::function<void()> *)body)();
+      return nullptr;
+    };
+    for (size_t t = 0; t < threads.size(); ++t)
+      if (pthread_create(&threads[t], &attributes, run, &bodies[t])) {
+        perror("no thread");
+        exit(1);
+      }
+    for (auto thread : threads) pthread_join(thread, nullptr);
+  }
+}
+
+// The largest difference from float64, as a share of the largest number.
+template <class T> double distance(const Case &c) {
+  constexpr int N = Pack<T>::N, EXPERTS = 3;
+  std::mt19937 random(5);
+  int columns = 0, ranks = 0;
+  for (int out : c.outs) columns += out;
+  for (int r : c.ranks) ranks += r;
+  const int of_y = c.kind == ACTIVATED && c.activation == SWIGLU ? 2 * c.in : c.in;
+  Matrix<T> packed(c.in + ranks, columns + ranks), x(c.rows, c.in), y(c.rows, of_y + 8);
+  Matrix<T> bias(1, of_y), norm_w(1, c.in), norm_b(1, c.in), sum(c.rows, c.in);
+  Matrix<T> out(c.rows, columns);
+  packed.randomise(random, 0.05f);
+  for (auto *matrix : {&x, &y, &bias, &norm_w, &norm_b}) matrix->randomise(random, 1);
+  std::vector<float> g(c.rows * EXPERTS), scaling(ranks);
+  std::vector<int> expert_of(ranks);
+  for (float &weight : g) weight = (float)random() / (float)random.max();
+  for (int r = 0; r < ranks; ++r)
+    scaling[r] = r % 7 == 6 ? 0.f : 1 + 0.1f * r, expert_of[r] = random() % EXPERTS;
+
+  ThinInput<T> input{};
+  input.kind = c.kind, input.x = x.first, input.ldx = x.ld;
+  input.y.product = y.first, input.y.ld = y.ld, input.y.bias = bias.first, input.y.out = of_y;
+  input.norm_w = norm_w.first, input.norm_b = c.has_bias_of_norm ? norm_b.first : nullptr;
+  input.eps = 1e-5f, input.sum = sum.first, input.activation = c.activation;
+  const auto [threads, lanes, split, chunks] = c.shape;
+  ThinExperts<T> experts{};
+  // as an earlier product left them
+  const u32 turn = 9;
+  std::vector<uint2> sums(1 << 15, uint2{__float_as_uint(1e9f), (turn - 1) << 2 | c.index + 1});
+  int ranks_of_block = 0;
+  experts.chunks = 1;
+  if (ranks > 0) {
+    Updates<T> &updates = experts.updates;
+    experts.a = packed.first + columns;
+    updates.b = packed.first + c.in * packed.ld, updates.ldb = packed.ld;
+    updates.g = c.has_weights ? g.data() : nullptr, updates.experts = EXPERTS;
+    updates.expert_of = expert_of.data(), updates.scaling = scaling.data();
+    updates.ranks = ranks, updates.members = (int)c.outs.size();
+    for (size_t m = 0; m < c.outs.size(); ++m) {
+      const bool is_apart = updates.first_out[m] % (lanes * N) == 0;
+      ranks_of_block = max(ranks_of_block, is_apart ? c.ranks[m] : ranks);
+      updates.first_out[m + 1] = updates.first_out[m] + c.outs[m];
+      updates.first_rank[m + 1] = updates.first_rank[m] + c.ranks[m];
+    }
+    ranks_of_block = ((ranks_of_block + split - 1) / split + 3) / 4 * 4;
+    experts.sums = sums.data(), experts.turn = &turn, experts.index = c.index;
+    experts.chunks = chunks, experts.writers = (ranks + 4 * N - 1) / (4 * N) * chunks;
+    experts.blocks = (experts.writers + split - 1) / split * split;
+  }
+  const int of_chunk = ranks > 0 ? (c.in + chunks - 1) / chunks : 0;
+  const int longest = (max((c.in + split - 1) / split, of_chunk) + N - 1) / N * N;
+  const size_t of_parts = (threads / 32 + 1) * (c.rows > 1 ? 4 : 1) * max(4, lanes) * N;
+  const size_t of_sums = (1 + 2 * experts.chunks) * c.rows * ranks_of_block;
+  const size_t of_input = c.kind == PLAIN ? 0 : c.rows * longest * sizeof(T);
+  const int segments = (columns + lanes * N - 1) / (lanes * N);
+  const auto kernel = c.rows == 1 ? thin_products<T, 1> : thin_products<T, 4>;
+  launch(experts.blocks + segments * split, c.shape, 4 * (of_parts + of_sums) + of_input, [&] {
+    kernel(input, packed.first, packed.ld, experts, out.first, out.ld, c.rows, c.in, columns,
+           c.shape.lanes, c.shape.split, ranks_of_block);
+  });
+
+  double worst = 0, largest = 0;
+  for (int m = 0; m < c.rows; ++m) {
+    std::vector<double> a(c.in), v(ranks);
+    double mean = 0, square = 0;
+    for (int k = 0; k < c.in; ++k) {
+      if (c.kind == PLAIN) a[k] = x(m, k);
+      if (c.kind == ACTIVATED) {
+        const double z = y(m, k) + bias(0, k);
+        a[k] = c.activation == SWIGLU ? z / (1 + exp(-z)) * (y(m, c.in + k) + bias(0, c.in + k))
+                                      : 0.5 * z * (1 + erf(z / sqrt(2.0)));
+      }
+      if (c.kind == NORMED) {
+        T kept;
+        put(&kept, (float)(x(m, k) + y(m, k) + bias(0, k)));
+        a[k] = wide(kept), mean += c.has_bias_of_norm ? a[k] / c.in : 0;
+        if (fabs(sum(m, k) - a[k]) > 0.01 * (1 + fabs(a[k]))) return INFINITY;
+      }
+    }
+    if (c.kind == NORMED) {
+      for (double z : a) square += (z - mean) * (z - mean) / c.in;
+      for (int k = 0; k < c.in; ++k)
+        a[k] = (a[k] - mean) / sqrt(square + 1e-5) * norm_w(0, k) +
+               (c.has_bias_of_norm ? norm_b(0, k) : 0);
+    }
+    for (int r = 0; r < ranks; ++r) {
+      for (int k = 0; k < c.in; ++k) v[r] += a[k] * packed(k, columns + r);
+      v[r] *= scaling[r] * (c.has_weights ? g[m * EXPERTS + expert_of[r]] : 1);
+    }
+    int column = 0, first_rank = 0;
+    for (size_t member = 0; member < c.outs.size(); ++member) {
+      for (int i = 0; i < c.outs[member]; ++i, ++column) {
+        double expected = 0;
+        for (int k = 0; k < c.in; ++k) expected += a[k] * packed(k, column);
+        for (int r = first_rank; r < first_rank + c.ranks[member]; ++r)
+          expected += v[r] * packed(c.in + r, column);
+        worst = max(worst, fabs(expected - out(m, column)));
+        largest = max(largest, fabs(expected));
+      }
+      first_rank += c.ranks[member];
+    }
+  }
+  return worst / largest;
+}
+
+int main() {
+  const Shape eight{256, 8, 8, 8}, four{256, 8, 4, 4}, two{256, 8, 2, 2}, wide_rows{256, 16, 4, 4};
+  const Shape small{512, 4, 1, 2}, smallest{512, 2, 1, 2};
+  std::vector<Case> cases = {
+      {PLAIN, 1, 2048, {64, 32, 32}, {40, 24, 16}, eight},
+      {PLAIN, 1, 2048, {64, 64}, {16, 0}, two},
+      {PLAIN, 1, 2048, {64}, {0}, two},
+      {NORMED, 1, 2048, {64, 32}, {40, 24}, four},
+      {NORMED, 1, 2048, {96, 96}, {128, 64}, two, SWIGLU, true, true, 2},
+      {ACTIVATED, 1, 4096, {96}, {24}, four, SWIGLU, false, true, 3},
+      {ACTIVATED, 1, 4104, {64}, {24}, {256, 8, 4, 3}, GELU, false, false, 3},
+      {ACTIVATED, 1, 576, {72}, {24}, small, GELU},
+  };
+  for (int rows : {2, 4}) {
+    cases.push_back({NORMED, rows, 2048, {64, 32}, {40, 24}, wide_rows});
+    cases.push_back({ACTIVATED, rows, 4096, {128}, {48}, wide_rows, SWIGLU, false, true, 3});
+    cases.push_back({PLAIN, rows, 576, {96, 48}, {24, 8}, smallest, SWIGLU, false, true, 1});
+  }
+  bool is_wrong = false;
+  for (const Case &c : cases) {
+    // rounding of the output, and in bf16 of the input as well
+    const double in_f32 = distance<float>(c), in_bf16 = distance<bf16>(c);
+    const bool differs = !(in_f32 < 3e-6 && in_bf16 < 1.5e-2);
+    printf("input %d of %d x %d, layers: %zu: %.1e in f32, %.1e in bf16%s\n", c.kind, c.rows, c.in,
+           c.outs.size(), in_f32, in_bf16, differs ? ": WRONG" : "");
+    is_wrong |= differs;
+  }
+  return is_wrong;
+}
