@@ -202,23 +202,19 @@ static bool packs(const Tensor &x) {
          x.size(1) * size % 16 == 0;
 }
 
+// A number of the current device.
+static int attribute(CUdevice_attribute name) {
+  int value = 0;
+  compiler.device_attribute(&value, name, c10::cuda::current_device());
+  return value;
+}
 static int capability() {
-  static int of_first = [] {
-    int major = 0, minor = 0;
-    const int device = c10::cuda::current_device();
-    compiler.device_attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device);
-    compiler.device_attribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device);
-    return 10 * major + minor;
-  }();
+  static const int of_first = 10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
+                              attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
   return of_first;
 }
 static int64_t multiprocessors() {
-  static int of_first = [] {
-    int count = 0;
-    compiler.device_attribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-                              c10::cuda::current_device());
-    return count;
-  }();
+  static const int of_first = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
   return of_first;
 }
 static bool apply_to(at::ScalarType kind, int64_t width) {

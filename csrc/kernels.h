@@ -50,10 +50,10 @@ struct Updates {
   // the first column and the first rank of each linear layer in the product, and then the ends
   std::vector<int64_t> first_out, first_rank;
 };
-// The output of a linear layer before its bias and perhaps its experts' updates are added.
+// The output of a linear layer without its bias, and in some cases without its experts' updates.
 struct Unfinished {
-  // x [W A^T], [M, out + R'], or, if there are no updates to add, all but the bias, [M, out]; it
-  // may be undefined
+  // without the updates, x [W A^T], [M, out + R']; with them or without experts, [M, out]; it may
+  // be undefined
   at::Tensor product;
   at::Tensor bias;     // [out]; undefined if none is to be added
   Updates updates;

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compares the CUDA kernels of products of few texts with float64, on the CPU.
+"""Runs the CUDA kernels of products of few texts on the CPU, and compares them with float64.
 
     scripts/check_thin_products.py
 
-A thread of the CPU takes the place of each of the GPU (tests/kernels/thin_products.cpp), so that
-clusters of blocks and blocks that wait for each other are checked without a GPU. Needs a C++
-compiler, $CXX or c++. It takes about a minute.
+Each thread of the GPU becomes a thread of the CPU (tests/kernels/thin_products.cpp). So clusters of
+blocks, and blocks that wait for each other, are checked without a GPU. The script needs a C++
+compiler, $CXX or c++, and takes about a minute.
 """
 
 import os

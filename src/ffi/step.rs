@@ -70,10 +70,10 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// The output of a linear layer, before the bias and perhaps the experts' updates are added to it.
+/// The output of a linear layer without its bias, and in some cases without its experts' updates.
 #[derive(Debug)]
 pub struct Unfinished<'a> {
-    /// The layer's input times `[W A^T]`, `[M, o + R']`, or the output without the bias, `[M, o]`.
+    /// Without the updates, the layer's input times `[W A^T]`, `[M, o + R']`; with them, `[M, o]`.
     pub product: &'a Tensor,
     /// The layer.
     pub layer: &'a Product<'a>,

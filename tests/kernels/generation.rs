@@ -108,25 +108,20 @@ fn on_llama_like_bases() -> Vec<Mixture> {
             inner_width: 80,
             ..small.clone()
         };
-        let layers = RouterConfig {
-            scope: RouterScope::Layer,
-            input: RouterInput::LayerInput,
-            ..plain_router()
-        };
         let named = |what: &str| format!("{name}, {what}");
         mixtures.push(new(&named("head 32"), fitting(32, 4, 2), of_ranks(2, 4), plain_router()));
-        mixtures.push(new(&named("head 64"), fitting(64, 3, 1), of_ranks(3, 20), layers));
+        mixtures.push(new(&named("head 64"), fitting(64, 3, 1), of_ranks(3, 20), layer_router()));
     }
     mixtures
 }
 
-/// Mixtures so wide that kernels divide products of few texts among clusters.
+/// A router in each layer, which reads the layer's input.
+fn layer_router() -> RouterConfig {
+    RouterConfig { scope: RouterScope::Layer, input: RouterInput::LayerInput, ..plain_router() }
+}
+
+/// Mixtures on wide bases. Kernels divide their products of few texts among clusters of blocks.
 fn wide_mixtures() -> Vec<Mixture> {
-    let router = RouterConfig {
-        scope: RouterScope::Layer,
-        input: RouterInput::LayerInput,
-        ..plain_router()
-    };
     let gpt2 = lora(3, 24, Family::Gpt2.modules());
     let mut mixtures = vec![new("wide", shape(32, 64, 53, 64), gpt2, plain_router())];
     let llama = family_specs().into_iter().find(|(name, _)| *name == "llama");
@@ -141,7 +136,7 @@ fn wide_mixtures() -> Vec<Mixture> {
         ..base
     };
     let experts = LoraConfig { num_experts: 3, rank: 12, ..LoraConfig::default() };
-    mixtures.push(new("wide llama", base, experts, router));
+    mixtures.push(new("wide llama", base, experts, layer_router()));
     mixtures
 }
 
@@ -168,6 +163,11 @@ fn prompt(text: usize, len: usize) -> Vec<i64> {
     (0..len).map(|i| ((31 * i * i + 17 * text + 7 * i + 3) % 53) as i64).collect()
 }
 
+/// A prompt of each length.
+fn prompts(lens: &[usize]) -> Vec<Vec<i64>> {
+    lens.iter().enumerate().map(|(text, &len)| prompt(text, len)).collect()
+}
+
 /// Prompts, and the number of steps behind them.
 struct Steps {
     prompts: Vec<Vec<i64>>,
@@ -177,23 +177,17 @@ struct Steps {
 
 impl Steps {
     fn few() -> Self {
-        let prompts = [5, 2, 7].into_iter().enumerate();
-        let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
-        Self { prompts, count: 70, context: 96 }
+        Self { prompts: prompts(&[5, 2, 7]), count: 70, context: 96 }
     }
 
     /// Steps of `count` texts, at most four.
     fn of_wide(count: usize) -> Self {
-        let prompts = [5, 2, 7, 3].into_iter().take(count).enumerate();
-        let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
-        Self { prompts, count: 4, context: 32 }
+        Self { prompts: prompts(&[5, 2, 7, 3][..count]), count: 4, context: 32 }
     }
 
     /// Texts of very different lengths, for which attention is split into parts.
     fn long() -> Self {
-        let prompts = [3, 700, 1000].into_iter().enumerate();
-        let prompts = prompts.map(|(text, len)| prompt(text, len)).collect();
-        Self { prompts, count: 6, context: 1024 }
+        Self { prompts: prompts(&[3, 700, 1000]), count: 6, context: 1024 }
     }
 
     fn many() -> Self {

@@ -1,5 +1,6 @@
-// Runs the kernels of csrc/kernels/step/thin.cuh on the CPU, a thread for each of theirs, and
-// compares them with float64. scripts/check_thin_products.py makes KERNELS of their source.
+// Runs the kernels of csrc/kernels/step/thin.cuh on the CPU and compares them with float64. Each
+// thread of the GPU becomes a thread of the CPU. scripts/check_thin_products.py writes the kernels
+// to the file KERNELS, in words that a C++ compiler knows.
 #include <pthread.h>
 
 #include <algorithm>
