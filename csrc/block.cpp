@@ -362,6 +362,16 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_product *p
   })
 }
 
+// x, [.., i], after dropout, by libtorch's operations. Draws the same random numbers as the block.
+Tensor *dylora_dropout(const Tensor *x, double probability) {
+  TRY(nullptr, {
+    if (!draws_masks(*x)) return new Tensor(at::dropout(*x, probability, true));
+    const Mask mask = draw_mask(x->detach().flatten(0, -2), probability);
+    const Tensor is_dropped = unpacked(mask.bits).logical_not().view(x->sizes());
+    return new Tensor(x->mul(mask.scale).masked_fill(is_dropped, 0));
+  })
+}
+
 int dylora_attends_by_length(const Tensor *like, int64_t head_size) {
   TRY(-1, { return has_fused_attention(*like, head_size) ? 1 : 0; })
 }

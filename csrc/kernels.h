@@ -40,6 +40,13 @@ struct Refreshed {
   at::Tensor a, b, packed_a, packed_b;
 };
 
+// A linear layer with experts whose input goes through dropout.
+struct DroppedMember {
+  at::Tensor bits;                // its mask (csrc/dropout.h)
+  at::Tensor a;                   // A, [R, i]
+  int64_t first_rank, num_ranks;  // its columns in the product's rank space
+};
+
 enum class Epilogue { None, Bias, GeluAuxBias, DGelu };
 
 // What the experts of a linear layer add to its output, v B^T (csrc/step.cpp).
@@ -109,6 +116,20 @@ struct Kernels {
   // x += y where `mask` is set, times `scale`
   bool (*add_masked)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &mask,
                      double scale);
+  // Whether the next four kernels apply to an x like this, [.., i].
+  bool (*draws_masks)(const at::Tensor &x);
+  // The bits of a mask, [rows, columns / 8]. Each element is kept with the probability keep / 65536.
+  // `seed` is an int64 on the device.
+  at::Tensor (*draw_mask)(const at::Tensor &seed, int64_t rows, int64_t columns, int64_t keep);
+  // u = scale (x through each member's mask) A^T, [M, R'], in the members' columns
+  void (*drop_down)(const at::Tensor &x, const std::vector<DroppedMember> &members, double scale,
+                    const at::Tensor &u);
+  // dx += scale (du A, through each member's mask), where `a_t` is A^T of all members, [i, R']
+  void (*drop_up)(const at::Tensor &du, const at::Tensor &a_t,
+                  const std::vector<DroppedMember> &members, double scale, const at::Tensor &dx);
+  // du^T times x through each member's mask, times `scale`: the gradients of A, f32 [R', i]
+  at::Tensor (*drop_grad)(const at::Tensor &x, const at::Tensor &du,
+                          const std::vector<DroppedMember> &members, double scale);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
   // out = silu(gate) * up for z = [gate | up]

@@ -16,6 +16,7 @@
 
 #include <vector>
 
+#include "dropout.h"
 #include "kernels.h"
 
 namespace fused {
@@ -133,7 +134,7 @@ typedef std::vector<Experts> AllExperts;
 // What the backward pass of a member needs.
 struct KeptMember {
   Tensor u, v;  // u = x A^T and v = u * f, [M, R]; undefined if packed
-  Tensor mask;  // of dropout, [M, i]
+  Mask mask;    // of dropout, [M, i]
 };
 // What the backward pass of a product needs.
 struct Kept {
@@ -157,22 +158,26 @@ inline bool is_plain(const Member &m, const Experts &e) {
   return !e.g.defined() && m.rank_columns.rows.size(0) == 1;
 }
 
-// x after dropout, as the experts of a member read it. Keeps the mask.
-inline Tensor dropped(const Tensor &x, double dropout, KeptMember &kept) {
-  if (dropout == 0) return x;
-  Tensor out;
-  if (x.is_cuda()) {
-    std::tie(out, kept.mask) = at::native_dropout(x.contiguous(), dropout, true);
-    return out;
-  }
-  // draws the same random numbers as at::dropout
-  kept.mask = at::empty_like(x).bernoulli_(1 - dropout).div_(1 - dropout);
-  return x * kept.mask;
+// Whether kernels apply the masks of a packed product's members, of which x is the input.
+inline bool kernels_drop(const Product &p, const Tensor &x, double dropout) {
+  return dropout != 0 && p.is_packed() && draws_masks(x);
 }
-inline Tensor dropped_again(const Tensor &x, const KeptMember &kept, double dropout) {
-  if (!kept.mask.defined()) return x;
-  return x.is_cuda() ? at::native_dropout_backward(x, kept.mask, 1 / (1 - dropout))
-                     : x * kept.mask;
+// The members with experts, as those kernels need them. A is left out without experts' tensors.
+inline std::vector<DroppedMember> dropped_members(const Product &p, const Kept &kept,
+                                                  const AllExperts &e) {
+  std::vector<DroppedMember> members;
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    if (!m.has_experts()) continue;
+    members.push_back({kept.members[k].mask.bits, e[k].a.detach(), m.first_rank, m.num_ranks()});
+  }
+  return members;
+}
+// The scale of the masks of a product's members
+inline double scale_of(const Product &p, const Kept &kept) {
+  for (size_t k = 0; k < p.members.size(); ++k)
+    if (p.members[k].has_experts()) return kept.members[k].mask.scale;
+  return 1;
 }
 
 // Whether the members with experts have the same routing weights.
@@ -236,14 +241,20 @@ inline Operands operands(const Product &p, const AllExperts &e, const Tensor &x,
     kept.u = product(x, false, p.packed_a(), false);
   } else {
     kept.u = at::empty({x.size(0), r}, x.options());
-    const Tensor read = x.contiguous();
+    const bool by_kernels = kernels_drop(p, x, dropout);
+    const Tensor read = by_kernels ? x : x.contiguous();
     for (size_t k = 0; k < p.members.size(); ++k) {
       const auto &m = p.members[k];
       if (!m.has_experts()) continue;
-      product_into(columns(kept.u, m.first_rank, m.num_ranks()),
-                   dropped(read, dropout, kept.members[k]), false,
-                   columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
+      if (by_kernels)
+        kept.members[k].mask = draw_mask(x, dropout);
+      else
+        product_into(columns(kept.u, m.first_rank, m.num_ranks()),
+                     dropped(read, dropout, kept.members[k].mask), false,
+                     columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
     }
+    if (by_kernels)
+      kernels()->drop_down(x, dropped_members(p, kept, e), scale_of(p, kept), kept.u);
   }
   const Tensor full = with_padding(x, r);
   weigh(p, e, kept.u, columns(full, i, r));
@@ -255,7 +266,7 @@ inline Tensor add_experts(const Member &m, const Experts &e, const Tensor &x, Te
                           double dropout, KeptMember &kept) {
   const auto kind = x.scalar_type();
   const Tensor a = e.a.detach().to(kind), b = e.b.detach().to(kind);
-  kept.u = dropped(x, dropout, kept).mm(a.t());
+  kept.u = (dropout == 0 ? x : dropped(x, dropout, kept.mask)).mm(a.t());
   if (is_plain(m, e)) {
     kept.v = kept.u;
     return base.add_(kept.u.mm(b).mul_(m.scaling));
@@ -345,7 +356,7 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
                              std::vector<Grads> &grads) {
   grads.resize(p.members.size());
   if (!p.has_experts()) return;
-  const bool drops = dropout != 0;
+  const bool by_kernels = kernels_drop(p, x, dropout), drops = dropout != 0 && !by_kernels;
   Tensor v, da;
   if (p.is_packed()) {
     const int64_t r = p.row_padding();
@@ -356,6 +367,8 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
       weigh(p, e, kept.u, v);
     }
     if (!drops) da = product(du, true, x, false, any_experts(p, e).a.scalar_type());
+    if (by_kernels)
+      da = kernels()->drop_grad(x, du, dropped_members(p, kept, e), scale_of(p, kept));
   }
   for (size_t k = 0; k < p.members.size(); ++k) {
     const auto &m = p.members[k];
@@ -363,7 +376,7 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
     const auto wide = e[k].a.scalar_type();
     const Tensor own = columns(dy, m.first_out, m.out());
     auto part = [&](const Tensor &x) { return columns(x, m.first_rank, m.num_ranks()); };
-    const Tensor read = drops ? dropped_again(x, kept.members[k], dropout) : Tensor();
+    const Tensor read = drops ? through(x, kept.members[k].mask) : Tensor();
     if (p.is_packed()) {
       const int64_t ranks = e[k].a.size(0);
       grads[k].b = rows(product(part(v), true, own, false, wide), 0, ranks);
@@ -395,24 +408,28 @@ inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &
       dx = dx.defined() ? dx.addmm_(own, m.weight.t()) : product(own, false, m.weight, true);
     }
   }
+  if (kernels_drop(p, dx, dropout)) {
+    kernels()->drop_up(du, p.packed_a(), dropped_members(p, kept, e), scale_of(p, kept), dx);
+    return dx;
+  }
   for (size_t k = 0; k < p.members.size(); ++k) {
     const auto &m = p.members[k];
     if (!m.has_experts()) continue;
     const Tensor a = p.is_packed() ? Tensor() : e[k].a.detach().to(dy.scalar_type());
-    const Tensor &mask = kept.members[k].mask;
+    const Mask &mask = kept.members[k].mask;
     if (!mask.defined()) {
       dx.addmm_(dus[k], a);
       continue;
     }
-    const Tensor through =
+    const Tensor update =
         p.is_packed() ? product(columns(du, m.first_rank, m.num_ranks()), false,
                                 columns(p.packed_a(), m.first_rank, m.num_ranks()), true)
                       : dus[k].mm(a);
-    const double scale = 1 / (1 - dropout);
     if (!dx.is_cuda())
-      dx.addcmul_(through, mask);
-    else if (!kernels() || !kernels()->add_masked(dx, through, mask, scale))
-      dx.add_(at::native_dropout_backward(through, mask, scale));
+      dx.addcmul_(update, mask.elements);
+    else if (mask.bits.defined() || !kernels() ||
+             !kernels()->add_masked(dx, update, mask.elements, mask.scale))
+      dx.add_(through(update, mask));
   }
   return dx;
 }

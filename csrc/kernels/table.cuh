@@ -91,7 +91,31 @@
       i64 *places) {                                                                               \
     step_choice<T>(logits, ld, vocabulary, packs, choice, ids, positions, places);                 \
   }
+// Those that there are in bf16 only.
+#define DROP_GRAD(N)                                                                               \
+  extern "C" __global__ void __launch_bounds__(256) drop_grad_##N##_bf16(                          \
+      const bf16 *x, i64 ldx, const bf16 *du_t, i64 ldd, const __grid_constant__ Tiles tiles,      \
+      float scale, float *out, int ranks, int rows, int columns, int splits) {                     \
+    drop_grad<N>(x, ldx, du_t, ldd, tiles, scale, out, ranks, rows, columns, splits);              \
+  }
 #ifndef STEP
 KERNELS(bf16, bf16)
 KERNELS(float, f32)
+extern "C" __global__ void drop_bits_bf16(const i64 *seed, u32 *bits, int keep, i64 words) {
+  drop_bits(seed, bits, keep, words);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    drop_down_bf16(const bf16 *x, i64 ldx, const __grid_constant__ Tiles tiles, float scale,
+                   bf16 *u, i64 ldu, int rows, int columns) {
+  drop_down(x, ldx, tiles, scale, u, ldu, rows, columns);
+}
+extern "C" __global__ void __launch_bounds__(256)
+    drop_up_bf16(const bf16 *du, i64 lddu, const bf16 *a_t, i64 lda,
+                 const __grid_constant__ Tiles tiles, float scale, bf16 *dx, i64 lddx, int rows,
+                 int columns, int splits) {
+  drop_up(du, lddu, a_t, lda, tiles, scale, dx, lddx, rows, columns, splits);
+}
+DROP_GRAD(1)
+DROP_GRAD(2)
+DROP_GRAD(3)
 #endif

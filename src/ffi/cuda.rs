@@ -154,6 +154,7 @@ impl KernelSet {
             source!("pack"),
             source!("norm"),
             source!("experts"),
+            source!("dropout"),
             source!("mlp"),
             source!("heads"),
             source!("loss"),

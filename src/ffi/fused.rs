@@ -11,7 +11,7 @@ use anyhow::Result;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::{TensorPtr, check};
+use super::{TensorPtr, check, owned};
 
 #[repr(C)]
 #[derive(Debug)]
@@ -87,6 +87,7 @@ unsafe extern "C" {
         recomputes: c_int,
         out: *mut *mut C_tensor,
     ) -> c_int;
+    fn dylora_dropout(x: TensorPtr, probability: f64) -> *mut C_tensor;
     fn dylora_attends_by_length(like: TensorPtr, head_size: i64) -> c_int;
     fn dylora_head_loss(
         hidden: TensorPtr,
@@ -339,6 +340,14 @@ pub fn norm(x: &Tensor, y: Option<&Tensor>, norm: &Norm<'_>) -> Result<(Tensor, 
     let raw = raw_norm(norm);
     // SAFETY: live tensors, to which the shim keeps its own references
     pair(|out| unsafe { dylora_fused_norm(x.as_ptr(), or_null(y), &raw, out) })
+}
+
+/// Dropout of `x`, `[.., i]`, by libtorch's operations, with gradients. The masks are those that
+/// [`block`] draws from the same state of the generator. On a GPU in bf16, they are dylora's own:
+/// the probability is rounded to a multiple of 1/65536 there.
+pub fn dropout(x: &Tensor, probability: f64) -> Result<Tensor> {
+    // SAFETY: `x` is alive during the call
+    owned(unsafe { dylora_dropout(x.as_ptr(), probability) })
 }
 
 /// Whether attention within documents needs only their lengths and no mask, for activations like

@@ -1,106 +1,7 @@
-// Runs the kernels of csrc/kernels/step/thin.cuh on the CPU and compares them with float64. Each
-// thread of the GPU becomes a thread of the CPU. scripts/check_thin_products.py writes the kernels
-// to the file KERNELS, in words that a C++ compiler knows.
-#include <pthread.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <random>
-#include <vector>
-
-using std::max;
-using std::min;
-
-// ---- What CUDA offers.
-
-#define __device__
-#define __forceinline__ inline
-#undef INFINITY
-#define INFINITY __builtin_inff()
-
-struct Index {
-  unsigned x;
-};
-thread_local Index threadIdx, blockIdx, blockDim, gridDim;
-
-struct int2 {
-  int x, y;
-};
-struct uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-int2 make_int2(int x, int y) { return {x, y}; }
-uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-float __uint_as_float(unsigned bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-unsigned __float_as_uint(float x) {
-  unsigned bits;
-  memcpy(&bits, &x, 4);
-  return bits;
-}
-float __expf(float x) { return expf(x); }
-float rsqrtf(float x) { return 1 / sqrtf(x); }
-template <class T> T __ldg(const T *p) { return *p; }
-template <class T> T __ldcg(const T *p) { return *p; }
-template <class T, class U> void __stcg(T *p, U value) { *p = value; }
-
-// A barrier that some threads pass together.
-struct Barrier {
-  pthread_barrier_t inner;
-  explicit Barrier(int threads) { pthread_barrier_init(&inner, nullptr, threads); }
-  ~Barrier() { pthread_barrier_destroy(&inner); }
-  void wait() { pthread_barrier_wait(&inner); }
-};
-struct Block {
-  Barrier all;
-  std::vector<std::unique_ptr<Barrier>> warps;
-  std::vector<float> exchanged;  // by the threads of a warp
-  float of_warps[16];
-  char *dynamic;  // shared memory
-  Block(int threads, size_t bytes) : all(threads), exchanged(threads) {
-    for (int warp = 0; warp < threads / 32; ++warp) warps.emplace_back(new Barrier(32));
-    dynamic = (char *)aligned_alloc(64, (bytes + 63) / 64 * 64);
-    memset(dynamic, 0xff, bytes);
-  }
-  ~Block() { free(dynamic); }
-};
-struct Cluster {
-  Barrier all;
-  std::vector<std::unique_ptr<Block>> blocks;
-  explicit Cluster(int threads) : all(threads) {}
-};
-thread_local Block *block;
-thread_local Cluster *cluster;
-
-void __syncthreads() { block->all.wait(); }
-float __shfl_xor_sync(unsigned, float x, int distance) {
-  Barrier &warp = *block->warps[threadIdx.x / 32];
-  block->exchanged[threadIdx.x] = x;
-  warp.wait();
-  const float other = block->exchanged[threadIdx.x ^ distance];
-  warp.wait();
-  return other;
-}
-void cluster_wait() { cluster->all.wait(); }
-float in_block(const float *own, int k) {
-  return *(const float *)(cluster->blocks[k]->dynamic + ((const char *)own - block->dynamic));
-}
-void wait_for_inputs() {}
+// Runs the kernels of csrc/kernels/step/thin.cuh on the CPU and compares them with float64.
+// scripts/check_kernels.py writes the kernels to the file KERNELS, in words that a C++ compiler
+// knows.
+#include "cuda.h"
 
 #include KERNELS
 
@@ -135,37 +36,6 @@ struct Case {
   bool has_bias_of_norm = false, has_weights = true;
   int index = 0;
 };
-
-// Runs a function as each thread of each block, a cluster at a time.
-void launch(int blocks, const Shape &shape, size_t shared, const std::function<void()> &kernel) {
-  pthread_attr_t attributes;
-  pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, 64 << 10);
-  for (int first = 0; first < blocks; first += shape.split) {
-    Cluster all(shape.threads * shape.split);
-    for (int k = 0; k < shape.split; ++k) all.blocks.emplace_back(new Block(shape.threads, shared));
-    std::vector<std::function<void()>> bodies;
-    for (int t = 0; t < shape.threads * shape.split; ++t)
-      bodies.push_back([&, t] {
-        const int k = t / shape.threads;
-        threadIdx.x = t % shape.threads, blockIdx.x = first + k;
-        blockDim.x = shape.threads, gridDim.x = blocks;
-        block = all.blocks[k].get(), cluster = &all;
-        kernel();
-      });
-    std::vector<pthread_t> threads(bodies.size());
-    auto run = [](void *body) -> void * {
-      (*(std::function<void()> *)body)();
-      return nullptr;
-    };
-    for (size_t t = 0; t < threads.size(); ++t)
-      if (pthread_create(&threads[t], &attributes, run, &bodies[t])) {
-        perror("no thread");
-        exit(1);
-      }
-    for (auto thread : threads) pthread_join(thread, nullptr);
-  }
-}
 
 // The largest difference from float64, as a share of the largest number.
 template <class T> double distance(const Case &c) {
@@ -223,7 +93,8 @@ template <class T> double distance(const Case &c) {
   const size_t of_input = c.kind == PLAIN ? 0 : c.rows * longest * sizeof(T);
   const int segments = (columns + lanes * N - 1) / (lanes * N);
   const auto kernel = c.rows == 1 ? thin_products<T, 1> : thin_products<T, 4>;
-  launch(experts.blocks + segments * split, c.shape, 4 * (of_parts + of_sums) + of_input, [&] {
+  const size_t shared = 4 * (of_parts + of_sums) + of_input;
+  launch(experts.blocks + segments * split, threads, split, shared, [&] {
     kernel(input, packed.first, packed.ld, experts, out.first, out.ld, c.rows, c.in, columns,
            c.shape.lanes, c.shape.split, ranks_of_block);
   });

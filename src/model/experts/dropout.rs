@@ -3,6 +3,7 @@
 use tch::Tensor;
 
 use crate::config::DropoutMasks;
+use crate::ffi::fused;
 
 /// Dropout of the experts' input in a forward pass.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +23,9 @@ impl LoraDropout {
     }
 
     pub(crate) fn apply(self, x: &Tensor) -> Tensor {
-        if self.is_active() { x.dropout(self.probability, true) } else { x.shallow_clone() }
+        match self.is_active() {
+            true => fused::dropout(x, self.probability).unwrap_or_else(|e| panic!("{e:#}")),
+            false => x.shallow_clone(),
+        }
     }
 }

@@ -1,0 +1,66 @@
+// Dropout of the experts' inputs.
+//
+// A mask says which elements of a matrix are kept. The dropped ones become 0, and the kept ones are
+// multiplied by `scale`, so that the mean stays the same. On a GPU with kernels for it, a mask has
+// one bit for each element (csrc/kernels/dropout.cuh). Each mask then takes one number from
+// libtorch's generator, which becomes the key of its random bits.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace fused {
+struct Mask {
+  at::Tensor bits;      // [M, i / 8], uint8; undefined without kernels
+  at::Tensor elements;  // bool [M, i] without kernels; on the CPU, 0 or `scale` for each element
+  double scale = 1;
+  bool defined() const { return bits.defined() || elements.defined(); }
+};
+
+// The mask of each element from its bits, bool [M, i]
+inline at::Tensor unpacked(const at::Tensor &bits) {
+  const auto of_byte = at::arange(8, bits.options());
+  return bits.unsqueeze(-1).bitwise_right_shift(of_byte).bitwise_and(1).ne(0).flatten(1);
+}
+// y through a mask: the dropped elements become 0, and the others are scaled.
+inline at::Tensor through(const at::Tensor &y, const Mask &mask) {
+  if (!y.is_cuda()) return y * mask.elements;
+  const auto elements = mask.bits.defined() ? unpacked(mask.bits) : mask.elements;
+  return at::native_dropout_backward(y, elements, mask.scale);
+}
+
+// Draws a mask for the elements of x, each of which is dropped with this probability, by a kernel.
+// Only if `draws_masks` says so.
+inline Mask draw_mask(const at::Tensor &x, double probability) {
+  // the share of elements that are kept, in 65,536ths, since 16 random bits are compared with it
+  const int64_t keep = std::max<int64_t>(1, std::llround((1 - probability) * 65536));
+  const auto seed =
+      at::randint(std::numeric_limits<int64_t>::max(), {1}, x.options().dtype(at::kLong));
+  Mask mask;
+  mask.bits = kernels()->draw_mask(seed, x.size(0), x.size(1), keep);
+  mask.scale = 65536.0 / (double)keep;
+  return mask;
+}
+inline bool draws_masks(const at::Tensor &x) { return kernels() && kernels()->draws_masks(x); }
+
+// x, [M, i], after dropout, and the mask.
+inline at::Tensor dropped(const at::Tensor &x, double probability, Mask &mask) {
+  if (draws_masks(x)) {
+    mask = draw_mask(x, probability);
+    return through(x, mask);
+  }
+  mask.scale = 1 / (1 - probability);
+  if (x.is_cuda()) {
+    at::Tensor out;
+    std::tie(out, mask.elements) = at::native_dropout(x.contiguous(), probability, true);
+    return out;
+  }
+  // draws the same random numbers as at::dropout
+  mask.elements = at::empty_like(x).bernoulli_(1 - probability).div_(1 - probability);
+  return x * mask.elements;
+}
+}  // namespace fused

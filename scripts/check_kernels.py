@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Runs CUDA kernels on the CPU, and compares them with float64.
+
+    scripts/check_kernels.py [thin_products|dropout]
+
+Each thread of the GPU becomes a thread of the CPU (tests/kernels/cuda.h). So clusters of blocks,
+blocks that wait for each other, and products of matrices by a warp are checked without a GPU:
+
+    thin_products  the products of few texts, by tests/kernels/thin_products.cpp
+    dropout        dropout of the experts' inputs, by tests/kernels/dropout.cpp
+
+Without an argument, the script runs both. It needs a C++ compiler, $CXX or c++, and takes about a
+minute.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {"thin_products": ["pack", "step/finish", "step/thin"], "dropout": ["pack", "dropout"]}
+# what the CPU has no word for, and what stands for it
+REPLACED = {
+    "pack": [
+        # functions that the programs define themselves
+        (r"static __device__ __forceinline__ float of_block\(.*?\n}\n", ""),
+        (r"static __device__ __forceinline__ void cluster_wait\(.*?\n}\n", ""),
+    ],
+    "step/finish": [
+        (r"tanh_of\(ROOT_2_OVER_PI \*", "tanhf(0.7978845608f *"),
+        # kernels of other files
+        (r"template <class T>\nstatic __device__ void step_norm\(.*?\n}\n", ""),
+        (r"template <class T>\nstatic __device__ void step_finish\(.*?\n}\n", ""),
+    ],
+    "step/thin": [
+        (r'asm volatile\("prefetch[^\n]*', "(void)p;"),
+        (r"__shared__ float of_warps\[16\];", "float *const of_warps = block->of_warps;"),
+        (r"extern __shared__ uint4 of_product\[\];", "uint4 *const of_product = (uint4 *)block->dynamic;"),
+        (r"const u32 place = [^\n]*", ""),
+        (r"of_block\(place, k\)", "in_block(own, k)"),
+    ],
+    "dropout": [
+        (r"static __device__ __forceinline__ void mma\(.*?\n}\n", ""),
+        (r"__shared__ float (\w+)((?:\[[^\n]*\])+);", r"auto &\1 = *(float (*)\2)block->dynamic;"),
+    ],
+}
+
+
+def kernels(name):
+    """The kernels of a file in words that a C++ compiler knows."""
+    source = (ROOT / "csrc/kernels" / f"{name}.cuh").read_text()
+    for pattern, instead in REPLACED[name]:
+        source, count = re.subn(pattern, instead, source, flags=re.DOTALL)
+        if count == 0:
+            sys.exit(f"csrc/kernels/{name}.cuh no longer has `{pattern}`")
+    return source
+
+
+def check(name):
+    source = "\n".join(kernels(file) for file in FILES[name])
+    with tempfile.TemporaryDirectory() as folder:
+        header, program = Path(folder, "kernels.h"), Path(folder, "program")
+        header.write_text(f"#define WIDTH 2048\n{source}")
+        compiler = os.environ.get("CXX", "c++")
+        options = ["-O1", "-std=c++17", "-w", f'-DKERNELS="{header}"', "-pthread"]
+        test = ROOT / "tests/kernels" / f"{name}.cpp"
+        subprocess.run([compiler, *options, test, "-o", program], check=True)
+        return subprocess.run([program]).returncode == 0
+
+
+def main():
+    names = sys.argv[1:] or list(FILES)
+    if unknown := set(names) - set(FILES):
+        sys.exit(f"no kernels of this name: {', '.join(sorted(unknown))}; there are {', '.join(FILES)}")
+    if not all([check(name) for name in names]):
+        sys.exit(1)
+
+
+main()
