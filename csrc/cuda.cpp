@@ -114,7 +114,7 @@ enum Name {
   SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice, Route, RouteBackward,
   // of csrc/kernels/dropout.cuh, in bf16 only
-  DropBits, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3,
+  DropBits, DropApply, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3,
   // of csrc/kernels/step
   StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne,
   NAMES
@@ -122,9 +122,9 @@ enum Name {
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh", "weigh_backward", "add_masked", "refresh", "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
-    "step_choice", "route", "route_backward", "drop_bits", "drop_down", "drop_up", "drop_grad_1",
-    "drop_grad_2", "drop_grad_3", "step_norm", "step_finish", "step_attention", "thin_product",
-    "thin_product_of_one"};
+    "step_choice", "route", "route_backward", "drop_bits", "drop_apply", "drop_down", "drop_up",
+    "drop_grad_1", "drop_grad_2", "drop_grad_3", "step_norm", "step_finish", "step_attention",
+    "thin_product", "thin_product_of_one"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -231,7 +231,7 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
 
 static const Kernels table{
     capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked,
-    draws_masks, draw_mask, drop_down, drop_up, drop_grad, gelu, gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
+    draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, gelu, gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
     step_norm, step_finish, step_attention, thin_product, step_choice, routes, route,
     route_backward};
 

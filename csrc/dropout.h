@@ -29,8 +29,10 @@ inline at::Tensor unpacked(const at::Tensor &bits) {
 // y through a mask: the dropped elements become 0, and the others are scaled.
 inline at::Tensor through(const at::Tensor &y, const Mask &mask) {
   if (!y.is_cuda()) return y * mask.elements;
-  const auto elements = mask.bits.defined() ? unpacked(mask.bits) : mask.elements;
-  return at::native_dropout_backward(y, elements, mask.scale);
+  if (!mask.bits.defined()) return at::native_dropout_backward(y, mask.elements, mask.scale);
+  const auto out = at::empty({y.size(0), y.size(1)}, y.options());
+  kernels()->drop_apply(y, mask.bits, mask.scale, out, false);
+  return out;
 }
 
 // Draws a mask for the elements of x, each of which is dropped with this probability, by a kernel.

@@ -48,6 +48,14 @@ static Tensor draw_mask(const Tensor &seed, int64_t rows, int64_t columns, int64
       bits.data_ptr(), (int)keep, words);
   return bits;
 }
+static void drop_apply(const Tensor &y, const Tensor &bits, double scale, const Tensor &out,
+                       bool adds) {
+  const Tensor read = packing(y);
+  TORCH_CHECK(packs(out), "the rows do not begin at multiples of 16 bytes");
+  const int64_t n = y.numel() / 8;
+  run(any_module(y), DropApply, y, ceil_div(n, 256), 256, 0, read.data_ptr(), ld(read),
+      bits.data_ptr(), (float)scale, out.data_ptr(), ld(out), (int)adds, (int)y.size(1), n);
+}
 static void drop_down(const Tensor &x, const std::vector<DroppedMember> &members, double scale,
                       const Tensor &u) {
   const Tensor read = packing(x);

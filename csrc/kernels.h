@@ -116,11 +116,15 @@ struct Kernels {
   // x += y where `mask` is set, times `scale`
   bool (*add_masked)(const at::Tensor &x, const at::Tensor &y, const at::Tensor &mask,
                      double scale);
-  // Whether the next four kernels apply to an x like this, [.., i].
+  // Whether the next five kernels apply to an x like this, [.., i].
   bool (*draws_masks)(const at::Tensor &x);
   // The bits of a mask, [rows, columns / 8]. Each element is kept with the probability keep / 65536.
   // `seed` is an int64 on the device.
   at::Tensor (*draw_mask)(const at::Tensor &seed, int64_t rows, int64_t columns, int64_t keep);
+  // out = scale (y through the mask), or with `adds` added to it; all [M, i]
+  void (*drop_apply)(const at::Tensor &y, const at::Tensor &bits, double scale,
+                     const at::Tensor &out, bool adds);
+  // The next three are made for few ranks.
   // u = scale (x through each member's mask) A^T, [M, R'], in the members' columns
   void (*drop_down)(const at::Tensor &x, const std::vector<DroppedMember> &members, double scale,
                     const at::Tensor &u);

@@ -158,11 +158,16 @@ inline bool is_plain(const Member &m, const Experts &e) {
   return !e.g.defined() && m.rank_columns.rows.size(0) == 1;
 }
 
-// Whether kernels apply the masks of a packed product's members, of which x is the input.
-inline bool kernels_drop(const Product &p, const Tensor &x, double dropout) {
+// Up to so many ranks of a linear layer, products with masks inside of them are faster than copies
+// of the input without its dropped elements.
+constexpr int64_t MOST_MASKED_RANKS = 32;
+// Whether products with a packed product's input x apply the masks themselves.
+inline bool are_masked(const Product &p, const Tensor &x, double dropout) {
+  for (const auto &m : p.members)
+    if (m.has_experts() && m.num_ranks() > MOST_MASKED_RANKS) return false;
   return dropout != 0 && p.is_packed() && draws_masks(x);
 }
-// The members with experts, as those kernels need them. A is left out without experts' tensors.
+// The members with experts, as those products need them.
 inline std::vector<DroppedMember> dropped_members(const Product &p, const Kept &kept,
                                                   const AllExperts &e) {
   std::vector<DroppedMember> members;
@@ -241,19 +246,19 @@ inline Operands operands(const Product &p, const AllExperts &e, const Tensor &x,
     kept.u = product(x, false, p.packed_a(), false);
   } else {
     kept.u = at::empty({x.size(0), r}, x.options());
-    const bool by_kernels = kernels_drop(p, x, dropout);
-    const Tensor read = by_kernels ? x : x.contiguous();
+    const bool masked = are_masked(p, x, dropout);
+    const Tensor read = draws_masks(x) ? x : x.contiguous();
     for (size_t k = 0; k < p.members.size(); ++k) {
       const auto &m = p.members[k];
       if (!m.has_experts()) continue;
-      if (by_kernels)
+      if (masked)
         kept.members[k].mask = draw_mask(x, dropout);
       else
         product_into(columns(kept.u, m.first_rank, m.num_ranks()),
                      dropped(read, dropout, kept.members[k].mask), false,
                      columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
     }
-    if (by_kernels)
+    if (masked)
       kernels()->drop_down(x, dropped_members(p, kept, e), scale_of(p, kept), kept.u);
   }
   const Tensor full = with_padding(x, r);
@@ -356,7 +361,7 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
                              std::vector<Grads> &grads) {
   grads.resize(p.members.size());
   if (!p.has_experts()) return;
-  const bool by_kernels = kernels_drop(p, x, dropout), drops = dropout != 0 && !by_kernels;
+  const bool masked = are_masked(p, x, dropout), drops = dropout != 0 && !masked;
   Tensor v, da;
   if (p.is_packed()) {
     const int64_t r = p.row_padding();
@@ -367,7 +372,7 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
       weigh(p, e, kept.u, v);
     }
     if (!drops) da = product(du, true, x, false, any_experts(p, e).a.scalar_type());
-    if (by_kernels)
+    if (masked)
       da = kernels()->drop_grad(x, du, dropped_members(p, kept, e), scale_of(p, kept));
   }
   for (size_t k = 0; k < p.members.size(); ++k) {
@@ -408,7 +413,7 @@ inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &
       dx = dx.defined() ? dx.addmm_(own, m.weight.t()) : product(own, false, m.weight, true);
     }
   }
-  if (kernels_drop(p, dx, dropout)) {
+  if (are_masked(p, dx, dropout)) {
     kernels()->drop_up(du, p.packed_a(), dropped_members(p, kept, e), scale_of(p, kept), dx);
     return dx;
   }
@@ -427,8 +432,9 @@ inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &
                       : dus[k].mm(a);
     if (!dx.is_cuda())
       dx.addcmul_(update, mask.elements);
-    else if (mask.bits.defined() || !kernels() ||
-             !kernels()->add_masked(dx, update, mask.elements, mask.scale))
+    else if (mask.bits.defined())
+      kernels()->drop_apply(update, mask.bits, mask.scale, dx, true);
+    else if (!kernels() || !kernels()->add_masked(dx, update, mask.elements, mask.scale))
       dx.add_(through(update, mask));
   }
   return dx;

@@ -2,10 +2,10 @@
 // columns], which is set if the element is kept. Bit k of byte c is that of column 8 c + k. The
 // columns are a multiple of 32. Each linear layer has a mask of its own.
 //
-// The kernels read x once for up to MOST_TILES tiles, which are up to 16 columns of a product's rank
-// space. No copy of x without its dropped elements is written.
+// For few ranks, products apply the masks: they read x once for up to MOST_TILES tiles, which are up
+// to 16 columns of a product's rank space, and no copy of x without its dropped elements is written.
 //
-// The products are those of `mma.m16n8k16`: of a warp's 32 lanes, lane 4 g + t has some elements of
+// These products are those of `mma.m16n8k16`: of a warp's 32 lanes, lane 4 g + t has some elements of
 // rows (or columns) g and g + 8. The order of the terms of a sum is free. So where a lane needs
 // elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a row, it takes four neighbours instead, in both
 // factors.
@@ -64,6 +64,23 @@ static __device__ __forceinline__ uint4 kept_pack(uint4 x, u32 bits) {
   return make_uint4(kept_pair(x.x, bits), kept_pair(x.y, bits >> 2), kept_pair(x.z, bits >> 4),
                     kept_pair(x.w, bits >> 6));
 }
+
+// out = scale (kept elements of y), or with `adds` added to it. `packs` counts those of 8 elements.
+static __device__ void drop_apply(const bf16 *y, i64 ldy, const unsigned char *bits, float scale,
+                                  bf16 *out, i64 ldo, int adds, int columns, i64 packs) {
+  const Place<bf16> at(columns, packs);
+  if (!at.is_inside) return;
+  const uint4 kept = kept_pack(__ldg((const uint4 *)(y + at.row * ldy + at.column)),
+                               __ldg(bits + (at.row * columns + at.column) / 8));
+  bf16 *place = out + at.row * ldo + at.column;
+  float now[8], old[8] = {};
+  Pack<bf16>::load((const bf16 *)&kept, now);
+  if (adds) Pack<bf16>::load(place, old);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) now[n] = old[n] + scale * now[n];
+  Pack<bf16>::store(place, now);
+}
+
 static __device__ __forceinline__ uint4 pack_or_zeros(const bf16 *p, bool is_inside) {
   return is_inside ? __ldg((const uint4 *)p) : make_uint4(0, 0, 0, 0);
 }

@@ -104,6 +104,11 @@ KERNELS(float, f32)
 extern "C" __global__ void drop_bits_bf16(const i64 *seed, u32 *bits, int keep, i64 words) {
   drop_bits(seed, bits, keep, words);
 }
+extern "C" __global__ void drop_apply_bf16(const bf16 *y, i64 ldy, const unsigned char *bits,
+                                           float scale, bf16 *out, i64 ldo, int adds, int columns,
+                                           i64 packs) {
+  drop_apply(y, ldy, bits, scale, out, ldo, adds, columns, packs);
+}
 extern "C" __global__ void __launch_bounds__(256)
     drop_down_bf16(const bf16 *x, i64 ldx, const __grid_constant__ Tiles tiles, float scale,
                    bf16 *u, i64 ldu, int rows, int columns) {
