@@ -1,18 +1,22 @@
 """Tiny random bases, adapters and routers on them, and the writing of golden files.
 
-make_golden.py, make_golden_families.py and make_golden_adapters.py use this module.
+make_golden.py, make_golden_families.py and make_golden_adapters.py use this module, and
+check_mixtures.py a part of it.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import peft
 import safetensors.torch
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BASES = {
     "gpt2_tied": {},
@@ -51,6 +55,50 @@ def randomise(generator, model, dtype=torch.float32):
         norm = parameter.ndim == 1 and name.endswith("weight")
         values = randn(generator, *parameter.shape, std=0.3) + (1.0 if norm else 0.0)
         parameter.copy_(values.to(dtype))
+
+
+@contextlib.contextmanager
+def float64_for_float32():
+    """Makes Python code that asks torch for float32 get float64."""
+    with (
+        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+class NoFloat32(TorchDispatchMode):
+    """Fails if an operation has a result in float32.
+
+    It goes by the size of an element, since `torch.float32` is replaced while it is in use.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.element_size() == 4 and tensor.is_floating_point():
+                raise TypeError(f"`{func}` has a result in float32")
+        return result
+
+
+def without_float32(model):
+    """The same model, which now computes in float64 where transformers asks for float32.
+
+    The forward pass of a model in float64 is then wholly in float64; if it is not, it fails.
+    """
+    decoder = model.base_model
+    forward = decoder.forward
+    if hasattr(decoder, "rotary_emb"):
+        with float64_for_float32():
+            decoder.rotary_emb = type(decoder.rotary_emb)(model.config)
+
+    def exact_forward(*args, **kwargs):
+        check = NoFloat32() if model.dtype == torch.float64 else contextlib.nullcontext()
+        with float64_for_float32(), check:
+            return forward(*args, **kwargs)
+
+    decoder.forward = exact_forward
+    return model
 
 
 def make_base(seed, settings):
@@ -107,28 +155,42 @@ def make_experts(generator, base, settings, **kwargs):
     return Experts(model, trained, router)
 
 
-def mix(model, weights):
-    """Makes each LoRA layer add its adapters' updates, multiplied by `weights`, [b, t, e]."""
-
-    def forward(layer, x):
-        y = layer.base_layer(x)
-        for e, name in enumerate(layer.lora_A):
-            y = y + weights[..., e : e + 1] * layer.scaling[name] * layer.lora_B[name](layer.lora_A[name](x))
-        return y
-
-    for layer in model.modules():
+def lora_layers(model):
+    """The layers of a PeftModel that have adapters, with names such as `h.0.attn.c_attn`."""
+    for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
-            layer.forward = forward.__get__(layer)
+            yield path.split("model.")[-1].removeprefix("transformer."), layer
+
+
+def mix(model, weights):
+    """Makes each LoRA layer add its adapters' updates, multiplied by `weights`, [b, t, e].
+
+    - `weights`: one tensor, or a function that returns that of the layer with a name; column e is
+      for the adapter that the model got as number e
+    """
+    names = list(model.peft_config)
+
+    def new_forward(of_layer):
+        def forward(layer, x):
+            y, g = layer.base_layer(x), of_layer()
+            for name in layer.lora_A:
+                column, update = names.index(name), layer.lora_B[name](layer.lora_A[name](x))
+                y = y + g[..., column : column + 1] * layer.scaling[name] * update
+            return y
+
+        return forward
+
+    for name, layer in lora_layers(model):
+        of_layer = (lambda name=name: weights(name)) if callable(weights) else (lambda: weights)
+        layer.forward = new_forward(of_layer).__get__(layer)
 
 
 def stacked(model, pick):
     """`pick` applied to each LoRA matrix, stacked over the adapters under dylora's names."""
     tensors = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            name = path.split("model.")[-1].removeprefix("transformer.")
-            for key, matrices in [("lora_a", layer.lora_A), ("lora_b", layer.lora_B)]:
-                tensors[f"{name}.{key}"] = torch.stack([pick(matrix.weight) for matrix in matrices.values()])
+    for name, layer in lora_layers(model):
+        for key, matrices in [("lora_a", layer.lora_A), ("lora_b", layer.lora_B)]:
+            tensors[f"{name}.{key}"] = torch.stack([pick(matrix.weight) for matrix in matrices.values()])
     return tensors
 
 

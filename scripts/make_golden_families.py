@@ -36,20 +36,19 @@ checks for each case that
 Weights are stored in float32 or bfloat16 and used in float64, without loss.
 """
 
-import contextlib
 import importlib
 import json
 import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import torch
 import transformers
 from golden import (
     base_results,
     begin,
+    float64_for_float32,
     loss_and_gradients,
     make_experts,
     next_tokens,
@@ -61,8 +60,8 @@ from golden import (
     save_shards,
     stacked,
     unrouted_results,
+    without_float32,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = {
     "hidden_size": 16,
@@ -380,49 +379,6 @@ def build(config, dtype=torch.float64, weights=None):
     model = model.to(dtype).eval()
     if weights is not None:
         model.load_state_dict(weights)
-    return model
-
-
-@contextlib.contextmanager
-def float64_for_float32():
-    """Makes Python code that asks torch for float32 get float64."""
-    with (
-        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
-        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
-    ):
-        yield
-
-
-class NoFloat32(TorchDispatchMode):
-    """Fails if an operation has a result in float32.
-
-    It goes by the size of an element, since `torch.float32` is replaced while it is in use.
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.element_size() == 4 and tensor.is_floating_point():
-                raise TypeError(f"`{func}` has a result in float32")
-        return result
-
-
-def without_float32(model):
-    """The same model, which now computes in float64 where transformers asks for float32.
-
-    The forward pass of a model in float64 is then wholly in float64; if it is not, it fails.
-    """
-    decoder = model.model
-    forward = decoder.forward
-    with float64_for_float32():
-        decoder.rotary_emb = type(decoder.rotary_emb)(model.config)
-
-    def exact_forward(*args, **kwargs):
-        check = NoFloat32() if model.dtype == torch.float64 else contextlib.nullcontext()
-        with float64_for_float32(), check:
-            return forward(*args, **kwargs)
-
-    decoder.forward = exact_forward
     return model
 
 

@@ -8,3 +8,4 @@ mod curve;
 mod generation;
 mod packing;
 mod shapes;
+mod written;

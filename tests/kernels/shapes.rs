@@ -23,19 +23,19 @@ use tch::{Device, Kind, Tensor};
 use crate::common::{family_specs, gpt2_spec, plain_router, randomize, seed};
 
 /// A mixture on a base, and the shape of a batch.
-struct Case {
-    name: String,
-    base: DecoderSpec,
+pub(super) struct Case {
+    pub name: String,
+    pub base: DecoderSpec,
     lora: LoraConfig,
-    router: RouterConfig,
+    pub router: RouterConfig,
     batch: usize,
     seq_len: usize,
     /// Lengths of a row's packed documents; `None` if each row is one document.
-    documents: Option<Vec<usize>>,
-    dropout: f64,
-    label_smoothing: f64,
+    pub documents: Option<Vec<usize>>,
+    pub dropout: f64,
+    pub label_smoothing: f64,
     checkpointing: bool,
-    source: RoutingSource,
+    pub source: RoutingSource,
 }
 
 pub(super) fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraConfig {
@@ -73,7 +73,7 @@ fn case(name: &str) -> Case {
     }
 }
 
-fn cases(on_gpu: bool) -> Vec<Case> {
+pub(super) fn cases(on_gpu: bool) -> Vec<Case> {
     let mut cases = of_experts();
     cases.extend(of_shapes(on_gpu));
     cases.extend(of_routers());
@@ -200,7 +200,8 @@ fn of_both() -> Vec<Case> {
     let frozen = ExpertConfig { trainable: false, ..ExpertConfig::default() };
     let experts = vec![ExpertConfig::default(), frozen, ExpertConfig::default()];
     cases.push(Case { lora: LoraConfig { experts, ..case("").lora }, ..case("a frozen expert") });
-    let alora = ExpertConfig { alora_invocation_tokens: vec![3], ..ExpertConfig::default() };
+    // one row of `inputs` has this token twice, and the other does not have it
+    let alora = ExpertConfig { alora_invocation_tokens: vec![50], ..ExpertConfig::default() };
     let experts = vec![ExpertConfig::default(), alora, ExpertConfig::default()];
     cases.push(Case { lora: LoraConfig { experts, ..case("").lora }, ..case("an aLoRA expert") });
     let given = Tensor::from_slice(&[0.2, -0.5, 1.5]);
@@ -335,7 +336,20 @@ impl Case {
         self.lora.rank
     }
 
-    fn inputs(&self, device: Device) -> Inputs {
+    /// The base with random parameters, after seeding libtorch's default generator.
+    pub(super) fn decoder(&self) -> Decoder {
+        tch::manual_seed(5);
+        let tensors = self.base.parameter_shapes().into_iter().map(|(name, shape)| {
+            // the weight of a normalisation is the only vector that is a weight
+            let mean = if shape.len() == 1 && name.ends_with("weight") { 1.0 } else { 0.0 };
+            (name, Tensor::randn(&shape, (Kind::Double, Device::Cpu)) * 0.08 + mean)
+        });
+        Decoder::new(self.base.clone(), tensors.collect())
+    }
+
+    /// Random tokens and their labels, after seeding libtorch's default generator.
+    pub(super) fn inputs(&self, device: Device) -> Inputs {
+        tch::manual_seed(6);
         let n = self.batch * self.seq_len;
         let ids = Tensor::randint(self.base.vocab_size, [n as i64], (Kind::Int64, Device::Cpu));
         let ids = Vec::<i64>::try_from(ids).expect("integers");
@@ -365,17 +379,23 @@ impl Case {
         Inputs::new(rows, device)
     }
 
-    fn model(
+    /// The settings of all experts. The part that is always on is the last of them.
+    pub(super) fn specs(&self) -> Result<Vec<ExpertSpec>> {
+        let mut specs = ExpertSpec::all(&self.lora, &self.base)?;
+        specs.extend(ExpertSpec::of_shared(&self.lora, &self.base)?);
+        Ok(specs)
+    }
+
+    /// The mixture with the given tensors or, without them, with random ones.
+    pub(super) fn model(
         &self,
         base: &Decoder,
         device: Device,
         compute: impl Into<Compute>,
         tensors: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<RoutedModel> {
-        let mut specs = ExpertSpec::all(&self.lora, &self.base)?;
-        specs.extend(ExpertSpec::of_shared(&self.lora, &self.base)?);
         let router = RouterSpec::from(&self.router);
-        let model = RoutedModel::with_experts(base, &specs, &router, device, compute);
+        let model = RoutedModel::with_experts(base, &self.specs()?, &router, device, compute);
         match tensors {
             None => {
                 randomize(&model)?;
@@ -399,7 +419,7 @@ impl Case {
 
     /// The loss, with a part of the routers' z-loss, and every gradient. The gradients are
     /// converted to f64 on the CPU.
-    fn step(&self, model: &RoutedModel, inputs: &Inputs) -> Result<Step> {
+    pub(super) fn step(&self, model: &RoutedModel, inputs: &Inputs) -> Result<Step> {
         let settings = LossSettings {
             chunk_tokens: 17,
             label_smoothing: self.label_smoothing,
@@ -489,8 +509,8 @@ struct Judged {
     ratios: Vec<f64>,
 }
 
-/// A step's loss and its gradients.
-type Step = (f64, BTreeMap<String, Tensor>);
+/// A step's loss and its gradients by name. Those of an expert's B are `[r, o]`.
+pub(super) type Step = (f64, BTreeMap<String, Tensor>);
 
 fn judge(
     case: &Case,
@@ -544,17 +564,10 @@ fn fused_steps_equal_the_references() -> Result<()> {
     let _generator = seed(900);
     let (mut faults, mut ratios) = (vec![], vec![]);
     for case in cases(on_gpu) {
-        tch::manual_seed(5);
-        let tensors = case.base.parameter_shapes().into_iter().map(|(name, shape)| {
-            let mean = if name.contains(".ln_") && name.ends_with("weight") { 1.0 } else { 0.0 };
-            (name, Tensor::randn(&shape, (Kind::Double, Device::Cpu)) * 0.08 + mean)
-        });
-        let base = Decoder::new(case.base.clone(), tensors.collect());
+        let base = case.decoder();
         let exact = case.model(&base, Device::Cpu, Kind::Double, None)?;
         let tensors = exact.tensors();
-        tch::manual_seed(6);
         let on_cpu = case.inputs(Device::Cpu);
-        tch::manual_seed(6);
         let inputs = case.inputs(device);
         let compare = |kind: Kind| -> Result<_> {
             let step = |kernels: Kernels| {
