@@ -22,6 +22,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::common::{family_specs, gpt2_spec, plain_router, randomize, seed};
 
+/// The seed of a case's first batch.
+const FIRST_BATCH: i64 = 6;
+/// Number of batches of a case for which chance has to be told from a fault.
+const NUM_BATCHES: i64 = 12;
+
 /// A mixture on a base, and the shape of a batch.
 pub(super) struct Case {
     pub name: String,
@@ -347,9 +352,14 @@ impl Case {
         Decoder::new(self.base.clone(), tensors.collect())
     }
 
-    /// Random tokens and their labels, after seeding libtorch's default generator.
+    /// The first batch.
     pub(super) fn inputs(&self, device: Device) -> Inputs {
-        tch::manual_seed(6);
+        self.batch_of(FIRST_BATCH, device)
+    }
+
+    /// Random tokens and their labels, after seeding libtorch's default generator with `seed`.
+    fn batch_of(&self, seed: i64, device: Device) -> Inputs {
+        tch::manual_seed(seed);
         let n = self.batch * self.seq_len;
         let ids = Tensor::randint(self.base.vocab_size, [n as i64], (Kind::Int64, Device::Cpu));
         let ids = Vec::<i64>::try_from(ids).expect("integers");
@@ -503,10 +513,29 @@ pub(super) fn device() -> Result<Device> {
 /// The judgement of a case in one dtype.
 struct Judged {
     line: String,
-    is_good: bool,
+    /// Whether all distances from the reference are within their bounds.
+    is_close: bool,
     /// In bf16, the distances of the gradients from those in f64, divided by the distances of the
-    /// reference's gradients.
+    /// reference's gradients: of experts, and of routers if there are any.
     ratios: Vec<f64>,
+}
+
+impl Judged {
+    fn is_good(&self) -> bool {
+        self.is_close && self.ratios.iter().all(|&ratio| ratio <= 2.0)
+    }
+
+    /// The judgement on several batches, with the geometric means of the ratios.
+    fn of_all(all: &[Self]) -> Self {
+        let mean = |at: usize| {
+            (all.iter().map(|one| one.ratios[at].ln()).sum::<f64>() / all.len() as f64).exp()
+        };
+        Self {
+            line: all.iter().map(|one| one.line.as_str()).collect::<Vec<_>>().join("\n     "),
+            is_close: all.iter().all(|one| one.is_close),
+            ratios: (0..all[0].ratios.len()).map(mean).collect(),
+        }
+    }
 }
 
 /// A step's loss and its gradients by name. Those of an expert's B are `[r, o]`.
@@ -530,33 +559,37 @@ fn judge(
         _ => (2e-2, f64::INFINITY),
     };
     // with a NaN in either, every comparison fails
-    let mut is_good =
-        of_loss <= loss_bound && of_grads.experts <= bound && of_grads.routers <= bound;
+    let mut is_close = of_grads.experts <= bound && of_grads.routers <= bound;
     let (mut extra, mut ratios) = (String::new(), vec![]);
     // f64 on the CPU would have other masks of dropout
     if kind == Kind::BFloat16 && case.dropout == 0.0 {
         let truth = truth()?;
         let ours = Distances::new(&fused.1, &truth.1);
         let theirs = Distances::new(&reference.1, &truth.1);
-        is_good &= ours.experts <= 2.0 * theirs.experts;
-        is_good &= ours.routers <= 2.0 * theirs.routers;
+        let own_error = (fused.0 - truth.0).abs();
+        is_close &= of_loss <= loss_bound || own_error <= 2.0 * (reference.0 - truth.0).abs();
         ratios.push(ours.experts / theirs.experts);
         if theirs.routers > 0.0 {
             ratios.push(ours.routers / theirs.routers);
         }
-        extra = format!(", from f64: {ours} against {theirs}");
+        extra = format!(", from f64: {own_error:.1e}, {ours} against {theirs}");
+    } else {
+        is_close &= of_loss <= loss_bound;
     }
     let line =
         format!("{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads}{extra}", case.name);
-    Ok(Judged { line, is_good, ratios })
+    Ok(Judged { line, is_close, ratios })
 }
 
-/// The losses differ from the reference's by at most 1e-10 in f64, 1e-5 in f32 and 2e-2 in bf16.
-/// The gradients differ by at most 1e-9 of their norm in f64 and 1e-4 in f32.
+/// The losses differ from the reference's by at most 1e-10 in f64 and 1e-5 in f32, and the gradients
+/// by at most 1e-9 of their norm in f64 and 1e-4 in f32.
 ///
-/// In bf16, the gradients are compared with those in f64. Their distance is at most twice that of
-/// the reference in bf16 in each case, since chance has a part in it, and at most 1.05 times in the
-/// geometric mean over all cases.
+/// In bf16, both are compared with those in f64. The loss is within 2e-2 of the reference's in bf16,
+/// or at most twice as far from f64. The distance of the gradients is at most twice that of the
+/// reference in each case, since chance has a part in it: rounding may make a token choose another
+/// expert. A case beyond that is computed with further batches, and the geometric mean over all of
+/// its batches counts. In the geometric mean over all cases, the distance is at most 1.05 times that
+/// of the reference.
 #[test]
 fn fused_steps_equal_the_references() -> Result<()> {
     let device = device()?;
@@ -567,30 +600,35 @@ fn fused_steps_equal_the_references() -> Result<()> {
         let base = case.decoder();
         let exact = case.model(&base, Device::Cpu, Kind::Double, None)?;
         let tensors = exact.tensors();
-        let on_cpu = case.inputs(Device::Cpu);
-        let inputs = case.inputs(device);
-        let compare = |kind: Kind| -> Result<_> {
+        let judge_batch = |kind: Kind, batch: i64| -> Result<Judged> {
+            let inputs = case.batch_of(batch, device);
             let step = |kernels: Kernels| {
                 let compute = Compute { kind, kernels };
                 case.step(&case.model(&base, device, compute, Some(&tensors))?, &inputs)
             };
-            Ok((step(Kernels::Auto)?, step(Kernels::Reference)?))
+            let (fused, reference) = (step(Kernels::Auto)?, step(Kernels::Reference)?);
+            let truth = || case.step(&exact, &case.batch_of(batch, Device::Cpu));
+            judge(&case, kind, &fused, &reference, &truth)
         };
         let kinds: &[Kind] = match on_gpu {
             true => &[Kind::Float, Kind::BFloat16],
             false => &[Kind::Double, Kind::Float, Kind::BFloat16],
         };
         for &kind in kinds {
-            let (fused, reference) = compare(kind)?;
-            let truth = || case.step(&exact, &on_cpu);
-            let judged = judge(&case, kind, &fused, &reference, &truth)?;
-            ratios.extend(judged.ratios);
-            if on_gpu {
-                println!("{} {}", if judged.is_good { "ok  " } else { "FAIL" }, judged.line);
+            let mut judged = judge_batch(kind, FIRST_BATCH)?;
+            if !judged.is_good() && !judged.ratios.is_empty() {
+                let others = (1..NUM_BATCHES).map(|more| judge_batch(kind, FIRST_BATCH + more));
+                let mut all = others.collect::<Result<Vec<_>>>()?;
+                all.insert(0, judged);
+                judged = Judged::of_all(&all);
             }
-            if !judged.is_good {
+            if on_gpu {
+                println!("{} {}", if judged.is_good() { "ok  " } else { "FAIL" }, judged.line);
+            }
+            if !judged.is_good() {
                 faults.push(judged.line);
             }
+            ratios.extend(judged.ratios);
         }
     }
     let mean = (ratios.iter().map(|r| r.ln()).sum::<f64>() / ratios.len() as f64).exp();
