@@ -231,9 +231,9 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
 
 static const Kernels table{
     capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked,
-    draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, gelu, gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
-    step_norm, step_finish, step_attention, thin_product, step_choice, routes, route,
-    route_backward};
+    draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, gelu, gelu_backward, swiglu,
+    swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm, step_norm, step_finish,
+    step_attention, thin_product, step_choice, routes, route, route_backward};
 
 #pragma GCC visibility push(default)
 extern "C" {

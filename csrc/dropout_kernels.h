@@ -9,8 +9,8 @@ struct Tiles {
   int count;
 };
 
-// The tiles of up to 16 columns of the members' rank spaces, up to MOST_TILES in a group. `as` has A
-// of each member; it is empty if the kernel does not read it.
+// The tiles of up to 16 columns of the members' rank spaces, up to MOST_TILES in a group. `as` has
+// A of each member; it is empty if the kernel does not read it.
 static std::vector<Tiles> tiles_of(const std::vector<DroppedMember> &members,
                                    const std::vector<Tensor> &as) {
   std::vector<Tiles> groups;

@@ -118,8 +118,8 @@ struct Kernels {
                      double scale);
   // Whether the next five kernels apply to an x like this, [.., i].
   bool (*draws_masks)(const at::Tensor &x);
-  // The bits of a mask, [rows, columns / 8]. Each element is kept with the probability keep / 65536.
-  // `seed` is an int64 on the device.
+  // The bits of a mask, [rows, columns / 8]. Each element is kept with the probability
+  // keep / 65536. `seed` is an int64 on the device.
   at::Tensor (*draw_mask)(const at::Tensor &seed, int64_t rows, int64_t columns, int64_t keep);
   // out = scale (y through the mask), or with `adds` added to it; all [M, i]
   void (*drop_apply)(const at::Tensor &y, const at::Tensor &bits, double scale,

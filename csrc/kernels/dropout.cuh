@@ -1,12 +1,13 @@
-// Dropout of the experts' inputs, in bf16. A mask has one bit for each element of an input x, [rows,
-// columns], which is set if the element is kept. Bit k of byte c is that of column 8 c + k. The
-// columns are a multiple of 32. Each linear layer has a mask of its own.
+// Dropout of the experts' inputs, in bf16. A mask has one bit for each element of an input x,
+// [rows, columns], which is set if the element is kept. Bit k of byte c is that of column 8 c + k.
+// The columns are a multiple of 32. Each linear layer has a mask of its own.
 //
-// For few ranks, products apply the masks: they read x once for up to MOST_TILES tiles, which are up
-// to 16 columns of a product's rank space, and no copy of x without its dropped elements is written.
+// For few ranks, products apply the masks: they read x once for up to MOST_TILES tiles, which are
+// up to 16 columns of a product's rank space, and no copy of x without its dropped elements is
+// written.
 //
-// These products are those of `mma.m16n8k16`: of a warp's 32 lanes, lane 4 g + t has some elements of
-// rows (or columns) g and g + 8. The order of the terms of a sum is free. So where a lane needs
+// These products are those of `mma.m16n8k16`: of a warp's 32 lanes, lane 4 g + t has some elements
+// of rows (or columns) g and g + 8. The order of the terms of a sum is free. So where a lane needs
 // elements 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of a row, it takes four neighbours instead, in both
 // factors.
 
@@ -21,7 +22,8 @@ struct Tiles {
   int count;
 };
 
-// Four random numbers by Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3).
+// Four random numbers by Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2,
+// 3).
 static __device__ __forceinline__ uint4 philox(u32 key_low, u32 key_high, u32 low, u32 high) {
   uint4 c = make_uint4(low, high, 0, 0);
 #pragma unroll
@@ -219,7 +221,8 @@ static __device__ void drop_grad(const bf16 *x, i64 ldx, const bf16 *du_t, i64 l
                                  int columns, int splits) {
   __shared__ float total[16 * N][65];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  const int split = blockIdx.x % splits, of_split = (rows + 128 * splits - 1) / (128 * splits) * 128;
+  const int split = blockIdx.x % splits;
+  const int of_split = (rows + 128 * splits - 1) / (128 * splits) * 128;
   const int column = blockIdx.x / splits * 64, end = min(rows, (split + 1) * of_split);
   const bool has_columns = column + 8 * g < columns;
   const i64 of_mask = columns / 8;

@@ -581,15 +581,15 @@ fn judge(
     Ok(Judged { line, is_close, ratios })
 }
 
-/// The losses differ from the reference's by at most 1e-10 in f64 and 1e-5 in f32, and the gradients
-/// by at most 1e-9 of their norm in f64 and 1e-4 in f32.
+/// The losses differ from the reference's by at most 1e-10 in f64 and 1e-5 in f32, and the
+/// gradients by at most 1e-9 of their norm in f64 and 1e-4 in f32.
 ///
-/// In bf16, both are compared with those in f64. The loss is within 2e-2 of the reference's in bf16,
-/// or at most twice as far from f64. The distance of the gradients is at most twice that of the
-/// reference in each case, since chance has a part in it: rounding may make a token choose another
-/// expert. A case beyond that is computed with further batches, and the geometric mean over all of
-/// its batches counts. In the geometric mean over all cases, the distance is at most 1.05 times that
-/// of the reference.
+/// In bf16, both are compared with those in f64. The loss is within 2e-2 of the reference's in
+/// bf16, or at most twice as far from f64. The distance of the gradients is at most twice that of
+/// the reference in each case, since chance has a part in it: rounding may make a token choose
+/// another expert. A case beyond that is computed with further batches, and the geometric mean over
+/// all of its batches counts. In the geometric mean over all cases, the distance is at most 1.05
+/// times that of the reference.
 #[test]
 fn fused_steps_equal_the_references() -> Result<()> {
     let device = device()?;
