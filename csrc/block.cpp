@@ -52,6 +52,23 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
   }
 };
 
+// Dropout of x, [.., i], by a mask of bits.
+struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &x, double probability) {
+    const Mask mask = draw_mask(x.flatten(0, -2), probability);
+    ctx->save_for_backward({mask.bits});
+    ctx->saved_data["scale"] = mask.scale;
+    return through(x.flatten(0, -2), mask).view(x.sizes());
+  }
+  static variable_list backward(AutogradContext *ctx, variable_list grads) {
+    Mask mask;
+    mask.bits = ctx->get_saved_variables()[0];
+    mask.scale = ctx->saved_data["scale"].toDouble();
+    const Tensor &dy = grads[0];
+    return {through(dy.flatten(0, -2), mask).view(dy.sizes()), Tensor()};
+  }
+};
+
 enum { Qkv, AttnOut, MlpIn, MlpOut, PRODUCTS };
 
 struct BlockConfig : torch::CustomClassHolder {
@@ -362,13 +379,11 @@ int dylora_fused_block(const Tensor *x, const Tensor *a, const dylora_product *p
   })
 }
 
-// x, [.., i], after dropout, by libtorch's operations. Draws the same random numbers as the block.
+// x, [.., i], after dropout. Draws the same random numbers as the block.
 Tensor *dylora_dropout(const Tensor *x, double probability) {
   TRY(nullptr, {
     if (!draws_masks(*x)) return new Tensor(at::dropout(*x, probability, true));
-    const Mask mask = draw_mask(x->detach().flatten(0, -2), probability);
-    const Tensor is_dropped = unpacked(mask.bits).logical_not().view(x->sizes());
-    return new Tensor(x->mul(mask.scale).masked_fill(is_dropped, 0));
+    return new Tensor(DropoutFunction::apply(*x, probability));
   })
 }
 

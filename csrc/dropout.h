@@ -7,6 +7,7 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -15,17 +16,13 @@
 
 namespace fused {
 struct Mask {
-  at::Tensor bits;      // [M, i / 8], uint8; undefined without kernels
-  at::Tensor elements;  // bool [M, i] without kernels; on the CPU, 0 or `scale` for each element
+  at::Tensor bits;  // [M, i / 8], uint8; undefined where `draws_masks` says no
+  // without bits: bool [M, i] on a GPU; on the CPU, 0 or `scale` for each element
+  at::Tensor elements;
   double scale = 1;
   bool defined() const { return bits.defined() || elements.defined(); }
 };
 
-// The mask of each element from its bits, bool [M, i]
-inline at::Tensor unpacked(const at::Tensor &bits) {
-  const auto of_byte = at::arange(8, bits.options());
-  return bits.unsqueeze(-1).bitwise_right_shift(of_byte).bitwise_and(1).ne(0).flatten(1);
-}
 // y through a mask: the dropped elements become 0, and the others are scaled.
 inline at::Tensor through(const at::Tensor &y, const Mask &mask) {
   if (!y.is_cuda()) return y * mask.elements;

@@ -33,7 +33,9 @@ static std::vector<Tiles> tiles_of(const std::vector<DroppedMember> &members,
 }
 
 // `x`, whose rows begin at multiples of 16 bytes; a copy if necessary.
-static Tensor packing(const Tensor &x) { return packs(x) ? x : x.contiguous(); }
+static Tensor packing(const Tensor &x) {
+  return packs(x) ? x : x.clone(at::MemoryFormat::Contiguous);
+}
 
 static bool draws_masks(const Tensor &x) {
   return any_module(x) && x.scalar_type() == at::kBFloat16 && x.size(-1) % 32 == 0 &&
@@ -67,6 +69,7 @@ static void drop_down(const Tensor &x, const std::vector<DroppedMember> &members
 }
 static void drop_up(const Tensor &du, const Tensor &a_t, const std::vector<DroppedMember> &members,
                     double scale, const Tensor &dx) {
+  if (dx.size(0) == 0) return;
   const Tensor read = packing(du), a = packing(a_t);
   const int64_t blocks = ceil_div(dx.size(0), 128), chunks = dx.size(1) / 32;
   // enough blocks for all multiprocessors, of several chunks each
@@ -81,6 +84,7 @@ static Tensor drop_grad(const Tensor &x, const Tensor &du,
                         const std::vector<DroppedMember> &members, double scale) {
   const Tensor read = packing(x);
   const int64_t rows = x.size(0), width = x.size(1), ranks = du.size(1);
+  if (rows == 0) return at::zeros({ranks, width}, x.options().dtype(at::kFloat));
   const Tensor du_t = at::constant_pad_nd(du.t(), {0, ceil_div(rows, 16) * 16 - rows}).contiguous();
   const int64_t blocks = ceil_div(width, 64);
   const int64_t splits =

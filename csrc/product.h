@@ -161,7 +161,8 @@ inline bool is_plain(const Member &m, const Experts &e) {
 // Up to so many ranks of a linear layer, products with masks inside of them are faster than copies
 // of the input without its dropped elements.
 constexpr int64_t MOST_MASKED_RANKS = 32;
-// Whether products with a packed product's input x apply the masks themselves.
+// Whether the kernels of a product apply the masks, for an input or its gradient like `x`. If one
+// member has more ranks, they do not.
 inline bool are_masked(const Product &p, const Tensor &x, double dropout) {
   for (const auto &m : p.members)
     if (m.has_experts() && m.num_ranks() > MOST_MASKED_RANKS) return false;

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"thin_products": ["pack", "step/finish", "step/thin"], "dropout": ["pack", "dropout"]}
-# what the CPU has no word for, and what stands for it
+# patterns of CUDA code that a C++ compiler rejects, with their replacements
 REPLACED = {
     "pack": [
         # functions that the programs define themselves
@@ -50,7 +50,7 @@ REPLACED = {
 
 
 def kernels(name):
-    """The kernels of a file in words that a C++ compiler knows."""
+    """The source of a file of kernels, changed so that a C++ compiler accepts it."""
     source = (ROOT / "csrc/kernels" / f"{name}.cuh").read_text()
     for pattern, instead in REPLACED[name]:
         source, count = re.subn(pattern, instead, source, flags=re.DOTALL)

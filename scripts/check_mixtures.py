@@ -6,19 +6,21 @@
 FOLDER has what the test `steps_are_written_for_peft` writes (tests/kernels/written.rs describes the
 files). Each step is computed again on transformers' model of the base:
 
-- The experts are adapters of PEFT. `mix` of golden.py weighs their updates for each token. The part
+- The experts are adapters of PEFT. `mix` of golden.py weights their updates for each token. The part
   that is always on is an adapter of weight 1.
 - The routers are those of docs/concepts/routing.md, written in PyTorch.
 - An aLoRA expert acts from where PEFT finds its last invocation.
-- The base gives up the components from which PiSSA starts, by PEFT's own initialisation. The experts
-  start alike, and their weights sum to 1, so that this is the difference that each of them adds.
+- The base gives up the components from which PiSSA starts, by PEFT's own initialisation. All experts
+  start from the same components and their weights sum to 1, so removing these components once from
+  the base equals what dylora subtracts from each expert.
 - transformers keeps packed documents apart by their positions.
 
-The loss is the mean cross entropy of the labelled tokens, and a tenth of the routers' z-loss: the
-mean over tokens and over the places where a router decides of the squared logsumexp of the scores.
+The loss is the mean cross entropy of the labelled tokens, with label smoothing, plus a tenth of the
+routers' z-loss. The z-loss is the squared logsumexp of a router's scores, averaged over tokens and
+over the places where a router decides.
 
 The losses must agree to 1e-10, and each gradient to 1e-9 of its norm. Otherwise the script fails. It
-also fails if a step is missing, or if it would not see an alpha that is wrong by a thousandth.
+also fails if a step is missing, or if it does not notice an alpha that is wrong by a thousandth.
 
 The norm of a gradient counts as at least a millionth of that of all gradients together. Some gradients
 are zero in exact arithmetic, such as those of queries and keys in a row of one token, and their

@@ -165,8 +165,8 @@ def lora_layers(model):
 def mix(model, weights):
     """Makes each LoRA layer add its adapters' updates, multiplied by `weights`, [b, t, e].
 
-    - `weights`: one tensor, or a function that returns that of the layer with a name; column e is
-      for the adapter that the model got as number e
+    - `weights`: one tensor, or a function that returns that of the layer with a name; column e
+      belongs to the adapter that was added as number e
     """
     names = list(model.peft_config)
 

@@ -13,6 +13,7 @@
 
 constexpr int MOST_TILES = 3;
 
+// As in csrc/dropout_kernels.h.
 struct Tiles {
   const unsigned char *bits[MOST_TILES];  // the mask of the tile's linear layer
   const bf16 *a[MOST_TILES];              // A from the tile's first row on; its rows are contiguous
@@ -67,7 +68,8 @@ static __device__ __forceinline__ uint4 kept_pack(uint4 x, u32 bits) {
                     kept_pair(x.w, bits >> 6));
 }
 
-// out = scale (kept elements of y), or with `adds` added to it. `packs` counts those of 8 elements.
+// out = scale (kept elements of y), or with `adds` added to it. `packs` is the number of
+// groups of 8 elements.
 static __device__ void drop_apply(const bf16 *y, i64 ldy, const unsigned char *bits, float scale,
                                   bf16 *out, i64 ldo, int adds, int columns, i64 packs) {
   const Place<bf16> at(columns, packs);

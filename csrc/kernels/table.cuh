@@ -91,7 +91,7 @@
       i64 *places) {                                                                               \
     step_choice<T>(logits, ld, vocabulary, packs, choice, ids, positions, places);                 \
   }
-// Those that there are in bf16 only.
+// Kernels that exist in bf16 only.
 #define DROP_GRAD(N)                                                                               \
   extern "C" __global__ void __launch_bounds__(256) drop_grad_##N##_bf16(                          \
       const bf16 *x, i64 ldx, const bf16 *du_t, i64 ldd, const __grid_constant__ Tiles tiles,      \

@@ -342,9 +342,9 @@ pub fn norm(x: &Tensor, y: Option<&Tensor>, norm: &Norm<'_>) -> Result<(Tensor, 
     pair(|out| unsafe { dylora_fused_norm(x.as_ptr(), or_null(y), &raw, out) })
 }
 
-/// Dropout of `x`, `[.., i]`, by libtorch's operations, with gradients. The masks are those that
-/// [`block`] draws from the same state of the generator. On a GPU in bf16, they are dylora's own:
-/// the probability is rounded to a multiple of 1/65536 there.
+/// Dropout of `x`, `[.., i]`, with gradients. The masks are those that [`block`] draws from the
+/// same state of the generator. On a GPU in bf16, they are dylora's own: the probability is rounded
+/// to a multiple of 1/65536 there.
 pub fn dropout(x: &Tensor, probability: f64) -> Result<Tensor> {
     // SAFETY: `x` is alive during the call
     owned(unsafe { dylora_dropout(x.as_ptr(), probability) })

@@ -154,14 +154,21 @@ fn of_shapes(on_gpu: bool) -> Vec<Case> {
     cases.push(Case { dropout: 0.2, lora: lora(4, 8, &[AttnCAttn]), ..case("dropout, c_attn") });
     // wide enough for the kernels of dropout
     let wide = shape(2, 64, 53, 64);
-    for (num_experts, rank) in [(1, 4), (1, 16), (3, 20)] {
+    for (num_experts, rank) in [(1, 4), (1, 16), (3, 8), (3, 20)] {
         let lora = lora(num_experts, rank, Family::Gpt2.modules());
         let name = format!("dropout, E {num_experts}, r {rank}");
         cases.push(Case { lora, dropout: 0.2, base: wide.clone(), ..case(&name) });
     }
-    let lora = lora(2, 8, &[AttnCAttn, MlpCProj]);
-    let some = Case { lora, dropout: 0.5, base: wide, ..case("dropout, c_attn and c_proj") };
-    cases.push(Case { checkpointing: true, ..some });
+    let some = lora(2, 8, &[AttnCAttn, MlpCProj]);
+    let some = Case { lora: some, base: wide.clone(), ..case("dropout, c_attn and c_proj") };
+    cases.push(Case { dropout: 0.5, checkpointing: true, ..some });
+    if on_gpu {
+        // so many tokens that the kernels divide them among blocks
+        let base = DecoderSpec { max_positions: 1024, ..wide };
+        let lora = lora(3, 8, Family::Gpt2.modules());
+        let long = Case { lora, base, seq_len: 601, ..case("dropout, T 601") };
+        cases.push(Case { dropout: 0.2, ..long });
+    }
     cases.push(Case { checkpointing: true, ..case("checkpointing") });
     cases.push(Case { documents: Some(vec![5, 1, 11, 7]), ..case("packed documents") });
     cases

@@ -134,7 +134,8 @@ template <class T> double distance(const Case &c) {
         for (int k = 0; k < c.in; ++k) expected += a[k] * packed(k, column);
         for (int r = first_rank; r < first_rank + c.ranks[member]; ++r)
           expected += v[r] * packed(c.in + r, column);
-        worst = max(worst, fabs(expected - out(m, column)));
+        const double distance = fabs(expected - out(m, column));
+        worst = distance <= worst ? worst : std::isnan(distance) ? INFINITY : distance;
         largest = max(largest, fabs(expected));
       }
       first_rank += c.ranks[member];

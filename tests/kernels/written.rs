@@ -9,7 +9,7 @@
 //!                        router    the settings of the routers, as in `dylora.json`
 //!                        source    "router", "uniform", "all", {"expert": e} or {"given": [..]}
 //!                        documents the lengths of the documents in a row; null if it is one
-//!                        label_smoothing
+//!                        label_smoothing   the probability that is spread over the vocabulary
 //! NNN/step.safetensors   input_ids, position_ids, labels   [b, t]
 //!                        mixture.NAME   the tensors of the experts and routers
 //!                        loss           0-dim
