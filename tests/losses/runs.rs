@@ -43,6 +43,14 @@ fn an_interrupted_run_saves_and_exits_as_its_signal_says() -> Result<()> {
     for (signal, code) in [(libc::SIGINT, 130), (libc::SIGTERM, 143), (libc::SIGHUP, 129)] {
         let scene = Scene::new()?;
         let mut command = scene.command(&as_str(&scene.train(100_000, 100_000)?));
+        // the tests may run under `nohup`, whose children ignore SIGHUP
+        // SAFETY: `signal` may be called between fork and exec
+        unsafe {
+            command.pre_exec(|| {
+                libc::signal(libc::SIGHUP, libc::SIG_DFL);
+                Ok(())
+            })
+        };
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         wait_for_steps(&scene, &mut child, 3)?;
         send(&child, signal);
