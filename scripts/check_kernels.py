@@ -30,13 +30,13 @@ REPLACED = {
         (r"static __device__ __forceinline__ void cluster_wait\(.*?\n}\n", ""),
     ],
     "step/finish": [
+        (r'asm volatile\("prefetch[^\n]*', "(void)p;"),
         (r"tanh_of\(ROOT_2_OVER_PI \*", "tanhf(0.7978845608f *"),
         # kernels of other files
         (r"template <class T>\nstatic __device__ void step_norm\(.*?\n}\n", ""),
         (r"template <class T>\nstatic __device__ void step_finish\(.*?\n}\n", ""),
     ],
     "step/thin": [
-        (r'asm volatile\("prefetch[^\n]*', "(void)p;"),
         (r"__shared__ float of_warps\[16\];", "float *const of_warps = block->of_warps;"),
         (r"extern __shared__ uint4 of_product\[\];", "uint4 *const of_product = (uint4 *)block->dynamic;"),
         (r"const u32 place = [^\n]*", ""),
