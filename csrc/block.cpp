@@ -55,10 +55,11 @@ struct NormFunction : torch::autograd::Function<NormFunction> {
 // Dropout of x, [.., i], by a mask of bits.
 struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
   static Tensor forward(AutogradContext *ctx, const Tensor &x, double probability) {
-    const Mask mask = draw_mask(x.flatten(0, -2), probability);
+    Mask mask;
+    const Tensor out = dropped(x.flatten(0, -2), probability, mask);
     ctx->save_for_backward({mask.bits});
     ctx->saved_data["scale"] = mask.scale;
-    return through(x.flatten(0, -2), mask).view(x.sizes());
+    return out.view(x.sizes());
   }
   static variable_list backward(AutogradContext *ctx, variable_list grads) {
     Mask mask;

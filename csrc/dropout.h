@@ -32,16 +32,22 @@ inline at::Tensor through(const at::Tensor &y, const Mask &mask) {
   return out;
 }
 
+// The share of elements that masks of bits keep, in 65,536ths: 16 random bits are compared with it.
+inline int64_t kept_of_bits(double probability) {
+  return std::max<int64_t>(1, std::llround((1 - probability) * 65536));
+}
+// The scale of masks of bits
+inline double scale_of_bits(double probability) {
+  return 65536.0 / (double)kept_of_bits(probability);
+}
 // Draws a mask for the elements of x, each of which is dropped with this probability, by a kernel.
 // Only if `draws_masks` says so.
 inline Mask draw_mask(const at::Tensor &x, double probability) {
-  // the share of elements that are kept, in 65,536ths, since 16 random bits are compared with it
-  const int64_t keep = std::max<int64_t>(1, std::llround((1 - probability) * 65536));
   const auto seed =
       at::randint(std::numeric_limits<int64_t>::max(), {1}, x.options().dtype(at::kLong));
   Mask mask;
-  mask.bits = kernels()->draw_mask(seed, x.size(0), x.size(1), keep);
-  mask.scale = 65536.0 / (double)keep;
+  mask.bits = kernels()->draw_mask(seed, x.size(0), x.size(1), kept_of_bits(probability));
+  mask.scale = scale_of_bits(probability);
   return mask;
 }
 inline bool draws_masks(const at::Tensor &x) { return kernels() && kernels()->draws_masks(x); }

@@ -179,12 +179,6 @@ inline std::vector<DroppedMember> dropped_members(const Product &p, const Kept &
   }
   return members;
 }
-// The scale of the masks of a product's members
-inline double scale_of(const Product &p, const Kept &kept) {
-  for (size_t k = 0; k < p.members.size(); ++k)
-    if (p.members[k].has_experts()) return kept.members[k].mask.scale;
-  return 1;
-}
 
 // Whether the members with experts have the same routing weights.
 inline bool share_weights(const Product &p, const AllExperts &e) {
@@ -245,22 +239,21 @@ inline Operands operands(const Product &p, const AllExperts &e, const Tensor &x,
   kept.x = x;
   if (dropout == 0) {
     kept.u = product(x, false, p.packed_a(), false);
+  } else if (are_masked(p, x, dropout)) {
+    kept.u = at::empty({x.size(0), r}, x.options());
+    for (size_t k = 0; k < p.members.size(); ++k)
+      if (p.members[k].has_experts()) kept.members[k].mask = draw_mask(x, dropout);
+    kernels()->drop_down(x, dropped_members(p, kept, e), scale_of_bits(dropout), kept.u);
   } else {
     kept.u = at::empty({x.size(0), r}, x.options());
-    const bool masked = are_masked(p, x, dropout);
     const Tensor read = draws_masks(x) ? x : x.contiguous();
     for (size_t k = 0; k < p.members.size(); ++k) {
       const auto &m = p.members[k];
       if (!m.has_experts()) continue;
-      if (masked)
-        kept.members[k].mask = draw_mask(x, dropout);
-      else
-        product_into(columns(kept.u, m.first_rank, m.num_ranks()),
-                     dropped(read, dropout, kept.members[k].mask), false,
-                     columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
+      product_into(columns(kept.u, m.first_rank, m.num_ranks()),
+                   dropped(read, dropout, kept.members[k].mask), false,
+                   columns(p.packed_a(), m.first_rank, m.num_ranks()), false);
     }
-    if (masked)
-      kernels()->drop_down(x, dropped_members(p, kept, e), scale_of(p, kept), kept.u);
   }
   const Tensor full = with_padding(x, r);
   weigh(p, e, kept.u, columns(full, i, r));
@@ -372,9 +365,10 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
       v = at::empty_like(kept.u);
       weigh(p, e, kept.u, v);
     }
-    if (!drops) da = product(du, true, x, false, any_experts(p, e).a.scalar_type());
     if (masked)
-      da = kernels()->drop_grad(x, du, dropped_members(p, kept, e), scale_of(p, kept));
+      da = kernels()->drop_grad(x, du, dropped_members(p, kept, e), scale_of_bits(dropout));
+    else if (!drops)
+      da = product(du, true, x, false, any_experts(p, e).a.scalar_type());
   }
   for (size_t k = 0; k < p.members.size(); ++k) {
     const auto &m = p.members[k];
@@ -415,7 +409,7 @@ inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &
     }
   }
   if (are_masked(p, dx, dropout)) {
-    kernels()->drop_up(du, p.packed_a(), dropped_members(p, kept, e), scale_of(p, kept), dx);
+    kernels()->drop_up(du, p.packed_a(), dropped_members(p, kept, e), scale_of_bits(dropout), dx);
     return dx;
   }
   for (size_t k = 0; k < p.members.size(); ++k) {

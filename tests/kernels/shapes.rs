@@ -578,6 +578,8 @@ fn judge(
         ratios.push(ours.experts / theirs.experts);
         if theirs.routers > 0.0 {
             ratios.push(ours.routers / theirs.routers);
+        } else {
+            is_close &= ours.routers <= 0.0;
         }
         extra = format!(", from f64: {own_error:.1e}, {ours} against {theirs}");
     } else {
