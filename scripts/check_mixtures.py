@@ -6,10 +6,10 @@
 FOLDER has what the test `steps_are_written_for_peft` writes (tests/kernels/written.rs describes the
 files). Each step is computed again on transformers' model of the base:
 
-- The experts are adapters of PEFT. `mix` of golden.py weights their updates for each token. The part
-  that is always on is an adapter of weight 1.
+- The experts are adapters of PEFT, and `mix` of golden.py multiplies their updates by each token's
+  routing weights. The part that is always on is an adapter whose weight is always 1.
 - The routers are those of docs/concepts/routing.md, written in PyTorch.
-- An aLoRA expert acts from where PEFT finds its last invocation.
+- An aLoRA expert adds its update from its last invocation on, which PEFT's own code finds.
 - The base gives up the components from which PiSSA starts, by PEFT's own initialisation. All experts
   start from the same components and their weights sum to 1, so removing these components once from
   the base equals what dylora subtracts from each expert.
@@ -49,7 +49,7 @@ GRADIENT_BOUND = 1e-9
 # the least norm of a gradient, as a part of the norm of all gradients
 LEAST_NORM = 1e-6
 NORM_EPS = 1e-6  # of a router that normalises its input
-# the settings of a router that no step has, and their values
+# settings that the routers of all steps share, and their values
 SIMPLE_ROUTER = {
     "level": "token", "hidden_layers": 0, "renormalize": True, "eval": None, "selection_bias": False,
     "own_experts": False,

@@ -9,11 +9,12 @@
 //!                        router    the settings of the routers, as in `dylora.json`
 //!                        source    "router", "uniform", "all", {"expert": e} or {"given": [..]}
 //!                        documents the lengths of the documents in a row; null if it is one
-//!                        label_smoothing   the probability that is spread over the vocabulary
+//!                        label_smoothing
+//!                                  the probability that is spread evenly over the vocabulary
 //! NNN/step.safetensors   input_ids, position_ids, labels   [b, t]
 //!                        mixture.NAME   the tensors of the experts and routers
 //!                        loss           0-dim
-//!                        grad.NAME      the gradients of the trained ones, of the same shapes
+//!                        grad.NAME      the gradient of each trained tensor, in its shape
 //! ```
 //!
 //! The inputs are int64, and all other tensors are f64.
