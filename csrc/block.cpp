@@ -105,7 +105,7 @@ Tensor up_and_activate(const BlockConfig &c, const AllExperts &e, const Tensor &
   const Product &in = c.products[MlpIn];
   const int64_t row_padding = c.products[MlpOut].row_padding(), m = x.size(0), inner = in.out();
   if (c.activation == Activation::TanhGelu && may_be_fast(x) && inner % 8 == 0 &&
-      in.is_one_product() && in.members[0].bias.defined()) {
+      in.is_one_product() && !in.is_quantised() && in.members[0].bias.defined()) {
     const auto of = operands(in, e, x, c.dropout, kept);
     const Tensor out = empty_padded(m, inner, row_padding, x.options()), bias = in.members[0].bias;
     up = at::empty({m, inner}, x.options());
@@ -128,7 +128,7 @@ Tensor activate_and_down_backward(const BlockConfig &c, const AllExperts &e, con
   const int64_t row_padding = c.products[MlpIn].row_padding(), m = dy.size(0), inner = out.in();
   const bool drops = c.dropout != 0 && out.has_experts();
   if (c.activation == Activation::TanhGelu && may_be_fast(dy) && !drops && inner % 8 == 0 &&
-      out.is_one_product()) {
+      out.is_one_product() && !out.is_quantised()) {
     const int64_t r = out.row_padding();
     const Tensor dz = empty_padded(m, inner, row_padding, dy.options()), full = with_padding(dy, r);
     const Tensor weight =
@@ -385,6 +385,23 @@ Tensor *dylora_dropout(const Tensor *x, double probability) {
   TRY(nullptr, {
     if (!draws_masks(*x)) return new Tensor(at::dropout(*x, probability, true));
     return new Tensor(DropoutFunction::apply(*x, probability));
+  })
+}
+
+// out = [codes, scales] of x, [n, i]
+int dylora_quantise(const Tensor *x, Tensor **out) {
+  TRY(-1, {
+    const auto q = quantise(*x);
+    out[0] = new Tensor(q.codes), out[1] = new Tensor(q.scales);
+    return 0;
+  })
+}
+// x w^T of [M, i] and [o, i], which are [codes, scales], in the dtype of `like`
+Tensor *dylora_quantised_product(const Tensor *const *x, const Tensor *const *w,
+                                 const Tensor *like) {
+  TRY(nullptr, {
+    return new Tensor(
+        quantised_product({*x[0], *x[1]}, {*w[0], *w[1]}, {}, like->scalar_type()));
   })
 }
 

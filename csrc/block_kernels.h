@@ -96,6 +96,15 @@ static bool refresh(const std::vector<Refreshed> &layers) {
   run(module, Refresh, layers[0].packed_a, blocks, 256, 0, all);
   return true;
 }
+static bool quantise(const Tensor &x, const Tensor &codes, const Tensor &scales) {
+  auto module = any_module(x);
+  if (!module || x.scalar_type() != at::kBFloat16 || !packs(x) || capability() < 89) return false;
+  // as many threads as leave each of them 32 numbers, which it keeps in registers
+  const int64_t threads = std::clamp<int64_t>(32 * ceil_div(x.size(1), 32 * 32), 32, 1024);
+  run(module, Quantise, x, x.size(0), (int)threads, 0, x.data_ptr(), ld(x), codes.data_ptr(),
+      scales.data_ptr(), (int)x.size(1));
+  return true;
+}
 static bool gelu(const Tensor &z, const Tensor &out) {
   auto module = any_module(z);
   if (!module || !packs(z) || !packs(out)) return false;

@@ -113,8 +113,8 @@ enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu,
   SwiGluBackward,
   Rotate, RotateBackward, CrossEntropy, StepChoice, Route, RouteBackward,
-  // of csrc/kernels/dropout.cuh, in bf16 only
-  DropBits, DropApply, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3,
+  // of csrc/kernels/dropout.cuh and csrc/kernels/quantise.cuh, in bf16 only
+  DropBits, DropApply, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3, Quantise,
   // of csrc/kernels/step
   StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne,
   NAMES
@@ -123,7 +123,7 @@ static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh", "weigh_backward", "add_masked", "refresh", "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "route", "route_backward", "drop_bits", "drop_apply", "drop_down", "drop_up",
-    "drop_grad_1", "drop_grad_2", "drop_grad_3", "step_norm", "step_finish", "step_attention",
+    "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_norm", "step_finish", "step_attention",
     "thin_product", "thin_product_of_one"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
@@ -231,8 +231,8 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
 
 static const Kernels table{
     capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked,
-    draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, gelu, gelu_backward, swiglu,
-    swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm, step_norm, step_finish,
+    draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, quantise, gelu,
+    gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm, step_norm, step_finish,
     step_attention, thin_product, step_choice, routes, route, route_backward};
 
 #pragma GCC visibility push(default)
@@ -297,7 +297,7 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
     }
     for (int kind = 0; kind < 2; ++kind)
       for (int i = of_steps ? StepNorm : 0; i < (of_steps ? NAMES : StepNorm); ++i) {
-        if (kind == 1 && i >= DropBits && i <= DropGrad3) continue;
+        if (kind == 1 && i >= DropBits && i <= Quantise) continue;
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
         TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()),
                     "no kernel ", name);

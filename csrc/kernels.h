@@ -134,6 +134,8 @@ struct Kernels {
   // du^T times x through each member's mask, times `scale`: the gradients of A, f32 [R', i]
   at::Tensor (*drop_grad)(const at::Tensor &x, const at::Tensor &du,
                           const std::vector<DroppedMember> &members, double scale);
+  // The codes and scales of each row of x (csrc/quantised.h), contiguous.
+  bool (*quantise)(const at::Tensor &x, const at::Tensor &codes, const at::Tensor &scales);
   bool (*gelu)(const at::Tensor &z, const at::Tensor &out);
   bool (*gelu_backward)(const at::Tensor &z, const at::Tensor &dout, const at::Tensor &dz);
   // out = silu(gate) * up for z = [gate | up]

@@ -18,6 +18,7 @@
 
 #include "dropout.h"
 #include "kernels.h"
+#include "quantised.h"
 
 namespace fused {
 using at::Tensor;
@@ -101,12 +102,15 @@ struct Product {
   Tensor packed;  // [i + R', o + R']; undefined without kernels
   // the columns of all members with experts, without `rows`; undefined unless packed
   RankColumns rank_columns;
+  // W^T and W of all members, [o, i] and [i, o]; undefined unless they are to be multiplied with
+  Quantised by_output, by_input;
   bool has_experts() const {
     for (const auto &m : members)
       if (m.has_experts()) return true;
     return false;
   }
   bool is_packed() const { return packed.defined(); }
+  bool is_quantised() const { return by_output.defined(); }
   // Whether the forward pass is one product of `operands`.
   bool is_one_product() const { return is_packed() || (members.size() == 1 && !has_experts()); }
   int64_t row_padding() const {
@@ -274,9 +278,32 @@ inline Tensor add_experts(const Member &m, const Experts &e, const Tensor &x, Te
   return base.addmm_(kept.v, b);
 }
 
+// The forward pass of a product whose weights are quantised.
+inline Tensor quantised_forward(const Product &p, const AllExperts &e, const Tensor &x,
+                                double dropout, Kept &kept) {
+  const Tensor y = quantised_product(quantise(x), p.by_output, p.bias, x.scalar_type());
+  if (p.is_packed()) {
+    if (p.has_experts()) {
+      const auto of = operands(p, e, x, dropout, kept);
+      y.addmm_(columns(of.x, p.in(), p.row_padding()), p.packed_b());
+    }
+    return y;
+  }
+  kept.members.resize(p.members.size());
+  if (p.has_experts()) kept.x = x;
+  for (size_t k = 0; k < p.members.size(); ++k) {
+    const auto &m = p.members[k];
+    const Tensor own = columns(y, m.first_out, m.out());
+    if (m.bias.defined()) own.add_(m.bias);
+    if (m.has_experts()) add_experts(m, e[k], x, own, dropout, kept.members[k]);
+  }
+  return y;
+}
+
 // The forward pass of a product. The same holds for `x` and `kept` as in `operands`.
 inline Tensor forward(const Product &p, const AllExperts &e, const Tensor &x, double dropout,
                       Kept &kept) {
+  if (p.is_quantised()) return quantised_forward(p, e, x, dropout, kept);
   if (p.is_one_product()) {
     const auto of = operands(p, e, x, dropout, kept);
     return affine(of.x, of.weight, p.is_packed() ? p.bias : p.members[0].bias);
@@ -394,13 +421,17 @@ inline void experts_backward(const Product &p, const AllExperts &e, const Kept &
 inline Tensor input_backward(const Product &p, const AllExperts &e, const Kept &kept,
                              const Tensor &dy, const Tensor &du, const std::vector<Tensor> &dus,
                              double dropout) {
-  if (p.is_packed() && (dropout == 0 || !p.has_experts())) {
+  const bool drops = dropout != 0 && p.has_experts();
+  if (p.is_packed() && !drops && !p.is_quantised()) {
     const int64_t r = p.row_padding();
     return product(with_padding(dy, r), false, columns(rows(p.packed, 0, p.in()), 0, p.out() + r),
                    true);
   }
   Tensor dx;
-  if (p.is_packed()) {
+  if (p.is_quantised()) {
+    dx = quantised_product(quantise(dy), p.by_input, {}, dy.scalar_type());
+    if (p.is_packed() && !drops) return p.has_experts() ? dx.addmm_(du, p.packed_a().t()) : dx;
+  } else if (p.is_packed()) {
     dx = product(dy, false, p.weight(), true);
   } else {
     for (const auto &m : p.members) {

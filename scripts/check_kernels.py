@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Runs CUDA kernels on the CPU, and compares them with float64.
 
-    scripts/check_kernels.py [thin_products|dropout]
+    scripts/check_kernels.py [thin_products|dropout|quantise]
 
 Each thread of the GPU becomes a thread of the CPU (tests/kernels/cuda.h). So clusters of blocks,
 blocks that wait for each other, and products of matrices by a warp are checked without a GPU:
 
     thin_products  the products of few texts, by tests/kernels/thin_products.cpp
     dropout        dropout of the experts' inputs, by tests/kernels/dropout.cpp
+    quantise       rows in FP8, by tests/kernels/quantise.cpp
 
-Without an argument, the script runs both. It needs a C++ compiler, $CXX or c++, and takes about a
+Without an argument, the script runs all. It needs a C++ compiler, $CXX or c++, and takes about a
 minute.
 """
 
@@ -21,7 +22,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"thin_products": ["pack", "step/finish", "step/thin"], "dropout": ["pack", "dropout"]}
+FILES = {
+    "thin_products": ["pack", "step/finish", "step/thin"],
+    "dropout": ["pack", "dropout"],
+    "quantise": ["pack", "quantise"],
+}
 # patterns of CUDA code that a C++ compiler rejects, with their replacements
 REPLACED = {
     "pack": [
@@ -45,6 +50,10 @@ REPLACED = {
     "dropout": [
         (r"static __device__ __forceinline__ void mma\(.*?\n}\n", ""),
         (r"__shared__ float (\w+)((?:\[[^\n]*\])+);", r"auto &\1 = *(float (*)\2)block->dynamic;"),
+    ],
+    "quantise": [
+        (r"static __device__ __forceinline__ u32 four_codes\(.*?\n}\n", ""),
+        (r"__shared__ float of_warps\[32\];", "float *const of_warps = block->of_warps;"),
     ],
 }
 

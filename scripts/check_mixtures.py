@@ -14,6 +14,8 @@ files). Each step is computed again on transformers' model of the base:
   start from the same components and their weights sum to 1, so removing these components once from
   the base equals what dylora subtracts from each expert.
 - transformers keeps packed documents apart by their positions.
+- Where the base's products are in FP8, its linear layers quantise the rows of inputs, of gradients and of
+  their weights to PyTorch's float8_e4m3fn.
 
 The loss is the mean cross entropy of the labelled tokens, with label smoothing, plus a tenth of the
 routers' z-loss. The z-loss is the squared logsumexp of a router's scores, averaged over tokens and
@@ -43,6 +45,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.variants import calculate_alora_offsets
 from safetensors.torch import load_file
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.pytorch_utils import Conv1D
 
 LOSS_BOUND = 1e-10
 GRADIENT_BOUND = 1e-9
@@ -250,11 +253,42 @@ def prepare(routing, base, features):
             routing.decide_for(name, features)
 
 
+def quantised(x):
+    """`x` after each of its rows was rounded to e4m3, with the row's largest number as 448."""
+    largest = x.abs().amax(-1, keepdim=True)
+    codes = (x * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes.to(x.dtype) * (largest / 448)
+
+
+class QuantisedProduct(torch.autograd.Function):
+    """x W for a frozen W, [i, o]."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return quantised(x) @ quantised(weight.T).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return quantised(grad) @ quantised(weight).T, None
+
+
+def quantise(base):
+    """Computes the linear layers of GPT-2's blocks in FP8."""
+    for block in blocks_of(base).values():
+        for layer in block.modules():
+            if isinstance(layer, Conv1D):
+                layer.forward = lambda x, layer=layer: QuantisedProduct.apply(x, layer.weight) + layer.bias
+
+
 def step_of_peft(step, alpha_factor=1.0):
     """The loss and the gradients by name. A wrong factor of alpha must be seen."""
     base = load_base(step)
     features = features_of(step, base)
     model = add_adapters(step, base, alpha_factor)
+    if step.settings["base_products"] == "fp8":
+        quantise(base)
     experts, routers = leaves_of(step, model)
     routing = Routing(step, model, routers)
     prepare(routing, base, features)

@@ -120,6 +120,10 @@ extern "C" __global__ void __launch_bounds__(256)
                  int columns, int splits) {
   drop_up(du, lddu, a_t, lda, tiles, scale, dx, lddx, rows, columns, splits);
 }
+extern "C" __global__ void quantise_bf16(const bf16 *x, i64 ldx, u32 *codes, float *scales,
+                                         int columns) {
+  quantise(x, ldx, codes, scales, columns);
+}
 DROP_GRAD(1)
 DROP_GRAD(2)
 DROP_GRAD(3)

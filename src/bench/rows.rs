@@ -9,7 +9,7 @@ use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use super::passes;
-use crate::config::{Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
+use crate::config::{BaseProducts, Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
 use crate::dist::World;
 use crate::model::decoder::Decoder;
@@ -141,6 +141,9 @@ impl Subject {
         let router = RouterSpec::of_config(&config);
         let compute = Compute::of_config(&config);
         let mut model = RoutedModel::with_experts(base, &specs, &router, device, compute);
+        if config.train.base_products == BaseProducts::Fp8 {
+            model.quantise_base()?;
+        }
         let trained = match row {
             Row::Base => {
                 // what the backward pass reaches last, and small
@@ -266,7 +269,8 @@ impl Subject {
         let lora = &self.config.lora;
         let dropout = LoraDropout { probability: lora.dropout, masks: lora.dropout_masks };
         let detaches_routers = self.config.router.detach_input;
-        ForwardMode { dropout, detaches_routers, ..ForwardMode::EVAL }
+        let base_products = self.config.train.base_products;
+        ForwardMode { dropout, detaches_routers, base_products, ..ForwardMode::EVAL }
     }
 
     fn batches(&self, dataset: &TokenDataset, blocks: &[BlockId]) -> Vec<Batch> {

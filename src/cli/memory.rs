@@ -10,7 +10,7 @@ use crate::ffi::{self, DeviceMemory};
 use crate::model::decoder::precision::wide;
 use crate::model::experts::spec::ExpertSpec;
 use crate::model::kind_of;
-use crate::train::plan::ParameterCounts;
+use crate::train::plan::{ParameterCounts, quantised_bytes};
 
 /// The memory that a model needs on its device whatever the data, in bytes.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +21,8 @@ struct Need {
     kind: Kind,
     /// Trained parameters other than the base's, gradients and moments, in bytes.
     training: i64,
+    /// The base's quantised weights, in bytes.
+    quantised: i64,
     /// Whether the base is trained as a whole.
     trains_base: bool,
 }
@@ -34,7 +36,7 @@ pub fn base_kind(config: &Config) -> Kind {
 /// Checks that a base whose weights are held in `kind` fits on `device`.
 pub fn check_base_fits(base: &Base, kind: Kind, device: Device) -> Result<()> {
     let parameters = base.spec.num_parameters();
-    check(base, Need { parameters, kind, training: 0, trains_base: false }, device)
+    check(base, Need { parameters, kind, training: 0, quantised: 0, trains_base: false }, device)
 }
 
 /// Checks that the base of a run, and what its training adds whatever the size of a batch, fit on
@@ -49,7 +51,8 @@ pub fn check_run_fits(
     let trains_base = config.method == Method::Full;
     let kind = base_kind(config);
     let training = counts.training_bytes(config.method);
-    check(base, Need { parameters: counts.base, kind, training, trains_base }, device)
+    let quantised = quantised_bytes(config, &base.spec);
+    check(base, Need { parameters: counts.base, kind, training, quantised, trains_base }, device)
 }
 
 fn check(base: &Base, need: Need, device: Device) -> Result<()> {
@@ -65,7 +68,7 @@ fn check(base: &Base, need: Need, device: Device) -> Result<()> {
 /// Compares what is needed with what is free on the device called `name`.
 fn judge(label: &str, need: Need, memory: DeviceMemory, name: &str) -> Result<()> {
     let weights = need.parameters * need.kind.elt_size_in_bytes() as i64;
-    if weights + need.training <= memory.free_bytes as i64 {
+    if weights + need.training + need.quantised <= memory.free_bytes as i64 {
         return Ok(());
     }
     let training = match need.training {
@@ -74,7 +77,14 @@ fn judge(label: &str, need: Need, memory: DeviceMemory, name: &str) -> Result<()
             format!(" and {} for trained parameters, gradients and moments", table::bytes(bytes))
         }
     };
+    let quantised = match need.quantised {
+        0 => String::new(),
+        bytes => format!(", {} for the same in FP8", table::bytes(bytes)),
+    };
     let mut hints = vec![];
+    if need.quantised > 0 {
+        hints.push("`train.base_products = \"exact\"` needs no weights in FP8");
+    }
     if matches!(need.kind, Kind::Float | Kind::Double) && !need.trains_base {
         hints.push("`base.dtype = \"bf16\"` takes half of the memory of f32");
     }
@@ -89,8 +99,8 @@ fn judge(label: &str, need: Need, memory: DeviceMemory, name: &str) -> Result<()
          because each holds the whole base",
     );
     bail!(
-        "base `{label}` does not fit on {name}: its {} parameters take {} in {}{training}, and {} \
-         of the GPU's {} are free\nhint: {}",
+        "base `{label}` does not fit on {name}: its {} parameters take {} in {}{quantised}{training}, \
+         and {} of the GPU's {} are free\nhint: {}",
         table::count(need.parameters),
         table::bytes(weights),
         kind_name(need.kind),
@@ -115,7 +125,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn need(kind: Kind) -> Need {
-        Need { parameters: 8_030_261_248, kind, training: 0, trains_base: false }
+        Need { parameters: 8_030_261_248, kind, training: 0, quantised: 0, trains_base: false }
     }
 
     #[test]

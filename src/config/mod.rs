@@ -58,8 +58,8 @@ pub use routing::{
 pub use targets::TargetModules;
 pub use template::{RecordTemplate, fill};
 pub use train::{
-    Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype, ScheduleConfig,
-    ScheduleKind, TrainConfig,
+    BaseProducts, Duration, EarlyStopping, GroupConfig, Kernels, OptimizerConfig, SaveDtype,
+    ScheduleConfig, ScheduleKind, TrainConfig,
 };
 pub use variables::Written;
 

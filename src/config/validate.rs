@@ -6,9 +6,9 @@ use super::bounds::check_bounds;
 use super::faults::Faults;
 use super::validate_lora::{check_layers, check_lora};
 use super::{
-    BaseSource, Config, DomainConfig, DomainExperts, Duration, EvalRule, Family, GroupConfig,
-    Maturity, Method, Mixing, RandomBase, RouterConfig, RouterInit, RouterInput, RouterNoise,
-    RouterScope, RoutingChoice, RoutingLevel, Validation,
+    BaseProducts, BaseSource, Config, DomainConfig, DomainExperts, DropoutMasks, Dtype, Duration,
+    EvalRule, Family, GroupConfig, Kernels, Maturity, Method, Mixing, RandomBase, RouterConfig,
+    RouterInit, RouterInput, RouterNoise, RouterScope, RoutingChoice, RoutingLevel, Validation,
 };
 
 /// Checks what types cannot.
@@ -364,6 +364,7 @@ fn check_train(config: &Config, faults: &mut Faults) {
     faults.at_least_one("train.grad_accum_steps", train.grad_accum_steps as i64);
     faults.at_least_one("train.loss_chunk_tokens", train.loss_chunk_tokens);
     faults.at_least_one("train.keep_last", train.keep_last as i64);
+    check_base_products(config, faults);
     faults.in_range(
         "train.label_smoothing",
         train.label_smoothing,
@@ -389,6 +390,25 @@ fn check_train(config: &Config, faults: &mut Faults) {
         if config.data.domains.iter().all(|domain| domain.validation.is_none()) {
             faults.add("train.early_stopping", "needs a domain with `validation`".into());
         }
+    }
+}
+
+/// Checks what products of the base in FP8 need.
+fn check_base_products(config: &Config, faults: &mut Faults) {
+    if config.train.base_products == BaseProducts::Exact {
+        return;
+    }
+    let (lora, method) = (&config.lora, config.method);
+    let needed = [
+        (method == Method::RoutedLora, "`method = \"routed_lora\"`"),
+        (config.base.dtype == Dtype::Bf16, "`base.dtype = \"bf16\"`"),
+        (config.train.kernels == Kernels::Auto, "`train.kernels = \"auto\"`"),
+        (lora.dropout_masks == DropoutMasks::Shared, "`lora.dropout_masks = \"shared\"`"),
+        (!lora.use_dora, "`lora.use_dora = false`"),
+        (config.router.input != RouterInput::ModuleInput, "another `router.input`"),
+    ];
+    for (_, need) in needed.iter().filter(|(is_met, _)| !is_met) {
+        faults.add("train.base_products", format!("needs {need} to be `fp8`"));
     }
 }
 

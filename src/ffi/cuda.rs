@@ -155,6 +155,7 @@ impl KernelSet {
             source!("norm"),
             source!("experts"),
             source!("dropout"),
+            source!("quantise"),
             source!("mlp"),
             source!("heads"),
             source!("loss"),
@@ -175,6 +176,12 @@ impl KernelSet {
             }
         }
     }
+}
+
+/// The compute capability of a device whose kernels are prepared, as `[major, minor]`.
+pub(crate) fn capability(device: usize) -> Result<[c_int; 2]> {
+    let [major, minor, ..] = library()?.target_of(device)?;
+    Ok([major, minor])
 }
 
 static CODE_CACHE: OnceLock<PathBuf> = OnceLock::new();
@@ -225,9 +232,7 @@ pub fn prepare_kernels(device: usize, width: i64, set: KernelSet) -> Result<()> 
         // SAFETY: `nvrtc` is a C string
         library.check(unsafe { (library.open_compiler)(nvrtc.as_ptr()) })?;
     }
-    let mut target = [0; 4];
-    // SAFETY: the library writes four numbers into `target`
-    library.check(unsafe { (library.target)(device as c_int, target.as_mut_ptr()) })?;
+    let target = library.target_of(device)?;
     let [major, minor, ..] = target;
     let options = [
         format!("-arch=sm_{major}{minor}"),
@@ -378,6 +383,14 @@ impl Drop for Fetch {
 impl Library {
     fn check(&self, status: c_int) -> Result<()> {
         if status < 0 { Err(self.error()) } else { Ok(()) }
+    }
+
+    /// What identifies compiled code: a device's compute capability and NVRTC's version.
+    fn target_of(&self, device: usize) -> Result<[c_int; 4]> {
+        let mut target = [0; 4];
+        // SAFETY: the library writes four numbers into `target`
+        self.check(unsafe { (self.target)(device as c_int, target.as_mut_ptr()) })?;
+        Ok(target)
     }
 
     /// The path under which the machine code for a target is cached, if there is a cache.

@@ -11,6 +11,7 @@ use anyhow::Result;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use super::quantised::{Quantised, QuantisedWeights};
 use super::{TensorPtr, check, owned};
 
 #[repr(C)]
@@ -39,6 +40,10 @@ pub(super) struct RawProduct {
     expert_of: TensorPtr,
     scaling: TensorPtr,
     runs: TensorPtr,
+    output_codes: TensorPtr,
+    output_scales: TensorPtr,
+    input_codes: TensorPtr,
+    input_scales: TensorPtr,
 }
 
 #[repr(C)]
@@ -163,6 +168,8 @@ pub struct Product<'a> {
     pub members: Vec<Member<'a>>,
     /// What the kernels need; `None` without kernels.
     pub packed: Option<Packed<'a>>,
+    /// The quantised weights of all members side by side, if they are to be multiplied with.
+    pub quantised: Option<&'a QuantisedWeights>,
 }
 
 impl Product<'_> {
@@ -292,6 +299,10 @@ pub(super) fn raw_products(
 ) -> Vec<RawProduct> {
     let raw = products.iter().zip(members).map(|(product, members)| {
         let columns = product.packed.map(|packed| packed.columns);
+        let by_output = product.quantised.map(|weights| &weights.by_output);
+        let by_input = product.quantised.map(|weights| &weights.by_input);
+        let codes = |of: Option<&Quantised>| or_null(of.map(|of| &of.codes));
+        let scales = |of: Option<&Quantised>| or_null(of.map(|of| &of.scales));
         RawProduct {
             members: members.as_ptr(),
             num_members: members.len() as i64,
@@ -300,6 +311,10 @@ pub(super) fn raw_products(
             expert_of: or_null(columns.map(|columns| &columns.expert_of)),
             scaling: or_null(columns.map(|columns| &columns.scaling)),
             runs: or_null(columns.map(|columns| &columns.runs)),
+            output_codes: codes(by_output),
+            output_scales: scales(by_output),
+            input_codes: codes(by_input),
+            input_scales: scales(by_input),
         }
     });
     raw.collect()
@@ -326,7 +341,7 @@ fn raw_attention(attention: &Attention<'_>) -> RawAttention {
     }
 }
 
-fn pair(call: impl FnOnce(*mut *mut C_tensor) -> c_int) -> Result<(Tensor, Tensor)> {
+pub(super) fn pair(call: impl FnOnce(*mut *mut C_tensor) -> c_int) -> Result<(Tensor, Tensor)> {
     let mut out = [std::ptr::null_mut(); 2];
     check(call(out.as_mut_ptr()))?;
     // SAFETY: the shim returned two tensors allocated with `new` and gave up their ownership

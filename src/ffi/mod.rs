@@ -8,6 +8,7 @@ pub mod driver;
 pub mod fused;
 mod memory;
 pub mod nccl;
+pub mod quantised;
 pub mod route;
 pub mod signals;
 pub mod step;

@@ -14,10 +14,11 @@ use super::decoder::rope::Rotation;
 use super::experts::dropout::LoraDropout;
 use super::experts::stack::LoraExperts;
 use super::experts::weights::RoutingWeights;
+use super::forward::ForwardMode;
 use super::fused::pack::FusedProduct;
 use super::fused::stream::{Stream, fused_norm};
 use super::routing::site::BlockWeights;
-use crate::config::{DropoutMasks, TargetModule};
+use crate::config::{BaseProducts, DropoutMasks, TargetModule};
 use crate::ffi::fused::{self, Attention, BlockSettings, Experts, Heads, Member, Product};
 
 // The places of products in a block (`DecoderSpec::products`).
@@ -146,11 +147,16 @@ impl RoutedBlock<'_> {
         normed: &Tensor,
         context: &AttentionContext,
         g: &BlockWeights,
-        dropout: LoraDropout,
+        mode: ForwardMode,
     ) -> Stream {
         let [b, t, _] = stream.shape;
         let (flat, factors) = (g.flat(b * t), self.factors());
-        let products: [_; 4] = std::array::from_fn(|at| self.product(at, &flat, &factors));
+        let quantises = mode.base_products == BaseProducts::Fp8;
+        let products: [_; 4] = std::array::from_fn(|at| {
+            let quantised = quantises.then(|| self.fused_products()[at].quantised());
+            let quantised = quantised.map(|weights| weights.expect("the base is quantised"));
+            Product { quantised, ..self.product(at, &flat, &factors) }
+        });
         let attends = &self.block.attention;
         let rotation = context.rotation.as_ref().filter(|_| attends.rotates);
         let rotation = rotation.map(Rotation::flat);
@@ -180,7 +186,7 @@ impl RoutedBlock<'_> {
                 window,
             },
             activation: self.activation(),
-            dropout: dropout.probability,
+            dropout: mode.dropout.probability,
             recomputes: self.block.activation == Activation::Silu,
         };
         let (x, pending) = fused::block(&stream.x, normed, &products, &settings)
@@ -249,7 +255,7 @@ impl RoutedBlock<'_> {
             });
             Member { weight: linear.weight(), bias: linear.bias.as_ref(), experts }
         });
-        Product { members: members.collect(), packed: product.packed() }
+        Product { members: members.collect(), packed: product.packed(), quantised: None }
     }
 
     /// The row padding of this block's first norm, and that of the gradient of what the block
@@ -266,11 +272,11 @@ impl RoutedBlock<'_> {
         x: &Tensor,
         context: &AttentionContext,
         g: &BlockWeights,
-        dropout: LoraDropout,
+        mode: ForwardMode,
     ) -> Tensor {
         let (forward, _) = self.row_paddings(None);
         let (stream, normed) = Stream::new(x).normed(&self.block.norm_1, forward, 0);
-        self.fused(stream, &normed, context, g, dropout).whole()
+        self.fused(stream, &normed, context, g, mode).whole()
     }
 }
 

@@ -20,7 +20,7 @@ use super::routing::pass::{RoutedParts, RoutingPass};
 use super::routing::router::{RouterSpec, Routing, RoutingRule};
 use super::routing::site::{BlockWeights, Site};
 use super::routing::source::RoutingSource;
-use crate::config::{EvalRule, ModulePath, RouterInput, RouterNoise, RoutingLevel};
+use crate::config::{BaseProducts, EvalRule, ModulePath, RouterInput, RouterNoise, RoutingLevel};
 use crate::ffi;
 use crate::ffi::fused::HeadLoss;
 
@@ -37,6 +37,9 @@ pub struct ForwardMode {
     pub keeps_features: bool,
     /// The routing rule; `None` for the model's own.
     pub rule: Option<EvalRule>,
+    /// How the base's products are computed in blocks that the fused operations compute. For
+    /// [`BaseProducts::Fp8`], [`RoutedModel::quantise_base`] must have been called.
+    pub base_products: BaseProducts,
     /// Keep only each block's input, and what a layer's own router reads, for the backward pass,
     /// which computes the rest again.
     pub gradient_checkpointing: bool,
@@ -50,6 +53,7 @@ impl ForwardMode {
         detaches_routers: false,
         keeps_features: false,
         rule: None,
+        base_products: BaseProducts::Exact,
         gradient_checkpointing: false,
     };
 }
@@ -253,7 +257,7 @@ impl RoutedModel {
                 };
                 x = block.forward(&x, &context, &mut weights, mode.dropout, Some(&mut note));
             } else if let (true, Some(g)) = (mode.gradient_checkpointing, &g) {
-                x = self.checkpointed(block, &x, &context, g, mode.dropout);
+                x = self.checkpointed(block, &x, &context, g, mode);
             } else {
                 x = block.forward(&x, &context, &mut weights, mode.dropout, None);
             }
@@ -293,7 +297,7 @@ impl RoutedModel {
             });
             (stream, before) = match normed {
                 Some(normed) if block.fuses(&x, &g, mode.dropout) => {
-                    (block.fused(sum, &normed, &context, &g, mode.dropout), Some(block))
+                    (block.fused(sum, &normed, &context, &g, mode), Some(block))
                 }
                 _ => {
                     let mut weights = |module, _: &Tensor| g.of(module).shallow_clone();
@@ -317,8 +321,9 @@ impl RoutedModel {
         x: &Tensor,
         context: &AttentionContext,
         g: &BlockWeights,
-        dropout: LoraDropout,
+        mode: ForwardMode,
     ) -> Tensor {
+        let dropout = mode.dropout;
         let leaves = block.experts.modules.values().flat_map(LoraExperts::leaves);
         let mut parameters: Vec<Tensor> =
             leaves.filter(|leaf| leaf.requires_grad()).map(Tensor::shallow_clone).collect();
@@ -348,7 +353,7 @@ impl RoutedModel {
                 tensors => g.with_tensors(tensors),
             };
             let forward = || match block.fuses(&activations[0], &g, dropout) {
-                true => block.fused_alone(&activations[0], &context, &g, dropout),
+                true => block.fused_alone(&activations[0], &context, &g, mode),
                 false => {
                     let mut weights = |module, _: &Tensor| g.of(module).shallow_clone();
                     block.forward(&activations[0], &context, &mut weights, dropout, None)

@@ -23,6 +23,7 @@ pub mod forward;
 pub mod fused;
 pub mod loss;
 pub mod parameters;
+mod quantised;
 pub mod routing;
 pub(crate) mod step;
 

@@ -274,6 +274,7 @@ fn mode(config: &Config) -> ForwardMode {
         detaches_routers: config.router.detach_input,
         keeps_features: false,
         rule: None,
+        base_products: config.train.base_products,
         gradient_checkpointing: config.train.gradient_checkpointing,
     }
 }

@@ -48,7 +48,7 @@ use tch::{Device, Tensor};
 use crate::base::Base;
 use crate::checkpoint::routing_state::{ExpertMaturity, RoutingState};
 use crate::checkpoint::{self, Checkpoint, Position, TrainState, build_model, load_model};
-use crate::config::{Config, Method};
+use crate::config::{BaseProducts, Config, Method};
 use crate::data::Datasets;
 use crate::dist::World;
 use crate::durable::lock::FolderLock;
@@ -271,7 +271,7 @@ impl Trainer {
     /// computes in, if it is known.
     fn assemble(
         config: Config,
-        model: RoutedModel,
+        mut model: RoutedModel,
         data: Datasets,
         state: TrainState,
         known_hash: Option<String>,
@@ -292,6 +292,9 @@ impl Trainer {
             // a single expert has no router, so the router of two experts is all new
             columns_rate: if model.num_experts() > 2 { growth.old_columns_rate } else { 1.0 },
         });
+        if config.train.base_products == BaseProducts::Fp8 {
+            model.quantise_base()?;
+        }
         let trained = model.trained(config.train.routing, old);
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(model.device()), model.device());

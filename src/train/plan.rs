@@ -7,7 +7,7 @@ use serde::Serialize;
 use tch::Device;
 
 use crate::checkpoint::Position;
-use crate::config::{Config, Duration, Kernels, Method, RouterScope, RoutingChoice};
+use crate::config::{BaseProducts, Config, Duration, Kernels, Method, RouterScope, RoutingChoice};
 use crate::data::{BlockId, TokenDataset};
 use crate::model::decoder::mlp::Activation;
 use crate::model::decoder::spec::DecoderSpec;
@@ -111,7 +111,7 @@ impl ParameterCounts {
 /// hundred MB) nor the allocator's slack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
-    /// The base's parameters.
+    /// The base's parameters, and its quantised weights with `train.base_products = "fp8"`.
     pub base: i64,
     /// Trained parameters other than the base's, and the gradients and two moments of all trained
     /// parameters, f32.
@@ -146,7 +146,7 @@ impl MemoryEstimate {
         };
         let chunk = config.train.loss_chunk_tokens.min(tokens);
         Self {
-            base: counts.base * if full { 4 } else { element },
+            base: counts.base * if full { 4 } else { element } + quantised_bytes(config, base),
             training: counts.training_bytes(config.method),
             activations: tokens * kept * element,
             logits: chunk * base.vocab_size * (8 + element),
@@ -156,6 +156,15 @@ impl MemoryEstimate {
     /// The sum of all parts.
     pub fn total(&self) -> i64 {
         self.base + self.training + self.activations + self.logits
+    }
+}
+
+/// The memory of the base's quantised weights, in bytes.
+pub fn quantised_bytes(config: &Config, base: &DecoderSpec) -> i64 {
+    let sizes = base.modules().iter().map(|&module| base.linear_shape(module));
+    match config.train.base_products {
+        BaseProducts::Exact => 0,
+        BaseProducts::Fp8 => 2 * base.num_layers * sizes.map(|(i, o)| i * o).sum::<i64>(),
     }
 }
 

@@ -71,7 +71,7 @@ struct Block {
   std::vector<std::unique_ptr<Barrier>> warps;
   std::vector<float> exchanged;  // by the threads of a warp
   std::vector<std::array<unsigned, 6>> factors;  // of a product of a warp's threads
-  float of_warps[16];
+  float of_warps[32];
   char *dynamic;  // shared memory
   Block(int threads, size_t bytes) : all(threads), exchanged(threads), factors(threads) {
     for (int warp = 0; warp < threads / 32; ++warp) warps.emplace_back(new Barrier(32));

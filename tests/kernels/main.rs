@@ -7,5 +7,6 @@ mod common;
 mod curve;
 mod generation;
 mod packing;
+mod quantised;
 mod shapes;
 mod written;

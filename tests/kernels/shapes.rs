@@ -7,8 +7,8 @@ use dylora::config::TargetModule::{
     AttnCAttn, AttnCProj, DownProj, GateProj, KProj, MlpCFc, MlpCProj, OProj, QProj, UpProj, VProj,
 };
 use dylora::config::{
-    DropoutMasks, ExpertConfig, Family, Kernels, LoraConfig, LoraInit, ModulePath, RouterConfig,
-    RouterInput, RouterScope, TargetModule, TargetModules,
+    BaseProducts, DropoutMasks, ExpertConfig, Family, Kernels, LoraConfig, LoraInit, ModulePath,
+    RouterConfig, RouterInput, RouterScope, TargetModule, TargetModules,
 };
 use dylora::ffi;
 use dylora::model::decoder::Decoder;
@@ -24,6 +24,9 @@ use crate::common::{family_specs, gpt2_spec, plain_router, randomize, seed};
 
 /// The seed of a case's first batch.
 const FIRST_BATCH: i64 = 6;
+/// How far a loss in bf16 may be from the reference's, in nats, unless f64 shows that it is no
+/// worse.
+const BF16_LOSS_BOUND: f64 = 2e-2;
 /// Number of batches of a case for which chance has to be told from a fault.
 const NUM_BATCHES: i64 = 12;
 
@@ -31,16 +34,17 @@ const NUM_BATCHES: i64 = 12;
 pub(super) struct Case {
     pub name: String,
     pub base: DecoderSpec,
-    lora: LoraConfig,
+    pub lora: LoraConfig,
     pub router: RouterConfig,
-    batch: usize,
-    seq_len: usize,
+    pub batch: usize,
+    pub seq_len: usize,
     /// Lengths of a row's packed documents; `None` if each row is one document.
     pub documents: Option<Vec<usize>>,
     pub dropout: f64,
     pub label_smoothing: f64,
-    checkpointing: bool,
+    pub checkpointing: bool,
     pub source: RoutingSource,
+    pub base_products: BaseProducts,
 }
 
 pub(super) fn lora(num_experts: usize, rank: i64, target_modules: &[TargetModule]) -> LoraConfig {
@@ -62,7 +66,7 @@ pub(super) fn shape(
     DecoderSpec { vocab_size, max_positions, ..gpt2_spec(2, heads, heads * head_size) }
 }
 
-fn case(name: &str) -> Case {
+pub(super) fn case(name: &str) -> Case {
     Case {
         name: name.into(),
         base: shape(2, 16, 53, 64),
@@ -75,6 +79,7 @@ fn case(name: &str) -> Case {
         label_smoothing: 0.0,
         checkpointing: false,
         source: RoutingSource::Router,
+        base_products: BaseProducts::Exact,
     }
 }
 
@@ -84,16 +89,19 @@ pub(super) fn cases(on_gpu: bool) -> Vec<Case> {
     cases.extend(of_routers());
     cases.extend(of_both());
     cases.extend(of_shared_parts());
-    // the same on Llama-like bases, one family after the other
+    cases.extend(on_families(&cases));
+    cases.extend(of_families());
+    cases
+}
+
+/// The same on Llama-like bases, one family after the other.
+pub(super) fn on_families(cases: &[Case]) -> Vec<Case> {
     let others: Vec<_> = family_specs().into_iter().filter(|(name, _)| *name != "gpt2").collect();
-    let translated = (0..).zip(&cases).map(|(at, case): (usize, _)| {
+    let translated = (0..).zip(cases).map(|(at, case): (usize, _)| {
         let (family, spec) = &others[at % others.len()];
         case.on(family, spec)
     });
-    let translated: Vec<_> = translated.collect();
-    cases.extend(translated);
-    cases.extend(of_families());
-    cases
+    translated.collect()
 }
 
 /// Different numbers, ranks and target modules of experts.
@@ -326,6 +334,11 @@ impl Case {
             experts: experts.collect(),
             ..self.lora.clone()
         };
+        Self { name: format!("{family}, {}", self.name), base, lora, ..self.on_its_own() }
+    }
+
+    /// The same case once more.
+    pub(super) fn on_its_own(&self) -> Self {
         let source = match &self.source {
             RoutingSource::Given(given) => RoutingSource::Given(given.shallow_clone()),
             RoutingSource::Expert(expert) => RoutingSource::Expert(*expert),
@@ -334,9 +347,9 @@ impl Case {
             _ => RoutingSource::Router,
         };
         Self {
-            name: format!("{family}, {}", self.name),
-            base,
-            lora,
+            name: self.name.clone(),
+            base: self.base.clone(),
+            lora: self.lora.clone(),
             router: self.router.clone(),
             documents: self.documents.clone(),
             source,
@@ -412,7 +425,10 @@ impl Case {
         tensors: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<RoutedModel> {
         let router = RouterSpec::from(&self.router);
-        let model = RoutedModel::with_experts(base, &self.specs()?, &router, device, compute);
+        let mut model = RoutedModel::with_experts(base, &self.specs()?, &router, device, compute);
+        if self.base_products == BaseProducts::Fp8 {
+            model.quantise_base()?;
+        }
         match tensors {
             None => {
                 randomize(&model)?;
@@ -447,6 +463,7 @@ impl Case {
         let mode = ForwardMode {
             dropout,
             gradient_checkpointing: self.checkpointing,
+            base_products: self.base_products,
             ..ForwardMode::EVAL
         };
         tch::manual_seed(11);
@@ -477,13 +494,13 @@ fn norm(x: &Tensor) -> f64 {
 /// Relative distances of gradients: the norm of the difference divided by the norm of the second
 /// operand, over the parameters of all experts and over those of all routers.
 #[derive(Debug, Clone, Copy)]
-struct Distances {
-    experts: f64,
+pub(super) struct Distances {
+    pub experts: f64,
     routers: f64,
 }
 
 impl Distances {
-    fn new(a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>) -> Self {
+    pub fn new(a: &BTreeMap<String, Tensor>, b: &BTreeMap<String, Tensor>) -> Self {
         assert!(a.keys().eq(b.keys()));
         let ratio = |is_expert: bool| {
             let names = a.keys().filter(|name| name.contains("lora_") == is_expert);
@@ -522,24 +539,58 @@ struct Judged {
     line: String,
     /// Whether all distances from the reference are within their bounds.
     is_close: bool,
+    /// In bf16, how far the losses are from each other and from f64.
+    loss: Option<LossErrors>,
     /// In bf16, the distances of the gradients from those in f64, divided by the distances of the
     /// reference's gradients: of experts, and of routers if there are any.
     ratios: Vec<f64>,
 }
 
-impl Judged {
-    fn is_good(&self) -> bool {
-        self.is_close && self.ratios.iter().all(|&ratio| ratio <= 2.0)
+/// Distances of losses, in nats.
+#[derive(Debug, Clone, Copy)]
+struct LossErrors {
+    from_reference: f64,
+    from_f64: f64,
+    /// The reference's distance from f64.
+    of_reference: f64,
+}
+
+impl LossErrors {
+    fn is_good(self) -> bool {
+        self.from_reference <= BF16_LOSS_BOUND || self.from_f64 <= 2.0 * self.of_reference
     }
 
-    /// The judgement on several batches, with the geometric means of the ratios.
+    /// The root mean squares.
     fn of_all(all: &[Self]) -> Self {
+        let mean = |part: fn(&Self) -> f64| {
+            f64::sqrt(all.iter().map(|one| part(one).powi(2)).sum::<f64>() / all.len() as f64)
+        };
+        Self {
+            from_reference: mean(|one| one.from_reference),
+            from_f64: mean(|one| one.from_f64),
+            of_reference: mean(|one| one.of_reference),
+        }
+    }
+}
+
+impl Judged {
+    fn is_good(&self) -> bool {
+        self.is_close
+            && self.loss.is_none_or(LossErrors::is_good)
+            && self.ratios.iter().all(|&ratio| ratio <= 2.0)
+    }
+
+    /// The judgement on several batches, with the geometric means of the ratios and the root mean
+    /// squares of the losses' errors.
+    fn of_all(all: &[Self]) -> Self {
+        let losses: Vec<_> = all.iter().filter_map(|one| one.loss).collect();
         let mean = |at: usize| {
             (all.iter().map(|one| one.ratios[at].ln()).sum::<f64>() / all.len() as f64).exp()
         };
         Self {
             line: all.iter().map(|one| one.line.as_str()).collect::<Vec<_>>().join("\n     "),
             is_close: all.iter().all(|one| one.is_close),
+            loss: (!losses.is_empty()).then(|| LossErrors::of_all(&losses)),
             ratios: (0..all[0].ratios.len()).map(mean).collect(),
         }
     }
@@ -562,32 +613,32 @@ fn judge(
         Kind::Float => (1e-5, 1e-4),
         // the masks of dropout differ between devices, so the gradients cannot be compared with f64
         // on the CPU; they are compared with the reference in bf16
-        _ if case.dropout > 0.0 => (2e-2, 0.1),
-        _ => (2e-2, f64::INFINITY),
+        _ if case.dropout > 0.0 => (BF16_LOSS_BOUND, 0.1),
+        _ => (BF16_LOSS_BOUND, f64::INFINITY),
     };
     // with a NaN in either, every comparison fails
     let mut is_close = of_grads.experts <= bound && of_grads.routers <= bound;
-    let (mut extra, mut ratios) = (String::new(), vec![]);
+    let (mut extra, mut ratios, mut loss) = (String::new(), vec![], None);
     // f64 on the CPU would have other masks of dropout
     if kind == Kind::BFloat16 && case.dropout == 0.0 {
         let truth = truth()?;
         let ours = Distances::new(&fused.1, &truth.1);
         let theirs = Distances::new(&reference.1, &truth.1);
-        let own_error = (fused.0 - truth.0).abs();
-        is_close &= of_loss <= loss_bound || own_error <= 2.0 * (reference.0 - truth.0).abs();
+        let (from_f64, of_reference) = ((fused.0 - truth.0).abs(), (reference.0 - truth.0).abs());
+        loss = Some(LossErrors { from_reference: of_loss, from_f64, of_reference });
         ratios.push(ours.experts / theirs.experts);
         if theirs.routers > 0.0 {
             ratios.push(ours.routers / theirs.routers);
         } else {
             is_close &= ours.routers <= 0.0;
         }
-        extra = format!(", from f64: {own_error:.1e}, {ours} against {theirs}");
+        extra = format!(", from f64: {from_f64:.1e}, {ours} against {of_reference:.1e}, {theirs}");
     } else {
         is_close &= of_loss <= loss_bound;
     }
     let line =
         format!("{} in {kind:?}: loss {of_loss:.1e}, gradients {of_grads}{extra}", case.name);
-    Ok(Judged { line, is_close, ratios })
+    Ok(Judged { line, is_close, loss, ratios })
 }
 
 /// The losses differ from the reference's by at most 1e-10 in f64 and 1e-5 in f32, and the
@@ -596,9 +647,10 @@ fn judge(
 /// In bf16, both are compared with those in f64. The loss is within 2e-2 of the reference's in
 /// bf16, or at most twice as far from f64. The distance of the gradients is at most twice that of
 /// the reference in each case, since chance has a part in it: rounding may make a token choose
-/// another expert. A case beyond that is computed with further batches, and the geometric mean over
-/// all of its batches counts. In the geometric mean over all cases, the distance is at most 1.05
-/// times that of the reference.
+/// another expert. A case beyond that is computed with further batches, and the mean over all of
+/// its batches counts: the root mean square of losses, and the geometric mean of gradients'
+/// ratios. In the geometric mean over all cases, the distance is at most 1.05 times that of the
+/// reference.
 #[test]
 fn fused_steps_equal_the_references() -> Result<()> {
     let device = device()?;

@@ -9,6 +9,8 @@
 //!                        router    the settings of the routers, as in `dylora.json`
 //!                        source    "router", "uniform", "all", {"expert": e} or {"given": [..]}
 //!                        documents the lengths of the documents in a row; null if it is one
+//!                        base_products
+//!                                  "exact" or "fp8"
 //!                        label_smoothing
 //!                                  the probability that is spread evenly over the vocabulary
 //! NNN/step.safetensors   input_ids, position_ids, labels   [b, t]
@@ -28,6 +30,7 @@ use dylora::tensor_file::write_tensors;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use super::quantised::quantised_cases;
 use super::shapes::{Case, cases};
 use crate::common::seed;
 
@@ -40,7 +43,7 @@ fn steps_are_written_for_peft() -> Result<()> {
     let folder = PathBuf::from(folder.context("`DYLORA_STEPS` names no folder")?);
     let _generator = seed(900);
     let (left_out, written): (Vec<Case>, Vec<Case>) =
-        cases(false).into_iter().partition(|case| case.dropout > 0.0);
+        cases(false).into_iter().chain(quantised_cases(false)).partition(|case| case.dropout > 0.0);
     for (at, case) in written.iter().enumerate() {
         write(case, &folder.join(format!("{at:03}"))).with_context(|| case.name.clone())?;
     }
@@ -106,6 +109,7 @@ fn settings(case: &Case) -> Result<Value> {
         "router": RouterSpec::from(&case.router),
         "source": source,
         "documents": case.documents,
+        "base_products": case.base_products,
         "label_smoothing": case.label_smoothing,
     }))
 }

@@ -9,10 +9,12 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use crate::config::TargetModule;
 use crate::ffi::fused::{Packed, RankColumns};
+use crate::ffi::quantised::QuantisedWeights;
 use crate::model::decoder::block::Block;
 use crate::model::decoder::precision::wide;
 use crate::model::experts::slots::RankRows;
@@ -21,6 +23,8 @@ use crate::model::experts::stack::LoraExperts;
 /// The number of columns of a rank space is rounded up to a multiple of this, so that its rows take
 /// a multiple of 16 bytes in any dtype.
 pub const COLUMNS: i64 = 8;
+/// On a GPU, the sizes of a quantised weight must be multiples of this.
+pub(crate) const QUANTISED_COLUMNS: i64 = 16;
 /// The most columns of a product's rank space that the kernels accept. They keep a row of it in
 /// shared memory.
 const MAX_COLUMNS: i64 = 4096;
@@ -119,6 +123,7 @@ pub struct FusedProduct {
     /// The columns of all members' experts.
     columns: HostColumns,
     packed: Option<PackedProduct>,
+    quantised: Option<QuantisedWeights>,
 }
 
 impl FusedProduct {
@@ -146,7 +151,7 @@ impl FusedProduct {
             columns.append(&own);
             modules.insert(module, fused);
         }
-        Self { members, experts: modules, columns, packed: None }
+        Self { members, experts: modules, columns, packed: None, quantised: None }
     }
 
     /// The product's row padding: extra columns behind each row of its input and of its output's
@@ -159,6 +164,19 @@ impl FusedProduct {
     pub fn packed(&self) -> Option<Packed<'_>> {
         let PackedProduct { matrix, bias, columns, .. } = self.packed.as_ref()?;
         Some(Packed { matrix, bias: bias.as_ref(), columns })
+    }
+
+    /// The quantised weights of all members, once there are some.
+    pub fn quantised(&self) -> Option<&QuantisedWeights> {
+        self.quantised.as_ref()
+    }
+
+    /// Quantises the members' weights. The weights themselves stay as they are.
+    pub fn quantise(&mut self, block: &Block) -> Result<()> {
+        let weights = self.members.iter().map(|module| block.linears[module].weight());
+        let weight = Tensor::cat(&weights.collect::<Vec<_>>(), 1);
+        self.quantised = Some(QuantisedWeights::new(&weight)?);
+        Ok(())
     }
 
     /// Whether the product is one matrix multiplication as it is.
@@ -245,7 +263,8 @@ impl FusedProduct {
             columns: columns(&packed.columns),
         });
         let (members, columns) = (self.members, self.columns.clone());
-        Self { members, experts: experts.collect(), columns, packed }
+        let quantised = self.quantised.as_ref().map(QuantisedWeights::shallow_clone);
+        Self { members, experts: experts.collect(), columns, packed, quantised }
     }
 }
 
