@@ -123,8 +123,8 @@ static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh", "weigh_backward", "add_masked", "refresh", "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "route", "route_backward", "drop_bits", "drop_apply", "drop_down", "drop_up",
-    "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_norm", "step_finish", "step_attention",
-    "thin_product", "thin_product_of_one"};
+    "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_norm", "step_finish",
+    "step_attention", "thin_product", "thin_product_of_one"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -232,8 +232,9 @@ static bool apply_to(at::ScalarType kind, int64_t width) {
 static const Kernels table{
     capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked,
     draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, quantise, gelu,
-    gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm, step_norm, step_finish,
-    step_attention, thin_product, step_choice, routes, route, route_backward};
+    gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
+    step_norm, step_finish, step_attention, thin_product, step_choice, routes, route,
+    route_backward};
 
 #pragma GCC visibility push(default)
 extern "C" {

@@ -256,6 +256,7 @@ def prepare(routing, base, features):
 def quantised(x):
     """`x` after each of its rows was rounded to e4m3, with the row's largest number as 448."""
     largest = x.abs().amax(-1, keepdim=True)
+    largest[largest == 0] = 448  # a row of zeros
     codes = (x * (448 / largest)).clamp(-448, 448).to(torch.float8_e4m3fn)
     return codes.to(x.dtype) * (largest / 448)
 

@@ -99,8 +99,8 @@ fn judge(label: &str, need: Need, memory: DeviceMemory, name: &str) -> Result<()
          because each holds the whole base",
     );
     bail!(
-        "base `{label}` does not fit on {name}: its {} parameters take {} in {}{quantised}{training}, \
-         and {} of the GPU's {} are free\nhint: {}",
+        "base `{label}` does not fit on {name}: its {} parameters take {} in \
+         {}{quantised}{training}, and {} of the GPU's {} are free\nhint: {}",
         table::count(need.parameters),
         table::bytes(weights),
         kind_name(need.kind),

@@ -12,7 +12,7 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::quantised::{Quantised, QuantisedWeights};
-use super::{TensorPtr, check, owned};
+use super::{TensorPtr, owned, pair};
 
 #[repr(C)]
 #[derive(Debug)]
@@ -339,13 +339,6 @@ fn raw_attention(attention: &Attention<'_>) -> RawAttention {
         cos: or_null(rotation.map(|(cos, _)| cos)),
         sin: or_null(rotation.map(|(_, sin)| sin)),
     }
-}
-
-pub(super) fn pair(call: impl FnOnce(*mut *mut C_tensor) -> c_int) -> Result<(Tensor, Tensor)> {
-    let mut out = [std::ptr::null_mut(); 2];
-    check(call(out.as_mut_ptr()))?;
-    // SAFETY: the shim returned two tensors allocated with `new` and gave up their ownership
-    Ok(unsafe { (Tensor::from_ptr(out[0]), Tensor::from_ptr(out[1])) })
 }
 
 /// The sum `x + y`, or `x` without `y`, and its norm.

@@ -8,6 +8,7 @@ pub mod driver;
 pub mod fused;
 mod memory;
 pub mod nccl;
+mod outcome;
 pub mod quantised;
 pub mod route;
 pub mod signals;
@@ -23,12 +24,12 @@ use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
 pub use self::memory::{FileBytes, with_bytes};
+use self::outcome::{check, last_error, owned, pair, taken};
 
 type TensorPtr = *const C_tensor;
 type SegmentRun = extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mut C_tensor;
 
 unsafe extern "C" {
-    fn dylora_take_error() -> *mut c_char;
     fn dylora_torch_version() -> *const c_char;
     fn dylora_libtorch_path(out: *mut c_char, capacity: usize) -> c_int;
     fn dylora_adamw(
@@ -70,40 +71,6 @@ unsafe extern "C" {
         inverse: TensorPtr,
         dispatch: c_int,
     ) -> *mut C_tensor;
-}
-
-fn last_error() -> anyhow::Error {
-    // SAFETY: the shim gives up the ownership of a string from strdup, or returns null
-    unsafe { taken(dylora_take_error()) }
-}
-
-/// Converts a message of the shim into an error.
-///
-/// # Safety
-/// `pointer` must be null or a string from strdup whose ownership the caller gives up.
-unsafe fn taken(pointer: *mut c_char) -> anyhow::Error {
-    if pointer.is_null() {
-        return anyhow!("libtorch failed without a message");
-    }
-    // SAFETY: a C string that this function owns
-    let message = unsafe {
-        let message = CStr::from_ptr(pointer).to_string_lossy().into_owned();
-        libc::free(pointer.cast());
-        message
-    };
-    anyhow!("libtorch: {}", message.trim())
-}
-
-fn check(status: c_int) -> Result<()> {
-    if status < 0 { Err(last_error()) } else { Ok(()) }
-}
-
-fn owned(pointer: *mut C_tensor) -> Result<Tensor> {
-    if pointer.is_null() {
-        return Err(last_error());
-    }
-    // SAFETY: the shim returned a tensor allocated with `new` and gave up its ownership
-    Ok(unsafe { Tensor::from_ptr(pointer) })
 }
 
 fn pointers(tensors: &[Tensor]) -> Vec<TensorPtr> {

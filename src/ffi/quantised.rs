@@ -9,8 +9,7 @@ use anyhow::Result;
 use tch::Tensor;
 use torch_sys::C_tensor;
 
-use super::fused::pair;
-use super::{TensorPtr, owned};
+use super::{TensorPtr, owned, pair};
 
 unsafe extern "C" {
     fn dylora_quantise(x: TensorPtr, out: *mut *mut C_tensor) -> c_int;

@@ -22,6 +22,7 @@ pub mod forward;
 #[doc(hidden)]
 pub mod fused;
 pub mod loss;
+mod mode;
 pub mod parameters;
 mod quantised;
 pub mod routing;
@@ -45,8 +46,9 @@ use experts::init::InitialValues;
 use experts::orthogonality::orthogonality;
 use experts::spec::{ExpertSpec, num_routed};
 use experts::stack::LoraExperts;
-pub use forward::{ForwardMode, ForwardOutput, ModuleUpdate, Recorder};
+pub use forward::{ForwardOutput, ModuleUpdate, Recorder};
 use fused::pack::{COLUMNS, FusedProduct, padded_head};
+pub use mode::ForwardMode;
 pub use parameters::{ParameterGroup, Trained, TrainedParameter};
 use routing::router::{Router, RouterSpec};
 use routing::routers::Routers;

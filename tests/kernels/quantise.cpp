@@ -1,6 +1,6 @@
-// Runs the kernel of csrc/kernels/quantise.cuh on the CPU and compares its codes with those that are
-// nearest in float64. scripts/check_kernels.py writes the kernel to the file KERNELS, in words that a
-// C++ compiler knows.
+// Runs the kernel of csrc/kernels/quantise.cuh on the CPU and compares its codes with those that
+// are nearest in float64. scripts/check_kernels.py writes the kernel to the file KERNELS, in words
+// that a C++ compiler knows.
 #include "cuda.h"
 
 float __fdiv_rn(float x, float y) { return x / y; }
@@ -39,7 +39,8 @@ int main() {
     std::vector<bf16> held(rows * ld + 8);
     bf16 *x = (bf16 *)(((size_t)held.data() + 15) / 16 * 16);
     for (int row = 0; row < rows; ++row)
-      for (int i = 0; i < ld; ++i) put(x + row * ld + i, row == 1 ? 0 : normal(random) * ldexpf(1, 9 * row));
+      for (int i = 0; i < ld; ++i)
+        put(x + row * ld + i, row == 1 ? 0 : normal(random) * ldexpf(1, 9 * row));
     std::vector<unsigned> codes(rows * columns / 4 + 2);
     std::vector<float> scales(rows, NAN);
     unsigned *aligned = (unsigned *)(((size_t)codes.data() + 7) / 8 * 8);
@@ -50,8 +51,9 @@ int main() {
       for (int i = 0; i < columns; ++i) largest = fmax(largest, fabs(wide(x[row * ld + i])));
       const float factor = largest > 0 ? 448 / (float)largest : 1;
       wrong += scales[row] != (largest > 0 ? (float)largest / 448 : 1.f);
+      const unsigned char *of_row = (unsigned char *)aligned + row * columns;
       for (int i = 0; i < columns; ++i)
-        wrong += ((unsigned char *)aligned)[row * columns + i] != code_of(wide(x[row * ld + i]) * factor);
+        wrong += of_row[i] != code_of(wide(x[row * ld + i]) * factor);
     }
     printf("%d x %d by %d threads: %d wrong\n", rows, columns, threads, wrong);
     is_wrong = is_wrong || wrong;
