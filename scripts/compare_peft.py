@@ -14,7 +14,8 @@ the steps themselves.
 
 `--strongest` measures PEFT compiled in its fastest forms: without a mask tensor, with cuDNN's
 attention only, with a padded vocabulary, and with steps that do not wait for their loss. If
-liger_kernel is installed, its fused loss is measured too. Other forms are named by their switches
+liger_kernel is installed, its fused loss is measured too. Several experts are also computed by one
+product, which PEFT itself does not do (`stacked`). Other forms are named by their switches
 (see scripts/peft_opponent.py), as in `--strongest no_mask+cudnn,strongest+rank_weights`. Forms with
 `liger_blocks` are not compiled. The first loss and gradient norm of a form must be those of eager
 PEFT: to 1e-5 and 1e-4 in f32, and to 2e-3 and 2e-2 in bf16. Otherwise the exit code is 1.
@@ -78,7 +79,7 @@ def arguments():
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE",
                         help="also under torch.compile; `blocks` compiles block by block, in a fraction of the time")
     parser.add_argument("--strongest", nargs="?", type=words, const=[], metavar="FORM,..",
-                        help="also compiled in these forms; default: the strongest, without and with Liger")
+                        help="also compiled in these forms; default: the strongest, also with Liger and with `stacked`")
     parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
     parser.add_argument("--compile-rows", type=words, default=COMPILED, metavar="NAME,..")
     parser.add_argument("--padded-vocab", action="store_true",
@@ -104,6 +105,8 @@ def arguments():
     if args.strongest == []:
         can_liger = not on_cpu and importlib.util.find_spec("liger_kernel")
         args.strongest = ["strongest", "strongest_liger"] if can_liger else ["strongest"]
+        if mixture(args)["experts"] > 1:
+            args.strongest.append("strongest+stacked")
     args.strongest = args.strongest or []
     if unknown := {switch for form in args.strongest for switch in switches(form)} - set(SWITCHES):
         parser.error(f"no forms or switches: {', '.join(sorted(unknown))}")
