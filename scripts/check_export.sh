@@ -19,7 +19,15 @@ export OMP_NUM_THREADS=1
 python=$(scripts/reference_env)
 cargo build --quiet
 folder=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$folder"' EXIT
+half=
+end() {
+  if [ -n "$half" ]; then
+    kill -- "-$half" 2>/dev/null || true
+    wait "$half" 2>/dev/null || true
+  fi
+  rm -rf "$folder"
+}
+trap end EXIT
 
 # the two halves run side by side, and each needs the files of its first scripts
 exchanges() {
@@ -34,6 +42,14 @@ bases() {
   "$python" scripts/check_gradients.py "$folder/gradients"
   PATH="$PWD/target/debug:$PATH" PYTHON="$python" scripts/check_docs.py docs/tutorials/handover.md
 }
+# in a process group of its own, so that `end` also ends what it runs
+set -m
 bases &
+half=$!
+set +m
 exchanges
-wait $!
+wait "$half" || {
+  echo "check_export: the checks of bases failed" >&2
+  exit 1
+}
+half=

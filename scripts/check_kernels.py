@@ -10,7 +10,7 @@ blocks that wait for each other, and products of matrices by a warp are checked 
     dropout        dropout of the experts' inputs, by tests/kernels/dropout.cpp
     quantise       rows in FP8, by tests/kernels/quantise.cpp
 
-Without an argument, the script runs all. It needs a C++ compiler, $CXX or c++, and takes about a
+Without an argument, the script runs all three. It needs a C++ compiler, $CXX or c++, and takes about a
 minute.
 """
 

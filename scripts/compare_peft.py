@@ -79,7 +79,7 @@ def arguments():
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE",
                         help="also under torch.compile; `blocks` compiles block by block, in a fraction of the time")
     parser.add_argument("--strongest", nargs="?", type=words, const=[], metavar="FORM,..",
-                        help="also compiled in these forms; default: the strongest, also with Liger and with `stacked`")
+                        help="also compiled in these forms; default: the strongest, the same with Liger, and the same with `stacked`")
     parser.add_argument("--compile-batches", type=numbers, metavar="N,..", help="on a GPU; default: all batches")
     parser.add_argument("--compile-rows", type=words, default=COMPILED, metavar="NAME,..")
     parser.add_argument("--padded-vocab", action="store_true",

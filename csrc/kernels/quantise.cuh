@@ -1,6 +1,6 @@
 // The rows of a matrix in e4m3, each with a scale (csrc/quantised.h).
 
-// The codes of four neighbours, the first one in the lowest byte. What is too large becomes 448.
+// The codes of four neighbours, the first one in the lowest byte. A number beyond 448 becomes 448.
 static __device__ __forceinline__ u32 four_codes(const float *x) {
   u32 out = 0;
 #if __CUDA_ARCH__ >= 890
@@ -14,8 +14,8 @@ static __device__ __forceinline__ u32 four_codes(const float *x) {
   return out;
 }
 
-// A block computes a row. Each thread keeps up to PACKS packs of 8 numbers in registers, and reads
-// what is beyond them twice.
+// A block computes a row. Each thread keeps up to PACKS packs of 8 numbers in registers. In longer
+// rows, it reads the other packs again for their codes.
 static __device__ void quantise(const bf16 *x, i64 ldx, u32 *codes, float *scales, int columns) {
   constexpr int PACKS = 4;
   const int stride = blockDim.x * 8, first = threadIdx.x * 8;

@@ -62,6 +62,11 @@ impl Row {
         matches!(self, Self::Generate | Self::GenerateBase)
     }
 
+    /// Whether the row's steps have a backward pass.
+    fn trains(self) -> bool {
+        self != Self::Eval && !self.generates()
+    }
+
     /// Whether several processes can share the row: those whose steps are the trainer's.
     pub fn can_be_shared(self) -> bool {
         match self {
@@ -77,8 +82,8 @@ impl Row {
     /// The config of this row, made from the mixture's.
     ///
     /// # Errors
-    /// N passes with more than one router, and a wide LoRA if single experts or modules have
-    /// settings of their own.
+    /// N passes with more than one router, the loop with products in FP8, and a wide LoRA if single
+    /// experts or modules have settings of their own.
     pub fn config(self, mixture: &Config) -> Result<Config> {
         let mut config = mixture.clone();
         let lora = &mut config.lora;
@@ -96,6 +101,9 @@ impl Row {
                 lora.rank *= lora.num_experts;
                 lora.alpha *= lora.num_experts as f64;
                 lora.num_experts = 1;
+            }
+            Self::OnePassLoop if mixture.train.base_products == BaseProducts::Fp8 => {
+                bail!("one expert after the other is not computed with products in FP8")
             }
             Self::OnePassLoop => lora.dropout_masks = DropoutMasks::PerExpert,
             Self::TwoPasses => config.router.input = RouterInput::BaseHidden,
@@ -141,7 +149,7 @@ impl Subject {
         let router = RouterSpec::of_config(&config);
         let compute = Compute::of_config(&config);
         let mut model = RoutedModel::with_experts(base, &specs, &router, device, compute);
-        if config.train.base_products == BaseProducts::Fp8 {
+        if row.trains() && config.train.base_products == BaseProducts::Fp8 {
             model.quantise_base()?;
         }
         let trained = match row {

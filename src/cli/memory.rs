@@ -79,7 +79,7 @@ fn judge(label: &str, need: Need, memory: DeviceMemory, name: &str) -> Result<()
     };
     let quantised = match need.quantised {
         0 => String::new(),
-        bytes => format!(", {} for the same in FP8", table::bytes(bytes)),
+        bytes => format!(" and {} for its linear layers in FP8", table::bytes(bytes)),
     };
     let mut hints = vec![];
     if need.quantised > 0 {
@@ -132,6 +132,10 @@ mod tests {
     fn a_base_that_does_not_fit_is_refused_with_both_numbers_and_what_helps() {
         let memory = DeviceMemory { free_bytes: 23 * GIB, total_bytes: 24 * GIB };
         assert!(judge("llama", need(Kind::BFloat16), memory, "cuda:0").is_ok());
+        let in_fp8 = Need { quantised: 13_958_643_712, ..need(Kind::BFloat16) };
+        let error = judge("llama", in_fp8, memory, "cuda:0").unwrap_err().to_string();
+        assert!(error.contains("take 14.96 GiB in bf16 and 13.00 GiB for its linear"), "{error}");
+        assert!(error.contains("hint: `train.base_products = \"exact\"`"), "{error}");
         let error = judge("llama", need(Kind::Float), memory, "cuda:0").unwrap_err();
         assert_eq!(
             error.to_string(),

@@ -11,10 +11,11 @@ use super::progress::LoadBar;
 use super::{Shared, token_cache, usage};
 use crate::base::Base;
 use crate::checkpoint;
-use crate::config::{Config, Method};
+use crate::config::{BaseProducts, Config, Method};
 use crate::data::{DataOptions, Datasets, HalvedDatasets, load_datasets, load_halves};
 use crate::growth::assign::settle_experts;
 use crate::mixture::Mixture;
+use crate::model::check_quantisable;
 use crate::model::experts::spec::ExpertSpec;
 use crate::train::Trainer;
 
@@ -65,6 +66,9 @@ impl ReadyRun {
             Start::New(mixture) => mixture.specs.clone(),
             Start::Resume(dir) => checkpoint::read_experts(dir)?,
         };
+        if config.train.base_products == BaseProducts::Fp8 {
+            check_quantisable(&base.spec, &specs, device).map_err(usage)?;
+        }
         check_run_fits(&config, &specs, &base, device)?;
         tracing::debug!("reading the data");
         let data = shared.in_turn(|| load(&config, &base))?;

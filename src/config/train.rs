@@ -29,7 +29,8 @@ pub struct TrainConfig {
     /// How a step is computed.
     pub kernels: Kernels,
     /// How the products of the frozen base with activations and gradients are computed in training.
-    /// The experts' products, the head and all evaluations are exact in either case.
+    /// The experts' products, the head, the pass that a `base_hidden` router reads, and all
+    /// evaluations are exact in either case.
     pub base_products: BaseProducts,
     /// Number of positions whose logits are in memory at the same time.
     pub loss_chunk_tokens: i64,
@@ -92,9 +93,12 @@ pub enum BaseProducts {
     #[default]
     Exact,
     /// In 8 bits (e4m3, a scale for each row of either factor). This is faster for bases of a few
-    /// billion parameters, but each product is off by about 4 %, and the quantised weights take 2
-    /// bytes for each parameter in addition. It needs `base.dtype = "bf16"` and a GPU of compute
-    /// capability 8.9 or higher.
+    /// billion parameters, but each product is off by about 4 %, and the linear layers' weights in
+    /// FP8 take 2 bytes for each of their numbers in addition. It needs `base.dtype = "bf16"`, a
+    /// GPU of compute capability 8.9 or higher, and sizes of the linear layers that are multiples
+    /// of 16. On the CPU it is simulated, slowly, for GPT-2 alone. It does not go with DoRA, a
+    /// dropout mask for each expert, `router.input = "module_input"`, or experts that are skipped
+    /// under top-k.
     Fp8,
 }
 

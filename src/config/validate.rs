@@ -405,7 +405,10 @@ fn check_base_products(config: &Config, faults: &mut Faults) {
         (config.train.kernels == Kernels::Auto, "`train.kernels = \"auto\"`"),
         (lora.dropout_masks == DropoutMasks::Shared, "`lora.dropout_masks = \"shared\"`"),
         (!lora.use_dora, "`lora.use_dora = false`"),
-        (config.router.input != RouterInput::ModuleInput, "another `router.input`"),
+        (
+            config.router.input != RouterInput::ModuleInput,
+            "another `router.input` than `module_input`",
+        ),
     ];
     for (_, need) in needed.iter().filter(|(is_met, _)| !is_met) {
         faults.add("train.base_products", format!("needs {need} to be `fp8`"));

@@ -50,6 +50,7 @@ pub use forward::{ForwardOutput, ModuleUpdate, Recorder};
 use fused::pack::{COLUMNS, FusedProduct, padded_head};
 pub use mode::ForwardMode;
 pub use parameters::{ParameterGroup, Trained, TrainedParameter};
+pub use quantised::check_quantisable;
 use routing::router::{Router, RouterSpec};
 use routing::routers::Routers;
 pub use routing::{RoutingSource, RowSources, Site};

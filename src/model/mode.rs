@@ -4,6 +4,9 @@ use super::experts::dropout::LoraDropout;
 use crate::config::{BaseProducts, EvalRule, RouterNoise};
 
 /// How a forward pass is carried out.
+///
+/// [`ForwardOutput::features`]: super::ForwardOutput::features
+/// [`RoutedModel::quantise_base`]: super::RoutedModel::quantise_base
 #[derive(Debug, Clone, Copy)]
 pub struct ForwardMode {
     /// Dropout of the experts' inputs.

@@ -1,14 +1,13 @@
 //! The base's products in FP8 (`train.base_products = "fp8"`).
 
 use anyhow::Result;
-use dylora::config::{BaseProducts, RouterInput, RouterScope};
+use dylora::config::TargetModule::{AttnCProj, MlpCFc};
+use dylora::config::{BaseProducts, Family, LoraConfig, RouterConfig, RouterInput, RouterScope};
 use dylora::ffi::quantised::{Quantised, quantise, quantised_product};
 use tch::{Device, Kind, Tensor};
 
-use super::shapes::{Case, Distances, case, device, lora, on_families, shape};
+use super::shapes::{Case, Distances, Step, case, device, lora, on_families, shape};
 use crate::common::{plain_router, seed};
-use dylora::config::TargetModule::{AttnCProj, MlpCFc};
-use dylora::config::{Family, LoraConfig, RouterConfig};
 
 /// Mixtures whose products are computed in FP8, on GPT-2 and, on a GPU, on all other families.
 pub(super) fn quantised_cases(on_gpu: bool) -> Vec<Case> {
@@ -49,7 +48,9 @@ fn numbers(matrix: &Quantised) -> Tensor {
 fn rows(n: i64, columns: i64, device: Device) -> Tensor {
     let x = Tensor::randn([n, columns], (Kind::Float, Device::Cpu));
     let sizes = Tensor::logspace(-6, 6, n, 10.0, (Kind::Float, Device::Cpu)).view([n, 1]);
-    let _ = sizes.get(n / 2).fill_(0.0);
+    if n > 1 {
+        let _ = sizes.get(n / 2).fill_(0.0);
+    }
     (x * sizes).to_kind(Kind::BFloat16).to_device(device)
 }
 
@@ -101,9 +102,10 @@ fn products_of_codes_are_those_of_their_numbers() -> Result<()> {
     Ok(())
 }
 
-/// In bf16, gradients are about as far from those without FP8 in f64 as FP8 itself in f64 is, and
-/// nearer to the latter. With dropout, whose masks differ in f64, they are compared with those
-/// without FP8 in bf16.
+/// FP8 in f64 has a distance from exact gradients. FP8 in bf16 has about the same distance from
+/// them, and is nearer to FP8 in f64 than that. The masks of dropout are others in f64. So with
+/// dropout, FP8 in bf16 is compared with bf16, from which it may be a little further than without
+/// dropout.
 #[test]
 fn steps_in_fp8_are_as_exact_as_fp8() -> Result<()> {
     let device = device()?;
@@ -118,10 +120,15 @@ fn steps_in_fp8_are_as_exact_as_fp8() -> Result<()> {
         };
         let found = step(&case, Kind::BFloat16)?;
         if case.dropout > 0.0 {
-            let without = step(&plain, Kind::BFloat16)?;
-            let distances = Distances::new(&found.1, &without.1);
-            println!("{}: {distances} from bf16", case.name);
-            assert!(distances.experts > 5e-3 && distances.experts < 0.3, "{}", case.name);
+            let kept = |case: &Case| Case { dropout: 0.0, ..case.on_its_own() };
+            let from_bf16 = |found: &Step, plain: &Case| -> Result<Distances> {
+                Ok(Distances::new(&found.1, &step(plain, Kind::BFloat16)?.1))
+            };
+            let own = from_bf16(&found, &plain)?;
+            let without = from_bf16(&step(&kept(&case), Kind::BFloat16)?, &kept(&plain))?;
+            println!("{}: {own} from bf16, and {without} without dropout", case.name);
+            assert!(own.experts > 0.5 * without.experts, "{}", case.name);
+            assert!(own.experts < 1.6 * without.experts, "{}", case.name);
             continue;
         }
         let (in_fp8, truth) = (step(&case, Kind::Double)?, step(&plain, Kind::Double)?);
@@ -131,6 +138,7 @@ fn steps_in_fp8_are_as_exact_as_fp8() -> Result<()> {
         println!("{}: {own} from f64, and FP8 in f64 {of_fp8}; {between} between", case.name);
         assert!(of_fp8.experts > 5e-3 && of_fp8.experts < 0.3, "{}", case.name);
         assert!(own.experts < 1.25 * of_fp8.experts, "{}", case.name);
+        assert!(own.experts > 0.5 * of_fp8.experts, "{}", case.name);
         assert!(between.experts < of_fp8.experts, "{}", case.name);
         assert!((found.0 - truth.0).abs() < 5e-2, "{}: {} {}", case.name, found.0, truth.0);
     }

@@ -59,9 +59,9 @@ fn evaluations_are_exact() -> Result<()> {
     Ok(())
 }
 
-/// What products in FP8 need, each with the setting that it excludes.
+/// Settings by which the base's products are not computed in FP8 are faults of the config.
 #[test]
-fn settings_that_products_in_fp8_do_not_know_are_refused() -> Result<()> {
+fn settings_that_exclude_fp8_are_refused() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
     for (setting, need) in [
@@ -70,6 +70,7 @@ fn settings_that_products_in_fp8_do_not_know_are_refused() -> Result<()> {
         ("lora.dropout_masks=\"per_expert\"", "`lora.dropout_masks = \"shared\"`"),
         ("lora.use_dora=true", "`lora.use_dora = false`"),
         ("method=\"full\"", "`method = \"routed_lora\"`"),
+        ("router.input=\"module_input\"", "another `router.input` than `module_input`"),
     ] {
         let error = world.config("run", &[&FP8[..], &[setting]].concat()).unwrap_err();
         let expected = format!("`train.base_products` needs {need} to be `fp8`");
