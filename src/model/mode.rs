@@ -4,9 +4,6 @@ use super::experts::dropout::LoraDropout;
 use crate::config::{BaseProducts, EvalRule, RouterNoise};
 
 /// How a forward pass is carried out.
-///
-/// [`ForwardOutput::features`]: super::ForwardOutput::features
-/// [`RoutedModel::quantise_base`]: super::RoutedModel::quantise_base
 #[derive(Debug, Clone, Copy)]
 pub struct ForwardMode {
     /// Dropout of the experts' inputs.
@@ -16,11 +13,15 @@ pub struct ForwardMode {
     /// Whether the routers' gradient stops at their input.
     pub detaches_routers: bool,
     /// Whether to return what the routers' scores are linear in ([`ForwardOutput::features`]).
+    ///
+    /// [`ForwardOutput::features`]: super::ForwardOutput::features
     pub keeps_features: bool,
     /// The routing rule; `None` for the model's own.
     pub rule: Option<EvalRule>,
     /// How the base's products are computed in blocks that the fused operations compute. For
     /// [`BaseProducts::Fp8`], [`RoutedModel::quantise_base`] must have been called.
+    ///
+    /// [`RoutedModel::quantise_base`]: super::RoutedModel::quantise_base
     pub base_products: BaseProducts,
     /// Keep only each block's input, and what a layer's own router reads, for the backward pass,
     /// which computes the rest again.
