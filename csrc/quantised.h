@@ -23,9 +23,6 @@ constexpr double LARGEST_CODE = 448;
 // A row whose largest number is smaller becomes 0, since 448 / it might overflow.
 constexpr double LEAST_LARGEST = 1e-30;
 
-// The number of columns is a multiple of this on CUDA.
-constexpr int64_t QUANTISED_COLUMNS = 16;
-
 // `x` is [n, i], with contiguous columns.
 inline Quantised quantise(const Tensor &x) {
   const auto wide = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

@@ -29,7 +29,7 @@ end() {
 }
 trap end EXIT
 
-# the two halves run side by side, and each needs the files of its first scripts
+# The two halves run side by side. In `exchanges`, later scripts read files that earlier ones wrote.
 exchanges() {
   "$python" scripts/check_peft.py "$folder"
   "$python" scripts/check_tensorboard.py "$folder/top_k"

@@ -40,14 +40,12 @@ impl FlopsPerToken {
     /// The terms of a base with experts on sequences of `seq_len`.
     pub fn new(base: &DecoderSpec, specs: &[ExpertSpec], seq_len: usize) -> Self {
         let DecoderSpec { num_layers, width: d, vocab_size, num_heads, head_dim, .. } = base;
-        let linears = base.modules().iter().map(|&module| base.linear_shape(module));
-        let per_layer: i64 = linears.map(|(i, o)| i * o).sum();
         let experts = specs.iter().map(|spec| {
             let (lora_a, lora_b, _) = spec.num_parameters(base);
             lora_a + lora_b
         });
         Self {
-            base: num_layers * per_layer + vocab_size * d,
+            base: base.num_linear_weights() + vocab_size * d,
             attention: 2 * num_layers * seq_len as i64 * num_heads * head_dim,
             experts: experts.sum(),
         }

@@ -161,10 +161,9 @@ impl MemoryEstimate {
 
 /// The memory of the base's quantised weights, in bytes.
 pub fn quantised_bytes(config: &Config, base: &DecoderSpec) -> i64 {
-    let sizes = base.modules().iter().map(|&module| base.linear_shape(module));
     match config.train.base_products {
         BaseProducts::Exact => 0,
-        BaseProducts::Fp8 => 2 * base.num_layers * sizes.map(|(i, o)| i * o).sum::<i64>(),
+        BaseProducts::Fp8 => 2 * base.num_linear_weights(),
     }
 }
 

@@ -6,7 +6,7 @@ use dylora::config::{BaseProducts, Family, LoraConfig, RouterConfig, RouterInput
 use dylora::ffi::quantised::{Quantised, quantise, quantised_product};
 use tch::{Device, Kind, Tensor};
 
-use super::shapes::{Case, Distances, Step, case, device, lora, on_families, shape};
+use super::shapes::{Case, Distances, Step, case, device, exact, lora, on_families, shape};
 use crate::common::{plain_router, seed};
 
 /// Mixtures whose products are computed in FP8, on GPT-2 and, on a GPU, on all other families.
@@ -33,10 +33,6 @@ pub(super) fn quantised_cases(on_gpu: bool) -> Vec<Case> {
     let others = if on_gpu { on_families(&gpt2) } else { vec![] };
     let cases = gpt2.into_iter().chain(others);
     cases.map(|case| Case { base_products: BaseProducts::Fp8, ..case }).collect()
-}
-
-fn exact(x: &Tensor) -> Tensor {
-    x.to_device(Device::Cpu).to_kind(Kind::Double)
 }
 
 /// The numbers of a quantised matrix.

@@ -481,10 +481,14 @@ impl Case {
             .map(|(grad, leaf)| if grad.defined() { grad } else { leaf.zeros_like().detach() })
             .collect();
         let grads = trained.split(&grads).into_iter().zip(&trained.parameters);
-        let exact = |x: Tensor| x.to_device(Device::Cpu).to_kind(Kind::Double);
-        let grads = grads.map(|(grad, parameter)| (parameter.name.clone(), exact(grad))).collect();
+        let grads = grads.map(|(grad, parameter)| (parameter.name.clone(), exact(&grad))).collect();
         Ok((loss.double_value(&[]), grads))
     }
+}
+
+/// `x` in f64 on the CPU.
+pub(super) fn exact(x: &Tensor) -> Tensor {
+    x.to_device(Device::Cpu).to_kind(Kind::Double)
 }
 
 fn norm(x: &Tensor) -> f64 {

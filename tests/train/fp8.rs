@@ -8,7 +8,7 @@ use dylora::eval::{EvalSettings, evaluate};
 use dylora::model::RoutingSource;
 use tch::Device;
 
-use super::{World, alone, data, open_base, tensors, train};
+use super::{World, alone, check_same_tensors, data, open_base, train};
 
 const FP8: [&str; 4] = [
     "train.base_products=\"fp8\"",
@@ -33,11 +33,7 @@ fn a_run_in_fp8_learns_and_resumes() -> Result<()> {
     let from = world.path("unbroken/checkpoints/step-00000005");
     let (rest, resumed) = train(&world.config("resumed", &FP8)?, Some(&from))?;
     assert_eq!(rest, losses[5..]);
-    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-    for (name, tensor) in &left {
-        assert!(tensor.equal(&right[name]), "`{name}` differs");
-    }
-    Ok(())
+    check_same_tensors(&unbroken, &resumed)
 }
 
 /// The run's own evaluation is that of its checkpoint with exact products.
@@ -59,7 +55,7 @@ fn evaluations_are_exact() -> Result<()> {
     Ok(())
 }
 
-/// Settings by which the base's products are not computed in FP8 are faults of the config.
+/// A config that asks for FP8 together with a setting that excludes it is refused.
 #[test]
 fn settings_that_exclude_fp8_are_refused() -> Result<()> {
     let _alone = alone();

@@ -21,7 +21,7 @@ use dylora::train::{MixtureHistory, Summary, Trainer, schedule};
 use tch::{Device, Kind, Tensor};
 
 use crate::routing::{metrics, steps, windows};
-use crate::{World, alone, data, forget_sums, open_base, tensors, train};
+use crate::{World, alone, check_same_tensors, data, forget_sums, open_base, train};
 
 /// A record of the third domain, which uses only four of the words. A router that sees no more than
 /// the words can tell it from the others, but not for every word.
@@ -330,12 +330,7 @@ fn resume(world: &World, config: &Config, dir: &Path, from: u64) -> Result<(Conf
 fn check_same(unbroken: &Summary, resumed: &Summary, from: u64) -> Result<()> {
     assert_eq!(resumed.state, unbroken.state, "from {from}");
     assert_eq!(resumed.frozen_hash, unbroken.frozen_hash);
-    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-    assert!(left.keys().eq(right.keys()));
-    for (name, tensor) in &left {
-        assert!(tensor.equal(&right[name]), "from {from}: `{name}` differs");
-    }
-    Ok(())
+    check_same_tensors(unbroken, resumed)
 }
 
 /// The seeding phase goes on if held-out tokens do not get the new expert at its end. Here, the

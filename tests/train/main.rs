@@ -199,6 +199,17 @@ fn tensors(checkpoint: &Path) -> Result<BTreeMap<String, Tensor>> {
     Ok(tensors)
 }
 
+/// Checks that two runs ended with the same parameters and moments, to the bit.
+fn check_same_tensors(unbroken: &Summary, resumed: &Summary) -> Result<()> {
+    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
+    assert!(left.keys().eq(right.keys()));
+    for (name, tensor) in &left {
+        let dir = resumed.checkpoint.display();
+        assert!(tensor.equal(&right[name]), "`{name}` differs in `{dir}`");
+    }
+    Ok(())
+}
+
 /// Makes a checkpoint that the test has changed one of the format before, which has no sums.
 fn forget_sums(checkpoint: &Path) -> Result<()> {
     let (sums, state) = (checkpoint.join("checksums.json"), checkpoint.join("state.json"));
@@ -239,12 +250,7 @@ fn a_resumed_run_equals_an_unbroken_one_to_the_bit() -> Result<()> {
     let (rest, resumed) = train(&world.config("resumed", &every)?, Some(&from))?;
     assert_eq!(rest, losses[5..]);
     assert_eq!(resumed.state, unbroken.state);
-    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-    assert_eq!(left.len(), right.len());
-    for (name, tensor) in &left {
-        assert!(tensor.equal(&right[name]), "`{name}` differs");
-    }
-    Ok(())
+    check_same_tensors(&unbroken, &resumed)
 }
 
 /// The data of the next step is prepared while a step runs. If the run is interrupted, this data is

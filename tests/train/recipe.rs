@@ -19,7 +19,7 @@ use tch::Device;
 
 use crate::growth::growth;
 use crate::routing::steps;
-use crate::{World, alone, data, mixture, open_base, tensors, train};
+use crate::{World, alone, check_same_tensors, data, mixture, open_base, train};
 
 /// The routers of new configs.
 pub(crate) const NEW: [&str; 6] = [
@@ -73,11 +73,7 @@ fn every_kind_of_run_resumes_to_the_bit() -> Result<()> {
             train(&world.config(&format!("resumed-{index}"), &set)?, Some(&from))?;
         assert_eq!(rest, losses[5..], "{kind:?}");
         assert_eq!(resumed.state, unbroken.state, "{kind:?}");
-        let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-        assert!(left.keys().eq(right.keys()), "{kind:?}");
-        for (name, tensor) in &left {
-            assert!(tensor.equal(&right[name]), "{kind:?}: `{name}` differs");
-        }
+        check_same_tensors(&unbroken, &resumed)?;
         let specs = checkpoint::read_experts(&resumed.checkpoint)?;
         let is_shared = kind.iter().any(|item| item.starts_with("lora.shared_rank"));
         assert_eq!(specs.last().is_some_and(|spec| spec.shared), is_shared, "{kind:?}");

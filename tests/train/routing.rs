@@ -10,7 +10,7 @@ use dylora::train::Trainer;
 use dylora::train::metrics::{Metrics, StepMetrics, WindowMetrics};
 use tch::{Device, Tensor};
 
-use crate::{World, alone, data, mixture, open_base, tensors, train};
+use crate::{World, alone, check_same_tensors, data, mixture, open_base, train};
 
 /// The lines of a run's metrics, with times and memory set to zero.
 pub(crate) fn metrics(config: &Config) -> Result<Vec<Metrics>> {
@@ -311,11 +311,7 @@ fn a_run_resumed_within_a_window_equals_an_unbroken_one_with_every_line_of_its_m
             assert_eq!(rest, losses[from..], "case {case}, from step {from}");
             assert_eq!(resumed.state, unbroken.state);
             assert_eq!(metrics(&again)?, expected, "case {case}, from step {from}");
-            let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-            assert!(left.keys().eq(right.keys()));
-            for (name, tensor) in &left {
-                assert!(tensor.equal(&right[name]), "`{name}` differs, case {case}, from {from}");
-            }
+            check_same_tensors(&unbroken, &resumed)?;
         }
     }
     Ok(())

@@ -13,7 +13,8 @@ use dylora::model::{RoutedModel, RoutingSource};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    World, alone, data, find_adapter, mixture, open_base, provenance, record, tensors, train,
+    World, alone, check_same_tensors, data, find_adapter, mixture, open_base, provenance, record,
+    train,
 };
 
 /// Turns the load-balancing loss off, which is refused if the router does not decide.
@@ -189,12 +190,7 @@ fn every_kind_of_expert_resumes_to_the_bit() -> Result<()> {
     let from = world.path("unbroken/checkpoints/step-00000005");
     let (rest, resumed) = train(&world.config("resumed", &overrides)?, Some(&from))?;
     assert_eq!(rest, losses[5..]);
-    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
-    assert!(left.keys().eq(right.keys()));
-    for (name, tensor) in &left {
-        assert!(tensor.equal(&right[name]), "`{name}` differs");
-    }
-    Ok(())
+    check_same_tensors(&unbroken, &resumed)
 }
 
 fn losses(config: &Config, model: &RoutedModel, routing: RoutingChoice) -> Result<Vec<f64>> {

@@ -218,6 +218,12 @@ impl DecoderSpec {
         shapes
     }
 
+    /// Number of the weights of all blocks' linear layers.
+    pub fn num_linear_weights(&self) -> i64 {
+        let shapes = self.modules().iter().map(|&module| self.linear_shape(module));
+        self.num_layers * shapes.map(|(i, o)| i * o).sum::<i64>()
+    }
+
     /// Number of parameters of the base; a tied head counts once.
     pub fn num_parameters(&self) -> i64 {
         self.parameter_shapes().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
