@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <memory>
+#include <vector>
 
 #include "error.h"
 
@@ -81,16 +82,32 @@ static struct Api {
 
 struct Nccl {
   c10::DeviceIndex device;
+  // operations run here, at a high priority, so that few units of a busy GPU suffice to begin them
+  c10::cuda::CUDAStream stream;
+  cudaEvent_t event = nullptr;
+  std::vector<Tensor> in_use;  // by operations that the current stream does not wait for yet
   Comm comm = nullptr;
   std::atomic<bool> is_aborted{false};
+  explicit Nccl(c10::DeviceIndex device)
+      : device(device), stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device)) {
+    C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  }
+  ~Nccl() { cudaEventDestroy(event); }
+  // Makes `later` wait for what `earlier` has queued.
+  void order(c10::cuda::CUDAStream earlier, c10::cuda::CUDAStream later) {
+    C10_CUDA_CHECK(cudaEventRecord(event, earlier));
+    C10_CUDA_CHECK(cudaStreamWaitEvent(later, event));
+  }
 };
 
-// Runs `each` on all tensors as one operation, on the current stream.
+// Runs `each` on all tensors as one operation, on the group's stream.
 template <typename F>
 static void grouped(Nccl *nccl, Tensor *const *tensors, size_t n, F each) {
   TORCH_CHECK(!nccl->is_aborted, "the group of processes has ended");
   c10::cuda::CUDAGuard guard(nccl->device);
-  const auto stream = c10::cuda::getCurrentCUDAStream(nccl->device).stream();
+  nccl->order(c10::cuda::getCurrentCUDAStream(nccl->device), nccl->stream);
+  for (size_t i = 0; i < n; ++i) nccl->in_use.push_back(*tensors[i]);
+  const cudaStream_t stream = nccl->stream.stream();
   api.check(api.group_start(), "ncclGroupStart");
   int status = Success;
   for (size_t i = 0; i < n && status == Success; ++i) status = each(*tensors[i], stream);
@@ -127,13 +144,13 @@ Nccl *dylora_nccl_new(int device, const char *id, int dist_rank, int size) {
     c10::cuda::CUDAGuard guard((c10::DeviceIndex)device);
     UniqueId unique;
     memcpy(unique.bytes, id, sizeof unique.bytes);
-    auto nccl = std::make_unique<Nccl>();
-    nccl->device = (c10::DeviceIndex)device;
+    auto nccl = std::make_unique<Nccl>((c10::DeviceIndex)device);
     api.check(api.init(&nccl->comm, size, unique, dist_rank), "ncclCommInitRank");
     return nccl.release();
   })
 }
-// Replaces contiguous tensors by their sums over all processes. Returns once this is queued.
+// Replaces contiguous tensors by their sums over all processes. Returns once this is queued. The
+// current stream does not wait for it before `dylora_nccl_join`.
 int dylora_nccl_all_reduce(Nccl *nccl, Tensor *const *tensors, size_t n) {
   TRY(-1, {
     grouped(nccl, tensors, n, [&](const Tensor &t, cudaStream_t stream) {
@@ -143,13 +160,22 @@ int dylora_nccl_all_reduce(Nccl *nccl, Tensor *const *tensors, size_t n) {
     return 0;
   })
 }
-// Replaces contiguous tensors by those of process 0. Returns once this is queued.
+// Replaces contiguous tensors by those of process 0, in the same way.
 int dylora_nccl_broadcast(Nccl *nccl, Tensor *const *tensors, size_t n) {
   TRY(-1, {
     grouped(nccl, tensors, n, [&](const Tensor &t, cudaStream_t stream) {
       return api.broadcast(t.data_ptr(), t.data_ptr(), t.numel(), nccl_type(t), 0, nccl->comm,
                            stream);
     });
+    return 0;
+  })
+}
+// Makes what the current stream queues from now on wait for all operations so far.
+int dylora_nccl_join(Nccl *nccl) {
+  TRY(-1, {
+    c10::cuda::CUDAGuard guard(nccl->device);
+    nccl->order(nccl->stream, c10::cuda::getCurrentCUDAStream(nccl->device));
+    nccl->in_use.clear();
     return 0;
   })
 }

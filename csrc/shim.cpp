@@ -140,6 +140,21 @@ int dylora_libtorch_path(char *out, size_t capacity) {
   return 0;
 }
 
+// The gradients of sum_i <outputs_i, weights_i> with respect to m inputs, into `grads`; nullptr for
+// an input on which the outputs do not depend. The graph is freed.
+int dylora_differentiate(Tensor *const *outputs, Tensor *const *weights, size_t n,
+                         Tensor *const *inputs, size_t m, Tensor **grads) {
+  TRY(-1, {
+    const auto of_inputs =
+        torch::autograd::grad(list(outputs, n), list(inputs, m), list(weights, n),
+                              /*retain_graph=*/false, /*create_graph=*/false,
+                              /*allow_unused=*/true);
+    for (size_t i = 0; i < m; ++i)
+      grads[i] = of_inputs[i].defined() ? new Tensor(of_inputs[i]) : nullptr;
+    return 0;
+  })
+}
+
 // One AdamW update of n tensors. `step`, `lr` and `found_inf` are 0-dim tensors on the same device.
 // `step`, f32, is the number of this update, from 1. `lr` is f64 on the CPU and f32 on CUDA.
 // `found_inf`, f32, is 1 if nothing is to be updated.

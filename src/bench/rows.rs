@@ -218,7 +218,7 @@ impl Subject {
         let mut sum = 0.0;
         for batch in &batches {
             let (loss, token_losses) = self.loss(batch, Some(1.0 / label_tokens));
-            grads.add(&loss, &self.trained);
+            grads.add(&loss, &self.trained)?;
             sum += token_losses.sum(Kind::Double).double_value(&[]);
         }
         Ok(sum / label_tokens)
@@ -233,7 +233,7 @@ impl Subject {
         for batch in &batches {
             let inputs = Inputs::of_batch(batch, false, self.model.device());
             let loss = passes::summed_loss(&self.model, &inputs, self.training_mode())?;
-            grads.add(&(&loss / label_tokens), &self.trained);
+            grads.add(&(&loss / label_tokens), &self.trained)?;
             sum += loss.double_value(&[]);
         }
         let grads = grads.of_parameters(&self.trained);

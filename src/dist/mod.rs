@@ -62,6 +62,17 @@ struct Link {
     limits: Limits,
 }
 
+/// An operation that has begun. Processes must not end before it is done.
+#[must_use]
+#[derive(Debug)]
+pub struct Sum(Begun);
+
+#[derive(Debug)]
+enum Begun {
+    OnGpu,
+    OnCpu(Vec<Pending>),
+}
+
 impl World {
     /// The world of a process that is alone.
     pub fn single() -> Self {
@@ -177,35 +188,52 @@ impl World {
     /// sums over all processes. All processes get the same sums to the bit. On a GPU, this returns
     /// once the operation is queued.
     pub fn all_reduce(&self, tensors: &[Tensor]) -> Result<()> {
-        self.each(tensors, Nccl::all_reduce, Gloo::all_reduce)
+        self.finish(self.begin_all_reduce(tensors)?)
+    }
+
+    /// Begins what [`Self::all_reduce`] does. It goes on while this process computes, and the
+    /// tensors must not be used before [`Self::finish`] has returned.
+    pub fn begin_all_reduce(&self, tensors: &[Tensor]) -> Result<Sum> {
+        self.begin(tensors, Nccl::all_reduce, Gloo::all_reduce)
     }
 
     /// Replaces contiguous tensors by those of the first process, as [`Self::all_reduce`] does.
     pub fn broadcast(&self, tensors: &[Tensor]) -> Result<()> {
-        self.each(tensors, Nccl::broadcast, Gloo::broadcast)
+        self.finish(self.begin(tensors, Nccl::broadcast, Gloo::broadcast)?)
     }
 
-    fn each(
+    fn begin(
         &self,
         tensors: &[Tensor],
         on_gpu: impl Fn(&Nccl, &[Tensor]) -> Result<()>,
         on_cpu: impl Fn(&Gloo, &Tensor) -> Result<Pending>,
-    ) -> Result<()> {
-        let Some(link) = &self.link else { return Ok(()) };
-        let Some(first) = tensors.first() else { return Ok(()) };
+    ) -> Result<Sum> {
+        let (Some(link), Some(first)) = (&self.link, tensors.first()) else {
+            return Ok(Sum(Begun::OnCpu(vec![])));
+        };
         link.watch.check()?;
         link.watch.begin();
         if first.device().is_cuda() {
-            let nccl = link.nccl.get().expect("`use_device` comes before operations on a GPU");
+            let nccl = link.nccl();
             nccl.check().and_then(|()| on_gpu(nccl, tensors)).map_err(|e| link.watch.blame(e))?;
-            return Ok(());
+            return Ok(Sum(Begun::OnGpu));
         }
         let gloo = link.gloo.as_ref().expect("the world is not left");
-        for tensor in tensors {
-            let pending = on_cpu(gloo, tensor).map_err(|error| link.watch.blame(error))?;
-            link.wait(&pending, Some(link.limits.operation))?;
+        let begin = |tensor| on_cpu(gloo, tensor).map_err(|error| link.watch.blame(error));
+        Ok(Sum(Begun::OnCpu(tensors.iter().map(begin).collect::<Result<_>>()?)))
+    }
+
+    /// Waits for what was begun. On a GPU, it is not the host that waits, but what it queues from
+    /// now on.
+    pub fn finish(&self, sum: Sum) -> Result<()> {
+        let Some(link) = &self.link else { return Ok(()) };
+        match sum.0 {
+            Begun::OnGpu => link.nccl().join().map_err(|error| link.watch.blame(error)),
+            Begun::OnCpu(pending) => {
+                let limit = Some(link.limits.operation);
+                pending.iter().try_for_each(|pending| link.wait(pending, limit))
+            }
         }
-        Ok(())
     }
 
     /// Waits until all processes are here, however long that takes, as long as all are alive.
@@ -265,6 +293,10 @@ impl World {
 }
 
 impl Link {
+    fn nccl(&self) -> &Nccl {
+        self.nccl.get().expect("`use_device` comes before operations on a GPU")
+    }
+
     /// Waits for work, or until the world has failed.
     ///
     /// - `limit`: the longest that it may take; `None` for no limit

@@ -32,6 +32,14 @@ type SegmentRun = extern "C" fn(*mut c_void, *const *mut C_tensor, usize) -> *mu
 unsafe extern "C" {
     fn dylora_torch_version() -> *const c_char;
     fn dylora_libtorch_path(out: *mut c_char, capacity: usize) -> c_int;
+    fn dylora_differentiate(
+        outputs: *const TensorPtr,
+        weights: *const TensorPtr,
+        n: usize,
+        inputs: *const TensorPtr,
+        m: usize,
+        grads: *mut *mut C_tensor,
+    ) -> c_int;
     fn dylora_adamw(
         params: *const TensorPtr,
         grads: *const TensorPtr,
@@ -88,6 +96,30 @@ fn index(device: Device) -> c_int {
 pub fn torch_version() -> &'static str {
     // SAFETY: the shim returns a string literal
     unsafe { CStr::from_ptr(dylora_torch_version()) }.to_str().expect("a version is ASCII")
+}
+
+/// The gradients of `sum_i <outputs_i, weights_i>` with respect to `inputs`; `None` for an input on
+/// which the outputs do not depend. The graph between them is freed.
+pub(crate) fn differentiate(
+    outputs: &[Tensor],
+    weights: &[Tensor],
+    inputs: &[Tensor],
+) -> Result<Vec<Option<Tensor>>> {
+    assert_eq!(outputs.len(), weights.len());
+    let mut grads = vec![std::ptr::null_mut(); inputs.len()];
+    // SAFETY: the arrays hold live tensors, of which the shim keeps none, and it writes one pointer
+    // for each input: null, or a tensor whose ownership it gives up
+    unsafe {
+        check(dylora_differentiate(
+            pointers(outputs).as_ptr(),
+            pointers(weights).as_ptr(),
+            outputs.len(),
+            pointers(inputs).as_ptr(),
+            inputs.len(),
+            grads.as_mut_ptr(),
+        ))?;
+        Ok(grads.into_iter().map(|at| (!at.is_null()).then(|| Tensor::from_ptr(at))).collect())
+    }
 }
 
 /// The hyperparameters of AdamW for one group of tensors.

@@ -24,6 +24,7 @@ struct Library {
     new: unsafe extern "C" fn(c_int, *const u8, c_int, c_int) -> *mut c_void,
     all_reduce: OnTensors,
     broadcast: OnTensors,
+    join: unsafe extern "C" fn(*mut c_void) -> c_int,
     check: unsafe extern "C" fn(*mut c_void) -> c_int,
     abort: unsafe extern "C" fn(*mut c_void) -> c_int,
     free: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -47,6 +48,7 @@ fn open() -> Result<Library> {
             new: symbol(handle, c"dylora_nccl_new")?,
             all_reduce: symbol(handle, c"dylora_nccl_all_reduce")?,
             broadcast: symbol(handle, c"dylora_nccl_broadcast")?,
+            join: symbol(handle, c"dylora_nccl_join")?,
             check: symbol(handle, c"dylora_nccl_check")?,
             abort: symbol(handle, c"dylora_nccl_abort")?,
             free: symbol(handle, c"dylora_nccl_free")?,
@@ -111,8 +113,9 @@ impl Nccl {
         if pointer.is_null() { Err(library.error()) } else { Ok(Self { library, pointer }) }
     }
 
-    /// Replaces contiguous tensors on the GPU by their sums over all processes, in one operation.
-    /// Returns once it is queued on the current stream.
+    /// Replaces contiguous tensors on the GPU by their sums over all processes, in one operation,
+    /// once what the current stream has queued so far is done. Returns at once. What is queued
+    /// later may run at the same time, up to [`Self::join`], and must not use the tensors.
     pub fn all_reduce(&self, tensors: &[Tensor]) -> Result<()> {
         self.on_tensors(self.library.all_reduce, tensors)
     }
@@ -123,9 +126,15 @@ impl Nccl {
     }
 
     fn on_tensors(&self, run: OnTensors, tensors: &[Tensor]) -> Result<()> {
-        // SAFETY: a live group; the array holds live tensors, whose memory libtorch does not give
-        // to others before the current stream is done with it
+        // SAFETY: a live group; the array holds live tensors, to which the group keeps references
+        // until `join`
         self.library.check(unsafe { run(self.pointer, pointers(tensors).as_ptr(), tensors.len()) })
+    }
+
+    /// Makes what the current stream queues from now on wait for all operations so far.
+    pub fn join(&self) -> Result<()> {
+        // SAFETY: a live group
+        self.library.check(unsafe { (self.library.join)(self.pointer) })
     }
 
     /// Fails if NCCL has found that a connection is broken.

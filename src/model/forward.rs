@@ -8,6 +8,7 @@ use super::RoutedModel;
 use super::batch::prompt_means::RunningMeans;
 use super::batch::{GenerationCache, Inputs};
 use super::block::{MLP_OUT, RoutedBlock};
+use super::cut::Cut;
 use super::decoder::context::{AttentionContext, AttentionMask};
 use super::decoder::kv_cache::KvCache;
 use super::decoder::precision::wide;
@@ -94,9 +95,21 @@ impl RoutedModel {
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
     ) -> ForwardOutput {
+        self.forward_cut(inputs, source, mode, recorder, &mut Cut::default())
+    }
+
+    /// As [`RoutedModel::forward`], with a cut through the graph.
+    fn forward_cut(
+        &self,
+        inputs: &Inputs,
+        source: &RoutingSource,
+        mode: ForwardMode,
+        recorder: Option<&mut Recorder>,
+        cut: &mut Cut,
+    ) -> ForwardOutput {
         let x = self.embed(inputs);
         self.with_pass(inputs, &x, source, mode, |pass| {
-            self.run_blocks(x.shallow_clone(), inputs, pass, mode, recorder)
+            self.run_blocks(x.shallow_clone(), inputs, pass, mode, recorder, cut)
         })
     }
 
@@ -126,7 +139,8 @@ impl RoutedModel {
         self.with_pass(inputs, &x, source, mode, |mut pass| {
             let draws_both = mode.noise != RouterNoise::None && mode.dropout.is_active();
             if pass.reads_layers() || draws_both {
-                return self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).routing;
+                let (x, cut) = (x.shallow_clone(), &mut Cut::default());
+                return self.run_blocks(x, inputs, pass, mode, None, cut).routing;
             }
             for layer in 0..self.experts.len() {
                 pass.block(layer, &|| unreachable!("these routers read no layer's input"));
@@ -166,7 +180,8 @@ impl RoutedModel {
         let own = inputs.of_base();
         let inputs = own.as_ref().unwrap_or(inputs);
         self.with_pass(inputs, x, &RoutingSource::Base, mode, |pass| {
-            self.run_blocks(x.shallow_clone(), inputs, pass, mode, None).hidden
+            let (x, cut) = (x.shallow_clone(), &mut Cut::default());
+            self.run_blocks(x, inputs, pass, mode, None, cut).hidden
         })
     }
 
@@ -177,6 +192,7 @@ impl RoutedModel {
         pass: RoutingPass<'_>,
         mode: ForwardMode,
         recorder: Option<&mut Recorder>,
+        cut: &mut Cut,
     ) -> ForwardOutput {
         let fuses = self.fuses_blocks() && recorder.is_none() && !pass.reads_modules();
         let is_cached = matches!(inputs.mask, AttentionMask::Cached(_));
@@ -186,9 +202,9 @@ impl RoutedModel {
             return self.run_step(&x, step, pass);
         }
         if fuses && !is_cached && !mode.gradient_checkpointing {
-            return self.run_fused(&x, inputs, pass, mode);
+            return self.run_fused(&x, inputs, pass, mode, cut);
         }
-        self.run_whole(x, inputs, pass, mode, recorder)
+        self.run_whole(x, inputs, pass, mode, recorder, cut)
     }
 
     /// Runs the blocks one by one. Between them, the residual stream is a single tensor.
@@ -199,9 +215,11 @@ impl RoutedModel {
         mut pass: RoutingPass<'_>,
         mode: ForwardMode,
         mut recorder: Option<&mut Recorder>,
+        cut: &mut Cut,
     ) -> ForwardOutput {
         let context = self.context(inputs);
         for (layer, block) in self.routed_blocks().enumerate() {
+            cut.reach(layer, [&mut x], &mut pass);
             let g = match pass.reads_modules() {
                 true => None,
                 false => Some(pass.block(layer, &|| block.block.norm_1.forward(&x))),
@@ -244,11 +262,13 @@ impl RoutedModel {
         inputs: &Inputs,
         mut pass: RoutingPass<'_>,
         mode: ForwardMode,
+        cut: &mut Cut,
     ) -> ForwardOutput {
         let context = self.context(inputs);
         let mut stream = Stream::new(x);
         let mut before = None;
         for (layer, block) in self.routed_blocks().enumerate() {
+            cut.reach(layer, stream.tensors_mut(), &mut pass);
             let (sum, normed) = if block.may_fuse(mode.dropout) {
                 let (forward, backward) = block.row_paddings(before);
                 let (sum, normed) = stream.normed(&block.block.norm_1, forward, backward);
@@ -366,7 +386,20 @@ impl RoutedModel {
         mode: ForwardMode,
         settings: LossSettings,
     ) -> (ChunkedLoss, Vec<Routing>) {
-        let output = self.forward(inputs, source, mode, None);
+        self.loss_cut(inputs, source, mode, settings, &mut Cut::default())
+    }
+
+    /// As [`RoutedModel::loss`], with a cut through the graph. What the routers below it did is
+    /// returned as the part above it takes it.
+    pub(crate) fn loss_cut(
+        &self,
+        inputs: &Inputs,
+        source: &RoutingSource,
+        mode: ForwardMode,
+        settings: LossSettings,
+        cut: &mut Cut,
+    ) -> (ChunkedLoss, Vec<Routing>) {
+        let output = self.forward_cut(inputs, source, mode, None, cut);
         let d = self.decoder.spec.width;
         let hidden_nd = output.hidden.reshape([-1, d]);
         let hidden_nd = match inputs.every_position {

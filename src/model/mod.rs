@@ -15,6 +15,7 @@
 
 pub mod batch;
 pub(crate) mod block;
+pub(crate) mod cut;
 pub mod decoder;
 pub mod experts;
 pub mod families;

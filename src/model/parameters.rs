@@ -19,7 +19,7 @@
 //! An expert is a run of rows in its module's stacks. Each stack is one leaf of the graph, and an
 //! expert in it can be trained while another is frozen.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
 use tch::Tensor;
@@ -58,6 +58,8 @@ pub struct TrainedParameter {
     pub group: ParameterGroup,
     /// Factor of the group's learning rate; of [`ParameterGroup::NewColumn`], the learning rate.
     pub rate: f64,
+    /// The layer of the expert that it belongs to; `None` if it belongs to no expert.
+    pub layer: Option<usize>,
     /// Index of its leaf in [`Trained::leaves`].
     leaf: usize,
     /// First row and number of rows; `None` for the whole leaf.
@@ -100,7 +102,28 @@ impl Trained {
         self.parameters.iter().map(of).collect()
     }
 
-    fn add(&mut self, leaf: &Tensor, rows: Vec<NamedRows>, group: ParameterGroup) {
+    /// The layer below which the graph is cut if the gradients of the upper layers are to be
+    /// computed first: a quarter of the layers that are trained are below it. `None` if there are
+    /// fewer than two such layers.
+    pub fn cut_layer(&self) -> Option<usize> {
+        let layers: BTreeSet<usize> = self.parameters.iter().filter_map(|p| p.layer).collect();
+        layers.iter().copied().nth(layers.len().div_ceil(4))
+    }
+
+    /// The leaves that are not wholly above a cut below `layer`, by their indices.
+    pub(crate) fn leaves_below(&self, layer: Option<usize>) -> Vec<usize> {
+        let below = self.parameters.iter().filter(|parameter| !parameter.is_above(layer));
+        let mut leaves: Vec<usize> = below.map(|parameter| parameter.leaf).collect();
+        leaves.dedup();
+        leaves
+    }
+
+    fn add(
+        &mut self,
+        leaf: &Tensor,
+        rows: Vec<NamedRows>,
+        (group, layer): (ParameterGroup, Option<usize>),
+    ) {
         if rows.is_empty() {
             return;
         }
@@ -111,9 +134,18 @@ impl Trained {
                 None => leaf.detach(),
                 Some((start, len)) => leaf.detach().narrow(0, start, len),
             };
-            self.parameters.push(TrainedParameter { name, tensor, group, rate, leaf: index, rows });
+            let leaf = index;
+            self.parameters.push(TrainedParameter { name, tensor, group, rate, layer, leaf, rows });
         }
         self.leaves.push(leaf.shallow_clone());
+    }
+}
+
+impl TrainedParameter {
+    /// Whether only the part of the graph above a cut below `layer` depends on it. Without a cut,
+    /// none does.
+    pub(crate) fn is_above(&self, layer: Option<usize>) -> bool {
+        matches!((self.layer, layer), (Some(own), Some(cut)) if own >= cut)
     }
 }
 
@@ -127,7 +159,7 @@ impl RoutedModel {
             for (name, tensor) in self.decoder.named_parameters() {
                 let is_embedding = self.decoder.spec.names().is_embedding(&name);
                 let group = base_group(is_embedding, &tensor);
-                trained.add(&tensor, vec![NamedRows::whole(name)], group);
+                trained.add(&tensor, vec![NamedRows::whole(name)], (group, None));
             }
             return trained;
         }
@@ -150,17 +182,19 @@ impl RoutedModel {
                 let row = |slot: &Slot| named(key, slot.expert, (slot.start, slot.rank));
                 slots.clone().map(row).collect::<Vec<_>>()
             };
-            trained.add(&experts.lora_a, rows("lora_a"), ParameterGroup::Adapters);
-            trained.add(&experts.lora_b, rows("lora_b"), ParameterGroup::Adapters);
+            let place = (ParameterGroup::Adapters, Some(path.layer));
+            trained.add(&experts.lora_a, rows("lora_a"), place);
+            trained.add(&experts.lora_b, rows("lora_b"), place);
             if let Some(dora) = &experts.dora {
                 let row = |slot: &Slot| Some(named("magnitude", slot.expert, (slot.magnitude?, 1)));
                 let rows = slots.clone().filter_map(row).collect();
-                trained.add(&dora.magnitude, rows, ParameterGroup::Adapters);
+                trained.add(&dora.magnitude, rows, place);
             }
         }
         if routing == RoutingChoice::Router && self.router_spec().trainable {
             for (name, tensor) in self.router_leaves() {
-                trained.add(&tensor, router_rows(name, &tensor, old), ParameterGroup::Router);
+                let place = (ParameterGroup::Router, None);
+                trained.add(&tensor, router_rows(name, &tensor, old), place);
             }
         }
         trained

@@ -1,14 +1,16 @@
 //! How the parts of a step become the whole in a world of several processes.
 //!
 //! ```text
-//! totals      the routers' totals, if losses depend on them: one f64 row    sum
-//! gradients   all of them, one after another, in their own dtype            sum
-//! numbers     loss sums, statistics and requests to stop: one f64 row       sum
+//! totals      the routers' totals, if losses depend on them: one f64 row              sum
+//! upper       the gradients above the cut, one after another, in their own dtype      sum
+//! lower       the other gradients                                                     sum
+//! numbers     loss sums, statistics and requests to stop: one f64 row                 sum
 //! ```
 //!
-//! Gradients and numbers are added up in one operation, on a GPU in one launch. Their buffers stay
-//! in the same memory from step to step, so that captured graphs may write and read them, and the
-//! operations run between the graphs.
+//! The upper gradients are added up while the lower ones are computed. The lower ones and the
+//! numbers are added up in one operation, on a GPU in one launch. The buffers stay in the same
+//! memory from step to step, so that captured graphs may write and read them, and the operations
+//! run between the graphs.
 
 use std::sync::Arc;
 
@@ -16,7 +18,8 @@ use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::gradients::StepGradients;
-use crate::dist::World;
+use crate::dist::{Sum, World};
+use crate::model::Trained;
 use crate::model::routing::totals::{RoutingTotals, views_of};
 
 /// The buffers through which the parts of a step are added up.
@@ -24,21 +27,25 @@ use crate::model::routing::totals::{RoutingTotals, views_of};
 pub(super) struct Exchange {
     world: Arc<World>,
     totals: Option<Tensor>,
-    gradients: Option<Tensor>,
+    /// `None` if no gradient is above the cut.
+    upper: Option<Tensor>,
+    lower: Option<Tensor>,
     numbers: Option<Tensor>,
+    /// The sum over the upper gradients, once it has begun.
+    sum_of_upper: Option<Sum>,
 }
 
 impl Exchange {
     pub fn new(world: Arc<World>) -> Self {
-        Self { world, totals: None, gradients: None, numbers: None }
+        Self { world, totals: None, upper: None, lower: None, numbers: None, sum_of_upper: None }
     }
 
     /// Puts this process's routing totals into their buffer. Returns views of it, in which the
     /// world's totals will stand.
     pub fn put_totals(&mut self, totals: &[RoutingTotals]) -> Vec<RoutingTotals> {
         let flat: Vec<Tensor> = totals.iter().map(RoutingTotals::flat).collect();
-        let buffer = fill(&mut self.totals, &flat);
-        views_of(&buffer, totals)
+        fill(&mut self.totals, &flat);
+        views_of(&of(&self.totals), totals)
     }
 
     /// Adds up the totals of all processes.
@@ -46,15 +53,48 @@ impl Exchange {
         self.world.all_reduce(&[of(&self.totals)])
     }
 
-    /// Puts this process's gradients and sums into their buffers. Returns views of these, in which
-    /// the world's will stand.
-    pub fn put(&mut self, part: StepGradients) -> StepGradients {
+    /// Puts this process's gradients above the cut into their buffer.
+    ///
+    /// - `cut`: as in [`Part::cut`](super::gradients::Part::cut)
+    /// - `grads`: a gradient for each parameter
+    pub fn put_upper(&mut self, trained: &Trained, cut: Option<usize>, grads: &[Tensor]) {
         let _no_grad = tch::no_grad_guard();
-        let flat: Vec<Tensor> = part.grads.iter().map(|grad| grad.reshape([-1])).collect();
-        let gradients = fill(&mut self.gradients, &flat);
-        let numbers = fill(&mut self.numbers, &numbers(&part));
-        let mut views = Views { of: &gradients, at: 0 };
-        let grads = part.grads.iter().map(|grad| views.next(grad)).collect();
+        let (upper, _) = halves(trained, cut, grads);
+        if !upper.is_empty() {
+            fill(&mut self.upper, &upper);
+        }
+    }
+
+    /// Begins to add up the upper gradients of all processes.
+    pub fn begin_upper(&mut self) -> Result<()> {
+        if let Some(upper) = &self.upper {
+            let sum = self.world.begin_all_reduce(std::slice::from_ref(upper))?;
+            self.sum_of_upper = Some(sum);
+        }
+        Ok(())
+    }
+
+    /// Puts the rest of this process's gradients, and its sums, into their buffers. Returns views of
+    /// all buffers, in which the world's will stand.
+    pub fn put(
+        &mut self,
+        trained: &Trained,
+        cut: Option<usize>,
+        part: StepGradients,
+    ) -> StepGradients {
+        let _no_grad = tch::no_grad_guard();
+        let (_, lower) = halves(trained, cut, &part.grads);
+        fill(&mut self.lower, &lower);
+        fill(&mut self.numbers, &numbers(&part));
+        let (lower, numbers) = (of(&self.lower), of(&self.numbers));
+        let mut of_lower = Views { of: &lower, at: 0 };
+        let mut of_upper = Views { of: self.upper.as_ref().unwrap_or(&lower), at: 0 };
+        let grads = trained.parameters.iter().zip(&part.grads);
+        let grads = grads.map(|(parameter, grad)| match parameter.is_above(cut) {
+            true => of_upper.next(grad),
+            false => of_lower.next(grad),
+        });
+        let grads = grads.collect();
         let mut views = Views { of: &numbers, at: 0 };
         StepGradients {
             grads,
@@ -71,10 +111,25 @@ impl Exchange {
         }
     }
 
-    /// Adds up the gradients and numbers of all processes.
-    pub fn add(&self) -> Result<()> {
-        self.world.all_reduce(&[of(&self.gradients), of(&self.numbers)])
+    /// Adds up the other gradients and the numbers of all processes. After that, the sums stand in
+    /// all buffers.
+    pub fn add(&mut self) -> Result<()> {
+        self.world.all_reduce(&[of(&self.lower), of(&self.numbers)])?;
+        match self.sum_of_upper.take() {
+            Some(sum) => self.world.finish(sum),
+            None => Ok(()),
+        }
     }
+}
+
+/// The gradients above the cut and the others, each as a row.
+fn halves(trained: &Trained, cut: Option<usize>, grads: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
+    let (mut upper, mut lower) = (vec![], vec![]);
+    for (parameter, grad) in trained.parameters.iter().zip(grads) {
+        let half = if parameter.is_above(cut) { &mut upper } else { &mut lower };
+        half.push(grad.reshape([-1]));
+    }
+    (upper, lower)
 }
 
 /// Views of consecutive parts of a buffer.
@@ -111,13 +166,14 @@ fn numbers(part: &StepGradients) -> Vec<Tensor> {
     numbers
 }
 
-/// Puts tensors of one dimension into a buffer, one after another, and returns the buffer. The
-/// first call makes it.
-fn fill(buffer: &mut Option<Tensor>, parts: &[Tensor]) -> Tensor {
+/// Puts tensors of one dimension into a buffer, one after another. The first call makes the buffer.
+fn fill(buffer: &mut Option<Tensor>, parts: &[Tensor]) {
     let len: usize = parts.iter().map(Tensor::numel).sum();
     match buffer.as_ref().filter(|buffer| buffer.numel() == len) {
-        Some(buffer) => Tensor::cat_out(buffer, parts, 0),
-        None => buffer.insert(Tensor::cat(parts, 0)).shallow_clone(),
+        Some(buffer) => {
+            let _ = Tensor::cat_out(buffer, parts, 0);
+        }
+        None => *buffer = Some(Tensor::cat(parts, 0)),
     }
 }
 

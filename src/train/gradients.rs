@@ -9,18 +9,21 @@
 //!
 //! In a world of several processes, each computes its part: the gradients and sums of its own
 //! micro-batches, which are then added up (`exchange.rs`). The counts by which losses are
-//! divided are those of the whole step, and so are the routers' totals that losses depend on.
+//! divided are those of the whole step, and so are the routers' totals that losses depend on. The
+//! graph of its last micro-batch is cut, so that the gradients of the upper layers can be added up
+//! while those of the lower layers are computed.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
 
 use super::losses::{self, Seeding, needs_totals, router_losses};
-use super::optim::GradientSum;
+use super::optim::{GradientSum, PartBelow};
 use super::prepared::{Prepared, SeedingPhase, StepTensors, source};
 use crate::config::{Config, Maturity, RouterInput, RouterNoise, RoutingChoice};
 use crate::data::Batch;
 use crate::ffi;
 use crate::model::batch::Labelled;
+use crate::model::cut::Cut;
 use crate::model::experts::dropout::LoraDropout;
 use crate::model::loss::{ChunkedLoss, LossSettings};
 use crate::model::routing::router::Routing;
@@ -80,7 +83,8 @@ pub fn gradients_of(
         true => Some(totals_ahead(model, config, step)?),
         false => None,
     };
-    part_of_gradients(model, trained, config, step, Part { ahead, is_first: true })
+    let part = Part { ahead, is_first: true, cut: None };
+    begin_gradients(model, trained, config, step, part)?.finish(trained)
 }
 
 /// What a process must know in order to compute its part of a step.
@@ -90,16 +94,43 @@ pub(super) struct Part {
     pub ahead: Option<Vec<RoutingTotals>>,
     /// Whether this is the first process, with which the losses that depend on no token count.
     pub is_first: bool,
+    /// The layer below which the graph of the last micro-batch is cut; `None` for no cut.
+    pub cut: Option<usize>,
 }
 
-/// The part of a step's gradients and sums that belongs to this process's micro-batches.
-pub(super) fn part_of_gradients(
+/// The gradients and sums of this process's micro-batches, of which the gradients of the last one
+/// below its cut are still to come.
+#[derive(Debug)]
+pub(super) struct BegunGradients {
+    /// All but the gradients.
+    sums: StepGradients,
+    grads: GradientSum,
+    below: PartBelow,
+    /// The leaves that depend on the part below the cut.
+    leaves_below: Vec<usize>,
+}
+
+impl BegunGradients {
+    /// The gradients so far, one for each parameter.
+    pub fn grads(&self, trained: &Trained) -> Vec<Tensor> {
+        self.grads.of_parameters(trained)
+    }
+
+    /// Differentiates the part below the cut.
+    pub fn finish(mut self, trained: &Trained) -> Result<StepGradients> {
+        self.grads.add_below(self.below, trained, &self.leaves_below)?;
+        Ok(StepGradients { grads: self.grads.of_parameters(trained), ..self.sums })
+    }
+}
+
+/// Computes the gradients and sums of this process's micro-batches, down to the cut.
+pub(super) fn begin_gradients(
     model: &RoutedModel,
     trained: &Trained,
     config: &Config,
     step: &StepTensors,
     part: Part,
-) -> Result<StepGradients> {
+) -> Result<BegunGradients> {
     let StepTensors { micro_batches, per_token, seeding, num_domains, .. } = step;
     let num_groups = *num_domains as i64;
     let source = source(config, *seeding);
@@ -111,9 +142,11 @@ pub(super) fn part_of_gradients(
     let finds_plateaus = matches!(config.router.hybrid, Some(Maturity::Plateau(_)));
     let mut expert_losses: Option<Tensor> = None;
     let mut supervision: Option<Tensor> = None;
-    let orthogonality = add_orthogonality(model, trained, config, part.is_first, &mut grads);
-    for inputs in micro_batches {
-        let (output, of_batch) = forward(model, config, &source, inputs, per_token);
+    let orthogonality = add_orthogonality(model, trained, config, part.is_first, &mut grads)?;
+    let mut below = PartBelow::default();
+    for (index, inputs) in micro_batches.iter().enumerate() {
+        let mut cut = Cut::below(part.cut.filter(|_| index + 1 == micro_batches.len()));
+        let (output, of_batch) = forward(model, config, &source, inputs, per_token, &mut cut);
         let labelled = inputs.label_rows(num_groups);
         if !has_whole_routing {
             add_totals(&mut routing, &of_batch, labelled);
@@ -135,7 +168,9 @@ pub(super) fn part_of_gradients(
         if let Some(phase) = step.added.as_ref().filter(|_| column_coef(config) > 0.0) {
             loss = &loss + seeding_part(model, config, step, labelled, &of_batch, *phase);
         }
-        grads.add(&loss, trained);
+        // libtorch does not look, and ends the process
+        assert!(loss.requires_grad(), "the loss depends on nothing that is trained");
+        below = grads.add_above(&loss, trained, cut)?;
         let token_losses = output.token_losses.to_kind(Kind::Double);
         domain_sums = domain_sums.index_add(0, &inputs.groups, &token_losses);
         if finds_plateaus && !of_batch.is_empty() {
@@ -146,8 +181,8 @@ pub(super) fn part_of_gradients(
             });
         }
     }
-    Ok(StepGradients {
-        grads: grads.of_parameters(trained),
+    let sums = StepGradients {
+        grads: vec![],
         domain_sums,
         routing,
         has_whole_routing,
@@ -155,7 +190,8 @@ pub(super) fn part_of_gradients(
         supervision,
         orthogonality,
         stops: step.stops.shallow_clone(),
-    })
+    };
+    Ok(BegunGradients { sums, grads, below, leaves_below: trained.leaves_below(part.cut) })
 }
 
 /// The orthogonality loss, and its gradient. It depends on no token, and counts in the first
@@ -166,17 +202,17 @@ fn add_orthogonality(
     config: &Config,
     is_first: bool,
     grads: &mut GradientSum,
-) -> Option<Tensor> {
-    let of = config.lora.orthogonality?;
-    let loss = model.orthogonality(of)?;
+) -> Result<Option<Tensor>> {
+    let Some(of) = config.lora.orthogonality else { return Ok(None) };
+    let Some(loss) = model.orthogonality(of) else { return Ok(None) };
     if !is_first {
-        return Some(loss.zeros_like().detach());
+        return Ok(Some(loss.zeros_like().detach()));
     }
     // if all experts are frozen, the loss exists but has no gradient
     if loss.requires_grad() {
-        grads.add(&(&loss * of.coef()), trained);
+        grads.add(&(&loss * of.coef()), trained)?;
     }
-    Some(loss.detach())
+    Ok(Some(loss.detach()))
 }
 
 /// Whether the routers' losses count. While a new expert is seeded, the router decides for only
@@ -286,6 +322,7 @@ fn forward(
     source: &RoutingSource,
     inputs: &Inputs,
     per_token: &Tensor,
+    cut: &mut Cut,
 ) -> (ChunkedLoss, Vec<Routing>) {
     let settings = LossSettings {
         chunk_tokens: config.train.loss_chunk_tokens,
@@ -293,7 +330,7 @@ fn forward(
         scale: per_token.shallow_clone(),
         with_grad: true,
     };
-    model.loss(inputs, source, mode(config), settings)
+    model.loss_cut(inputs, source, mode(config), settings, cut)
 }
 
 /// The routers' totals over this process's micro-batches of a step, before any of them is

@@ -74,15 +74,28 @@ pub(super) struct Key {
 /// scalars. The last part gives the step's results.
 pub(super) type Run<'a> = dyn Fn(&[Tensor], &Tensor) -> Result<Option<StepOutput>> + 'a;
 
-/// The parts of a step.
-pub(super) struct Parts<'a> {
-    /// The parts in order.
-    pub runs: Vec<Box<Run<'a>>>,
-    /// What happens after a part, by its index; it is never captured.
-    pub after: Box<dyn Fn(usize) -> Result<()> + 'a>,
+/// A part of a step.
+pub(super) struct Part<'a> {
+    /// What is captured.
+    pub run: Box<Run<'a>>,
+    /// What follows and is never captured.
+    pub after: Box<dyn Fn() -> Result<()> + 'a>,
 }
 
-impl Parts<'_> {
+/// The parts of a step, in order.
+#[derive(Default)]
+pub(super) struct Parts<'a>(pub Vec<Part<'a>>);
+
+impl<'a> Parts<'a> {
+    /// Adds a part.
+    pub fn push(
+        &mut self,
+        run: impl Fn(&[Tensor], &Tensor) -> Result<Option<StepOutput>> + 'a,
+        after: impl Fn() -> Result<()> + 'a,
+    ) {
+        self.0.push(Part { run: Box::new(run), after: Box::new(after) });
+    }
+
     /// Runs all parts without a graph.
     pub fn run(&self, flats: &[Tensor], scalars: &Tensor) -> Result<StepOutput> {
         self.each(|_, run| run(flats, scalars))
@@ -93,9 +106,9 @@ impl Parts<'_> {
         mut part: impl FnMut(usize, &Run<'_>) -> Result<Option<StepOutput>>,
     ) -> Result<StepOutput> {
         let mut output = None;
-        for (index, run) in self.runs.iter().enumerate() {
+        for (index, Part { run, after }) in self.0.iter().enumerate() {
             output = part(index, &**run)?;
-            (self.after)(index)?;
+            after()?;
         }
         Ok(output.expect("the last part gives the results"))
     }

@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::config::{GroupConfig, OptimizerConfig};
 use crate::ffi::{self, AdamW, AdamWUpdate};
+use crate::model::cut::Cut;
 use crate::model::{ParameterGroup, Trained, TrainedParameter};
 
 /// The optimizer of a run.
@@ -215,33 +216,73 @@ fn clips(
 
 /// Sums gradients over the forward passes of a step.
 #[derive(Debug, Default)]
-pub(crate) struct GradientSum(Vec<Tensor>);
+pub(crate) struct GradientSum(Vec<Option<Tensor>>);
 
 impl GradientSum {
     /// Differentiates `loss` with respect to the leaves of `trained` and adds the result.
-    pub fn add(&mut self, loss: &Tensor, trained: &Trained) {
-        // libtorch does not look, and ends the process
-        assert!(loss.requires_grad(), "the loss depends on nothing that is trained");
-        let grads = Tensor::run_backward(&[loss], &trained.leaves, false, false);
-        // the fused optimizer needs the parameters' own layout; libtorch gives no gradient for a
-        // leaf that the loss does not depend on
-        let grads = grads.into_iter().zip(&trained.leaves).map(|(grad, leaf)| {
-            if grad.defined() { grad.contiguous() } else { leaf.zeros_like().detach() }
-        });
-        if self.0.is_empty() {
-            self.0 = grads.collect();
-        } else {
-            for (sum, grad) in self.0.iter_mut().zip(grads) {
-                *sum += grad;
+    pub fn add(&mut self, loss: &Tensor, trained: &Trained) -> Result<()> {
+        self.add_above(loss, trained, Cut::default()).map(|_| ())
+    }
+
+    /// The same for a loss whose graph is cut: adds the gradients of the part above the cut.
+    /// Returns the part below, for [`GradientSum::add_below`].
+    pub fn add_above(&mut self, loss: &Tensor, trained: &Trained, cut: Cut) -> Result<PartBelow> {
+        let one = loss.ones_like().detach();
+        let inputs: Vec<Tensor> =
+            trained.leaves.iter().chain(&cut.above).map(Tensor::shallow_clone).collect();
+        let mut grads = ffi::differentiate(std::slice::from_ref(loss), &[one], &inputs)?;
+        let of_cut = grads.split_off(trained.leaves.len());
+        self.0.resize_with(trained.leaves.len(), || None);
+        self.add_each((0..).zip(grads));
+        let crossing = cut.below.into_iter().zip(of_cut);
+        Ok(PartBelow(crossing.filter_map(|(tensor, grad)| Some((tensor, grad?))).collect()))
+    }
+
+    /// Differentiates the part of a graph below its cut with respect to some leaves of `trained`,
+    /// by their indices, and adds the result.
+    pub fn add_below(
+        &mut self,
+        part: PartBelow,
+        trained: &Trained,
+        leaves: &[usize],
+    ) -> Result<()> {
+        let (tensors, weights): (Vec<_>, Vec<_>) = part.0.into_iter().unzip();
+        if tensors.is_empty() {
+            return Ok(());
+        }
+        let inputs: Vec<_> = leaves.iter().map(|&i| trained.leaves[i].shallow_clone()).collect();
+        let grads = ffi::differentiate(&tensors, &weights, &inputs)?;
+        self.add_each(leaves.iter().copied().zip(grads));
+        Ok(())
+    }
+
+    fn add_each(&mut self, grads: impl Iterator<Item = (usize, Option<Tensor>)>) {
+        for (leaf, grad) in grads {
+            let Some(grad) = grad else { continue };
+            match &mut self.0[leaf] {
+                Some(sum) => *sum += grad,
+                // the fused optimizer needs the parameters' own layout
+                none => *none = Some(grad.contiguous()),
             }
         }
     }
 
-    /// The summed gradients, one for each parameter of `trained`.
-    pub(crate) fn of_parameters(self, trained: &Trained) -> Vec<Tensor> {
-        trained.split(&self.0)
+    /// The summed gradients, one for each parameter of `trained`. A parameter that no loss depends
+    /// on has zeros.
+    pub(crate) fn of_parameters(&self, trained: &Trained) -> Vec<Tensor> {
+        let leaves = trained.leaves.iter().zip(&self.0);
+        let grads = leaves.map(|(leaf, grad)| match grad {
+            Some(grad) => grad.shallow_clone(),
+            None => leaf.zeros_like().detach(),
+        });
+        trained.split(&grads.collect::<Vec<_>>())
     }
 }
+
+/// The part of a graph below its cut: the tensors that cross it, and the loss's gradients with
+/// respect to them.
+#[derive(Debug, Default)]
+pub(crate) struct PartBelow(Vec<(Tensor, Tensor)>);
 
 /// The generator states of a process for a checkpoint: the CPU's, and the device's if it is not the
 /// CPU. They are named `rng.cpu` and `rng.cuda`, and `rng.{dist_rank}.cpu` and so on after the

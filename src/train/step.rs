@@ -16,9 +16,11 @@ use tch::{Device, Kind, Tensor};
 
 use super::balance::balance_biases;
 use super::exchange::Exchange;
-use super::gradients::{Part, gradients_of, part_of_gradients, takes_totals_ahead, totals_ahead};
+use super::gradients::{
+    BegunGradients, Part, begin_gradients, gradients_of, takes_totals_ahead, totals_ahead,
+};
 pub use super::gradients::{StepGradients, gradients};
-use super::graph::{Capture, Graphs, Key, Parts, Run};
+use super::graph::{Capture, Graphs, Key, Parts};
 use super::optim::Optimizer;
 use super::output::{Contents, StepOutput};
 use super::prepared::StepTensors;
@@ -207,46 +209,60 @@ impl<'a> StepMachine<'a> {
             let gradients = gradients_of(self.model, self.trained, self.config, &step)?;
             update(self.model, self.optimizer, self.config, &step, gradients).map(Some)
         };
-        Parts { runs: vec![Box::new(run)], after: Box::new(|_| Ok(())) }
+        let mut parts = Parts::default();
+        parts.push(run, || Ok(()));
+        parts
     }
 
     /// This process's part of the step: first the routers' totals, if losses depend on those of the
-    /// whole step, then the gradients, then the update. In between, the world adds up.
+    /// whole step, then the gradients of the upper layers and those of the lower ones, then the
+    /// update. In between, the world adds up. The sum over the upper layers' gradients may take as
+    /// long as the lower layers take.
     fn in_parts(self, world: &'a World, exchange: &'a RefCell<Exchange>) -> Parts<'a> {
         let Self { model, trained, optimizer, config, step } = self;
         let num_micro_batches = step.num_micro_batches().max(1) * world.size();
-        let is_ahead = takes_totals_ahead(config, step.seeding, num_micro_batches);
+        let (is_first, cut) = (world.is_first(), trained.cut_layer());
         let totals = Rc::new(RefCell::new(None));
+        let begun = Rc::new(RefCell::new(None));
         let whole = Rc::new(RefCell::new(None));
-        let mut runs: Vec<Box<Run<'a>>> = vec![];
-        if is_ahead {
+        let mut parts = Parts::default();
+        if takes_totals_ahead(config, step.seeding, num_micro_batches) {
             let totals = Rc::clone(&totals);
-            runs.push(Box::new(move |flats, scalars| {
+            let run = move |flats: &[Tensor], scalars: &Tensor| {
                 let own = totals_ahead(model, config, &step.tensors(flats, scalars))?;
                 *totals.borrow_mut() = Some(exchange.borrow_mut().put_totals(&own));
                 Ok(None)
-            }));
+            };
+            parts.push(run, || exchange.borrow().add_totals());
         }
-        let gradients = Rc::clone(&whole);
-        let is_first = world.is_first();
-        runs.push(Box::new(move |flats, scalars| {
-            let part = Part { ahead: totals.borrow_mut().take(), is_first };
-            let tensors = step.tensors(flats, scalars);
-            let part = part_of_gradients(model, trained, config, &tensors, part)?;
-            *gradients.borrow_mut() = Some(exchange.borrow_mut().put(part));
-            Ok(None)
-        }));
-        runs.push(Box::new(move |flats, scalars| {
+        let begin = {
+            let begun = Rc::clone(&begun);
+            move |flats: &[Tensor], scalars: &Tensor| {
+                let part = Part { ahead: totals.borrow_mut().take(), is_first, cut };
+                let tensors = step.tensors(flats, scalars);
+                let part = begin_gradients(model, trained, config, &tensors, part)?;
+                exchange.borrow_mut().put_upper(trained, cut, &part.grads(trained));
+                *begun.borrow_mut() = Some(part);
+                Ok(None)
+            }
+        };
+        parts.push(begin, || exchange.borrow_mut().begin_upper());
+        let finish = {
+            let whole = Rc::clone(&whole);
+            move |_: &[Tensor], _: &Tensor| {
+                let part = begun.borrow_mut().take().expect("the part before leaves it");
+                let part = BegunGradients::finish(part, trained)?;
+                *whole.borrow_mut() = Some(exchange.borrow_mut().put(trained, cut, part));
+                Ok(None)
+            }
+        };
+        parts.push(finish, || exchange.borrow_mut().add());
+        let run = move |flats: &[Tensor], scalars: &Tensor| {
             let whole = whole.borrow_mut().take().expect("the part before leaves them");
             update(model, optimizer, config, &step.tensors(flats, scalars), whole).map(Some)
-        }));
-        let last = runs.len() - 1;
-        let after = move |part| match part {
-            part if part == last => Ok(()),
-            0 if is_ahead => exchange.borrow().add_totals(),
-            _ => exchange.borrow().add(),
         };
-        Parts { runs, after: Box::new(after) }
+        parts.push(run, || Ok(()));
+        parts
     }
 }
 

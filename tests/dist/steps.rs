@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use dylora::config::{
-    Config, LossOn, Maturity, Orthogonality, Plateau, RouterConfig, RouterInput, RoutingChoice,
-    RoutingLevel, load,
+    Config, LossOn, Maturity, Orthogonality, Plateau, RouterConfig, RouterInput, RouterScope,
+    RoutingChoice, RoutingLevel, TargetModules, load,
 };
 use dylora::data::{Batch, BlockId, MemoryDocument, MemoryDomain, TokenDataset};
 use dylora::dist::shard::shares;
@@ -23,8 +23,8 @@ use dylora::train::step::{StepResult, Stepper};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, family_specs, plain_and, plain_router, randomize, seed, tiny_base, tiny_lora,
-    tiny_model,
+    assert_close, family_specs, gpt2_spec, plain_and, plain_router, randomize, seed, tiny_base,
+    tiny_lora,
 };
 use crate::processes::{own_world, run};
 
@@ -44,8 +44,23 @@ struct Case {
 }
 
 /// The names of the cases.
-const CASES: [&str; 9] =
-    ["dense", "top_k", "layer", "sequence", "plateau", "biases", "seeding", "captured", "unrouted"];
+const CASES: [&str; 15] = [
+    "dense",
+    "top_k",
+    "layer",
+    "own_routers",
+    "module",
+    "sequence",
+    "plateau",
+    "biases",
+    "seeding",
+    "captured",
+    "checkpointed",
+    "unrouted",
+    "deep",
+    "upper_layers",
+    "one_layer",
+];
 
 fn config(router: RouterConfig, overrides: &[&str]) -> Result<Config> {
     let text = "base = { source = { path = \"x\" } }\n[data]\nseq_len = 16\n\
@@ -82,6 +97,18 @@ impl Case {
                 RouterConfig { load_balancing_coef: 0.0, uniform_mse_coef: 0.0, ..top(1, 0.05) }
             }
             "layer" => RouterConfig { input: RouterInput::LayerInput, ..plain_router() },
+            "own_routers" | "deep" | "upper_layers" => {
+                RouterConfig { scope: RouterScope::Layer, ..plain_router() }
+            }
+            "module" => RouterConfig {
+                input: RouterInput::ModuleInput,
+                scope: RouterScope::Module,
+                ..plain_router()
+            },
+            "checkpointed" => {
+                overrides.push("train.gradient_checkpointing=true");
+                RouterConfig { input: RouterInput::LayerInput, ..plain_router() }
+            }
             "sequence" => RouterConfig { level: RoutingLevel::Sequence, ..plain_router() },
             "plateau" => RouterConfig {
                 hybrid: Some(Maturity::Plateau(Plateau { window_steps: 2, min_delta: 0.01 })),
@@ -95,12 +122,26 @@ impl Case {
         };
         let _generator = seed(70);
         let (model, config) = match name.strip_prefix("family ") {
-            None => (tiny_model(&tiny_lora(), &router, Kind::Double)?, config(router, &overrides)?),
+            None => {
+                let num_layers = if name == "deep" || name == "upper_layers" { 5 } else { 2 };
+                let mut lora = tiny_lora();
+                match name {
+                    "upper_layers" => {
+                        lora.target_modules = modules(&["h.3.attn.c_attn", "h.4.mlp.c_fc"])?
+                    }
+                    "one_layer" => lora.target_modules = modules(&["h.1.mlp.c_fc"])?,
+                    _ => {}
+                }
+                let base = tiny_base(gpt2_spec(num_layers, 4, 16));
+                let model = crate::common::new_model(&base, &lora, &router, Kind::Double);
+                randomize(&model)?;
+                (model, config(router, &overrides)?)
+            }
             Some(family) => {
                 let specs = family_specs();
                 let (_, spec) = specs.into_iter().find(|(name, _)| *name == family).context("!")?;
                 let mut lora = tiny_lora();
-                lora.target_modules = dylora::config::TargetModules::all();
+                lora.target_modules = TargetModules::all();
                 let model =
                     crate::common::new_model(&tiny_base(spec), &lora, &router, Kind::Double);
                 randomize(&model)?;
@@ -111,6 +152,11 @@ impl Case {
         let capture = if name == "captured" { Capture::Rerun } else { Capture::Off };
         Ok(Self { config, model, seeding, capture, is_rounded: name == "captured" })
     }
+}
+
+/// Target modules as a config lists them.
+fn modules(names: &[&str]) -> Result<TargetModules> {
+    Ok(serde_json::from_value(serde_json::json!(names))?)
 }
 
 /// Documents of 2 to 30 tokens of three domains.
@@ -245,5 +291,17 @@ fn the_cases_are_what_they_say() -> Result<()> {
     assert_eq!(Case::new("unrouted")?.config.train.routing, RoutingChoice::Uniform);
     assert_eq!(Case::new("biases")?.config.router.top_k, Some(1));
     assert!(Case::new("seeding")?.seeding.is_some());
+    assert!(Case::new("checkpointed")?.config.train.gradient_checkpointing);
+    // the layer below which the graph is cut
+    for (name, layer) in [
+        ("dense", Some(1)),
+        ("deep", Some(2)),
+        ("upper_layers", Some(4)),
+        ("one_layer", None),
+        ("family qwen3", Some(1)),
+    ] {
+        let Case { config, model, .. } = Case::new(name)?;
+        assert_eq!(model.trained(config.train.routing, None).cut_layer(), layer, "{name}");
+    }
     Ok(())
 }

@@ -35,6 +35,11 @@ impl Stream {
         Self { x: x_btd.reshape([b * t, d]), pending: None, shape: [b, t, d] }
     }
 
+    /// Both parts.
+    pub fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        std::iter::once(&mut self.x).chain(&mut self.pending)
+    }
+
     /// The sum of both parts, `[b, t, d]`.
     pub fn whole(&self) -> Tensor {
         match &self.pending {
