@@ -39,7 +39,7 @@ use crate::train::plan::BlockStream;
 use flops::FlopsPerToken;
 pub use report::{Figures, Header, RowReport};
 pub use rows::Row;
-use rows::Subject;
+use rows::{StepBlocks, Subject};
 
 /// Number of steps after which the data repeats.
 const DISTINCT_STEPS: usize = 8;
@@ -166,9 +166,12 @@ impl Bench {
     ) -> Result<Steps> {
         let own = per_step / self.world.size();
         let first = own * self.world.dist_rank();
+        let mut take =
+            || StepBlocks { whole: stream.take(dataset, per_step), own: first..first + own };
+        let mut next = take();
         self.time(|| {
-            let whole = stream.take(dataset, per_step);
-            subject.step(dataset, &whole, &whole[first..first + own])
+            let now = std::mem::replace(&mut next, take());
+            subject.step(dataset, &now, &next)
         })
     }
 

@@ -1,5 +1,6 @@
 //! The rows of the bench: the config of each, and what one of its steps does.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::model::routing::router::RouterSpec;
 use crate::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Trained};
 use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
-use crate::train::prepared::StepCounts;
+use crate::train::prepared::{Prepared, StepCounts};
 use crate::train::step::Stepper;
 
 /// A way to compute the mixture, or something to compare it with.
@@ -138,6 +139,23 @@ pub(super) struct Subject {
     model: RoutedModel,
     trained: Trained,
     stepper: Stepper,
+    /// The data of the next step, in a row that takes the trainer's steps.
+    ready: Option<Prepared>,
+}
+
+/// The blocks of a step.
+#[derive(Debug)]
+pub(super) struct StepBlocks {
+    /// Those of all processes.
+    pub whole: Vec<BlockId>,
+    /// Which of them are this process's; all of them in a row that is not shared.
+    pub own: Range<usize>,
+}
+
+impl StepBlocks {
+    fn own(&self) -> &[BlockId] {
+        &self.whole[self.own.clone()]
+    }
 }
 
 impl Subject {
@@ -162,7 +180,7 @@ impl Subject {
         };
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(device), device);
-        Ok(Self { row, config, model, trained, stepper })
+        Ok(Self { row, config, model, trained, stepper, ready: None })
     }
 
     /// Makes the steps a part of those of a world.
@@ -180,34 +198,47 @@ impl Subject {
         self.stepper.capture_time()
     }
 
-    /// Runs one step on the blocks `whole`. Returns the mean loss of their label tokens before the
-    /// update, in nats.
-    ///
-    /// - `own`: those of them that are this process's; all of them in a row that is not shared
+    /// Runs one step on the blocks `now`, before one on the blocks `next`. Returns the mean loss of
+    /// their label tokens before the update, in nats.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,
-        whole: &[BlockId],
-        own: &[BlockId],
+        now: &StepBlocks,
+        next: &StepBlocks,
     ) -> Result<f64> {
         match self.row {
-            Row::Base => self.backward_of_base(dataset, own),
-            Row::NPasses => self.train_in_passes(dataset, own),
-            Row::Eval => self.evaluate(dataset, own),
-            _ => self.train(dataset, whole, own),
+            Row::Base => self.backward_of_base(dataset, now.own()),
+            Row::NPasses => self.train_in_passes(dataset, now.own()),
+            Row::Eval => self.evaluate(dataset, now.own()),
+            _ => self.train(dataset, now, next),
         }
     }
 
-    /// A step as `dylora train` takes it.
-    fn train(&mut self, dataset: &TokenDataset, whole: &[BlockId], own: &[BlockId]) -> Result<f64> {
-        let batches = self.batches(dataset, own);
+    /// A step as `dylora train` takes it, which prepares the data of the next one while the device
+    /// works.
+    fn train(
+        &mut self,
+        dataset: &TokenDataset,
+        now: &StepBlocks,
+        next: &StepBlocks,
+    ) -> Result<f64> {
+        let step = match self.ready.take() {
+            Some(ready) => ready,
+            None => self.prepare(dataset, now),
+        };
         let Self { config, model, trained, stepper, .. } = self;
-        let counts = StepCounts::new(config, dataset, whole);
+        let update = stepper.optimizer.scalars(&|_| 1.0);
+        let pending = stepper.launch(model, trained, config, &step, &update)?;
+        self.ready = Some(self.prepare(dataset, next));
+        Ok(self.stepper.wait(pending)?.loss)
+    }
+
+    fn prepare(&mut self, dataset: &TokenDataset, blocks: &StepBlocks) -> Prepared {
+        let batches = self.batches(dataset, blocks.own());
+        let Self { config, model, stepper, .. } = self;
+        let counts = StepCounts::new(config, dataset, &blocks.whole);
         let step = stepper.prepare(model, config, &batches, None, dataset.domains.len());
-        let step = step.part_of(counts);
-        let pending =
-            stepper.launch(model, trained, config, &step, &stepper.optimizer.scalars(&|_| 1.0))?;
-        Ok(stepper.wait(pending)?.loss)
+        step.part_of(counts)
     }
 
     /// A step without an update, because there is nothing to train.

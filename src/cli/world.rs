@@ -8,6 +8,7 @@
 //! | `DYLORA_MEETING_SECS` | how long the processes wait for each other at the start |
 //! | `DYLORA_OPERATION_SECS` | how long they wait for one that is late |
 //! | `DYLORA_SILENCE_SECS` | how long a process may give no sign of life |
+//! | `DYLORA_OVERLAP_BYTES` | the size of gradients from which on their sum overlaps |
 
 use std::io::Write;
 use std::sync::Arc;
@@ -94,7 +95,14 @@ fn limits() -> Result<Limits> {
             _ => Err(usage(anyhow!("`{name}` must be a number of seconds from 1, got `{text}`"))),
         },
     };
+    let overlap_bytes = match variable("DYLORA_OVERLAP_BYTES") {
+        None => default.overlap_bytes,
+        Some(text) => text.trim().parse().map_err(|_| {
+            usage(anyhow!("`DYLORA_OVERLAP_BYTES` must be a number of bytes from 0, got `{text}`"))
+        })?,
+    };
     Ok(Limits {
+        overlap_bytes,
         meeting: secs("DYLORA_MEETING_SECS", default.meeting)?,
         operation: secs("DYLORA_OPERATION_SECS", default.operation)?,
         silence: secs("DYLORA_SILENCE_SECS", default.silence)?,

@@ -1,8 +1,8 @@
-//! How long processes wait for each other.
+//! How long processes wait for each other, and what is worth an operation of its own.
 
 use std::time::Duration;
 
-/// How long processes wait for each other.
+/// How long processes wait for each other, and what is worth an operation of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// For all processes to meet at the start.
@@ -11,6 +11,9 @@ pub struct Limits {
     pub operation: Duration,
     /// For a sign of life, which a process gives every second as long as it runs at all.
     pub silence: Duration,
+    /// Gradients of at least so many bytes are added up in two operations, of which the first runs
+    /// while the rest is computed. For fewer, the second operation costs more than that saves.
+    pub overlap_bytes: usize,
 }
 
 impl Limits {
@@ -30,6 +33,7 @@ impl Default for Limits {
             meeting: Duration::from_secs(300),
             operation: Duration::from_secs(600),
             silence: Duration::from_secs(15),
+            overlap_bytes: 32 << 20,
         }
     }
 }

@@ -154,6 +154,12 @@ impl World {
         self.size == 1
     }
 
+    /// The size of gradients, in bytes, from which on they are added up in two operations
+    /// ([`Limits::overlap_bytes`]).
+    pub fn overlap_bytes(&self) -> usize {
+        self.link.as_ref().map_or(usize::MAX, |link| link.limits.overlap_bytes)
+    }
+
     /// Prepares operations on a GPU. Does nothing for the CPU.
     ///
     /// # Errors

@@ -102,12 +102,19 @@ impl Trained {
         self.parameters.iter().map(of).collect()
     }
 
+    /// The size of all gradients, in bytes.
+    pub(crate) fn num_bytes(&self) -> usize {
+        let bytes = |p: &TrainedParameter| p.tensor.numel() * p.tensor.kind().elt_size_in_bytes();
+        self.parameters.iter().map(bytes).sum()
+    }
+
     /// The layer below which the graph is cut if the gradients of the upper layers are to be
-    /// computed first: a quarter of the layers that are trained are below it. `None` if there are
-    /// fewer than two such layers.
+    /// computed first: a sixth of the layers that are trained are below it. The sum over the rest
+    /// of the gradients, which nothing hides, is then short. `None` if there are fewer than two
+    /// such layers.
     pub fn cut_layer(&self) -> Option<usize> {
         let layers: BTreeSet<usize> = self.parameters.iter().filter_map(|p| p.layer).collect();
-        layers.iter().copied().nth(layers.len().div_ceil(4))
+        layers.iter().copied().nth(layers.len().div_ceil(6))
     }
 
     /// The leaves that are not wholly above a cut below `layer`, by their indices.

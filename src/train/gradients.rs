@@ -172,7 +172,7 @@ pub(super) fn begin_gradients(
         assert!(loss.requires_grad(), "the loss depends on nothing that is trained");
         below = grads.add_above(&loss, trained, cut)?;
         let token_losses = output.token_losses.to_kind(Kind::Double);
-        domain_sums = domain_sums.index_add(0, &inputs.groups, &token_losses);
+        domain_sums += (labelled.by_group() * &token_losses).sum_dim_intlist(1, false, None);
         if finds_plateaus && !of_batch.is_empty() {
             let new = losses_by_expert(model, &of_batch, &inputs.labelled, &token_losses);
             expert_losses = Some(match expert_losses {

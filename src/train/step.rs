@@ -215,13 +215,15 @@ impl<'a> StepMachine<'a> {
     }
 
     /// This process's part of the step: first the routers' totals, if losses depend on those of the
-    /// whole step, then the gradients of the upper layers and those of the lower ones, then the
-    /// update. In between, the world adds up. The sum over the upper layers' gradients may take as
-    /// long as the lower layers take.
+    /// whole step, then the gradients, then the update. In between, the world adds up.
+    ///
+    /// If there are many gradients, those of the upper layers come first, and are added up while
+    /// those of the lower layers are computed.
     fn in_parts(self, world: &'a World, exchange: &'a RefCell<Exchange>) -> Parts<'a> {
         let Self { model, trained, optimizer, config, step } = self;
         let num_micro_batches = step.num_micro_batches().max(1) * world.size();
-        let (is_first, cut) = (world.is_first(), trained.cut_layer());
+        let overlaps = trained.num_bytes() >= world.overlap_bytes();
+        let (is_first, cut) = (world.is_first(), trained.cut_layer().filter(|_| overlaps));
         let totals = Rc::new(RefCell::new(None));
         let begun = Rc::new(RefCell::new(None));
         let whole = Rc::new(RefCell::new(None));
@@ -235,28 +237,35 @@ impl<'a> StepMachine<'a> {
             };
             parts.push(run, || exchange.borrow().add_totals());
         }
-        let begin = {
-            let begun = Rc::clone(&begun);
-            move |flats: &[Tensor], scalars: &Tensor| {
-                let part = Part { ahead: totals.borrow_mut().take(), is_first, cut };
-                let tensors = step.tensors(flats, scalars);
-                let part = begin_gradients(model, trained, config, &tensors, part)?;
-                exchange.borrow_mut().put_upper(trained, cut, &part.grads(trained));
-                *begun.borrow_mut() = Some(part);
-                Ok(None)
-            }
+        let begin = move |flats: &[Tensor], scalars: &Tensor| {
+            let part = Part { ahead: totals.borrow_mut().take(), is_first, cut };
+            begin_gradients(model, trained, config, &step.tensors(flats, scalars), part)
         };
-        parts.push(begin, || exchange.borrow_mut().begin_upper());
-        let finish = {
+        let put = {
             let whole = Rc::clone(&whole);
-            move |_: &[Tensor], _: &Tensor| {
-                let part = begun.borrow_mut().take().expect("the part before leaves it");
-                let part = BegunGradients::finish(part, trained)?;
+            move |begun: BegunGradients| {
+                let part = begun.finish(trained)?;
                 *whole.borrow_mut() = Some(exchange.borrow_mut().put(trained, cut, part));
                 Ok(None)
             }
         };
-        parts.push(finish, || exchange.borrow_mut().add());
+        let add = || exchange.borrow_mut().add();
+        if cut.is_none() {
+            parts.push(move |flats, scalars| put(begin(flats, scalars)?), add);
+        } else {
+            let upper = Rc::clone(&begun);
+            let run = move |flats: &[Tensor], scalars: &Tensor| {
+                let part = begin(flats, scalars)?;
+                exchange.borrow_mut().put_upper(trained, cut, &part.grads(trained));
+                *upper.borrow_mut() = Some(part);
+                Ok(None)
+            };
+            parts.push(run, || exchange.borrow_mut().begin_upper());
+            let lower = move |_: &[Tensor], _: &Tensor| {
+                put(begun.borrow_mut().take().expect("the part before leaves it"))
+            };
+            parts.push(lower, add);
+        }
         let run = move |flats: &[Tensor], scalars: &Tensor| {
             let whole = whole.borrow_mut().take().expect("the part before leaves them");
             update(model, optimizer, config, &step.tensors(flats, scalars), whole).map(Some)

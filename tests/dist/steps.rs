@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use dylora::config::{
-    Config, LossOn, Maturity, Orthogonality, Plateau, RouterConfig, RouterInput, RouterScope,
-    RoutingChoice, RoutingLevel, TargetModules, load,
+    Config, LoraConfig, LossOn, Maturity, Orthogonality, Plateau, RouterConfig, RouterInput,
+    RouterScope, RoutingChoice, RoutingLevel, TargetModules, load,
 };
 use dylora::data::{Batch, BlockId, MemoryDocument, MemoryDomain, TokenDataset};
 use dylora::dist::shard::shares;
@@ -23,8 +23,8 @@ use dylora::train::step::{StepResult, Stepper};
 use tch::{Device, Kind, Tensor};
 
 use crate::common::{
-    assert_close, family_specs, gpt2_spec, plain_and, plain_router, randomize, seed, tiny_base,
-    tiny_lora,
+    assert_close, family_specs, gpt2_spec, new_model, plain_and, plain_router, randomize, seed,
+    tiny_base, tiny_lora,
 };
 use crate::processes::{own_world, run};
 
@@ -123,17 +123,8 @@ impl Case {
         let _generator = seed(70);
         let (model, config) = match name.strip_prefix("family ") {
             None => {
-                let num_layers = if name == "deep" || name == "upper_layers" { 5 } else { 2 };
-                let mut lora = tiny_lora();
-                match name {
-                    "upper_layers" => {
-                        lora.target_modules = modules(&["h.3.attn.c_attn", "h.4.mlp.c_fc"])?
-                    }
-                    "one_layer" => lora.target_modules = modules(&["h.1.mlp.c_fc"])?,
-                    _ => {}
-                }
-                let base = tiny_base(gpt2_spec(num_layers, 4, 16));
-                let model = crate::common::new_model(&base, &lora, &router, Kind::Double);
+                let base = tiny_base(gpt2_spec(num_layers(name), 4, 16));
+                let model = new_model(&base, &lora(name)?, &router, Kind::Double);
                 randomize(&model)?;
                 (model, config(router, &overrides)?)
             }
@@ -142,8 +133,7 @@ impl Case {
                 let (_, spec) = specs.into_iter().find(|(name, _)| *name == family).context("!")?;
                 let mut lora = tiny_lora();
                 lora.target_modules = TargetModules::all();
-                let model =
-                    crate::common::new_model(&tiny_base(spec), &lora, &router, Kind::Double);
+                let model = new_model(&tiny_base(spec), &lora, &router, Kind::Double);
                 randomize(&model)?;
                 (model, config(router, &[])?)
             }
@@ -154,9 +144,23 @@ impl Case {
     }
 }
 
-/// Target modules as a config lists them.
-fn modules(names: &[&str]) -> Result<TargetModules> {
-    Ok(serde_json::from_value(serde_json::json!(names))?)
+fn num_layers(name: &str) -> i64 {
+    match name {
+        "deep" => 7,
+        "upper_layers" => 5,
+        _ => 2,
+    }
+}
+
+/// The experts of a case on GPT-2.
+fn lora(name: &str) -> Result<LoraConfig> {
+    let modules: &[&str] = match name {
+        "upper_layers" => &["h.3.attn.c_attn", "h.4.mlp.c_fc"],
+        "one_layer" => &["h.1.mlp.c_fc"],
+        _ => return Ok(tiny_lora()),
+    };
+    let target_modules = serde_json::from_value(serde_json::json!(modules))?;
+    Ok(LoraConfig { target_modules, ..tiny_lora() })
 }
 
 /// Documents of 2 to 30 tokens of three domains.
@@ -226,7 +230,12 @@ fn numbers(result: &StepResult) -> Vec<f64> {
 
 /// The job of a process: all cases. Each process saves what it ends with.
 pub fn work(dir: &Path, names: &str) -> Result<()> {
-    let world = own_world(Limits::default())?;
+    // three processes add up each step's few gradients at once, and two or four in two operations
+    let mut limits = Limits::default();
+    if std::env::var("WORLD_SIZE")? != "3" {
+        limits.overlap_bytes = 0;
+    }
+    let world = own_world(limits)?;
     tch::set_num_threads(1);
     for name in names.split(',') {
         let (mut tensors, said) = train(&Case::new(name)?, &world)?;

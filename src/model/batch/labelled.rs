@@ -1,6 +1,6 @@
 //! The positions of a batch that have a label, and the group of tokens that each belongs to.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// The label tokens of a batch and the group of each.
 #[derive(Debug, Clone, Copy)]
@@ -16,6 +16,14 @@ pub struct Labelled<'a> {
 }
 
 impl Labelled<'_> {
+    /// 1 where a token belongs to a group and counts, and otherwise 0, `[g, n]`, f64. Its product
+    /// with numbers of the tokens are their sums by group.
+    pub(crate) fn by_group(&self) -> Tensor {
+        let every_g = Tensor::arange(self.num_groups, (Kind::Int64, self.groups.device()));
+        let belongs_gn = every_g.unsqueeze(-1).eq_tensor(self.groups).to_kind(Kind::Double);
+        self.only_counted(belongs_gn, 1)
+    }
+
     /// `x` with zeros for the tokens that do not count. Its dimension `dim` has the tokens.
     pub(crate) fn only_counted(&self, x: Tensor, dim: usize) -> Tensor {
         let Some(counted) = self.counted else { return x };

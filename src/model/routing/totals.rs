@@ -132,48 +132,51 @@ impl RoutingTotals {
 
     /// The totals of sites that are [`alike`].
     fn stacked(sites: &[Routing], labelled: Labelled<'_>) -> Self {
-        let (s, n) = (sites.len() as i64, labelled.rows.size()[0]);
+        let s = sites.len() as i64;
         let first = &sites[0];
-        let options = (Kind::Double, labelled.rows.device());
-        let counted = |x: Tensor| labelled.only_counted(x, 1);
         let own = |x_sne: Tensor| of_present(x_sne, 2, first.present.as_ref());
-        let by_group = |x: &Tensor| {
-            let mut shape = x.size();
-            shape[1] = labelled.num_groups;
-            Tensor::zeros(shape, options).index_add(1, labelled.groups, x)
-        };
         let wide = |x: Tensor| x.to_kind(Kind::Double);
-        let probs_snm = counted(wide(stacked_rows(sites, |site| &site.probs, labelled.rows)));
+        let probs_snm = wide(stacked_rows(sites, |site| &site.probs, labelled.rows));
         let weights_sne = wide(stacked_rows(sites, |site| &site.weights, labelled.rows));
-        let e = weights_sne.size()[2];
-        let weights_sgm = by_group(&own(counted(weights_sne)));
-        let (assignments_sgm, assignments_per_token) = match &first.selected {
-            None => (by_group(&probs_snm), 1),
+        let logits_snm = wide(stacked_rows(sites, |site| &site.logits, labelled.rows));
+        let (e, m) = (weights_sne.size()[2], probs_snm.size()[2]);
+        let (counts_sne, assignments_per_token) = match &first.selected {
+            None => (None, 1),
             Some(_) => {
                 fn selected(site: &Routing) -> &Tensor {
                     site.selected.as_ref().expect("all choose")
                 }
                 let selected_snk = stacked_rows(sites, selected, labelled.rows);
-                let every_e = Tensor::arange(e, (Kind::Int64, options.1));
+                let every_e = Tensor::arange(e, (Kind::Int64, labelled.rows.device()));
                 let chosen_snke = selected_snk.unsqueeze(-1).eq_tensor(&every_e);
                 let counts_sne = chosen_snke.sum_dim_intlist(2, false, Kind::Double);
-                (by_group(&own(counted(counts_sne))), selected_snk.size()[2])
+                (Some(counts_sne), selected_snk.size()[2])
             }
         };
-        let logits_snm = wide(stacked_rows(sites, |site| &site.logits, labelled.rows));
-        let squares_sn = counted(logits_snm.logsumexp(-1, false).square());
+        let entropies_sn1 = entropies(&probs_snm).unsqueeze(-1);
+        let squares_sn1 = logits_snm.logsumexp(-1, true).square();
+        let mut columns = vec![entropies_sn1, squares_sn1, probs_snm, own(weights_sne)];
+        columns.extend(counts_sne.map(own));
+        // one product makes all sums, and always in the same order
+        let groups_gn = labelled.by_group();
+        let groups_sgn = groups_gn.unsqueeze(0).expand([s, -1, -1], false);
+        let sums_sgk = groups_sgn.bmm(&Tensor::cat(&columns, -1));
+        let part = |start, len| sums_sgk.narrow(-1, start, len);
+        let of_all_groups = |x: Tensor| x.sum_dim_intlist(1, false, Kind::Double);
+        let tokens_g = groups_gn.sum_dim_intlist(1, false, Kind::Double);
+        let (probs_sgm, last) = (part(2, m), sums_sgk.size()[2] - m);
         let parts = [
-            by_group(&counted(Tensor::ones([s, n], options))),
-            probs_snm.sum_dim_intlist(1, false, Kind::Double),
-            weights_sgm.reshape([s, -1]),
-            assignments_sgm.reshape([s, -1]),
-            by_group(&entropies(&probs_snm)),
-            squares_sn.sum_dim_intlist(1, true, Kind::Double),
+            tokens_g.expand([s, -1], false),
+            of_all_groups(probs_sgm.shallow_clone()),
+            part(2 + m, m).reshape([s, -1]),
+            if first.selected.is_some() { part(last, m) } else { probs_sgm }.reshape([s, -1]),
+            part(0, 1).squeeze_dim(-1),
+            of_all_groups(part(1, 1)),
         ];
         Self {
             flat: Tensor::cat(&parts, 1),
             num_groups: labelled.num_groups,
-            num_experts: probs_snm.size()[2],
+            num_experts: m,
             assignments_per_token,
             dense: first.selected.is_none(),
         }
