@@ -5,10 +5,10 @@
 
 A step ends when the slowest process has done its share and the gradients are added up:
 
-    step = max over processes (fixed + sum of its blocks' costs * speed * jitter + pause) + operation
+    step = max over processes (fixed + sum of its blocks' costs * speed * jitter + pause) + wait
 
 The efficiency of N processes is the mean step of one process that has an Nth of the blocks, without
-jitter, pauses or operation, over that of N processes. What is assumed:
+jitter, pauses or wait, over that of N processes. What is assumed:
 
 - A step of one process takes the seconds of `SHAPES`, as measured on one H100 at batch 16 and
   estimated at batch 4. A share of `FIXED` of it does not depend on the blocks.
@@ -20,6 +20,9 @@ jitter, pauses or operation, over that of N processes. What is assumed:
 - The operation takes 2 (N - 1) / N * bytes / bandwidth + 2 (N - 1) * latency by a ring, and by a tree
   2 * bytes / bandwidth + 2 log2(N) * latency: the smaller of both. A machine has 8 GPUs with 400 GB/s
   and 4 us between them; between machines, there are 50 GB/s for each GPU and 10 us.
+- The step waits for the whole operation if there are less than `OVERLAP_BYTES`. Otherwise two operations
+  share the bytes: the second has those of a share of `LOWER` of the layers, and the first runs while
+  these layers are differentiated, which takes this share of the backward pass, of `BACKWARD` of the step.
 
 In an evaluation, blocks that all cost the same are computed in batches by the process that they
 belong to, and the last process decides. With `--check`, the simulation is compared with closed forms.
@@ -31,6 +34,7 @@ import math
 import random
 
 FIXED, SPREAD = 0.1, 0.1
+LOWER, BACKWARD, OVERLAP_BYTES = 1 / 6, 0.6, 2**25
 JITTER, PAUSE_SHARE, PAUSE, SLOW = 0.005, 1 / 2000, 0.030, 1.03
 SHAPES = {"S1, batch 16": (0.0239, 16, 4.7e6), "S2, batch 16": (0.0298, 16, 75.5e6),
           "S1, batch 4": (0.0072, 4, 4.7e6), "S2, batch 4": (0.0095, 4, 75.5e6)}
@@ -45,6 +49,14 @@ def operation(size, num_bytes):
     ring = 2 * (size - 1) / size * num_bytes / bandwidth + 2 * (size - 1) * latency
     tree = 2 * num_bytes / bandwidth + 2 * math.log2(size) * latency
     return min(ring, tree)
+
+
+def wait(size, num_bytes, seconds):
+    """Seconds for which a step of `seconds` waits for the sum over its gradients."""
+    if num_bytes < OVERLAP_BYTES:
+        return operation(size, num_bytes)
+    first = operation(size, num_bytes * (1 - LOWER)) - LOWER * BACKWARD * seconds
+    return max(first, 0.0) + operation(size, num_bytes * LOWER)
 
 
 def shares(costs, size):
@@ -77,7 +89,7 @@ def efficiency(draw, shape, size, steps, *, share=shares, jitter=JITTER, pause=P
         for rank, own in enumerate(share(costs, size)):
             time = (seconds * FIXED + own) * (SLOW if rank < slow else 1) * draw.gauss(1, jitter)
             times.append(time + (PAUSE if draw.random() < pause else 0))
-        total += max(times) + operation(size, num_bytes)
+        total += max(times) + wait(size, num_bytes, seconds)
     return seconds * steps / total
 
 
@@ -104,6 +116,11 @@ def check():
     # the share of steps in which somebody pauses
     found = 1 / efficiency(draw, shape, 4, 40_000, jitter=0.0, pause=0.1) - operation(4, 0)
     assert abs(found - (1 + PAUSE * (1 - 0.9**4))) < 1e-3, found
+    # 2^30 bytes in a ring of two take 2^30 / bandwidth: hidden for a tenth of a second, or not at all
+    whole = 2**30 / 400e9
+    found = wait(2, 2**30, 1.0) - wait(2, 2**30, 0.0)
+    assert abs(found + min(LOWER * BACKWARD, whole * (1 - LOWER) + 8e-6)) < 1e-9, found
+    assert abs(wait(2, 2**30, 0.0) - whole - 16e-6) < 1e-9
     SPREAD = kept
     assert (evaluation(64, 4, 8), evaluation(65, 4, 8), evaluation(3, 4, 1)) == (1, 0.75, 0.75)
     assert sorted(shares([9, 8, 1, 2], 2)) == [10, 10] and in_turn([1, 2, 3, 4], 2) == [4, 6]
