@@ -48,7 +48,9 @@ pub fn in_world(
     if variable("TORCH_CPP_LOG_LEVEL").is_none() {
         ffi::dist::hide_warnings();
     }
-    ffi::nccl::take_plain_memory();
+    if variable("NCCL_CUMEM_ENABLE").is_none() {
+        ffi::nccl::take_plain_memory();
+    }
     let world = World::join(place, variable("GLOO_SOCKET_IFNAME"), limits()?, Box::new(end))?;
     let world = Arc::new(world);
     let shared = Shared {

@@ -76,15 +76,12 @@ pub fn version() -> Result<String> {
     Ok(format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100))
 }
 
-/// Makes NCCL take its buffers by `cudaMalloc`, unless the environment has a choice already. With
-/// the memory that NCCL takes by default (`cuMemCreate`), each kernel of a CUDA graph begins later,
-/// by a microsecond or two. To be called before there are other threads.
+/// Makes NCCL take its buffers by `cudaMalloc` (`NCCL_CUMEM_ENABLE=0`). With the memory that it
+/// takes by default (`cuMemCreate`), each kernel of a CUDA graph begins a microsecond or two later.
+/// To be called before there are other threads.
 pub fn take_plain_memory() {
-    const NAME: &str = "NCCL_CUMEM_ENABLE";
-    if std::env::var_os(NAME).is_none() {
-        // SAFETY: no other thread reads the environment yet
-        unsafe { std::env::set_var(NAME, "0") }
-    }
+    // SAFETY: no other thread reads the environment yet
+    unsafe { std::env::set_var("NCCL_CUMEM_ENABLE", "0") }
 }
 
 /// The bytes for a new group. One process makes them and gives them to the others.

@@ -1,5 +1,5 @@
-//! A cut through the graph of a forward pass, below a layer. The part above it can be differentiated
-//! first, and the part below it later:
+//! A cut through the graph of a forward pass, below a layer. The part above it can be
+//! differentiated first, and the part below it later:
 //!
 //! ```text
 //! loss(above parameters, y),   y = f(below parameters)

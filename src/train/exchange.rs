@@ -74,8 +74,8 @@ impl Exchange {
         Ok(())
     }
 
-    /// Puts the rest of this process's gradients, and its sums, into their buffers. Returns views of
-    /// all buffers, in which the world's will stand.
+    /// Puts the rest of this process's gradients, and its sums, into their buffers. Returns views
+    /// of all buffers, in which the world's will stand.
     pub fn put(
         &mut self,
         trained: &Trained,
