@@ -82,7 +82,7 @@ static struct Api {
 
 struct Nccl {
   c10::DeviceIndex device;
-  // operations run here, at a high priority, so that few units of a busy GPU suffice to begin them
+  // operations run here, at a high priority, so that they get units of a busy GPU as these get free
   c10::cuda::CUDAStream stream;
   cudaEvent_t event = nullptr;
   std::vector<Tensor> in_use;  // by operations that the current stream does not wait for yet

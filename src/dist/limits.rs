@@ -12,7 +12,7 @@ pub struct Limits {
     /// For a sign of life, which a process gives every second as long as it runs at all.
     pub silence: Duration,
     /// Gradients of at least so many bytes are added up in two operations, of which the first runs
-    /// while the rest is computed. For fewer, the second operation costs more than that saves.
+    /// while the rest is computed. A second operation costs some time by itself.
     pub overlap_bytes: usize,
 }
 

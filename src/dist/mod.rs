@@ -86,7 +86,8 @@ impl World {
     /// - `on_lost`: ends the process if the world has failed and it has not ended soon after
     ///
     /// # Errors
-    /// If the store cannot be held or reached, or if not all processes come in time.
+    /// If the store cannot be held or reached, if not all processes come in time, or if they differ
+    /// in [`Limits::overlap_bytes`].
     pub fn join(
         place: &Place,
         interface: Option<String>,
@@ -131,7 +132,11 @@ impl World {
             watch,
             limits,
         };
-        Ok(Self { dist_rank, size, link: Some(link), has_left: AtomicBool::new(false) })
+        let world = Self { dist_rank, size, link: Some(link), has_left: AtomicBool::new(false) };
+        // the number of operations in a step depends on it
+        let overlap_bytes = limits.overlap_bytes.to_string();
+        world.agree(&[("`DYLORA_OVERLAP_BYTES`", overlap_bytes)])?;
+        Ok(world)
     }
 
     /// This process's number in the world, from 0.

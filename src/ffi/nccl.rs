@@ -77,8 +77,8 @@ pub fn version() -> Result<String> {
 }
 
 /// Makes NCCL take its buffers by `cudaMalloc` (`NCCL_CUMEM_ENABLE=0`). With the memory that it
-/// takes by default (`cuMemCreate`), each kernel of a CUDA graph begins a microsecond or two later.
-/// To be called before there are other threads.
+/// takes by default (`cuMemCreate`), the kernels of CUDA graphs begin later under a profiler, and
+/// steps are slower without one too. To be called before there are other threads.
 pub fn take_plain_memory() {
     // SAFETY: no other thread reads the environment yet
     unsafe { std::env::set_var("NCCL_CUMEM_ENABLE", "0") }

@@ -92,13 +92,7 @@ pub struct Trained {
 impl Trained {
     /// The gradients of the parameters, from those of the leaves.
     pub fn split(&self, leaf_grads: &[Tensor]) -> Vec<Tensor> {
-        let of = |parameter: &TrainedParameter| {
-            let grad = &leaf_grads[parameter.leaf];
-            match parameter.rows {
-                None => grad.shallow_clone(),
-                Some((start, len)) => grad.narrow(0, start, len),
-            }
-        };
+        let of = |parameter: &TrainedParameter| parameter.part_of(&leaf_grads[parameter.leaf]);
         self.parameters.iter().map(of).collect()
     }
 
@@ -109,9 +103,9 @@ impl Trained {
     }
 
     /// The layer below which the graph is cut if the gradients of the upper layers are to be
-    /// computed first: a sixth of the layers that are trained are below it. The sum over the rest
-    /// of the gradients, which nothing hides, is then short. `None` if there are fewer than two
-    /// such layers.
+    /// computed first. A sixth of the layers with trained experts, rounded up, is below it, so that
+    /// the second sum, which nothing hides, is short. `None` if there are fewer than two such
+    /// layers.
     pub fn cut_layer(&self) -> Option<usize> {
         let layers: BTreeSet<usize> = self.parameters.iter().filter_map(|p| p.layer).collect();
         layers.iter().copied().nth(layers.len().div_ceil(6))
@@ -149,6 +143,22 @@ impl Trained {
 }
 
 impl TrainedParameter {
+    /// Its part of the gradient of its leaf.
+    fn part_of(&self, leaf_grad: &Tensor) -> Tensor {
+        match self.rows {
+            None => leaf_grad.shallow_clone(),
+            Some((start, len)) => leaf_grad.narrow(0, start, len),
+        }
+    }
+
+    /// Its gradient, from those of all leaves: zeros if its leaf has none.
+    pub(crate) fn grad(&self, leaf_grads: &[Option<Tensor>]) -> Tensor {
+        match &leaf_grads[self.leaf] {
+            Some(grad) => self.part_of(grad),
+            None => self.tensor.zeros_like(),
+        }
+    }
+
     /// Whether only the part of the graph above a cut below `layer` depends on it. Without a cut,
     /// none does.
     pub(crate) fn is_above(&self, layer: Option<usize>) -> bool {

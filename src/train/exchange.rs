@@ -7,10 +7,10 @@
 //! numbers     loss sums, statistics and requests to stop: one f64 row                 sum
 //! ```
 //!
-//! The upper gradients are added up while the lower ones are computed. The lower ones and the
-//! numbers are added up in one operation, on a GPU in one launch. The buffers stay in the same
-//! memory from step to step, so that captured graphs may write and read them, and the operations
-//! run between the graphs.
+//! The upper gradients are added up while the lower ones are computed, if there are enough of both.
+//! The lower ones and the numbers are added up in one operation, on a GPU in one launch. No
+//! operation is captured. The buffers stay in the same memory from step to step, so that captured
+//! graphs may write and read them.
 
 use std::sync::Arc;
 
@@ -19,8 +19,8 @@ use tch::{Kind, Tensor};
 
 use super::gradients::StepGradients;
 use crate::dist::{Sum, World};
-use crate::model::Trained;
 use crate::model::routing::totals::{RoutingTotals, views_of};
+use crate::model::{Trained, TrainedParameter};
 
 /// The buffers through which the parts of a step are added up.
 #[derive(Debug)]
@@ -54,15 +54,9 @@ impl Exchange {
     }
 
     /// Puts this process's gradients above the cut into their buffer.
-    ///
-    /// - `cut`: as in [`Part::cut`](super::gradients::Part::cut)
-    /// - `grads`: a gradient for each parameter
-    pub fn put_upper(&mut self, trained: &Trained, cut: Option<usize>, grads: &[Tensor]) {
+    pub fn put_upper(&mut self, grads: &[Tensor]) {
         let _no_grad = tch::no_grad_guard();
-        let (upper, _) = halves(trained, cut, grads);
-        if !upper.is_empty() {
-            fill(&mut self.upper, &upper);
-        }
+        fill(&mut self.upper, &rows(grads));
     }
 
     /// Begins to add up the upper gradients of all processes.
@@ -76,6 +70,8 @@ impl Exchange {
 
     /// Puts the rest of this process's gradients, and its sums, into their buffers. Returns views
     /// of all buffers, in which the world's will stand.
+    ///
+    /// - `cut`: as in [`Part::cut`](super::gradients::Part::cut)
     pub fn put(
         &mut self,
         trained: &Trained,
@@ -83,14 +79,14 @@ impl Exchange {
         part: StepGradients,
     ) -> StepGradients {
         let _no_grad = tch::no_grad_guard();
-        let (_, lower) = halves(trained, cut, &part.grads);
-        fill(&mut self.lower, &lower);
+        let pairs = || trained.parameters.iter().zip(&part.grads);
+        let is_lower = |(parameter, _): &(&TrainedParameter, _)| !parameter.is_above(cut);
+        fill(&mut self.lower, &rows(pairs().filter(is_lower).map(|(_, grad)| grad)));
         fill(&mut self.numbers, &numbers(&part));
         let (lower, numbers) = (of(&self.lower), of(&self.numbers));
         let mut of_lower = Views { of: &lower, at: 0 };
         let mut of_upper = Views { of: self.upper.as_ref().unwrap_or(&lower), at: 0 };
-        let grads = trained.parameters.iter().zip(&part.grads);
-        let grads = grads.map(|(parameter, grad)| match parameter.is_above(cut) {
+        let grads = pairs().map(|(parameter, grad)| match parameter.is_above(cut) {
             true => of_upper.next(grad),
             false => of_lower.next(grad),
         });
@@ -122,14 +118,9 @@ impl Exchange {
     }
 }
 
-/// The gradients above the cut and the others, each as a row.
-fn halves(trained: &Trained, cut: Option<usize>, grads: &[Tensor]) -> (Vec<Tensor>, Vec<Tensor>) {
-    let (mut upper, mut lower) = (vec![], vec![]);
-    for (parameter, grad) in trained.parameters.iter().zip(grads) {
-        let half = if parameter.is_above(cut) { &mut upper } else { &mut lower };
-        half.push(grad.reshape([-1]));
-    }
-    (upper, lower)
+/// Each gradient as a row.
+fn rows<'t>(grads: impl IntoIterator<Item = &'t Tensor>) -> Vec<Tensor> {
+    grads.into_iter().map(|grad| grad.reshape([-1])).collect()
 }
 
 /// Views of consecutive parts of a buffer.

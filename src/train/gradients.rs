@@ -111,9 +111,10 @@ pub(super) struct BegunGradients {
 }
 
 impl BegunGradients {
-    /// The gradients so far, one for each parameter.
-    pub fn grads(&self, trained: &Trained) -> Vec<Tensor> {
-        self.grads.of_parameters(trained)
+    /// The gradients of the parameters above the cut.
+    pub fn upper(&self, trained: &Trained, cut: Option<usize>) -> Vec<Tensor> {
+        let above = trained.parameters.iter().filter(|parameter| parameter.is_above(cut));
+        above.map(|parameter| self.grads.of(parameter)).collect()
     }
 
     /// Differentiates the part below the cut.

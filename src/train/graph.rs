@@ -37,6 +37,9 @@ use crate::model::batch::InputLayout;
 
 /// Number of steps of a shape before the first capture.
 const WARM_UP_STEPS: u32 = 2;
+/// What is said if an earlier part of a step was captured and a later one cannot be.
+const LATER_PART: &str = "the step cannot be captured as a CUDA graph\n\
+                          hint: a smaller `train.micro_batch_size` needs less memory";
 /// Largest number of shapes that are captured.
 const MAX_GRAPHS: usize = 64;
 
@@ -236,12 +239,14 @@ impl Graphs {
         run: &Run<'_>,
     ) -> Result<Option<StepOutput>> {
         if self.capture == Capture::Off {
-            // an earlier part could not be captured
+            // the first part could not be captured
             return run(&shape.flats, &shape.scalars);
         }
         if shape.recorded.len() == part {
             match self.record(shape, run) {
                 Ok(recorded) => shape.recorded.push(recorded),
+                // the earlier parts have run, and what they have left for this one is used up
+                Err(error) if part > 0 => return Err(error.context(LATER_PART)),
                 Err(error) => {
                     tracing::warn!(
                         "the step cannot be captured; steps run without a CUDA graph: {error:#}"

@@ -267,15 +267,14 @@ impl GradientSum {
         }
     }
 
-    /// The summed gradients, one for each parameter of `trained`. A parameter that no loss depends
-    /// on has zeros.
-    pub(crate) fn of_parameters(&self, trained: &Trained) -> Vec<Tensor> {
-        let leaves = trained.leaves.iter().zip(&self.0);
-        let grads = leaves.map(|(leaf, grad)| match grad {
-            Some(grad) => grad.shallow_clone(),
-            None => leaf.zeros_like().detach(),
-        });
-        trained.split(&grads.collect::<Vec<_>>())
+    /// The summed gradient of a parameter; zeros if no loss depends on it.
+    pub fn of(&self, parameter: &TrainedParameter) -> Tensor {
+        parameter.grad(&self.0)
+    }
+
+    /// The summed gradients, one for each parameter of `trained`.
+    pub fn of_parameters(&self, trained: &Trained) -> Vec<Tensor> {
+        trained.parameters.iter().map(|parameter| self.of(parameter)).collect()
     }
 }
 

@@ -46,7 +46,7 @@ impl Trainer {
         }
         self.num_steps =
             plan::num_steps_of(&self.config, &self.data.train, self.blocks_per_step())?;
-        world.agree(&self.facts(world)?)?;
+        world.agree(&self.facts()?)?;
         if !world.is_first() {
             let (seed, step) = (self.config.run.seed, self.state.step);
             tch::manual_seed(seed_of(seed, world.dist_rank(), step));
@@ -95,7 +95,7 @@ impl Trainer {
     }
 
     /// What all processes must have alike.
-    fn facts(&self, world: &World) -> Result<Vec<Fact>> {
+    fn facts(&self) -> Result<Vec<Fact>> {
         let version =
             format!("{} with libtorch {}", env!("CARGO_PKG_VERSION"), ffi::torch_version());
         Ok(vec![
@@ -107,7 +107,6 @@ impl Trainer {
             ("position", format!("{:?} after step {}", self.state.position, self.state.step)),
             ("number of steps", self.num_steps.to_string()),
             ("weights", self.weights_hash()?),
-            ("value of `DYLORA_OVERLAP_BYTES`", world.overlap_bytes().to_string()),
         ])
     }
 

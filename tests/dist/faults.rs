@@ -100,6 +100,18 @@ fn a_process_that_fails_tells_the_others_why() -> Result<()> {
         assert!(message.contains("rank 2 differs from rank 0 in its config"), "{message}");
         assert!(message.contains("steps = 6") && message.contains("steps = 5"), "{message}");
     }
+    // sums that overlap in one process alone
+    let port = free_port()?;
+    let start = |dist_rank: usize, bytes| {
+        let mut command = scene.command(&as_str(&sound));
+        command.envs(place_of(dist_rank, 2, port)).env("DYLORA_OVERLAP_BYTES", bytes).spawn()
+    };
+    for child in [start(0, "0")?, start(1, "1")?] {
+        let (output, _) = ended(child, LIMIT)?;
+        assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+        let fault = "rank 1 differs from rank 0 in its `DYLORA_OVERLAP_BYTES`";
+        assert!(text(&output).contains(fault), "{}", text(&output));
+    }
     // a config that is absent in one process
     let port = free_port()?;
     let absent = ["train", "--config", "absent.toml"];
@@ -163,6 +175,12 @@ fn an_unsound_environment_is_a_usage_error() -> Result<()> {
         assert_eq!(output.status.code(), Some(2), "{}", text(&output));
         assert!(text(&output).contains(fault), "{}", text(&output));
     }
+    let mut command = scene.command(&as_str(&arguments));
+    command.envs(place_of(0, 2, free_port()?)).env("DYLORA_OVERLAP_BYTES", "1 MiB");
+    let output = command.output()?;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    let fault = "`DYLORA_OVERLAP_BYTES` must be a number of bytes from 0, got `1 MiB`";
+    assert!(text(&output).contains(fault), "{}", text(&output));
     let output = scene.command(&["serve"]).env("RANK", "0").env("WORLD_SIZE", "2").output()?;
     assert_eq!(output.status.code(), Some(2), "{}", text(&output));
     Ok(())

@@ -44,12 +44,15 @@ struct Case {
 }
 
 /// The names of the cases.
-const CASES: [&str; 15] = [
+const CASES: [&str; 18] = [
     "dense",
     "top_k",
     "layer",
     "own_routers",
     "module",
+    "base_hidden",
+    "detached",
+    "dora",
     "sequence",
     "plateau",
     "biases",
@@ -100,6 +103,12 @@ impl Case {
             "own_routers" | "deep" | "upper_layers" => {
                 RouterConfig { scope: RouterScope::Layer, ..plain_router() }
             }
+            "base_hidden" => RouterConfig { input: RouterInput::BaseHidden, ..plain_router() },
+            "detached" => RouterConfig {
+                input: RouterInput::LayerInput,
+                detach_input: true,
+                ..plain_router()
+            },
             "module" => RouterConfig {
                 input: RouterInput::ModuleInput,
                 scope: RouterScope::Module,
@@ -157,6 +166,7 @@ fn lora(name: &str) -> Result<LoraConfig> {
     let modules: &[&str] = match name {
         "upper_layers" => &["h.3.attn.c_attn", "h.4.mlp.c_fc"],
         "one_layer" => &["h.1.mlp.c_fc"],
+        "dora" => return Ok(LoraConfig { use_dora: true, ..tiny_lora() }),
         _ => return Ok(tiny_lora()),
     };
     let target_modules = serde_json::from_value(serde_json::json!(modules))?;
