@@ -9,7 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use dylora::config::{
     Config, LoraConfig, LossOn, Maturity, Orthogonality, Plateau, RouterConfig, RouterInput,
-    RouterScope, RoutingChoice, RoutingLevel, TargetModules, load,
+    RouterScope, RoutingChoice, RoutingLevel, load,
 };
 use dylora::data::{Batch, BlockId, MemoryDocument, MemoryDomain, TokenDataset};
 use dylora::dist::shard::shares;
@@ -88,68 +88,58 @@ fn config(router: RouterConfig, overrides: &[&str]) -> Result<Config> {
 
 impl Case {
     fn new(name: &str) -> Result<Self> {
-        let top = |top_k, balance_bias_rate| RouterConfig {
-            top_k: Some(top_k),
-            balance_bias_rate,
-            ..plain_router()
-        };
-        let mut overrides = vec![];
-        let router = match name {
-            "top_k" | "captured" => top(2, 0.0),
-            "biases" => {
-                RouterConfig { load_balancing_coef: 0.0, uniform_mse_coef: 0.0, ..top(1, 0.05) }
-            }
-            "layer" => RouterConfig { input: RouterInput::LayerInput, ..plain_router() },
-            "own_routers" | "deep" | "upper_layers" => {
-                RouterConfig { scope: RouterScope::Layer, ..plain_router() }
-            }
-            "base_hidden" => RouterConfig { input: RouterInput::BaseHidden, ..plain_router() },
-            "detached" => RouterConfig {
-                input: RouterInput::LayerInput,
-                detach_input: true,
-                ..plain_router()
-            },
-            "module" => RouterConfig {
-                input: RouterInput::ModuleInput,
-                scope: RouterScope::Module,
-                ..plain_router()
-            },
-            "checkpointed" => {
-                overrides.push("train.gradient_checkpointing=true");
-                RouterConfig { input: RouterInput::LayerInput, ..plain_router() }
-            }
-            "sequence" => RouterConfig { level: RoutingLevel::Sequence, ..plain_router() },
-            "plateau" => RouterConfig {
-                hybrid: Some(Maturity::Plateau(Plateau { window_steps: 2, min_delta: 0.01 })),
-                ..top(2, 0.0)
-            },
-            "unrouted" => {
-                overrides.push("train.routing=\"uniform\"");
-                plain_router()
-            }
-            _ => plain_router(),
+        let router = router(name);
+        let overrides: &[&str] = match name {
+            "checkpointed" => &["train.gradient_checkpointing=true"],
+            "unrouted" => &["train.routing=\"uniform\""],
+            _ => &[],
         };
         let _generator = seed(70);
-        let (model, config) = match name.strip_prefix("family ") {
-            None => {
-                let base = tiny_base(gpt2_spec(num_layers(name), 4, 16));
-                let model = new_model(&base, &lora(name)?, &router, Kind::Double);
-                randomize(&model)?;
-                (model, config(router, &overrides)?)
-            }
+        let base = match name.strip_prefix("family ") {
+            None => gpt2_spec(num_layers(name), 4, 16),
             Some(family) => {
                 let specs = family_specs();
-                let (_, spec) = specs.into_iter().find(|(name, _)| *name == family).context("!")?;
-                let mut lora = tiny_lora();
-                lora.target_modules = TargetModules::all();
-                let model = new_model(&tiny_base(spec), &lora, &router, Kind::Double);
-                randomize(&model)?;
-                (model, config(router, &[])?)
+                let found = specs.into_iter().find(|(name, _)| *name == family);
+                found.context("a family of this name")?.1
             }
         };
+        let model = new_model(&tiny_base(base), &lora(name)?, &router, Kind::Double);
+        randomize(&model)?;
+        let config = config(router, overrides)?;
         let seeding = (name == "seeding").then_some(SeedingPhase { expert: 2, domain: 1 });
         let capture = if name == "captured" { Capture::Rerun } else { Capture::Off };
         Ok(Self { config, model, seeding, capture, is_rounded: name == "captured" })
+    }
+}
+
+fn router(name: &str) -> RouterConfig {
+    let plain = plain_router();
+    let top = |top_k, balance_bias_rate| RouterConfig {
+        top_k: Some(top_k),
+        balance_bias_rate,
+        ..plain_router()
+    };
+    let of_layer = RouterConfig { input: RouterInput::LayerInput, ..plain_router() };
+    match name {
+        "top_k" | "captured" => top(2, 0.0),
+        "biases" => {
+            RouterConfig { load_balancing_coef: 0.0, uniform_mse_coef: 0.0, ..top(1, 0.05) }
+        }
+        "layer" | "checkpointed" => of_layer,
+        "detached" => RouterConfig { detach_input: true, ..of_layer },
+        "own_routers" | "deep" | "upper_layers" => {
+            RouterConfig { scope: RouterScope::Layer, ..plain }
+        }
+        "base_hidden" => RouterConfig { input: RouterInput::BaseHidden, ..plain },
+        "module" => {
+            RouterConfig { input: RouterInput::ModuleInput, scope: RouterScope::Module, ..plain }
+        }
+        "sequence" => RouterConfig { level: RoutingLevel::Sequence, ..plain },
+        "plateau" => RouterConfig {
+            hybrid: Some(Maturity::Plateau(Plateau { window_steps: 2, min_delta: 0.01 })),
+            ..top(2, 0.0)
+        },
+        _ => plain,
     }
 }
 
