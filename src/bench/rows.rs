@@ -198,8 +198,9 @@ impl Subject {
         self.stepper.capture_time()
     }
 
-    /// Runs one step on the blocks `now`, before one on the blocks `next`. Returns the mean loss of
-    /// their label tokens before the update, in nats.
+    /// Runs a step on the blocks `now`. The step after it is on the blocks `next`, whose data is
+    /// prepared meanwhile in some rows. Returns the mean loss of the label tokens of `now` before
+    /// the update, in nats.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,

@@ -1,8 +1,8 @@
-//! How long processes wait for each other, and what is worth an operation of its own.
+//! The limits of a world: of time, and of what is added up in one operation.
 
 use std::time::Duration;
 
-/// How long processes wait for each other, and what is worth an operation of its own.
+/// How long processes wait for each other, and how many gradients they add up in one operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// For all processes to meet at the start.

@@ -202,8 +202,8 @@ impl World {
         self.finish(self.begin_all_reduce(tensors)?)
     }
 
-    /// Begins what [`Self::all_reduce`] does. It goes on while this process computes, and the
-    /// tensors must not be used before [`Self::finish`] has returned.
+    /// Begins to add up tensors as [`Self::all_reduce`] does, and returns at once. This process may
+    /// compute meanwhile, but must not use the tensors before [`Self::finish`] has returned.
     pub fn begin_all_reduce(&self, tensors: &[Tensor]) -> Result<Sum> {
         self.begin(tensors, Nccl::all_reduce, Gloo::all_reduce)
     }

@@ -121,9 +121,9 @@ impl Nccl {
         if pointer.is_null() { Err(library.error()) } else { Ok(Self { library, pointer }) }
     }
 
-    /// Replaces contiguous tensors on the GPU by their sums over all processes, in one operation,
-    /// once what the current stream has queued so far is done. Returns at once. What is queued
-    /// later may run at the same time, up to [`Self::join`], and must not use the tensors.
+    /// Queues one operation that replaces contiguous tensors on the GPU by their sums over all
+    /// processes. It begins after the work that the current stream has so far. Work that the stream
+    /// gets later may run at the same time, and must not use the tensors before [`Self::join`].
     pub fn all_reduce(&self, tensors: &[Tensor]) -> Result<()> {
         self.on_tensors(self.library.all_reduce, tensors)
     }

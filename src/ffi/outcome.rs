@@ -44,7 +44,8 @@ pub(super) fn owned(pointer: *mut C_tensor) -> Result<Tensor> {
     Ok(unsafe { Tensor::from_ptr(pointer) })
 }
 
-/// The two tensors that a function of the shim returns. `call` calls it, with the place for them.
+/// Calls a function of the shim that returns two tensors, and takes these over. `call` gets the
+/// place where the function writes them.
 pub(super) fn pair(call: impl FnOnce(*mut *mut C_tensor) -> c_int) -> Result<(Tensor, Tensor)> {
     let mut out = [std::ptr::null_mut(); 2];
     check(call(out.as_mut_ptr()))?;

@@ -151,7 +151,7 @@ impl TrainedParameter {
         }
     }
 
-    /// Its gradient, from those of all leaves: zeros if its leaf has none.
+    /// Its part of the gradient of its leaf, or zeros if the leaf has no gradient.
     pub(crate) fn grad(&self, leaf_grads: &[Option<Tensor>]) -> Tensor {
         match &leaf_grads[self.leaf] {
             Some(grad) => self.part_of(grad),

@@ -61,10 +61,7 @@ impl Exchange {
 
     /// Begins to add up the upper gradients of all processes.
     pub fn begin_upper(&mut self) -> Result<()> {
-        if let Some(upper) = &self.upper {
-            let sum = self.world.begin_all_reduce(std::slice::from_ref(upper))?;
-            self.sum_of_upper = Some(sum);
-        }
+        self.sum_of_upper = Some(self.world.begin_all_reduce(&[of(&self.upper)])?);
         Ok(())
     }
 

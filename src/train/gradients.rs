@@ -9,9 +9,9 @@
 //!
 //! In a world of several processes, each computes its part: the gradients and sums of its own
 //! micro-batches, which are then added up (`exchange.rs`). The counts by which losses are
-//! divided are those of the whole step, and so are the routers' totals that losses depend on. The
-//! graph of its last micro-batch is cut, so that the gradients of the upper layers can be added up
-//! while those of the lower layers are computed.
+//! divided are those of the whole step, and so are the routers' totals that losses depend on. If
+//! there are many gradients, the graph of its last micro-batch is cut, so that those of the upper
+//! layers can be added up while those of the lower layers are computed.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
@@ -106,25 +106,26 @@ pub(super) struct BegunGradients {
     sums: StepGradients,
     grads: GradientSum,
     below: PartBelow,
-    /// The leaves that depend on the part below the cut.
-    leaves_below: Vec<usize>,
+    /// As in [`Part::cut`].
+    cut: Option<usize>,
 }
 
 impl BegunGradients {
     /// The gradients of the parameters above the cut.
-    pub fn upper(&self, trained: &Trained, cut: Option<usize>) -> Vec<Tensor> {
-        let above = trained.parameters.iter().filter(|parameter| parameter.is_above(cut));
+    pub fn upper(&self, trained: &Trained) -> Vec<Tensor> {
+        let above = trained.parameters.iter().filter(|parameter| parameter.is_above(self.cut));
         above.map(|parameter| self.grads.of(parameter)).collect()
     }
 
     /// Differentiates the part below the cut.
     pub fn finish(mut self, trained: &Trained) -> Result<StepGradients> {
-        self.grads.add_below(self.below, trained, &self.leaves_below)?;
+        self.grads.add_below(self.below, trained, &trained.leaves_below(self.cut))?;
         Ok(StepGradients { grads: self.grads.of_parameters(trained), ..self.sums })
     }
 }
 
-/// Computes the gradients and sums of this process's micro-batches, down to the cut.
+/// Computes the sums of this process's micro-batches, and their gradients but for the part below
+/// the cut.
 pub(super) fn begin_gradients(
     model: &RoutedModel,
     trained: &Trained,
@@ -169,8 +170,6 @@ pub(super) fn begin_gradients(
         if let Some(phase) = step.added.as_ref().filter(|_| column_coef(config) > 0.0) {
             loss = &loss + seeding_part(model, config, step, labelled, &of_batch, *phase);
         }
-        // libtorch does not look, and ends the process
-        assert!(loss.requires_grad(), "the loss depends on nothing that is trained");
         below = grads.add_above(&loss, trained, cut)?;
         let token_losses = output.token_losses.to_kind(Kind::Double);
         domain_sums += (labelled.by_group() * &token_losses).sum_dim_intlist(1, false, None);
@@ -192,7 +191,7 @@ pub(super) fn begin_gradients(
         orthogonality,
         stops: step.stops.shallow_clone(),
     };
-    Ok(BegunGradients { sums, grads, below, leaves_below: trained.leaves_below(part.cut) })
+    Ok(BegunGradients { sums, grads, below, cut: part.cut })
 }
 
 /// The orthogonality loss, and its gradient. It depends on no token, and counts in the first

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use tch::{Device, Kind, Tensor};
 
 use crate::config::{GroupConfig, OptimizerConfig};
@@ -227,6 +227,7 @@ impl GradientSum {
     /// The same for a loss whose graph is cut: adds the gradients of the part above the cut.
     /// Returns the part below, for [`GradientSum::add_below`].
     pub fn add_above(&mut self, loss: &Tensor, trained: &Trained, cut: Cut) -> Result<PartBelow> {
+        ensure!(loss.requires_grad(), "the loss depends on nothing that is trained");
         let one = loss.ones_like().detach();
         let inputs: Vec<Tensor> =
             trained.leaves.iter().chain(&cut.above).map(Tensor::shallow_clone).collect();
@@ -278,8 +279,8 @@ impl GradientSum {
     }
 }
 
-/// The part of a graph below its cut: the tensors that cross it, and the loss's gradients with
-/// respect to them.
+/// What is still to be differentiated below a cut: the tensors that cross it, each with the
+/// gradient of the loss with respect to it.
 #[derive(Debug, Default)]
 pub(crate) struct PartBelow(Vec<(Tensor, Tensor)>);
 

@@ -256,7 +256,7 @@ impl<'a> StepMachine<'a> {
             let upper = Rc::clone(&begun);
             let run = move |flats: &[Tensor], scalars: &Tensor| {
                 let part = begin(flats, scalars)?;
-                exchange.borrow_mut().put_upper(&part.upper(trained, cut));
+                exchange.borrow_mut().put_upper(&part.upper(trained));
                 *upper.borrow_mut() = Some(part);
                 Ok(None)
             };

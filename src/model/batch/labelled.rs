@@ -16,8 +16,8 @@ pub struct Labelled<'a> {
 }
 
 impl Labelled<'_> {
-    /// 1 where a token belongs to a group and counts, and otherwise 0, `[g, n]`, f64. Its product
-    /// with numbers of the tokens are their sums by group.
+    /// A matrix `[g, n]`, f64, with 1 where a token belongs to a group and counts, and 0 elsewhere.
+    /// Its product with a number for each token is the sum of the numbers in each group.
     pub(crate) fn by_group(&self) -> Tensor {
         let every_g = Tensor::arange(self.num_groups, (Kind::Int64, self.groups.device()));
         let belongs_gn = every_g.unsqueeze(-1).eq_tensor(self.groups).to_kind(Kind::Double);
