@@ -117,6 +117,7 @@ enum Name {
   DropBits, DropApply, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3, Quantise,
   // of csrc/kernels/step
   StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne,
+  FinishMany,  // in bf16 only
   NAMES
 };
 static const char *const names[NAMES] = {
@@ -124,7 +125,7 @@ static const char *const names[NAMES] = {
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "route", "route_backward", "drop_bits", "drop_apply", "drop_down", "drop_up",
     "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_norm", "step_finish",
-    "step_attention", "thin_product", "thin_product_of_one"};
+    "step_attention", "thin_product", "thin_product_of_one", "finish_many"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -298,7 +299,7 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
     }
     for (int kind = 0; kind < 2; ++kind)
       for (int i = of_steps ? StepNorm : 0; i < (of_steps ? NAMES : StepNorm); ++i) {
-        if (kind == 1 && i >= DropBits && i <= Quantise) continue;
+        if (kind == 1 && ((i >= DropBits && i <= Quantise) || i == FinishMany)) continue;
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
         TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()),
                     "no kernel ", name);

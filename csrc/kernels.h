@@ -155,7 +155,7 @@ struct Kernels {
   // out = a b, transposed where ta and tb say so; a and b are bf16, out is bf16 or f32
   bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb,
                Epilogue epilogue, const at::Tensor &bias, const at::Tensor &aux);
-  // The kernels of csrc/kernels/step.
+  // The kernels of csrc/kernels/step. sum = x + y and a = the norm of it; y has no updates.
   bool (*step_norm)(const at::Tensor &x, const Unfinished &y, const at::Tensor &w,
                     const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
   // out = y, or with an `activation` of csrc/mlp.h, which is not negative, that of y

@@ -4,9 +4,10 @@
 // src/ffi/step.rs.
 //
 // With few rows every operation is short, so what counts is that there are few operations. A linear
-// layer is one product with [W A^T]; whatever reads its output adds the bias and v B^T to it
-// (struct Unfinished). With very few rows, a product also computes its input, the norm or the
-// activation of such an output, and adds v B^T itself (csrc/kernels/step/thin.cuh).
+// layer is one product with [W A^T], and a kernel behind it adds v B^T: one of its own, or that of the
+// activation. With very few rows, a product computes its input as well, the norm or the activation of
+// an output, and adds v B^T itself (csrc/kernels/step/thin.cuh). Whatever reads an output adds the
+// bias to it, and attention also few ranks of updates (struct Unfinished).
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
@@ -18,16 +19,17 @@ using at::Tensor;
 using namespace fused;
 
 namespace {
-// Most texts, and most ranks of a linear layer, for which attention itself finishes its input.
-constexpr int64_t FEW_TEXTS = 4;
+// Most ranks of a linear layer for which attention itself finishes its input.
 constexpr int64_t FEW_RANKS = 32;
+// The linear layers of a block, as in src/model/block.rs.
+enum Place { Qkv, AttentionOut, MlpIn, MlpOut };
 
 // A linear layer as a step reads it.
 struct Layer {
   Product product;
-  int index;  // in its block: that before attention, that behind it, and two of the MLP
+  Place place;
   Tensor g;
-  Layer(const dylora_product &p, int index) : product(product_of(p)), index(index) {
+  Layer(const dylora_product &p, Place place) : product(product_of(p)), place(place) {
     for (int64_t k = 0; k < p.num_members && !g.defined(); ++k) g = or_none(p.members[k].g);
   }
 
@@ -47,13 +49,13 @@ struct Layer {
   Tensor empty_output(int64_t rows, int64_t columns) const {
     return at::empty({rows, columns}, product.weight().options());
   }
-  // Whether attention, which reads this layer's output, adds the updates of the experts: it takes
-  // less time to add few ranks in each head than to wait for u in the product.
+  // Whether attention, which reads this layer's output, adds the updates of the experts for very few
+  // texts: it takes less time to add few ranks in each head than to wait for u in the product.
   bool leaves_updates() const {
     int64_t most = 0;
     for (const auto &m : product.members)
       if (m.has_experts()) most = std::max(most, m.num_ranks());
-    return index == 0 && most > 0 && most <= FEW_RANKS;
+    return place == Qkv && most > 0 && most <= FEW_RANKS;
   }
   // [W A^T], or W without experts
   Tensor with_a() const {
@@ -66,20 +68,23 @@ struct Layer {
     const Tensor weight = adds ? product.weight() : with_a();
     const Tensor out = empty_output(num_rows, weight.size(1));
     const bool applies = adds ? kernels()->thin_product(input, weight, product.packed_a(),
-                                                        updates(), index, out)
-                              : kernels()->thin_product(input, weight, {}, {}, index, out);
+                                                        updates(), place, out)
+                              : kernels()->thin_product(input, weight, {}, {}, place, out);
     return applies ? out : Tensor();
   }
-  // The same, or else x [W A^T]
+  // The same, or else the product of a GEMM, with the updates unless the kernel of the activation
+  // adds them; undefined if no kernel applies
   Tensor times(const Tensor &x) const {
     ThinInput input{};
     input.x = x;
-    Tensor out = thin(input, x.size(0));
-    if (!out.defined()) {
-      out = empty_output(x.size(0), with_a().size(1));
-      product_into(out, x, false, with_a(), false);
-    }
-    return out;
+    const Tensor thin_out = thin(input, x.size(0));
+    if (thin_out.defined()) return thin_out;
+    const Tensor all = empty_output(x.size(0), with_a().size(1));
+    product_into(all, x, false, with_a(), false);
+    if (!product.has_experts() || place == MlpIn) return all;
+    const Tensor out = empty_output(x.size(0), product.out());
+    const Unfinished without_bias{all, {}, updates(), product.out()};
+    return kernels()->step_finish(without_bias, -1, out) ? out : Tensor();
   }
   // The same for norm(x + y), and x + y in `sum`; undefined if no kernel applies
   Tensor times_norm(const Tensor &x, const Unfinished &y, const dylora_norm &norm,
@@ -130,13 +135,11 @@ int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
   TRY(-1, { return kernels() && kernels()->refresh({{*a, *b, *packed_a, *packed_b}}) ? 0 : 1; })
 }
 
-// out = [x + y, norm(x + y)], where y is the output of `last`, of which `product` is known.
-// Both are null if there is no y.
-int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_product *last,
+// out = [x + y, norm(x + y)], where y = product + bias. There may be no y, or no bias.
+int dylora_step_norm(const Tensor *x, const Tensor *product, const Tensor *bias,
                      const dylora_norm *norm, Tensor **out) {
   TRY(-1, {
-    const auto layer = last ? std::make_unique<Layer>(*last, 3) : nullptr;
-    const Unfinished y = layer ? layer->unfinished(*product) : Unfinished{};
+    const Unfinished y{or_none(product), or_none(bias), {}, x->size(1)};
     const Tensor sum = at::empty(x->sizes(), x->options()), a = at::empty_like(sum);
     if (!kernels() ||
         !kernels()->step_norm(*x, y, *norm->weight, or_none(norm->bias), norm->eps, sum, a))
@@ -146,21 +149,18 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const dylora_produc
   })
 }
 
-// A block of the residual stream x + y, where y is the output of `last`, of which `product` is
-// known; both are null if there is no y. If `a` is not null, there is no y, and a is the block's
-// first norm. out = [x', product], where product is that of the last linear layer, whose output is
-// to be added to x'.
+// A block of the residual stream x + y, where y = product + bias. There may be no y, or no bias. If
+// `a` is not null, there is no y, and a is the block's first norm. out = [x', product], where product
+// and the last linear layer's bias are to be added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
-                      const dylora_product *last, const dylora_norm *norms,
+                      const Tensor *bias, const dylora_norm *norms,
                       const dylora_product *products, const dylora_step_cache *cache,
-                      int activation,
-                      Tensor **out) {
+                      int activation, Tensor **out) {
   TRY(-1, {
     if (!kernels()) return 1;
-    const auto before = last ? std::make_unique<Layer>(*last, 3) : nullptr;
-    const Unfinished y = before ? before->unfinished(*product) : Unfinished{};
-    const Layer qkv_layer(products[0], 0), out_layer(products[1], 1), mlp_in(products[2], 2),
-        mlp_out(products[3], 3);
+    const Unfinished y{or_none(product), or_none(bias), {}, x->size(1)};
+    const Layer qkv_layer(products[Qkv], Qkv), out_layer(products[AttentionOut], AttentionOut),
+        mlp_in(products[MlpIn], MlpIn), mlp_out(products[MlpOut], MlpOut);
     Heads heads{cache->query_heads,     cache->key_heads,
                 cache->head_size,       or_none(cache->q_norm),
                 or_none(cache->k_norm), cache->norm_eps,
@@ -176,18 +176,13 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
                        cache->scale};
     Tensor sum = *x, qkv = a ? qkv_layer.times(*a) : qkv_layer.times_norm(*x, y, norms[0], sum);
     if (!qkv.defined()) return 1;
-    Unfinished of_qkv = qkv_layer.unfinished(qkv);
-    if (of_qkv.updates.rank_columns && x->size(0) > FEW_TEXTS) {
-      // once for all, instead of in each of many blocks
-      const Tensor finished = at::empty({x->size(0), of_qkv.out}, x->options());
-      if (!kernels()->step_finish(of_qkv, -1, finished)) return 1;
-      of_qkv = {finished, {}, {}, of_qkv.out};
-    }
     const Tensor attended = at::empty({x->size(0), heads.queries()}, x->options());
-    if (!kernels()->step_attention(of_qkv, at, attended)) return 1;
-    const Unfinished of_attention = out_layer.unfinished(out_layer.times(attended));
+    if (!kernels()->step_attention(qkv_layer.unfinished(qkv), at, attended)) return 1;
+    const Tensor of_attention = out_layer.times(attended);
+    if (!of_attention.defined()) return 1;
     Tensor next;
-    const Tensor up = mlp_in.times_norm(sum, of_attention, norms[1], next);
+    const Tensor up =
+        mlp_in.times_norm(sum, out_layer.unfinished(of_attention), norms[1], next);
     if (!up.defined()) return 1;
     const Tensor down = mlp_out.times_activated(mlp_in.unfinished(up), activation);
     if (!down.defined()) return 1;

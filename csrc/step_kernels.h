@@ -102,17 +102,30 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   const int64_t width = x.size(1);
   auto module = module_of(x, width);
   const auto args = args_of(y);
-  // many ranks are summed by many threads
-  const int64_t ranks = args.updates.ranks;
-  const int threads = ranks > 64 ? 1024 : ranks ? 256 : 128;
-  const int64_t shared = 4 * (std::max(threads * per_pack(x), width) + ranks);
-  if (!has(module, StepNorm) || !fits(y) || shared > SHARED_MEMORY) return false;
-  run_early(module, StepNorm, x, x.size(0), threads, shared, x.data_ptr(), ld(x), args,
-            w.data_ptr(), at_or_null(b), (float)eps, sum.data_ptr(), a.data_ptr());
+  if (!has(module, StepNorm) || !fits(y) || args.updates.ranks > 0) return false;
+  run_early(module, StepNorm, x, x.size(0), 128, 0, x.data_ptr(), ld(x), args, w.data_ptr(),
+            at_or_null(b), (float)eps, sum.data_ptr(), a.data_ptr());
+  return true;
+}
+
+// For many texts, if y has updates that tensor cores can compute.
+static bool finish_many(const Unfinished &y, int activation, const Tensor &out) {
+  auto module = any_module(out, latest_step);
+  const auto args = args_of(y);
+  const bool is_gated = activation == 2;
+  const int64_t rows = out.size(0), columns = out.size(1), n = per_pack(out);
+  if (out.scalar_type() != at::kBFloat16 || !has(module, FinishMany) || capability() < 80 ||
+      args.updates.ranks == 0 || args.updates.ranks % n != 0 || columns % n != 0 || !fits(y) ||
+      !packs(out))
+    return false;
+  const int64_t tiles = ceil_div(columns, is_gated ? 32 : 64);  // as in csrc/kernels/step/many.cuh
+  run_early(module, FinishMany, out, tiles * ceil_div(rows, 64), 256, 0, args, out.data_ptr(),
+            ld(out), activation, (int)rows);
   return true;
 }
 
 static bool step_finish(const Unfinished &y, int activation, const Tensor &out) {
+  if (finish_many(y, activation, out)) return true;
   auto module = any_module(out, latest_step);
   const auto args = args_of(y);
   const int64_t n = per_pack(out), all = out.size(1) / n;

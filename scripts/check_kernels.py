@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Runs CUDA kernels on the CPU, and compares them with float64.
 
-    scripts/check_kernels.py [thin_products|dropout|quantise]
+    scripts/check_kernels.py [thin_products|finish_many|dropout|quantise]
 
 Each thread of the GPU becomes a thread of the CPU (tests/kernels/cuda.h). So clusters of blocks,
 blocks that wait for each other, and products of matrices by a warp are checked without a GPU:
 
     thin_products  the products of few texts, by tests/kernels/thin_products.cpp
+    finish_many    the outputs of layers for many texts, by tests/kernels/finish_many.cpp
     dropout        dropout of the experts' inputs, by tests/kernels/dropout.cpp
     quantise       rows in FP8, by tests/kernels/quantise.cpp
 
-Without an argument, the script runs all three. It needs a C++ compiler, $CXX or c++, and takes about a
+Without an argument, the script runs all of them. It needs a C++ compiler, $CXX or c++, and takes about a
 minute.
 """
 
@@ -24,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "thin_products": ["pack", "step/finish", "step/thin"],
+    "finish_many": ["pack", "dropout", "step/finish", "step/many"],
     "dropout": ["pack", "dropout"],
     "quantise": ["pack", "quantise"],
 }
@@ -46,6 +48,9 @@ REPLACED = {
         (r"extern __shared__ uint4 of_product\[\];", "uint4 *const of_product = (uint4 *)block->dynamic;"),
         (r"const u32 place = [^\n]*", ""),
         (r"of_block\(place, k\)", "in_block(own, k)"),
+    ],
+    "step/many": [
+        (r"__shared__ uint4 of_many[^\n]*", "uint4 *const of_many = (uint4 *)block->dynamic;"),
     ],
     "dropout": [
         (r"static __device__ __forceinline__ void mma\(.*?\n}\n", ""),

@@ -170,6 +170,7 @@ impl KernelSet {
                     source!("step/finish"),
                     source!("step/attention"),
                     source!("step/thin"),
+                    source!("step/many"),
                     source!("step/table"),
                 ];
                 ["#define STEP\n", &base.join("\n"), &steps.join("\n")].concat()

@@ -12,8 +12,8 @@ use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::fused::{
-    Activation, Heads, Norm, Product, RawMember, RawNorm, RawProduct, or_null, raw_members,
-    raw_norm, raw_products,
+    Activation, Heads, Norm, Product, RawNorm, RawProduct, or_null, raw_members, raw_norm,
+    raw_products,
 };
 use super::{TensorPtr, check};
 
@@ -45,7 +45,7 @@ unsafe extern "C" {
     fn dylora_step_norm(
         x: TensorPtr,
         product: TensorPtr,
-        layer: *const RawProduct,
+        bias: TensorPtr,
         norm: *const RawNorm,
         out: *mut *mut C_tensor,
     ) -> c_int;
@@ -53,7 +53,7 @@ unsafe extern "C" {
         x: TensorPtr,
         a: TensorPtr,
         product: TensorPtr,
-        layer: *const RawProduct,
+        bias: TensorPtr,
         norms: *const RawNorm,
         products: *const RawProduct,
         cache: *const RawCache,
@@ -70,28 +70,19 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// The output of a linear layer without its bias, and in some cases without its experts' updates.
+/// The output of a linear layer without its bias.
 #[derive(Debug)]
-pub struct Unfinished<'a> {
-    /// Without the updates, the layer's input times `[W A^T]`, `[M, o + R']`; with them, `[M, o]`.
+pub struct Unbiased<'a> {
+    /// The output, `[M, d]`.
     pub product: &'a Tensor,
-    /// The layer.
-    pub layer: &'a Product<'a>,
+    /// The bias, `[d]`, if the layer has one.
+    pub bias: Option<&'a Tensor>,
 }
 
-/// A layer as the shim takes it, and what this points to.
-struct RawLayer {
-    /// What `products` points to.
-    _members: Vec<Vec<RawMember>>,
-    products: Vec<RawProduct>,
-}
-
-impl RawLayer {
-    fn new(layer: &Product<'_>) -> Self {
-        let layers = std::slice::from_ref(layer);
-        let members = raw_members(layers);
-        let products = raw_products(layers, &members);
-        Self { _members: members, products }
+impl Unbiased<'_> {
+    /// The product and the bias as the shim takes them.
+    fn raw(y: Option<&Self>) -> [TensorPtr; 2] {
+        [or_null(y.map(|y| y.product)), or_null(y.and_then(|y| y.bias))]
     }
 }
 
@@ -144,15 +135,13 @@ pub fn pack([a, b]: [&Tensor; 2], [packed_a, packed_b]: [&Tensor; 2]) -> Result<
 /// - `x`: `[M, d]`
 pub fn norm(
     x: &Tensor,
-    y: Option<&Unfinished<'_>>,
+    y: Option<&Unbiased<'_>>,
     norm: &Norm<'_>,
 ) -> Result<Option<[Tensor; 2]>> {
     let raw = raw_norm(norm);
-    let layer = y.map(|y| RawLayer::new(y.layer));
-    let product = y.map_or(std::ptr::null(), |y| y.product.as_ptr());
-    let layer = layer.as_ref().map_or(std::ptr::null(), |layer| layer.products.as_ptr());
+    let [product, bias] = Unbiased::raw(y);
     // SAFETY: live tensors, to which the shim keeps its own references
-    outputs(|out| unsafe { dylora_step_norm(x.as_ptr(), product, layer, &raw, out) })
+    outputs(|out| unsafe { dylora_step_norm(x.as_ptr(), product, bias, &raw, out) })
 }
 
 /// What a block reads besides the residual stream `x`.
@@ -161,12 +150,12 @@ pub enum BlockInput<'a> {
     /// The first norm of `x`, `[M, d]`.
     Normed(&'a Tensor),
     /// What is to be added to `x` first, if anything is.
-    Unfinished(Option<&'a Unfinished<'a>>),
+    Stream(Option<&'a Unbiased<'a>>),
 }
 
 /// Computes a transformer block, and adds the new keys and values to the cache. Returns the
-/// residual stream, `[M, d]`, and the product of the block's last linear layer, whose output is
-/// still to be added to it ([`Unfinished`]).
+/// residual stream, `[M, d]`, and the output of the block's last linear layer without its bias,
+/// `[M, d]`; both are still to be added to the stream ([`Unbiased`]).
 ///
 /// - `x`: the residual stream, `[M, d]`
 /// - `products`: as in [`super::fused::block`]
@@ -184,11 +173,9 @@ pub fn block(
     let raw_norms = norms.each_ref().map(raw_norm);
     let (normed, before) = match input {
         BlockInput::Normed(normed) => (normed.as_ptr(), None),
-        BlockInput::Unfinished(before) => (std::ptr::null(), *before),
+        BlockInput::Stream(before) => (std::ptr::null(), *before),
     };
-    let product = before.map_or(std::ptr::null(), |y| y.product.as_ptr());
-    let layer = before.map(|y| RawLayer::new(y.layer));
-    let layer = layer.as_ref().map_or(std::ptr::null(), |layer| layer.products.as_ptr());
+    let [product, bias] = Unbiased::raw(before);
     let Heads { queries, keys, size, norms, .. } = attention.heads;
     let cache = RawCache {
         keys: attention.keys.as_ptr(),
@@ -213,7 +200,7 @@ pub fn block(
             x.as_ptr(),
             normed,
             product,
-            layer,
+            bias,
             raw_norms.as_ptr(),
             raw_products.as_ptr(),
             &cache,

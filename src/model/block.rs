@@ -113,7 +113,7 @@ impl RoutedBlock<'_> {
         !skips && self.may_fuse(dropout) && !self.fused_products().iter().any(is_mixed)
     }
 
-    fn fused_products(&self) -> &[FusedProduct] {
+    pub(super) fn fused_products(&self) -> &[FusedProduct] {
         self.experts.fused.as_ref().map_or(&[], |products| products)
     }
 

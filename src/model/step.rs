@@ -1,7 +1,7 @@
 //! A step of generation by the operations of [`crate::ffi::step`]: each text gets one new position.
 //! It computes the same as the blocks of [`super::block`] with a cache. The residual stream between
-//! blocks is a pair: `x`, and the unfinished product of the last linear layer, which the next
-//! LayerNorm finishes and adds.
+//! blocks is a pair: `x`, and what the last linear layer adds to it, to which the next norm adds the
+//! bias.
 //!
 //! Letters of shapes: `b` texts, `d` width, `v` vocabulary.
 
@@ -22,7 +22,7 @@ use super::routing::site::BlockWeights;
 use crate::config::{Kernels, RouterInput};
 use crate::ffi;
 use crate::ffi::cuda::KernelSet;
-use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unfinished};
+use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unbiased};
 use crate::model::{ForwardOutput, Inputs};
 
 /// The bytes that a thread loads at once.
@@ -41,25 +41,23 @@ struct StepStream<'a> {
     pending: Option<Pending<'a>>,
 }
 
-/// What a block adds to the stream: the unfinished output of its last linear layer.
+/// What a block adds to the stream: the output of its last linear layer, `[b, d]`, and that layer's
+/// bias.
 struct Pending<'a> {
     product: Tensor,
-    block: RoutedBlock<'a>,
-    weights: BlockWeights,
+    bias: Option<&'a Tensor>,
 }
 
 impl StepStream<'_> {
-    /// Calls `run` with what is to be added to `x`, if anything is.
-    fn with_unfinished<T>(&self, run: impl FnOnce(Option<&Unfinished<'_>>) -> T) -> T {
-        let Some(Pending { product, block, weights }) = &self.pending else { return run(None) };
-        let factors = block.parameters();
-        let layer = block.product(MLP_OUT, weights, &factors);
-        run(Some(&Unfinished { product, layer: &layer }))
+    /// What is to be added to `x`, if anything is.
+    fn pending(&self) -> Option<Unbiased<'_>> {
+        let Pending { product, bias } = self.pending.as_ref()?;
+        Some(Unbiased { product, bias: *bias })
     }
 
     /// Adds the pending part, and returns the stream and its norm, `[b, d]` each.
     fn normed(&self, norm: &Norm) -> [Tensor; 2] {
-        self.with_unfinished(|y| taken(ffi::step::norm(&self.x, y, &fused_norm(norm, 0, 0))))
+        taken(ffi::step::norm(&self.x, self.pending().as_ref(), &fused_norm(norm, 0, 0)))
     }
 }
 
@@ -72,10 +70,10 @@ impl<'a> RoutedBlock<'a> {
         normed: Option<&Tensor>,
         step: &CachedStep,
         rotary: Option<&Rotary>,
-        weights: BlockWeights,
+        weights: &BlockWeights,
     ) -> StepStream<'a> {
         let factors = self.parameters();
-        let products: [_; 4] = std::array::from_fn(|at| self.product(at, &weights, &factors));
+        let products: [_; 4] = std::array::from_fn(|at| self.product(at, weights, &factors));
         let of_block = &self.block.attention;
         let [keys, values] = step.rows(of_block.layer);
         let attention = CachedAttention {
@@ -90,14 +88,22 @@ impl<'a> RoutedBlock<'a> {
         };
         let norms = [&self.block.norm_1, &self.block.norm_2].map(|norm| fused_norm(norm, 0, 0));
         let activation = self.activation();
-        let run = |input: &BlockInput<'_>| {
-            taken(ffi::step::block(&stream.x, input, &products, &norms, &attention, activation))
+        let pending = stream.pending();
+        let input = match normed {
+            Some(normed) => BlockInput::Normed(normed),
+            None => BlockInput::Stream(pending.as_ref()),
         };
-        let [x, product] = match normed {
-            Some(normed) => run(&BlockInput::Normed(normed)),
-            None => stream.with_unfinished(|y| run(&BlockInput::Unfinished(y))),
+        let block = ffi::step::block(&stream.x, &input, &products, &norms, &attention, activation);
+        let [x, product] = taken(block);
+        StepStream { x, pending: Some(Pending { product, bias: self.last_bias() }) }
+    }
+
+    /// The bias of the block's last linear layer, if it has one.
+    fn last_bias(self) -> Option<&'a Tensor> {
+        let [last] = self.fused_products()[MLP_OUT].members[..] else {
+            unreachable!("the last product is one linear layer")
         };
-        StepStream { x, pending: Some(Pending { product, block: self, weights }) }
+        self.block.linears[&last].bias.as_ref()
     }
 
     /// `A` and `B^T` of each module with experts, as they are trained.
@@ -216,7 +222,7 @@ impl RoutedModel {
             }
             let layer_input = || normed.as_ref().expect("it was computed").view([b, 1, d]);
             let g = pass.block(layer, &layer_input).flat(b);
-            stream = block.step(&stream, normed.as_ref(), step, rotary, g);
+            stream = block.step(&stream, normed.as_ref(), step, rotary, &g);
         }
         let [_, hidden] = stream.normed(&self.decoder.final_norm);
         let RoutingPass { used, routing, features, .. } = pass;

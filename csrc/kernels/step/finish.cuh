@@ -158,33 +158,23 @@ template <class T> static __device__ __forceinline__ float rounded_sum(float x, 
   return wide(kept);
 }
 
-// sum = x + y, where y may have no product and is then 0, and a = norm(sum) with weight w and bias
-// b, which is null for RMSNorm. One block computes a row; its first 128 threads hold the row.
+// sum = x + y, where y may have no product and is then 0, and has no ranks; and a = norm(sum) with
+// weight w and bias b, which is null for RMSNorm. One block of 128 threads computes a row.
 template <class T>
 static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w,
                                  const T *b, float eps, T *sum, T *a) {
   constexpr int N = Pack<T>::N, THREADS = 128, PACKS = (WIDTH / N + THREADS - 1) / THREADS;
-  extern __shared__ float of_norm[];
   __shared__ float scratch[32];
-  float *values = of_norm, *v = of_norm + max((int)blockDim.x * N, WIDTH);
   const i64 row = blockIdx.x;
-  weights_of_row(y, row, v);
   wait_for_inputs();
-  if (y.updates.ranks) {
-    weigh_row(y, row, v);
-    finish(y, row, WIDTH / N, [](int pack) { return pack * N; }, v, values);
-  }
   float total[PACKS][N] = {};
 #pragma unroll
   for (int k = 0; k < PACKS; ++k) {
     const int c = (k * THREADS + threadIdx.x) * N;
-    if (threadIdx.x >= THREADS || c >= WIDTH) continue;
+    if (c >= WIDTH) continue;
     float added[N] = {}, bias[N] = {};
     Pack<T>::load(x + row * ldx + c, total[k]);
-    if (y.updates.ranks) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) added[i] = values[c + i];
-    } else if (y.product) {
+    if (y.product) {
       Pack<T>::load(y.product + row * y.ld + c, added);
       if (y.bias) Pack<T>::load(y.bias + c, bias);
     }
@@ -192,12 +182,12 @@ static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, co
     for (int i = 0; i < N; ++i) total[k][i] = rounded_sum<T>(total[k][i], added[i] + bias[i]);
     Pack<T>::store(sum + row * WIDTH + c, total[k]);
   }
-  normalise<T, PACKS>(total, threadIdx.x < THREADS ? threadIdx.x : WIDTH, THREADS, w, b, eps,
+  normalise<T, PACKS>(total, threadIdx.x, THREADS, w, b, eps,
                       [&](float of_thread) { return block_reduce(of_thread, scratch, false); });
 #pragma unroll
   for (int k = 0; k < PACKS; ++k) {
     const int c = (k * THREADS + threadIdx.x) * N;
-    if (threadIdx.x < THREADS && c < WIDTH) Pack<T>::store(a + row * WIDTH + c, total[k]);
+    if (c < WIDTH) Pack<T>::store(a + row * WIDTH + c, total[k]);
   }
 }
 

@@ -1,7 +1,7 @@
 // The kernels of a step of generation by name, in both dtypes.
 
 #define STEP_KERNELS(T, NAME)                                                                      \
-  extern "C" __global__ void __launch_bounds__(1024) step_norm_##NAME(                             \
+  extern "C" __global__ void __launch_bounds__(128) step_norm_##NAME(                             \
       const T *x, i64 ldx, Unfinished<T> y, const T *w, const T *b, float eps, T *sum, T *a) {     \
     step_norm<T>(x, ldx, y, w, b, eps, sum, a);                                                    \
   }                                                                                                \
@@ -31,3 +31,8 @@
   }
 STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)
+// In bf16 only.
+extern "C" __global__ void __launch_bounds__(256, 2)
+    finish_many_bf16(Unfinished<bf16> y, bf16 *out, i64 ldo, int activation, int rows) {
+  finish_many(y, out, ldo, activation, rows);
+}
