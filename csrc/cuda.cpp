@@ -305,6 +305,10 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
                     "no kernel ", name);
       }
     if (of_steps) {
+      CUfunction &finish_many = module.functions[0][FinishMany];
+      if (compiler.set_attribute(finish_many, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                 SHARED_OF_MANY))
+        finish_many = nullptr;
       modules[{device, width}] = latest_step[device] = module;
       return 0;
     }

@@ -88,6 +88,7 @@ static void run_early(const KernelModule *module, Name name, const Tensor &like,
 
 constexpr int64_t SHARED_MEMORY = 47 << 10;    // bytes that any kernel may have beside its own
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
+constexpr int64_t SHARED_OF_MANY = 56 << 10;   // bytes; two ManyShared of csrc/kernels/step/many.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
 constexpr int64_t LANES_OF_A = 4;              // as in csrc/kernels/step/thin.cuh
 constexpr int64_t COUNTERS = 1 << 14;
@@ -119,7 +120,7 @@ static bool finish_many(const Unfinished &y, int activation, const Tensor &out) 
       !packs(out))
     return false;
   const int64_t tiles = ceil_div(columns, is_gated ? 32 : 64);  // as in csrc/kernels/step/many.cuh
-  run_early(module, FinishMany, out, tiles * ceil_div(rows, 64), 256, 0, args, out.data_ptr(),
+  run_early(module, FinishMany, out, tiles * ceil_div(rows, 64), 256, SHARED_OF_MANY, args, out.data_ptr(),
             ld(out), activation, (int)rows);
   return true;
 }

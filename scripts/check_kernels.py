@@ -50,7 +50,9 @@ REPLACED = {
         (r"of_block\(place, k\)", "in_block(own, k)"),
     ],
     "step/many": [
-        (r"__shared__ uint4 of_many[^\n]*", "uint4 *const of_many = (uint4 *)block->dynamic;"),
+        (r"extern __shared__ uint4 of_many\[\];", "uint4 *const of_many = (uint4 *)block->dynamic;"),
+        # a function of another file
+        (r"wait_for_copies\(\);", ""),
     ],
     "dropout": [
         (r"static __device__ __forceinline__ void mma\(.*?\n}\n", ""),

@@ -18,6 +18,7 @@ using std::min;
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #undef INFINITY
 #define INFINITY __builtin_inff()
 
@@ -28,6 +29,9 @@ thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
 struct int2 {
   int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 struct uint2 {
   unsigned x, y;
@@ -53,6 +57,7 @@ unsigned __float_as_uint(float x) {
   return bits;
 }
 float __expf(float x) { return expf(x); }
+float __fdividef(float x, float y) { return x / y; }
 float rsqrtf(float x) { return 1 / sqrtf(x); }
 unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 template <class T> T __ldg(const T *p) { return *p; }

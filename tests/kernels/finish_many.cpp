@@ -42,8 +42,11 @@ double distance(const Case &c) {
   const int padded = (ranks + 7) / 8 * 8;
   Matrix product(c.rows, out + padded), bias(1, out), b(padded, out);
   for (Matrix *matrix : {&product, &bias, &b}) matrix->randomise(random);
-  std::vector<float> g(c.rows * EXPERTS), scaling(padded);
-  std::vector<int> expert_of(padded);
+  std::vector<float> g(c.rows * EXPERTS);
+  std::vector<float4> of_scaling(padded / 4 + 1);
+  float *const scaling = (float *)of_scaling.data();
+  std::vector<int4> of_experts(padded / 4 + 1);
+  int *const expert_of = (int *)of_experts.data();
   for (float &weight : g) weight = (float)random() / (float)random.max();
   for (int r = 0; r < padded; ++r) {
     scaling[r] = r < ranks ? 1 + 0.01f * r : 0;
@@ -53,7 +56,7 @@ double distance(const Case &c) {
   Updates<bf16> &updates = y.updates;
   updates.b = b.first(), updates.ldb = b.ld;
   updates.g = c.has_weights ? g.data() : nullptr, updates.experts = EXPERTS;
-  updates.expert_of = expert_of.data(), updates.scaling = scaling.data();
+  updates.expert_of = expert_of, updates.scaling = scaling;
   updates.ranks = padded, updates.members = (int)c.outs.size();
   for (size_t m = 0; m < c.outs.size(); ++m) {
     updates.first_out[m + 1] = updates.first_out[m] + c.outs[m];
@@ -71,8 +74,7 @@ double distance(const Case &c) {
   Matrix found(c.rows, columns);
   for (bf16 *p = found.first(); p < found.numbers.data() + found.numbers.size(); ++p)
     p->bits = 0x7fc0;  // no number
-  const size_t shared = 2 * MANY_ROWS * (MANY_RANKS + 16) * sizeof(bf16);
-  launch(tiles * ((c.rows + 63) / 64), 256, 1, shared,
+  launch(tiles * ((c.rows + 63) / 64), 256, 1, 2 * sizeof(ManyShared),
          [&] { finish_many(y, found.first(), found.ld, c.activation, c.rows); });
 
   double worst = 0, largest = 0;

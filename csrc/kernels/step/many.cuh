@@ -1,12 +1,30 @@
-// The outputs of linear layers for many texts, in bf16, where v B^T is a product of tensor cores.
+// The outputs of linear layers for many texts, in bf16, where v B^T is a product of tensor cores. All
+// of this code runs once in a block, so it is kept short: it takes time to load it.
 
 constexpr int MANY_ROWS = 64;     // of a block
 constexpr int MANY_COLUMNS = 32;  // of a half of a block, which is four warps of 16 rows each
 constexpr int MANY_RANKS = 128;   // that are multiplied at a time
 
+// What a half of a block has in shared memory. The rows are as long as gives few conflicts of banks.
+struct ManyShared {
+  bf16 v[MANY_ROWS][MANY_RANKS + 16];
+  bf16 b[MANY_RANKS][MANY_COLUMNS + 8];
+};
+
 // A pack that the kernel in front of this one wrote. `__ldg` might be moved in front of the wait.
 static __device__ __forceinline__ uint4 late_pack(const bf16 *p, bool is_inside) {
   return is_inside ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
+}
+// Begins to copy a pack to shared memory, or zeros.
+static __device__ __forceinline__ void copy_pack(bf16 *to, const bf16 *from, bool is_inside) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   (u32)__cvta_generic_to_shared(to)),
+               "l"(from), "r"(is_inside ? 16 : 0)
+               : "memory");
+#else
+  *(uint4 *)to = pack_or_zeros(from, is_inside);
+#endif
 }
 
 // The columns of y that a half of a block finishes, and the ranks that they need, which begin at a
@@ -16,85 +34,60 @@ struct ManyPart {
 };
 static __device__ __forceinline__ ManyPart many_part(const Unfinished<bf16> &y, int first,
                                                      int count) {
-  if (count <= 0 || y.updates.ranks == 0) return {first, count, 0, 0};
+  if (count <= 0) return {first, count, 0, 0};
   const int begin = y.updates.ranks_of(first).x, end = y.updates.ranks_of(first + count - 1).y;
   return {first, count, begin / Pack<bf16>::N * Pack<bf16>::N, end};
 }
 
-// The factors of eight neighbouring ranks, v / u. The ranks mostly belong to one expert.
+// Eight neighbouring ranks, and their factors v / u in eight rows, 8 apart. The ranks mostly belong
+// to one expert, whose routing weights are loaded ahead.
 struct ManyFactors {
-  const int *expert_of;
-  int first;
-  bool are_alike;
-  float scaling[8];
-  // Those of the ranks from `rank` on.
-  __device__ __forceinline__ void load(const Updates<bf16> &updates, int rank) {
-    expert_of = updates.expert_of + rank;
-    const bool is_inside = rank < updates.ranks;  // of which there are whole packs
-    first = is_inside ? expert_of[0] : 0;
-    are_alike = true;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      scaling[i] = is_inside ? updates.scaling[rank + i] : 0.f;
-      if (is_inside) are_alike = are_alike && expert_of[i] == first;
-    }
+  int first_rank;
+  int4 experts[2];
+  float scaling[8], of_first[8];
+  __device__ __forceinline__ bool are_alike() const {
+    const int4 x = experts[0], y = experts[1];
+    return x.x == x.y && x.x == x.z && x.x == x.w && x.x == y.x && x.x == y.y && x.x == y.z &&
+           x.x == y.w;
   }
-  // A row's routing weight of the first rank's expert.
-  __device__ __forceinline__ float of_first(const Updates<bf16> &updates, int row) const {
-    return updates.g ? updates.g[(i64)row * updates.experts + first] : 1.f;
-  }
-  // The row's pack of v for that of u.
-  __device__ __forceinline__ uint4 weigh(const Updates<bf16> &updates, uint4 u, int row,
-                                         float of_first) const {
-    float x[8];
-    Pack<bf16>::load((const bf16 *)&u, x);
-    if (updates.g && !are_alike) {
+  __device__ __forceinline__ void load(const Updates<bf16> &updates, int rank, int row, int rows) {
+    // there are whole packs of ranks
+    first_rank = min(rank, updates.ranks - 8);
+    experts[0] = *(const int4 *)(updates.expert_of + first_rank);
+    experts[1] = *(const int4 *)(updates.expert_of + first_rank + 4);
+    Pack<float>::load(updates.scaling + first_rank, scaling);
+    Pack<float>::load(updates.scaling + first_rank + 4, scaling + 4);
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        x[i] *= scaling[i] * updates.g[(i64)row * updates.experts + expert_of[i]];
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] *= scaling[i] * of_first;
+    for (int k = 0; k < 8; ++k) {
+      of_first[k] = 1;
+      if (updates.g && row + 8 * k < rows)
+        of_first[k] = updates.g[(i64)(row + 8 * k) * updates.experts + experts[0].x];
     }
-    uint4 v;
-    Pack<bf16>::store((bf16 *)&v, x);
-    return v;
   }
 };
+// The pack of v for that of u where the ranks belong to several experts.
+static __device__ __noinline__ uint4 weigh_each(const Updates<bf16> &updates, uint4 u, i64 row,
+                                                int first_rank) {
+  float x[8];
+  Pack<bf16>::load((const bf16 *)&u, x);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] *= updates.weight(row, first_rank + i);
+  Pack<bf16>::store((bf16 *)&u, x);
+  return u;
+}
 
-// B^T of 32 columns and a chunk of ranks, as `mma` takes it. Lane 4 g + t has columns 4 g to 4 g + 3
-// of ranks 16 s + 4 t to 16 s + 4 t + 3 for each s.
-struct ManyB {
-  uint2 rows[MANY_RANKS / 16][4];
-  __device__ __forceinline__ void load(const Updates<bf16> &updates, const ManyPart &part, int from,
-                                       int g, int t) {
-#pragma unroll
-    for (int s = 0; s < MANY_RANKS / 16; ++s)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = from + 16 * s + 4 * t + i;
-        rows[s][i] = four_or_zeros(updates.b + r * updates.ldb + part.first + 4 * g,
-                                   r < part.end && 4 * g < part.count);
-      }
-  }
-  // The two factors of column 4 g + j.
-  __device__ __forceinline__ uint2 column(int s, int j) const {
-    const uint2 *p = rows[s];
-    auto pair = [=](uint2 x, uint2 y) {
-      const u32 low = j < 2 ? x.x : x.y, high = j < 2 ? y.x : y.y;
-      return j % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
-    };
-    return make_uint2(pair(p[0], p[1]), pair(p[2], p[3]));
-  }
-};
+// Two neighbours in a column, of which `x` and `y` are the rows: each four columns.
+static __device__ __forceinline__ u32 many_pair(uint2 x, uint2 y, int column) {
+  const u32 low = column < 2 ? x.x : x.y, high = column < 2 ? y.x : y.y;
+  return column % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+}
 
 // out = product + v B^T + bias, or with an `activation` that of it. A block computes MANY_ROWS rows,
 // and 2 MANY_COLUMNS columns of `out`, or MANY_COLUMNS of a gated activation, in which case its first
 // half computes the gate and the other one what is multiplied with it.
 static __device__ void finish_many(const Unfinished<bf16> &y, bf16 *out, i64 ldo, int activation,
                                    int rows) {
-  constexpr int LD = MANY_RANKS + 16;  // without conflicts of banks
-  __shared__ uint4 of_many[2 * MANY_ROWS * LD / 8];
+  extern __shared__ uint4 of_many[];
   const Updates<bf16> &updates = y.updates;
   const bool is_gated = activation == SWIGLU;
   const int columns = is_gated ? y.out / 2 : y.out;
@@ -107,78 +100,83 @@ static __device__ void finish_many(const Unfinished<bf16> &y, bf16 *out, i64 ldo
     return many_part(y, is_gated ? half * columns + at : at, count);
   };
   const int warp = threadIdx.x / 32, half = warp / 4, lane = threadIdx.x % 32;
-  const int g = lane / 4, t = lane % 4;
+  const int g = lane / 4, t = lane % 4, in_half = threadIdx.x % 128;
   const ManyPart part = part_of(half), other = part_of(1 - half);
   const int longest = max(part.end - part.begin, other.end - other.begin);
+  ManyShared &shared = ((ManyShared *)of_many)[half];
 
-  // a thread weighs a pack of each eighth row of u; rows behind the last one repeat it
-  const int in_half = threadIdx.x % 128, pack = in_half % 16 * 8;
-  bf16 *const of_half = (bf16 *)of_many + half * MANY_ROWS * LD;
-  ManyFactors factors;
-  ManyB b;
-  factors.load(updates, part.begin + pack);
-  b.load(updates, part, part.begin, g, t);
-  wait_for_inputs();
-
+  // a thread weighs a pack in each eighth row of u
+  const int pack = in_half % 16 * 8, row = first_row + in_half / 16;
+  // and finishes eight columns of two rows
+  const int own_row = first_row + warp % 4 * 16 + g, own_column = part.first + 8 * t;
   float sums[4][4] = {};
-  for (int done = 0; done < longest; done += MANY_RANKS) {
-    const int from = part.begin + done;
-    if (done > 0) {
-      factors.load(updates, from + pack);
-      b.load(updates, part, from, g, t);
-      __syncthreads();
-    }
+  uint4 product[2];
 #pragma unroll 1
-    for (int first = 0; first < 8; first += 4) {
-      uint4 u[4];
-      float weights[4];
+  for (int done = 0; done == 0 || done < longest; done += MANY_RANKS) {
+    const int from = part.begin + done;
+    const bool has_pack = from + pack < part.end;
+    ManyFactors factors;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int at = min(first_row + in_half / 16 + 8 * (first + k), rows - 1);
-        u[k] = late_pack(y.product + (i64)at * y.ld + y.out + from + pack, from + pack < part.end);
-        weights[k] = factors.of_first(updates, at);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const int r = in_half / 4 + 32 * i, c = in_half % 4 * 8;
+      copy_pack(&shared.b[r][c], updates.b + (from + r) * updates.ldb + part.first + c,
+                from + r < part.end && c < part.count);
+    }
+    factors.load(updates, from + pack, row, rows);
+    if (done == 0) {
+      wait_for_inputs();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int own = in_half / 16 + 8 * (first + k);
-        *(uint4 *)(of_half + own * LD + pack) =
-            factors.weigh(updates, u[k], min(first_row + own, rows - 1), weights[k]);
-      }
+      for (int k = 0; k < 2; ++k)
+        product[k] = late_pack(y.product + (i64)(own_row + 8 * k) * y.ld + own_column,
+                               8 * t < part.count && own_row + 8 * k < rows);
+    }
+    uint4 u[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      u[k] = late_pack(y.product + (i64)(row + 8 * k) * y.ld + y.out + from + pack,
+                       row + 8 * k < rows && has_pack);
+    const bool are_alike = !updates.g || factors.are_alike();
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      if (row + 8 * k >= rows) break;
+      float x[8];
+      Pack<bf16>::load((const bf16 *)&u[k], x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] *= factors.scaling[i] * factors.of_first[k];
+      uint4 *const v = (uint4 *)&shared.v[in_half / 16 + 8 * k][pack];
+      if (are_alike)
+        Pack<bf16>::store((bf16 *)v, x);
+      else
+        *v = weigh_each(updates, u[k], row + 8 * k, factors.first_rank);
+    }
+    wait_for_copies();
+    __syncthreads();
+    const int end = first_row + warp % 4 * 16 < rows ? min(MANY_RANKS, part.end - from) : 0;
+#pragma unroll 2
+    for (int r = 0; r < end; r += 16) {
+      const uint2 low = *(const uint2 *)&shared.v[warp % 4 * 16 + g][r + 4 * t];
+      const uint2 high = *(const uint2 *)&shared.v[warp % 4 * 16 + g + 8][r + 4 * t];
+      uint2 b[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) b[i] = *(const uint2 *)&shared.b[r + 4 * t + i][4 * g];
+      // column 4 n + j of B^T is column n of the j-th product, so that a lane gets a whole pack
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        mma(sums[j], low.x, high.x, low.y, high.y, many_pair(b[0], b[1], j),
+            many_pair(b[2], b[3], j));
     }
     __syncthreads();
-    const bf16 *const of_warp = of_half + (warp % 4 * 16 + g) * LD + 4 * t;
-#pragma unroll
-    for (int s = 0; s < MANY_RANKS / 16; ++s) {
-      if (from + 16 * s >= part.end) break;
-      const uint2 low = *(const uint2 *)(of_warp + 16 * s);
-      const uint2 high = *(const uint2 *)(of_warp + 8 * LD + 16 * s);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint2 of_b = b.column(s, j);
-        mma(sums[j], low.x, high.x, low.y, high.y, of_b.x, of_b.y);
-      }
-    }
   }
 
-  // the packs that this lane finishes: eight columns of two rows
-  const int own_row = first_row + warp % 4 * 16 + g, own_column = part.first + 8 * t;
-  const bool owns[2] = {8 * t < part.count && own_row < rows,
-                        8 * t < part.count && own_row + 8 < rows};
-  uint4 product[2];
-#pragma unroll
-  for (int k = 0; k < 2; ++k)
-    product[k] = late_pack(y.product + (i64)(own_row + 8 * k) * y.ld + own_column, owns[k]);
-  float z[2][8];
+  float z[2][8], bias[8] = {};
+  if (y.bias && 8 * t < part.count) Pack<bf16>::load(y.bias + own_column, bias);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    float bias[8] = {};
     Pack<bf16>::load((const bf16 *)&product[k], z[k]);
-    if (y.bias && owns[k]) Pack<bf16>::load(y.bias + own_column, bias);
 #pragma unroll
     for (int i = 0; i < 8; ++i) z[k][i] += bias[i] + sums[i % 4][2 * k + i / 4];
   }
   if (is_gated) {
-    __syncthreads();
     float *const ups = (float *)of_many + warp % 4 * 32 + lane;
 #pragma unroll
     for (int i = 0; half && i < 16; ++i) ups[128 * i] = z[i / 8][i % 8];
@@ -187,7 +185,7 @@ static __device__ void finish_many(const Unfinished<bf16> &y, bf16 *out, i64 ldo
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       const float gate = z[i / 8][i % 8];
-      z[i / 8][i % 8] = gate / (1.f + __expf(-gate)) * ups[128 * i];
+      z[i / 8][i % 8] = __fdividef(gate, 1.f + __expf(-gate)) * ups[128 * i];
     }
   } else if (activation >= 0) {
 #pragma unroll
@@ -196,5 +194,6 @@ static __device__ void finish_many(const Unfinished<bf16> &y, bf16 *out, i64 ldo
   }
 #pragma unroll
   for (int k = 0; k < 2; ++k)
-    if (owns[k]) Pack<bf16>::store(out + (i64)(own_row + 8 * k) * ldo + own_column, z[k]);
+    if (8 * t < part.count && own_row + 8 * k < rows)
+      Pack<bf16>::store(out + (i64)(own_row + 8 * k) * ldo + own_column, z[k]);
 }
