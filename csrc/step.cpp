@@ -4,10 +4,10 @@
 // src/ffi/step.rs.
 //
 // With few rows every operation is short, so what counts is that there are few operations. A linear
-// layer is one product with [W A^T], and a kernel behind it adds v B^T: one of its own, or that of the
-// activation. With very few rows, a product computes its input as well, the norm or the activation of
-// an output, and adds v B^T itself (csrc/kernels/step/thin.cuh). Whatever reads an output adds the
-// bias to it, and attention also few ranks of updates (struct Unfinished).
+// layer is one product with [W A^T], and a kernel behind it adds v B^T: one of its own, or that of
+// the activation. With very few rows, a product computes its input as well, the norm or the
+// activation of an output, and adds v B^T itself (csrc/kernels/step/thin.cuh). Whatever reads an
+// output adds the bias to it, and attention also few ranks of updates (struct Unfinished).
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"
@@ -49,8 +49,8 @@ struct Layer {
   Tensor empty_output(int64_t rows, int64_t columns) const {
     return at::empty({rows, columns}, product.weight().options());
   }
-  // Whether attention, which reads this layer's output, adds the updates of the experts for very few
-  // texts: it takes less time to add few ranks in each head than to wait for u in the product.
+  // Whether attention, which reads this layer's output, adds the updates of the experts for very
+  // few texts: it takes less time to add few ranks in each head than to wait for u in the product.
   bool leaves_updates() const {
     int64_t most = 0;
     for (const auto &m : product.members)
@@ -150,8 +150,8 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const Tensor *bias,
 }
 
 // A block of the residual stream x + y, where y = product + bias. There may be no y, or no bias. If
-// `a` is not null, there is no y, and a is the block's first norm. out = [x', product], where product
-// and the last linear layer's bias are to be added to x'.
+// `a` is not null, there is no y, and a is the block's first norm. out = [x', product], where
+// product and the last linear layer's bias are to be added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
                       const Tensor *bias, const dylora_norm *norms,
                       const dylora_product *products, const dylora_step_cache *cache,

@@ -88,7 +88,7 @@ static void run_early(const KernelModule *module, Name name, const Tensor &like,
 
 constexpr int64_t SHARED_MEMORY = 47 << 10;    // bytes that any kernel may have beside its own
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
-constexpr int64_t SHARED_OF_MANY = 56 << 10;   // bytes; two ManyShared of csrc/kernels/step/many.cuh
+constexpr int64_t SHARED_OF_MANY = 56 << 10;   // two ManyShared of csrc/kernels/step/many.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
 constexpr int64_t LANES_OF_A = 4;              // as in csrc/kernels/step/thin.cuh
 constexpr int64_t COUNTERS = 1 << 14;
@@ -109,19 +109,19 @@ static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, con
   return true;
 }
 
-// For many texts, if y has updates that tensor cores can compute.
+// As step_finish, for a y with updates that tensor cores can compute.
 static bool finish_many(const Unfinished &y, int activation, const Tensor &out) {
   auto module = any_module(out, latest_step);
   const auto args = args_of(y);
-  const bool is_gated = activation == 2;
+  const bool is_gated = activation == 2;  // SWIGLU
   const int64_t rows = out.size(0), columns = out.size(1), n = per_pack(out);
   if (out.scalar_type() != at::kBFloat16 || !has(module, FinishMany) || capability() < 80 ||
       args.updates.ranks == 0 || args.updates.ranks % n != 0 || columns % n != 0 || !fits(y) ||
       !packs(out))
     return false;
   const int64_t tiles = ceil_div(columns, is_gated ? 32 : 64);  // as in csrc/kernels/step/many.cuh
-  run_early(module, FinishMany, out, tiles * ceil_div(rows, 64), 256, SHARED_OF_MANY, args, out.data_ptr(),
-            ld(out), activation, (int)rows);
+  run_early(module, FinishMany, out, tiles * ceil_div(rows, 64), 256, SHARED_OF_MANY, args,
+            out.data_ptr(), ld(out), activation, (int)rows);
   return true;
 }
 
@@ -197,6 +197,9 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   return true;
 }
 
+// Most rows of a thin product with a matrix. With a large one, a GEMM of three takes less time.
+static int64_t most_thin_rows(const Tensor &w) { return w.numel() < 1 << 22 ? 4 : 2; }
+
 // How the blocks of a thin product share its work.
 struct ThinShape {
   int64_t threads;   // of a block
@@ -229,8 +232,8 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
   const bool knows_y = is_plain || (y.product && fits(input.y) && y.updates.ranks == 0 &&
                                     (input.kind == ThinInput::Activated || y.out == in));
-  if (!has(module, ThinProduct) || rows < 1 || rows > 4 || !packs(w) || !packs(input.x) ||
-      !packs(a) || !packs(updates.b) || !knows_y)
+  if (!has(module, ThinProduct) || rows < 1 || rows > most_thin_rows(w) || !packs(w) ||
+      !packs(input.x) || !packs(a) || !packs(updates.b) || !knows_y)
     return false;
   const auto [threads, lanes, segments, split] = thin_shape(w, rows);
   ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 1, 0, 0};

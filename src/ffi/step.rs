@@ -133,11 +133,7 @@ pub fn pack([a, b]: [&Tensor; 2], [packed_a, packed_b]: [&Tensor; 2]) -> Result<
 /// The sum `x + y`, or `x` without `y`, and its norm, `[M, d]` each.
 ///
 /// - `x`: `[M, d]`
-pub fn norm(
-    x: &Tensor,
-    y: Option<&Unbiased<'_>>,
-    norm: &Norm<'_>,
-) -> Result<Option<[Tensor; 2]>> {
+pub fn norm(x: &Tensor, y: Option<&Unbiased<'_>>, norm: &Norm<'_>) -> Result<Option<[Tensor; 2]>> {
     let raw = raw_norm(norm);
     let [product, bias] = Unbiased::raw(y);
     // SAFETY: live tensors, to which the shim keeps its own references

@@ -1,7 +1,6 @@
 //! A step of generation by the operations of [`crate::ffi::step`]: each text gets one new position.
 //! It computes the same as the blocks of [`super::block`] with a cache. The residual stream between
-//! blocks is a pair: `x`, and what the last linear layer adds to it, to which the next norm adds the
-//! bias.
+//! blocks is a pair: `x`, and what the last linear layer adds to it but for its bias.
 //!
 //! Letters of shapes: `b` texts, `d` width, `v` vocabulary.
 

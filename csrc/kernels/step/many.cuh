@@ -1,11 +1,11 @@
-// The outputs of linear layers for many texts, in bf16, where v B^T is a product of tensor cores. All
-// of this code runs once in a block, so it is kept short: it takes time to load it.
+// The outputs of linear layers for many texts, in bf16, where v B^T is a product of tensor cores.
+// Each block runs this code once, and to load it takes time, so it is kept short.
 
 constexpr int MANY_ROWS = 64;     // of a block
 constexpr int MANY_COLUMNS = 32;  // of a half of a block, which is four warps of 16 rows each
 constexpr int MANY_RANKS = 128;   // that are multiplied at a time
 
-// What a half of a block has in shared memory. The rows are as long as gives few conflicts of banks.
+// What a half of a block has in shared memory. The rows are long enough for few conflicts of banks.
 struct ManyShared {
   bf16 v[MANY_ROWS][MANY_RANKS + 16];
   bf16 b[MANY_RANKS][MANY_COLUMNS + 8];
@@ -82,9 +82,9 @@ static __device__ __forceinline__ u32 many_pair(uint2 x, uint2 y, int column) {
   return column % 2 ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
 }
 
-// out = product + v B^T + bias, or with an `activation` that of it. A block computes MANY_ROWS rows,
-// and 2 MANY_COLUMNS columns of `out`, or MANY_COLUMNS of a gated activation, in which case its first
-// half computes the gate and the other one what is multiplied with it.
+// out = product + v B^T + bias, or with an `activation` that of it. A block computes MANY_ROWS rows
+// and 2 MANY_COLUMNS columns of `out`. Of a gated activation it computes MANY_COLUMNS columns: its
+// first half computes the gate, and the other one what is multiplied with it.
 static __device__ void finish_many(const Unfinished<bf16> &y, bf16 *out, i64 ldo, int activation,
                                    int rows) {
   extern __shared__ uint4 of_many[];

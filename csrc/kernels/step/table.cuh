@@ -33,6 +33,7 @@ STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)
 // In bf16 only.
 extern "C" __global__ void __launch_bounds__(256, 2)
-    finish_many_bf16(const __grid_constant__ Unfinished<bf16> y, bf16 *out, i64 ldo, int activation, int rows) {
+    finish_many_bf16(const __grid_constant__ Unfinished<bf16> y, bf16 *out, i64 ldo,
+                     int activation, int rows) {
   finish_many(y, out, ldo, activation, rows);
 }
