@@ -70,8 +70,6 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
   }
 };
 
-enum { Qkv, AttnOut, MlpIn, MlpOut, PRODUCTS };
-
 struct BlockConfig : torch::CustomClassHolder {
   Product products[PRODUCTS];
   c10::intrusive_ptr<NormConfig> first, second;

@@ -21,6 +21,9 @@
 #include "quantised.h"
 
 namespace fused {
+// The products of a block, in the order of src/model/block.rs.
+enum Place { Qkv, AttnOut, MlpIn, MlpOut, PRODUCTS };
+
 using at::Tensor;
 
 inline Tensor columns(const Tensor &x, int64_t from, int64_t n) { return x.narrow(1, from, n); }

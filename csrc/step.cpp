@@ -21,8 +21,6 @@ using namespace fused;
 namespace {
 // Most ranks of a linear layer for which attention itself finishes its input.
 constexpr int64_t FEW_RANKS = 32;
-// The linear layers of a block, as in src/model/block.rs.
-enum Place { Qkv, AttentionOut, MlpIn, MlpOut };
 
 // A linear layer as a step reads it.
 struct Layer {
@@ -159,7 +157,7 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
   TRY(-1, {
     if (!kernels()) return 1;
     const Unfinished y{or_none(product), or_none(bias), {}, x->size(1)};
-    const Layer qkv_layer(products[Qkv], Qkv), out_layer(products[AttentionOut], AttentionOut),
+    const Layer qkv_layer(products[Qkv], Qkv), out_layer(products[AttnOut], AttnOut),
         mlp_in(products[MlpIn], MlpIn), mlp_out(products[MlpOut], MlpOut);
     Heads heads{cache->query_heads,     cache->key_heads,
                 cache->head_size,       or_none(cache->q_norm),

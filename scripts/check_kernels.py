@@ -11,8 +11,8 @@ blocks that wait for each other, and products of matrices by a warp are checked 
     dropout        dropout of the experts' inputs, by tests/kernels/dropout.cpp
     quantise       rows in FP8, by tests/kernels/quantise.cpp
 
-Without an argument, the script runs all of them. It needs a C++ compiler, $CXX or c++, and takes about a
-minute.
+Without an argument, the script checks all of them, which takes about a minute. It needs a C++ compiler:
+$CXX or c++.
 """
 
 import os

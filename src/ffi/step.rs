@@ -151,7 +151,7 @@ pub enum BlockInput<'a> {
 
 /// Computes a transformer block, and adds the new keys and values to the cache. Returns the
 /// residual stream, `[M, d]`, and the output of the block's last linear layer without its bias,
-/// `[M, d]`; both are still to be added to the stream ([`Unbiased`]).
+/// `[M, d]`. That output and the bias are not in the stream yet ([`Unbiased`]).
 ///
 /// - `x`: the residual stream, `[M, d]`
 /// - `products`: as in [`super::fused::block`]

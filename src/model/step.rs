@@ -1,6 +1,7 @@
 //! A step of generation by the operations of [`crate::ffi::step`]: each text gets one new position.
-//! It computes the same as the blocks of [`super::block`] with a cache. The residual stream between
-//! blocks is a pair: `x`, and what the last linear layer adds to it but for its bias.
+//! It computes the same as the blocks of [`super::block`] with a cache. Between blocks, the residual
+//! stream is not complete: the output of the last linear layer is kept beside `x`, and the next norm
+//! adds it with the layer's bias.
 //!
 //! Letters of shapes: `b` texts, `d` width, `v` vocabulary.
 
@@ -40,10 +41,11 @@ struct StepStream<'a> {
     pending: Option<Pending<'a>>,
 }
 
-/// What a block adds to the stream: the output of its last linear layer, `[b, d]`, and that layer's
-/// bias.
+/// What a block adds to the stream.
 struct Pending<'a> {
+    /// The output of the block's last linear layer without its bias, `[b, d]`.
     product: Tensor,
+    /// The bias of that layer.
     bias: Option<&'a Tensor>,
 }
 

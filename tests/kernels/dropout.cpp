@@ -4,23 +4,9 @@
 #include "cuda.h"
 
 #include KERNELS
+#include "matrix.h"
 
 typedef std::vector<double> Numbers;
-
-// A matrix in bf16 whose rows are a few elements longer than its columns.
-struct Matrix {
-  int rows, columns;
-  i64 ld;
-  std::vector<bf16> numbers;
-  Matrix(int rows, int columns, int more = 8)
-      : rows(rows), columns(columns), ld(columns + more), numbers(rows * ld + 8) {}
-  bf16 *first() { return (bf16 *)(((size_t)numbers.data() + 15) / 16 * 16); }
-  double operator()(int row, int column) { return wide(first()[row * ld + column]); }
-  void randomise(std::mt19937 &random) {
-    std::normal_distribution<float> normal;
-    for (int i = 0; i < rows * ld; ++i) put(first() + i, normal(random));
-  }
-};
 
 // A linear layer: the number of A's rows, and of its columns in the rank space.
 struct Member {
@@ -29,17 +15,6 @@ struct Member {
 struct Case {
   int rows, columns, splits;
   std::vector<Member> members;
-};
-
-// The largest difference as a share of the largest number.
-struct Distance {
-  double worst = 0, largest = 0;
-  void add(double expected, double found) {
-    const double distance = fabs(expected - found);
-    worst = distance <= worst ? worst : std::isnan(distance) ? INFINITY : distance;
-    largest = max(largest, fabs(expected));
-  }
-  double share() const { return worst / largest; }
 };
 
 bool is_kept(const std::vector<unsigned> &bits, i64 element) {

@@ -4,19 +4,7 @@
 #include "cuda.h"
 
 #include KERNELS
-
-// A matrix in bf16 whose rows are a few elements longer than its columns.
-struct Matrix {
-  i64 ld;
-  std::vector<bf16> numbers;
-  Matrix(int rows, int columns) : ld(columns + 8), numbers(rows * ld + 8) {}
-  bf16 *first() { return (bf16 *)(((size_t)numbers.data() + 15) / 16 * 16); }
-  double operator()(int row, int column) { return wide(first()[row * ld + column]); }
-  void randomise(std::mt19937 &random) {
-    std::normal_distribution<float> normal;
-    for (bf16 *p = first(); p + 1 < numbers.data() + numbers.size(); ++p) put(p, normal(random));
-  }
-};
+#include "matrix.h"
 
 constexpr int NONE = -1;
 struct Case {
@@ -33,7 +21,7 @@ double activated(int activation, double x) {
 }
 
 // The largest difference from float64, as a share of the largest number.
-double distance(const Case &c) {
+double distance_of(const Case &c) {
   constexpr int EXPERTS = 5;
   std::mt19937 random(7);
   int out = 0, ranks = 0;
@@ -77,7 +65,7 @@ double distance(const Case &c) {
   launch(tiles * ((c.rows + 63) / 64), 256, 1, 2 * sizeof(ManyShared),
          [&] { finish_many(y, found.first(), found.ld, c.activation, c.rows); });
 
-  double worst = 0, largest = 0;
+  Distance distance;
   for (int row = 0; row < c.rows; ++row) {
     std::vector<double> z(out);
     for (int i = 0; i < out; ++i) {
@@ -90,14 +78,12 @@ double distance(const Case &c) {
     for (int i = 0; i < columns; ++i) {
       const double expected = is_gated ? z[i] / (1 + exp(-z[i])) * z[columns + i]
                                        : activated(c.activation, z[i]);
-      const double distance = fabs(expected - found(row, i));
-      worst = distance <= worst ? worst : std::isnan(distance) ? INFINITY : distance;
-      largest = max(largest, fabs(expected));
+      distance.add(expected, found(row, i));
     }
     for (int i = columns; i < found.ld && row + 1 < c.rows; ++i)
       if (found.first()[row * found.ld + i].bits != 0x7fc0) return INFINITY;
   }
-  return worst / largest;
+  return distance.share();
 }
 
 int main() {
@@ -115,7 +101,7 @@ int main() {
   bool is_wrong = false;
   for (const Case &c : cases) {
     // v and the output are rounded to bf16
-    const double found = distance(c);
+    const double found = distance_of(c);
     const bool differs = !(found < 6e-3);
     printf("%d rows, layers: %zu, activation %d: %.1e%s\n", c.rows, c.outs.size(), c.activation,
            found, differs ? ": WRONG" : "");
