@@ -11,6 +11,7 @@
 
 #include <cuda.h>
 
+#include <limits>
 #include <memory>
 #include <string>
 
@@ -420,5 +421,29 @@ Tensor *dylora_cuda_fetched(Fetch *fetch) {
     return new Tensor(owned->numbers);
   })
 }
+
+// A place in a device's queue. CUDA keeps the time when the device passes it.
+cudaEvent_t dylora_cuda_mark(int device) {
+  TRY(nullptr, {
+    c10::cuda::CUDAGuard guard(device);
+    cudaEvent_t mark = nullptr;
+    auto status = cudaEventCreate(&mark);
+    if (status == cudaSuccess) {
+      status = cudaEventRecord(mark, c10::cuda::getCurrentCUDAStream(device).stream());
+    }
+    TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
+    return mark;
+  })
+}
+// The seconds between two marks that the device has passed; NaN with an error if it has not.
+double dylora_cuda_mark_secs(cudaEvent_t from, cudaEvent_t to) {
+  TRY(std::numeric_limits<double>::quiet_NaN(), {
+    float milliseconds = 0;
+    const auto status = cudaEventElapsedTime(&milliseconds, from, to);
+    TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
+    return milliseconds / 1e3;
+  })
+}
+void dylora_cuda_mark_free(cudaEvent_t mark) { cudaEventDestroy(mark); }
 }
 #pragma GCC visibility pop

@@ -13,6 +13,7 @@ use super::passes;
 use crate::config::{BaseProducts, Config, DropoutMasks, RouterInput, RouterScope, RoutingChoice};
 use crate::data::{Batch, BlockId, TokenDataset};
 use crate::dist::World;
+use crate::ffi;
 use crate::model::decoder::Decoder;
 use crate::model::experts::dropout::LoraDropout;
 use crate::model::experts::spec::ExpertSpec;
@@ -22,7 +23,7 @@ use crate::model::{Compute, ForwardMode, Inputs, RoutedModel, RoutingSource, Tra
 use crate::train::graph::Capture;
 use crate::train::optim::{GradientSum, Optimizer};
 use crate::train::prepared::{Prepared, StepCounts};
-use crate::train::step::Stepper;
+use crate::train::step::{StepInFlight, Stepper};
 
 /// A way to compute the mixture, or something to compare it with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
@@ -139,8 +140,16 @@ pub(super) struct Subject {
     model: RoutedModel,
     trained: Trained,
     stepper: Stepper,
-    /// The data of the next step, in a row that takes the trainer's steps.
-    ready: Option<Prepared>,
+    /// The next step, in a row that takes the trainer's steps.
+    next: Option<NextStep>,
+}
+
+/// A step that is ahead of the one whose results are waited for.
+enum NextStep {
+    /// Its data is laid out.
+    Prepared(Prepared),
+    /// It is in the device's queue.
+    InFlight(StepInFlight),
 }
 
 /// The blocks of a step.
@@ -180,7 +189,7 @@ impl Subject {
         };
         let optimizer = Optimizer::new(&config.optimizer, &trained.parameters);
         let stepper = Stepper::new(optimizer, Capture::of(device), device);
-        Ok(Self { row, config, model, trained, stepper, ready: None })
+        Ok(Self { row, config, model, trained, stepper, next: None })
     }
 
     /// Makes the steps a part of those of a world.
@@ -198,8 +207,8 @@ impl Subject {
         self.stepper.capture_time()
     }
 
-    /// Runs a step on the blocks `now`. The step after it is on the blocks `next`, whose data is
-    /// prepared meanwhile in some rows. Returns the mean loss of the label tokens of `now` before
+    /// Runs a step on the blocks `now`. The step after it is on the blocks `next`; in some rows, it
+    /// is prepared or launched meanwhile. Returns the mean loss of the label tokens of `now` before
     /// the update, in nats.
     pub fn step(
         &mut self,
@@ -207,31 +216,44 @@ impl Subject {
         now: &StepBlocks,
         next: &StepBlocks,
     ) -> Result<f64> {
-        match self.row {
+        let loss = match self.row {
             Row::Base => self.backward_of_base(dataset, now.own()),
             Row::NPasses => self.train_in_passes(dataset, now.own()),
             Row::Eval => self.evaluate(dataset, now.own()),
-            _ => self.train(dataset, now, next),
-        }
+            _ => return self.train(dataset, now, next),
+        };
+        ffi::synchronize(self.model.device())?;
+        loss
     }
 
-    /// A step as `dylora train` takes it, which prepares the data of the next one while the device
-    /// works.
+    /// A step as `dylora train` takes it: while the device works, the next one is prepared, and
+    /// launched as well if steps are replayed as CUDA graphs.
     fn train(
         &mut self,
         dataset: &TokenDataset,
         now: &StepBlocks,
         next: &StepBlocks,
     ) -> Result<f64> {
-        let step = match self.ready.take() {
-            Some(ready) => ready,
-            None => self.prepare(dataset, now),
+        let pending = match self.next.take() {
+            Some(NextStep::InFlight(pending)) => pending,
+            Some(NextStep::Prepared(step)) => self.launch(&step)?,
+            None => {
+                let step = self.prepare(dataset, now);
+                self.launch(&step)?
+            }
         };
+        let step = self.prepare(dataset, next);
+        self.next = Some(match pending.is_replay() {
+            true => NextStep::InFlight(self.launch(&step)?),
+            false => NextStep::Prepared(step),
+        });
+        Ok(self.stepper.wait(pending)?.loss)
+    }
+
+    fn launch(&mut self, step: &Prepared) -> Result<StepInFlight> {
         let Self { config, model, trained, stepper, .. } = self;
         let update = stepper.optimizer.scalars(&|_| 1.0);
-        let pending = stepper.launch(model, trained, config, &step, &update)?;
-        self.ready = Some(self.prepare(dataset, next));
-        Ok(self.stepper.wait(pending)?.loss)
+        stepper.launch(model, trained, config, step, &update)
     }
 
     fn prepare(&mut self, dataset: &TokenDataset, blocks: &StepBlocks) -> Prepared {
@@ -273,7 +295,7 @@ impl Subject {
         let norm = optimizer.clip(&grads)?;
         let scalars =
             Tensor::from_slice(&optimizer.scalars(&|_| 1.0)).to_device(self.model.device());
-        optimizer.update(&grads, &scalars, &norm.isfinite())?;
+        optimizer.update(&grads, &scalars, &norm.isfinite().logical_not())?;
         optimizer.count_update();
         Ok(sum / label_tokens)
     }

@@ -1,6 +1,8 @@
 //! The functions that need CUDA itself. build.rs compiles `csrc/cuda.cpp` into a shared object,
 //! which is part of this binary and is loaded after libtorch's CUDA part.
 
+mod queue;
+
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -9,11 +11,11 @@ use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
-use tch::Tensor;
 use torch_sys::C_tensor;
 
 use super::{TensorPtr, libtorch_path, taken, try_open};
 use crate::durable;
+pub(crate) use queue::{Fetch, Mark};
 
 static IMAGE: &[u8] = include_bytes!(env!("DYLORA_CUDA_LIBRARY"));
 
@@ -37,6 +39,9 @@ struct Library {
     graph_free: unsafe extern "C" fn(*mut c_void),
     fetch: unsafe extern "C" fn(TensorPtr) -> *mut c_void,
     fetched: unsafe extern "C" fn(*mut c_void) -> *mut C_tensor,
+    mark: unsafe extern "C" fn(c_int) -> *mut c_void,
+    mark_secs: unsafe extern "C" fn(*mut c_void, *mut c_void) -> f64,
+    mark_free: unsafe extern "C" fn(*mut c_void),
 }
 
 static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
@@ -112,6 +117,9 @@ fn open() -> Result<Library> {
             graph_free: symbol(handle, c"dylora_cuda_graph_free")?,
             fetch: symbol(handle, c"dylora_cuda_fetch")?,
             fetched: symbol(handle, c"dylora_cuda_fetched")?,
+            mark: symbol(handle, c"dylora_cuda_mark")?,
+            mark_secs: symbol(handle, c"dylora_cuda_mark_secs")?,
+            mark_free: symbol(handle, c"dylora_cuda_mark_free")?,
         })
     }
 }
@@ -329,55 +337,6 @@ impl Drop for Graph {
     fn drop(&mut self) {
         // SAFETY: `graph_new` made this graph, and it is freed once
         unsafe { (self.library.graph_free)(self.pointer) }
-    }
-}
-
-/// Numbers on their way from a CUDA device to the host. Work that is queued after them need not end
-/// before they arrive.
-#[derive(Debug)]
-pub(crate) struct Fetch {
-    library: &'static Library,
-    pointer: *mut c_void,
-}
-
-// SAFETY: libtorch guards the device's state, and a copy has one owner at a time
-unsafe impl Send for Fetch {}
-
-impl Fetch {
-    /// Starts to copy a CUDA tensor, once what is queued so far has ended.
-    pub fn new(numbers: &Tensor) -> Result<Self> {
-        let library = library()?;
-        // SAFETY: a live tensor, to which the library keeps its own reference
-        let pointer = unsafe { (library.fetch)(numbers.as_ptr()) };
-        if pointer.is_null() {
-            return Err(library.error());
-        }
-        Ok(Self { library, pointer })
-    }
-
-    /// Waits for the numbers.
-    pub fn wait(mut self) -> Result<Tensor> {
-        let pointer = std::mem::replace(&mut self.pointer, std::ptr::null_mut());
-        // SAFETY: `new` made it, and it is taken once
-        let numbers = unsafe { (self.library.fetched)(pointer) };
-        if numbers.is_null() {
-            return Err(self.library.error());
-        }
-        // SAFETY: the library returned a tensor allocated with `new` and gave up its ownership
-        Ok(unsafe { Tensor::from_ptr(numbers) })
-    }
-}
-
-impl Drop for Fetch {
-    fn drop(&mut self) {
-        if !self.pointer.is_null() {
-            // SAFETY: `new` made it, and it is taken once; the tensor is freed at once
-            let numbers = unsafe { (self.library.fetched)(self.pointer) };
-            if !numbers.is_null() {
-                // SAFETY: as in `wait`
-                drop(unsafe { Tensor::from_ptr(numbers) });
-            }
-        }
     }
 }
 

@@ -5,19 +5,32 @@
 //! host     launch | prepare the next | wait, record, report | launch | ..
 //! device          |     the step     |        idle          |        | ..
 //! ```
+//!
+//! Where steps are replayed as CUDA graphs, the next step is launched before the host waits for
+//! the present one, so that the device is not idle in between:
+//!
+//! ```text
+//! host     launch 1 | prepare 2 | launch 2 | wait for 1, record, report | prepare 3 | launch 3 | ..
+//! device            |           step 1            |                 step 2                      | ..
+//! ```
+//!
+//! The host waits first if something between the two steps may read the model or end the run: an
+//! evaluation, a checkpoint, the opening of a router's column, a request to stop, a check of the
+//! routing that may stop the run, or a rule that depends on the experts' progress.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use super::metrics::StepMetrics;
 use super::prepared::StepCounts;
-use super::step::{Prepared, StepResult};
+use super::step::{Marks, Prepared, StepInFlight, StepResult};
 use super::{Trainer, schedule};
 use crate::checkpoint::Position;
 use crate::checkpoint::routing_state::StepRule;
+use crate::config::OnCollapse;
 use crate::data::{Batch, BlockId};
 use crate::eval::RoutingReport;
 use crate::eval::routing::{RouterLosses, SiteSupervision};
@@ -32,31 +45,92 @@ pub(super) struct PreparedStep {
     epoch: f64,
 }
 
-/// What is known of a step once it has been launched.
+/// A step that has been launched.
 #[derive(Debug)]
-struct Launched {
-    started: Instant,
-    host_secs: f64,
+pub(super) struct Launched {
+    prepared: PreparedStep,
+    pending: StepInFlight,
+    queued: Queued,
     temperature: f64,
     learning_rates: BTreeMap<String, f64>,
 }
 
+/// How a step came into the device's queue.
+#[derive(Debug, Clone, Copy)]
+enum Queued {
+    /// When nothing else was in it. The host began at `started`, and the device had nothing to do
+    /// for `idle`.
+    Alone { started: Instant, idle: Duration },
+    /// Behind a step for which the host had not waited yet.
+    Behind,
+}
+
+/// The end of the last step.
+#[derive(Debug)]
+pub(super) struct StepEnd {
+    /// When the host had its results.
+    at: Instant,
+    marks: Option<Marks>,
+}
+
+/// The times of a step, in seconds.
+#[derive(Debug, Clone, Copy)]
+struct StepTimes {
+    step_secs: f64,
+    host_secs: f64,
+}
+
 impl Trainer {
-    /// Runs the next step, and prepares the data of the one after it while the device works.
+    /// Runs the next step. While the device works, the data of the step after it is prepared, and
+    /// that step is launched if nothing comes in between.
     ///
     /// - `interrupt`: whether this process was asked to stop
     pub(super) fn step(&mut self, interrupt: &AtomicBool) -> Result<StepMetrics> {
-        let started = Instant::now();
         let step = self.state.step + 1;
-        let mut ready = match self.ready.take() {
+        let Launched { prepared, mut pending, queued, temperature, learning_rates } =
+            match self.in_flight.take() {
+                Some(launched) => launched?,
+                None => self.launch(step, interrupt, false)?,
+            };
+        // the phase of the next step is not known while the column may be opened after this one
+        if step < self.num_steps && !self.opens_column_after(step) {
+            self.ready = Some(self.prepare(step + 1));
+        }
+        if pending.is_replay() && self.goes_on_behind(step, interrupt) {
+            self.in_flight = Some(self.launch(step + 1, interrupt, true));
+        }
+        let marks = pending.marks.take();
+        let result = self.stepper.wait(pending)?;
+        self.stops = result.stops;
+        let before = self.last_end.replace(StepEnd { at: Instant::now(), marks });
+        let state = &mut self.state;
+        let expert_losses = result.expert_losses.as_deref();
+        state.routing.note(&self.config.router, step, &result.routing, expert_losses);
+        state.step = step;
+        state.tokens_seen += result.label_tokens;
+        state.position = prepared.position;
+        for block in &prepared.blocks {
+            state.domain_blocks[block.domain as usize] += 1;
+        }
+        if self.in_flight.is_none() {
+            self.set_rule(step);
+        }
+        let times = self.times(queued, before)?;
+        self.step_metrics(&prepared, result, times, temperature, learning_rates)
+    }
+
+    /// Puts step `step` into the device's queue.
+    ///
+    /// - `is_behind`: whether the step before it is still there
+    fn launch(&mut self, step: u64, interrupt: &AtomicBool, is_behind: bool) -> Result<Launched> {
+        let started = Instant::now();
+        let mut prepared = match self.ready.take() {
             Some(ready) => ready,
             None => self.prepare(step),
         };
-        let router = &self.config.router;
-        let rule = self.state.routing.rule(router, step);
-        self.model.set_rule(rule.temperature, rule.top_k);
+        let temperature = self.set_rule(step);
         let rate = match &self.config.growth {
-            Some(growth) if ready.data.seeding.is_none() => growth.consolidation_rate,
+            Some(growth) if prepared.data.seeding.is_none() => growth.consolidation_rate,
             _ => 1.0,
         };
         let (schedule, num_steps) = (self.config.schedule, self.num_steps);
@@ -64,30 +138,60 @@ impl Trainer {
         let update = self.stepper.optimizer.scalars(&lr_factor);
         let learning_rates = self.stepper.optimizer.learning_rates(&update);
         let (model, trained) = (&self.model, &self.trained);
-        ready.data.stops = interrupt.load(Ordering::Relaxed);
-        let pending = self.stepper.launch(model, trained, &self.config, &ready.data, &update)?;
-        let idle = pending.busy_from.duration_since(self.idle_since.unwrap_or(started));
-        let host_secs = idle.as_secs_f64();
-        // the phase of the next step is not known while the column may be opened after this one
-        if step < self.num_steps && !self.opens_column_after(step) {
-            self.ready = Some(self.prepare(step + 1));
-        }
-        let result = self.stepper.wait(pending)?;
-        self.stops = result.stops;
-        self.idle_since = Some(Instant::now());
-        let state = &mut self.state;
-        let expert_losses = result.expert_losses.as_deref();
-        state.routing.note(&self.config.router, step, &result.routing, expert_losses);
-        state.step = step;
-        state.tokens_seen += result.label_tokens;
-        state.position = ready.position;
-        for block in &ready.blocks {
-            state.domain_blocks[block.domain as usize] += 1;
-        }
+        prepared.data.stops = interrupt.load(Ordering::Relaxed);
+        let pending = self.stepper.launch(model, trained, &self.config, &prepared.data, &update)?;
+        let idle_since = self.last_end.as_ref().map_or(started, |end| end.at);
+        let queued = match is_behind {
+            true => Queued::Behind,
+            false => Queued::Alone { started, idle: pending.busy_from.duration_since(idle_since) },
+        };
+        Ok(Launched { prepared, pending, queued, temperature, learning_rates })
+    }
+
+    /// Makes the model route by the rule of step `step`. Returns its temperature.
+    fn set_rule(&mut self, step: u64) -> f64 {
         let StepRule { temperature, top_k } = self.state.routing.rule(&self.config.router, step);
         self.model.set_rule(temperature, top_k);
-        let launched = Launched { started, host_secs, temperature, learning_rates };
-        self.step_metrics(&ready, result, launched)
+        temperature
+    }
+
+    /// Whether the step after step `step` may be launched before the results of step `step` are
+    /// known: nothing reads the model in between, and the run goes on whatever they are. All
+    /// processes of a world decide alike.
+    fn goes_on_behind(&self, step: u64, interrupt: &AtomicBool) -> bool {
+        let must_stop = match self.world.is_single() {
+            true => interrupt.load(Ordering::Relaxed),
+            false => self.stops,
+        };
+        let router = &self.config.router;
+        let may_collapse = router.on_collapse == OnCollapse::Stop && self.window_ends_after(step);
+        self.ready.is_some()
+            && !must_stop
+            && !may_collapse
+            && !self.evaluates_after(step)
+            && !self.saves_after(step)
+            && router.hybrid.is_none()
+    }
+
+    /// The times of the last step.
+    ///
+    /// - `before`: the end of the step before it
+    fn times(&self, queued: Queued, before: Option<StepEnd>) -> Result<StepTimes> {
+        match (queued, before, &self.last_end) {
+            (Queued::Alone { started, idle }, ..) => Ok(StepTimes {
+                step_secs: started.elapsed().as_secs_f64(),
+                host_secs: idle.as_secs_f64(),
+            }),
+            (Queued::Behind, Some(before), Some(end)) => {
+                let marks = end.marks.as_ref().zip(before.marks.as_ref());
+                let idle = marks.map(|(marks, before)| marks.begin.secs_since(&before.end));
+                Ok(StepTimes {
+                    step_secs: end.at.duration_since(before.at).as_secs_f64(),
+                    host_secs: idle.transpose()?.unwrap_or(0.0),
+                })
+            }
+            (Queued::Behind, ..) => unreachable!("a step that is behind another one follows it"),
+        }
     }
 
     /// Takes the next blocks of the stream as the data of step `step`, of which this process lays
@@ -113,19 +217,20 @@ impl Trainer {
     /// The metrics of the step just done.
     fn step_metrics(
         &self,
-        ready: &PreparedStep,
+        prepared: &PreparedStep,
         result: StepResult,
-        launched: Launched,
+        StepTimes { step_secs, host_secs }: StepTimes,
+        temperature: f64,
+        learning_rates: BTreeMap<String, f64>,
     ) -> Result<StepMetrics> {
         let losses = RouterLosses::new(&result.routing);
         let routing = RoutingReport::new(&result.routing, None, self.config.router.dead_share);
         let domains = self.data.train.domains.iter().zip(&result.domain_losses);
         let accuracies: Vec<f64> = result.supervision.iter().map(|site| site.accuracy).collect();
-        let step_secs = launched.started.elapsed().as_secs_f64();
-        let tokens = (ready.blocks.len() * self.data.train.seq_len) as f64;
+        let tokens = (prepared.blocks.len() * self.data.train.seq_len) as f64;
         Ok(StepMetrics {
             step: self.state.step,
-            epoch: ready.epoch,
+            epoch: prepared.epoch,
             tokens_seen: self.state.tokens_seen,
             loss: result.loss,
             domain_losses: domains
@@ -140,12 +245,12 @@ impl Trainer {
             orthogonality: result.orthogonality,
             expert_load: routing.map(|routing| routing.expert_load),
             mature_experts: self.state.routing.mature_experts(),
-            temperature: losses.map(|_| launched.temperature),
+            temperature: losses.map(|_| temperature),
             grad_norm: result.grad_norm,
-            learning_rates: launched.learning_rates,
+            learning_rates,
             label_tokens: result.label_tokens,
             step_secs,
-            host_secs: launched.host_secs,
+            host_secs,
             tokens_per_sec: tokens / step_secs,
             peak_memory_bytes: ffi::peak_memory_bytes(self.model.device())?,
         })

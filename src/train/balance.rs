@@ -8,13 +8,13 @@ use crate::model::routing::totals::RoutingTotals;
 /// In each router, moves the selection bias of every expert by `rate`: up if the expert had less
 /// than its share of the step's assignments, down if it had more (arXiv:2408.15664, algorithm 1:
 /// `b_i + u sign(mean load - load_i)`). With `old_rate`, the biases of all experts but the last
-/// move by `rate * old_rate`. If `is_finite`, 0-dim, is false, no bias moves.
+/// move by `rate * old_rate`. If `is_skipped`, 0-dim, is true, no bias moves.
 pub fn balance_biases(
     model: &RoutedModel,
     totals: &[RoutingTotals],
     rate: f64,
     old_rate: Option<f64>,
-    is_finite: &Tensor,
+    is_skipped: &Tensor,
 ) {
     let _no_grad = tch::no_grad_guard();
     let biases = model.routers().iter().map(|router| router.selection_bias.as_ref());
@@ -39,6 +39,6 @@ pub fn balance_biases(
             let _ = direction.narrow(0, 0, model.num_experts() - 1).multiply_scalar_(old_rate);
         }
         let moved = bias - (direction * rate).to_kind(bias.kind());
-        bias.shallow_clone().copy_(&moved.where_self(is_finite, bias));
+        bias.shallow_clone().copy_(&bias.where_self(is_skipped, &moved));
     }
 }

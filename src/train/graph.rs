@@ -10,8 +10,8 @@
 //! of a run without graphs, in the same order.
 //!
 //! A step's shape is everything that the host decides about it. Sizes are rounded up, so that few
-//! shapes occur. All graphs share one pool of memory, so the results of a step must be fetched
-//! before the next one.
+//! shapes occur. All graphs share one pool of memory, so a copy of a step's results must be in the
+//! queue before the next step.
 //!
 //! A replay draws new random numbers from the device's generator, as many as the step without a
 //! graph. The generator's state is correct whenever no step is in the queue, so a checkpoint can
@@ -128,7 +128,7 @@ pub(super) struct Graphs {
     num_recorded: usize,
     /// Time that the captures took.
     pub capture_time: Duration,
-    /// Number of steps that ran as graphs.
+    /// Number of parts of steps that were launched as graphs.
     pub num_replays: u64,
     /// The last logged reason why steps are not captured.
     logged_reason: Option<&'static str>,
@@ -265,7 +265,10 @@ impl Graphs {
                 self.num_replays += 1;
                 Ok(output.as_ref().map(StepOutput::shallow_clone))
             }
-            Recorded::Rerun => run(&shape.flats, &shape.scalars),
+            Recorded::Rerun => {
+                self.num_replays += 1;
+                run(&shape.flats, &shape.scalars)
+            }
         }
     }
 

@@ -6,7 +6,8 @@
 //! blocks -> step (forwards, gradients, clip, AdamW) -> metrics -> evaluation -> checkpoint
 //! ```
 //!
-//! While the device runs a step, the host prepares the data of the next one.
+//! While the device runs a step, the host prepares the next one, and launches it if nothing comes
+//! in between ([`advance`]).
 
 mod advance;
 pub mod balance;
@@ -40,7 +41,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use tch::{Device, Tensor};
@@ -146,9 +146,10 @@ pub struct Trainer {
     stream: BlockStream,
     /// The data of the next step, if it is already prepared.
     ready: Option<advance::PreparedStep>,
-    /// When the device became idle; `None` before the first step and after an evaluation or
-    /// checkpoint.
-    idle_since: Option<Instant>,
+    /// The next step, if it was launched before the results of the last one were known.
+    in_flight: Option<Result<advance::Launched>>,
+    /// The end of the last step; `None` before the first one and after an evaluation or checkpoint.
+    last_end: Option<advance::StepEnd>,
     num_steps: u64,
     /// BLAKE3 of everything frozen before the run, as in [`Summary::frozen_hash`].
     frozen_hash: Option<String>,
@@ -318,7 +319,8 @@ impl Trainer {
             state,
             stream,
             ready: None,
-            idle_since: None,
+            in_flight: None,
+            last_end: None,
             num_steps,
             frozen_hash,
             skills,
@@ -327,6 +329,12 @@ impl Trainer {
             stops: false,
             saved_generators: None,
         })
+    }
+
+    /// Chooses whether steps are captured as CUDA graphs, before the first step. The default is
+    /// [`Capture::of`] the device.
+    pub fn set_capture(&mut self, capture: Capture) {
+        self.stepper.set_capture(capture);
     }
 
     /// Number of steps of the whole run.
@@ -380,19 +388,19 @@ impl Trainer {
                 self.open_column(self.state.step)?;
             }
             let collapsed = self.close_window(&mut writer, observe)?;
-            if self.evaluates_now() {
+            if self.evaluates_after(self.state.step) {
                 self.validate(&mut writer, observe)?;
-                self.idle_since = None;
+                self.last_end = None;
             }
             let stop = self.must_stop(interrupt)?;
-            if stop || collapsed || self.saves_now() {
+            if stop || collapsed || self.saves_after(self.state.step) {
                 writer.settle(self.state.step)?;
                 observe(Event::Saving);
                 let path = self.save()?;
                 warn_of_lost(saved.as_deref().filter(|_| self.world.is_first()));
                 observe(Event::Checkpoint(&path));
                 saved = Some(path);
-                self.idle_since = None;
+                self.last_end = None;
             }
             if collapsed {
                 return self.finish(Ending::Collapsed, saved);
@@ -450,18 +458,17 @@ impl Trainer {
         stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience) && !seeds
     }
 
-    /// Whether an evaluation follows the step just done.
-    fn evaluates_now(&self) -> bool {
-        let due =
-            self.config.train.eval_every_steps.is_some_and(|n| self.state.step.is_multiple_of(n));
-        self.data.validation.num_blocks() > 0 && (due || self.state.step == self.num_steps)
+    /// Whether an evaluation follows step `step`.
+    fn evaluates_after(&self, step: u64) -> bool {
+        let due = self.config.train.eval_every_steps.is_some_and(|n| step.is_multiple_of(n));
+        self.data.validation.num_blocks() > 0 && (due || step == self.num_steps)
     }
 
-    /// Whether a checkpoint follows the step just done.
-    fn saves_now(&self) -> bool {
+    /// Whether a checkpoint follows step `step`, whatever its results are.
+    fn saves_after(&self, step: u64) -> bool {
         let every = self.config.train.checkpoint_every_steps;
-        let due = every.is_some_and(|n| self.state.step.is_multiple_of(n));
-        due || self.evaluates_now() || self.state.step == self.num_steps
+        let due = every.is_some_and(|n| step.is_multiple_of(n));
+        due || self.evaluates_after(step) || step == self.num_steps
     }
 
     /// Writes a checkpoint and returns its folder. In a world, all processes call this, and the

@@ -119,12 +119,12 @@ impl Optimizer {
     ///
     /// - `scalars`: the numbers of [`Optimizer::scalars`], f64, `[1 + groups]`, on the parameters'
     ///   device
-    /// - `is_finite`: false to leave the parameters and moments as they are, 0-dim
-    pub fn update(&self, grads: &[Tensor], scalars: &Tensor, is_finite: &Tensor) -> Result<()> {
+    /// - `is_skipped`: true to leave the parameters and moments as they are, 0-dim
+    pub fn update(&self, grads: &[Tensor], scalars: &Tensor, is_skipped: &Tensor) -> Result<()> {
         // libtorch reads the learning rate as f32 on CUDA and as f64 on the CPU
         let kind = if scalars.device().is_cuda() { Kind::Float } else { Kind::Double };
         let number = scalars.get(0).to_kind(Kind::Float);
-        let found_inf = is_finite.logical_not().to_kind(Kind::Float);
+        let found_inf = is_skipped.to_kind(Kind::Float);
         for (i, group) in (1..).zip(&self.groups) {
             let update = AdamWUpdate {
                 number: number.shallow_clone(),
@@ -145,7 +145,12 @@ impl Optimizer {
         self.step += 1;
     }
 
-    /// Number of updates so far.
+    /// Records that update `number`, from 1, and those after it were not made after all.
+    pub(super) fn take_back_update(&mut self, number: u64) {
+        self.step = self.step.min(number - 1);
+    }
+
+    /// Number of updates so far, those in the device's queue included.
     pub fn num_updates(&self) -> u64 {
         self.step
     }

@@ -1,9 +1,9 @@
 //! One step: forward passes, gradients, clipping, AdamW, and what is measured with them.
 //!
-//! [`Stepper::launch`] puts a step in the device's queue, and [`Stepper::wait`] fetches its results
-//! in one transfer. In between, the host is free to prepare the next step's data. The step itself
-//! never waits for the host: if a loss or gradient is not finite, the update is skipped on the
-//! device, and `wait` returns an error.
+//! [`Stepper::launch`] puts a step in the device's queue, and [`Stepper::wait`] waits for its
+//! results, which take one transfer. In between, the host is free to prepare the next step, and to
+//! launch it as well. No step waits for the host: if a loss or gradient is not finite, the device
+//! skips the update and those of all steps that are already behind it, and `wait` returns an error.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use tch::{Device, Kind, Tensor};
 
 use super::balance::balance_biases;
@@ -22,13 +22,14 @@ use super::gradients::{
 pub use super::gradients::{StepGradients, gradients};
 use super::graph::{Capture, Graphs, Key, Parts};
 use super::optim::Optimizer;
-use super::output::{Contents, StepOutput};
+use super::output::{Contents, ResultsInFlight, StepOutput};
 use super::prepared::StepTensors;
 pub use super::prepared::{Prepared, SeedingPhase};
 use crate::config::Config;
 use crate::data::Batch;
 use crate::dist::World;
 use crate::eval::routing::{self, SiteExperts, SiteSupervision, SiteTotals};
+use crate::ffi::cuda::Mark;
 use crate::model::routing::totals::RoutingTotals;
 use crate::model::{RoutedModel, Trained};
 
@@ -64,25 +65,61 @@ pub struct Stepper {
     graphs: Graphs,
     world: Arc<World>,
     exchange: RefCell<Exchange>,
+    /// Whether a step was not finite, 0-dim, bool, on the device. Updates are skipped while it is
+    /// set.
+    has_failed: Tensor,
+    /// Whether the host knows that `has_failed` is set.
+    knows_of_failure: bool,
 }
 
 /// A step in the device's queue.
 #[derive(Debug)]
 pub struct StepInFlight {
-    output: StepOutput,
+    results: ResultsInFlight,
     label_counts: Vec<u64>,
     supervised_tokens: u64,
+    /// The number of the step's update, from 1.
+    update_number: u64,
+    is_replay: bool,
+    /// Where the step begins and ends in the queue of a GPU.
+    pub(super) marks: Option<Marks>,
     /// The time from which the device has had work. With a graph, it is taken once the whole step
     /// is in the queue; without one, before the first kernel is.
     pub busy_from: Instant,
+}
+
+/// Where a step begins and ends in the queue of a GPU.
+#[derive(Debug)]
+pub(super) struct Marks {
+    pub begin: Mark,
+    pub end: Mark,
+}
+
+impl StepInFlight {
+    /// Whether the step was launched as CUDA graphs, so that the device works while the host
+    /// launches the next step.
+    pub fn is_replay(&self) -> bool {
+        self.is_replay
+    }
 }
 
 impl Stepper {
     /// A stepper on `device`, in a world of one process.
     pub fn new(optimizer: Optimizer, capture: Capture, device: Device) -> Self {
         let world = Arc::new(World::single());
-        let exchange = RefCell::new(Exchange::new(Arc::clone(&world)));
-        Self { optimizer, graphs: Graphs::new(capture, device), world, exchange }
+        Self {
+            optimizer,
+            graphs: Graphs::new(capture, device),
+            exchange: RefCell::new(Exchange::new(Arc::clone(&world))),
+            world,
+            has_failed: Tensor::zeros([], (Kind::Bool, device)),
+            knows_of_failure: false,
+        }
+    }
+
+    /// Chooses whether steps are captured, before the first one.
+    pub(super) fn set_capture(&mut self, capture: Capture) {
+        self.graphs = Graphs::new(capture, self.has_failed.device());
     }
 
     /// Makes all later steps those of a world, of which each process computes its part.
@@ -129,11 +166,15 @@ impl Stepper {
         update: &[f64],
     ) -> Result<StepInFlight> {
         let mut busy_from = Instant::now();
+        let begin = self.mark()?;
         let num_replays = self.graphs.num_replays;
         let scalars = step.scalars(update);
         let num_micro_batches = self.num_micro_batches(config, step.num_micro_batches());
-        let Self { optimizer, graphs, world, exchange } = self;
-        let machine = StepMachine { model, trained, optimizer, config, step };
+        if std::mem::take(&mut self.knows_of_failure) {
+            let _ = self.has_failed.zero_();
+        }
+        let Self { optimizer, graphs, world, exchange, has_failed, .. } = self;
+        let machine = StepMachine { model, trained, optimizer, has_failed, config, step };
         let parts = match world.is_single() {
             true => machine.whole(),
             false => machine.in_parts(world, exchange),
@@ -148,31 +189,56 @@ impl Stepper {
             parts.run(&step.flats(), &scalars)?
         };
         drop(parts);
-        if self.graphs.num_replays > num_replays {
+        let is_replay = self.graphs.num_replays > num_replays;
+        if is_replay {
             busy_from = Instant::now();
         }
-        let (label_counts, supervised_tokens) = (step.label_counts.clone(), step.supervised_tokens);
-        Ok(StepInFlight { output, label_counts, supervised_tokens, busy_from })
+        let results = output.fetch()?;
+        let marks = begin.zip(self.mark()?).map(|(begin, end)| Marks { begin, end });
+        self.optimizer.count_update();
+        Ok(StepInFlight {
+            results,
+            label_counts: step.label_counts.clone(),
+            supervised_tokens: step.supervised_tokens,
+            update_number: self.optimizer.num_updates(),
+            is_replay,
+            marks,
+            busy_from,
+        })
     }
 
-    /// Waits for a step and fetches its results.
+    /// Marks the present end of the queue, if the device has one.
+    fn mark(&self) -> Result<Option<Mark>> {
+        match self.has_failed.device() {
+            Device::Cuda(device) => Ok(Some(Mark::new(device)?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Waits for a step and takes its results. Steps are waited for in the order in which they were
+    /// launched.
     ///
     /// # Errors
     /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the
-    /// optimizer and the selection biases are then as before the step. Fails too if another process
-    /// of the world has failed.
+    /// optimizer and the selection biases are then as before the step. The same holds for steps that
+    /// were launched in the meantime, for which this fails as well; a step that is launched later
+    /// makes its update. Fails too if another process of the world has failed.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
-        let StepInFlight { output, label_counts, supervised_tokens, .. } = pending;
-        let StepOutput { numbers, parts } = output;
-        let mut numbers = Vec::<f64>::try_from(numbers)?.into_iter();
+        let StepInFlight { results, label_counts, supervised_tokens, update_number, .. } = pending;
+        let ResultsInFlight { numbers, parts } = results;
+        let mut numbers = numbers.wait()?.into_iter();
         self.world.check()?;
         let mut take = |n: usize| -> Vec<f64> { numbers.by_ref().take(n).collect() };
-        let (grad_norm, stops) = (take(1)[0], take(1)[0]);
+        let (is_skipped, grad_norm, stops) = (take(1)[0] > 0.0, take(1)[0], take(1)[0]);
         let domain_sums = take(label_counts.len());
         let label_tokens: u64 = label_counts.iter().sum();
         let loss = domain_sums.iter().sum::<f64>() / label_tokens as f64;
-        check_finite(loss, grad_norm)?;
-        self.optimizer.count_update();
+        if is_skipped {
+            self.optimizer.take_back_update(update_number);
+            self.knows_of_failure = true;
+            check_finite(loss, grad_norm)?;
+            bail!("the step was launched behind one that was not finite");
+        }
         let of_domain = |(sum, &count)| (count > 0).then(|| sum / count as f64);
         let orthogonality = parts.has_orthogonality.then(|| take(1)[0]);
         let expert_losses = (parts.expert_losses > 0).then(|| take(parts.expert_losses));
@@ -197,6 +263,8 @@ struct StepMachine<'a> {
     model: &'a RoutedModel,
     trained: &'a Trained,
     optimizer: &'a Optimizer,
+    /// Whether an earlier step was not finite, 0-dim, bool.
+    has_failed: &'a Tensor,
     config: &'a Config,
     step: &'a Prepared,
 }
@@ -207,7 +275,7 @@ impl<'a> StepMachine<'a> {
         let run = move |flats: &[Tensor], scalars: &Tensor| {
             let step = self.step.tensors(flats, scalars);
             let gradients = gradients_of(self.model, self.trained, self.config, &step)?;
-            update(self.model, self.optimizer, self.config, &step, gradients).map(Some)
+            self.update(&step, gradients).map(Some)
         };
         let mut parts = Parts::default();
         parts.push(run, || Ok(()));
@@ -220,7 +288,7 @@ impl<'a> StepMachine<'a> {
     /// If there are many gradients, those of the upper layers come first, and are added up while
     /// those of the lower layers are computed.
     fn in_parts(self, world: &'a World, exchange: &'a RefCell<Exchange>) -> Parts<'a> {
-        let Self { model, trained, optimizer, config, step } = self;
+        let Self { model, trained, config, step, .. } = self;
         let num_micro_batches = step.num_micro_batches().max(1) * world.size();
         let overlaps = trained.num_bytes() >= world.overlap_bytes();
         let (is_first, cut) = (world.is_first(), trained.cut_layer().filter(|_| overlaps));
@@ -268,53 +336,49 @@ impl<'a> StepMachine<'a> {
         }
         let run = move |flats: &[Tensor], scalars: &Tensor| {
             let whole = whole.borrow_mut().take().expect("the part before leaves them");
-            update(model, optimizer, config, &step.tensors(flats, scalars), whole).map(Some)
+            self.update(&step.tensors(flats, scalars), whole).map(Some)
         };
         parts.push(run, || Ok(()));
         parts
     }
-}
 
-/// Clips the gradients of a step and makes the update. The host reads none of its numbers and waits
-/// for nothing.
-fn update(
-    model: &RoutedModel,
-    optimizer: &Optimizer,
-    config: &Config,
-    step: &StepTensors,
-    gradients: StepGradients,
-) -> Result<StepOutput> {
-    let StepGradients {
-        grads,
-        domain_sums,
-        routing,
-        expert_losses,
-        supervision,
-        orthogonality,
-        stops,
-        ..
-    } = gradients;
-    let grad_norm = optimizer.clip(&grads)?;
-    let is_finite = domain_sums.sum(Kind::Double).isfinite().logical_and(&grad_norm.isfinite());
-    optimizer.update(&grads, &step.update, &is_finite)?;
-    if config.router.balance_bias_rate > 0.0 && step.seeding.is_none() {
-        let old_rate = config.growth.as_ref().map(|growth| growth.old_columns_rate);
-        let rate = config.router.balance_bias_rate;
-        balance_biases(model, &routing, rate, old_rate, &is_finite);
+    /// Clips the gradients of a step and makes the update. The host reads none of its numbers and
+    /// waits for nothing.
+    fn update(self, step: &StepTensors, gradients: StepGradients) -> Result<StepOutput> {
+        let Self { model, optimizer, has_failed, config, .. } = self;
+        let StepGradients {
+            grads,
+            domain_sums,
+            routing,
+            expert_losses,
+            supervision,
+            orthogonality,
+            stops,
+            ..
+        } = gradients;
+        let grad_norm = optimizer.clip(&grads)?;
+        let is_finite = domain_sums.sum(Kind::Double).isfinite().logical_and(&grad_norm.isfinite());
+        let _ = has_failed.shallow_clone().logical_or_(&is_finite.logical_not());
+        optimizer.update(&grads, &step.update, has_failed)?;
+        if config.router.balance_bias_rate > 0.0 && step.seeding.is_none() {
+            let old_rate = config.growth.as_ref().map(|growth| growth.old_columns_rate);
+            let rate = config.router.balance_bias_rate;
+            balance_biases(model, &routing, rate, old_rate, has_failed);
+        }
+        let parts = Contents {
+            has_orthogonality: orthogonality.is_some(),
+            expert_losses: expert_losses.as_ref().map_or(0, |losses| losses.size()[0] as usize),
+            supervised_sites: supervision.as_ref().map_or(0, |sums| sums.size()[0] as usize),
+            sites: if routing.is_empty() { vec![] } else { SiteExperts::of(model) },
+        };
+        let mut numbers = vec![has_failed.shallow_clone(), grad_norm, stops, domain_sums];
+        numbers.extend(orthogonality);
+        numbers.extend(expert_losses);
+        numbers.extend(supervision);
+        numbers.extend(routing.iter().map(RoutingTotals::flat));
+        let flat = numbers.iter().map(|x| x.to_kind(Kind::Double).reshape([-1]));
+        Ok(StepOutput { numbers: Tensor::cat(&flat.collect::<Vec<_>>(), 0), parts })
     }
-    let parts = Contents {
-        has_orthogonality: orthogonality.is_some(),
-        expert_losses: expert_losses.as_ref().map_or(0, |losses| losses.size()[0] as usize),
-        supervised_sites: supervision.as_ref().map_or(0, |sums| sums.size()[0] as usize),
-        sites: if routing.is_empty() { vec![] } else { SiteExperts::of(model) },
-    };
-    let mut numbers = vec![grad_norm, stops, domain_sums];
-    numbers.extend(orthogonality);
-    numbers.extend(expert_losses);
-    numbers.extend(supervision);
-    numbers.extend(routing.iter().map(RoutingTotals::flat));
-    let flat = numbers.iter().map(|x| x.to_kind(Kind::Double).reshape([-1]));
-    Ok(StepOutput { numbers: Tensor::cat(&flat.collect::<Vec<_>>(), 0), parts })
 }
 
 /// A step whose loss or gradient is NaN or infinite.

@@ -28,11 +28,7 @@ impl Trainer {
         observe: &mut dyn FnMut(Event<'_>),
     ) -> Result<bool> {
         let (config, step) = (&self.config.router, self.state.step);
-        let seeding_ends =
-            self.seeding_phase(step).is_some() && self.seeding_phase(step + 1).is_none();
-        let ends =
-            step.is_multiple_of(config.window_steps) || step == self.num_steps || seeding_ends;
-        if !ends {
+        if !self.window_ends_after(step) {
             return Ok(false);
         }
         let (num_steps, totals) = self.state.routing.take_window();
@@ -64,6 +60,15 @@ impl Trainer {
         observe(Event::Window(&metrics));
         writer.write(&Metrics::Window(metrics))?;
         Ok(is_collapsed && self.config.router.on_collapse == OnCollapse::Stop)
+    }
+
+    /// Whether step `step` is the last one of a window.
+    pub(super) fn window_ends_after(&self, step: u64) -> bool {
+        let seeding_ends =
+            self.seeding_phase(step).is_some() && self.seeding_phase(step + 1).is_none();
+        step.is_multiple_of(self.config.router.window_steps)
+            || step == self.num_steps
+            || seeding_ends
     }
 
     /// The mean routing weights on each domain's tokens, over all sites and at each one.

@@ -81,13 +81,14 @@ impl Trainer {
         own.iter().map(|&index| blocks[index]).collect()
     }
 
-    /// Whether to save and stop after the step just done, since somebody has asked for it. A
-    /// process that is alone also looks after the evaluation, during which somebody may have asked
-    /// as well.
+    /// Whether to save and stop after the step just done, since somebody has asked for it. If the
+    /// next step is in flight already, the run stops after that one. A process that is alone also
+    /// looks after the evaluation, during which somebody may have asked as well.
     pub(super) fn must_stop(&self, interrupt: &AtomicBool) -> Result<bool> {
         match self.world.is_single() {
+            _ if self.in_flight.is_some() => Ok(false),
             true => Ok(interrupt.load(Ordering::Relaxed)),
-            false if self.evaluates_now() => {
+            false if self.evaluates_after(self.state.step) => {
                 self.world.any(self.stops || interrupt.load(Ordering::Relaxed))
             }
             false => Ok(self.stops),

@@ -21,9 +21,9 @@ fn biased(scope: RouterScope, input: RouterInput, top_k: Option<i64>) -> RouterC
     RouterConfig { scope, input, top_k, balance_bias_rate: 0.01, ..plain_router() }
 }
 
-/// The step's gradients are finite.
-fn finite() -> Tensor {
-    Tensor::from(true)
+/// The update is not skipped.
+fn not_skipped() -> Tensor {
+    Tensor::from(false)
 }
 
 fn bias(model: &RoutedModel, router: usize) -> Vec<f64> {
@@ -62,12 +62,12 @@ fn the_bias_moves_by_its_rate_from_experts_with_more_than_their_share_to_those_w
     let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
     let start = Tensor::from_slice(&[0.5, -0.25, 0.125]);
     model.load_some(&[("router.selection_bias".to_owned(), start)].into())?;
-    balance_biases(&model, &[chosen(&[0, 0, 0, 0, 1, 1])], 0.01, None, &finite());
+    balance_biases(&model, &[chosen(&[0, 0, 0, 0, 1, 1])], 0.01, None, &not_skipped());
     assert_eq!(bias(&model, 0), [0.5 - 0.01, -0.25, 0.125 + 0.01]);
-    balance_biases(&model, &[chosen(&[2, 2, 2, 2, 2, 0])], 0.01, None, &finite());
+    balance_biases(&model, &[chosen(&[2, 2, 2, 2, 2, 0])], 0.01, None, &not_skipped());
     assert_eq!(bias(&model, 0), [0.5 - 0.01 + 0.01, -0.25 + 0.01, 0.125 + 0.01 - 0.01]);
     let before = bias(&model, 0);
-    balance_biases(&model, &[chosen(&[2, 0, 1, 1, 0, 2, 0, 1, 2])], 0.01, None, &finite());
+    balance_biases(&model, &[chosen(&[2, 0, 1, 1, 0, 2, 0, 1, 2])], 0.01, None, &not_skipped());
     assert_eq!(bias(&model, 0), before, "an even load moves nothing");
     Ok(())
 }
@@ -84,13 +84,13 @@ fn each_router_follows_the_loads_of_the_sites_that_it_decides_for() -> Result<()
         model.load_some(&biases.map(|(name, t)| (name, t.zeros_like())).collect())
     };
     zeros(&model)?;
-    balance_biases(&model, &totals(), 0.5, None, &finite());
+    balance_biases(&model, &totals(), 0.5, None, &not_skipped());
     assert_eq!((bias(&model, 0), bias(&model, 1)), (vec![-0.5, 0.5, 0.5], vec![0.5, -0.5, 0.0]));
     // one router for both layers follows the sum of their loads: 3, 2 and 1 of 6
     let shared = biased(RouterScope::Shared, RouterInput::LayerInput, Some(1));
     let model = tiny_model(&tiny_lora(), &shared, Kind::Double)?;
     zeros(&model)?;
-    balance_biases(&model, &totals(), 0.5, None, &finite());
+    balance_biases(&model, &totals(), 0.5, None, &not_skipped());
     assert_eq!(bias(&model, 0), [-0.5, 0.0, 0.5]);
     Ok(())
 }
@@ -108,7 +108,7 @@ fn dense_routing_leaves_the_bias_alone() -> Result<()> {
         let routing = model.routing(&inputs, ForwardMode::EVAL);
         add_of_one_domain(&mut totals, &routing, &inputs.labelled);
         let before = bias(&model, 0);
-        balance_biases(&model, &totals, 0.01, None, &finite());
+        balance_biases(&model, &totals, 0.01, None, &not_skipped());
         assert_eq!(bias(&model, 0), before, "{scope:?}");
     }
     Ok(())

@@ -10,7 +10,7 @@ use dylora::model::RoutedModel;
 use dylora::train::graph::Capture;
 use dylora::train::optim::Optimizer;
 use dylora::train::prepared::Prepared;
-use dylora::train::step::{StepResult, Stepper};
+use dylora::train::step::{NotFinite, StepInFlight, StepResult, Stepper};
 use tch::{Device, Kind, Tensor};
 
 use crate::accumulation::{config, cut, dataset};
@@ -49,12 +49,12 @@ fn an_update_by_numbers_on_the_device_is_adamw() -> Result<()> {
         };
         let before: Vec<_> = trained.parameters.iter().map(|p| p.tensor.copy()).collect();
         let moments = state(&optimizer);
-        optimizer.update(&grads, &scalars, &Tensor::from(false))?;
+        optimizer.update(&grads, &scalars, &Tensor::from(true))?;
         for (parameter, before) in trained.parameters.iter().zip(&before) {
             assert!(parameter.tensor.equal(before), "a skipped update moves `{}`", parameter.name);
         }
         assert!(state(&optimizer).iter().all(|(name, tensor)| tensor.equal(&moments[name])));
-        optimizer.update(&grads, &scalars, &Tensor::from(true))?;
+        optimizer.update(&grads, &scalars, &Tensor::from(false))?;
         optimizer.count_update();
         for ((p, m, v), (parameter, grad)) in
             expected.iter_mut().zip(trained.parameters.iter().zip(&grads))
@@ -114,6 +114,51 @@ fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
         step(&mut stepper)?;
         assert_eq!(stepper.optimizer.num_updates(), 2);
         assert!(everything(&model, &stepper).iter().any(|(name, now)| !now.equal(&before[name])));
+    }
+    Ok(())
+}
+
+/// Three steps are launched before the first one is waited for, and the second one is not finite.
+/// The third one is, since its parameters are healthy again, but it must not make its update
+/// either: the run would go on from a state that no unbroken run has.
+#[test]
+fn no_step_behind_one_that_is_not_finite_changes_anything() -> Result<()> {
+    let _generator = seed(100);
+    let router = RouterConfig { balance_bias_rate: 0.1, top_k: Some(1), ..plain_router() };
+    let config = config(&router, &[])?;
+    for capture in [Capture::Off, Capture::Rerun] {
+        let model = tiny_model(&tiny_lora(), &router, Kind::Double)?;
+        let trained = model.trained(RoutingChoice::Router, None);
+        let mut stepper = stepper(&model, &config.optimizer, capture);
+        let batches = cut(&dataset(16), &[1], false);
+        let launch = |stepper: &mut Stepper| -> Result<StepInFlight> {
+            let data = stepper.prepare(&model, &config, &batches, None, 1);
+            let update = stepper.optimizer.scalars(&|_| 1.0);
+            stepper.launch(&model, &trained, &config, &data, &update)
+        };
+        let first = launch(&mut stepper)?;
+        let before = everything(&model, &stepper);
+        let name = "h.0.attn.c_attn.expert_0.lora_a";
+        let healthy = &before[name];
+        model.load_some(&BTreeMap::from([(name.to_owned(), healthy.full_like(f64::NAN))]))?;
+        let second = launch(&mut stepper)?;
+        model.load_some(&BTreeMap::from([(name.to_owned(), healthy.copy())]))?;
+        let third = launch(&mut stepper)?;
+        assert_eq!(stepper.optimizer.num_updates(), 3);
+        stepper.wait(first)?;
+        let error = stepper.wait(second).unwrap_err();
+        assert!(error.downcast_ref::<NotFinite>().is_some(), "{error}");
+        assert_eq!(stepper.optimizer.num_updates(), 1);
+        let error = stepper.wait(third).unwrap_err().to_string();
+        assert_eq!(error, "the step was launched behind one that was not finite");
+        assert_eq!(stepper.optimizer.num_updates(), 1);
+        for (name, tensor) in everything(&model, &stepper) {
+            assert!(tensor.equal(&before[&name]), "`{name}` has moved");
+        }
+        let next = launch(&mut stepper)?;
+        stepper.wait(next)?;
+        assert_eq!(stepper.optimizer.num_updates(), 2);
+        assert!(!model.tensors()[name].equal(&before[name]));
     }
     Ok(())
 }

@@ -26,6 +26,7 @@ use dylora::train::optim::load_rng_states;
 use dylora::train::{Ending, Event, Summary, Trainer};
 use tch::{Device, Tensor};
 
+mod ahead;
 mod fp8;
 mod frozen_router;
 mod growth;

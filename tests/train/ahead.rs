@@ -1,0 +1,120 @@
+//! Steps that are launched before the results of the step in front of them are known. On a GPU these
+//! are replays of CUDA graphs; here they are steps that are run anew from the memory that a graph
+//! would read.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Result;
+use dylora::config::Config;
+use dylora::train::graph::Capture;
+use dylora::train::metrics::StepMetrics;
+use dylora::train::{Ending, Event, Summary, Trainer};
+use tch::Device;
+
+use crate::{World, alone, check_same_tensors, data, mixture, open_base};
+
+/// Dropout, a temperature that falls and a selection bias that moves, so that no two steps are
+/// alike. Several evaluations and checkpoints come in between.
+const SETTINGS: [&str; 9] = [
+    "train.duration={steps=20}",
+    "train.eval_every_steps=8",
+    "train.checkpoint_every_steps=5",
+    "train.keep_last=9",
+    "router.temperature_schedule={start=2.0,steps=20}",
+    "router.top_k=2",
+    "router.balance_bias_rate=0.01",
+    "router.window_steps=1",
+    "router.dead_share=1e-9",
+];
+
+/// The routing may stop the run after each step, so that no step is launched ahead.
+const CHECKS_EACH_STEP: [&str; 2] = ["router.on_collapse=\"stop\"", "router.collapse_share=1.0"];
+
+fn config(world: &World, run: &str, more: &[&str]) -> Result<Config> {
+    world.config(run, &[&SETTINGS, more].concat())
+}
+
+fn trainer(config: &Config) -> Result<Trainer> {
+    let base = open_base(config)?;
+    let start = mixture(config, &base)?;
+    let mut trainer =
+        Trainer::new(config.clone(), &base, &start, data(config, &base)?, Device::Cpu)?;
+    trainer.set_capture(Capture::Rerun);
+    Ok(trainer)
+}
+
+/// Trains to the end, or until step `stop_at` is done. Returns what is known of each step but its
+/// times and memory.
+fn run(trainer: &mut Trainer, stop_at: u64) -> Result<(Vec<StepMetrics>, Summary)> {
+    let interrupt = AtomicBool::new(false);
+    let mut steps = vec![];
+    let summary = trainer.run(&interrupt, &mut |event| {
+        if let Event::Step(metrics) = event {
+            let mut step = metrics.clone();
+            (step.step_secs, step.host_secs, step.tokens_per_sec) = (0.0, 0.0, 0.0);
+            step.peak_memory_bytes = 0;
+            steps.push(step);
+            interrupt.fetch_or(metrics.step == stop_at, Ordering::Relaxed);
+        }
+    })?;
+    Ok((steps, summary))
+}
+
+#[test]
+fn a_run_that_launches_ahead_equals_one_that_does_not_to_the_bit() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let waiting = config(&world, "waiting", &CHECKS_EACH_STEP)?;
+    let ahead = config(&world, "ahead", &[])?;
+    let (expected, waiting) = run(&mut trainer(&waiting)?, 20)?;
+    let (steps, ahead) = run(&mut trainer(&ahead)?, 20)?;
+    assert_eq!(steps.len(), 20);
+    assert_eq!(steps, expected);
+    assert_eq!(ahead.state, waiting.state);
+    check_same_tensors(&waiting, &ahead)
+}
+
+/// The step that is in flight when the run is asked to stop is the last one. The two steps before
+/// the first capture are not launched ahead, and neither is a step behind an evaluation or a
+/// checkpoint.
+#[test]
+fn an_interrupted_run_ends_with_the_step_in_flight_and_can_go_on() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let (expected, unbroken) = run(&mut trainer(&config(&world, "unbroken", &[])?)?, 20)?;
+    for (stop_at, last) in [(1, 1), (2, 2), (3, 4), (4, 5), (5, 5), (6, 7), (8, 8), (19, 20)] {
+        let config = config(&world, &format!("interrupted-{stop_at}"), &[])?;
+        let (mut steps, first) = run(&mut trainer(&config)?, stop_at)?;
+        let ending = if last == 20 { Ending::Completed } else { Ending::Interrupted };
+        assert_eq!((first.ending, first.state.step), (ending, last), "stopped at {stop_at}");
+        if ending == Ending::Completed {
+            continue;
+        }
+        let base = open_base(&config)?;
+        let data = data(&config, &base)?;
+        let mut resumed =
+            Trainer::resume(config.clone(), &base, data, Device::Cpu, &first.checkpoint)?;
+        resumed.set_capture(Capture::Rerun);
+        let (rest, second) = run(&mut resumed, 20)?;
+        steps.extend(rest);
+        assert_eq!(steps, expected);
+        assert_eq!(second.state, unbroken.state);
+        check_same_tensors(&unbroken, &second)?;
+    }
+    Ok(())
+}
+
+/// A router whose rule depends on the progress of the experts is waited for in each step.
+#[test]
+fn a_hybrid_rule_sees_the_results_of_the_step_before() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let hybrid = ["router.hybrid={tokens=200}"];
+    let waiting = [&CHECKS_EACH_STEP, &hybrid[..]].concat();
+    let (expected, _) = run(&mut trainer(&config(&world, "waiting", &waiting)?)?, 20)?;
+    let (steps, _) = run(&mut trainer(&config(&world, "run", &hybrid)?)?, 20)?;
+    assert_eq!(steps, expected);
+    assert!(steps.iter().any(|step| step.mature_experts == Some(0)));
+    assert!(steps.iter().any(|step| step.mature_experts == Some(3)));
+    Ok(())
+}
