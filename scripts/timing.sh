@@ -8,3 +8,22 @@ part() {
   "$@"
   echo "-- $name: $((SECONDS - started)) s" >&2
 }
+
+# parts_by_two: reads lines `NAME: COMMAND` and runs the commands, two at a time. What a command
+# prints comes when it has ended. If one fails, no other one begins, and this fails. The commands run
+# under xargs, because the shell lets a job in the background ignore SIGINT, which some checks send.
+parts_by_two() {
+  local folder
+  folder=$(mktemp -d)
+  # shellcheck disable=SC2016
+  xargs --delimiter '\n' --max-args 1 --max-procs 2 bash -c '
+    name=${1%%: *} started=$SECONDS failed=
+    log=$(mktemp "$0/XXXX")
+    bash -c "${1#*: }" >"$log" 2>&1 </dev/null || failed=", failed"
+    exec 9>"$0/lock"
+    flock 9
+    cat "$log" >&2
+    echo "-- $name: $((SECONDS - started)) s$failed" >&2
+    [ -z "$failed" ] || exit 255' "$folder" || { rm -rf "$folder"; return 1; }
+  rm -rf "$folder"
+}
