@@ -10,8 +10,8 @@
 //! the present one, so that the device is not idle in between:
 //!
 //! ```text
-//! host     launch 1 | prepare 2 | launch 2 | wait for 1, record, report | prepare 3 | launch 3 | ..
-//! device            |           step 1            |                 step 2                      | ..
+//! host     launch 1 | prepare 2 | launch 2 | wait for 1, report | prepare 3 | launch 3 | ..
+//! device            |          step 1             |              step 2                | ..
 //! ```
 //!
 //! The host waits first if something between the two steps may read the model or end the run: an
@@ -168,7 +168,6 @@ impl Trainer {
         self.ready.is_some()
             && !must_stop
             && !may_collapse
-            && !self.evaluates_after(step)
             && !self.saves_after(step)
             && router.hybrid.is_none()
     }

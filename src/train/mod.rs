@@ -7,7 +7,7 @@
 //! ```
 //!
 //! While the device runs a step, the host prepares the next one, and launches it if nothing comes
-//! in between ([`advance`]).
+//! in between (`advance.rs`).
 
 mod advance;
 pub mod balance;
@@ -450,21 +450,8 @@ impl Trainer {
         Ok(Summary { ending, state: self.state.clone(), checkpoint, frozen_hash })
     }
 
-    /// Whether enough evaluations in a row have brought no improvement. The seeding phase is never
-    /// cut short.
-    fn stops_early(&self) -> bool {
-        let stopping = self.config.train.early_stopping;
-        let seeds = self.seeding_phase(self.state.step + 1).is_some();
-        stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience) && !seeds
-    }
-
-    /// Whether an evaluation follows step `step`.
-    fn evaluates_after(&self, step: u64) -> bool {
-        let due = self.config.train.eval_every_steps.is_some_and(|n| step.is_multiple_of(n));
-        self.data.validation.num_blocks() > 0 && (due || step == self.num_steps)
-    }
-
-    /// Whether a checkpoint follows step `step`, whatever its results are.
+    /// Whether a checkpoint follows step `step`, whatever its results are. One follows each
+    /// evaluation.
     fn saves_after(&self, step: u64) -> bool {
         let every = self.config.train.checkpoint_every_steps;
         let due = every.is_some_and(|n| step.is_multiple_of(n));

@@ -220,9 +220,10 @@ impl Stepper {
     ///
     /// # Errors
     /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the
-    /// optimizer and the selection biases are then as before the step. The same holds for steps that
-    /// were launched in the meantime, for which this fails as well; a step that is launched later
-    /// makes its update. Fails too if another process of the world has failed.
+    /// optimizer and the selection biases are then as before the step. Steps that were launched
+    /// before this call have changed nothing either, and waiting for them fails as well; steps that
+    /// are launched after it make their updates. Fails too if another process of the world has
+    /// failed.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
         let StepInFlight { results, label_counts, supervised_tokens, update_number, .. } = pending;
         let ResultsInFlight { numbers, parts } = results;

@@ -100,6 +100,20 @@ impl Trainer {
         domains.zip(asked).map(share).collect()
     }
 
+    /// Whether enough evaluations in a row have brought no improvement. The seeding phase is never
+    /// cut short.
+    pub(super) fn stops_early(&self) -> bool {
+        let stopping = self.config.train.early_stopping;
+        let seeds = self.seeding_phase(self.state.step + 1).is_some();
+        stopping.is_some_and(|s| self.state.evals_without_improvement >= s.patience) && !seeds
+    }
+
+    /// Whether an evaluation follows step `step`.
+    pub(super) fn evaluates_after(&self, step: u64) -> bool {
+        let due = self.config.train.eval_every_steps.is_some_and(|n| step.is_multiple_of(n));
+        self.data.validation.num_blocks() > 0 && (due || step == self.num_steps)
+    }
+
     /// Evaluates on the validation sets, and updates the best loss, the early-stopping counter and
     /// the stage's losses.
     pub(super) fn validate(

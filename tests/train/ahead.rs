@@ -1,6 +1,6 @@
-//! Steps that are launched before the results of the step in front of them are known. On a GPU these
-//! are replays of CUDA graphs; here they are steps that are run anew from the memory that a graph
-//! would read.
+//! Steps that are launched before the results of the step in front of them are known. On a GPU,
+//! these are replays of CUDA graphs; here, the steps are run anew on the memory that a graph would
+//! read.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +11,7 @@ use dylora::train::metrics::StepMetrics;
 use dylora::train::{Ending, Event, Summary, Trainer};
 use tch::Device;
 
-use crate::{World, alone, check_same_tensors, data, mixture, open_base};
+use crate::{World, alone, check_same_tensors, data, mixture, open_base, tensors};
 
 /// Dropout, a temperature that falls and a selection bias that moves, so that no two steps are
 /// alike. Several evaluations and checkpoints come in between.
@@ -109,12 +109,34 @@ fn an_interrupted_run_ends_with_the_step_in_flight_and_can_go_on() -> Result<()>
 fn a_hybrid_rule_sees_the_results_of_the_step_before() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
-    let hybrid = ["router.hybrid={tokens=200}"];
+    let hybrid = ["router.hybrid={tokens=140}"];
     let waiting = [&CHECKS_EACH_STEP, &hybrid[..]].concat();
     let (expected, _) = run(&mut trainer(&config(&world, "waiting", &waiting)?)?, 20)?;
     let (steps, _) = run(&mut trainer(&config(&world, "run", &hybrid)?)?, 20)?;
     assert_eq!(steps, expected);
-    assert!(steps.iter().any(|step| step.mature_experts == Some(0)));
-    assert!(steps.iter().any(|step| step.mature_experts == Some(3)));
+    let last_young = steps.iter().rposition(|step| step.mature_experts < Some(3));
+    // after steps 5 and 8, nothing is launched ahead anyway
+    assert_eq!(last_young, Some(5), "all experts are mature after step 7");
+    Ok(())
+}
+
+/// The checkpoint of a run that stops holds the step after which the routing had collapsed.
+#[test]
+fn no_step_is_launched_where_the_routing_may_stop_the_run() -> Result<()> {
+    let _alone = alone();
+    let world = World::new()?;
+    let windows = ["router.window_steps=4", "router.collapse_share=0.1"];
+    let stops = [&windows[..], &["router.on_collapse=\"stop\""]].concat();
+    let warns = [&windows[..], &["train.checkpoint_every_steps=4"]].concat();
+    let (expected, _) = run(&mut trainer(&config(&world, "warns", &warns)?)?, 4)?;
+    let (steps, stopped) = run(&mut trainer(&config(&world, "stops", &stops)?)?, 20)?;
+    assert_eq!((stopped.ending, stopped.state.step), (Ending::Collapsed, 4));
+    assert_eq!(steps, expected);
+    let found = tensors(&stopped.checkpoint)?;
+    let expected = tensors(&world.path("warns/checkpoints/step-00000004"))?;
+    assert!(found.keys().eq(expected.keys()));
+    for (name, tensor) in &found {
+        assert!(tensor.equal(&expected[name]), "`{name}` differs");
+    }
     Ok(())
 }
