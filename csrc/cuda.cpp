@@ -430,6 +430,7 @@ cudaEvent_t dylora_cuda_mark(int device) {
     auto status = cudaEventCreate(&mark);
     if (status == cudaSuccess) {
       status = cudaEventRecord(mark, c10::cuda::getCurrentCUDAStream(device).stream());
+      if (status != cudaSuccess) cudaEventDestroy(mark);
     }
     TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
     return mark;

@@ -3,7 +3,8 @@
 //!
 //! A [`Row`] is measured by whole steps on random tokens. A step is forward pass, loss, backward
 //! pass, clipping, and AdamW on experts and router, by the code of [`crate::train`]; [`rows`] says
-//! which rows differ. A step ends when the device has finished. Each row has a model of its own on
+//! which rows differ. A step ends when the host has its results; in rows that launch a step ahead,
+//! the next one runs by then, and lasts until its results come. Each row has a model of its own on
 //! the same base, and sees the same tokens in the same order. In a world of several processes, they
 //! share the blocks of each step, and add up their gradients as in a run; the times are those of
 //! the first process.
@@ -169,9 +170,9 @@ impl Bench {
         let mut take =
             || StepBlocks { whole: stream.take(dataset, per_step), own: first..first + own };
         let mut next = take();
-        self.time(|| {
+        self.time(|after| {
             let now = std::mem::replace(&mut next, take());
-            subject.step(dataset, &now, &next)
+            subject.step(dataset, &now, (after > 0).then_some(&next))
         })
     }
 
@@ -185,19 +186,21 @@ impl Bench {
     ) -> Result<Steps> {
         let num_new = self.settings.warmup + self.settings.steps;
         let mut engine = generation::engine(model, dataset, num_texts, num_new)?;
-        self.time(|| {
+        self.time(|_| {
             let events = engine.step();
             let losses = events.iter().map(|event| -event.token.log_prob);
             Ok(losses.sum::<f64>() / events.len() as f64)
         })
     }
 
-    /// Times the steps that `step` takes. It returns the loss of each, when the host knows it.
-    fn time(&self, mut step: impl FnMut() -> Result<f64>) -> Result<Steps> {
+    /// Times the steps that `step` takes, which gets the number of steps after the one that it
+    /// takes, and returns once the host knows the loss.
+    fn time(&self, mut step: impl FnMut(usize) -> Result<f64>) -> Result<Steps> {
         let mut steps = Steps { ms: vec![], losses: vec![], first_unix_secs: 0.0 };
-        for i in 0..self.settings.warmup + self.settings.steps {
+        let num_steps = self.settings.warmup + self.settings.steps;
+        for i in 0..num_steps {
             let started = Instant::now();
-            steps.losses.push(step()?);
+            steps.losses.push(step(num_steps - 1 - i)?);
             steps.ms.push(ms_since(started));
             if i == 0 {
                 steps.first_unix_secs = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();

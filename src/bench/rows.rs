@@ -207,14 +207,14 @@ impl Subject {
         self.stepper.capture_time()
     }
 
-    /// Runs a step on the blocks `now`. The step after it is on the blocks `next`; in some rows, it
-    /// is prepared or launched meanwhile. Returns the mean loss of the label tokens of `now` before
+    /// Runs a step on the blocks `now`. If one on the blocks `next` follows, it is prepared or
+    /// launched meanwhile in some rows. Returns the mean loss of the label tokens of `now` before
     /// the update, in nats.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,
         now: &StepBlocks,
-        next: &StepBlocks,
+        next: Option<&StepBlocks>,
     ) -> Result<f64> {
         let loss = match self.row {
             Row::Base => self.backward_of_base(dataset, now.own()),
@@ -232,7 +232,7 @@ impl Subject {
         &mut self,
         dataset: &TokenDataset,
         now: &StepBlocks,
-        next: &StepBlocks,
+        next: Option<&StepBlocks>,
     ) -> Result<f64> {
         let pending = match self.next.take() {
             Some(NextStep::InFlight(pending)) => pending,
@@ -242,11 +242,13 @@ impl Subject {
                 self.launch(&step)?
             }
         };
-        let step = self.prepare(dataset, next);
-        self.next = Some(match pending.is_replay() {
-            true => NextStep::InFlight(self.launch(&step)?),
-            false => NextStep::Prepared(step),
-        });
+        if let Some(next) = next {
+            let step = self.prepare(dataset, next);
+            self.next = Some(match pending.is_replay() {
+                true => NextStep::InFlight(self.launch(&step)?),
+                false => NextStep::Prepared(step),
+            });
+        }
         Ok(self.stepper.wait(pending)?.loss)
     }
 

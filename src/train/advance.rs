@@ -81,8 +81,9 @@ struct StepTimes {
 }
 
 impl Trainer {
-    /// Runs the next step. While the device works, the data of the step after it is prepared, and
-    /// that step is launched if nothing comes in between.
+    /// Ends the next step, which is launched first if it is not in flight. While the device works,
+    /// the data of the step after it is prepared, and that step is launched if nothing comes in
+    /// between.
     ///
     /// - `interrupt`: whether this process was asked to stop
     pub(super) fn step(&mut self, interrupt: &AtomicBool) -> Result<StepMetrics> {
@@ -96,11 +97,15 @@ impl Trainer {
         if step < self.num_steps && !self.opens_column_after(step) {
             self.ready = Some(self.prepare(step + 1));
         }
-        if pending.is_replay() && self.goes_on_behind(step, interrupt) {
-            self.in_flight = Some(self.launch(step + 1, interrupt, true));
+        self.goes_on = self.may_launch_after(step, interrupt);
+        if self.goes_on && pending.is_replay() {
+            self.in_flight = Some(ffi::caught(|| self.launch(step + 1, interrupt, true)));
         }
         let marks = pending.marks.take();
-        let result = self.stepper.wait(pending)?;
+        let result = self.stepper.wait(pending).map_err(|error| match self.in_flight.take() {
+            Some(Err(next)) => error.context(format!("the next step was not launched: {next:#}")),
+            _ => error,
+        })?;
         self.stops = result.stops;
         let before = self.last_end.replace(StepEnd { at: Instant::now(), marks });
         let state = &mut self.state;
@@ -156,16 +161,18 @@ impl Trainer {
     }
 
     /// Whether the step after step `step` may be launched before the results of step `step` are
-    /// known: nothing reads the model in between, and the run goes on whatever they are. All
-    /// processes of a world decide alike.
-    fn goes_on_behind(&self, step: u64, interrupt: &AtomicBool) -> bool {
+    /// known, because nothing reads the model in between, and only an error can end the run there.
+    /// All processes of a world decide alike, though some may not launch it: whether a step is
+    /// replayed depends on the shapes that a process has seen.
+    fn may_launch_after(&self, step: u64, interrupt: &AtomicBool) -> bool {
         let must_stop = match self.world.is_single() {
             true => interrupt.load(Ordering::Relaxed),
             false => self.stops,
         };
         let router = &self.config.router;
         let may_collapse = router.on_collapse == OnCollapse::Stop && self.window_ends_after(step);
-        self.ready.is_some()
+        self.stepper.may_capture()
+            && self.ready.is_some()
             && !must_stop
             && !may_collapse
             && !self.saves_after(step)
@@ -177,8 +184,8 @@ impl Trainer {
     /// - `before`: the end of the step before it
     fn times(&self, queued: Queued, before: Option<StepEnd>) -> Result<StepTimes> {
         match (queued, before, &self.last_end) {
-            (Queued::Alone { started, idle }, ..) => Ok(StepTimes {
-                step_secs: started.elapsed().as_secs_f64(),
+            (Queued::Alone { started, idle }, _, Some(end)) => Ok(StepTimes {
+                step_secs: end.at.duration_since(started).as_secs_f64(),
                 host_secs: idle.as_secs_f64(),
             }),
             (Queued::Behind, Some(before), Some(end)) => {
@@ -189,7 +196,7 @@ impl Trainer {
                     host_secs: idle.transpose()?.unwrap_or(0.0),
                 })
             }
-            (Queued::Behind, ..) => unreachable!("a step that is behind another one follows it"),
+            _ => unreachable!("this step has ended, and a step that is behind another follows it"),
         }
     }
 

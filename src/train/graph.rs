@@ -31,7 +31,7 @@ use super::output::StepOutput;
 use super::prepared::SeedingPhase;
 use crate::config::{Config, Kernels, Method};
 use crate::ffi;
-use crate::ffi::cuda::Graph;
+use crate::ffi::cuda::{Graph, Mark};
 use crate::model::RoutedModel;
 use crate::model::batch::InputLayout;
 
@@ -120,6 +120,9 @@ impl<'a> Parts<'a> {
 /// The graphs of a run.
 #[derive(Debug)]
 pub(super) struct Graphs {
+    /// What was chosen.
+    chosen: Capture,
+    /// The same, but off once a capture has failed.
     capture: Capture,
     device: Device,
     shapes: HashMap<Key, Shape>,
@@ -128,8 +131,11 @@ pub(super) struct Graphs {
     num_recorded: usize,
     /// Time that the captures took.
     pub capture_time: Duration,
-    /// Number of parts of steps that were launched as graphs.
+    /// Number of parts of steps that were launched as graphs, or in their place with
+    /// [`Capture::Rerun`].
     pub num_replays: u64,
+    /// The place in the device's queue at which the first graph of the last step stands.
+    pub begin: Option<Mark>,
     /// The last logged reason why steps are not captured.
     logged_reason: Option<&'static str>,
 }
@@ -157,6 +163,7 @@ enum Recorded {
 impl Graphs {
     pub fn new(capture: Capture, device: Device) -> Self {
         Self {
+            chosen: capture,
             capture,
             device,
             shapes: HashMap::new(),
@@ -164,6 +171,7 @@ impl Graphs {
             num_recorded: 0,
             capture_time: Duration::ZERO,
             num_replays: 0,
+            begin: None,
             logged_reason: None,
         }
     }
@@ -261,6 +269,9 @@ impl Graphs {
         }
         match &shape.recorded[part] {
             Recorded::Graph(graph, output) => {
+                if part == 0 {
+                    self.begin = Some(self.mark()?);
+                }
                 self.graphs[*graph].replay()?;
                 self.num_replays += 1;
                 Ok(output.as_ref().map(StepOutput::shallow_clone))
@@ -273,8 +284,21 @@ impl Graphs {
     }
 
     fn new_graph(&self) -> Result<Graph> {
+        Graph::new(self.device_index())
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        Mark::new(self.device_index())
+    }
+
+    fn device_index(&self) -> usize {
         let Device::Cuda(device) = self.device else { unreachable!("graphs are CUDA's") };
-        Graph::new(device)
+        device
+    }
+
+    /// Whether steps were to be captured when the run began.
+    pub fn may_capture(&self) -> bool {
+        self.chosen != Capture::Off
     }
 
     fn warm_up(&mut self, shape: &Shape, run: &Run<'_>) -> Result<Option<StepOutput>> {

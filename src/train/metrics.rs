@@ -83,13 +83,14 @@ pub struct StepMetrics {
     pub learning_rates: BTreeMap<String, f64>,
     /// Target tokens of the step.
     pub label_tokens: u64,
-    /// Wall-clock time of the step.
+    /// Wall-clock time from the launch of the step to its results, or from the results of the step
+    /// before if it was launched ahead of them.
     #[serde(deserialize_with = "number")]
     pub step_secs: f64,
     /// Wall-clock time for which the device had nothing to do before the step. It begins with the
     /// end of the previous step, or of an evaluation or checkpoint after that, and ends when the
     /// step is in the device's queue (without a graph: when its first kernel is). Gaps within the
-    /// step do not count.
+    /// step do not count. Of a step that was launched ahead, this is measured on the device.
     #[serde(default, deserialize_with = "number")]
     pub host_secs: f64,
     /// Positions of the step, padding included, per second of wall-clock time.

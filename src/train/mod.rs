@@ -42,7 +42,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tch::{Device, Tensor};
 
 use crate::base::Base;
@@ -142,12 +142,14 @@ pub struct Trainer {
     stepper: Stepper,
     data: Datasets,
     state: TrainState,
-    /// The training blocks after those of `ready`.
+    /// The training blocks after those of `ready` and `in_flight`.
     stream: BlockStream,
     /// The data of the next step, if it is already prepared.
     ready: Option<advance::PreparedStep>,
     /// The next step, if it was launched before the results of the last one were known.
     in_flight: Option<Result<advance::Launched>>,
+    /// Whether it had been decided before the end of the last step that the run goes on.
+    goes_on: bool,
     /// The end of the last step; `None` before the first one and after an evaluation or checkpoint.
     last_end: Option<advance::StepEnd>,
     num_steps: u64,
@@ -320,6 +322,7 @@ impl Trainer {
             stream,
             ready: None,
             in_flight: None,
+            goes_on: false,
             last_end: None,
             num_steps,
             frozen_hash,
@@ -362,7 +365,8 @@ impl Trainer {
     /// # Errors
     /// Fails if another process trains in the run's folder, if a loss or gradient is NaN or
     /// infinite ([`step::NotFinite`]), if a frozen tensor has changed, or if a file cannot be
-    /// written. The last checkpoint then stays whole and in place.
+    /// written. The last checkpoint then stays whole and in place, and another trainer can resume
+    /// from it; this one cannot go on.
     pub fn run(
         &mut self,
         interrupt: &AtomicBool,
@@ -460,7 +464,12 @@ impl Trainer {
 
     /// Writes a checkpoint and returns its folder. In a world, all processes call this, and the
     /// first one writes.
+    ///
+    /// # Errors
+    /// Fails if an error has ended the run while a step was in flight, or if a file cannot be
+    /// written.
     pub fn save(&self) -> Result<PathBuf> {
+        ensure!(self.in_flight.is_none(), "the model has changed after step {}", self.state.step);
         let generators = self.all_generators()?;
         if !self.world.is_first() {
             return Ok(checkpoint::step_folder(&self.config.run.dir, self.state.step));

@@ -91,13 +91,14 @@ pub struct StepInFlight {
 /// Where a step begins and ends in the queue of a GPU.
 #[derive(Debug)]
 pub(super) struct Marks {
+    /// In front of the first graph, or of the first kernel of a step without graphs.
     pub begin: Mark,
     pub end: Mark,
 }
 
 impl StepInFlight {
-    /// Whether the step was launched as CUDA graphs, so that the device works while the host
-    /// launches the next step.
+    /// Whether the step was launched as CUDA graphs (or in their place, with
+    /// [`Capture::Rerun`]), so that the device works while the host launches the next step.
     pub fn is_replay(&self) -> bool {
         self.is_replay
     }
@@ -115,6 +116,11 @@ impl Stepper {
             has_failed: Tensor::zeros([], (Kind::Bool, device)),
             knows_of_failure: false,
         }
+    }
+
+    /// Whether steps were to be captured when the run began; alike in all processes of a world.
+    pub(super) fn may_capture(&self) -> bool {
+        self.graphs.may_capture()
     }
 
     /// Chooses whether steps are captured, before the first one.
@@ -166,7 +172,7 @@ impl Stepper {
         update: &[f64],
     ) -> Result<StepInFlight> {
         let mut busy_from = Instant::now();
-        let begin = self.mark()?;
+        let start = self.mark()?;
         let num_replays = self.graphs.num_replays;
         let scalars = step.scalars(update);
         let num_micro_batches = self.num_micro_batches(config, step.num_micro_batches());
@@ -194,6 +200,7 @@ impl Stepper {
             busy_from = Instant::now();
         }
         let results = output.fetch()?;
+        let begin = self.graphs.begin.take().or(start);
         let marks = begin.zip(self.mark()?).map(|(begin, end)| Marks { begin, end });
         self.optimizer.count_update();
         Ok(StepInFlight {
@@ -221,9 +228,9 @@ impl Stepper {
     /// # Errors
     /// Fails with [`NotFinite`] if a loss or gradient is NaN or infinite. The parameters, the
     /// optimizer and the selection biases are then as before the step. Steps that were launched
-    /// before this call have changed nothing either, and waiting for them fails as well; steps that
-    /// are launched after it make their updates. Fails too if another process of the world has
-    /// failed.
+    /// between this one and this call have changed nothing either; waiting for them fails as well,
+    /// and must be done before another step is launched, which then makes its update. Fails too if
+    /// another process of the world has failed.
     pub fn wait(&mut self, pending: StepInFlight) -> Result<StepResult> {
         let StepInFlight { results, label_counts, supervised_tokens, update_number, .. } = pending;
         let ResultsInFlight { numbers, parts } = results;

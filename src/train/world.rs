@@ -82,16 +82,16 @@ impl Trainer {
     }
 
     /// Whether to save and stop after the step just done, since somebody has asked for it. If the
-    /// next step is in flight already, the run stops after that one. A process that is alone also
-    /// looks after the evaluation, during which somebody may have asked as well.
+    /// next step may be in flight already, the run stops after that one. After an evaluation,
+    /// during which somebody may have asked as well, the processes ask each other.
     pub(super) fn must_stop(&self, interrupt: &AtomicBool) -> Result<bool> {
         match self.world.is_single() {
-            _ if self.in_flight.is_some() => Ok(false),
-            true => Ok(interrupt.load(Ordering::Relaxed)),
+            true => Ok(self.in_flight.is_none() && interrupt.load(Ordering::Relaxed)),
             false if self.evaluates_after(self.state.step) => {
                 self.world.any(self.stops || interrupt.load(Ordering::Relaxed))
             }
-            false => Ok(self.stops),
+            // not `in_flight`, in which processes may differ
+            false => Ok(self.stops && !self.goes_on),
         }
     }
 

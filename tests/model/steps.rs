@@ -118,8 +118,8 @@ fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
     Ok(())
 }
 
-/// Three steps are launched before the first one is waited for, and the second one is not finite.
-/// The third one is, since its parameters are healthy again, but it must not make its update
+/// Three steps are launched before the first one is waited for. The second one is not finite. The
+/// third one is finite, since its parameters are healthy again, but it must not make its update
 /// either: the run would go on from a state that no unbroken run has.
 #[test]
 fn no_step_behind_one_that_is_not_finite_changes_anything() -> Result<()> {
