@@ -3,8 +3,8 @@
 //!
 //! A [`Row`] is measured by whole steps on random tokens. A step is forward pass, loss, backward
 //! pass, clipping, and AdamW on experts and router, by the code of [`crate::train`]; [`rows`] says
-//! which rows differ. A step ends when the host has its results; in rows that launch a step ahead,
-//! the next one runs by then, and lasts until its results come. Each row has a model of its own on
+//! which rows differ. A step lasts until the host has its results. In rows that launch steps ahead,
+//! it begins with the results of the step before. Each row has a model of its own on
 //! the same base, and sees the same tokens in the same order. In a world of several processes, they
 //! share the blocks of each step, and add up their gradients as in a run; the times are those of
 //! the first process.

@@ -102,7 +102,7 @@ impl Trainer {
             self.in_flight = Some(ffi::caught(|| self.launch(step + 1, interrupt, true)));
         }
         let marks = pending.marks.take();
-        let result = self.stepper.wait(pending).map_err(|error| match self.in_flight.take() {
+        let result = self.stepper.wait(pending).map_err(|error| match &self.in_flight {
             Some(Err(next)) => error.context(format!("the next step was not launched: {next:#}")),
             _ => error,
         })?;
