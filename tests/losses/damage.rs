@@ -426,6 +426,7 @@ fn every_function_of_the_c_interface_catches_exceptions() -> Result<()> {
         "cuda_kernels",
         "cuda_graph_free",
         "cuda_fetched",
+        "cuda_mark_free",
         "hide_warnings",
         "store_free",
         "pending_free",
