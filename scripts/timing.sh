@@ -9,9 +9,10 @@ part() {
   echo "-- $name: $((SECONDS - started)) s" >&2
 }
 
-# parts_by_two: reads lines `NAME: COMMAND` and runs the commands, two at a time. What a command
-# prints comes when it has ended. If one fails, no other one begins, and this fails. The commands run
-# under xargs, because the shell lets a job in the background ignore SIGINT, which some checks send.
+# parts_by_two: reads lines `NAME: COMMAND` from stdin and runs the commands, two at a time. The output
+# of a command is printed when the command has ended. If one fails, no further command is started, and
+# the function fails. xargs starts the commands, because the shell would make them ignore SIGINT if it
+# started them in the background, and some checks send that signal.
 parts_by_two() {
   local folder
   folder=$(mktemp -d)

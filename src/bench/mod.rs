@@ -170,9 +170,9 @@ impl Bench {
         let mut take =
             || StepBlocks { whole: stream.take(dataset, per_step), own: first..first + own };
         let mut next = take();
-        self.time(|after| {
+        self.time(|is_followed| {
             let now = std::mem::replace(&mut next, take());
-            subject.step(dataset, &now, (after > 0).then_some(&next))
+            subject.step(dataset, &now, is_followed.then_some(&next))
         })
     }
 
@@ -193,14 +193,14 @@ impl Bench {
         })
     }
 
-    /// Times the steps that `step` takes, which gets the number of steps after the one that it
-    /// takes, and returns once the host knows the loss.
-    fn time(&self, mut step: impl FnMut(usize) -> Result<f64>) -> Result<Steps> {
+    /// Times the steps that `step` takes. It gets whether another step follows, and returns the
+    /// loss once the host knows it.
+    fn time(&self, mut step: impl FnMut(bool) -> Result<f64>) -> Result<Steps> {
         let mut steps = Steps { ms: vec![], losses: vec![], first_unix_secs: 0.0 };
         let num_steps = self.settings.warmup + self.settings.steps;
         for i in 0..num_steps {
             let started = Instant::now();
-            steps.losses.push(step(num_steps - 1 - i)?);
+            steps.losses.push(step(i + 1 < num_steps)?);
             steps.ms.push(ms_since(started));
             if i == 0 {
                 steps.first_unix_secs = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();

@@ -207,9 +207,9 @@ impl Subject {
         self.stepper.capture_time()
     }
 
-    /// Runs a step on the blocks `now`. If one on the blocks `next` follows, it is prepared or
-    /// launched meanwhile in some rows. Returns the mean loss of the label tokens of `now` before
-    /// the update, in nats.
+    /// Runs a step on the blocks `now`, and returns the mean loss of their label tokens before the
+    /// update, in nats. In some rows, a step on the blocks `next`, if there is one, is prepared or
+    /// launched meanwhile.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,

@@ -285,10 +285,7 @@ impl Graph {
         let library = library()?;
         // SAFETY: the call takes no pointers
         let pointer = unsafe { (library.graph_new)(device as c_int) };
-        if pointer.is_null() {
-            return Err(library.error());
-        }
-        Ok(Self { library, pointer })
+        Ok(Self { library, pointer: library.made(pointer)? })
     }
 
     /// Runs `f` on the graph's stream without capturing. This creates the handles and workspaces
@@ -341,6 +338,11 @@ impl Drop for Graph {
 }
 
 impl Library {
+    /// What a function of the library has made; it returns null if it failed.
+    fn made<T>(&self, pointer: *mut T) -> Result<*mut T> {
+        if pointer.is_null() { Err(self.error()) } else { Ok(pointer) }
+    }
+
     fn check(&self, status: c_int) -> Result<()> {
         if status < 0 { Err(self.error()) } else { Ok(()) }
     }
@@ -390,9 +392,7 @@ impl Library {
         unsafe {
             let (n, options) = (pointers.len() as c_int, pointers.as_ptr());
             let code = (self.compile)(source.as_ptr(), options, n, &mut size);
-            if code.is_null() {
-                return Err(self.error()).context("cannot compile the kernels");
-            }
+            let code = self.made(code).context("cannot compile the kernels")?;
             let copy = std::slice::from_raw_parts(code.cast::<u8>(), size).to_vec();
             (self.free)(code.cast());
             Ok(copy)

@@ -1,5 +1,5 @@
 //! A step of generation by the operations of [`crate::ffi::step`]: each text gets one new position.
-//! It computes the same as the blocks of [`super::block`] with a cache. Between blocks, the
+//! Its results are those of the blocks of [`super::block`] with a cache. Between blocks, the
 //! residual stream is not complete: the output of the last linear layer is kept beside `x`, and the
 //! next norm adds it with the layer's bias.
 //!

@@ -134,7 +134,8 @@ pub(super) struct Graphs {
     /// Number of parts of steps that were launched as graphs, or in their place with
     /// [`Capture::Rerun`].
     pub num_replays: u64,
-    /// The place in the device's queue at which the first graph of the last step stands.
+    /// Where the last step begins in a GPU's queue: in front of its first graph, or of its first
+    /// kernel if it has no graph, where the caller has put it.
     pub begin: Option<Mark>,
     /// The last logged reason why steps are not captured.
     logged_reason: Option<&'static str>,
@@ -270,7 +271,7 @@ impl Graphs {
         match &shape.recorded[part] {
             Recorded::Graph(graph, output) => {
                 if part == 0 {
-                    self.begin = Some(self.mark()?);
+                    self.begin = self.mark()?;
                 }
                 self.graphs[*graph].replay()?;
                 self.num_replays += 1;
@@ -284,16 +285,16 @@ impl Graphs {
     }
 
     fn new_graph(&self) -> Result<Graph> {
-        Graph::new(self.device_index())
-    }
-
-    fn mark(&self) -> Result<Mark> {
-        Mark::new(self.device_index())
-    }
-
-    fn device_index(&self) -> usize {
         let Device::Cuda(device) = self.device else { unreachable!("graphs are CUDA's") };
-        device
+        Graph::new(device)
+    }
+
+    /// Marks the present end of the queue, if the device has one.
+    pub fn mark(&self) -> Result<Option<Mark>> {
+        match self.device {
+            Device::Cuda(device) => Ok(Some(Mark::new(device)?)),
+            _ => Ok(None),
+        }
     }
 
     /// Whether steps were to be captured when the run began.

@@ -90,7 +90,7 @@ pub struct StepMetrics {
     /// Wall-clock time for which the device had nothing to do before the step. It begins with the
     /// end of the previous step, or of an evaluation or checkpoint after that, and ends when the
     /// step is in the device's queue (without a graph: when its first kernel is). Gaps within the
-    /// step do not count. Of a step that was launched ahead, this is measured on the device.
+    /// step do not count. The device itself measures it for a step that was launched ahead.
     #[serde(default, deserialize_with = "number")]
     pub host_secs: f64,
     /// Positions of the step, padding included, per second of wall-clock time.

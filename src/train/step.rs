@@ -1,9 +1,10 @@
 //! One step: forward passes, gradients, clipping, AdamW, and what is measured with them.
 //!
 //! [`Stepper::launch`] puts a step in the device's queue, and [`Stepper::wait`] waits for its
-//! results, which take one transfer. In between, the host is free to prepare the next step, and to
-//! launch it as well. No step waits for the host: if a loss or gradient is not finite, the device
-//! skips the update and those of all steps that are already behind it, and `wait` returns an error.
+//! results, which take one transfer. In between, the host is free to prepare and launch the next
+//! step. No step waits for the host. If a loss or gradient is not finite, the device skips the
+//! update of that step and of all steps that have been launched after it, and `wait` returns an
+//! error.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -91,7 +92,6 @@ pub struct StepInFlight {
 /// Where a step begins and ends in the queue of a GPU.
 #[derive(Debug)]
 pub(super) struct Marks {
-    /// In front of the first graph, or of the first kernel of a step without graphs.
     pub begin: Mark,
     pub end: Mark,
 }
@@ -172,7 +172,7 @@ impl Stepper {
         update: &[f64],
     ) -> Result<StepInFlight> {
         let mut busy_from = Instant::now();
-        let start = self.mark()?;
+        self.graphs.begin = self.graphs.mark()?;
         let num_replays = self.graphs.num_replays;
         let scalars = step.scalars(update);
         let num_micro_batches = self.num_micro_batches(config, step.num_micro_batches());
@@ -200,8 +200,7 @@ impl Stepper {
             busy_from = Instant::now();
         }
         let results = output.fetch()?;
-        let begin = self.graphs.begin.take().or(start);
-        let marks = begin.zip(self.mark()?).map(|(begin, end)| Marks { begin, end });
+        let marks = self.graphs.begin.take().zip(self.graphs.mark()?);
         self.optimizer.count_update();
         Ok(StepInFlight {
             results,
@@ -209,17 +208,9 @@ impl Stepper {
             supervised_tokens: step.supervised_tokens,
             update_number: self.optimizer.num_updates(),
             is_replay,
-            marks,
+            marks: marks.map(|(begin, end)| Marks { begin, end }),
             busy_from,
         })
-    }
-
-    /// Marks the present end of the queue, if the device has one.
-    fn mark(&self) -> Result<Option<Mark>> {
-        match self.has_failed.device() {
-            Device::Cuda(device) => Ok(Some(Mark::new(device)?)),
-            _ => Ok(None),
-        }
     }
 
     /// Waits for a step and takes its results. Steps are waited for in the order in which they were

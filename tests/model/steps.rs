@@ -119,8 +119,8 @@ fn a_step_that_is_not_finite_changes_nothing_and_says_so() -> Result<()> {
 }
 
 /// Three steps are launched before the first one is waited for. The second one is not finite. The
-/// third one is finite, since its parameters are healthy again, but it must not make its update
-/// either: the run would go on from a state that no unbroken run has.
+/// third one is finite, because the parameters have been repaired, but it must not make its update
+/// either: otherwise the model would be one that no run without launching ahead can reach.
 #[test]
 fn no_step_behind_one_that_is_not_finite_changes_anything() -> Result<()> {
     let _generator = seed(100);

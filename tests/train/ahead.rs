@@ -2,19 +2,19 @@
 //! these are replays of CUDA graphs; here, the steps are run anew on the memory that a graph would
 //! read.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Result;
 use dylora::config::Config;
 use dylora::train::graph::Capture;
 use dylora::train::metrics::StepMetrics;
-use dylora::train::{Ending, Event, Summary, Trainer};
-use tch::Device;
+use dylora::train::{Ending, Event, Summary};
 
-use crate::{World, alone, check_same_tensors, data, mixture, open_base, tensors};
+use crate::{World, alone, check_same_checkpoints, check_same_tensors};
 
-/// Dropout, a temperature that falls and a selection bias that moves, so that no two steps are
-/// alike. Several evaluations and checkpoints come in between.
+/// There are dropout, a temperature that falls and a selection bias that moves, so that no two
+/// steps are alike, and evaluations and checkpoints between the steps.
 const SETTINGS: [&str; 9] = [
     "train.duration={steps=20}",
     "train.eval_every_steps=8",
@@ -34,18 +34,15 @@ fn config(world: &World, run: &str, more: &[&str]) -> Result<Config> {
     world.config(run, &[&SETTINGS, more].concat())
 }
 
-fn trainer(config: &Config) -> Result<Trainer> {
-    let base = open_base(config)?;
-    let start = mixture(config, &base)?;
-    let mut trainer =
-        Trainer::new(config.clone(), &base, &start, data(config, &base)?, Device::Cpu)?;
+/// Trains from the start or from a checkpoint, to the end or until step `stop_at` is done. Returns
+/// what is known of each step but its times and memory.
+fn run(
+    config: &Config,
+    resume: Option<&Path>,
+    stop_at: u64,
+) -> Result<(Vec<StepMetrics>, Summary)> {
+    let mut trainer = crate::trainer(config, resume)?;
     trainer.set_capture(Capture::Rerun);
-    Ok(trainer)
-}
-
-/// Trains to the end, or until step `stop_at` is done. Returns what is known of each step but its
-/// times and memory.
-fn run(trainer: &mut Trainer, stop_at: u64) -> Result<(Vec<StepMetrics>, Summary)> {
     let interrupt = AtomicBool::new(false);
     let mut steps = vec![];
     let summary = trainer.run(&interrupt, &mut |event| {
@@ -66,8 +63,8 @@ fn a_run_that_launches_ahead_equals_one_that_does_not_to_the_bit() -> Result<()>
     let world = World::new()?;
     let waiting = config(&world, "waiting", &CHECKS_EACH_STEP)?;
     let ahead = config(&world, "ahead", &[])?;
-    let (expected, waiting) = run(&mut trainer(&waiting)?, 20)?;
-    let (steps, ahead) = run(&mut trainer(&ahead)?, 20)?;
+    let (expected, waiting) = run(&waiting, None, 20)?;
+    let (steps, ahead) = run(&ahead, None, 20)?;
     assert_eq!(steps.len(), 20);
     assert_eq!(steps, expected);
     assert_eq!(ahead.state, waiting.state);
@@ -81,21 +78,16 @@ fn a_run_that_launches_ahead_equals_one_that_does_not_to_the_bit() -> Result<()>
 fn an_interrupted_run_ends_with_the_step_in_flight_and_can_go_on() -> Result<()> {
     let _alone = alone();
     let world = World::new()?;
-    let (expected, unbroken) = run(&mut trainer(&config(&world, "unbroken", &[])?)?, 20)?;
+    let (expected, unbroken) = run(&config(&world, "unbroken", &[])?, None, 20)?;
     for (stop_at, last) in [(1, 1), (2, 2), (3, 4), (4, 5), (5, 5), (6, 7), (8, 8), (19, 20)] {
         let config = config(&world, &format!("interrupted-{stop_at}"), &[])?;
-        let (mut steps, first) = run(&mut trainer(&config)?, stop_at)?;
+        let (mut steps, first) = run(&config, None, stop_at)?;
         let ending = if last == 20 { Ending::Completed } else { Ending::Interrupted };
         assert_eq!((first.ending, first.state.step), (ending, last), "stopped at {stop_at}");
         if ending == Ending::Completed {
             continue;
         }
-        let base = open_base(&config)?;
-        let data = data(&config, &base)?;
-        let mut resumed =
-            Trainer::resume(config.clone(), &base, data, Device::Cpu, &first.checkpoint)?;
-        resumed.set_capture(Capture::Rerun);
-        let (rest, second) = run(&mut resumed, 20)?;
+        let (rest, second) = run(&config, Some(&first.checkpoint), 20)?;
         steps.extend(rest);
         assert_eq!(steps, expected);
         assert_eq!(second.state, unbroken.state);
@@ -111,8 +103,8 @@ fn a_hybrid_rule_sees_the_results_of_the_step_before() -> Result<()> {
     let world = World::new()?;
     let hybrid = ["router.hybrid={tokens=140}"];
     let waiting = [&CHECKS_EACH_STEP, &hybrid[..]].concat();
-    let (expected, _) = run(&mut trainer(&config(&world, "waiting", &waiting)?)?, 20)?;
-    let (steps, _) = run(&mut trainer(&config(&world, "run", &hybrid)?)?, 20)?;
+    let (expected, _) = run(&config(&world, "waiting", &waiting)?, None, 20)?;
+    let (steps, _) = run(&config(&world, "run", &hybrid)?, None, 20)?;
     assert_eq!(steps, expected);
     let last_young = steps.iter().rposition(|step| step.mature_experts < Some(3));
     // after steps 5 and 8, nothing is launched ahead anyway
@@ -128,15 +120,10 @@ fn no_step_is_launched_where_the_routing_may_stop_the_run() -> Result<()> {
     let windows = ["router.window_steps=4", "router.collapse_share=0.1"];
     let stops = [&windows[..], &["router.on_collapse=\"stop\""]].concat();
     let warns = [&windows[..], &["train.checkpoint_every_steps=4"]].concat();
-    let (expected, _) = run(&mut trainer(&config(&world, "warns", &warns)?)?, 4)?;
-    let (steps, stopped) = run(&mut trainer(&config(&world, "stops", &stops)?)?, 20)?;
+    let (expected, _) = run(&config(&world, "warns", &warns)?, None, 4)?;
+    let (steps, stopped) = run(&config(&world, "stops", &stops)?, None, 20)?;
     assert_eq!((stopped.ending, stopped.state.step), (Ending::Collapsed, 4));
     assert_eq!(steps, expected);
-    let found = tensors(&stopped.checkpoint)?;
-    let expected = tensors(&world.path("warns/checkpoints/step-00000004"))?;
-    assert!(found.keys().eq(expected.keys()));
-    for (name, tensor) in &found {
-        assert!(tensor.equal(&expected[name]), "`{name}` differs");
-    }
-    Ok(())
+    let expected = world.path("warns/checkpoints/step-00000004");
+    check_same_checkpoints(&expected, &stopped.checkpoint)
 }

@@ -177,14 +177,19 @@ fn find_adapter(source: &AdapterSource) -> Result<AdapterFiles> {
     hub::find_adapter(source, &HubSettings::offline("absent"), &())
 }
 
-/// Trains from the start or from a checkpoint, and returns the losses of the steps.
-fn train(config: &Config, resume: Option<&Path>) -> Result<(Vec<f64>, Summary)> {
+/// A trainer of a new run, or of one that goes on from a checkpoint.
+fn trainer(config: &Config, resume: Option<&Path>) -> Result<Trainer> {
     let base = open_base(config)?;
     let data = data(config, &base)?;
-    let mut trainer = match resume {
-        None => Trainer::new(config.clone(), &base, &mixture(config, &base)?, data, Device::Cpu)?,
-        Some(dir) => Trainer::resume(config.clone(), &base, data, Device::Cpu, dir)?,
-    };
+    match resume {
+        None => Trainer::new(config.clone(), &base, &mixture(config, &base)?, data, Device::Cpu),
+        Some(dir) => Trainer::resume(config.clone(), &base, data, Device::Cpu, dir),
+    }
+}
+
+/// Trains from the start or from a checkpoint, and returns the losses of the steps.
+fn train(config: &Config, resume: Option<&Path>) -> Result<(Vec<f64>, Summary)> {
+    let mut trainer = trainer(config, resume)?;
     let mut losses = vec![];
     let summary = trainer.run(&AtomicBool::new(false), &mut |event| {
         if let Event::Step(metrics) = event {
@@ -202,10 +207,15 @@ fn tensors(checkpoint: &Path) -> Result<BTreeMap<String, Tensor>> {
 
 /// Checks that two runs ended with the same parameters and moments, to the bit.
 fn check_same_tensors(unbroken: &Summary, resumed: &Summary) -> Result<()> {
-    let (left, right) = (tensors(&unbroken.checkpoint)?, tensors(&resumed.checkpoint)?);
+    check_same_checkpoints(&unbroken.checkpoint, &resumed.checkpoint)
+}
+
+/// The same for two checkpoints.
+fn check_same_checkpoints(expected: &Path, found: &Path) -> Result<()> {
+    let (left, right) = (tensors(expected)?, tensors(found)?);
     assert!(left.keys().eq(right.keys()));
     for (name, tensor) in &left {
-        let dir = resumed.checkpoint.display();
+        let dir = found.display();
         assert!(tensor.equal(&right[name]), "`{name}` differs in `{dir}`");
     }
     Ok(())

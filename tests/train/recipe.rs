@@ -155,11 +155,7 @@ fn an_automatic_duration_is_three_epochs_or_a_hundred_steps() -> Result<()> {
         let config = world.config("auto", &[&["train.duration=auto"], set].concat())?;
         let train = data(&config, &open_base(&config)?)?.train;
         let blocks: u64 = (0..3).map(|epoch| train.epoch_blocks(epoch)).sum();
-        let trainer = {
-            let base = open_base(&config)?;
-            let data = data(&config, &base)?;
-            Trainer::new(config.clone(), &base, &mixture(&config, &base)?, data, Device::Cpu)?
-        };
+        let trainer = crate::trainer(&config, None)?;
         assert_eq!(trainer.num_steps(), num_steps(&config, &train)?);
         Ok((trainer.num_steps(), blocks))
     };

@@ -25,20 +25,14 @@ impl Fetch {
         let library = library()?;
         // SAFETY: a live tensor, to which the library keeps its own reference
         let pointer = unsafe { (library.fetch)(numbers.as_ptr()) };
-        if pointer.is_null() {
-            return Err(library.error());
-        }
-        Ok(Self { library, pointer })
+        Ok(Self { library, pointer: library.made(pointer)? })
     }
 
     /// Waits for the numbers.
     pub fn wait(mut self) -> Result<Tensor> {
         let pointer = std::mem::replace(&mut self.pointer, std::ptr::null_mut());
         // SAFETY: `new` made it, and it is taken once
-        let numbers = unsafe { (self.library.fetched)(pointer) };
-        if numbers.is_null() {
-            return Err(self.library.error());
-        }
+        let numbers = self.library.made(unsafe { (self.library.fetched)(pointer) })?;
         // SAFETY: the library returned a tensor allocated with `new` and gave up its ownership
         Ok(unsafe { Tensor::from_ptr(numbers) })
     }
@@ -73,10 +67,7 @@ impl Mark {
         let library = library()?;
         // SAFETY: the call takes no pointers
         let pointer = unsafe { (library.mark)(device as c_int) };
-        if pointer.is_null() {
-            return Err(library.error());
-        }
-        Ok(Self { library, pointer })
+        Ok(Self { library, pointer: library.made(pointer)? })
     }
 
     /// The time from when the device passed `earlier` to when it passed this mark, in seconds.
