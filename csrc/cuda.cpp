@@ -117,7 +117,7 @@ enum Name {
   // of csrc/kernels/dropout.cuh and csrc/kernels/quantise.cuh, in bf16 only
   DropBits, DropApply, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3, Quantise,
   // of csrc/kernels/step
-  StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne,
+  StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne, ThinProductOfTwo,
   FinishMany,  // in bf16 only
   NAMES
 };
@@ -126,7 +126,8 @@ static const char *const names[NAMES] = {
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "route", "route_backward", "drop_bits", "drop_apply", "drop_down", "drop_up",
     "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_norm", "step_finish",
-    "step_attention", "thin_product", "thin_product_of_one", "finish_many"};
+    "step_attention", "thin_product", "thin_product_of_one", "thin_product_of_two",
+    "finish_many"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];

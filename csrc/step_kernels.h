@@ -58,9 +58,9 @@ struct ThinInputArgs {
 struct ThinExpertsArgs {
   const void *a;
   UpdatesArgs updates;
-  void *sums;
+  void *v;
   const void *turn;
-  int index, chunks, writers, blocks;
+  int index, segments;
 };
 static bool fits(const Unfinished &y) {
   return !y.product.defined() || (packs(y.product) && packs(y.updates.b));
@@ -90,9 +90,11 @@ constexpr int64_t SHARED_MEMORY = 47 << 10;    // bytes that any kernel may have
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
 constexpr int64_t SHARED_OF_MANY = 56 << 10;   // two ManyShared of csrc/kernels/step/many.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
-constexpr int64_t LANES_OF_A = 4;              // as in csrc/kernels/step/thin.cuh
+constexpr int64_t THIN_PADDING = 16;           // as in csrc/kernels/step/thin.cuh
 constexpr int64_t COUNTERS = 1 << 14;
-constexpr int64_t MOST_SUMS = 1 << 15;         // of the chunks of a thin product
+constexpr int64_t SMALL_MATRIX = 1 << 22;      // has fewer elements
+constexpr int MLP_IN = 2;                      // index of a layer among those of a block
+constexpr int64_t MOST_MARKED = 1 << 16;       // numbers of a thin product's v
 static bool has(const KernelModule *module, Name name) {
   return module && module->functions[0][name];
 }
@@ -142,20 +144,20 @@ static bool step_finish(const Unfinished &y, int activation, const Tensor &out) 
 }
 
 // What the blocks of a kernel tell each other, for all launches on a device: counters of blocks
-// that have ended, of which the kernels leave zeros, the turn of attention, and the sums of a thin
-// product with their marks.
+// that have ended, of which the kernels leave zeros, the turn of attention, and the v of a thin
+// product with its marks.
 struct Shared {
   int *counters;
-  void *turn, *sums;
+  void *turn, *v;
 };
 static Shared shared_numbers(const Tensor &like) {
   static std::map<int, Tensor> of_device;
   auto &numbers = of_device[like.device().index()];
-  const int64_t before_sums = COUNTERS + 4;  // a multiple of 16 bytes
+  const int64_t before_v = COUNTERS + 4;  // a multiple of 16 bytes
   if (!numbers.defined())
-    numbers = at::zeros({before_sums + 2 * MOST_SUMS}, like.options().dtype(at::kInt));
+    numbers = at::zeros({before_v + 2 * MOST_MARKED}, like.options().dtype(at::kInt));
   int *const first = (int *)numbers.data_ptr();
-  return {first, first + COUNTERS, first + before_sums};
+  return {first, first + COUNTERS, first + before_v};
 }
 
 static bool step_attention(const Unfinished &y, const StepCache &cache, const Tensor &out) {
@@ -197,30 +199,52 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   return true;
 }
 
-// Most rows of a thin product with a matrix. With a large one, a GEMM of three takes less time.
-static int64_t most_thin_rows(const Tensor &w) { return w.numel() < 1 << 22 ? 4 : 2; }
-
-// How the blocks of a thin product share its work.
+// How a thin product is computed: by which kernel, and how its blocks share the work.
 struct ThinShape {
-  int64_t threads;   // of a block
-  int64_t lanes;     // threads that read a row of a segment of columns
-  int64_t segments;  // of columns
-  int64_t split;     // blocks of a cluster, which have some rows of the matrix each
+  Name kernel;
+  int64_t threads;     // of a block
+  int64_t lanes;       // threads that read a row of a segment of columns
+  int64_t lanes_of_a;  // the same for A^T
+  int64_t segments;    // of columns
+  int64_t split;       // blocks of a cluster, which have some rows of the matrix each
+  int64_t rows;        // that the kernel has room for
 };
+// With two rows, small matrices are left to CUDA cores, which also compute norms and activations.
+// Tensor cores are there for bf16.
+static bool by_tensor_cores(const Tensor &w, int64_t rows) {
+  return w.scalar_type() == at::kBFloat16 && rows > (w.numel() < SMALL_MATRIX ? 2 : 1);
+}
+// Most rows of a thin product; with more of them, other kernels take less time.
+static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, bool has_experts, int index) {
+  const bool is_small = w.numel() < SMALL_MATRIX;
+  if (w.scalar_type() != at::kBFloat16) return is_small ? 4 : 2;
+  if (input.kind != ThinInput::Plain) return is_small ? 2 : 1;
+  if (capability() < 80) return 1;
+  // behind this layer, the kernel of the activation adds the updates of the experts as well
+  return has_experts && index == MLP_IN && !is_small ? 4 : 8;
+}
 // A large matrix is divided among clusters, in which each block reads 128 bytes of a row or more.
-// These are the shapes of least time on an H100.
+// These are the shapes of least time on an H100 and an H200.
 static ThinShape thin_shape(const Tensor &w, int64_t rows) {
   const int64_t in = w.size(0), columns = w.size(1), n = per_pack(w);
-  if (in < 2048 || capability() < 90) {
-    const int64_t lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2;
-    return {512, lanes, ceil_div(columns, lanes * n), 1};
+  const bool has_clusters = capability() >= 90, of_tensor = by_tensor_cores(w, rows);
+  ThinShape shape{ThinProduct, 256, 8, 8, 0, 1, 8};
+  if (!of_tensor) {
+    shape.kernel = rows == 1 ? ThinProductOfOne : rows == 2 ? ThinProductOfTwo : ThinProduct;
+    shape.rows = rows <= 2 ? rows : 4;
+    shape.lanes = rows == 1 ? 8 : 16, shape.lanes_of_a = 4;
+    if (in < 2048 || !has_clusters)
+      shape.threads = 512, shape.lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2,
+      shape.lanes_of_a = 2;
   }
-  const int64_t threads = 256, lanes = rows == 1 ? 8 : 16, segments = ceil_div(columns, lanes * n);
-  const int64_t most = MULTIPROCESSORS * (rows == 1 ? 4 : 2);  // that run at once
-  const int64_t at_once = threads / lanes * 4;                 // rows, as in THIN_UNROLL
-  int64_t split = 1;
-  while (split < 8 && 2 * split * segments <= most && in >= 2 * split * at_once) split *= 2;
-  return {threads, lanes, segments, split};
+  shape.segments = ceil_div(columns, shape.lanes * n);
+  if (!has_clusters || shape.threads == 512) return shape;
+  const int64_t most = multiprocessors() * (of_tensor || rows == 1 ? 4 : 2);  // that run at once
+  const int64_t at_once = shape.threads / shape.lanes * 4;  // rows, as in THIN_UNROLL
+  while (shape.split < 8 && 2 * shape.split * shape.segments <= most &&
+         in >= 2 * shape.split * at_once)
+    shape.split *= 2;
+  return shape;
 }
 
 static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &a,
@@ -232,47 +256,47 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
   const bool knows_y = is_plain || (y.product && fits(input.y) && y.updates.ranks == 0 &&
                                     (input.kind == ThinInput::Activated || y.out == in));
-  if (!has(module, ThinProduct) || rows < 1 || rows > most_thin_rows(w) || !packs(w) ||
-      !packs(input.x) || !packs(a) || !packs(updates.b) || !knows_y)
+  if (!has(module, ThinProduct) || rows < 1 || in % n != 0 || !packs(w) || !packs(input.x) || !packs(a) ||
+      !packs(updates.b) || !knows_y)
     return false;
-  const auto [threads, lanes, segments, split] = thin_shape(w, rows);
-  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 1, 0, 0};
-  const int64_t ranks = experts.updates.ranks, length = ceil_div(in, split);
+  if (rows > most_thin_rows(input, w, a.defined(), index)) return false;
+  const auto shape = thin_shape(w, rows);
+  int64_t split = shape.split;
+  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 0};
+  const int64_t ranks = experts.updates.ranks;
   int64_t ranks_of_block = 0;
   if (ranks > 0) {
     // A block waits for those that write v. All of these run by then: there are no more of them
     // than multiprocessors, and blocks start in the order of their numbers.
-    const int64_t segments_of_a = ceil_div(ranks, LANES_OF_A * n);
-    const int64_t most = multiprocessors() / segments_of_a, wanted = split > 1 ? split : 2;
-    experts.chunks = (int)std::max<int64_t>(1, std::min(most, wanted));
-    experts.writers = (int)(segments_of_a * experts.chunks);
-    experts.blocks = (int)(ceil_div(experts.writers, split) * split);
-    if (experts.writers > multiprocessors() || experts.chunks * rows * ranks > MOST_SUMS)
-      return false;
+    experts.segments = (int)ceil_div(ranks, shape.lanes_of_a * n);
+    while (split > 1 && experts.segments * split > multiprocessors()) split /= 2;
+    if (experts.segments * split > multiprocessors() || rows * ranks > MOST_MARKED) return false;
     const Shared numbers = shared_numbers(out);
-    experts.turn = numbers.turn, experts.sums = numbers.sums;
+    experts.turn = numbers.turn, experts.v = numbers.v;
     // those of a layer, or all where a segment has columns of several layers
     for (int m = 0; m < experts.updates.members; ++m) {
       const int *first_rank = experts.updates.first_rank + m;
-      const bool is_apart = experts.updates.first_out[m] % (lanes * n) == 0;
+      const bool is_apart = experts.updates.first_out[m] % (shape.lanes * n) == 0;
       const int64_t of_layer = is_apart ? first_rank[1] - first_rank[0] : ranks;
       ranks_of_block = std::max(ranks_of_block, of_layer);
     }
-    ranks_of_block = ceil_div(ceil_div(ranks_of_block, split), 4) * 4;
+    ranks_of_block = ceil_div(ceil_div(ranks_of_block, split), 8) * 8;
   }
-  const int64_t longest = ranks > 0 ? std::max(length, ceil_div(in, experts.chunks)) : length;
-  const int64_t most_lanes = std::max(LANES_OF_A, lanes), rows_of_code = rows > 1 ? 4 : 1;
-  const int64_t of_parts = (threads / 32 + 1) * rows_of_code * most_lanes * n;
-  const int64_t shared = 4 * (of_parts + (1 + 2 * experts.chunks) * rows * ranks_of_block) +
-                         (is_plain ? 0 : rows * ceil_div(longest, n) * n * out.element_size());
+  // as in csrc/kernels/step/thin.cuh
+  const int64_t columns = std::max(shape.lanes_of_a, shape.lanes) * n;
+  const int64_t of_parts = (shape.threads / 32 + 1) * shape.rows * columns;
+  const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, columns);
+  const int64_t of_input = is_plain ? 0 : rows * (ceil_div(ceil_div(in, split), n) * n + THIN_PADDING);
+  const int64_t shared = 4 * (std::max(of_parts, 2 * rows * ranks_of_block) + of_v) +
+                         of_input * out.element_size();
   if (shared > SHARED_MEMORY) return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
                            at_or_null(input.sum), input.activation};
-  run_early_cluster(module, rows == 1 ? ThinProductOfOne : ThinProduct, out,
-                    experts.blocks + segments * split, (int)threads, shared, split, args,
-                    w.data_ptr(), ld(w), experts, out.data_ptr(), ld(out), (int)rows, (int)in,
-                    (int)w.size(1), (int)lanes, (int)split, (int)ranks_of_block);
+  run_early_cluster(module, shape.kernel, out, (experts.segments + shape.segments) * split,
+                    (int)shape.threads, shared, split, args, w.data_ptr(), ld(w), experts,
+                    out.data_ptr(), ld(out), (int)rows, (int)in, (int)w.size(1), (int)shape.lanes,
+                    (int)split, (int)ranks_of_block);
   return true;
 }
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
-    "thin_products": ["pack", "step/finish", "step/thin"],
+    "thin_products": ["pack", "dropout", "step/finish", "step/multiply", "step/thin"],
     "finish_many": ["pack", "dropout", "step/finish", "step/many"],
     "dropout": ["pack", "dropout"],
     "quantise": ["pack", "quantise"],
@@ -43,6 +43,7 @@ REPLACED = {
         (r"template <class T>\nstatic __device__ void step_norm\(.*?\n}\n", ""),
         (r"template <class T>\nstatic __device__ void step_finish\(.*?\n}\n", ""),
     ],
+    "step/multiply": [],
     "step/thin": [
         (r"__shared__ float of_warps\[16\];", "float *const of_warps = block->of_warps;"),
         (r"extern __shared__ uint4 of_product\[\];", "uint4 *const of_product = (uint4 *)block->dynamic;"),

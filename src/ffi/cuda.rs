@@ -177,6 +177,7 @@ impl KernelSet {
                 let steps = [
                     source!("step/finish"),
                     source!("step/attention"),
+                    source!("step/multiply"),
                     source!("step/thin"),
                     source!("step/many"),
                     source!("step/table"),

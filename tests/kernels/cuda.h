@@ -59,6 +59,14 @@ unsigned __float_as_uint(float x) {
 float __expf(float x) { return expf(x); }
 float __fdividef(float x, float y) { return x / y; }
 float rsqrtf(float x) { return 1 / sqrtf(x); }
+int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const unsigned long long both = (unsigned long long)y << 32 | x;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i)
+    out |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
 unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 template <class T> T __ldg(const T *p) { return *p; }
 template <class T> T __ldcg(const T *p) { return *p; }

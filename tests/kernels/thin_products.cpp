@@ -25,7 +25,7 @@ enum Kind { PLAIN, NORMED, ACTIVATED };
 
 // What csrc/step_kernels.h decides.
 struct Shape {
-  int threads, lanes, split, chunks;
+  int threads, lanes, split;
 };
 struct Case {
   Kind kind;
@@ -38,7 +38,7 @@ struct Case {
 };
 
 // The largest difference from float64, as a share of the largest number.
-template <class T> double distance(const Case &c) {
+template <class T, class Sums> double distance(const Case &c) {
   constexpr int N = Pack<T>::N, EXPERTS = 3;
   std::mt19937 random(5);
   int columns = 0, ranks = 0;
@@ -61,13 +61,14 @@ template <class T> double distance(const Case &c) {
   input.y.product = y.first, input.y.ld = y.ld, input.y.bias = bias.first, input.y.out = of_y;
   input.norm_w = norm_w.first, input.norm_b = c.has_bias_of_norm ? norm_b.first : nullptr;
   input.eps = 1e-5f, input.sum = sum.first, input.activation = c.activation;
-  const auto [threads, lanes, split, chunks] = c.shape;
+  const auto [threads, given_lanes, split] = c.shape;
+  blockDim.x = threads;
+  const int lanes = Sums::lanes(given_lanes), lanes_of_a = Sums::lanes_of_a();
   ThinExperts<T> experts{};
   // as an earlier product left them
   const u32 turn = 9;
-  std::vector<uint2> sums(1 << 15, uint2{__float_as_uint(1e9f), (turn - 1) << 2 | c.index + 1});
+  std::vector<uint2> marked(c.rows * ranks, uint2{__float_as_uint(1e9f), (turn - 1) << 2 | c.index + 1});
   int ranks_of_block = 0;
-  experts.chunks = 1;
   if (ranks > 0) {
     Updates<T> &updates = experts.updates;
     experts.a = packed.first + columns;
@@ -80,23 +81,27 @@ template <class T> double distance(const Case &c) {
       ranks_of_block = max(ranks_of_block, is_apart ? c.ranks[m] : ranks);
       updates.first_out[m + 1] = updates.first_out[m] + c.outs[m];
       updates.first_rank[m + 1] = updates.first_rank[m] + c.ranks[m];
+      // the ranks of other layers
+      for (int r = 0; r < ranks; ++r)
+        for (int i = updates.first_out[m]; i < updates.first_out[m + 1]; ++i)
+          if (r < updates.first_rank[m] || r >= updates.first_rank[m + 1])
+            put(packed.first + (c.in + r) * packed.ld + i, 0);
     }
-    ranks_of_block = ((ranks_of_block + split - 1) / split + 3) / 4 * 4;
-    experts.sums = sums.data(), experts.turn = &turn, experts.index = c.index;
-    experts.chunks = chunks, experts.writers = (ranks + 4 * N - 1) / (4 * N) * chunks;
-    experts.blocks = (experts.writers + split - 1) / split * split;
+    ranks_of_block = ((ranks_of_block + split - 1) / split + 7) / 8 * 8;
+    experts.v = marked.data(), experts.turn = &turn, experts.index = c.index;
+    experts.segments = (ranks + lanes_of_a * N - 1) / (lanes_of_a * N);
   }
-  const int of_chunk = ranks > 0 ? (c.in + chunks - 1) / chunks : 0;
-  const int longest = (max((c.in + split - 1) / split, of_chunk) + N - 1) / N * N;
-  const size_t of_parts = (threads / 32 + 1) * (c.rows > 1 ? 4 : 1) * max(4, lanes) * N;
-  const size_t of_sums = (1 + 2 * experts.chunks) * c.rows * ranks_of_block;
-  const size_t of_input = c.kind == PLAIN ? 0 : c.rows * longest * sizeof(T);
+  const int longest = ((c.in + split - 1) / split + N - 1) / N * N;
+  const int of_segment = max(lanes_of_a, lanes) * N;
+  const size_t of_parts = (threads / 32 + 1) * Sums::ROWS * of_segment;
+  const size_t of_v = c.rows * max(ranks_of_block + THIN_PADDING, of_segment);
+  const size_t of_input = c.kind == PLAIN ? 0 : c.rows * (longest + THIN_PADDING) * sizeof(T);
   const int segments = (columns + lanes * N - 1) / (lanes * N);
-  const auto kernel = c.rows == 1 ? thin_products<T, 1> : thin_products<T, 4>;
-  const size_t shared = 4 * (of_parts + of_sums) + of_input;
-  launch(experts.blocks + segments * split, threads, split, shared, [&] {
-    kernel(input, packed.first, packed.ld, experts, out.first, out.ld, c.rows, c.in, columns,
-           c.shape.lanes, c.shape.split, ranks_of_block);
+  const size_t of_marked = 2 * c.rows * ranks_of_block;
+  const size_t shared = 4 * (max(of_parts, of_marked) + of_v) + of_input;
+  launch((experts.segments + segments) * split, threads, split, shared, [&] {
+    thin_products<T, Sums>(input, packed.first, packed.ld, experts, out.first, out.ld, c.rows, c.in,
+                           columns, given_lanes, split, ranks_of_block);
   });
 
   double worst = 0, largest = 0;
@@ -144,9 +149,18 @@ template <class T> double distance(const Case &c) {
   return worst / largest;
 }
 
+double distance_in_f32(const Case &c) {
+  return c.rows == 1 ? distance<float, CoreSums<float, 1>>(c)
+                     : distance<float, CoreSums<float, 4>>(c);
+}
+double distance_in_bf16(const Case &c) {
+  if (c.rows == 1) return distance<bf16, CoreSums<bf16, 1>>(c);
+  return distance<bf16, TensorSums>(c);
+}
+
 int main() {
-  const Shape eight{256, 8, 8, 8}, four{256, 8, 4, 4}, two{256, 8, 2, 2}, wide_rows{256, 16, 4, 4};
-  const Shape small{512, 4, 1, 2}, smallest{512, 2, 1, 2};
+  const Shape eight{256, 8, 8}, four{256, 8, 4}, two{256, 8, 2}, wide_rows{256, 16, 4};
+  const Shape small{512, 4, 1}, smallest{512, 2, 1}, alone{256, 8, 1};
   std::vector<Case> cases = {
       {PLAIN, 1, 2048, {64, 32, 32}, {40, 24, 16}, eight},
       {PLAIN, 1, 2048, {64, 64}, {16, 0}, two},
@@ -154,7 +168,7 @@ int main() {
       {NORMED, 1, 2048, {64, 32}, {40, 24}, four},
       {NORMED, 1, 2048, {96, 96}, {128, 64}, two, SWIGLU, true, true, 2},
       {ACTIVATED, 1, 4096, {96}, {24}, four, SWIGLU, false, true, 3},
-      {ACTIVATED, 1, 4104, {64}, {24}, {256, 8, 4, 3}, GELU, false, false, 3},
+      {ACTIVATED, 1, 4104, {64}, {24}, four, GELU, false, false, 3},
       {ACTIVATED, 1, 576, {72}, {24}, small, GELU},
   };
   for (int rows : {2, 4}) {
@@ -162,10 +176,19 @@ int main() {
     cases.push_back({ACTIVATED, rows, 4096, {128}, {48}, wide_rows, SWIGLU, false, true, 3});
     cases.push_back({PLAIN, rows, 576, {96, 48}, {24, 8}, smallest, SWIGLU, false, true, 1});
   }
+  // by tensor cores only
+  const size_t in_both = cases.size();
+  for (int rows : {3, 8}) {
+    cases.push_back({PLAIN, rows, 2048, {64, 32, 32}, {40, 24, 16}, eight});
+    cases.push_back({PLAIN, rows, 576, {96, 48}, {24, 8}, alone, SWIGLU, false, false, 1});
+    cases.push_back({PLAIN, rows, 1032, {200}, {0}, two});
+  }
   bool is_wrong = false;
-  for (const Case &c : cases) {
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const Case &c = cases[i];
     // rounding of the output, and in bf16 of the input as well
-    const double in_f32 = distance<float>(c), in_bf16 = distance<bf16>(c);
+    const double in_f32 = i < in_both ? distance_in_f32(c) : 0;
+    const double in_bf16 = distance_in_bf16(c);
     const bool differs = !(in_f32 < 3e-6 && in_bf16 < 1.5e-2);
     printf("input %d of %d x %d, layers: %zu: %.1e in f32, %.1e in bf16%s\n", c.kind, c.rows, c.in,
            c.outs.size(), in_f32, in_bf16, differs ? ": WRONG" : "");

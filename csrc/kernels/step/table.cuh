@@ -16,21 +16,23 @@
     if (lanes == 8) step_attention<T, 8>(y, cache, splits, partial, arrived, turn, out);           \
     if (lanes == 16) step_attention<T, 16>(y, cache, splits, partial, arrived, turn, out);         \
     if (lanes == 32) step_attention<T, 32>(y, cache, splits, partial, arrived, turn, out);         \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(512, 2) thin_product_of_one_##NAME(                 \
-      ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo, int rows,  \
-      int in, int columns, int lanes, int split, int ranks) {                                      \
-    thin_products<T, 1>(input, w, ldw, experts, out, ldo, rows, in, columns, lanes, split,         \
-                        ranks);                                                                    \
-  }                                                                                                \
-  extern "C" __global__ void __launch_bounds__(512) thin_product_##NAME(                           \
-      ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo, int rows,  \
-      int in, int columns, int lanes, int split, int ranks) {                                      \
-    thin_products<T, 4>(input, w, ldw, experts, out, ldo, rows, in, columns, lanes, split,         \
-                        ranks);                                                                    \
   }
 STEP_KERNELS(bf16, bf16)
 STEP_KERNELS(float, f32)
+// A product of few rows, whose sums are those of the last argument.
+#define THIN_PRODUCT(NAME, T, THREADS, BLOCKS, ...)                                                \
+  extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                    \
+      NAME(ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo,       \
+           int rows, int in, int columns, int lanes, int split, int ranks) {                       \
+    thin_products<T, __VA_ARGS__>(input, w, ldw, experts, out, ldo, rows, in, columns, lanes,      \
+                                  split, ranks);                                                   \
+  }
+THIN_PRODUCT(thin_product_of_one_bf16, bf16, 512, 2, CoreSums<bf16, 1>)
+THIN_PRODUCT(thin_product_of_one_f32, float, 512, 2, CoreSums<float, 1>)
+THIN_PRODUCT(thin_product_of_two_bf16, bf16, 512, 1, CoreSums<bf16, 2>)
+THIN_PRODUCT(thin_product_of_two_f32, float, 512, 1, CoreSums<float, 2>)
+THIN_PRODUCT(thin_product_f32, float, 512, 1, CoreSums<float, 4>)
+THIN_PRODUCT(thin_product_bf16, bf16, 256, 4, TensorSums)
 // In bf16 only.
 extern "C" __global__ void __launch_bounds__(256, 2)
     finish_many_bf16(const __grid_constant__ Unfinished<bf16> y, bf16 *out, i64 ldo,
