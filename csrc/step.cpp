@@ -5,9 +5,9 @@
 //
 // With few rows every operation is short, so what counts is that there are few operations. A linear
 // layer is one product with [W A^T], and a kernel behind it adds v B^T: one of its own, or that of
-// the activation. With very few rows, a product computes its input as well, the norm or the
-// activation of an output, and adds v B^T itself (csrc/kernels/step/thin.cuh). Whatever reads an
-// output adds the bias to it, and attention also few ranks of updates (struct Unfinished).
+// the activation. With few rows, a product adds v B^T itself, and with very few, it computes its
+// input as well, the norm or the activation of an output (csrc/kernels/step/thin.cuh). Whatever
+// reads an output adds the bias to it, and attention also few ranks of updates (struct Unfinished).
 //
 // Letters of shapes: M texts, d width, e expert, R' columns of a module's rank space.
 #include "error.h"

@@ -93,7 +93,7 @@ constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many bloc
 constexpr int64_t THIN_PADDING = 16;           // as in csrc/kernels/step/thin.cuh
 constexpr int64_t COUNTERS = 1 << 14;
 constexpr int64_t SMALL_MATRIX = 1 << 22;      // has fewer elements
-constexpr int MLP_IN = 2;                      // index of a layer among those of a block
+constexpr int MLP_IN = 2;                      // as in csrc/product.h
 constexpr int64_t MOST_MARKED = 1 << 16;       // numbers of a thin product's v
 static bool has(const KernelModule *module, Name name) {
   return module && module->functions[0][name];
@@ -215,7 +215,8 @@ static bool by_tensor_cores(const Tensor &w, int64_t rows) {
   return w.scalar_type() == at::kBFloat16 && rows > (w.numel() < SMALL_MATRIX ? 2 : 1);
 }
 // Most rows of a thin product; with more of them, other kernels take less time.
-static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, bool has_experts, int index) {
+static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, bool has_experts,
+                              int index) {
   const bool is_small = w.numel() < SMALL_MATRIX;
   if (w.scalar_type() != at::kBFloat16) return is_small ? 4 : 2;
   if (input.kind != ThinInput::Plain) return is_small ? 2 : 1;
@@ -233,9 +234,10 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows) {
     shape.kernel = rows == 1 ? ThinProductOfOne : rows == 2 ? ThinProductOfTwo : ThinProduct;
     shape.rows = rows <= 2 ? rows : 4;
     shape.lanes = rows == 1 ? 8 : 16, shape.lanes_of_a = 4;
-    if (in < 2048 || !has_clusters)
-      shape.threads = 512, shape.lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2,
-      shape.lanes_of_a = 2;
+    if (in < 2048 || !has_clusters) {
+      shape.threads = 512;
+      shape.lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2, shape.lanes_of_a = 2;
+    }
   }
   shape.segments = ceil_div(columns, shape.lanes * n);
   if (!has_clusters || shape.threads == 512) return shape;
@@ -256,8 +258,8 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const auto y = is_plain ? UnfinishedArgs{} : args_of(input.y);
   const bool knows_y = is_plain || (y.product && fits(input.y) && y.updates.ranks == 0 &&
                                     (input.kind == ThinInput::Activated || y.out == in));
-  if (!has(module, ThinProduct) || rows < 1 || in % n != 0 || !packs(w) || !packs(input.x) || !packs(a) ||
-      !packs(updates.b) || !knows_y)
+  if (!has(module, ThinProduct) || rows < 1 || in % n != 0 || !packs(w) || !packs(input.x) ||
+      !packs(a) || !packs(updates.b) || !knows_y)
     return false;
   if (rows > most_thin_rows(input, w, a.defined(), index)) return false;
   const auto shape = thin_shape(w, rows);
@@ -286,7 +288,8 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const int64_t columns = std::max(shape.lanes_of_a, shape.lanes) * n;
   const int64_t of_parts = (shape.threads / 32 + 1) * shape.rows * columns;
   const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, columns);
-  const int64_t of_input = is_plain ? 0 : rows * (ceil_div(ceil_div(in, split), n) * n + THIN_PADDING);
+  const int64_t length = ceil_div(ceil_div(in, split), n) * n;
+  const int64_t of_input = is_plain ? 0 : rows * (length + THIN_PADDING);
   const int64_t shared = 4 * (std::max(of_parts, 2 * rows * ranks_of_block) + of_v) +
                          of_input * out.element_size();
   if (shared > SHARED_MEMORY) return false;

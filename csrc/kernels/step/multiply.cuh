@@ -50,8 +50,9 @@ template <class X> struct ThinRows {
 
 // Sums by CUDA cores, of at most MOST rows in any dtype.
 template <class T, int MOST> struct CoreSums {
-  // Whether it makes norms and activations itself, and loads before it adds. One row needs no loads
-  // ahead: other threads of the multiprocessor have packs under way meanwhile.
+  // Whether the kernel computes norms and activations itself, and whether it loads the next packs
+  // before it adds the last ones. With one row, the other threads of the multiprocessor have enough
+  // packs under way meanwhile.
   static constexpr bool MAKES_INPUT = true, LOADS_AHEAD = MOST > 1;
   static constexpr int ROWS = MOST, N = Pack<T>::N;
   typedef float Factor;  // what v is made of
@@ -107,10 +108,11 @@ template <class T, int MOST> struct CoreSums {
   static __device__ __forceinline__ int place(int i) { return i; }
 };
 
-// Sums by tensor cores, of at most 8 rows in bf16. A warp multiplies 16 rows of the matrix and 64 of
-// its columns at a time. These become the first factor of `mma`, in an order in which a thread
-// needs what it has read: columns 2 p and 2 p + 1 of its pack are its rows in the p-th product, and
-// rows 4 t to 4 t + 3 of the matrix are its columns. So there are always 8 lanes.
+// Sums by tensor cores, of at most 8 rows in bf16. A warp multiplies with 16 rows and 64 columns of
+// the matrix at a time. Transposed, they are the first factor of four products `mma`, in such an
+// order that each thread has read what it has to give: columns 2 p and 2 p + 1 of its pack are two
+// rows of the p-th product's factor, and the four rows of the matrix are four of its columns. So
+// there are always 8 lanes.
 struct TensorSums {
   static constexpr bool MAKES_INPUT = false, LOADS_AHEAD = false;
   static constexpr int ROWS = 8;

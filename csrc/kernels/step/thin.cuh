@@ -334,7 +334,8 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   if (updates.ranks) v.mark = (__ldcg(experts.turn) << 2 | experts.index) + 1;
   ThinRows<T> x{input.x + part.begin, input.ldx, part.begin, rows};
   if (Sums::MAKES_INPUT && input.kind) {
-    T *const made = (T *)((float *)of_v + rows * max(ranks + THIN_PADDING, most_lanes * Pack<T>::N));
+    const int of_row = max(ranks + THIN_PADDING, most_lanes * Pack<T>::N);
+    T *const made = (T *)((float *)of_v + rows * of_row);
     x.x = made, x.ld = part.end - part.begin + THIN_PADDING;
     make_input<T, Sums::ROWS>(input, rows, in, part.begin, part.end, made, (int)x.ld);
   }
