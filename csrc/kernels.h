@@ -162,7 +162,7 @@ struct Kernels {
   bool (*step_finish)(const Unfinished &y, int activation, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
   // out = the input times w, and the updates of the layer's experts, which have A^T `a`, [in, R'];
-  // applies to 1 to 4 rows, and to a y without updates. `index` is that of the product in its
+  // applies to at most 8 rows, and to a y without updates. `index` is that of the product in its
   // block.
   bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &a,
                        const Updates &updates, int index, const at::Tensor &out);

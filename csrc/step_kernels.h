@@ -209,23 +209,23 @@ struct ThinShape {
   int64_t split;       // blocks of a cluster, which have some rows of the matrix each
   int64_t rows;        // that the kernel has room for
 };
-// With two rows, small matrices are left to CUDA cores, which also compute norms and activations.
-// Tensor cores are there for bf16.
+// Whether tensor cores multiply. Two rows of a small matrix are left to CUDA cores, whose kernels
+// also compute norms and activations.
 static bool by_tensor_cores(const Tensor &w, int64_t rows) {
-  return w.scalar_type() == at::kBFloat16 && rows > (w.numel() < SMALL_MATRIX ? 2 : 1);
+  return w.scalar_type() == at::kBFloat16 && capability() >= 90 &&
+         rows > (w.numel() < SMALL_MATRIX ? 2 : 1);
 }
 // Most rows of a thin product; with more of them, other kernels take less time.
-static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, bool has_experts,
-                              int index) {
+static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, int64_t rows,
+                              bool has_experts, int index) {
   const bool is_small = w.numel() < SMALL_MATRIX;
-  if (w.scalar_type() != at::kBFloat16) return is_small ? 4 : 2;
-  if (input.kind != ThinInput::Plain) return is_small ? 2 : 1;
-  if (capability() < 80) return 1;
+  if (!by_tensor_cores(w, rows)) return w.scalar_type() == at::kFloat && is_small ? 4 : 2;
+  if (input.kind != ThinInput::Plain) return 0;
   // behind this layer, the kernel of the activation adds the updates of the experts as well
   return has_experts && index == MLP_IN && !is_small ? 4 : 8;
 }
-// A large matrix is divided among clusters, in which each block reads 128 bytes of a row or more.
-// These are the shapes of least time on an H100 and an H200.
+// A matrix of tensor cores, or one with many rows, is divided among clusters. These are the shapes
+// of least time on an H100 and an H200.
 static ThinShape thin_shape(const Tensor &w, int64_t rows) {
   const int64_t in = w.size(0), columns = w.size(1), n = per_pack(w);
   const bool has_clusters = capability() >= 90, of_tensor = by_tensor_cores(w, rows);
@@ -261,7 +261,7 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   if (!has(module, ThinProduct) || rows < 1 || in % n != 0 || !packs(w) || !packs(input.x) ||
       !packs(a) || !packs(updates.b) || !knows_y)
     return false;
-  if (rows > most_thin_rows(input, w, a.defined(), index)) return false;
+  if (rows > most_thin_rows(input, w, rows, a.defined(), index)) return false;
   const auto shape = thin_shape(w, rows);
   int64_t split = shape.split;
   ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 0};
@@ -287,7 +287,7 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   // as in csrc/kernels/step/thin.cuh
   const int64_t columns = std::max(shape.lanes_of_a, shape.lanes) * n;
   const int64_t of_parts = (shape.threads / 32 + 1) * shape.rows * columns;
-  const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, columns);
+  const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, 2 * columns);
   const int64_t length = ceil_div(ceil_div(in, split), n) * n;
   const int64_t of_input = is_plain ? 0 : rows * (length + THIN_PADDING);
   const int64_t shared = 4 * (std::max(of_parts, 2 * rows * ranks_of_block) + of_v) +

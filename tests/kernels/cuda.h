@@ -51,11 +51,13 @@ float __uint_as_float(unsigned bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
+float __int_as_float(int bits) { return __uint_as_float((unsigned)bits); }
 unsigned __float_as_uint(float x) {
   unsigned bits;
   memcpy(&bits, &x, 4);
   return bits;
 }
+int __float_as_int(float x) { return (int)__float_as_uint(x); }
 float __expf(float x) { return expf(x); }
 float __fdividef(float x, float y) { return x / y; }
 float rsqrtf(float x) { return 1 / sqrtf(x); }

@@ -80,6 +80,9 @@ fn mixtures() -> Vec<Mixture> {
         let router = RouterConfig { input, scope, level, ..plain_router() };
         mixtures.push(new(&format!("{input:?}"), plain(), lora(3, 4, all), router));
     }
+    // the kernel in front of a layer's first product is the router's
+    let of_ranks = lora(8, 40, all);
+    mixtures.push(new("layer router, many ranks", plain(), of_ranks, layer_router()));
     let router = RouterConfig { top_k: Some(2), ..plain_router() };
     mixtures.push(new("top 2", plain(), lora(6, 4, all), router));
     mixtures.extend(on_llama_like_bases());
@@ -389,6 +392,12 @@ fn texts_by_graphs_equal_the_reference() -> Result<()> {
         let end_tokens = [expected[6].0[70], expected[3].0[9]].into();
         let load = Load { end_tokens, cancelled: Some((2, 7)), ..load };
         compare(&format!("{}, ended", mixture.name), &load.run(&model)?, &load.run(&exact)?);
+        if mixture.router.scope == RouterScope::Layer {
+            // steps in which all texts have the router's weights
+            let load = Load::new(4, 1);
+            let name = format!("{}, one by one", mixture.name);
+            compare(&name, &load.run(&model)?, &load.run(&exact)?);
+        }
     }
     Ok(())
 }

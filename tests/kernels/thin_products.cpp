@@ -95,7 +95,7 @@ template <class T, class Sums> double distance(const Case &c) {
   const int longest = ((c.in + split - 1) / split + N - 1) / N * N;
   const int of_segment = max(lanes_of_a, lanes) * N;
   const size_t of_parts = (threads / 32 + 1) * Sums::ROWS * of_segment;
-  const size_t of_v = c.rows * max(ranks_of_block + THIN_PADDING, of_segment);
+  const size_t of_v = c.rows * max(ranks_of_block + THIN_PADDING, 2 * of_segment);
   const size_t of_input = c.kind == PLAIN ? 0 : c.rows * (longest + THIN_PADDING) * sizeof(T);
   const int segments = (columns + lanes * N - 1) / (lanes * N);
   const size_t of_marked = 2 * c.rows * ranks_of_block;
@@ -150,7 +150,7 @@ template <class T, class Sums> double distance(const Case &c) {
   return worst / largest;
 }
 
-// The sums that csrc/step_kernels.h may choose for a case, and the largest distance of their dtype:
+// The sums that can compute a case, and the largest distance of their dtype:
 // that of the output's rounding, and in bf16 of the input's as well.
 struct Form {
   const char *name;

@@ -4,8 +4,9 @@
 //
 // A kernel starts while the one before it still runs (programmatic dependent launch). Before it
 // waits for that one, it may read what was written before that one started: weights, earlier keys
-// and values, positions, and routing weights. Whatever the kernel directly in front writes must be
-// read behind the wait.
+// and values, and positions. Whatever the kernel directly in front writes must be read behind the
+// wait. In front of a layer's first product, that may be the router's kernel, so products read
+// routing weights behind it; kernels behind a product may read them earlier.
 
 // Brings what lies at an address into the L2 cache.
 static __device__ __forceinline__ void prefetch(const void *p) {
@@ -49,8 +50,9 @@ template <class T> struct Unfinished {
   int out;
 };
 
-// What v is a multiple of, [ranks], written to shared memory. The routing weights were computed
-// before the kernel in front of this one, so a kernel need not have waited for that one.
+// What v is a multiple of, [ranks], written to shared memory. The kernel in front of this one is
+// that of y's product, and the routing weights were computed before it, so a kernel need not have
+// waited for that one.
 template <class T>
 static __device__ __forceinline__ void weights_of_row(const Unfinished<T> &y, i64 row, float *v) {
   for (int r = threadIdx.x; r < y.updates.ranks; r += blockDim.x) v[r] = y.updates.weight(row, r);

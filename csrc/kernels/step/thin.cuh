@@ -155,6 +155,16 @@ static __device__ __forceinline__ void copy_marked(uint2 *to, const uint2 *from)
   *(uint4 *)to = __ldcg((const uint4 *)from);
 #endif
 }
+// The same for one number that is not marked.
+static __device__ __forceinline__ void copy_number(float *to, const float *from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)),
+               "l"(from)
+               : "memory");
+#else
+  *to = *from;
+#endif
+}
 // Waits for the copies that this thread has begun.
 static __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -217,19 +227,32 @@ template <class T, class Factor> struct ThinV {
   }
 };
 
+// Calls `f` with the index, in [rows, width], and the row and the column of each output that this
+// thread finishes. The `split` blocks of a cluster, of which this is block `rank`, share the outputs
+// of a segment.
+template <class Part, class F>
+static __device__ __forceinline__ void for_outputs(const Part &part, int rows, int rank, int split,
+                                                   F f) {
+  const int width = part.width();
+  for (int i = rank * blockDim.x + threadIdx.x; i < rows * width; i += split * blockDim.x) {
+    const int column = part.segment * width + i % width;
+    if (column < part.columns) f(i, i / width, column);
+  }
+}
+
 // out = x w + v B^T, where `part` and `b` are the block's parts of w and B^T, the first packs of w
 // are in `packs`, and x begins with the column part.begin. The `split` blocks of a cluster have
-// some rows of w and B^T each, and this is block `rank` of them. If `weights` is not null, the part
-// is one of A^T, and its product times these becomes v.
+// some rows of w and B^T each, and this is block `rank` of them. If `scales` is not null, the part is
+// one of A^T, and its product times these and the numbers behind them, [2, rows, width], becomes v.
 template <class T, class Sums>
 static __device__ __forceinline__ void
 thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
              uint4 (&packs)[THIN_UNROLL], ThinV<T, typename Sums::Factor> &v, const ThinRows<T> &x,
-             const ThinExperts<T> &experts, const float *weights, T *out, i64 ldo, int split,
+             const ThinExperts<T> &experts, const float *scales, T *out, i64 ldo, int split,
              int rank, float *parts) {
   constexpr int ROWS = Sums::ROWS;
   typedef typename Sums::Factor Factor;
-  const bool has_experts = experts.updates.ranks > 0 && !weights;
+  const bool has_experts = experts.updates.ranks > 0 && !scales;
   const int width = part.width(), at_once = part.at_once(), warps = blockDim.x / 32;
   Sums sums;
   typename Sums::template Factors<T> factors(part, x, part.begin);
@@ -264,22 +287,21 @@ thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
   auto total_of = [&](int i) {
     return sum_of_parts(parts + Sums::place(i), ROWS * width, warps);
   };
-  const int outputs = x.count * width, first_column = part.segment * width;
+  const int outputs = x.count * width;
   float *const of_block = parts + warps * ROWS * width;  // [rows, width]
   if (split > 1) {
     for (int i = threadIdx.x; i < outputs; i += blockDim.x) of_block[i] = total_of(i);
     cluster_wait();
   }
-  // each block of the cluster finishes some of the outputs
-  for (int i = rank * blockDim.x + threadIdx.x; i < outputs; i += split * blockDim.x) {
+  if (scales) wait_for_copies();
+  for_outputs(part, x.count, rank, split, [&](int i, int m, int column) {
     const float total = split > 1 ? cluster_sum(of_block + i, split) : total_of(i);
-    const int m = i / width, column = first_column + i % width;
-    if (column >= part.columns) continue;
-    if (weights)
-      put_marked(experts.v + m * part.columns + column, total * weights[i], v.mark);
+    if (scales)
+      put_marked(experts.v + m * part.columns + column, total * (scales[i] * scales[outputs + i]),
+                 v.mark);
     else
       put(out + m * ldo + column, total);
-  }
+  });
   // no block ends before all have been read
   if (split > 1) cluster_wait();
 }
@@ -307,18 +329,17 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   // what is copied of v is not needed any more when the product is summed
   const int most_lanes = max(Sums::lanes_of_a(), lanes);
   const int of_parts = (blockDim.x / 32 + 1) * Sums::ROWS * most_lanes * Pack<T>::N;
-  float *const parts = (float *)of_product, *weights = nullptr;
+  float *const parts = (float *)of_product, *scales = nullptr, *routing = nullptr;
   Factor *const of_v = (Factor *)(parts + max(of_parts, 2 * rows * ranks));
   ThinPart<T, Sums> b = part;
   ThinV<T, Factor> v{experts, rows, 0, 0, of_v, (uint2 *)of_product, 0, false, false};
   if (segment < 0) {
-    // of the outputs that the block finishes
-    weights = (float *)of_v;
-    for (int i = rank * blockDim.x + threadIdx.x; i < rows * part.width();
-         i += split * blockDim.x) {
-      const int column = part.segment * part.width() + i % part.width();
-      if (column < part.columns) weights[i] = updates.weight(i / part.width(), column);
-    }
+    scales = (float *)of_v, routing = scales + rows * part.width();
+    for_outputs(part, rows, rank, split, [&](int i, int m, int column) {
+      scales[i] = updates.scaling[column];
+      // where the routing weight is
+      routing[i] = updates.g ? __int_as_float(m * updates.experts + updates.expert_of[column]) : 1;
+    });
   } else if (updates.ranks) {
     const int last = min(columns, (part.segment + 1) * part.width()) - Pack<T>::N;
     const int begin = updates.ranks_of(part.segment * part.width()).x;
@@ -330,14 +351,19 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     b.prefetch_all();
   }
   wait_for_inputs();
-  // differs from those of the products before, and is not 0 as at first
+  // the router may be the kernel in front
+  if (routing && updates.g)
+    for_outputs(part, rows, rank, split, [&](int i, int, int) {
+      copy_number(routing + i, updates.g + __float_as_int(routing[i]));
+    });
+  // differs from those of the products before
   if (updates.ranks) v.mark = (__ldcg(experts.turn) << 2 | experts.index) + 1;
   ThinRows<T> x{input.x + part.begin, input.ldx, part.begin, rows};
   if (Sums::MAKES_INPUT && input.kind) {
-    const int of_row = max(ranks + THIN_PADDING, most_lanes * Pack<T>::N);
+    const int of_row = max(ranks + THIN_PADDING, 2 * most_lanes * Pack<T>::N);
     T *const made = (T *)((float *)of_v + rows * of_row);
     x.x = made, x.ld = part.end - part.begin + THIN_PADDING;
     make_input<T, Sums::ROWS>(input, rows, in, part.begin, part.end, made, (int)x.ld);
   }
-  thin_product<T, Sums>(part, b, packs, v, x, experts, weights, out, ldo, split, rank, parts);
+  thin_product<T, Sums>(part, b, packs, v, x, experts, scales, out, ldo, split, rank, parts);
 }
