@@ -19,7 +19,7 @@ use super::fused::pack::FusedProduct;
 use super::fused::stream::fused_norm;
 use super::routing::pass::RoutingPass;
 use super::routing::site::BlockWeights;
-use crate::config::{Kernels, RouterInput};
+use crate::config::{Kernels, RouterInput, RouterScope};
 use crate::ffi;
 use crate::ffi::cuda::KernelSet;
 use crate::ffi::step::{BlockInput, CachedAttention, Counters, Unbiased};
@@ -128,15 +128,18 @@ impl RoutedModel {
     fn fits_step_kernels(&self) -> bool {
         let spec = &self.decoder.spec;
         let bytes_of_head = spec.head_dim * self.kind.elt_size_in_bytes() as i64;
-        let is_packed = |products: &[FusedProduct; 4]| {
-            let fits = |product: &FusedProduct| product.row_padding() <= MAX_RANKS;
-            products.iter().all(|product| product.is_one_product() && fits(product))
+        let has_routers_of_modules = self.routers.spec().scope == RouterScope::Module;
+        let fits = |product: &FusedProduct| {
+            // in a step, the modules of a product have the same routing weights
+            let share_weights = product.members.len() == 1 || !has_routers_of_modules;
+            product.is_one_product() && share_weights && product.row_padding() <= MAX_RANKS
         };
+        let are_known = |products: &[FusedProduct; 4]| products.iter().all(fits);
         self.has_kernels
             && self.fuses_blocks()
             && [4, 8, 16, 32].map(|threads| threads * PACK_BYTES).contains(&bytes_of_head)
             && spec.width <= MAX_WIDTH
-            && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(is_packed))
+            && self.experts.iter().all(|block| block.fused.as_ref().is_some_and(are_known))
     }
 
     /// Makes the kernels of steps ready and returns whether there are any for this model.

@@ -89,7 +89,7 @@ fn mixtures() -> Vec<Mixture> {
     mixtures
 }
 
-/// Mixtures on each Llama-like family. The last two have shapes for which there are kernels.
+/// Mixtures on each Llama-like family. All but the first have shapes for which there are kernels.
 fn on_llama_like_bases() -> Vec<Mixture> {
     let mut mixtures = vec![];
     let llama = family_specs().into_iter().filter(|(name, _)| *name != "gpt2");
@@ -114,6 +114,12 @@ fn on_llama_like_bases() -> Vec<Mixture> {
         let named = |what: &str| format!("{name}, {what}");
         mixtures.push(new(&named("head 32"), fitting(32, 4, 2), of_ranks(2, 4), plain_router()));
         mixtures.push(new(&named("head 64"), fitting(64, 3, 1), of_ranks(3, 20), layer_router()));
+        if name == "llama" {
+            // the modules of a product have different routing weights
+            let router = RouterConfig { scope: RouterScope::Module, ..plain_router() };
+            let base = fitting(32, 4, 2);
+            mixtures.push(new("routers of modules", base, of_ranks(2, 4), router));
+        }
     }
     mixtures
 }
