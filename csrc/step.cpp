@@ -47,8 +47,9 @@ struct Layer {
   Tensor empty_output(int64_t rows, int64_t columns) const {
     return at::empty({rows, columns}, product.weight().options());
   }
-  // Whether attention, which reads this layer's output, adds the updates of the experts if there are
-  // few texts: it takes less time to add few ranks in each head than to wait for u in the product.
+  // Whether attention, which reads this layer's output, adds the updates of the experts if there
+  // are few texts: it takes less time to add few ranks in each head than to wait for u in the
+  // product.
   bool leaves_updates() const {
     int64_t most = 0;
     for (const auto &m : product.members)

@@ -228,8 +228,8 @@ template <class T, class Factor> struct ThinV {
 };
 
 // Calls `f` with the index, in [rows, width], and the row and the column of each output that this
-// thread finishes. The `split` blocks of a cluster, of which this is block `rank`, share the outputs
-// of a segment.
+// thread finishes. The `split` blocks of a cluster, of which this is block `rank`, share those of a
+// segment.
 template <class Part, class F>
 static __device__ __forceinline__ void for_outputs(const Part &part, int rows, int rank, int split,
                                                    F f) {
@@ -242,8 +242,8 @@ static __device__ __forceinline__ void for_outputs(const Part &part, int rows, i
 
 // out = x w + v B^T, where `part` and `b` are the block's parts of w and B^T, the first packs of w
 // are in `packs`, and x begins with the column part.begin. The `split` blocks of a cluster have
-// some rows of w and B^T each, and this is block `rank` of them. If `scales` is not null, the part is
-// one of A^T, and its product times these and the numbers behind them, [2, rows, width], becomes v.
+// some rows of w and B^T each, and this is block `rank` of them. If `scales`, [2, rows, width], is
+// not null, the part is one of A^T, and its product times both of these factors becomes v.
 template <class T, class Sums>
 static __device__ __forceinline__ void
 thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
