@@ -224,8 +224,8 @@ static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, int64_t r
   // behind this layer, the kernel of the activation adds the updates of the experts as well
   return has_experts && index == MLP_IN && !is_small ? 4 : 8;
 }
-// A matrix of tensor cores, or one with many rows, is divided among clusters. These are the shapes
-// of least time on an H100 and an H200.
+// With tensor cores, or if it has many rows, a matrix is divided among clusters. These are the
+// shapes of least time on an H100 and an H200.
 static ThinShape thin_shape(const Tensor &w, int64_t rows) {
   const int64_t in = w.size(0), columns = w.size(1), n = per_pack(w);
   const bool has_clusters = capability() >= 90, of_tensor = by_tensor_cores(w, rows);

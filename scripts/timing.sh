@@ -11,8 +11,8 @@ part() {
 
 # parts_by_two: reads lines `NAME: COMMAND` from stdin and runs the commands, two at a time. The output
 # of a command is printed when the command has ended. If one fails, no further command is started, and
-# the function fails. xargs starts the commands, because the shell would make them ignore SIGINT if it
-# started them in the background, and some checks send that signal.
+# the function fails. Some checks send SIGINT, which commands ignore if the shell starts them in the
+# background, so xargs starts them.
 parts_by_two() {
   local folder
   folder=$(mktemp -d)

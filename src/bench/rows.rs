@@ -208,8 +208,8 @@ impl Subject {
     }
 
     /// Runs a step on the blocks `now`, and returns the mean loss of their label tokens before the
-    /// update, in nats. In some rows, a step on the blocks `next`, if there is one, is prepared or
-    /// launched meanwhile.
+    /// update, in nats. If there are blocks `next`, some rows prepare or launch the step on them
+    /// meanwhile.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,

@@ -130,8 +130,8 @@ impl RoutedModel {
         let bytes_of_head = spec.head_dim * self.kind.elt_size_in_bytes() as i64;
         let has_routers_of_modules = self.routers.spec().scope == RouterScope::Module;
         let fits = |product: &FusedProduct| {
-            // in a step, the modules of a product have the same routing weights
-            let share_weights = product.members.len() == 1 || !has_routers_of_modules;
+            // in a step, all experts of a product have the same routing weights
+            let share_weights = product.experts.len() <= 1 || !has_routers_of_modules;
             product.is_one_product() && share_weights && product.row_padding() <= MAX_RANKS
         };
         let are_known = |products: &[FusedProduct; 4]| products.iter().all(fits);

@@ -13,8 +13,8 @@ use dylora::train::{Ending, Event, Summary};
 
 use crate::{World, alone, check_same_checkpoints, check_same_tensors};
 
-/// There are dropout, a temperature that falls and a selection bias that moves, so that no two
-/// steps are alike, and evaluations and checkpoints between the steps.
+/// Dropout, a falling temperature and a moving selection bias make every step different.
+/// Evaluations and checkpoints come between the steps.
 const SETTINGS: [&str; 9] = [
     "train.duration={steps=20}",
     "train.eval_every_steps=8",
@@ -34,8 +34,8 @@ fn config(world: &World, run: &str, more: &[&str]) -> Result<Config> {
     world.config(run, &[&SETTINGS, more].concat())
 }
 
-/// Trains from the start or from a checkpoint, to the end or until step `stop_at` is done. Returns
-/// what is known of each step but its times and memory.
+/// Trains from the start, or from the checkpoint `resume`, to the end or to step `stop_at`. Returns
+/// the metrics of the steps without times and memory.
 fn run(
     config: &Config,
     resume: Option<&Path>,
