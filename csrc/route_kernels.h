@@ -17,11 +17,13 @@ static void route(const Tensor &x, const Tensor &w, const Tensor &b, const Tenso
   const int64_t rows = x.size(0), experts = w.size(0);
   // a few rows are computed by more threads each, and soon after the kernel in front
   const bool is_few = rows < 8 * MULTIPROCESSORS;
-  const int64_t of_row = is_few && x.size(1) >= 512 ? 4 : 1, of_block = 8 / of_row;
+  const int64_t width = x.size(1);
+  const int64_t of_row = !is_few ? 1 : width >= 1536 ? 8 : width >= 512 ? 4 : 1;
+  const int64_t of_block = 8 / of_row;
   const auto launch = [&](auto run) {
     run(any_module(x), Route, x, ceil_div(rows, of_block), 256, (int)(4 * of_block * experts),
         x.data_ptr(), ld(x), w.data_ptr(), b.data_ptr(), temperature.data_ptr(), (int)normalizes,
-        (float)eps, logits.data_ptr(), probs.data_ptr(), rstd.data_ptr(), (int)x.size(1),
+        (float)eps, logits.data_ptr(), probs.data_ptr(), rstd.data_ptr(), (int)width,
         (int)experts, rows, (int)of_row);
   };
   if (is_few)

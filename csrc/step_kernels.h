@@ -88,6 +88,7 @@ static void run_early(const KernelModule *module, Name name, const Tensor &like,
 
 constexpr int64_t SHARED_MEMORY = 47 << 10;    // bytes that any kernel may have beside its own
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
+constexpr int64_t MAX_CLUSTER = 8;             // blocks
 constexpr int64_t SHARED_OF_MANY = 56 << 10;   // two ManyShared of csrc/kernels/step/many.cuh
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
 constexpr int64_t THIN_PADDING = 16;           // as in csrc/kernels/step/thin.cuh
@@ -166,17 +167,21 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
   const bool has_lanes = size % n == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32);
   const auto args = args_of(y);
   const int threads = 256;
-  const int64_t shared = 4 * (threads * n + args.updates.ranks);
   const bool is_whole = cache.keys.stride(2) == size && cache.keys.stride(3) == 1 &&
                         cache.keys.strides() == cache.values.strides() && out.is_contiguous();
-  if (!module || !has_lanes || !is_whole || !fits(y) || shared > SHARED_MEMORY) return false;
+  if (!module || !has_lanes || !is_whole || !fits(y)) return false;
   const int64_t pairs = out.size(0) * cache.heads.q;
   // enough blocks for all multiprocessors, each of which has some positions
+  const bool has_clusters = capability() >= 90;
+  const int64_t most = has_clusters ? MAX_CLUSTER : MAX_SPLITS;
   const int64_t wanted = ceil_div(MULTIPROCESSORS, pairs), room = ceil_div(cache.keys.size(2), 128);
-  const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), MAX_SPLITS));
+  const int64_t splits = std::max<int64_t>(1, std::min(std::min(wanted, room), most));
+  const int64_t of_parts = splits > 1 ? splits * (size + 2) : 0;
+  const int64_t shared = 4 * (threads * n + args.updates.ranks + of_parts);
+  if (shared > SHARED_MEMORY) return false;
   Tensor partial;
-  if (splits > 1)
-    partial = at::empty({pairs * splits * (size + 2)}, out.options().dtype(at::kFloat));
+  if (splits > 1 && !has_clusters)
+    partial = at::empty({pairs * of_parts}, out.options().dtype(at::kFloat));
   const Shared numbers = shared_numbers(out);
   const StepCacheArgs at{cache.keys.data_ptr(),
                          cache.values.data_ptr(),
@@ -193,9 +198,9 @@ static bool step_attention(const Unfinished &y, const StepCache &cache, const Te
                          (float)cache.heads.eps,
                          at_or_null(cache.frequencies),
                          (float)cache.rope_factor};
-  run_early(module, StepAttention, out, pairs * splits, threads, shared, args, at, (int)lanes,
-            (int)splits, (float *)at_or_null(partial), numbers.counters, numbers.turn,
-            out.data_ptr());
+  run_early_cluster(module, StepAttention, out, pairs * splits, threads, shared,
+                    has_clusters ? splits : 1, args, at, (int)lanes, (int)splits,
+                    (float *)at_or_null(partial), numbers.counters, numbers.turn, out.data_ptr());
   return true;
 }
 
@@ -243,7 +248,7 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows) {
   if (!has_clusters || shape.threads == 512) return shape;
   const int64_t most = multiprocessors() * (of_tensor || rows == 1 ? 4 : 2);  // that run at once
   const int64_t at_once = shape.threads / shape.lanes * 4;  // rows, as in THIN_UNROLL
-  while (shape.split < 8 && 2 * shape.split * shape.segments <= most &&
+  while (shape.split < MAX_CLUSTER && 2 * shape.split * shape.segments <= most &&
          in >= 2 * shape.split * at_once)
     shape.split *= 2;
   return shape;
@@ -286,12 +291,15 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   }
   // as in csrc/kernels/step/thin.cuh
   const int64_t columns = std::max(shape.lanes_of_a, shape.lanes) * n;
-  const int64_t of_parts = (shape.threads / 32 + 1) * shape.rows * columns;
+  int64_t terms = split > 1 ? 32 : 0;  // from each block of a cluster
+  while (terms * split < rows * columns && split > 1) terms *= 2;
+  const int64_t of_parts = shape.threads / 32 * shape.rows * columns;
   const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, 2 * columns);
   const int64_t length = ceil_div(ceil_div(in, split), n) * n;
   const int64_t of_input = is_plain ? 0 : rows * (length + THIN_PADDING);
-  const int64_t shared = 4 * (std::max(of_parts, 2 * rows * ranks_of_block) + of_v) +
-                         of_input * out.element_size();
+  const int64_t shared =
+      4 * (terms * split + std::max(of_parts, 2 * rows * ranks_of_block) + of_v) +
+      of_input * out.element_size();
   if (shared > SHARED_MEMORY) return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
@@ -308,8 +316,13 @@ static bool step_choice(const Tensor &logits, int64_t vocabulary, const Tensor &
   auto module = any_module(logits);
   if (!module || !packs(logits)) return false;
   const int64_t per_row = ceil_div(vocabulary, per_pack(logits));
-  run_early(module, StepChoice, logits, logits.size(0), 1024, 0, logits.data_ptr(), ld(logits),
-            (int)vocabulary, (int)per_row, (double *)choice.data_ptr(), at_or_null(ids),
-            at_or_null(positions), at_or_null(places));
+  int64_t split = 1;
+  while (capability() >= 90 && split < MAX_CLUSTER && per_row >= 2 * split * 1024 &&
+         2 * split * logits.size(0) <= multiprocessors())
+    split *= 2;
+  run_early_cluster(module, StepChoice, logits, logits.size(0) * split, 1024, 0, split,
+                    logits.data_ptr(), ld(logits), (int)vocabulary, (int)per_row,
+                    (double *)choice.data_ptr(), at_or_null(ids), at_or_null(positions),
+                    at_or_null(places), (int)split);
   return true;
 }

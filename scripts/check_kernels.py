@@ -47,8 +47,7 @@ REPLACED = {
     "step/thin": [
         (r"__shared__ float of_warps\[16\];", "float *const of_warps = block->of_warps;"),
         (r"extern __shared__ uint4 of_product\[\];", "uint4 *const of_product = (uint4 *)block->dynamic;"),
-        (r"const u32 place = [^\n]*", ""),
-        (r"of_block\(place, k\)", "in_block(own, k)"),
+        (r"__shared__ u64 inbox;", "u64 inbox = 0;"),
     ],
     "step/many": [
         (r"extern __shared__ uint4 of_many\[\];", "uint4 *const of_many = (uint4 *)block->dynamic;"),

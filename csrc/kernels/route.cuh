@@ -20,25 +20,26 @@ static __device__ void route(const T *x, i64 ldx, const float *w, const float *b
   const int first = (warp % of_row * 32 + lane) * N, stride = 32 * of_row * N;
   float *const z = of_route + local * experts;
   wait_for_inputs();
+  const float inverse = 1.f / (float)*temperature;
   float scale = 1;
   for (int e0 = 0; e0 < experts; e0 += TILE) {
     float sum[TILE + 1] = {};
     if (is_inside) {
       for (int c = first; c < width; c += stride) {
-        float v[N];
+        // no branch, so that all loads are under way at once
+        float v[N], u[TILE][N];
         Pack<T>::load(x + row * ldx + c, v);
+#pragma unroll
+        for (int e = 0; e < TILE; ++e)
+#pragma unroll
+          for (int i = 0; i < N; i += 4)
+            Pack<float>::load(w + (i64)min(e0 + e, experts - 1) * width + c + i, u[e] + i);
 #pragma unroll
         for (int i = 0; i < N; ++i) sum[TILE] = fmaf(v[i], v[i], sum[TILE]);
 #pragma unroll
-        for (int e = 0; e < TILE; ++e) {
-          if (e0 + e >= experts) break;
-          const float *of_expert = w + (i64)(e0 + e) * width + c;
-          float u[N];
+        for (int e = 0; e < TILE; ++e)
 #pragma unroll
-          for (int i = 0; i < N; i += 4) Pack<float>::load(of_expert + i, u + i);
-#pragma unroll
-          for (int i = 0; i < N; ++i) sum[e] = fmaf(v[i], u[i], sum[e]);
-        }
+          for (int i = 0; i < N; ++i) sum[e] = fmaf(v[i], u[e][i], sum[e]);
       }
     }
 #pragma unroll
@@ -63,7 +64,6 @@ static __device__ void route(const T *x, i64 ldx, const float *w, const float *b
   }
   __syncwarp();
   if (warp % of_row != 0 || !is_inside) return;
-  const float inverse = 1.f / (float)*temperature;
   float top = -INFINITY, total = 0;
   for (int e = lane; e < experts; e += 32) top = fmaxf(top, z[e]);
   // a temperature is positive

@@ -88,8 +88,8 @@
   }                                                                                                \
   extern "C" __global__ void __launch_bounds__(1024) step_choice_##NAME(                           \
       const T *logits, i64 ld, int vocabulary, int packs, double *choice, i64 *ids, i64 *positions,\
-      i64 *places) {                                                                               \
-    step_choice<T>(logits, ld, vocabulary, packs, choice, ids, positions, places);                 \
+      i64 *places, int split) {                                                                    \
+    step_choice<T>(logits, ld, vocabulary, packs, choice, ids, positions, places, split);          \
   }
 // Kernels that exist in bf16 only.
 #define DROP_GRAD(N)                                                                               \

@@ -167,6 +167,7 @@ impl KernelSet {
             source!("mlp"),
             source!("heads"),
             source!("loss"),
+            source!("cluster"),
             source!("choice"),
             source!("route"),
             source!("table"),

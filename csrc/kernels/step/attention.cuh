@@ -98,8 +98,8 @@ static __device__ __forceinline__ void prepare_heads(const StepCache &cache, con
 
 // Attention of each row's new position to itself and to the positions of the cache, to which its
 // key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part
-// of a row's and head's positions; the last of them to end combines the parts. LANES threads hold a
-// head's vector. `turn` is raised by 1.
+// of a row's and head's positions. If `partial` is null, the first block of a cluster combines the
+// parts, otherwise the last block to end. LANES threads hold a head's vector. `turn` is raised by 1.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
                                       float *partial, int *arrived, u32 *turn, T *out) {
@@ -108,8 +108,11 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
   __shared__ float tops[MAX_SPLITS], sums[MAX_SPLITS];
   __shared__ bool is_last;
   __shared__ float turns[SIZE];
+  __shared__ u64 inbox;
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-  float *values = of_attention, *v = values + 256 * N;
+  // all parts, [splits, 2 + SIZE]: the largest score, the sum of weights, and the weighted values
+  float *const parts = of_attention;
+  float *values = parts + (splits > 1 ? splits * (SIZE + 2) : 0), *v = values + 256 * N;
   const int split = blockIdx.x % splits, head = blockIdx.x / splits % cache.heads;
   const i64 row = blockIdx.x / (splits * cache.heads);
   const int group_size = cache.heads / cache.key_heads, key_head = head / group_size;
@@ -132,6 +135,7 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
       }
     }
   };
+  if (splits > 1 && !partial) open_inbox(&inbox, split == 0 ? 4 * splits * (SIZE + 2) : 0);
   if (cache.frequencies) angles_at<T>(cache.frequencies, cache.rope_factor, past, SIZE, turns);
   // earlier steps wrote these
   load(begin);
@@ -218,48 +222,51 @@ static __device__ void step_attention(const Unfinished<T> &y, const StepCache &c
     if (lane == 0) tops[warp] = all.top, sums[warp] = all.sum;
   }
   __syncthreads();
-  auto combine = [&](int parts, const float *of_parts, i64 stride, float &top, float &sum,
+  auto combine = [&](int count, const float *of_parts, i64 stride, float &top, float &sum,
                      float &value) {
-    for (int i = 0; i < parts; ++i) top = fmaxf(top, tops[i]);
+    for (int i = 0; i < count; ++i) top = fmaxf(top, tops[i]);
 #pragma unroll 8
-    for (int i = 0; i < parts; ++i) {
+    for (int i = 0; i < count; ++i) {
       const float factor = tops[i] > -INFINITY ? power_of_2(tops[i] - top) : 0.f;
       sum += factor * sums[i];
-      value += factor * __ldcg(of_parts + i * stride);
+      value += factor * of_parts[i * stride];
     }
   };
   float top = -INFINITY, sum = 0, value = 0;
-  if (threadIdx.x < SIZE) {
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i) top = fmaxf(top, tops[i]);
-#pragma unroll
-    for (int i = 0; i < WARPS; ++i) {
-      const float factor = tops[i] > -INFINITY ? power_of_2(tops[i] - top) : 0.f;
-      sum += factor * sums[i];
-      value += factor * values[i * SIZE + threadIdx.x];
-    }
-  }
+  if (threadIdx.x < SIZE) combine(WARPS, values + threadIdx.x, SIZE, top, sum, value);
   T *to = out + row * width + at_head;
   if (splits == 1) {
     if (threadIdx.x < SIZE) put(to + threadIdx.x, value / sum);
     return;
   }
-  // the parts of the row and head
-  const i64 pair = row * cache.heads + head;
-  float *parts = partial + pair * splits * (SIZE + 2), *own = parts + split * (SIZE + 2);
-  if (threadIdx.x < SIZE) own[2 + threadIdx.x] = value;
-  if (threadIdx.x == 0) own[0] = top, own[1] = sum;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(arrived + pair, 1) == splits - 1;
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  if (threadIdx.x < splits) {
-    tops[threadIdx.x] = __ldcg(parts + threadIdx.x * (SIZE + 2));
-    sums[threadIdx.x] = __ldcg(parts + threadIdx.x * (SIZE + 2) + 1);
+  if (!partial) {
+    wait_for_inboxes();
+    float *const own = parts + split * (SIZE + 2);
+    if (threadIdx.x < SIZE) send(own + 2 + threadIdx.x, &inbox, value, 0);
+    if (threadIdx.x == 0) send(own, &inbox, top, 0), send(own + 1, &inbox, sum, 0);
+    if (split > 0) return;
+    wait_for_sent(&inbox);
+  } else {
+    const i64 pair = row * cache.heads + head;
+    float *const of_pair = partial + pair * splits * (SIZE + 2);
+    float *const own = of_pair + split * (SIZE + 2);
+    if (threadIdx.x < SIZE) own[2 + threadIdx.x] = value;
+    if (threadIdx.x == 0) own[0] = top, own[1] = sum;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(arrived + pair, 1) == splits - 1;
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    if (threadIdx.x == 0) arrived[pair] = 0;
+    for (int i = threadIdx.x; i < splits * (SIZE + 2); i += blockDim.x)
+      parts[i] = __ldcg(of_pair + i);
   }
-  if (threadIdx.x == 0) arrived[pair] = 0;
+  __syncthreads();
+  if (threadIdx.x < splits) {
+    tops[threadIdx.x] = parts[threadIdx.x * (SIZE + 2)];
+    sums[threadIdx.x] = parts[threadIdx.x * (SIZE + 2) + 1];
+  }
   __syncthreads();
   if (threadIdx.x < SIZE) {
     top = -INFINITY, sum = value = 0;

@@ -75,18 +75,24 @@ template <class T, int MOST> struct CoreSums {
   __device__ __forceinline__ void add(const Part &part, int from, const Factors<X> &factors,
                                       const uint4 (&packs)[THIN_UNROLL]) {
     const auto [x, ld, first, count] = factors.rows;
+    // no branch, so that all loads are under way at once
+    float f[THIN_UNROLL][ROWS];
 #pragma unroll
     for (int i = 0; i < THIN_UNROLL; ++i) {
       const int k = from + row(part.lanes, i);
+#pragma unroll
+      for (int m = 0; m < ROWS; ++m)
+        f[i][m] = m < count && k < part.end ? wide(x[m * ld + k - first]) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < THIN_UNROLL; ++i) {
       if (from + i * row_step(part.lanes) >= part.end) break;
       float of_weight[N];
       Pack<T>::load((const T *)&packs[i], of_weight);
 #pragma unroll
-      for (int m = 0; m < ROWS; ++m) {
-        const float f = m < count && k < part.end ? wide(x[m * ld + k - first]) : 0.f;
+      for (int m = 0; m < ROWS; ++m)
 #pragma unroll
-        for (int n = 0; n < N; ++n) sums[m][n] = fmaf(f, of_weight[n], sums[m][n]);
-      }
+        for (int n = 0; n < N; ++n) sums[m][n] = fmaf(f[i][m], of_weight[n], sums[m][n]);
     }
   }
   // Writes the sums of each warp to `parts`, [warps, ROWS, width].

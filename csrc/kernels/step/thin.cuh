@@ -133,17 +133,9 @@ static __device__ __forceinline__ float sum_of_parts(const float *parts, int str
   return total;
 }
 
-// The sum of `own` over the blocks of a cluster, which hold it at the same place of shared memory.
-static __device__ __forceinline__ float cluster_sum(const float *own, int split) {
-  const u32 place = (u32)__cvta_generic_to_shared(own);
-  float sum = 0;
-  for (int k = 0; k < split; ++k) sum += of_block(place, k);
-  return sum;
-}
-
 // Writes a number of v and its mark at once, so that nobody sees one without the other.
 static __device__ __forceinline__ void put_marked(uint2 *to, float x, u32 mark) {
-  __stcg((unsigned long long *)to, (unsigned long long)mark << 32 | __float_as_uint(x));
+  __stcg((u64 *)to, (u64)mark << 32 | __float_as_uint(x));
 }
 // Begins to copy two numbers and their marks to shared memory, past the L1 cache.
 static __device__ __forceinline__ void copy_marked(uint2 *to, const uint2 *from) {
@@ -227,29 +219,65 @@ template <class T, class Factor> struct ThinV {
   }
 };
 
+// How the blocks of a cluster share the outputs of a segment, [rows, width]. Each block finishes
+// some of them, and all blocks send it their terms of these.
+struct ThinOutputs {
+  int count, split;  // a power of two
+  int shift;         // a block finishes 2^shift outputs
+  float *terms;      // [split, 2^shift]
+  u64 *inbox;
+  __device__ __forceinline__ ThinOutputs(int count, int split, float *terms, u64 *inbox)
+      : count(count), split(split), shift(shift_of(count, split)), terms(terms), inbox(inbox) {}
+  static __device__ __forceinline__ int shift_of(int count, int split) {
+    return split == 1 ? 30 : max(5, 32 - __clz((count + split - 1) / split - 1));
+  }
+  // How many terms come to a block, if there are several.
+  static __device__ __forceinline__ int terms_of(int count, int split) {
+    return split == 1 ? 0 : split << shift_of(count, split);
+  }
+  // the block's place in the cluster
+  __device__ __forceinline__ int rank() const { return blockIdx.x & split - 1; }
+  __device__ __forceinline__ int end() const { return min(count, rank() + 1 << shift); }
+  __device__ __forceinline__ int first() const { return (rank() << shift) + threadIdx.x; }
+  __device__ __forceinline__ int place(int i) const { return i & (1 << shift) - 1; }
+  __device__ __forceinline__ void open() const {
+    if (split > 1) open_inbox(inbox, 4 * split * max(0, end() - (rank() << shift)));
+  }
+  // Sends the block's terms, and waits for those of the outputs that this thread finishes.
+  template <class F> __device__ __forceinline__ void exchange(F term_of) const {
+    wait_for_inboxes();
+    for (int i = threadIdx.x; i < count; i += blockDim.x)
+      send(terms + (rank() << shift) + place(i), inbox, term_of(i), i >> shift);
+    if (first() < end()) wait_for_sent(inbox);
+  }
+  // Behind `exchange`: an output.
+  __device__ __forceinline__ float sum(int i) const {
+    return sum_of_parts(terms + place(i), 1 << shift, split);
+  }
+};
+
 // Calls `f` with the index, in [rows, width], and the row and the column of each output that this
-// thread finishes. The `split` blocks of a cluster, of which this is block `rank`, share those of a
-// segment.
+// thread finishes.
 template <class Part, class F>
-static __device__ __forceinline__ void for_outputs(const Part &part, int rows, int rank, int split,
+static __device__ __forceinline__ void for_outputs(const Part &part, const ThinOutputs &outputs,
                                                    F f) {
   const int width = part.width();
-  for (int i = rank * blockDim.x + threadIdx.x; i < rows * width; i += split * blockDim.x) {
+  for (int i = outputs.first(); i < outputs.end(); i += blockDim.x) {
     const int column = part.segment * width + i % width;
     if (column < part.columns) f(i, i / width, column);
   }
 }
 
 // out = x w + v B^T, where `part` and `b` are the block's parts of w and B^T, the first packs of w
-// are in `packs`, and x begins with the column part.begin. The `split` blocks of a cluster have
-// some rows of w and B^T each, and this is block `rank` of them. If `scales`, [2, rows, width], is
-// not null, the part is one of A^T, and its product times both of these factors becomes v.
+// are in `packs`, and x begins with the column part.begin. The blocks of a cluster have some rows
+// of w and B^T each. If `scales`, [2, rows, width], is not null, the part is one of A^T, and its
+// product times both of these factors becomes v.
 template <class T, class Sums>
 static __device__ __forceinline__ void
 thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
              uint4 (&packs)[THIN_UNROLL], ThinV<T, typename Sums::Factor> &v, const ThinRows<T> &x,
-             const ThinExperts<T> &experts, const float *scales, T *out, i64 ldo, int split,
-             int rank, float *parts) {
+             const ThinExperts<T> &experts, const float *scales, const ThinOutputs &outputs,
+             T *out, i64 ldo, float *parts) {
   constexpr int ROWS = Sums::ROWS;
   typedef typename Sums::Factor Factor;
   const bool has_experts = experts.updates.ranks > 0 && !scales;
@@ -287,23 +315,16 @@ thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
   auto total_of = [&](int i) {
     return sum_of_parts(parts + Sums::place(i), ROWS * width, warps);
   };
-  const int outputs = x.count * width;
-  float *const of_block = parts + warps * ROWS * width;  // [rows, width]
-  if (split > 1) {
-    for (int i = threadIdx.x; i < outputs; i += blockDim.x) of_block[i] = total_of(i);
-    cluster_wait();
-  }
+  if (outputs.split > 1) outputs.exchange(total_of);
   if (scales) wait_for_copies();
-  for_outputs(part, x.count, rank, split, [&](int i, int m, int column) {
-    const float total = split > 1 ? cluster_sum(of_block + i, split) : total_of(i);
+  for_outputs(part, outputs, [&](int i, int m, int column) {
+    const float total = outputs.split > 1 ? outputs.sum(i) : total_of(i);
     if (scales)
-      put_marked(experts.v + m * part.columns + column, total * (scales[i] * scales[outputs + i]),
-                 v.mark);
+      put_marked(experts.v + m * part.columns + column,
+                 total * (scales[i] * scales[outputs.count + i]), v.mark);
     else
       put(out + m * ldo + column, total);
   });
-  // no block ends before all have been read
-  if (split > 1) cluster_wait();
 }
 
 // The same for the input that `input` describes, which has at most Sums::ROWS rows. The first
@@ -315,6 +336,7 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
                                                      int split, int ranks) {
   typedef typename Sums::Factor Factor;
   extern __shared__ uint4 of_product[];
+  __shared__ u64 inbox;
   const Updates<T> &updates = experts.updates;
   const int lanes = Sums::lanes(given_lanes), rank = blockIdx.x % split;
   const int segment = (int)blockIdx.x / split - experts.segments;
@@ -326,16 +348,19 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   part.begin = min(in, rank * per_block), part.end = min(in, part.begin + per_block);
   uint4 packs[THIN_UNROLL];
   part.load(part.begin, packs);
+  const int most_columns = max(Sums::lanes_of_a(), lanes) * Pack<T>::N;
+  const int of_parts = blockDim.x / 32 * Sums::ROWS * most_columns;
+  float *const terms = (float *)of_product, *scales = nullptr, *routing = nullptr;
+  float *const parts = terms + ThinOutputs::terms_of(rows * most_columns, split);
+  const ThinOutputs outputs(rows * part.width(), split, terms, &inbox);
+  outputs.open();
   // what is copied of v is not needed any more when the product is summed
-  const int most_lanes = max(Sums::lanes_of_a(), lanes);
-  const int of_parts = (blockDim.x / 32 + 1) * Sums::ROWS * most_lanes * Pack<T>::N;
-  float *const parts = (float *)of_product, *scales = nullptr, *routing = nullptr;
   Factor *const of_v = (Factor *)(parts + max(of_parts, 2 * rows * ranks));
   ThinPart<T, Sums> b = part;
-  ThinV<T, Factor> v{experts, rows, 0, 0, of_v, (uint2 *)of_product, 0, false, false};
+  ThinV<T, Factor> v{experts, rows, 0, 0, of_v, (uint2 *)parts, 0, false, false};
   if (segment < 0) {
     scales = (float *)of_v, routing = scales + rows * part.width();
-    for_outputs(part, rows, rank, split, [&](int i, int m, int column) {
+    for_outputs(part, outputs, [&](int i, int m, int column) {
       scales[i] = updates.scaling[column];
       // where the routing weight is
       routing[i] = updates.g ? __int_as_float(m * updates.experts + updates.expert_of[column]) : 1;
@@ -353,17 +378,17 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   wait_for_inputs();
   // the router may be the kernel in front
   if (routing && updates.g)
-    for_outputs(part, rows, rank, split, [&](int i, int, int) {
+    for_outputs(part, outputs, [&](int i, int, int) {
       copy_number(routing + i, updates.g + __float_as_int(routing[i]));
     });
   // differs from those of the products before
   if (updates.ranks) v.mark = (__ldcg(experts.turn) << 2 | experts.index) + 1;
   ThinRows<T> x{input.x + part.begin, input.ldx, part.begin, rows};
   if (Sums::MAKES_INPUT && input.kind) {
-    const int of_row = max(ranks + THIN_PADDING, 2 * most_lanes * Pack<T>::N);
+    const int of_row = max(ranks + THIN_PADDING, 2 * most_columns);
     T *const made = (T *)((float *)of_v + rows * of_row);
     x.x = made, x.ld = part.end - part.begin + THIN_PADDING;
     make_input<T, Sums::ROWS>(input, rows, in, part.begin, part.end, made, (int)x.ld);
   }
-  thin_product<T, Sums>(part, b, packs, v, x, experts, scales, out, ldo, split, rank, parts);
+  thin_product<T, Sums>(part, b, packs, v, x, experts, scales, outputs, out, ldo, parts);
 }
