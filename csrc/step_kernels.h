@@ -229,9 +229,9 @@ static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, int64_t r
   // behind this layer, the kernel of the activation adds the updates of the experts as well
   return has_experts && index == MLP_IN && !is_small ? 4 : 8;
 }
-// With tensor cores, or if it has many rows, a matrix is divided among clusters. These are the
-// shapes of least time on an H100 and an H200.
-static ThinShape thin_shape(const Tensor &w, int64_t rows) {
+// With tensor cores, or if it has many rows, a matrix is divided among clusters. `ranks` is the
+// number of columns of A^T. These are the shapes of least time on an H200.
+static ThinShape thin_shape(const Tensor &w, int64_t rows, int64_t ranks) {
   const int64_t in = w.size(0), columns = w.size(1), n = per_pack(w);
   const bool has_clusters = capability() >= 90, of_tensor = by_tensor_cores(w, rows);
   ThinShape shape{ThinProduct, 256, 8, 8, 0, 1, 8};
@@ -246,11 +246,17 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows) {
   }
   shape.segments = ceil_div(columns, shape.lanes * n);
   if (!has_clusters || shape.threads == 512) return shape;
-  const int64_t most = multiprocessors() * (of_tensor || rows == 1 ? 4 : 2);  // that run at once
   const int64_t at_once = shape.threads / shape.lanes * 4;  // rows, as in THIN_UNROLL
-  while (shape.split < MAX_CLUSTER && 2 * shape.split * shape.segments <= most &&
-         in >= 2 * shape.split * at_once)
-    shape.split *= 2;
+  const int64_t segments_of_a = rows == 1 ? ceil_div(ranks, shape.lanes_of_a * n) : 0;
+  const auto fits = [&](int64_t split) {
+    // four blocks of a multiprocessor run at once, or two of those by CUDA cores with several
+    // rows; of clusters of eight with experts, there is not always room for so many
+    const bool is_tight = segments_of_a > 0 && split == MAX_CLUSTER;
+    const int64_t blocks = rows > 1 && !of_tensor ? 2 : is_tight ? 3 : 4;
+    return split * (shape.segments + segments_of_a) <= blocks * multiprocessors() &&
+           in >= split * at_once;
+  };
+  while (shape.split < MAX_CLUSTER && fits(2 * shape.split)) shape.split *= 2;
   return shape;
 }
 
@@ -267,10 +273,10 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
       !packs(a) || !packs(updates.b) || !knows_y)
     return false;
   if (rows > most_thin_rows(input, w, rows, a.defined(), index)) return false;
-  const auto shape = thin_shape(w, rows);
-  int64_t split = shape.split;
   ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 0};
   const int64_t ranks = experts.updates.ranks;
+  const auto shape = thin_shape(w, rows, ranks);
+  int64_t split = shape.split;
   int64_t ranks_of_block = 0;
   if (ranks > 0) {
     // A block waits for those that write v. All of these run by then: there are no more of them

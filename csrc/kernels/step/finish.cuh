@@ -13,6 +13,15 @@ static __device__ __forceinline__ void prefetch(const void *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+// The same for the weights of a norm, by a block.
+template <class T> static __device__ __forceinline__ void prefetch_norm(const T *w, const T *b) {
+  constexpr int LINE = 128 / sizeof(T);
+  for (int c = threadIdx.x * LINE; c < WIDTH; c += blockDim.x * LINE) {
+    prefetch(w + c);
+    if (b) prefetch(b + c);
+  }
+}
+
 // What the experts of a linear layer add to its output: v B^T, where v is u = x A^T times the
 // scaling of its column and the routing weight of the column's expert. `b` is B^T, [ranks, out], in
 // which the rows [first_rank[m], first_rank[m + 1]) are those of the layer whose columns are
@@ -168,6 +177,7 @@ static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, co
   constexpr int N = Pack<T>::N, THREADS = 128, PACKS = (WIDTH / N + THREADS - 1) / THREADS;
   __shared__ float scratch[32];
   const i64 row = blockIdx.x;
+  prefetch_norm(w, b);
   wait_for_inputs();
   float total[PACKS][N] = {};
 #pragma unroll

@@ -166,6 +166,7 @@ static __device__ __forceinline__ void wait_for_copies() {
 
 // Numbers between the rows of what threads read at once, for few conflicts of banks.
 #define THIN_PADDING 16
+#define ATTN_OUT 1  // the index of the layer behind attention
 
 // The part of v that a block needs: ranks [first, end), whose number is a multiple of 8. It comes
 // to shared memory while the block multiplies with W.
@@ -174,8 +175,10 @@ template <class T, class Factor> struct ThinV {
   int rows, first, end;
   Factor *v;      // [rows, end - first], with THIN_PADDING
   uint2 *marked;  // [rows, end - first]
-  u32 mark;       // of this product
+  u32 turn;       // as in `experts`
   bool asked, done;
+  // of this product; it differs from those of the products before
+  __device__ __forceinline__ u32 mark() const { return (turn << 2 | experts.index) + 1; }
   __device__ __forceinline__ int ranks() const { return end - first; }
   // v as what a matrix is multiplied with
   __device__ __forceinline__ ThinRows<Factor> factors() const {
@@ -198,7 +201,7 @@ template <class T, class Factor> struct ThinV {
       done = true;
       for_pairs([&](int m, int r) {
         const uint2 *const pair = marked + m * ranks() + r;
-        done = done && pair[0].y == mark && pair[1].y == mark;
+        done = done && pair[0].y == mark() && pair[1].y == mark();
       });
       if (done) return;
     }
@@ -321,7 +324,7 @@ thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
     const float total = outputs.split > 1 ? outputs.sum(i) : total_of(i);
     if (scales)
       put_marked(experts.v + m * part.columns + column,
-                 total * (scales[i] * scales[outputs.count + i]), v.mark);
+                 total * (scales[i] * scales[outputs.count + i]), v.mark());
     else
       put(out + m * ldo + column, total);
   });
@@ -375,14 +378,16 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     b.w = updates.b, b.ld = updates.ldb, b.begin = v.first, b.end = v.end;
     b.prefetch_all();
   }
+  // attention, which raises the turn, may be the kernel in front of the layer behind it only
+  const bool reads_early = experts.index != ATTN_OUT;
+  if (updates.ranks && reads_early) v.turn = __ldcg(experts.turn);
   wait_for_inputs();
   // the router may be the kernel in front
   if (routing && updates.g)
     for_outputs(part, outputs, [&](int i, int, int) {
       copy_number(routing + i, updates.g + __float_as_int(routing[i]));
     });
-  // differs from those of the products before
-  if (updates.ranks) v.mark = (__ldcg(experts.turn) << 2 | experts.index) + 1;
+  if (updates.ranks && !reads_early) v.turn = __ldcg(experts.turn);
   ThinRows<T> x{input.x + part.begin, input.ldx, part.begin, rows};
   if (Sums::MAKES_INPUT && input.kind) {
     const int of_row = max(ranks + THIN_PADDING, 2 * most_columns);
