@@ -31,11 +31,7 @@ FILES = {
 }
 # patterns of CUDA code that a C++ compiler rejects, with their replacements
 REPLACED = {
-    "pack": [
-        # functions that the programs define themselves
-        (r"static __device__ __forceinline__ float of_block\(.*?\n}\n", ""),
-        (r"static __device__ __forceinline__ void cluster_wait\(.*?\n}\n", ""),
-    ],
+    "pack": [],
     "step/finish": [
         (r'asm volatile\("prefetch[^\n]*', "(void)p;"),
         (r"tanh_of\(ROOT_2_OVER_PI \*", "tanhf(0.7978845608f *"),

@@ -1,6 +1,7 @@
 // The most probable token of rows of logits.
 
 // Waits for the kernel in front of this one, if this one was launched before its end.
+// csrc/kernels/step/finish.cuh relies on the order of both.
 static __device__ __forceinline__ void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -15,7 +16,7 @@ template <class T>
 static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int packs,
                                    double *choice, i64 *ids, i64 *positions, i64 *places,
                                    int split) {
-  constexpr int N = Pack<T>::N, MOST = 8;
+  constexpr int N = Pack<T>::N, MOST = 8;  // blocks, as MAX_CLUSTER in csrc/step_kernels.h
   __shared__ float scratch[32];
   __shared__ int of_block[32];
   // of each block: its largest logit, the sum relative to it, and its choice

@@ -135,8 +135,7 @@ void mma(float *d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned 
   }
   warp.wait();
 }
-void cluster_wait() { cluster->all.wait(); }
-// As in csrc/kernels/step/cluster.cuh. A block has one inbox.
+// As in csrc/kernels/cluster.cuh. A block has one inbox.
 void open_inbox(unsigned long long *, int bytes) {
   if (threadIdx.x == 0) block->missing = bytes;
 }

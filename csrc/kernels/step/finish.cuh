@@ -2,11 +2,12 @@
 // behind csrc/kernels, whose conventions hold here too, with STEP defined. csrc/step.cpp says
 // how they make a block.
 //
-// A kernel starts while the one before it still runs (programmatic dependent launch). Before it
-// waits for that one, it may read what was written before that one started: weights, earlier keys
-// and values, and positions. Whatever the kernel directly in front writes must be read behind the
-// wait. In front of a layer's first product, that may be the router's kernel, so products read
-// routing weights behind it; kernels behind a product may read them earlier.
+// A kernel starts while the one in front of it still runs (programmatic dependent launch). It lets
+// the next one start only when it has waited for the one in front. So when a kernel starts, all
+// have ended but the one in front, and before it waits, it may read whatever that one does not
+// write: weights, earlier keys and values, positions, and mostly the turn. In front of a layer's
+// first product, there may be the router's kernel, so products read routing weights behind the
+// wait; kernels behind a product may read them earlier.
 
 // Brings what lies at an address into the L2 cache.
 static __device__ __forceinline__ void prefetch(const void *p) {

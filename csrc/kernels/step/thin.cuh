@@ -166,7 +166,7 @@ static __device__ __forceinline__ void wait_for_copies() {
 
 // Numbers between the rows of what threads read at once, for few conflicts of banks.
 #define THIN_PADDING 16
-#define ATTN_OUT 1  // the index of the layer behind attention
+#define ATTN_OUT 1  // the index of the layer behind attention, as in csrc/product.h
 
 // The part of v that a block needs: ranks [first, end), whose number is a multiple of 8. It comes
 // to shared memory while the block multiplies with W.
@@ -225,9 +225,10 @@ template <class T, class Factor> struct ThinV {
 // How the blocks of a cluster share the outputs of a segment, [rows, width]. Each block finishes
 // some of them, and all blocks send it their terms of these.
 struct ThinOutputs {
-  int count, split;  // a power of two
-  int shift;         // a block finishes 2^shift outputs
-  float *terms;      // [split, 2^shift]
+  int count;
+  int split;     // blocks, a power of two
+  int shift;     // a block finishes 2^shift outputs
+  float *terms;  // [split, 2^shift]
   u64 *inbox;
   __device__ __forceinline__ ThinOutputs(int count, int split, float *terms, u64 *inbox)
       : count(count), split(split), shift(shift_of(count, split)), terms(terms), inbox(inbox) {}
@@ -246,7 +247,8 @@ struct ThinOutputs {
   __device__ __forceinline__ void open() const {
     if (split > 1) open_inbox(inbox, 4 * split * max(0, end() - (rank() << shift)));
   }
-  // Sends the block's terms, and waits for those of the outputs that this thread finishes.
+  // Sends the block's terms. If this thread finishes outputs, waits for all terms that come to the
+  // block, which so does not end before they are there.
   template <class F> __device__ __forceinline__ void exchange(F term_of) const {
     wait_for_inboxes();
     for (int i = threadIdx.x; i < count; i += blockDim.x)
@@ -378,7 +380,7 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     b.w = updates.b, b.ld = updates.ldb, b.begin = v.first, b.end = v.end;
     b.prefetch_all();
   }
-  // attention, which raises the turn, may be the kernel in front of the layer behind it only
+  // attention raises the turn, and may still run in front of one of the layers
   const bool reads_early = experts.index != ATTN_OUT;
   if (updates.ranks && reads_early) v.turn = __ldcg(experts.turn);
   wait_for_inputs();
