@@ -98,8 +98,8 @@ static __device__ __forceinline__ void prepare_heads(const StepCache &cache, con
 
 // Attention of each row's new position to itself and to the positions of the cache, to which its
 // key and value are added. `y` is [q | k | v], before norms and rotation. A block computes one part
-// of a row's and head's positions. If `partial` is null, the first block of a cluster combines the
-// parts, otherwise the last block to end. LANES threads hold a head's vector. `turn` is raised by 1.
+// of a row's and head's positions. The first block of a cluster combines the parts, or if there is
+// `partial`, the last block to end. LANES threads hold a head's vector. `turn` is raised by 1.
 template <class T, int LANES>
 static __device__ void step_attention(const Unfinished<T> &y, const StepCache &cache, int splits,
                                       float *partial, int *arrived, u32 *turn, T *out) {
