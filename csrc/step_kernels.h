@@ -247,6 +247,7 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows, int64_t ranks) {
   shape.segments = ceil_div(columns, shape.lanes * n);
   if (!has_clusters || shape.threads == 512) return shape;
   const int64_t at_once = shape.threads / shape.lanes * 4;  // rows, as in THIN_UNROLL
+  // with several rows, smaller clusters take no less time
   const int64_t segments_of_a = rows == 1 ? ceil_div(ranks, shape.lanes_of_a * n) : 0;
   const auto fits = [&](int64_t split) {
     // four blocks of a multiprocessor run at once, or two of those by CUDA cores with several
@@ -297,8 +298,9 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   }
   // as in csrc/kernels/step/thin.cuh
   const int64_t columns = std::max(shape.lanes_of_a, shape.lanes) * n;
-  int64_t terms = split > 1 ? 32 : 0;  // from each block of a cluster
-  while (terms * split < rows * columns && split > 1) terms *= 2;
+  int64_t terms = 0;  // from each block of a cluster
+  if (split > 1)
+    for (terms = 32; terms * split < rows * columns;) terms *= 2;
   const int64_t of_parts = shape.threads / 32 * shape.rows * columns;
   const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, 2 * columns);
   const int64_t length = ceil_div(ceil_div(in, split), n) * n;

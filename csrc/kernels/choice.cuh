@@ -24,7 +24,7 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
   __shared__ u64 inbox;
   const int part = blockIdx.x % split;
   const i64 row = blockIdx.x / split, rows = gridDim.x / split;
-  if (split > 1) open_inbox(&inbox, part == 0 ? 12 * split : 0);
+  if (split > 1) open_inbox(&inbox, part == 0 ? 4 * 3 * split : 0);
   wait_for_inputs();
   const T *z = logits + row * ld;
   float top = -INFINITY, sum = 0;

@@ -1,8 +1,25 @@
-// What the blocks of a cluster send each other.
+// How the blocks of a cluster exchange numbers.
 //
-// A block writes a number to the shared memory of the one that needs it, which waits until all that
-// it needs has arrived. A barrier of the cluster takes longer: with it, threads also wait for all
-// that they have written themselves, and read from other blocks only then.
+// Either they wait at a barrier of the cluster and read from each other. Or a block sends a number
+// to the shared memory of the one that needs it, which waits until all that it needs has arrived.
+// This takes less time, since a barrier also waits for all that the threads have written.
+
+// The number at the address `own` of shared memory in block `k` of the cluster.
+static __device__ __forceinline__ float of_block(u32 own, int k) {
+  float x = 0;
+#if __CUDA_ARCH__ >= 900
+  u32 place;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(own), "r"(k));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(place));
+#endif
+  return x;
+}
+// Waits for all threads of the cluster.
+static __device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
 
 // Makes `inbox` ready for `bytes` from blocks of the cluster. All threads take part, and call
 // `wait_for_inboxes` before they send anything.

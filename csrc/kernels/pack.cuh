@@ -84,20 +84,3 @@ template <class T> struct Place {
     is_inside = t < packs;
   }
 };
-
-// The number at the address `own` of shared memory in block `k` of the cluster.
-static __device__ __forceinline__ float of_block(u32 own, int k) {
-  float x = 0;
-#if __CUDA_ARCH__ >= 900
-  u32 place;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(own), "r"(k));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(place));
-#endif
-  return x;
-}
-// Waits for all threads of the cluster.
-static __device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}

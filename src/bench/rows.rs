@@ -208,8 +208,8 @@ impl Subject {
     }
 
     /// Runs a step on the blocks `now`, and returns the mean loss of their label tokens before the
-    /// update, in nats. If there are blocks `next`, some rows prepare or launch the step on them
-    /// meanwhile.
+    /// update, in nats. Meanwhile, some rows prepare or launch the step on the blocks `next`, if
+    /// these are given.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,
