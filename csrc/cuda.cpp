@@ -311,6 +311,13 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
       if (compiler.set_attribute(finish_many, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                  SHARED_OF_MANY))
         finish_many = nullptr;
+      for (auto &functions : module.functions)
+        for (const Name name : {ThinProduct, ThinProductOfOne, ThinProductOfTwo})
+          TORCH_CHECK(!functions[name] ||
+                          !compiler.set_attribute(functions[name],
+                                                  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                                  (int)shared_of_thin(module)),
+                      "the driver refuses the shared memory of ", names[name]);
       modules[{device, width}] = latest_step[device] = module;
       return 0;
     }

@@ -90,6 +90,7 @@ constexpr int64_t SHARED_MEMORY = 47 << 10;    // bytes that any kernel may have
 constexpr int64_t MAX_SPLITS = 16;             // as in csrc/kernels/step/attention.cuh
 constexpr int64_t MAX_CLUSTER = 8;             // blocks
 constexpr int64_t SHARED_OF_MANY = 56 << 10;   // two ManyShared of csrc/kernels/step/many.cuh
+constexpr int64_t SHARED_OF_THIN = 100 << 10;  // two blocks with so much run at once
 constexpr int64_t MULTIPROCESSORS = 132;       // of an H100; about as many blocks are wanted
 constexpr int64_t THIN_PADDING = 16;           // as in csrc/kernels/step/thin.cuh
 constexpr int64_t COUNTERS = 1 << 14;
@@ -98,6 +99,10 @@ constexpr int MLP_IN = 2;                      // as in csrc/product.h
 constexpr int64_t MOST_MARKED = 1 << 16;       // numbers of a thin product's v
 static bool has(const KernelModule *module, Name name) {
   return module && module->functions[0][name];
+}
+// Bytes of shared memory that a block of a thin product may have.
+static int64_t shared_of_thin(const KernelModule &module) {
+  return std::max(SHARED_MEMORY, std::min<int64_t>(SHARED_OF_THIN, module.shared_memory));
 }
 static int64_t per_pack(const Tensor &x) { return 16 / x.element_size(); }
 
@@ -302,20 +307,19 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   if (split > 1)
     for (terms = 32; terms * split < rows * columns;) terms *= 2;
   const int64_t of_parts = shape.threads / 32 * shape.rows * columns;
-  const int64_t of_v = rows * std::max(ranks_of_block + THIN_PADDING, 2 * columns);
   const int64_t length = ceil_div(ceil_div(in, split), n) * n;
   const int64_t of_input = is_plain ? 0 : rows * (length + THIN_PADDING);
   const int64_t shared =
-      4 * (terms * split + std::max(of_parts, 2 * rows * ranks_of_block) + of_v) +
-      of_input * out.element_size();
-  if (shared > SHARED_MEMORY) return false;
+      4 * (terms * split + of_parts + std::max(2 * columns, ranks_of_block) * rows) +
+      (of_input + ranks_of_block * shape.lanes * n) * out.element_size();
+  if (shared > shared_of_thin(*module)) return false;
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
                            at_or_null(input.sum), input.activation};
   run_early_cluster(module, shape.kernel, out, (experts.segments + shape.segments) * split,
                     (int)shape.threads, shared, split, args, w.data_ptr(), ld(w), experts,
                     out.data_ptr(), ld(out), (int)rows, (int)in, (int)w.size(1), (int)shape.lanes,
-                    (int)split, (int)ranks_of_block);
+                    (int)split);
   return true;
 }
 

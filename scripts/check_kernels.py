@@ -47,8 +47,6 @@ REPLACED = {
     ],
     "step/many": [
         (r"extern __shared__ uint4 of_many\[\];", "uint4 *const of_many = (uint4 *)block->dynamic;"),
-        # a function of another file
-        (r"wait_for_copies\(\);", ""),
     ],
     "dropout": [
         (r"static __device__ __forceinline__ void mma\(.*?\n}\n", ""),

@@ -107,6 +107,7 @@ thread_local Block *block;
 thread_local Cluster *cluster;
 
 void __syncthreads() { block->all.wait(); }
+void __syncwarp() { block->warps[threadIdx.x / 32]->wait(); }
 float __shfl_xor_sync(unsigned, float x, int distance) {
   Barrier &warp = *block->warps[threadIdx.x / 32];
   block->exchanged[threadIdx.x] = x;

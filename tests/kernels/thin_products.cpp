@@ -96,14 +96,14 @@ template <class T, class Sums> double distance(const Case &c) {
   const int of_segment = max(lanes_of_a, lanes) * N;
   const size_t of_parts = threads / 32 * Sums::ROWS * of_segment;
   const size_t terms = ThinOutputs::terms_of(c.rows * of_segment, split);
-  const size_t of_v = c.rows * max(ranks_of_block + THIN_PADDING, 2 * of_segment);
   const size_t of_input = c.kind == PLAIN ? 0 : c.rows * (longest + THIN_PADDING) * sizeof(T);
+  const size_t of_b = ranks_of_block * lanes * N * sizeof(T);
   const int segments = (columns + lanes * N - 1) / (lanes * N);
-  const size_t of_marked = 2 * c.rows * ranks_of_block;
-  const size_t shared = 4 * (terms + max(of_parts, of_marked) + of_v) + of_input;
+  const size_t of_numbers = c.rows * max(2 * of_segment, ranks_of_block);
+  const size_t shared = 4 * (terms + of_parts + of_numbers) + of_b + of_input;
   launch((experts.segments + segments) * split, threads, split, shared, [&] {
     thin_products<T, Sums>(input, packed.first, packed.ld, experts, out.first, out.ld, c.rows, c.in,
-                           columns, given_lanes, split, ranks_of_block);
+                           columns, given_lanes, split);
   });
 
   double worst = 0, largest = 0;

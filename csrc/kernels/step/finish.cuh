@@ -23,6 +23,37 @@ template <class T> static __device__ __forceinline__ void prefetch_norm(const T 
   }
 }
 
+// The logarithm of a power of 2. To divide by a number takes more time than to shift by it.
+static __device__ __forceinline__ int log_2(int x) { return 31 - __clz(x); }
+
+// Begins to copy 16 bytes to shared memory, past the L1 cache, or zeros.
+static __device__ __forceinline__ void copy_16(void *to, const void *from, bool is_inside = true) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   (u32)__cvta_generic_to_shared(to)),
+               "l"(from), "r"(is_inside ? 16 : 0)
+               : "memory");
+#else
+  *(uint4 *)to = is_inside ? __ldcg((const uint4 *)from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+// The same for 4 bytes.
+static __device__ __forceinline__ void copy_4(void *to, const void *from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)),
+               "l"(from)
+               : "memory");
+#else
+  *(u32 *)to = *(const u32 *)from;
+#endif
+}
+// Waits for the copies that this thread has begun.
+static __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // What the experts of a linear layer add to its output: v B^T, where v is u = x A^T times the
 // scaling of its column and the routing weight of the column's expert. `b` is B^T, [ranks, out], in
 // which the rows [first_rank[m], first_rank[m + 1]) are those of the layer whose columns are

@@ -15,17 +15,6 @@ struct ManyShared {
 static __device__ __forceinline__ uint4 late_pack(const bf16 *p, bool is_inside) {
   return is_inside ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
 }
-// Begins to copy a pack to shared memory, or zeros.
-static __device__ __forceinline__ void copy_pack(bf16 *to, const bf16 *from, bool is_inside) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   (u32)__cvta_generic_to_shared(to)),
-               "l"(from), "r"(is_inside ? 16 : 0)
-               : "memory");
-#else
-  *(uint4 *)to = pack_or_zeros(from, is_inside);
-#endif
-}
 
 // The columns of y that a half of a block finishes, and the ranks that they need, which begin at a
 // whole pack. There may be none of them.
@@ -119,8 +108,8 @@ static __device__ void finish_many(const Unfinished<bf16> &y, bf16 *out, i64 ldo
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = in_half / 4 + 32 * i, c = in_half % 4 * 8;
-      copy_pack(&shared.b[r][c], updates.b + (from + r) * updates.ldb + part.first + c,
-                from + r < part.end && c < part.count);
+      copy_16(&shared.b[r][c], updates.b + (from + r) * updates.ldb + part.first + c,
+              from + r < part.end && c < part.count);
     }
     factors.load(updates, from + pack, row, rows);
     if (done == 0) {

@@ -5,6 +5,25 @@
 
 #define THIN_UNROLL 4
 
+// A number of v and its mark (csrc/kernels/step/thin.cuh), read at once.
+static __device__ __forceinline__ u64 marked_at(const uint2 *p) {
+#if __CUDA_ARCH__ >= 700
+  u64 number;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(number) : "l"(p) : "memory");
+  return number;
+#else
+  return *(const volatile u64 *)p;
+#endif
+}
+
+// A number of v, once it has a mark.
+static __device__ __forceinline__ float wait_for_marked(const uint2 *p, u32 mark) {
+  u64 number;
+  do number = marked_at(p);
+  while (number >> 32 != mark);
+  return __uint_as_float((u32)number);
+}
+
 // What a block of a thin product multiplies with: rows [begin, end) of a matrix, and a segment of
 // its columns, which `lanes` threads read. The others read it in other rows.
 template <class T, class Sums> struct ThinPart {
@@ -28,22 +47,41 @@ template <class T, class Sums> struct ThinPart {
         packs[i] = __ldg((const uint4 *)(p + i * step * ld));
     }
   }
-  // Brings the part into the L2 cache.
-  __device__ __forceinline__ void prefetch_all() const {
+  // The rest is for a part that is copied to shared memory, [end - begin, width]. A thread reads
+  // what it has copied: Sums::COPIED packs of the rows behind `from` at a time.
+  __device__ __forceinline__ int copied_at_once() const {
+    return blockDim.x / lanes * Sums::COPIED;
+  }
+  // Whether the warp reads any row behind `from`.
+  __device__ __forceinline__ bool has_rows(int from) const {
+    return from + Sums::first_row(lanes) < end;
+  }
+  __device__ __forceinline__ T *in_copy(T *copied, int k) const {
+    return copied + (k - begin) * width() + Sums::lane(lanes) * Pack<T>::N;
+  }
+  // Begins to copy the part.
+  __device__ __forceinline__ void copy(T *copied) const {
     const int c = column();
-    if (Sums::lane(lanes) % 2 || c >= columns) return;
-    for (int from = begin; from < end; from += at_once())
+    for (int from = begin; has_rows(from); from += copied_at_once())
 #pragma unroll
-      for (int i = 0; i < THIN_UNROLL; ++i) {
+      for (int i = 0; i < Sums::COPIED; ++i) {
         const int k = from + Sums::row(lanes, i);
-        if (k < end) prefetch(w + k * ld + c);
+        if (k < end) copy_16(in_copy(copied, k), w + k * ld + min(c, columns - Pack<T>::N));
       }
+  }
+  __device__ __forceinline__ void load_copied(T *copied, int from,
+                                              uint4 (&packs)[Sums::COPIED]) const {
+#pragma unroll
+    for (int i = 0; i < Sums::COPIED; ++i) {
+      const int k = from + Sums::row(lanes, i);
+      packs[i] = k < end ? *(const uint4 *)in_copy(copied, k) : make_uint4(0, 0, 0, 0);
+    }
   }
 };
 
 // The rows that a matrix is multiplied with, from the column `first` on.
-template <class X> struct ThinRows {
-  const X *x;
+template <class T> struct ThinRows {
+  const T *x;
   i64 ld;
   int first, count;
 };
@@ -52,10 +90,11 @@ template <class X> struct ThinRows {
 template <class T, int MOST> struct CoreSums {
   // Whether the kernel computes norms and activations itself, and whether it loads the next packs
   // before it adds the last ones. With one row, the other threads of the multiprocessor have enough
-  // packs under way meanwhile.
-  static constexpr bool MAKES_INPUT = true, LOADS_AHEAD = MOST > 1;
-  static constexpr int ROWS = MOST, N = Pack<T>::N;
-  typedef float Factor;  // what v is made of
+  // packs under way meanwhile. And whether the last packs are added behind the loop, so that the
+  // loop itself need not ask whether there are more.
+  static constexpr bool MAKES_INPUT = true, LOADS_AHEAD = MOST > 1, ENDS_APART = true;
+  // COPIED: packs of copied rows that are added at a time, see ThinPart
+  static constexpr int ROWS = MOST, COPIED = 1, N = Pack<T>::N;
   typedef ThinPart<T, CoreSums> Part;
   float sums[ROWS][N] = {};
 
@@ -66,26 +105,48 @@ template <class T, int MOST> struct CoreSums {
   static __device__ __forceinline__ int row(int lanes, int i) {
     return threadIdx.x / lanes + i * row_step(lanes);
   }
+  // the first one of a warp
+  static __device__ __forceinline__ int first_row(int lanes) {
+    return threadIdx.x / 32 * 32 / lanes;
+  }
   // What the packs behind `from` are multiplied with. They are read when they are needed.
-  template <class X> struct Factors {
+  template <class X> struct FactorsOf {
     ThinRows<X> rows;
-    __device__ __forceinline__ Factors(const Part &, const ThinRows<X> &rows, int) : rows(rows) {}
+    __device__ __forceinline__ FactorsOf(const Part &, const ThinRows<X> &rows, int) : rows(rows) {}
+    __device__ __forceinline__ float of(const Part &part, int k, int m) const {
+      return m < rows.count && k < part.end ? wide(rows.x[m * rows.ld + k - rows.first]) : 0.f;
+    }
   };
-  template <class X>
-  __device__ __forceinline__ void add(const Part &part, int from, const Factors<X> &factors,
-                                      const uint4 (&packs)[THIN_UNROLL]) {
-    const auto [x, ld, first, count] = factors.rows;
+  typedef FactorsOf<T> Factors;
+  // v, [rows, ld]. With few warps for it, the block's other ones wait for these instead of asking
+  // for the same numbers, which takes less time. All threads of the block take part.
+  struct Marked {
+    ThinRows<float> rows;
+    __device__ __forceinline__ Marked(const Part &b, const uint2 *v, int ld, int count, u32 mark,
+                                      float *numbers)
+        : rows{numbers, b.end - b.begin, b.begin, count} {
+      const int of_row = blockDim.x / ROWS, m = threadIdx.x / of_row;
+      for (int r = threadIdx.x % of_row; m < count && r < rows.ld; r += of_row)
+        numbers[m * rows.ld + r] = wait_for_marked(v + m * ld + b.begin + r, mark);
+      __syncthreads();
+    }
+    __device__ __forceinline__ FactorsOf<float> factors(const Part &b, int from) const {
+      return {b, rows, from};
+    }
+  };
+  template <class F, int PACKS>
+  __device__ __forceinline__ void add(const Part &part, int from, const F &factors,
+                                      const uint4 (&packs)[PACKS]) {
     // no branch, so that all loads are under way at once
-    float f[THIN_UNROLL][ROWS];
+    float f[PACKS][ROWS];
 #pragma unroll
-    for (int i = 0; i < THIN_UNROLL; ++i) {
+    for (int i = 0; i < PACKS; ++i) {
       const int k = from + row(part.lanes, i);
 #pragma unroll
-      for (int m = 0; m < ROWS; ++m)
-        f[i][m] = m < count && k < part.end ? wide(x[m * ld + k - first]) : 0.f;
+      for (int m = 0; m < ROWS; ++m) f[i][m] = factors.of(part, k, m);
     }
 #pragma unroll
-    for (int i = 0; i < THIN_UNROLL; ++i) {
+    for (int i = 0; i < PACKS; ++i) {
       if (from + i * row_step(part.lanes) >= part.end) break;
       float of_weight[N];
       Pack<T>::load((const T *)&packs[i], of_weight);
@@ -120,9 +181,8 @@ template <class T, int MOST> struct CoreSums {
 // rows of the p-th product's factor, and the four rows of the matrix are four of its columns. So
 // there are always 8 lanes.
 struct TensorSums {
-  static constexpr bool MAKES_INPUT = false, LOADS_AHEAD = false;
-  static constexpr int ROWS = 8;
-  typedef bf16 Factor;
+  static constexpr bool MAKES_INPUT = false, LOADS_AHEAD = false, ENDS_APART = false;
+  static constexpr int ROWS = 8, COPIED = 4;
   typedef ThinPart<bf16, TensorSums> Part;
   float sums[4][4] = {};
 
@@ -133,8 +193,9 @@ struct TensorSums {
   static __device__ __forceinline__ int row(int, int i) {
     return threadIdx.x / 32 * 16 + threadIdx.x % 4 * 4 + i;
   }
+  static __device__ __forceinline__ int first_row(int) { return threadIdx.x / 32 * 16; }
   // What the packs behind `from` are multiplied with.
-  template <class X> struct Factors {
+  struct Factors {
     uint2 four;
     __device__ __forceinline__ Factors(const Part &part, const ThinRows<bf16> &rows, int from)
         : four(make_uint2(0, 0)) {
@@ -142,12 +203,41 @@ struct TensorSums {
       if (k < part.end && m < rows.count)
         four = *(const uint2 *)(rows.x + m * rows.ld + k - rows.first);
     }
+    __device__ __forceinline__ explicit Factors(uint2 four) : four(four) {}
+  };
+  // v, [rows, ld]. Each thread waits for what it multiplies with.
+  struct Marked {
+    const uint2 *v;
+    int ld, rows;
+    u32 mark;
+    __device__ __forceinline__ Marked(const Part &, const uint2 *v, int ld, int rows, u32 mark,
+                                      float *)
+        : v(v), ld(ld), rows(rows), mark(mark) {}
+    __device__ __forceinline__ Factors factors(const Part &b, int from) const {
+      const int k = from + row(0, 0), m = threadIdx.x % 32 / 4;
+      u64 numbers[4] = {};
+      if (k < b.end && m < rows) {
+        bool is_there;
+        do {
+          is_there = true;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) numbers[i] = marked_at(v + m * ld + k + i);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) is_there = is_there && numbers[i] >> 32 == mark;
+        } while (!is_there);
+      }
+      __syncwarp();
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = __uint_as_float((u32)numbers[i]);
+      return Factors(make_uint2(pair(x[0], x[1]), pair(x[2], x[3])));
+    }
   };
   // The column'th numbers of two packs.
   static __device__ __forceinline__ u32 neighbours(const uint4 &x, const uint4 &y, int column) {
     return __byte_perm((&x.x)[column / 2], (&y.x)[column / 2], column % 2 ? 0x7632 : 0x5410);
   }
-  __device__ __forceinline__ void add(const Part &, int, const Factors<bf16> &factors,
+  __device__ __forceinline__ void add(const Part &, int, const Factors &factors,
                                       const uint4 (&packs)[THIN_UNROLL]) {
 #pragma unroll
     for (int p = 0; p < 4; ++p)

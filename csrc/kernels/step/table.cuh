@@ -23,9 +23,9 @@ STEP_KERNELS(float, f32)
 #define THIN_PRODUCT(NAME, T, THREADS, BLOCKS, ...)                                                \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)                                    \
       NAME(ThinInput<T> input, const T *w, i64 ldw, ThinExperts<T> experts, T *out, i64 ldo,       \
-           int rows, int in, int columns, int lanes, int split, int ranks) {                       \
+           int rows, int in, int columns, int lanes, int split) {                                  \
     thin_products<T, __VA_ARGS__>(input, w, ldw, experts, out, ldo, rows, in, columns, lanes,      \
-                                  split, ranks);                                                   \
+                                  split);                                                          \
   }
 THIN_PRODUCT(thin_product_of_one_bf16, bf16, 512, 2, CoreSums<bf16, 1>)
 THIN_PRODUCT(thin_product_of_one_f32, float, 512, 2, CoreSums<float, 1>)

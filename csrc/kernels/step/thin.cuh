@@ -125,11 +125,14 @@ static __device__ __forceinline__ void make_input(const ThinInput<T> &input, int
   __syncthreads();
 }
 
-// The sum over `count` warps.
+// The sum of `count` numbers, a multiple of AT_ONCE, that are `stride` apart.
+template <int AT_ONCE>
 static __device__ __forceinline__ float sum_of_parts(const float *parts, int stride, int count) {
   float total = 0;
-#pragma unroll 8
-  for (int k = 0; k < count; ++k) total += parts[k * stride];
+#pragma unroll 1
+  for (int k = 0; k < count; k += AT_ONCE)
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) total += parts[(k + i) * stride];
   return total;
 }
 
@@ -137,90 +140,9 @@ static __device__ __forceinline__ float sum_of_parts(const float *parts, int str
 static __device__ __forceinline__ void put_marked(uint2 *to, float x, u32 mark) {
   __stcg((u64 *)to, (u64)mark << 32 | __float_as_uint(x));
 }
-// Begins to copy two numbers and their marks to shared memory, past the L1 cache.
-static __device__ __forceinline__ void copy_marked(uint2 *to, const uint2 *from) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)),
-               "l"(from)
-               : "memory");
-#else
-  *(uint4 *)to = __ldcg((const uint4 *)from);
-#endif
-}
-// The same for one number that is not marked.
-static __device__ __forceinline__ void copy_number(float *to, const float *from) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)),
-               "l"(from)
-               : "memory");
-#else
-  *to = *from;
-#endif
-}
-// Waits for the copies that this thread has begun.
-static __device__ __forceinline__ void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // Numbers between the rows of what threads read at once, for few conflicts of banks.
 #define THIN_PADDING 16
 #define ATTN_OUT 1  // the index of the layer behind attention, as in csrc/product.h
-
-// The part of v that a block needs: ranks [first, end), whose number is a multiple of 8. It comes
-// to shared memory while the block multiplies with W.
-template <class T, class Factor> struct ThinV {
-  const ThinExperts<T> &experts;
-  int rows, first, end;
-  Factor *v;      // [rows, end - first], with THIN_PADDING
-  uint2 *marked;  // [rows, end - first]
-  u32 turn;       // as in `experts`
-  bool asked, done;
-  // of this product; it differs from those of the products before
-  __device__ __forceinline__ u32 mark() const { return (turn << 2 | experts.index) + 1; }
-  __device__ __forceinline__ int ranks() const { return end - first; }
-  // v as what a matrix is multiplied with
-  __device__ __forceinline__ ThinRows<Factor> factors() const {
-    return {v, ranks() + THIN_PADDING, first, rows};
-  }
-  // Calls `f` with the row and the first rank, from `first` on, of each pair that this thread
-  // copies. A power of two of neighbouring threads share a row.
-  template <class F> __device__ __forceinline__ void for_pairs(F f) {
-    const int pairs = ranks() / 2, shift = min(5, 32 - __clz(max(pairs, 1) - 1));
-#pragma unroll 1
-    for (int m = threadIdx.x >> shift; m < rows; m += blockDim.x >> shift)
-#pragma unroll 1
-      for (int i = threadIdx.x & (1 << shift) - 1; i < pairs; i += 1 << shift) f(m, 2 * i);
-  }
-  // Sees whether v had been written when it was copied; if not, copies it again.
-  __device__ __forceinline__ void look() {
-    if (done) return;
-    if (asked) {
-      wait_for_copies();
-      done = true;
-      for_pairs([&](int m, int r) {
-        const uint2 *const pair = marked + m * ranks() + r;
-        done = done && pair[0].y == mark() && pair[1].y == mark();
-      });
-      if (done) return;
-    }
-    for_pairs([&](int m, int r) {
-      copy_marked(marked + m * ranks() + r, experts.v + m * experts.updates.ranks + first + r);
-    });
-    asked = true;
-  }
-  // Waits for v. All threads of the block take part.
-  __device__ __forceinline__ void make() {
-    while (!done) look();
-    for_pairs([&](int m, int r) {
-      for (int i = 0; i < 2; ++i)
-        put(v + m * (ranks() + THIN_PADDING) + r + i,
-            __uint_as_float(marked[m * ranks() + r + i].x));
-    });
-    __syncthreads();
-  }
-};
 
 // How the blocks of a cluster share the outputs of a segment, [rows, width]. Each block finishes
 // some of them, and all blocks send it their terms of these.
@@ -233,7 +155,7 @@ struct ThinOutputs {
   __device__ __forceinline__ ThinOutputs(int count, int split, float *terms, u64 *inbox)
       : count(count), split(split), shift(shift_of(count, split)), terms(terms), inbox(inbox) {}
   static __device__ __forceinline__ int shift_of(int count, int split) {
-    return split == 1 ? 30 : max(5, 32 - __clz((count + split - 1) / split - 1));
+    return split == 1 ? 30 : max(5, 32 - __clz((count + split - 1 >> log_2(split)) - 1));
   }
   // How many terms come to a block, if there are several.
   static __device__ __forceinline__ int terms_of(int count, int split) {
@@ -257,7 +179,7 @@ struct ThinOutputs {
   }
   // Behind `exchange`: an output.
   __device__ __forceinline__ float sum(int i) const {
-    return sum_of_parts(terms + place(i), 1 << shift, split);
+    return sum_of_parts<2>(terms + place(i), 1 << shift, split);
   }
 };
 
@@ -266,59 +188,62 @@ struct ThinOutputs {
 template <class Part, class F>
 static __device__ __forceinline__ void for_outputs(const Part &part, const ThinOutputs &outputs,
                                                    F f) {
-  const int width = part.width();
+  const int shift = log_2(part.width());
   for (int i = outputs.first(); i < outputs.end(); i += blockDim.x) {
-    const int column = part.segment * width + i % width;
-    if (column < part.columns) f(i, i / width, column);
+    const int row = i >> shift, column = (part.segment << shift) + i - (row << shift);
+    if (column < part.columns) f(i, row, column);
   }
 }
 
 // out = x w + v B^T, where `part` and `b` are the block's parts of w and B^T, the first packs of w
-// are in `packs`, and x begins with the column part.begin. The blocks of a cluster have some rows
-// of w and B^T each. If `scales`, [2, rows, width], is not null, the part is one of A^T, and its
-// product times both of these factors becomes v.
+// are in `packs`, b is copied to `b_rows`, `numbers` has room for v, and x begins with the column
+// part.begin. The blocks of a cluster have some rows of w and B^T each. If `scales`,
+// [2, rows, width], is not null, the part is one of A^T, and its product times both of these
+// factors becomes v.
 template <class T, class Sums>
 static __device__ __forceinline__ void
-thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
-             uint4 (&packs)[THIN_UNROLL], ThinV<T, typename Sums::Factor> &v, const ThinRows<T> &x,
-             const ThinExperts<T> &experts, const float *scales, const ThinOutputs &outputs,
-             T *out, i64 ldo, float *parts) {
+thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b, float *numbers, T *b_rows,
+             uint4 (&packs)[THIN_UNROLL], const ThinRows<T> &x, const ThinExperts<T> &experts,
+             u32 turn, const float *scales, const ThinOutputs &outputs, T *out, i64 ldo,
+             float *parts) {
   constexpr int ROWS = Sums::ROWS;
-  typedef typename Sums::Factor Factor;
-  const bool has_experts = experts.updates.ranks > 0 && !scales;
   const int width = part.width(), at_once = part.at_once(), warps = blockDim.x / 32;
+  // of this product; it differs from those of the products before
+  const u32 mark = (turn << 2 | experts.index) + 1;
   Sums sums;
-  typename Sums::template Factors<T> factors(part, x, part.begin);
+  typename Sums::Factors factors(part, x, part.begin);
+  int from = part.begin;
+  const int end = Sums::ENDS_APART ? part.end - at_once : part.end;
 #pragma unroll 1
-  for (int from = part.begin; from < part.end; from += at_once) {
+  for (; from < end; from += at_once) {
     uint4 now[THIN_UNROLL];
 #pragma unroll
     for (int i = 0; i < THIN_UNROLL; ++i) now[i] = packs[i];
+    const typename Sums::Factors of_now = factors;
     auto load_next = [&] {
-      if (from + at_once < part.end) {
-        part.load(from + at_once, packs);
-        factors = typename Sums::template Factors<T>(part, x, from + at_once);
-      } else if (has_experts) {
-        b.load(b.begin, packs);
-        v.look();
-      }
+      if (!Sums::ENDS_APART && from + at_once >= part.end) return;
+      part.load(from + at_once, packs);
+      factors = typename Sums::Factors(part, x, from + at_once);
     };
     if (Sums::LOADS_AHEAD) load_next();
-    sums.add(part, from, factors, now);
+    sums.add(part, from, of_now, now);
     if (!Sums::LOADS_AHEAD) load_next();
   }
-  if (has_experts) {
-    v.make();
-    for (int from = b.begin; from < b.end; from += at_once) {
-      if (from > b.begin) b.load(from, packs);
-      const typename Sums::template Factors<Factor> of_v(b, v.factors(), from);
-      sums.add(b, from, of_v, packs);
+  if (Sums::ENDS_APART) sums.add(part, from, factors, packs);
+  if (experts.updates.ranks > 0 && !scales) {
+    wait_for_copies();
+    const typename Sums::Marked v(b, experts.v, experts.updates.ranks, x.count, mark, numbers);
+    for (int k = b.begin; b.has_rows(k); k += b.copied_at_once()) {
+      const auto of_v = v.factors(b, k);
+      uint4 copied[Sums::COPIED];
+      b.load_copied(b_rows, k, copied);
+      sums.add(b, k, of_v, copied);
     }
   }
   sums.write(part, parts);
   __syncthreads();
   auto total_of = [&](int i) {
-    return sum_of_parts(parts + Sums::place(i), ROWS * width, warps);
+    return sum_of_parts<8>(parts + Sums::place(i), ROWS * width, warps);
   };
   if (outputs.split > 1) outputs.exchange(total_of);
   if (scales) wait_for_copies();
@@ -326,30 +251,29 @@ thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b,
     const float total = outputs.split > 1 ? outputs.sum(i) : total_of(i);
     if (scales)
       put_marked(experts.v + m * part.columns + column,
-                 total * (scales[i] * scales[outputs.count + i]), v.mark());
+                 total * (scales[i] * scales[outputs.count + i]), mark);
     else
       put(out + m * ldo + column, total);
   });
 }
 
 // The same for the input that `input` describes, which has at most Sums::ROWS rows. The first
-// clusters multiply with A^T. A block needs at most `ranks` ranks of v.
+// clusters multiply with A^T.
 template <class T, class Sums>
 static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, const T *w, i64 ldw,
                                                      const ThinExperts<T> &experts, T *out, i64 ldo,
                                                      int rows, int in, int columns, int given_lanes,
-                                                     int split, int ranks) {
-  typedef typename Sums::Factor Factor;
+                                                     int split) {
   extern __shared__ uint4 of_product[];
   __shared__ u64 inbox;
   const Updates<T> &updates = experts.updates;
-  const int lanes = Sums::lanes(given_lanes), rank = blockIdx.x % split;
-  const int segment = (int)blockIdx.x / split - experts.segments;
+  const int lanes = Sums::lanes(given_lanes), shift = log_2(split), rank = blockIdx.x & split - 1;
+  const int segment = (int)(blockIdx.x >> shift) - experts.segments;
   ThinPart<T, Sums> part{w, ldw, 0, 0, columns, segment, lanes};
   if (segment < 0)
     part = {experts.a, ldw, 0, 0, updates.ranks, segment + experts.segments, Sums::lanes_of_a()};
   // whole packs
-  const int per_block = ((in + split - 1) / split + Pack<T>::N - 1) / Pack<T>::N * Pack<T>::N;
+  const int per_block = ((in + split - 1 >> shift) + Pack<T>::N - 1) / Pack<T>::N * Pack<T>::N;
   part.begin = min(in, rank * per_block), part.end = min(in, part.begin + per_block);
   uint4 packs[THIN_UNROLL];
   part.load(part.begin, packs);
@@ -359,12 +283,13 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   float *const parts = terms + ThinOutputs::terms_of(rows * most_columns, split);
   const ThinOutputs outputs(rows * part.width(), split, terms, &inbox);
   outputs.open();
-  // what is copied of v is not needed any more when the product is summed
-  Factor *const of_v = (Factor *)(parts + max(of_parts, 2 * rows * ranks));
+  T *const made = (T *)(parts + of_parts);
+  // the weights of ranks, or v and B^T
+  float *const numbers = (float *)(made + (input.kind ? rows * (per_block + THIN_PADDING) : 0));
+  T *b_rows = nullptr;
   ThinPart<T, Sums> b = part;
-  ThinV<T, Factor> v{experts, rows, 0, 0, of_v, (uint2 *)parts, 0, false, false};
   if (segment < 0) {
-    scales = (float *)of_v, routing = scales + rows * part.width();
+    scales = numbers, routing = scales + rows * part.width();
     for_outputs(part, outputs, [&](int i, int m, int column) {
       scales[i] = updates.scaling[column];
       // where the routing weight is
@@ -374,28 +299,29 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     const int last = min(columns, (part.segment + 1) * part.width()) - Pack<T>::N;
     const int begin = updates.ranks_of(part.segment * part.width()).x;
     const int end = updates.ranks_of(last).y;
-    const int per_part = ((end - begin + split - 1) / split + 7) / 8 * 8;
-    v.first = min(end, begin + rank * per_part), v.end = min(end, v.first + per_part);
+    const int per_part = ((end - begin + split - 1 >> shift) + 7) / 8 * 8;
     // B^T is 0 in the rows of the other layers whose columns the segment has
-    b.w = updates.b, b.ld = updates.ldb, b.begin = v.first, b.end = v.end;
-    b.prefetch_all();
+    b.w = updates.b, b.ld = updates.ldb;
+    b.begin = min(end, begin + rank * per_part), b.end = min(end, b.begin + per_part);
+    b_rows = (T *)(numbers + rows * (b.end - b.begin));
+    b.copy(b_rows);
   }
   // attention raises the turn, and may still run in front of one of the layers
   const bool reads_early = experts.index != ATTN_OUT;
-  if (updates.ranks && reads_early) v.turn = __ldcg(experts.turn);
+  u32 turn = 0;
+  if (updates.ranks && reads_early) turn = __ldcg(experts.turn);
   wait_for_inputs();
   // the router may be the kernel in front
   if (routing && updates.g)
     for_outputs(part, outputs, [&](int i, int, int) {
-      copy_number(routing + i, updates.g + __float_as_int(routing[i]));
+      copy_4(routing + i, updates.g + __float_as_int(routing[i]));
     });
-  if (updates.ranks && !reads_early) v.turn = __ldcg(experts.turn);
+  if (updates.ranks && !reads_early) turn = __ldcg(experts.turn);
   ThinRows<T> x{input.x + part.begin, input.ldx, part.begin, rows};
   if (Sums::MAKES_INPUT && input.kind) {
-    const int of_row = max(ranks + THIN_PADDING, 2 * most_columns);
-    T *const made = (T *)((float *)of_v + rows * of_row);
     x.x = made, x.ld = part.end - part.begin + THIN_PADDING;
     make_input<T, Sums::ROWS>(input, rows, in, part.begin, part.end, made, (int)x.ld);
   }
-  thin_product<T, Sums>(part, b, packs, v, x, experts, scales, outputs, out, ldo, parts);
+  thin_product<T, Sums>(part, b, numbers, b_rows, packs, x, experts, turn, scales, outputs, out,
+                        ldo, parts);
 }
