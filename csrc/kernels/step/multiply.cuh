@@ -16,7 +16,7 @@ static __device__ __forceinline__ u64 marked_at(const uint2 *p) {
 #endif
 }
 
-// A number of v, once it has a mark.
+// A number of v, once it has this mark.
 static __device__ __forceinline__ float wait_for_marked(const uint2 *p, u32 mark) {
   u64 number;
   do number = marked_at(p);
@@ -90,10 +90,10 @@ template <class T> struct ThinRows {
 template <class T, int MOST> struct CoreSums {
   // Whether the kernel computes norms and activations itself, and whether it loads the next packs
   // before it adds the last ones. With one row, the other threads of the multiprocessor have enough
-  // packs under way meanwhile. And whether the last packs are added behind the loop, so that the
-  // loop itself need not ask whether there are more.
+  // packs under way meanwhile. And whether the last packs are added behind the loop, which then
+  // need not ask whether there are more.
   static constexpr bool MAKES_INPUT = true, LOADS_AHEAD = MOST > 1, ENDS_APART = true;
-  // COPIED: packs of copied rows that are added at a time, see ThinPart
+  // COPIED is how many packs of copied rows a thread reads at a time (ThinPart).
   static constexpr int ROWS = MOST, COPIED = 1, N = Pack<T>::N;
   typedef ThinPart<T, CoreSums> Part;
   float sums[ROWS][N] = {};
@@ -118,8 +118,8 @@ template <class T, int MOST> struct CoreSums {
     }
   };
   typedef FactorsOf<T> Factors;
-  // v, [rows, ld]. With few warps for it, the block's other ones wait for these instead of asking
-  // for the same numbers, which takes less time. All threads of the block take part.
+  // v, [rows, ld], for a block. A few warps wait for it and write it to `numbers` in shared memory,
+  // which takes less time than if all warps asked for the same numbers. All threads take part.
   struct Marked {
     ThinRows<float> rows;
     __device__ __forceinline__ Marked(const Part &b, const uint2 *v, int ld, int count, u32 mark,

@@ -284,7 +284,7 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   const ThinOutputs outputs(rows * part.width(), split, terms, &inbox);
   outputs.open();
   T *const made = (T *)(parts + of_parts);
-  // the weights of ranks, or v and B^T
+  // the weights of a part of A^T, or v and behind it the block's part of B^T
   float *const numbers = (float *)(made + (input.kind ? rows * (per_block + THIN_PADDING) : 0));
   T *b_rows = nullptr;
   ThinPart<T, Sums> b = part;
