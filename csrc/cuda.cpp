@@ -110,6 +110,12 @@ struct Compiler {
 };
 static Compiler compiler;
 
+// Lets blocks of a kernel have so many bytes of dynamic shared memory; returns false if the driver
+// refuses.
+static bool allows_shared(CUfunction f, int64_t bytes) {
+  return !compiler.set_attribute(f, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, (int)bytes);
+}
+
 enum Name {
   AddNorm, NormBackward, Weigh, WeighBackward, AddMasked, Refresh, Gelu, GeluBackward, SwiGlu,
   SwiGluBackward,
@@ -308,15 +314,10 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
       }
     if (of_steps) {
       CUfunction &finish_many = module.functions[0][FinishMany];
-      if (compiler.set_attribute(finish_many, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                 SHARED_OF_MANY))
-        finish_many = nullptr;
+      if (!allows_shared(finish_many, SHARED_OF_MANY)) finish_many = nullptr;
       for (auto &functions : module.functions)
         for (const Name name : {ThinProduct, ThinProductOfOne, ThinProductOfTwo})
-          TORCH_CHECK(!functions[name] ||
-                          !compiler.set_attribute(functions[name],
-                                                  CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                                  (int)shared_of_thin(module)),
+          TORCH_CHECK(!functions[name] || allows_shared(functions[name], shared_of_thin(module)),
                       "the driver refuses the shared memory of ", names[name]);
       modules[{device, width}] = latest_step[device] = module;
       return 0;
@@ -325,10 +326,7 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
                               CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device);
     module.shared_memory -= 1024;  // for the kernel's static shared memory
     for (auto &functions : module.functions)
-      if (compiler.set_attribute(functions[CrossEntropy],
-                                 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                 module.shared_memory))
-        module.shared_memory = 0;
+      if (!allows_shared(functions[CrossEntropy], module.shared_memory)) module.shared_memory = 0;
     modules[{device, width}] = module;
     latest[device] = module;
     return 0;

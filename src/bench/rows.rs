@@ -208,8 +208,8 @@ impl Subject {
     }
 
     /// Runs a step on the blocks `now`, and returns the mean loss of their label tokens before the
-    /// update, in nats. Meanwhile, some rows prepare or launch the step on the blocks `next`, if
-    /// these are given.
+    /// update, in nats. `next` are the blocks of the next step, which some rows already prepare or
+    /// launch while this one runs.
     pub fn step(
         &mut self,
         dataset: &TokenDataset,

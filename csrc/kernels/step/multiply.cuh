@@ -5,7 +5,12 @@
 
 #define THIN_UNROLL 4
 
-// A number of v and its mark (csrc/kernels/step/thin.cuh), read at once.
+// Writes a number of v (csrc/kernels/step/thin.cuh) and its mark at once, so that nobody sees one
+// without the other.
+static __device__ __forceinline__ void put_marked(uint2 *to, float x, u32 mark) {
+  __stcg((u64 *)to, (u64)mark << 32 | __float_as_uint(x));
+}
+// Reads both at once.
 static __device__ __forceinline__ u64 marked_at(const uint2 *p) {
 #if __CUDA_ARCH__ >= 700
   u64 number;
@@ -16,7 +21,7 @@ static __device__ __forceinline__ u64 marked_at(const uint2 *p) {
 #endif
 }
 
-// A number of v, once it has this mark.
+// The number of v, once it has this mark.
 static __device__ __forceinline__ float wait_for_marked(const uint2 *p, u32 mark) {
   u64 number;
   do number = marked_at(p);

@@ -136,10 +136,6 @@ static __device__ __forceinline__ float sum_of_parts(const float *parts, int str
   return total;
 }
 
-// Writes a number of v and its mark at once, so that nobody sees one without the other.
-static __device__ __forceinline__ void put_marked(uint2 *to, float x, u32 mark) {
-  __stcg((u64 *)to, (u64)mark << 32 | __float_as_uint(x));
-}
 // Numbers between the rows of what threads read at once, for few conflicts of banks.
 #define THIN_PADDING 16
 #define ATTN_OUT 1  // the index of the layer behind attention, as in csrc/product.h
