@@ -5,6 +5,7 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -123,17 +124,17 @@ enum Name {
   // of csrc/kernels/dropout.cuh and csrc/kernels/quantise.cuh, in bf16 only
   DropBits, DropApply, DropDown, DropUp, DropGrad1, DropGrad2, DropGrad3, Quantise,
   // of csrc/kernels/step
-  StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne, ThinProductOfTwo,
-  FinishMany,  // in bf16 only
+  StepEmbed, StepNorm, StepFinish, StepAttention, ThinProduct, ThinProductOfOne, ThinProductOfTwo,
+  FinishMany, ThinProductOf16,  // in bf16 only
   NAMES
 };
 static const char *const names[NAMES] = {
     "add_norm", "norm_backward", "weigh", "weigh_backward", "add_masked", "refresh", "gelu",
     "gelu_backward", "swiglu", "swiglu_backward", "rotate", "rotate_backward", "cross_entropy",
     "step_choice", "route", "route_backward", "drop_bits", "drop_apply", "drop_down", "drop_up",
-    "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_norm", "step_finish",
-    "step_attention", "thin_product", "thin_product_of_one", "thin_product_of_two",
-    "finish_many"};
+    "drop_grad_1", "drop_grad_2", "drop_grad_3", "quantise", "step_embed", "step_norm",
+    "step_finish", "step_attention", "thin_product", "thin_product_of_one", "thin_product_of_two",
+    "finish_many", "thin_product_of_16"};
 // The kernels for one width on one device, in bf16 and f32.
 struct KernelModule {
   CUfunction functions[2][NAMES];
@@ -242,7 +243,7 @@ static const Kernels table{
     capability, apply_to, add_norm, norm_backward, weigh, weigh_backward, refresh, add_masked,
     draws_masks, draw_mask, drop_apply, drop_down, drop_up, drop_grad, quantise, gelu,
     gelu_backward, swiglu, swiglu_backward, rotate, rotate_backward, cross_entropy, lt::gemm,
-    step_norm, step_finish, step_attention, thin_product, step_choice, routes, route,
+    step_embed, step_norm, step_finish, step_attention, thin_product, step_choice, routes, route,
     route_backward};
 
 #pragma GCC visibility push(default)
@@ -306,8 +307,8 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
       module = found->second;
     }
     for (int kind = 0; kind < 2; ++kind)
-      for (int i = of_steps ? StepNorm : 0; i < (of_steps ? NAMES : StepNorm); ++i) {
-        if (kind == 1 && ((i >= DropBits && i <= Quantise) || i == FinishMany)) continue;
+      for (int i = of_steps ? StepEmbed : 0; i < (of_steps ? NAMES : StepEmbed); ++i) {
+        if (kind == 1 && ((i >= DropBits && i <= Quantise) || i >= FinishMany)) continue;
         const auto name = std::string(names[i]) + (kind == 0 ? "_bf16" : "_f32");
         TORCH_CHECK(!compiler.get_function(&module.functions[kind][i], loaded, name.c_str()),
                     "no kernel ", name);
@@ -316,7 +317,7 @@ int dylora_cuda_load_kernels(const char *code, int device, int64_t width, int of
       CUfunction &finish_many = module.functions[0][FinishMany];
       if (!allows_shared(finish_many, SHARED_OF_MANY)) finish_many = nullptr;
       for (auto &functions : module.functions)
-        for (const Name name : {ThinProduct, ThinProductOfOne, ThinProductOfTwo})
+        for (const Name name : {ThinProduct, ThinProductOfOne, ThinProductOfTwo, ThinProductOf16})
           TORCH_CHECK(!functions[name] || allows_shared(functions[name], shared_of_thin(module)),
                       "the driver refuses the shared memory of ", names[name]);
       modules[{device, width}] = latest_step[device] = module;
@@ -400,20 +401,28 @@ void dylora_cuda_graph_free(Graph *g) { delete g; }
 
 // A copy of numbers on its way to the host. What the stream gets afterwards need not be waited for.
 struct Fetch {
-  Tensor numbers;
-  cudaEvent_t arrived;
+  Tensor source, numbers;
+  c10::cuda::CUDAEvent arrived;
 };
-Fetch *dylora_cuda_fetch(const Tensor *numbers) {
+// If it is `aside`, the copy runs in another stream, and what the present one gets afterwards does
+// not wait for it. Until the copy has arrived, nothing may write to the numbers that will be read
+// of it. So they must not be a captured graph's own memory, which its replays use for other things.
+Fetch *dylora_cuda_fetch(const Tensor *numbers, int aside) {
   TRY(nullptr, {
-    c10::cuda::CUDAGuard guard(numbers->device());
-    auto fetch = std::make_unique<Fetch>();
+    const auto device = numbers->device();
+    c10::cuda::CUDAGuard guard(device);
     const auto pinned = numbers->options().device(at::kCPU).pinned_memory(true);
-    fetch->numbers = at::empty(numbers->sizes(), pinned);
+    auto fetch = std::make_unique<Fetch>();
+    fetch->source = *numbers, fetch->numbers = at::empty(numbers->sizes(), pinned);
+    auto stream = c10::cuda::getCurrentCUDAStream(device.index());
+    if (aside) {
+      fetch->arrived.record(stream);
+      stream = c10::cuda::getStreamFromPool(false, device.index());
+      fetch->arrived.block(stream);
+    }
+    c10::cuda::CUDAStreamGuard of_copy(stream);
     fetch->numbers.copy_(*numbers, true);
-    const auto stream = c10::cuda::getCurrentCUDAStream(numbers->device().index()).stream();
-    auto status = cudaEventCreateWithFlags(&fetch->arrived, cudaEventDisableTiming);
-    if (status == cudaSuccess) status = cudaEventRecord(fetch->arrived, stream);
-    TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
+    fetch->arrived.record(stream);
     return fetch.release();
   })
 }
@@ -421,9 +430,7 @@ Fetch *dylora_cuda_fetch(const Tensor *numbers) {
 Tensor *dylora_cuda_fetched(Fetch *fetch) {
   std::unique_ptr<Fetch> owned(fetch);
   TRY(nullptr, {
-    const auto status = cudaEventSynchronize(owned->arrived);
-    cudaEventDestroy(owned->arrived);
-    TORCH_CHECK(status == cudaSuccess, "CUDA error: ", cudaGetErrorString(status));
+    owned->arrived.synchronize();
     return new Tensor(owned->numbers);
   })
 }

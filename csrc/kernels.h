@@ -155,14 +155,20 @@ struct Kernels {
   // out = a b, transposed where ta and tb say so; a and b are bf16, out is bf16 or f32
   bool (*gemm)(const at::Tensor &out, const at::Tensor &a, bool ta, const at::Tensor &b, bool tb,
                Epilogue epilogue, const at::Tensor &bias, const at::Tensor &aux);
-  // The kernels of csrc/kernels/step. sum = x + y and a = the norm of it; y has no updates.
+  // The kernels of csrc/kernels/step. out = tokens[ids] + positions[position_ids], where there may
+  // be no positions.
+  bool (*step_embed)(const at::Tensor &tokens, const at::Tensor &ids, const at::Tensor &positions,
+                     const at::Tensor &position_ids, const at::Tensor &out);
+  // sum = x + y and a = the norm of it; y has no updates. If `beside`, this may run beside the
+  // operation in front.
   bool (*step_norm)(const at::Tensor &x, const Unfinished &y, const at::Tensor &w,
-                    const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a);
+                    const at::Tensor &b, double eps, const at::Tensor &sum, const at::Tensor &a,
+                    bool beside);
   // out = y, or with an `activation` of csrc/mlp.h, which is not negative, that of y
   bool (*step_finish)(const Unfinished &y, int activation, const at::Tensor &out);
   bool (*step_attention)(const Unfinished &y, const StepCache &cache, const at::Tensor &out);
   // out = the input times w, and the updates of the layer's experts, which have A^T `a`, [in, R'];
-  // applies to at most 8 rows, and to a y without updates. `index` is that of the product in its
+  // applies to at most 16 rows, and to a y without updates. `index` is that of the product in its
   // block.
   bool (*thin_product)(const ThinInput &input, const at::Tensor &w, const at::Tensor &a,
                        const Updates &updates, int index, const at::Tensor &out);

@@ -85,9 +85,10 @@ struct Layer {
     const Unfinished without_bias{all, {}, updates(), product.out()};
     return kernels()->step_finish(without_bias, -1, out) ? out : Tensor();
   }
-  // The same for norm(x + y), and x + y in `sum`; undefined if no kernel applies
-  Tensor times_norm(const Tensor &x, const Unfinished &y, const dylora_norm &norm,
-                    Tensor &sum) const {
+  // The same for norm(x + y), and x + y in `sum`; undefined if no kernel applies. If `beside`, the
+  // norm may run beside the kernel in front.
+  Tensor times_norm(const Tensor &x, const Unfinished &y, const dylora_norm &norm, Tensor &sum,
+                    bool beside) const {
     sum = at::empty(x.sizes(), x.options());
     const ThinInput input{ThinInput::Normed,  x,        y,   *norm.weight,
                           or_none(norm.bias), norm.eps, sum, 0};
@@ -96,7 +97,8 @@ struct Layer {
       if (out.defined()) return out;
     }
     const Tensor normed = at::empty_like(sum);
-    if (!kernels()->step_norm(x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, normed))
+    if (!kernels()->step_norm(x, y, *norm.weight, or_none(norm.bias), norm.eps, sum, normed,
+                              beside))
       return {};
     return times(normed);
   }
@@ -134,6 +136,19 @@ int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
   TRY(-1, { return kernels() && kernels()->refresh({{*a, *b, *packed_a, *packed_b}}) ? 0 : 1; })
 }
 
+// The embeddings of tokens, [M, d], which has those of positions added if there are any.
+int dylora_step_embed(const Tensor *tokens, const Tensor *ids, const Tensor *positions,
+                      const Tensor *position_ids, Tensor **out) {
+  TRY(-1, {
+    const Tensor x = at::empty({ids->numel(), tokens->size(1)}, tokens->options());
+    if (!kernels() ||
+        !kernels()->step_embed(*tokens, *ids, or_none(positions), *position_ids, x))
+      return 1;
+    out[0] = new Tensor(x);
+    return 0;
+  })
+}
+
 // out = [x + y, norm(x + y)], where y = product + bias. There may be no y, or no bias.
 int dylora_step_norm(const Tensor *x, const Tensor *product, const Tensor *bias,
                      const dylora_norm *norm, Tensor **out) {
@@ -141,7 +156,7 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const Tensor *bias,
     const Unfinished y{or_none(product), or_none(bias), {}, x->size(1)};
     const Tensor sum = at::empty(x->sizes(), x->options()), a = at::empty_like(sum);
     if (!kernels() ||
-        !kernels()->step_norm(*x, y, *norm->weight, or_none(norm->bias), norm->eps, sum, a))
+        !kernels()->step_norm(*x, y, *norm->weight, or_none(norm->bias), norm->eps, sum, a, false))
       return 1;
     out[0] = new Tensor(sum), out[1] = new Tensor(a);
     return 0;
@@ -149,10 +164,11 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const Tensor *bias,
 }
 
 // A block of the residual stream x + y, where y = product + bias. There may be no y, or no bias. If
-// `a` is not null, there is no y, and a is the block's first norm. out = [x', product], where
+// `a` is not null, there is no y, and a is the block's first norm. If `beside`, there is no y, and
+// the operation in front neither wrote x nor began before it was there. out = [x', product], where
 // product and the last linear layer's bias are to be added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
-                      const Tensor *bias, const dylora_norm *norms,
+                      const Tensor *bias, int beside, const dylora_norm *norms,
                       const dylora_product *products, const dylora_step_cache *cache,
                       int activation, Tensor **out) {
   TRY(-1, {
@@ -173,7 +189,9 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
                        cache->rope_factor,
                        cache->window,
                        cache->scale};
-    Tensor sum = *x, qkv = a ? qkv_layer.times(*a) : qkv_layer.times_norm(*x, y, norms[0], sum);
+    Tensor sum = *x;
+    const Tensor qkv =
+        a ? qkv_layer.times(*a) : qkv_layer.times_norm(*x, y, norms[0], sum, beside != 0);
     if (!qkv.defined()) return 1;
     const Tensor attended = at::empty({x->size(0), heads.queries()}, x->options());
     if (!kernels()->step_attention(qkv_layer.unfinished(qkv), at, attended)) return 1;
@@ -181,7 +199,7 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
     if (!of_attention.defined()) return 1;
     Tensor next;
     const Tensor up =
-        mlp_in.times_norm(sum, out_layer.unfinished(of_attention), norms[1], next);
+        mlp_in.times_norm(sum, out_layer.unfinished(of_attention), norms[1], next, false);
     if (!up.defined()) return 1;
     const Tensor down = mlp_out.times_activated(mlp_in.unfinished(up), activation);
     if (!down.defined()) return 1;
@@ -190,13 +208,18 @@ int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
   })
 }
 
-// The most probable token of each row of logits and the logarithm of its probability, f64 [2, n].
-// The first `vocabulary` columns are tokens. Unless they are null, the choice is written to `ids`,
-// and `positions` and `places` are raised by 1.
+// The most probable token of each row of logits and the logarithm of its probability,
+// f64 [1, 2, n]. The first `vocabulary` columns are tokens.
+//
+// If `ids` is not null, the choices are also written to it. The results then go to `choices`, f64
+// [2, 2, n], whose second half is for rows at odd positions, so that the results of a step can be
+// read while the next one runs. Then `positions` and `places` are raised by 1.
 int dylora_step_choice(const Tensor *logits, int64_t vocabulary, const Tensor *ids,
-                       const Tensor *positions, const Tensor *places, Tensor **out) {
+                       const Tensor *positions, const Tensor *places, const Tensor *choices,
+                       Tensor **out) {
   TRY(-1, {
-    const Tensor choice = at::empty({2, logits->size(0)}, logits->options().dtype(at::kDouble));
+    const auto f64 = logits->options().dtype(at::kDouble);
+    const Tensor choice = ids ? *choices : at::empty({1, 2, logits->size(0)}, f64);
     if (!kernels() || !kernels()->step_choice(*logits, vocabulary, choice, or_none(ids),
                                               or_none(positions), or_none(places)))
       return 1;

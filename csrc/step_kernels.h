@@ -60,7 +60,7 @@ struct ThinExpertsArgs {
   UpdatesArgs updates;
   void *v;
   const void *turn;
-  int index, segments;
+  int index, segments, v_terms;
 };
 static bool fits(const Unfinished &y) {
   return !y.product.defined() || (packs(y.product) && packs(y.updates.b));
@@ -106,14 +106,28 @@ static int64_t shared_of_thin(const KernelModule &module) {
 }
 static int64_t per_pack(const Tensor &x) { return 16 / x.element_size(); }
 
+static bool step_embed(const Tensor &tokens, const Tensor &ids, const Tensor &positions,
+                       const Tensor &position_ids, const Tensor &out) {
+  auto module = module_of(out, out.size(1));
+  const bool are_alike = tokens.scalar_type() == out.scalar_type() &&
+                         (!positions.defined() || positions.scalar_type() == out.scalar_type());
+  if (!has(module, StepEmbed) || !are_alike || !packs(tokens) || !packs(positions) ||
+      !ids.is_contiguous() || !position_ids.is_contiguous())
+    return false;
+  run_early(module, StepEmbed, out, out.size(0), 128, 0, tokens.data_ptr(), ld(tokens),
+            ids.data_ptr(), at_or_null(positions), ld(positions), position_ids.data_ptr(),
+            out.data_ptr());
+  return true;
+}
+
 static bool step_norm(const Tensor &x, const Unfinished &y, const Tensor &w, const Tensor &b,
-                      double eps, const Tensor &sum, const Tensor &a) {
+                      double eps, const Tensor &sum, const Tensor &a, bool beside) {
   const int64_t width = x.size(1);
   auto module = module_of(x, width);
   const auto args = args_of(y);
   if (!has(module, StepNorm) || !fits(y) || args.updates.ranks > 0) return false;
   run_early(module, StepNorm, x, x.size(0), 128, 0, x.data_ptr(), ld(x), args, w.data_ptr(),
-            at_or_null(b), (float)eps, sum.data_ptr(), a.data_ptr());
+            at_or_null(b), (float)eps, sum.data_ptr(), a.data_ptr(), (int)beside);
   return true;
 }
 
@@ -232,7 +246,7 @@ static int64_t most_thin_rows(const ThinInput &input, const Tensor &w, int64_t r
   if (!by_tensor_cores(w, rows)) return w.scalar_type() == at::kFloat && is_small ? 4 : 2;
   if (input.kind != ThinInput::Plain) return 0;
   // behind this layer, the kernel of the activation adds the updates of the experts as well
-  return has_experts && index == MLP_IN && !is_small ? 4 : 8;
+  return has_experts && index == MLP_IN && !is_small ? 8 : 16;
 }
 // With tensor cores, or if it has many rows, a matrix is divided among clusters. `ranks` is the
 // number of columns of A^T. These are the shapes of least time on an H200.
@@ -249,16 +263,18 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows, int64_t ranks) {
       shape.lanes = ceil_div(columns, 4 * n) >= 64 ? 4 : 2, shape.lanes_of_a = 2;
     }
   }
+  if (of_tensor && rows > 8) shape.kernel = ThinProductOf16, shape.rows = 16;
   shape.segments = ceil_div(columns, shape.lanes * n);
   if (!has_clusters || shape.threads == 512) return shape;
   const int64_t at_once = shape.threads / shape.lanes * 4;  // rows, as in THIN_UNROLL
   // with several rows, smaller clusters take no less time
   const int64_t segments_of_a = rows == 1 ? ceil_div(ranks, shape.lanes_of_a * n) : 0;
   const auto fits = [&](int64_t split) {
-    // four blocks of a multiprocessor run at once, or two of those by CUDA cores with several
-    // rows; of clusters of eight with experts, there is not always room for so many
+    // four blocks of a multiprocessor run at once, three with more than eight rows, or two by CUDA
+    // cores with several rows; of clusters of eight with experts, there is not always room for so
+    // many
     const bool is_tight = segments_of_a > 0 && split == MAX_CLUSTER;
-    const int64_t blocks = rows > 1 && !of_tensor ? 2 : is_tight ? 3 : 4;
+    const int64_t blocks = rows > 1 && !of_tensor ? 2 : is_tight || rows > 8 ? 3 : 4;
     return split * (shape.segments + segments_of_a) <= blocks * multiprocessors() &&
            in >= split * at_once;
   };
@@ -279,7 +295,7 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
       !packs(a) || !packs(updates.b) || !knows_y)
     return false;
   if (rows > most_thin_rows(input, w, rows, a.defined(), index)) return false;
-  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 0};
+  ThinExpertsArgs experts{at_or_null(a), args_of(updates), nullptr, nullptr, index, 0, 1};
   const int64_t ranks = experts.updates.ranks;
   const auto shape = thin_shape(w, rows, ranks);
   int64_t split = shape.split;
@@ -290,6 +306,11 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
     experts.segments = (int)ceil_div(ranks, shape.lanes_of_a * n);
     while (split > 1 && experts.segments * split > multiprocessors()) split /= 2;
     if (experts.segments * split > multiprocessors() || rows * ranks > MOST_MARKED) return false;
+    // with several rows, v is there earlier if more blocks compute it
+    const int64_t at_once_of_a = shape.threads / shape.lanes_of_a * 4;
+    if (rows > 1 && in >= 2 * split * at_once_of_a &&
+        2 * experts.segments * split <= multiprocessors() && 2 * rows * ranks <= MOST_MARKED)
+      experts.v_terms = 2;
     const Shared numbers = shared_numbers(out);
     experts.turn = numbers.turn, experts.v = numbers.v;
     // those of a layer, or all where a segment has columns of several layers
@@ -316,7 +337,8 @@ static bool thin_product(const ThinInput &input, const Tensor &w, const Tensor &
   const ThinInputArgs args{(int)input.kind, at_or_null(input.x), ld(input.x), y,
                            at_or_null(input.norm_w), at_or_null(input.norm_b), (float)input.eps,
                            at_or_null(input.sum), input.activation};
-  run_early_cluster(module, shape.kernel, out, (experts.segments + shape.segments) * split,
+  run_early_cluster(module, shape.kernel, out,
+                    (experts.segments * experts.v_terms + shape.segments) * split,
                     (int)shape.threads, shared, split, args, w.data_ptr(), ld(w), experts,
                     out.data_ptr(), ld(out), (int)rows, (int)in, (int)w.size(1), (int)shape.lanes,
                     (int)split);

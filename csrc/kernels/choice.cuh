@@ -1,17 +1,27 @@
 // The most probable token of rows of logits.
 
 // Waits for the kernel in front of this one, if this one was launched before its end.
-// csrc/kernels/step/finish.cuh relies on the order of both.
-static __device__ __forceinline__ void wait_for_inputs() {
+static __device__ __forceinline__ void wait_for_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel start, if it was launched so that it may.
+static __device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+// Both. csrc/kernels/step/finish.cuh relies on their order.
+static __device__ __forceinline__ void wait_for_inputs() {
+  wait_for_kernel();
+  start_next_kernel();
 }
 
 // For each row of logits: the first of the largest ones, and the logarithm of its probability.
 // `choice` is [2, rows]. A cluster of `split` blocks computes a row. If `ids` is not null, the
-// choice becomes the row's next token, and its position and place are raised by 1.
+// choice becomes the row's next token, and `choice` is [2, 2, rows], of which a row at an odd
+// position gets the second half. Then its position and place are raised by 1.
 template <class T>
 static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int packs,
                                    double *choice, i64 *ids, i64 *positions, i64 *places,
@@ -68,6 +78,7 @@ static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int 
     }
   }
   if (best >= vocabulary) best = 0;  // no logit is a number
+  if (ids) choice += positions[row] % 2 * 2 * rows;
   choice[row] = best;
   choice[rows + row] = -logf(total);
   if (ids) ids[row] = best, positions[row] += 1, places[row] += 1;

@@ -19,6 +19,12 @@ static __device__ void route(const T *x, i64 ldx, const float *w, const float *b
   const bool is_inside = row < rows;
   const int first = (warp % of_row * 32 + lane) * N, stride = 32 * of_row * N;
   float *const z = of_route + local * experts;
+#if __CUDA_ARCH__ >= 900
+  // a few rows wait for their inputs, and the weights can come to the L2 cache meanwhile
+  if (of_row > 1)
+    for (int i = threadIdx.x * 32; i < experts * width; i += blockDim.x * 32)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));
+#endif
   wait_for_inputs();
   const float inverse = 1.f / (float)*temperature;
   float scale = 1;

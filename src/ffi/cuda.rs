@@ -37,7 +37,7 @@ struct Library {
     graph_end: unsafe extern "C" fn(*mut c_void) -> c_int,
     graph_replay: unsafe extern "C" fn(*mut c_void) -> c_int,
     graph_free: unsafe extern "C" fn(*mut c_void),
-    fetch: unsafe extern "C" fn(TensorPtr) -> *mut c_void,
+    fetch: unsafe extern "C" fn(TensorPtr, c_int) -> *mut c_void,
     fetched: unsafe extern "C" fn(*mut c_void) -> *mut C_tensor,
     mark: unsafe extern "C" fn(c_int) -> *mut c_void,
     mark_secs: unsafe extern "C" fn(*mut c_void, *mut c_void) -> f64,

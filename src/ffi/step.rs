@@ -42,6 +42,13 @@ unsafe extern "C" {
         packed_a: TensorPtr,
         packed_b: TensorPtr,
     ) -> c_int;
+    fn dylora_step_embed(
+        tokens: TensorPtr,
+        ids: TensorPtr,
+        positions: TensorPtr,
+        position_ids: TensorPtr,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
     fn dylora_step_norm(
         x: TensorPtr,
         product: TensorPtr,
@@ -54,6 +61,7 @@ unsafe extern "C" {
         a: TensorPtr,
         product: TensorPtr,
         bias: TensorPtr,
+        beside: c_int,
         norms: *const RawNorm,
         products: *const RawProduct,
         cache: *const RawCache,
@@ -66,6 +74,7 @@ unsafe extern "C" {
         ids: TensorPtr,
         positions: TensorPtr,
         places: TensorPtr,
+        choices: TensorPtr,
         out: *mut *mut C_tensor,
     ) -> c_int;
 }
@@ -130,6 +139,30 @@ pub fn pack([a, b]: [&Tensor; 2], [packed_a, packed_b]: [&Tensor; 2]) -> Result<
     Ok(status == 0)
 }
 
+/// The embeddings of tokens, `[M, d]`, in the table's dtype. Those of their positions are added if
+/// there are any.
+///
+/// - `tokens`, `positions`: the tables, `[v, d]` and `[_, d]`
+/// - `ids`, `position_ids`: int64, `M` numbers each
+pub fn embed(
+    tokens: &Tensor,
+    ids: &Tensor,
+    positions: Option<&Tensor>,
+    position_ids: &Tensor,
+) -> Result<Option<Tensor>> {
+    // SAFETY: live tensors, to which the shim keeps its own references, or null
+    let x = outputs(|out| unsafe {
+        dylora_step_embed(
+            tokens.as_ptr(),
+            ids.as_ptr(),
+            or_null(positions),
+            position_ids.as_ptr(),
+            out,
+        )
+    })?;
+    Ok(x.map(|[x]| x))
+}
+
 /// The sum `x + y`, or `x` without `y`, and its norm, `[M, d]` each.
 ///
 /// - `x`: `[M, d]`
@@ -147,6 +180,9 @@ pub enum BlockInput<'a> {
     Normed(&'a Tensor),
     /// What is to be added to `x` first, if anything is.
     Stream(Option<&'a Unbiased<'a>>),
+    /// Nothing. `x` was there when the operation in front of this one began, so its norm may be
+    /// computed at the same time.
+    Beside,
 }
 
 /// Computes a transformer block, and adds the new keys and values to the cache. Returns the
@@ -170,7 +206,9 @@ pub fn block(
     let (normed, before) = match input {
         BlockInput::Normed(normed) => (normed.as_ptr(), None),
         BlockInput::Stream(before) => (std::ptr::null(), *before),
+        BlockInput::Beside => (std::ptr::null(), None),
     };
+    let beside = c_int::from(matches!(input, BlockInput::Beside));
     let [product, bias] = Unbiased::raw(before);
     let Heads { queries, keys, size, norms, .. } = attention.heads;
     let cache = RawCache {
@@ -197,6 +235,7 @@ pub fn block(
             normed,
             product,
             bias,
+            beside,
             raw_norms.as_ptr(),
             raw_products.as_ptr(),
             &cache,
@@ -206,21 +245,26 @@ pub fn block(
     })
 }
 
-/// The numbers of a step that the next one reads: for each text, the id of its new token, its index
-/// in the text, and its place in its row of the cache; int64, `M` numbers each.
+/// The numbers of a step that the next one reads, for each text: int64, `M` numbers each. And where
+/// the step leaves its results.
 #[derive(Debug)]
 pub struct Counters<'a> {
-    /// The ids.
+    /// The id of the new token.
     pub ids: &'a Tensor,
-    /// The indices.
+    /// Its index in the text.
     pub positions: &'a Tensor,
-    /// The places.
+    /// Its place in the text's row of the cache.
     pub places: &'a Tensor,
+    /// The results, f64 `[2, 2, M]`. Those of a text with an odd index go to the second half, so
+    /// that they can be read while the next step runs.
+    pub choices: &'a Tensor,
 }
 
 /// The most probable token of each text, and below it the logarithm of its probability, f64
-/// `[2, M]`. Of equally probable tokens, the first counts. With `counters`, the tokens become those
-/// of the next step, and indices and places are raised by 1.
+/// `[1, 2, M]`. Of equally probable tokens, the first counts.
+///
+/// With `counters`, the results go to the place that these name, which is returned. The tokens
+/// become those of the next step, and then indices and places are raised by 1.
 ///
 /// - `logits`: `[M, v']`, where the first `vocabulary` columns are tokens
 pub fn choice(
@@ -228,14 +272,16 @@ pub fn choice(
     vocabulary: i64,
     counters: Option<&Counters<'_>>,
 ) -> Result<Option<Tensor>> {
-    let [ids, positions, places] = match counters {
-        Some(Counters { ids, positions, places }) => [ids, positions, places].map(|x| x.as_ptr()),
-        None => [std::ptr::null(); 3],
+    let [ids, positions, places, choices] = match counters {
+        Some(Counters { ids, positions, places, choices }) => {
+            [ids, positions, places, choices].map(|x| x.as_ptr())
+        }
+        None => [std::ptr::null(); 4],
     };
-    // SAFETY: a live tensor, to which the shim keeps its own reference, and three that it changes
+    // SAFETY: a live tensor, to which the shim keeps its own reference, and four that it changes
     // or null
     let choice = outputs(|out| unsafe {
-        dylora_step_choice(logits.as_ptr(), vocabulary, ids, positions, places, out)
+        dylora_step_choice(logits.as_ptr(), vocabulary, ids, positions, places, choices, out)
     })?;
     Ok(choice.map(|[choice]| choice))
 }

@@ -251,7 +251,7 @@ impl<'a> Engine<'a> {
             let next = self.graphs.again(&self.cache, self.texts.len(), longest);
             self.ahead = next.and_then(|output| output.fetch());
         }
-        fetched_tokens(fetch)
+        fetched_tokens(fetch, &self.texts)
     }
 
     /// Whether the step after the one whose tokens are about to be read is one of the same texts,

@@ -13,13 +13,13 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::next::StepOutput;
 use crate::ffi;
 use crate::ffi::cuda::Graph;
 use crate::model::batch::{GenerationCache, StepLayout, StepRow};
-use crate::model::{RoutedModel, RoutingSource, RowSources};
+use crate::model::{NextStep, RoutedModel, RoutingSource, RowSources};
 
 /// Largest number of graphs at a time. All are dropped when there would be more.
 const MAX_GRAPHS: usize = 64;
@@ -169,11 +169,15 @@ impl StepGraphs {
         let Device::Cuda(device) = model.device() else { unreachable!("graphs are CUDA's") };
         let graph = Graph::new(device)?;
         let flat = flat.copy();
+        // outside the graph's memory, since it is read while the next step runs
+        let b = layout.num_rows() as i64;
+        let choices = Tensor::zeros([2, 2, b], (Kind::Double, model.device()));
         // a panic becomes an error, so that the capture is ended in any case
         let run = || {
             ffi::caught(|| {
                 let inputs = cache.inputs_of(layout, &flat);
-                Ok(StepOutput::repeatable(model, &inputs, &source))
+                let next = NextStep { inputs: &inputs, choices: &choices };
+                Ok(StepOutput::repeatable(model, next, &source))
             })
         };
         graph.warm_up(run)?;

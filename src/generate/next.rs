@@ -9,15 +9,15 @@ use super::request::{NewToken, Request, Route, Text};
 use super::sampling::{Chooser, choose};
 use crate::ffi::cuda::Fetch;
 use crate::model::experts::weights::RoutingWeights;
-use crate::model::{ForwardMode, Inputs, RoutedModel, RoutingSource, RowSources};
+use crate::model::{ForwardMode, Inputs, NextStep, RoutedModel, RoutingSource, RowSources};
 
 /// What a step computed at the last new position of each text.
 #[derive(Debug)]
 pub(super) struct StepOutput {
     /// The logits, `[b, v]`.
     logits: Tensor,
-    /// The most probable tokens and the logarithms of their probabilities, f64 `[2, b]`; `None` if
-    /// they have not been computed.
+    /// The most probable tokens and the logarithms of their probabilities, f64 `[_, 2, b']` of at
+    /// least `b` texts ([`RoutedModel::next_tokens`]); `None` if they have not been computed.
     most_probable: Option<Tensor>,
     /// The routing weights at each site, `[b, e]`; empty if no tensor says them.
     weights: Vec<Tensor>,
@@ -33,13 +33,17 @@ impl StepOutput {
         source: &RoutingSource,
         last: Option<&[i64]>,
     ) -> Self {
-        Self::of_step(model, inputs, source, last, false)
+        Self::of_step(model, inputs, source, last, None)
     }
 
     /// Runs a step in which each text has one new position. If the most probable tokens are
-    /// computed, `inputs` become those of the next step, which appends them.
-    pub(crate) fn repeatable(model: &RoutedModel, inputs: &Inputs, source: &RoutingSource) -> Self {
-        Self::of_step(model, inputs, source, None, true)
+    /// computed, the inputs become those of the next step, which appends them.
+    pub(crate) fn repeatable(
+        model: &RoutedModel,
+        next: NextStep<'_>,
+        source: &RoutingSource,
+    ) -> Self {
+        Self::of_step(model, next.inputs, source, None, Some(&next))
     }
 
     fn of_step(
@@ -47,7 +51,7 @@ impl StepOutput {
         inputs: &Inputs,
         source: &RoutingSource,
         last: Option<&[i64]>,
-        advances: bool,
+        next: Option<&NextStep<'_>>,
     ) -> Self {
         let mode = ForwardMode { rule: model.router_spec().eval, ..ForwardMode::EVAL };
         let output = model.forward(inputs, source, mode, None);
@@ -66,14 +70,15 @@ impl StepOutput {
             RoutingWeights::Off | RoutingWeights::Ones => None,
         });
         let weights = weights.collect();
-        let next = advances.then_some(inputs);
         let (logits, most_probable) = model.next_tokens(&at_last(&output.hidden), next);
         Self { logits, most_probable, weights }
     }
 
     /// Starts to fetch the most probable tokens, if they have been computed.
     pub fn fetch(&self) -> Option<Fetch> {
-        let fetch = Fetch::new(self.most_probable.as_ref()?);
+        // of a step that was repeated, they lie outside the graph's memory, and the only step that
+        // can begin before they are read writes to the other half
+        let fetch = Fetch::aside(self.most_probable.as_ref()?);
         Some(fetch.unwrap_or_else(|error| panic!("{error:#}")))
     }
 
@@ -82,7 +87,7 @@ impl StepOutput {
         let rows = |x: &Tensor| x.narrow(0, 0, b as i64);
         Self {
             logits: rows(&self.logits),
-            most_probable: self.most_probable.as_ref().map(|x| x.narrow(1, 0, b as i64)),
+            most_probable: self.most_probable.as_ref().map(Tensor::shallow_clone),
             weights: self.weights.iter().map(rows).collect(),
         }
     }
@@ -137,17 +142,24 @@ pub(super) fn wants_most_probable(text: &Text) -> bool {
 }
 
 /// The most probable tokens that were fetched, for texts that want no more than these.
-pub(super) fn fetched_tokens(fetch: Fetch) -> Vec<NewToken> {
-    let both = fetch.wait().unwrap_or_else(|error| panic!("{error:#}"));
-    let mut ids = numbers(&both);
-    let log_probs = ids.split_off(ids.len() / 2);
-    let token = |(id, log_prob)| NewToken {
-        id: id as i64,
-        log_prob,
-        alternatives: vec![],
-        weights: vec![],
-    };
-    ids.into_iter().zip(log_probs).map(token).collect::<Vec<_>>()
+pub(super) fn fetched_tokens(fetch: Fetch, texts: &[Text]) -> Vec<NewToken> {
+    let fetched = fetch.wait().unwrap_or_else(|error| panic!("{error:#}"));
+    let token = |(id, log_prob)| NewToken { id, log_prob, alternatives: vec![], weights: vec![] };
+    most_probable(&fetched, texts).map(token).collect()
+}
+
+/// The most probable token of each text and the logarithm of its probability.
+///
+/// - `choices`: what [`RoutedModel::next_tokens`] computed, `[_, 2, b]`
+fn most_probable(choices: &Tensor, texts: &[Text]) -> impl Iterator<Item = (i64, f64)> {
+    let (halves, _, b) = choices.size3().expect("tokens and logarithms are [_, 2, b]");
+    let (halves, b) = (halves as usize, b as usize);
+    let all = numbers(choices);
+    texts.iter().enumerate().map(move |(row, text)| {
+        let position = text.tokens.len() - 1;
+        let at = position % halves * 2 * b + row;
+        (all[at] as i64, all[at + b])
+    })
 }
 
 /// The next token of each text.
@@ -159,10 +171,9 @@ pub(super) fn next_tokens(
     let takes_most_probable = |text: &Text| text.request.sampling.takes_most_probable();
     let most = texts.iter().map(|text| text.request.num_alternatives).max().unwrap_or(0);
     let (ids, log_probs, best) = match &output.most_probable {
-        Some(both) if most == 0 && texts.iter().all(takes_most_probable) => {
-            let mut ids = numbers(both);
-            let log_probs = ids.split_off(texts.len());
-            (ids.into_iter().map(|id| id as i64).collect(), log_probs, None)
+        Some(choices) if most == 0 && texts.iter().all(takes_most_probable) => {
+            let (ids, log_probs) = most_probable(choices, texts).unzip();
+            (ids, log_probs, None)
         }
         _ => by_logits(texts, &output.logits, most),
     };

@@ -72,7 +72,9 @@ impl ModuleUpdate {
 impl RoutedModel {
     /// The embeddings, `[b, t, d]`.
     fn embed(&self, inputs: &Inputs) -> Tensor {
-        self.decoder.embed(&inputs.input_ids, &inputs.position_ids, self.kind)
+        let of_step = self.step_of(inputs).and_then(|_| self.embed_step(inputs));
+        let embed = || self.decoder.embed(&inputs.input_ids, &inputs.position_ids, self.kind);
+        of_step.unwrap_or_else(embed)
     }
 
     /// What attention needs of a batch.

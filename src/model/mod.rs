@@ -55,6 +55,7 @@ pub use quantised::check_quantisable;
 use routing::router::{Router, RouterSpec};
 use routing::routers::Routers;
 pub use routing::{RoutingSource, RowSources, Site};
+pub use step::NextStep;
 
 /// A base with its experts and routers.
 ///

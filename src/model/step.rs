@@ -63,12 +63,11 @@ impl StepStream<'_> {
 }
 
 impl<'a> RoutedBlock<'a> {
-    /// Applies the block to `stream`. If `normed` is given, it is the block's first norm, and
-    /// the stream has no pending part.
+    /// Applies the block to `stream`.
     fn step(
         self,
         stream: &StepStream<'_>,
-        normed: Option<&Tensor>,
+        input: &BlockInput<'_>,
         step: &CachedStep,
         rotary: Option<&Rotary>,
         weights: &BlockWeights,
@@ -89,12 +88,7 @@ impl<'a> RoutedBlock<'a> {
         };
         let norms = [&self.block.norm_1, &self.block.norm_2].map(|norm| fused_norm(norm, 0, 0));
         let activation = self.activation();
-        let pending = stream.pending();
-        let input = match normed {
-            Some(normed) => BlockInput::Normed(normed),
-            None => BlockInput::Stream(pending.as_ref()),
-        };
-        let block = ffi::step::block(&stream.x, &input, &products, &norms, &attention, activation);
+        let block = ffi::step::block(&stream.x, input, &products, &norms, &attention, activation);
         let [x, product] = taken(block);
         StepStream { x, pending: Some(Pending { product, bias: self.last_bias() }) }
     }
@@ -206,6 +200,17 @@ impl RoutedModel {
         }
     }
 
+    /// The embeddings of a step, `[b, 1, d]`, if a kernel computes them.
+    pub(super) fn embed_step(&self, inputs: &Inputs) -> Option<Tensor> {
+        let (tokens, positions) = (&self.decoder.embedding, self.decoder.positions.as_ref());
+        if tokens.kind() != self.kind {
+            return None;
+        }
+        let x = ffi::step::embed(tokens, &inputs.input_ids, positions, &inputs.position_ids);
+        let x = x.unwrap_or_else(|error| panic!("{error:#}"))?;
+        Some(x.unsqueeze(1))
+    }
+
     /// Runs the blocks of a step on the embeddings `x`, `[b, 1, d]`.
     pub(super) fn run_step(
         &self,
@@ -226,7 +231,14 @@ impl RoutedModel {
             }
             let layer_input = || normed.as_ref().expect("it was computed").view([b, 1, d]);
             let g = pass.block(layer, &layer_input).flat(b);
-            stream = block.step(&stream, normed.as_ref(), step, rotary, &g);
+            let pending = stream.pending();
+            let input = match &normed {
+                Some(normed) => BlockInput::Normed(normed),
+                // the router began when the embeddings were there
+                None if layer == 0 && pass.reads_features() => BlockInput::Beside,
+                None => BlockInput::Stream(pending.as_ref()),
+            };
+            stream = block.step(&stream, &input, step, rotary, &g);
         }
         let [_, hidden] = stream.normed(&self.decoder.final_norm);
         let RoutingPass { used, routing, features, .. } = pass;
@@ -234,20 +246,21 @@ impl RoutedModel {
     }
 
     /// The logits `[b, v]` of hidden states, `[b, d]`, and where a kernel computes it, the most
-    /// probable token of each and the logarithm of its probability, f64 `[2, b]`. Logits that are
-    /// no numbers count as the smallest. The kernel also turns `inputs` into those of the next
-    /// step, if they are given.
+    /// probable token of each and the logarithm of its probability, f64 `[1, 2, b]`. Logits that
+    /// are no numbers count as the smallest.
+    ///
+    /// With `next`, the kernel also makes the inputs of the next step.
     pub fn next_tokens(
         &self,
         hidden: &Tensor,
-        inputs: Option<&Inputs>,
+        next: Option<&NextStep<'_>>,
     ) -> (Tensor, Option<Tensor>) {
         let head = self.padded_head.as_ref().unwrap_or(self.decoder.head());
         let logits = hidden.matmul(&head.to_kind(hidden.kind()).tr());
         let v = self.decoder.spec.vocab_size;
         let choice = match logits.kind() {
             Kind::BFloat16 | Kind::Float if self.has_kernels => {
-                let counters = inputs.and_then(counters);
+                let counters = next.and_then(NextStep::counters);
                 let choice = ffi::step::choice(&logits, v, counters.as_ref());
                 choice.unwrap_or_else(|error| panic!("{error:#}"))
             }
@@ -257,15 +270,28 @@ impl RoutedModel {
     }
 }
 
-/// The numbers of a step that change from step to step.
-fn counters(inputs: &Inputs) -> Option<Counters<'_>> {
-    match &inputs.mask {
-        AttentionMask::Cached(step) => Some(Counters {
-            ids: &inputs.input_ids,
-            positions: step.positions(),
-            places: step.places(),
-        }),
-        _ => None,
+/// What a step leaves if the next one can begin before its tokens are read.
+#[derive(Debug, Clone, Copy)]
+pub struct NextStep<'a> {
+    /// The inputs of the step, which become those of the next one.
+    pub inputs: &'a Inputs,
+    /// Where the most probable tokens and the logarithms of their probabilities go, f64
+    /// `[2, 2, b]`. Those of texts whose new position has an odd index go to the second half.
+    pub choices: &'a Tensor,
+}
+
+impl NextStep<'_> {
+    /// The numbers that change from step to step.
+    fn counters(&self) -> Option<Counters<'_>> {
+        match &self.inputs.mask {
+            AttentionMask::Cached(step) => Some(Counters {
+                ids: &self.inputs.input_ids,
+                positions: step.positions(),
+                places: step.places(),
+                choices: self.choices,
+            }),
+            _ => None,
+        }
     }
 }
 

@@ -190,9 +190,10 @@ impl Steps {
         Self { prompts: prompts(&[5, 2, 7]), count: 70, context: 96 }
     }
 
-    /// Steps of `count` texts, at most eight.
+    /// Steps of `count` texts.
     fn of_wide(count: usize) -> Self {
-        Self { prompts: prompts(&[5, 2, 7, 3, 4, 6, 1, 8][..count]), count: 4, context: 32 }
+        let lens: Vec<usize> = (0..count).map(|text| 1 + 5 * text % 8).collect();
+        Self { prompts: prompts(&lens), count: 4, context: 32 }
     }
 
     /// Texts of very different lengths, for which attention is split into parts.
@@ -258,7 +259,7 @@ fn steps_by_kernels_equal_the_reference() -> Result<()> {
     cases.push((of_all_layers("many", 128), Steps::many()));
     if device.is_cuda() {
         // without kernels, these would only take long
-        for count in [1, 2, 3, 4, 8] {
+        for count in [1, 2, 3, 4, 8, 11, 16] {
             cases.extend(
                 wide_mixtures().into_iter().map(|mixture| (mixture, Steps::of_wide(count))),
             );

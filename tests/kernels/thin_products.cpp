@@ -65,10 +65,11 @@ template <class T, class Sums> double distance(const Case &c) {
   blockDim.x = threads;
   const int lanes = Sums::lanes(given_lanes), lanes_of_a = Sums::lanes_of_a();
   ThinExperts<T> experts{};
+  experts.v_terms = 1;
   // as an earlier product left them
   const u32 turn = 9;
   const uint2 earlier{__float_as_uint(1e9f), (turn - 1) << 2 | c.index + 1};
-  std::vector<uint2> marked(c.rows * ranks, earlier);
+  std::vector<uint2> marked(2 * c.rows * ranks, earlier);
   int ranks_of_block = 0;
   if (ranks > 0) {
     Updates<T> &updates = experts.updates;
@@ -91,6 +92,8 @@ template <class T, class Sums> double distance(const Case &c) {
     ranks_of_block = ((ranks_of_block + split - 1) / split + 7) / 8 * 8;
     experts.v = marked.data(), experts.turn = &turn, experts.index = c.index;
     experts.segments = (ranks + lanes_of_a * N - 1) / (lanes_of_a * N);
+    const bool halves = Sums::MAY_HALVE && c.in >= 2 * split * threads / lanes_of_a * 4;
+    experts.v_terms = halves ? 2 : 1;
   }
   const int longest = ((c.in + split - 1) / split + N - 1) / N * N;
   const int of_segment = max(lanes_of_a, lanes) * N;
@@ -101,7 +104,7 @@ template <class T, class Sums> double distance(const Case &c) {
   const int segments = (columns + lanes * N - 1) / (lanes * N);
   const size_t of_numbers = c.rows * max(2 * of_segment, ranks_of_block);
   const size_t shared = 4 * (terms + of_parts + of_numbers) + of_b + of_input;
-  launch((experts.segments + segments) * split, threads, split, shared, [&] {
+  launch((experts.segments * experts.v_terms + segments) * split, threads, split, shared, [&] {
     thin_products<T, Sums>(input, packed.first, packed.ld, experts, out.first, out.ld, c.rows, c.in,
                            columns, given_lanes, split);
   });
@@ -168,8 +171,10 @@ std::vector<Form> forms(const Case &c) {
   } else if (c.rows <= 4) {
     all.push_back({"f32", distance<float, CoreSums<float, 4>>(c), 3e-6});
   }
-  if (c.rows > 1 && c.kind == PLAIN && c.shape.threads == 256)
-    all.push_back({"bf16 by tensor cores", distance<bf16, TensorSums>(c), 1.5e-2});
+  if (c.rows > 1 && c.rows <= 8 && c.kind == PLAIN && c.shape.threads == 256)
+    all.push_back({"bf16 by tensor cores", distance<bf16, TensorSums<8>>(c), 1.5e-2});
+  if (c.rows > 8)
+    all.push_back({"bf16 by tensor cores", distance<bf16, TensorSums<16>>(c), 1.5e-2});
   return all;
 }
 
@@ -191,7 +196,7 @@ int main() {
     cases.push_back({ACTIVATED, rows, 4096, {128}, {48}, wide_rows, SWIGLU, false, true, 3});
     cases.push_back({PLAIN, rows, 576, {96, 48}, {24, 8}, smallest, SWIGLU, false, true, 1});
   }
-  for (int rows : {2, 3, 8}) {
+  for (int rows : {2, 3, 8, 11, 16}) {
     cases.push_back({PLAIN, rows, 2048, {64, 32, 32}, {40, 24, 16}, eight});
     cases.push_back({PLAIN, rows, 576, {96, 48}, {24, 8}, alone, SWIGLU, false, false, 1});
     cases.push_back({PLAIN, rows, 1032, {200}, {0}, two});

@@ -8,6 +8,9 @@
 // write: weights, earlier keys and values, positions, and mostly the turn. In front of a layer's
 // first product, there may be the router's kernel, so products read routing weights behind the
 // wait; kernels behind a product may read them earlier.
+//
+// There is one exception: a norm behind the router's kernel may run beside it, and lets the first
+// product start as well (step_norm). It does not end before that kernel.
 
 // Brings what lies at an address into the L2 cache.
 static __device__ __forceinline__ void prefetch(const void *p) {
@@ -201,16 +204,41 @@ template <class T> static __device__ __forceinline__ float rounded_sum(float x, 
   return wide(kept);
 }
 
+// out = tokens[ids] + positions[position_ids], where `positions` may be null. One block of 128
+// threads computes a row.
+template <class T>
+static __device__ void step_embed(const T *tokens, i64 ldt, const i64 *ids, const T *positions,
+                                  i64 ldp, const i64 *position_ids, T *out) {
+  constexpr int N = Pack<T>::N;
+  const i64 row = blockIdx.x;
+  wait_for_inputs();
+  const T *const token = tokens + ids[row] * ldt;
+  const T *const position = positions ? positions + position_ids[row] * ldp : nullptr;
+#pragma unroll 4
+  for (int c = threadIdx.x * N; c < WIDTH; c += 128 * N) {
+    float x[N], added[N] = {};
+    Pack<T>::load(token + c, x);
+    if (position) Pack<T>::load(position + c, added);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += added[i];
+    Pack<T>::store(out + row * WIDTH + c, x);
+  }
+}
+
 // sum = x + y, where y may have no product and is then 0, and has no ranks; and a = norm(sum) with
-// weight w and bias b, which is null for RMSNorm. One block of 128 threads computes a row.
+// weight w and bias b, which is null for RMSNorm. One block of 128 threads computes a row. If it
+// runs `beside` the kernel in front, that one writes nothing that is read here.
 template <class T>
 static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w,
-                                 const T *b, float eps, T *sum, T *a) {
+                                 const T *b, float eps, T *sum, T *a, int beside) {
   constexpr int N = Pack<T>::N, THREADS = 128, PACKS = (WIDTH / N + THREADS - 1) / THREADS;
   __shared__ float scratch[32];
   const i64 row = blockIdx.x;
   prefetch_norm(w, b);
-  wait_for_inputs();
+  if (beside)
+    start_next_kernel();
+  else
+    wait_for_inputs();
   float total[PACKS][N] = {};
 #pragma unroll
   for (int k = 0; k < PACKS; ++k) {
@@ -233,6 +261,7 @@ static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, co
     const int c = (k * THREADS + threadIdx.x) * N;
     if (c < WIDTH) Pack<T>::store(a + row * WIDTH + c, total[k]);
   }
+  if (beside) wait_for_kernel();
 }
 
 static __device__ __forceinline__ float gelu_of(float z, int tanh_form) {

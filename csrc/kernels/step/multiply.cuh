@@ -10,23 +10,43 @@
 static __device__ __forceinline__ void put_marked(uint2 *to, float x, u32 mark) {
   __stcg((u64 *)to, (u64)mark << 32 | __float_as_uint(x));
 }
-// Reads both at once.
-static __device__ __forceinline__ u64 marked_at(const uint2 *p) {
+// Reads N numbers with their marks, each of which is read at once with its mark.
+template <int N>
+static __device__ __forceinline__ void load_marked(const uint2 *p, u64 (&numbers)[N]) {
 #if __CUDA_ARCH__ >= 700
-  u64 number;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(number) : "l"(p) : "memory");
-  return number;
+  if constexpr (N == 1)
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(numbers[0]) : "l"(p) : "memory");
+  else
+#pragma unroll
+    for (int i = 0; i < N; i += 2)
+      asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                   : "=l"(numbers[i]), "=l"(numbers[i + 1])
+                   : "l"(p + i)
+                   : "memory");
 #else
-  return *(const volatile u64 *)p;
+  for (int i = 0; i < N; ++i) numbers[i] = ((const volatile u64 *)p)[i];
 #endif
 }
 
-// The number of v, once it has this mark.
-static __device__ __forceinline__ float wait_for_marked(const uint2 *p, u32 mark) {
-  u64 number;
-  do number = marked_at(p);
-  while (number >> 32 != mark);
-  return __uint_as_float((u32)number);
+// N numbers of v, once their marks are there: sums of one or two terms, which are `stride` apart.
+template <int N>
+static __device__ __forceinline__ void sum_marked(const uint2 *p, int terms, int stride, u32 mark,
+                                                  float (&sums)[N]) {
+  u64 first[N], second[N];
+  bool are_there;
+  do {
+#pragma unroll
+    for (int i = 0; i < N; ++i) second[i] = (u64)mark << 32;
+    load_marked(p, first);
+    if (terms == 2) load_marked(p + stride, second);
+    are_there = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      are_there = are_there && first[i] >> 32 == mark && second[i] >> 32 == mark;
+  } while (!are_there);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    sums[i] = __uint_as_float((u32)first[i]) + __uint_as_float((u32)second[i]);
 }
 
 // What a block of a thin product multiplies with: rows [begin, end) of a matrix, and a segment of
@@ -96,8 +116,10 @@ template <class T, int MOST> struct CoreSums {
   // Whether the kernel computes norms and activations itself, and whether it loads the next packs
   // before it adds the last ones. With one row, the other threads of the multiprocessor have enough
   // packs under way meanwhile. And whether the last packs are added behind the loop, which then
-  // need not ask whether there are more.
+  // need not ask whether there are more. And whether v may have two terms (ThinExperts); with one
+  // row, it is there early enough.
   static constexpr bool MAKES_INPUT = true, LOADS_AHEAD = MOST > 1, ENDS_APART = true;
+  static constexpr bool MAY_HALVE = MOST > 1;
   // COPIED is how many packs of copied rows a thread reads at a time (ThinPart).
   static constexpr int ROWS = MOST, COPIED = 1, N = Pack<T>::N;
   typedef ThinPart<T, CoreSums> Part;
@@ -127,12 +149,15 @@ template <class T, int MOST> struct CoreSums {
   // which takes less time than if all warps asked for the same numbers. All threads take part.
   struct Marked {
     ThinRows<float> rows;
-    __device__ __forceinline__ Marked(const Part &b, const uint2 *v, int ld, int count, u32 mark,
-                                      float *numbers)
+    __device__ __forceinline__ Marked(const Part &b, const uint2 *v, int terms, int ld, int count,
+                                      u32 mark, float *numbers)
         : rows{numbers, b.end - b.begin, b.begin, count} {
       const int of_row = blockDim.x / ROWS, m = threadIdx.x / of_row;
-      for (int r = threadIdx.x % of_row; m < count && r < rows.ld; r += of_row)
-        numbers[m * rows.ld + r] = wait_for_marked(v + m * ld + b.begin + r, mark);
+      for (int r = threadIdx.x % of_row; m < count && r < rows.ld; r += of_row) {
+        float sum[1];
+        sum_marked(v + m * ld + b.begin + r, MAY_HALVE ? terms : 1, count * ld, mark, sum);
+        numbers[m * rows.ld + r] = sum[0];
+      }
       __syncthreads();
     }
     __device__ __forceinline__ FactorsOf<float> factors(const Part &b, int from) const {
@@ -180,16 +205,17 @@ template <class T, int MOST> struct CoreSums {
   static __device__ __forceinline__ int place(int i) { return i; }
 };
 
-// Sums by tensor cores, of at most 8 rows in bf16. A warp multiplies with 16 rows and 64 columns of
-// the matrix at a time. Transposed, they are the first factor of four products `mma`, in such an
-// order that each thread has read what it has to give: columns 2 p and 2 p + 1 of its pack are two
-// rows of the p-th product's factor, and the four rows of the matrix are four of its columns. So
-// there are always 8 lanes.
-struct TensorSums {
+// Sums by tensor cores, of at most MOST rows in bf16, a multiple of 8. A warp multiplies with 16
+// rows and 64 columns of the matrix at a time. Transposed, they are the first factor of four
+// products `mma` for each eight rows, in such an order that each thread has read what it has to
+// give: columns 2 p and 2 p + 1 of its pack are two rows of the p-th product's factor, and the four
+// rows of the matrix are four of its columns. So there are always 8 lanes.
+template <int MOST> struct TensorSums {
   static constexpr bool MAKES_INPUT = false, LOADS_AHEAD = false, ENDS_APART = false;
-  static constexpr int ROWS = 8, COPIED = 4;
+  static constexpr bool MAY_HALVE = true;
+  static constexpr int ROWS = MOST, COPIED = 4, EIGHTS = MOST / 8;
   typedef ThinPart<bf16, TensorSums> Part;
-  float sums[4][4] = {};
+  float sums[EIGHTS][4][4] = {};
 
   static __device__ __forceinline__ int lanes(int) { return 8; }
   static __device__ __forceinline__ int lanes_of_a() { return 8; }
@@ -201,41 +227,39 @@ struct TensorSums {
   static __device__ __forceinline__ int first_row(int) { return threadIdx.x / 32 * 16; }
   // What the packs behind `from` are multiplied with.
   struct Factors {
-    uint2 four;
-    __device__ __forceinline__ Factors(const Part &part, const ThinRows<bf16> &rows, int from)
-        : four(make_uint2(0, 0)) {
-      const int k = from + row(0, 0), m = threadIdx.x % 32 / 4;
-      if (k < part.end && m < rows.count)
-        four = *(const uint2 *)(rows.x + m * rows.ld + k - rows.first);
+    uint2 four[EIGHTS];
+    Factors() = default;
+    __device__ __forceinline__ Factors(const Part &part, const ThinRows<bf16> &rows, int from) {
+      const int k = from + row(0, 0);
+#pragma unroll
+      for (int e = 0; e < EIGHTS; ++e) {
+        const int m = e * 8 + threadIdx.x % 32 / 4;
+        four[e] = make_uint2(0, 0);
+        if (k < part.end && m < rows.count)
+          four[e] = *(const uint2 *)(rows.x + m * rows.ld + k - rows.first);
+      }
     }
-    __device__ __forceinline__ explicit Factors(uint2 four) : four(four) {}
   };
   // v, [rows, ld]. Each thread waits for what it multiplies with.
   struct Marked {
     const uint2 *v;
-    int ld, rows;
+    int terms, ld, rows;
     u32 mark;
-    __device__ __forceinline__ Marked(const Part &, const uint2 *v, int ld, int rows, u32 mark,
-                                      float *)
-        : v(v), ld(ld), rows(rows), mark(mark) {}
+    __device__ __forceinline__ Marked(const Part &, const uint2 *v, int terms, int ld, int rows,
+                                      u32 mark, float *)
+        : v(v), terms(terms), ld(ld), rows(rows), mark(mark) {}
     __device__ __forceinline__ Factors factors(const Part &b, int from) const {
-      const int k = from + row(0, 0), m = threadIdx.x % 32 / 4;
-      u64 numbers[4] = {};
-      if (k < b.end && m < rows) {
-        bool is_there;
-        do {
-          is_there = true;
+      const int k = from + row(0, 0);
+      Factors factors;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) numbers[i] = marked_at(v + m * ld + k + i);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) is_there = is_there && numbers[i] >> 32 == mark;
-        } while (!is_there);
+      for (int e = 0; e < EIGHTS; ++e) {
+        const int m = e * 8 + threadIdx.x % 32 / 4;
+        float x[4] = {};
+        if (k < b.end && m < rows) sum_marked(v + m * ld + k, terms, rows * ld, mark, x);
+        __syncwarp();
+        factors.four[e] = make_uint2(pair(x[0], x[1]), pair(x[2], x[3]));
       }
-      __syncwarp();
-      float x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = __uint_as_float((u32)numbers[i]);
-      return Factors(make_uint2(pair(x[0], x[1]), pair(x[2], x[3])));
+      return factors;
     }
   };
   // The column'th numbers of two packs.
@@ -245,10 +269,15 @@ struct TensorSums {
   __device__ __forceinline__ void add(const Part &, int, const Factors &factors,
                                       const uint4 (&packs)[THIN_UNROLL]) {
 #pragma unroll
-    for (int p = 0; p < 4; ++p)
-      mma(sums[p], neighbours(packs[0], packs[1], 2 * p), neighbours(packs[0], packs[1], 2 * p + 1),
-          neighbours(packs[2], packs[3], 2 * p), neighbours(packs[2], packs[3], 2 * p + 1),
-          factors.four.x, factors.four.y);
+    for (int p = 0; p < 4; ++p) {
+      const u32 low[2] = {neighbours(packs[0], packs[1], 2 * p),
+                          neighbours(packs[0], packs[1], 2 * p + 1)};
+      const u32 high[2] = {neighbours(packs[2], packs[3], 2 * p),
+                           neighbours(packs[2], packs[3], 2 * p + 1)};
+#pragma unroll
+      for (int e = 0; e < EIGHTS; ++e)
+        mma(sums[e][p], low[0], low[1], high[0], high[1], factors.four[e].x, factors.four[e].y);
+    }
   }
   // Where the i-th number of [ROWS, 64] is in `parts`, so that threads write to different banks.
   static __device__ __forceinline__ int place(int i) {
@@ -258,11 +287,13 @@ struct TensorSums {
   // Writes the sums of each warp to `parts`, [warps, ROWS, width].
   __device__ __forceinline__ void write(const Part &, float *parts) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int m = threadIdx.x % 4 * 2 + i % 2, first = lane(0) * 8 + i / 2 * 4;
-      const auto &x = sums[i / 2 * 2], &y = sums[i / 2 * 2 + 1];
-      *(float4 *)&parts[threadIdx.x / 32 * ROWS * 64 + place(m * 64 + first)] =
-          make_float4(x[i % 2], x[2 + i % 2], y[i % 2], y[2 + i % 2]);
-    }
+    for (int e = 0; e < EIGHTS; ++e)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int m = e * 8 + threadIdx.x % 4 * 2 + i % 2, first = lane(0) * 8 + i / 2 * 4;
+        const auto &x = sums[e][i / 2 * 2], &y = sums[e][i / 2 * 2 + 1];
+        *(float4 *)&parts[threadIdx.x / 32 * ROWS * 64 + place(m * 64 + first)] =
+            make_float4(x[i % 2], x[2 + i % 2], y[i % 2], y[2 + i % 2]);
+      }
   }
 };

@@ -18,11 +18,13 @@ template <class T> struct ThinInput {
 template <class T> struct ThinExperts {
   const T *a;  // A^T, [in, ranks]; its rows are as far apart as those of the weight
   Updates<T> updates;
-  // v, [rows, ranks], and behind each number a mark that tells whether this product wrote it
+  // v, [v_terms, rows, ranks], and behind each number a mark that tells whether this product wrote
+  // it
   uint2 *v;
   const u32 *turn;  // the number of layers whose attention was computed
   int index;        // of the product among those of a layer; there are 4
   int segments;     // of columns of A^T
+  int v_terms;      // of each number of v, 1 or 2; if 2, each half of the rows of A^T gives one
 };
 
 // A pack of y's finished values, added to `out`.
@@ -195,13 +197,13 @@ static __device__ __forceinline__ void for_outputs(const Part &part, const ThinO
 // are in `packs`, b is copied to `b_rows`, `numbers` has room for v, and x begins with the column
 // part.begin. The blocks of a cluster have some rows of w and B^T each. If `scales`,
 // [2, rows, width], is not null, the part is one of A^T, and its product times both of these
-// factors becomes v.
+// factors becomes v, or a term of it, at `own_v`.
 template <class T, class Sums>
 static __device__ __forceinline__ void
 thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b, float *numbers, T *b_rows,
              uint4 (&packs)[THIN_UNROLL], const ThinRows<T> &x, const ThinExperts<T> &experts,
-             u32 turn, const float *scales, const ThinOutputs &outputs, T *out, i64 ldo,
-             float *parts) {
+             u32 turn, const float *scales, uint2 *own_v, const ThinOutputs &outputs, T *out,
+             i64 ldo, float *parts) {
   constexpr int ROWS = Sums::ROWS;
   const int width = part.width(), at_once = part.at_once(), warps = blockDim.x / 32;
   // of this product; it differs from those of the products before
@@ -228,7 +230,8 @@ thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b, float *n
   if (Sums::ENDS_APART) sums.add(part, from, factors, packs);
   if (experts.updates.ranks > 0 && !scales) {
     wait_for_copies();
-    const typename Sums::Marked v(b, experts.v, experts.updates.ranks, x.count, mark, numbers);
+    const typename Sums::Marked v(b, experts.v, experts.v_terms, experts.updates.ranks, x.count,
+                                  mark, numbers);
     for (int k = b.begin; b.has_rows(k); k += b.copied_at_once()) {
       const auto of_v = v.factors(b, k);
       uint4 copied[Sums::COPIED];
@@ -246,7 +249,7 @@ thin_product(const ThinPart<T, Sums> &part, const ThinPart<T, Sums> &b, float *n
   for_outputs(part, outputs, [&](int i, int m, int column) {
     const float total = outputs.split > 1 ? outputs.sum(i) : total_of(i);
     if (scales)
-      put_marked(experts.v + m * part.columns + column,
+      put_marked(own_v + m * part.columns + column,
                  total * (scales[i] * scales[outputs.count + i]), mark);
     else
       put(out + m * ldo + column, total);
@@ -264,13 +267,22 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
   __shared__ u64 inbox;
   const Updates<T> &updates = experts.updates;
   const int lanes = Sums::lanes(given_lanes), shift = log_2(split), rank = blockIdx.x & split - 1;
-  const int segment = (int)(blockIdx.x >> shift) - experts.segments;
+  const int halves = Sums::MAY_HALVE && experts.v_terms == 2;
+  const int cluster = blockIdx.x >> shift, segment = cluster - (experts.segments << halves);
   ThinPart<T, Sums> part{w, ldw, 0, 0, columns, segment, lanes};
-  if (segment < 0)
-    part = {experts.a, ldw, 0, 0, updates.ranks, segment + experts.segments, Sums::lanes_of_a()};
+  // the block's place among the 2^rows_shift ones that share the rows
+  int place = rank, rows_shift = shift;
+  uint2 *own_v = experts.v;
+  if (segment < 0) {
+    const int half = cluster & halves;
+    part = {experts.a, ldw, 0, 0, updates.ranks, cluster >> halves, Sums::lanes_of_a()};
+    place += half << shift, rows_shift += halves;
+    own_v += half * rows * updates.ranks;
+  }
   // whole packs
-  const int per_block = ((in + split - 1 >> shift) + Pack<T>::N - 1) / Pack<T>::N * Pack<T>::N;
-  part.begin = min(in, rank * per_block), part.end = min(in, part.begin + per_block);
+  const int share = in + (1 << rows_shift) - 1 >> rows_shift;
+  const int per_block = (share + Pack<T>::N - 1) / Pack<T>::N * Pack<T>::N;
+  part.begin = min(in, place * per_block), part.end = min(in, part.begin + per_block);
   uint4 packs[THIN_UNROLL];
   part.load(part.begin, packs);
   const int most_columns = max(Sums::lanes_of_a(), lanes) * Pack<T>::N;
@@ -318,6 +330,6 @@ static __device__ __forceinline__ void thin_products(const ThinInput<T> &input, 
     x.x = made, x.ld = part.end - part.begin + THIN_PADDING;
     make_input<T, Sums::ROWS>(input, rows, in, part.begin, part.end, made, (int)x.ld);
   }
-  thin_product<T, Sums>(part, b, numbers, b_rows, packs, x, experts, turn, scales, outputs, out,
-                        ldo, parts);
+  thin_product<T, Sums>(part, b, numbers, b_rows, packs, x, experts, turn, scales, own_v, outputs,
+                        out, ldo, parts);
 }

@@ -22,16 +22,27 @@ unsafe impl Send for Fetch {}
 impl Fetch {
     /// Starts to copy a CUDA tensor, once what is queued so far has ended.
     pub fn new(numbers: &Tensor) -> Result<Self> {
+        Self::begin(numbers, false)
+    }
+
+    /// The same, but what is queued afterwards does not wait for the copy. Until it has arrived,
+    /// nothing may write to the numbers that will be read of it. So they must not lie in the memory
+    /// of a graph, whose replays use it for other things.
+    pub fn aside(numbers: &Tensor) -> Result<Self> {
+        Self::begin(numbers, true)
+    }
+
+    fn begin(numbers: &Tensor, aside: bool) -> Result<Self> {
         let library = library()?;
         // SAFETY: a live tensor, to which the library keeps its own reference
-        let pointer = unsafe { (library.fetch)(numbers.as_ptr()) };
+        let pointer = unsafe { (library.fetch)(numbers.as_ptr(), c_int::from(aside)) };
         Ok(Self { library, pointer: library.made(pointer)? })
     }
 
     /// Waits for the numbers.
     pub fn wait(mut self) -> Result<Tensor> {
         let pointer = std::mem::replace(&mut self.pointer, std::ptr::null_mut());
-        // SAFETY: `new` made it, and it is taken once
+        // SAFETY: `begin` made it, and it is taken once
         let numbers = self.library.made(unsafe { (self.library.fetched)(pointer) })?;
         // SAFETY: the library returned a tensor allocated with `new` and gave up its ownership
         Ok(unsafe { Tensor::from_ptr(numbers) })
@@ -41,7 +52,7 @@ impl Fetch {
 impl Drop for Fetch {
     fn drop(&mut self) {
         if !self.pointer.is_null() {
-            // SAFETY: `new` made it, and it is taken once; the tensor is freed at once
+            // SAFETY: `begin` made it, and it is taken once; the tensor is freed at once
             let numbers = unsafe { (self.library.fetched)(self.pointer) };
             if !numbers.is_null() {
                 // SAFETY: as in `wait`

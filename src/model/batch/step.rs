@@ -159,6 +159,11 @@ impl StepLayout {
         Self { first_row, num_rows: rows.len(), num_new: t, num_active, extent }
     }
 
+    /// The number of rows.
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
     /// The largest number of positions that a row may hold after the step.
     pub fn length(&self) -> usize {
         self.extent.length
