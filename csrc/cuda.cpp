@@ -400,13 +400,14 @@ int dylora_cuda_graph_replay(Graph *g) {
 void dylora_cuda_graph_free(Graph *g) { delete g; }
 
 // A copy of numbers on its way to the host. What the stream gets afterwards need not be waited for.
+// `source` keeps the memory that is copied from being used for other things.
 struct Fetch {
   Tensor source, numbers;
   c10::cuda::CUDAEvent arrived;
 };
-// If it is `aside`, the copy runs in another stream, and what the present one gets afterwards does
-// not wait for it. Until the copy has arrived, nothing may write to the numbers that will be read
-// of it. So they must not be a captured graph's own memory, which its replays use for other things.
+// If it is `aside`, the copy runs in another stream, and later work in the current one does not
+// wait for it. Until the copy has arrived, nothing may overwrite those of its numbers that will be
+// used. So they must not lie in a graph's memory, which its replays use for other things as well.
 Fetch *dylora_cuda_fetch(const Tensor *numbers, int aside) {
   TRY(nullptr, {
     const auto device = numbers->device();

@@ -136,7 +136,7 @@ int dylora_step_pack(const Tensor *a, const Tensor *b, const Tensor *packed_a,
   TRY(-1, { return kernels() && kernels()->refresh({{*a, *b, *packed_a, *packed_b}}) ? 0 : 1; })
 }
 
-// The embeddings of tokens, [M, d], which has those of positions added if there are any.
+// The embeddings of tokens, [M, d], plus those of their positions if there are any.
 int dylora_step_embed(const Tensor *tokens, const Tensor *ids, const Tensor *positions,
                       const Tensor *position_ids, Tensor **out) {
   TRY(-1, {
@@ -165,8 +165,8 @@ int dylora_step_norm(const Tensor *x, const Tensor *product, const Tensor *bias,
 
 // A block of the residual stream x + y, where y = product + bias. There may be no y, or no bias. If
 // `a` is not null, there is no y, and a is the block's first norm. If `beside`, there is no y, and
-// the operation in front neither wrote x nor began before it was there. out = [x', product], where
-// product and the last linear layer's bias are to be added to x'.
+// the operation in front does not write x, and lets this one start only when x is complete.
+// out = [x', product], where product and the last linear layer's bias are to be added to x'.
 int dylora_step_block(const Tensor *x, const Tensor *a, const Tensor *product,
                       const Tensor *bias, int beside, const dylora_norm *norms,
                       const dylora_product *products, const dylora_step_cache *cache,

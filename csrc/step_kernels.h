@@ -270,9 +270,8 @@ static ThinShape thin_shape(const Tensor &w, int64_t rows, int64_t ranks) {
   // with several rows, smaller clusters take no less time
   const int64_t segments_of_a = rows == 1 ? ceil_div(ranks, shape.lanes_of_a * n) : 0;
   const auto fits = [&](int64_t split) {
-    // four blocks of a multiprocessor run at once, three with more than eight rows, or two by CUDA
-    // cores with several rows; of clusters of eight with experts, there is not always room for so
-    // many
+    // a multiprocessor runs four blocks at once, or three with more than eight rows, or two by CUDA
+    // cores with several rows; clusters of eight with experts do not always have room for four
     const bool is_tight = segments_of_a > 0 && split == MAX_CLUSTER;
     const int64_t blocks = rows > 1 && !of_tensor ? 2 : is_tight || rows > 8 ? 3 : 4;
     return split * (shape.segments + segments_of_a) <= blocks * multiprocessors() &&

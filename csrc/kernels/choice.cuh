@@ -20,8 +20,8 @@ static __device__ __forceinline__ void wait_for_inputs() {
 
 // For each row of logits: the first of the largest ones, and the logarithm of its probability.
 // `choice` is [2, rows]. A cluster of `split` blocks computes a row. If `ids` is not null, the
-// choice becomes the row's next token, and `choice` is [2, 2, rows], of which a row at an odd
-// position gets the second half. Then its position and place are raised by 1.
+// choice becomes the row's next token, and `choice` is [2, 2, rows], where a row at an odd position
+// writes to the second half. Then its position and place are raised by 1.
 template <class T>
 static __device__ void step_choice(const T *logits, i64 ld, int vocabulary, int packs,
                                    double *choice, i64 *ids, i64 *positions, i64 *places,

@@ -20,7 +20,7 @@ static __device__ void route(const T *x, i64 ldx, const float *w, const float *b
   const int first = (warp % of_row * 32 + lane) * N, stride = 32 * of_row * N;
   float *const z = of_route + local * experts;
 #if __CUDA_ARCH__ >= 900
-  // a few rows wait for their inputs, and the weights can come to the L2 cache meanwhile
+  // with few rows, this kernel starts early, and the weights come to the L2 cache while it waits
   if (of_row > 1)
     for (int i = threadIdx.x * 32; i < experts * width; i += blockDim.x * 32)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));

@@ -180,8 +180,8 @@ pub enum BlockInput<'a> {
     Normed(&'a Tensor),
     /// What is to be added to `x` first, if anything is.
     Stream(Option<&'a Unbiased<'a>>),
-    /// Nothing. `x` was there when the operation in front of this one began, so its norm may be
-    /// computed at the same time.
+    /// Nothing is to be added. The operation in front does not write `x`, and lets this one start
+    /// only when `x` is complete, so the norm of `x` may be computed beside it.
     Beside,
 }
 
@@ -245,15 +245,14 @@ pub fn block(
     })
 }
 
-/// The numbers of a step that the next one reads, for each text: int64, `M` numbers each. And where
-/// the step leaves its results.
+/// What a step leaves for the next one and for the host.
 #[derive(Debug)]
 pub struct Counters<'a> {
-    /// The id of the new token.
+    /// The id of each text's new token, int64, `M` numbers.
     pub ids: &'a Tensor,
-    /// Its index in the text.
+    /// Its index in the text, int64, `M` numbers.
     pub positions: &'a Tensor,
-    /// Its place in the text's row of the cache.
+    /// Its place in the text's row of the cache, int64, `M` numbers.
     pub places: &'a Tensor,
     /// The results, f64 `[2, 2, M]`. Those of a text with an odd index go to the second half, so
     /// that they can be read while the next step runs.
@@ -263,7 +262,7 @@ pub struct Counters<'a> {
 /// The most probable token of each text, and below it the logarithm of its probability, f64
 /// `[1, 2, M]`. Of equally probable tokens, the first counts.
 ///
-/// With `counters`, the results go to the place that these name, which is returned. The tokens
+/// With `counters`, the results are written to `counters.choices`, which is returned. The tokens
 /// become those of the next step, and then indices and places are raised by 1.
 ///
 /// - `logits`: `[M, v']`, where the first `vocabulary` columns are tokens

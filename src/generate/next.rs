@@ -37,7 +37,7 @@ impl StepOutput {
     }
 
     /// Runs a step in which each text has one new position. If the most probable tokens are
-    /// computed, the inputs become those of the next step, which appends them.
+    /// computed, the inputs become those of the next step, whose new tokens these are.
     pub(crate) fn repeatable(
         model: &RoutedModel,
         next: NextStep<'_>,

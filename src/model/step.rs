@@ -230,13 +230,14 @@ impl RoutedModel {
                 normed = Some(of_sum);
             }
             let layer_input = || normed.as_ref().expect("it was computed").view([b, 1, d]);
+            let num_decisions = pass.routing.len();
             let g = pass.block(layer, &layer_input).flat(b);
             let pending = stream.pending();
-            let input = match &normed {
-                Some(normed) => BlockInput::Normed(normed),
-                // the router began when the embeddings were there
-                None if layer == 0 && pass.reads_features() => BlockInput::Beside,
-                None => BlockInput::Stream(pending.as_ref()),
+            let input = match (&normed, &pending) {
+                (Some(normed), _) => BlockInput::Normed(normed),
+                // the router's kernel waits for the embeddings before it lets the norm start
+                (None, None) if pass.routing.len() > num_decisions => BlockInput::Beside,
+                (None, pending) => BlockInput::Stream(pending.as_ref()),
             };
             stream = block.step(&stream, &input, step, rotary, &g);
         }
@@ -249,7 +250,8 @@ impl RoutedModel {
     /// probable token of each and the logarithm of its probability, f64 `[1, 2, b]`. Logits that
     /// are no numbers count as the smallest.
     ///
-    /// With `next`, the kernel also makes the inputs of the next step.
+    /// With `next`, the kernel also makes the inputs of the next step, and the tokens and
+    /// logarithms are in `next.choices`, which is returned.
     pub fn next_tokens(
         &self,
         hidden: &Tensor,

@@ -85,6 +85,12 @@ fn mixtures() -> Vec<Mixture> {
     mixtures.push(new("layer router, many ranks", plain(), of_ranks, layer_router()));
     let router = RouterConfig { top_k: Some(2), ..plain_router() };
     mixtures.push(new("top 2", plain(), lora(6, 4, all), router));
+    // the first layer has no router
+    let of_last = serde_json::json!(["h.1.mlp.c_fc", "h.1.mlp.c_proj"]);
+    let of_last = serde_json::from_value(of_last).expect("these are target modules");
+    let of_last = LoraConfig { target_modules: of_last, ..lora(2, 4, all) };
+    let router = RouterConfig { scope: RouterScope::Module, ..plain_router() };
+    mixtures.push(new("experts in the last layer", plain(), of_last, router));
     mixtures.extend(on_llama_like_bases());
     mixtures
 }

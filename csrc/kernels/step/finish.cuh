@@ -227,7 +227,8 @@ static __device__ void step_embed(const T *tokens, i64 ldt, const i64 *ids, cons
 
 // sum = x + y, where y may have no product and is then 0, and has no ranks; and a = norm(sum) with
 // weight w and bias b, which is null for RMSNorm. One block of 128 threads computes a row. If it
-// runs `beside` the kernel in front, that one writes nothing that is read here.
+// runs `beside` the kernel in front, that one writes nothing that is read here, and x was complete
+// when this one started.
 template <class T>
 static __device__ void step_norm(const T *x, i64 ldx, const Unfinished<T> &y, const T *w,
                                  const T *b, float eps, T *sum, T *a, int beside) {

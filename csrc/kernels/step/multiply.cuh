@@ -10,7 +10,7 @@
 static __device__ __forceinline__ void put_marked(uint2 *to, float x, u32 mark) {
   __stcg((u64 *)to, (u64)mark << 32 | __float_as_uint(x));
 }
-// Reads N numbers with their marks, each of which is read at once with its mark.
+// Loads N numbers with their marks. A number and its mark are read at once.
 template <int N>
 static __device__ __forceinline__ void load_marked(const uint2 *p, u64 (&numbers)[N]) {
 #if __CUDA_ARCH__ >= 700
@@ -28,7 +28,7 @@ static __device__ __forceinline__ void load_marked(const uint2 *p, u64 (&numbers
 #endif
 }
 
-// N numbers of v, once their marks are there: sums of one or two terms, which are `stride` apart.
+// Waits for N numbers of v. Each has one term, or two that are `stride` apart and are added.
 template <int N>
 static __device__ __forceinline__ void sum_marked(const uint2 *p, int terms, int stride, u32 mark,
                                                   float (&sums)[N]) {
@@ -113,12 +113,15 @@ template <class T> struct ThinRows {
 
 // Sums by CUDA cores, of at most MOST rows in any dtype.
 template <class T, int MOST> struct CoreSums {
-  // Whether the kernel computes norms and activations itself, and whether it loads the next packs
-  // before it adds the last ones. With one row, the other threads of the multiprocessor have enough
-  // packs under way meanwhile. And whether the last packs are added behind the loop, which then
-  // need not ask whether there are more. And whether v may have two terms (ThinExperts); with one
-  // row, it is there early enough.
-  static constexpr bool MAKES_INPUT = true, LOADS_AHEAD = MOST > 1, ENDS_APART = true;
+  // Whether the kernel computes norms and activations itself.
+  static constexpr bool MAKES_INPUT = true;
+  // Whether it loads the next packs before it adds the last ones. With one row, the other threads
+  // of the multiprocessor have enough packs under way meanwhile.
+  static constexpr bool LOADS_AHEAD = MOST > 1;
+  // Whether the last packs are added behind the loop, which then need not ask whether there are
+  // more.
+  static constexpr bool ENDS_APART = true;
+  // Whether v may have two terms (ThinExperts). With one row, that takes more time.
   static constexpr bool MAY_HALVE = MOST > 1;
   // COPIED is how many packs of copied rows a thread reads at a time (ThinPart).
   static constexpr int ROWS = MOST, COPIED = 1, N = Pack<T>::N;
@@ -145,8 +148,9 @@ template <class T, int MOST> struct CoreSums {
     }
   };
   typedef FactorsOf<T> Factors;
-  // v, [rows, ld], for a block. A few warps wait for it and write it to `numbers` in shared memory,
-  // which takes less time than if all warps asked for the same numbers. All threads take part.
+  // v, [terms, rows, ld], for a block. A few warps wait for it and write it to `numbers` in shared
+  // memory, which takes less time than if all warps asked for the same numbers. All threads take
+  // part.
   struct Marked {
     ThinRows<float> rows;
     __device__ __forceinline__ Marked(const Part &b, const uint2 *v, int terms, int ld, int count,
@@ -205,11 +209,11 @@ template <class T, int MOST> struct CoreSums {
   static __device__ __forceinline__ int place(int i) { return i; }
 };
 
-// Sums by tensor cores, of at most MOST rows in bf16, a multiple of 8. A warp multiplies with 16
-// rows and 64 columns of the matrix at a time. Transposed, they are the first factor of four
-// products `mma` for each eight rows, in such an order that each thread has read what it has to
-// give: columns 2 p and 2 p + 1 of its pack are two rows of the p-th product's factor, and the four
-// rows of the matrix are four of its columns. So there are always 8 lanes.
+// Sums by tensor cores, of at most MOST rows in bf16, where MOST is a multiple of 8. A warp
+// multiplies with 16 rows and 64 columns of the matrix at a time. Transposed, they are the first
+// factor of four products `mma` for every eight rows, in such an order that each thread has read
+// what it has to give: columns 2 p and 2 p + 1 of its pack are two rows of the p-th product's
+// factor, and the four rows of the matrix are four of its columns. So there are always 8 lanes.
 template <int MOST> struct TensorSums {
   static constexpr bool MAKES_INPUT = false, LOADS_AHEAD = false, ENDS_APART = false;
   static constexpr bool MAY_HALVE = true;
@@ -240,7 +244,7 @@ template <int MOST> struct TensorSums {
       }
     }
   };
-  // v, [rows, ld]. Each thread waits for what it multiplies with.
+  // v, [terms, rows, ld]. Each thread waits for what it multiplies with.
   struct Marked {
     const uint2 *v;
     int terms, ld, rows;

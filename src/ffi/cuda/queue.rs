@@ -25,9 +25,9 @@ impl Fetch {
         Self::begin(numbers, false)
     }
 
-    /// The same, but what is queued afterwards does not wait for the copy. Until it has arrived,
-    /// nothing may write to the numbers that will be read of it. So they must not lie in the memory
-    /// of a graph, whose replays use it for other things.
+    /// The same, but later work does not wait for the copy. Until it has arrived, nothing may
+    /// overwrite those of its numbers that will be used. So they must not lie in a graph's memory,
+    /// which its replays use for other things as well.
     pub fn aside(numbers: &Tensor) -> Result<Self> {
         Self::begin(numbers, true)
     }

@@ -162,11 +162,6 @@ impl<'a> RoutingPass<'a> {
         matches!(&self.decided_by, DecidedBy::Routers { features: None, .. })
     }
 
-    /// Whether routers decide by features that are the same in all layers.
-    pub(crate) fn reads_features(&self) -> bool {
-        matches!(&self.decided_by, DecidedBy::Routers { features: Some(_), .. })
-    }
-
     /// Whether the routers read each target module's own input, so that [`RoutingPass::module`]
     /// decides.
     pub(crate) fn reads_modules(&self) -> bool {
