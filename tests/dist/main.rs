@@ -8,6 +8,8 @@ mod launch;
 mod operations;
 mod processes;
 mod scene;
+#[path = "../common/signals.rs"]
+mod signals;
 mod steps;
 
 use anyhow::{Result, bail};

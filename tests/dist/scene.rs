@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::processes::{free_port, place_of};
+use crate::signals::notice_signals;
 
 /// A temporary folder with a copy of the demo's base in `base`.
 pub struct Scene {
@@ -49,6 +50,7 @@ impl Scene {
             command.env_remove(name);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        notice_signals(&mut command);
         command
     }
 

@@ -10,6 +10,8 @@ mod kills;
 mod numbers;
 mod overwrite;
 mod runs;
+#[path = "../common/signals.rs"]
+mod signals;
 mod vanish;
 
 use std::path::{Path, PathBuf};

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use fs_err::File;
 
+use crate::signals::notice_signals;
 use crate::{Scene, as_str, text};
 
 /// A device to which nothing can be written.
@@ -43,14 +44,7 @@ fn an_interrupted_run_saves_and_exits_as_its_signal_says() -> Result<()> {
     for (signal, code) in [(libc::SIGINT, 130), (libc::SIGTERM, 143), (libc::SIGHUP, 129)] {
         let scene = Scene::new()?;
         let mut command = scene.command(&as_str(&scene.train(100_000, 100_000)?));
-        // the tests may run under `nohup`, whose children ignore SIGHUP
-        // SAFETY: `signal` may be called between fork and exec
-        unsafe {
-            command.pre_exec(|| {
-                libc::signal(libc::SIGHUP, libc::SIG_DFL);
-                Ok(())
-            })
-        };
+        notice_signals(&mut command);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         wait_for_steps(&scene, &mut child, 3)?;
         send(&child, signal);
@@ -77,6 +71,7 @@ fn an_interrupted_run_saves_and_exits_as_its_signal_says() -> Result<()> {
 fn a_second_signal_ends_at_once_with_the_files_whole() -> Result<()> {
     let scene = Scene::new()?;
     let mut command = scene.command(&as_str(&scene.train(100_000, 1)?));
+    notice_signals(&mut command);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     wait_for_steps(&scene, &mut child, 3)?;
     send(&child, libc::SIGTERM);
