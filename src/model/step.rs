@@ -272,7 +272,7 @@ impl RoutedModel {
     }
 }
 
-/// What a step leaves if the next one can begin before its tokens are read.
+/// What a step writes so that the next one can begin before the host has read its tokens.
 #[derive(Debug, Clone, Copy)]
 pub struct NextStep<'a> {
     /// The inputs of the step, which become those of the next one.

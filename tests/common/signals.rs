@@ -3,8 +3,8 @@
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Lets the command's process notice SIGINT and SIGHUP. It would ignore SIGINT if the tests were
-/// started in the background of a script, and SIGHUP under `nohup`.
+/// Lets the command's process notice SIGINT and SIGHUP. Without this, it ignores SIGINT if a script
+/// runs the tests in the background, and SIGHUP if they run under `nohup`.
 pub fn notice_signals(command: &mut Command) {
     // SAFETY: `signal` may be called between fork and exec
     unsafe {
